@@ -1,0 +1,102 @@
+"""The doors: `vico train`, `vico eval`, `vico demo`. Here a mistake becomes one line and an exit code."""
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from vico import config as configs
+from vico.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from vico.dist import World
+
+TRAIN = "Train ViCo, or resume the run that OUTPUT_DIR holds. Start it on all devices by `bash launch/train.sh FLAGS`."
+EVAL = (
+    "Evaluate a checkpoint (--resume). Settings come from the checkpoint; a flag that is given wins, except for shapes "
+    "(adapter_layer, adapter_len, max_feats), which are the checkpoint's."
+)
+
+SECONDS_FOR_RANK_0 = 10.0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one subcommand; returns the exit code: 0 done, 2 bad input, 3 unusable checkpoint, 4 training fault."""
+    debug = "--debug" in argv
+    try:
+        command, *rest = argv or [""]
+        if command in ("-h", "--help", ""):
+            print("usage: vico COMMAND FLAGS\n" + "\n".join(f"  {name:<8}{text}" for name, (text, _) in COMMANDS.items()))
+            return 0 if command else 2
+        if command not in COMMANDS:
+            raise UserError(f"unknown command '{command}'; use one of {', '.join(COMMANDS)}")
+        COMMANDS[command][1](rest)
+        return 0
+    except UserError as error:
+        return _fail(error, debug)
+
+
+def _fail(error: UserError, debug: bool) -> int:
+    """The line is said by rank 0, and no rank ends before it: launchers end every rank as soon as one has ended."""
+    if os.environ.get("RANK", "0") == "0":
+        if debug:
+            traceback.print_exception(error)
+        print(f"vico: error: {one_line(str(error))}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(SECONDS_FOR_RANK_0)
+    return error.exit_code
+
+
+def _train(argv: list[str]) -> None:
+    line = configs.parse(argv, "vico train", TRAIN)
+    config = line.resolve()
+
+    def run(world: "World") -> None:
+        from vico.train import train
+
+        train(config, world)
+
+    _with_world(line.notes, run)
+
+
+def _evaluate(argv: list[str]) -> None:
+    line = configs.parse(argv, "vico eval", EVAL)
+    if line.given.get("resume") is None:
+        raise UserError("--resume is missing: name the checkpoint folder or .pth file to evaluate")
+
+    def run(world: "World") -> None:
+        from vico.evaluate import evaluate_checkpoint
+
+        evaluate_checkpoint(line, world)
+
+    _with_world(line.notes, run)
+
+
+def _with_world(notes: Sequence[str], run: Callable[["World"], None]) -> None:
+    """Connect the ranks, run, and leave together. Torch is loaded only here: a mistyped flag is answered before."""
+    from vico import dist
+
+    world = dist.connect()
+    for note in notes:
+        world.say(f"note: {note}")
+    run(world)
+    dist.disconnect(world)
+
+
+def _demo(argv: list[str]) -> None:
+    from vico.demo import main as demo_main
+
+    demo_main(argv)
+
+
+COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
+    "train": (TRAIN, _train),
+    "eval": (EVAL, _evaluate),
+    "demo": ("Make a small world to try everything on: tokenizer, trained tiny LLaMA, videos, questions, captions.", _demo),
+}
+
+
+def console() -> None:
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,210 @@
+"""DeepSpeed, and nothing else: the config it gets, the model it partitions, one backward, one step, full state in and out.
+
+The frozen backbone keeps its own type and the trainables are fp32, so DeepSpeed's bf16 and fp16 sections stay off; a
+fixed factor keeps small fp16 gradients from vanishing (`GRADIENT_SCALE`).
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vico.errors import UserError, nearest
+from vico.optim import MOMENTS
+from vico.records import PackedBatch
+
+SHIPPED_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+# What the run decides. "auto" or absent is right; a number must be the one that the flags give.
+DECIDED = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+# Sections of DeepSpeed that would compute something else than the method, with what to use instead.
+REFUSED = {
+    "optimizer": "the optimizer is AdamW as the method sets it; use --lr, --blr and --weight_decay",
+    "scheduler": "the schedule is the method's; use --lr, --min_lr, --warmup_epochs and --epochs",
+    "amp": "use --precision",
+    "data_types": "gradients are accumulated in fp32",
+    "gradient_predivide_factor": "gradients are summed exactly",
+    "prescale_gradients": "gradients are summed exactly",
+    "gradient_allreduce_op": "gradients are summed exactly",
+    "compression_training": "the backbone is frozen",
+}
+KNOWN = frozenset(
+    {*DECIDED, *REFUSED, "zero_optimization", "bf16", "fp16", "gradient_clipping", "steps_per_print", "wall_clock_breakdown"}
+    | {"zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "communication_data_type", "dump_state", "memory_breakdown"}
+    | {"activation_checkpointing", "aio", "flops_profiler", "tensorboard", "wandb", "csv_monitor", "comms_logger", "seed"}
+    | {"sparse_gradients", "disable_allgather", "dataloader_drop_last", "timers", "zero_force_ds_cpu_initialization"}
+)  # fmt: skip
+GRADIENT_SCALE = {torch.float16: 2.0**10, torch.bfloat16: 1.0, torch.float32: 1.0}
+
+
+def read_config(name: str, precision: str, micro_batch_size: int, accumulation: int, world_size: int) -> dict[str, Any]:
+    """The ds_config of a run with every "auto" decided. `name`: zero2, zero3, or a path. Raises UserError for what does not fit."""
+    path = SHIPPED_CONFIGS / f"{name}.json" if "/" not in name and not name.endswith(".json") else Path(name)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+    except OSError as error:
+        known = sorted(p.stem for p in SHIPPED_CONFIGS.glob("*.json"))
+        raise UserError(f"--deepspeed {name}: {path}: {error.strerror}; use {', '.join(known)} or the path of a JSON file") from None
+    except ValueError as error:
+        raise UserError(f"--deepspeed {path}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"--deepspeed {path}: must hold a JSON object")
+    _check_keys(config, path)
+    decided = dict(zip(DECIDED, (micro_batch_size, accumulation, micro_batch_size * accumulation * world_size), strict=True))
+    for key, value in decided.items():
+        if config.get(key, "auto") not in ("auto", value):
+            flags = f"--batch_size {micro_batch_size} --accum_iter {accumulation} on {world_size} rank(s)"
+            raise UserError(f'--deepspeed {path}: {key} {config[key]} does not fit {flags}, which make {value}; write "auto"')
+    for kind in ("bf16", "fp16"):
+        enabled = config.pop(kind, {}).get("enabled", "auto")
+        if enabled not in ("auto", precision == kind):
+            raise UserError(f'--deepspeed {path}: {kind}.enabled {json.dumps(enabled)} against --precision {precision}; write "auto"')
+    config = {key: value for key, value in config.items() if value != "auto"}
+    config["zero_optimization"] = {key: value for key, value in config["zero_optimization"].items() if value != "auto"}
+    # Our AdamW is torch's; DeepSpeed never prints its own step lines unless asked to.
+    return {"steps_per_print": 10**9, **config, **decided, "zero_allow_untested_optimizer": True}
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"'{key}' stands there twice")
+    return dict(pairs)
+
+
+def _check_keys(config: dict[str, Any], path: Path) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    for key in config:
+        if key not in KNOWN:
+            raise UserError(f"--deepspeed {path}: unknown key '{key}'{nearest(key, KNOWN)}")
+        if key in REFUSED and config[key] != "auto":
+            raise UserError(f"--deepspeed {path}: '{key}' must go: {REFUSED[key]}")
+        if key in ("bf16", "fp16", "zero_optimization") and not isinstance(config[key], dict):
+            raise UserError(f"--deepspeed {path}: '{key}' must be a section of its own")
+    zero = config.get("zero_optimization", {})
+    fields = DeepSpeedZeroConfig.model_fields
+    known = {*fields, *(field.alias for field in fields.values() if field.alias)}
+    for key in zero:
+        if key not in known:
+            raise UserError(f"--deepspeed {path}: unknown key 'zero_optimization.{key}'{nearest(key, known)}")
+    if zero.get("stage") not in (1, 2, 3):
+        raise UserError(f"--deepspeed {path}: zero_optimization.stage is {json.dumps(zero.get('stage'))}; use 1, 2 or 3")
+
+
+@contextmanager
+def construction(config: Mapping[str, Any], device: torch.device) -> Iterator[None]:
+    """Modules made inside lie on `device`; under stage 3 each rank keeps its part of each parameter only."""
+    if config["zero_optimization"]["stage"] < 3:
+        with device:
+            yield
+    else:
+        import deepspeed
+
+        with deepspeed.zero.Init(config_dict_or_path=dict(config)):
+            yield
+
+
+def fill(parameter: nn.Parameter, value: Callable[[], Tensor]) -> None:
+    """Give a parameter its value, converted to its type; under stage 3 rank 0 alone reads it, one tensor at a time."""
+    import deepspeed
+
+    with torch.no_grad():
+        if not hasattr(parameter, "ds_id"):
+            parameter.copy_(value())
+            return
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if torch.distributed.get_rank() == 0:
+                parameter.copy_(value())
+
+
+class Engine:
+    """A model under DeepSpeed: forward, backward of micro-batches, step, and the trainables' full state."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+        import deepspeed
+
+        self._model, self._scale = model, GRADIENT_SCALE[dtype]
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(config))
+        self._world_size: int = self._engine.world_size
+        self.stage: int = config["zero_optimization"]["stage"]
+        self.trainables = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if self._scale != 1.0:
+            for parameter in self.trainables.values():
+                parameter.register_hook(lambda gradient: gradient / self._scale)
+
+    def train(self, mode: bool) -> None:
+        self._engine.train(mode)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        losses: Tensor = self._engine(batch)
+        return losses
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of `loss`; `last`: of the step's last micro-batch, the one that `step` follows.
+
+        Gradients add up over micro-batches and ranks: DeepSpeed's mean over the ranks is undone here, its division by
+        the number of micro-batches is off.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * (self._world_size * self._scale), scale_wrt_gas=False)
+        if not last:
+            self._engine.step()  # counts the micro-batch, updates nothing
+
+    def step(self, lr: float) -> tuple[float, bool]:
+        """Update the trainables. Returns (gradient norm over all of them, whether the update was applied).
+
+        DeepSpeed skips the update on every rank when any rank's gradient is not finite. The norm costs a device sync.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm()), bool(self._engine.was_step_applied())
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(weights by name, Adam's moments by "name.moment"), whole, in fp32, on the host. A collective of all ranks."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        weights = {name: safe_get_full_fp32_param(p).cpu().reshape(_shape(p)) for name, p in self.trainables.items()}
+        moments = {
+            f"{name}.{moment}": safe_get_full_optimizer_state(p, moment).cpu().reshape(_shape(p))
+            for name, p in self.trainables.items()
+            for moment in MOMENTS
+        }
+        return weights, moments
+
+    def set_moments(self, moments: Mapping[str, Tensor], num_updates: int) -> None:
+        """Put Adam back to where it stood after `num_updates` updates."""
+        inner = self._engine.optimizer.optimizer
+        for group in inner.param_groups:
+            for flat in group["params"]:
+                state = inner.state[flat]
+                state["step"] = torch.tensor(float(num_updates))
+                state.update({moment: torch.zeros_like(flat) for moment in MOMENTS})
+        if self.stage < 3:
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()  # links parameters to their slices of the state
+        for name, parameter in self.trainables.items():
+            for moment in MOMENTS:
+                _set_moment(parameter, moments[f"{name}.{moment}"], moment)
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _set_moment(parameter: nn.Parameter, value: Tensor, moment: str) -> None:
+    from deepspeed.utils import safe_get_local_optimizer_state, safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    if not hasattr(parameter, "ds_id"):
+        safe_set_full_optimizer_state(parameter, value.to(parameter.device), moment)
+        return
+    # Stage 3 by slices: DeepSpeed's setter for whole values fails where the ranks do not divide them evenly.
+    local = safe_get_local_optimizer_state(parameter, moment)
+    padded = torch.zeros(local.numel() * torch.distributed.get_world_size())
+    padded[: value.numel()] = value.flatten()
+    mine = padded[local.numel() * torch.distributed.get_rank() :][: local.numel()]
+    safe_set_local_optimizer_state(parameter, mine.to(local.device), moment)

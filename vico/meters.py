@@ -1,0 +1,119 @@
+"""What a run shows and keeps: progress on the terminal, steps.jsonl and log.txt, TensorBoard curves, memory."""
+
+import contextlib
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from vico.files import write_lines
+
+PLAIN_SECONDS = 20.0  # between progress lines where there is no terminal
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a line now and then, with the time that is left. Only the main rank shows it."""
+
+    def __init__(self, what: str, total: int, unit: str, shown: bool, done: int = 0) -> None:
+        self._what, self._total, self._unit, self._shown = what, total, unit, shown
+        self._done = self._first = done
+        self._start = self._last = time.monotonic()
+        self._bar: Any = None
+
+    def __enter__(self) -> "Progress":
+        if self._shown and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self._total, initial=self._done, desc=self._what, unit=self._unit, leave=False)
+        elif self._shown:
+            print(f"{self._what}: {self._total - self._done} {self._unit}(s) to do", flush=True)
+        return self
+
+    def advance(self, note: str = "") -> None:
+        self._done += 1
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update()
+        elif self._shown:
+            self._line(note)
+
+    def _line(self, note: str) -> None:
+        now = time.monotonic()
+        early = self._done - self._first in (1, 10)  # soon after the start: does it run, and how long will it take
+        if not early and now - self._last < PLAIN_SECONDS:
+            return
+        self._last = now
+        left = (now - self._start) / (self._done - self._first) * (self._total - self._done)
+        print(f"{self._what}: {self._unit} {self._done}/{self._total}  {note}  {duration(left)} left", flush=True)
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+class RunLog:
+    """steps.jsonl, log.txt and TensorBoard of one output_dir, written by the main rank.
+
+    A run that resumes at `step` drops what was logged after it: those steps are done again.
+    """
+
+    def __init__(self, output_dir: Path, step: int) -> None:
+        self._steps, self._epochs = output_dir / "steps.jsonl", output_dir / "log.txt"
+        for path in (self._steps, self._epochs):
+            write_lines(path, [record for record in read_records(path) if record["step"] <= step])
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(output_dir / "runs"), purge_step=step + 1 if step else None)
+
+    def step(self, record: dict[str, Any], curves: dict[str, float]) -> None:
+        _append(self._steps, record)
+        self._curves(curves, record["step"])
+
+    def epoch(self, record: dict[str, Any], curves: dict[str, float]) -> None:
+        _append(self._epochs, record)
+        self._curves(curves, record["step"])
+        self._board.flush()
+
+    def close(self) -> None:
+        self._board.close()
+
+    def _curves(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSON-lines log; the last one may have been cut off by a kill."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
+    return records
+
+
+def memory_curves(device: torch.device) -> dict[str, float]:
+    """Peak memory of this process in GiB: of the host, and of the GPU where there is one."""
+    peaks = {"memory/host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    if device.type == "cuda":
+        peaks["memory/device_peak_allocated_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        peaks["memory/device_peak_reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
+    return peaks

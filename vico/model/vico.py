@@ -1,0 +1,80 @@
+"""ViCo: a frozen LLaMA that sees video tokens through gates and adapter prompts (METHOD section 1).
+
+One forward takes a packed micro-batch and returns one loss per target. It knows neither tasks nor data sets.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vico.model.attention import attend_fused, visibility
+from vico.model.llama import Llama, LlamaShape
+from vico.records import PackedBatch
+
+FEATURE_WIDTH = 768  # CLIP ViT-L/14
+
+
+class ViCo(Llama):
+    """The backbone with its trainables, under the lineage's names: adapter_query, visual_proj, temporal_emb, gate1, gate2."""
+
+    def __init__(self, shape: LlamaShape, num_adapted: int, adapter_len: int, num_slots: int, tau: float, dtype: torch.dtype) -> None:
+        super().__init__(shape, num_adapted, dtype)
+        self.adapter_len, self.tau, self.attend = adapter_len, tau, attend_fused
+        self.adapter_query = nn.Embedding(num_adapted * adapter_len, shape.dim, dtype=torch.float32)
+        self.visual_proj = nn.Linear(FEATURE_WIDTH, shape.dim, bias=False, dtype=torch.float32)
+        self.temporal_emb = nn.Embedding(num_slots, shape.dim, dtype=torch.float32)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """fp32 losses [N + M]: token targets, then frame targets."""
+        everyone = torch.arange(self.adapter_query.num_embeddings, device=batch.token_ids_T.device)
+        prompts_GAD = self.adapter_query(everyone).to(self.dtype).unflatten(0, (-1, self.adapter_len))
+        projected_VFD = self.visual_proj(batch.features_VFC)
+        frames_VFD = projected_VFD + self.temporal_emb(torch.arange(projected_VFD.shape[1], device=projected_VFD.device))
+        # embedding, not indexing: a clip that fills the slots of several sequences then has a deterministic gradient.
+        slots_SD = F.embedding(batch.slot_frames_S, frames_VFD.flatten(0, 1)).to(self.dtype)
+        x_TD = self.tok_embeddings(batch.token_ids_T).index_copy(0, batch.slot_rows_S, slots_SD)
+        h_TD = self.trunk(x_TD, prompts_GAD, batch.positions_T, visibility(batch), self.attend)
+        return torch.cat([self._token_losses(h_TD, batch), self._frame_losses(h_TD, projected_VFD, batch)])
+
+    def _token_losses(self, h_TD: Tensor, batch: PackedBatch) -> Tensor:
+        """Cross-entropy [N] over the vocabulary; only rows that predict a target go through the output head."""
+        logits_RV = self.output(h_TD.index_select(0, batch.head_rows_R)).float()
+        normalizer_R = logits_RV.logsumexp(dim=-1)
+        return normalizer_R[batch.token_target_heads_N] - logits_RV[batch.token_target_heads_N, batch.token_target_ids_N]
+
+    def _frame_losses(self, h_TD: Tensor, projected_VFD: Tensor, batch: PackedBatch) -> Tensor:
+        """Cross-entropy [M] over a video's F frames of h . visual_proj(feature) / tau, features without temporal embedding."""
+        h_MD = h_TD.index_select(0, batch.frame_rows_M).float()
+        frames_MFD = projected_VFD.index_select(0, batch.frame_videos_M)
+        logits_MF = torch.einsum("md,mfd->mf", h_MD, frames_MFD) / self.tau
+        return F.cross_entropy(logits_MF, batch.frame_targets_M, reduction="none")
+
+
+def trainable_shapes(shape: LlamaShape, num_adapted: int, adapter_len: int, num_slots: int) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every trainable, in the order of the lineage's checkpoints."""
+    gates = [f"layers.{i}.attention.gate{g}" for i in range(shape.n_layers - num_adapted, shape.n_layers) for g in (1, 2)]
+    return {
+        "adapter_query.weight": (num_adapted * adapter_len, shape.dim),
+        "visual_proj.weight": (shape.dim, FEATURE_WIDTH),
+        "temporal_emb.weight": (num_slots, shape.dim),
+        **{name: (1, shape.n_heads, 1, 1) for name in gates},
+    }
+
+
+def initial_trainables(shapes: dict[str, tuple[int, ...]], bias: float, seed: int) -> dict[str, Tensor]:
+    """METHOD section 1's initial values; the same for the same seed, whatever the device or the ranks."""
+    generator = torch.Generator().manual_seed(seed)
+    values = {}
+    for name, shape in shapes.items():
+        if name.endswith("gate1"):
+            values[name] = torch.zeros(shape)
+        elif name.endswith("gate2"):
+            values[name] = torch.full(shape, -bias)
+        elif name == "visual_proj.weight":  # nn.Linear's default
+            bound = 1 / math.sqrt(shape[1])
+            values[name] = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        else:  # nn.Embedding's default
+            values[name] = torch.randn(shape, generator=generator)
+    return values

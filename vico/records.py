@@ -1,0 +1,102 @@
+"""What flows through the program, from an annotation row to the tensors of one micro-batch.
+
+Shape letters used in names everywhere:
+T rows of a packed stream, D model width, H heads, d head width, A adapter prompt length, F video slots,
+V videos of a micro-batch, C feature width (768), N token targets, M frame targets, S filled video slots,
+R rows that the output head reads.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One multiple-choice question as its annotation file states it; texts are verbatim."""
+
+    index: int  # place among the questions of its file, 0-based
+    qid: str
+    video: str
+    type: str  # what accuracies are grouped by: "CW", "Interaction", a show's name; "(unknown)" when the file says nothing
+    question: str
+    options: tuple[str, ...]
+    answer: int | None  # 0-based; None in a split that is published without answers
+    feature_rows: tuple[int, int] | None = None  # [first, last) row of the clip in the video's features; None: all of them
+    dialogue: str = ""  # subtitles inside the clip (TVQA with --sub), each line preceded by one blank
+    place: str = ""  # "val.csv:17", for messages
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """One task's tokens. Position t is a target when t is in `targets`; the row before it (t - 1) predicts it."""
+
+    task: str  # "vqa", "cap", "vaq" or "qav"
+    tokens: tuple[int, ...]  # piece ids; VIDEO_SLOT in the video slots
+    targets: range
+    video_start: int  # position of the first slot
+
+    @property
+    def num_inputs(self) -> int:
+        """Positions that the model must run: what follows the row of the last target predicts nothing."""
+        return self.targets.stop - 1
+
+
+VIDEO_SLOT = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive rows of a packed stream. A row sees every row of its segment's ancestors, and its own segment causally.
+
+    A sequence on its own is one segment without a parent; sequences with a common beginning are leaves of a tree.
+    """
+
+    start: int
+    stop: int
+    parent: int | None  # place of the parent in the list of segments; parents stand before their children
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """A micro-batch as one stream of T rows, all tasks together, without padding. Made on the host, read by the model.
+
+    Targets come in two kinds, in this order everywhere: N token targets (an entry of the vocabulary), then M frame
+    targets (one of the F frames of a video).
+    """
+
+    token_ids_T: Tensor  # int64; 0 in video slots
+    positions_T: Tensor  # int64, counted from the start of each sequence
+    after_video_T: Tensor  # bool: the row stands behind its sequence's video block
+    is_video_T: Tensor  # bool: the row is a video slot
+    slot_rows_S: Tensor  # int64: the rows that are video slots
+    slot_frames_S: Tensor  # int64: v * F + j of the frame that fills the slot
+    features_VFC: Tensor  # float32 frame features of the distinct clips
+    segments: tuple[Segment, ...]
+    head_rows_R: Tensor  # int64: distinct rows that predict a token
+    token_target_heads_N: Tensor  # int64: which of the R rows predicts the target
+    token_target_ids_N: Tensor  # int64
+    frame_rows_M: Tensor  # int64: rows that predict a frame
+    frame_videos_M: Tensor  # int64: v, whose frames are the candidates
+    frame_targets_M: Tensor  # int64: j
+    target_tasks: Tensor  # int64 [N + M]: place of the task in the run's list of tasks
+    target_sequences: Tensor  # int64 [N + M]: place of the sequence in the micro-batch
+    num_sequences: int
+    num_real_tokens: int  # tokens of the sequences, each counted whole, however much of it is shared
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.token_ids_T)
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        if device.type == "cpu":
+            return self
+        moved = {f.name: v.to(device, non_blocking=True) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **cast(dict[str, Any], moved))
+
+    def pin_memory(self) -> "PackedBatch":
+        """Called by the data loader where a GPU is, so that the copies of `to` run beside the computation."""
+        pinned = {f.name: v.pin_memory() for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **cast(dict[str, Any], pinned))

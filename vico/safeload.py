@@ -1,0 +1,91 @@
+"""The only place that opens `.pth` files: nothing in them is ever executed, and whatever is not one says so in one line.
+
+`torch.load` fails on a login page saved as `.pth`, a git-lfs pointer or half a download with messages that name neither
+the file nor the cause, so the format is looked at first.
+"""
+
+import pickle
+import re
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vico.errors import UserError, one_line
+
+_OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled magic number of torch < 1.6
+_DAMAGED = "is cut off or damaged; fetch or copy it again and compare the sizes"
+
+
+def disguise(head: bytes, num_bytes: int) -> str | None:
+    """What a file that begins with `head` is when a download went wrong, and what to do; None: nothing of the kind."""
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
+        return f"an HTML page ({num_bytes:,} bytes), most likely a failed download; fetch it again"
+    if start.startswith(b"version https://git-lfs"):
+        return f"a git-lfs pointer ({num_bytes:,} bytes), not the file itself; run 'git lfs pull' or fetch it"
+    return None
+
+
+def load_tensors(path: Path, what: str, allow: Sequence[type] = (), *, legacy: bool = False, error: type[UserError] = UserError) -> Any:
+    """The content of a torch file, memory-mapped: pages are read when touched and shared by all processes of a machine.
+
+    `what` names the content in messages. `allow`: classes that may be built besides tensors and plain containers.
+    `legacy`: take torch's old format as well; it cannot be mapped, so it is read into this process's memory.
+    """
+    import torch
+
+    fault, is_zip = _format_fault(path, what, legacy)
+    if fault is not None:
+        raise error(one_line(fault))
+    try:
+        with torch.serialization.safe_globals(list(allow)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as problem:
+        named = re.search(r"GLOBAL (\S+)", str(problem))
+        fault = f"holds the Python object {named[1]}" if named else "holds more than tensors and plain containers"
+        fault += ", refused because loading it can run code; save it again as plain tensors where you trust it"
+    except Exception as problem:  # a damaged stream can make the unpickler raise anything
+        reason = (str(problem).splitlines() or [""])[0][:160]
+        fault = f"{_DAMAGED} ({type(problem).__name__}: {reason})"
+    raise error(one_line(f"{path}: {what} {fault}"))
+
+
+def _format_fault(path: Path, what: str, legacy: bool) -> tuple[str | None, bool]:
+    """(the message when this is no file that can be loaded, whether it is a zip and can be mapped)."""
+    try:
+        num_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(512)
+    except FileNotFoundError:
+        return f"{path}: no such file; {what} should be there", False
+    except (OSError, ValueError) as problem:
+        return f"{path}: {what} cannot be opened ({getattr(problem, 'strerror', None) or problem})", False
+    if found := disguise(head, num_bytes):
+        return f"{path}: {what} is {found}", False
+    if head.startswith(b"PK\x03\x04"):
+        fault = _zip_fault(path)
+        return (f"{path}: {what} {fault}" if fault else None), True
+    if head.startswith(_OLD_TORCH):
+        if legacy:
+            return None, False
+        again = "python -c \"import torch; torch.save(torch.load('IN', weights_only=True), 'OUT')\""
+        return f"{path}: {what} is in torch's old format, which cannot be memory-mapped; convert it: {again}", False
+    if len(head) < len(_OLD_TORCH):
+        return f"{path}: {what} {_DAMAGED} ({num_bytes} bytes)", False
+    return f"{path}: {what} is no torch file (it begins with {head[:8]!r}); fetch the right one", False
+
+
+def _zip_fault(path: Path) -> str | None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return f"{_DAMAGED} (no zip directory at its end)"
+    names = {entry.filename.rpartition("/")[2] for entry in entries}
+    if "data.pkl" not in names or "constants.pkl" in names:
+        return "is a zip archive, but not one of tensors written by torch.save; fetch the right one"
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        # torch maps the stored bytes as they are: compressed ones would be taken for numbers without a complaint.
+        return "was packed again by another program and cannot be memory-mapped; fetch the original"
+    return None

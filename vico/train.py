@@ -1,0 +1,272 @@
+"""Training, from the settings to the last checkpoint. One optimizer step is `train_step`; everything it does is named there."""
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vico import checkpoint as checkpoints
+from vico.assembly import Inputs, build_engine, read_inputs
+from vico.checkpoint import Checkpoint, Progress
+from vico.config import RunConfig, differences
+from vico.data.batches import Step, TrainingSteps, loader
+from vico.dist import World
+from vico.engine import Engine
+from vico.errors import TrainingFault, UserError
+from vico.evaluate import Evaluation, evaluate, report
+from vico.files import mend_folders, write_json
+from vico.meters import Progress as ProgressBar
+from vico.meters import RunLog, memory_curves
+from vico.model.vico import initial_trainables
+from vico.optim import learning_rate, peak_learning_rate
+from vico.records import PackedBatch
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Of one optimizer step, over all ranks and micro-batches."""
+
+    loss_sums: list[float]  # per task
+    target_counts: list[int]  # per task
+    grad_norm: float
+    num_real_tokens: int
+
+    def task_losses(self) -> list[float | None]:
+        return [s / n if n else None for s, n in zip(self.loss_sums, self.target_counts, strict=True)]
+
+
+def train(config: RunConfig, world: World) -> None:
+    """Train, or go on training, in config.output_dir; with --resume and --init_eval only evaluate."""
+    with world.agreeing():
+        start = find_start(config)
+        evaluation_split = config.split if config.init_eval else "val"
+        only_evaluate = config.init_eval and config.resume is not None
+        splits = (evaluation_split,) if only_evaluate else tuple(dict.fromkeys(("train", "val", evaluation_split)))
+        inputs = read_inputs(config, splits, world)
+        if start is not None:
+            start = checkpoints.fitted(start, inputs.trainable_shapes, inputs.weights.shape.n_layers)
+    for note in (*inputs.notes, *(start.notes if start else ())):
+        world.say(note)
+    trainables = start.weights if start else initial_trainables(inputs.trainable_shapes, config.bias, config.seed)
+    engine = build_engine(config, inputs, trainables, world)
+    if config.init_eval and (only_evaluate or start is None):
+        report(evaluate(engine, inputs, evaluation_split, config, world), evaluation_split, config, world)
+    if not only_evaluate:
+        _train(config, world, inputs, engine, start)
+
+
+def find_start(config: RunConfig) -> Checkpoint | None:
+    """The checkpoint to start from: of this very run where output_dir holds one, else --resume, else none.
+
+    Raises UserError when output_dir belongs to a run with other settings.
+    """
+    if config.init_eval and config.resume is not None:
+        return checkpoints.read(config.resume)
+    output_dir = config.output_dir
+    named = config.resume
+    if (output_dir / "args.json").exists():
+        if changed := differences(_read_args(output_dir / "args.json"), config):
+            raise UserError(f"{output_dir}: holds a run with other settings ({'; '.join(changed)}); choose another --output_dir")
+        own = checkpoints.newest(output_dir)
+        if own is not None and (named is None or output_dir not in named.parents):
+            named = own
+    return None if named is None else checkpoints.read(named)
+
+
+def _read_args(path: Path) -> dict[str, Any]:
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(saved, dict)
+    except (OSError, ValueError, AssertionError):
+        raise UserError(f"{path}: damaged, so it cannot be told whose run this folder holds; choose another --output_dir") from None
+    return saved
+
+
+def _train(config: RunConfig, world: World, inputs: Inputs, engine: Engine, start: Checkpoint | None) -> None:
+    steps = TrainingSteps(
+        inputs.questions["train"], inputs.captions, inputs.features, inputs.prompts, num_slots=config.max_feats, tasks=config.tasks,
+        micro_batch_size=config.batch_size, accumulation=config.accum_iter, rank=world.rank, world_size=world.size, seed=config.seed,
+        shuffle=not config.no_shuffle, crop=config.caption_crop == "sentence",
+    )  # fmt: skip
+    progress = _start_progress(start, steps, config)
+    if start is not None and start.moments is not None:
+        engine.set_moments(start.moments, progress.num_updates)
+    last_step = min(config.epochs * steps.steps_per_epoch, config.max_steps or config.epochs * steps.steps_per_epoch)
+    if progress.step >= last_step:
+        world.say(f"{config.output_dir}: this run is complete at step {progress.step} of {last_step}; nothing to train")
+        return
+    peak_lr = peak_learning_rate(config.lr, config.blr, steps.questions_per_step)
+    log = _open_log(config, world, progress, steps, peak_lr)
+    where = f"{world.size} rank(s) on {world.device.type}, ZeRO-{engine.stage}, {config.precision}"
+    world.say(
+        f"training steps {progress.step + 1} to {last_step}, {steps.steps_per_epoch} per epoch, {steps.questions_per_step} questions each; {where}"
+    )
+
+    schedule = [divmod(k, steps.steps_per_epoch) for k in range(progress.step, last_step)]
+    with ProgressBar("training", last_step, "step", world.is_main, done=progress.step) as bar:
+        step_start = time.perf_counter()
+        for (epoch, place), batch in zip(schedule, loader(steps, schedule, config.num_workers, world.device.type == "cuda"), strict=True):
+            lr = learning_rate(progress.step, steps.steps_per_epoch, peak_lr, config.min_lr, config.warmup_epochs, config.epochs)
+            report = train_step(engine, batch, config.task_weights, lr, world)
+            seconds, step_start = time.perf_counter() - step_start, time.perf_counter()  # waiting for data included
+            _advance(progress, report)
+            loss = _log_step(log, config, progress.step, epoch, report, lr, seconds)
+            bar.advance(f"epoch {epoch}  loss {loss:.4f}  lr {lr:.2e}  {seconds:.2f} s/step")
+            if place + 1 == steps.steps_per_epoch or progress.step == last_step:
+                _end_epoch(config, world, inputs, engine, log, progress, epoch, lr, finished=place + 1 == steps.steps_per_epoch)
+                step_start = time.perf_counter()
+    if log is not None:
+        log.close()
+    world.say(f"done: {config.output_dir}; curves: tensorboard --logdir {config.output_dir / 'runs'}")
+
+
+def train_step(engine: Engine, step: Step, task_weights: tuple[float, ...], lr: float, world: World) -> StepReport:
+    """One optimizer step: agree on the targets of all ranks, then forward and backward each micro-batch, then update.
+
+    The loss is the weighted sum over tasks of the mean over the task's targets in the whole step (METHOD section 3), so
+    each micro-batch adds its sum of losses divided by the step's count.
+    """
+    totals = world.sum(torch.cat([step.target_counts, torch.tensor([step.num_real_tokens, step.error is not None])]))
+    if totals[-1]:
+        with world.agreeing():
+            if step.error is not None:
+                raise step.error
+    counts = totals[:-2]
+    weights = torch.tensor(task_weights, dtype=torch.float64) / counts.clamp(min=1)
+    weights = weights.to(world.device, torch.float32, non_blocking=True)
+    engine.train(True)
+    loss_sums = torch.zeros(len(counts), dtype=torch.float64, device=world.device)
+    for i, micro_batch in enumerate(step.micro_batches):
+        micro_batch = micro_batch.to(world.device)
+        losses = engine.forward(micro_batch)
+        sums = sums_by_task(losses, micro_batch, len(counts))
+        loss_sums += sums.detach()
+        engine.backward((sums.float() * weights).sum(), last=i + 1 == len(step.micro_batches))
+    loss_sums = world.sum(loss_sums.cpu())  # waits for the device; the loss must be known good before the update
+    if not loss_sums.isfinite().all():
+        raise TrainingFault("the loss is not finite; the update was not made; try a lower --blr, or --precision bf16 or fp32")
+    grad_norm, updated = engine.step(lr)
+    if not updated:
+        raise TrainingFault("a gradient is not finite; the update was not made; try a lower --blr, or --precision bf16 or fp32")
+    return StepReport(loss_sums.tolist(), counts.tolist(), grad_norm, int(totals[-2]))
+
+
+def sums_by_task(losses: Tensor, batch: PackedBatch, num_tasks: int) -> Tensor:
+    """Sum of the losses of each task, float64 [tasks]; masked sums, because adding by index has no fixed order on a GPU."""
+    return torch.stack([torch.where(batch.target_tasks == task, losses, 0.0).double().sum() for task in range(num_tasks)])
+
+
+def _start_progress(start: Checkpoint | None, steps: TrainingSteps, config: RunConfig) -> Progress:
+    """Where the run stands. Raises UserError when `start` is of a run that this one does not continue."""
+    if start is None or start.moments is None:
+        return _with_empty_sums(Progress(questions_per_step=steps.questions_per_step), config)
+    if start.lineage_epoch is not None:
+        done = replace(start.progress, step=(start.lineage_epoch + 1) * steps.steps_per_epoch, questions_per_step=steps.questions_per_step)
+        return _with_empty_sums(done, config)
+    if changed := differences({name: _plain(value) for name, value in start.settings.items()}, config):
+        raise UserError(
+            f"{start.path}: was written by a run with other settings ({'; '.join(changed)}); give the same flags, or start a new run "
+            f"from its weights by --resume {start.path / checkpoints.WEIGHTS}"
+        )
+    if start.progress.questions_per_step != steps.questions_per_step:
+        raise UserError(
+            f"{start.path}: its steps took {start.progress.questions_per_step} questions and these would take {steps.questions_per_step}; "
+            "choose ranks, --batch_size and --accum_iter with the same product"
+        )
+    return start.progress
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _with_empty_sums(progress: Progress, config: RunConfig) -> Progress:
+    return replace(progress, epoch_loss_sums=[0.0] * len(config.tasks), epoch_target_counts=[0] * len(config.tasks))
+
+
+def _advance(progress: Progress, report: StepReport) -> None:
+    progress.step += 1
+    progress.num_updates += 1
+    progress.epoch_loss_sums = [a + b for a, b in zip(progress.epoch_loss_sums, report.loss_sums, strict=True)]
+    progress.epoch_target_counts = [a + b for a, b in zip(progress.epoch_target_counts, report.target_counts, strict=True)]
+
+
+def _open_log(config: RunConfig, world: World, progress: Progress, steps: TrainingSteps, peak_lr: float) -> RunLog | None:
+    if not world.is_main:
+        return None
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    mend_folders(config.output_dir)
+    facts = {"world_size": world.size, "steps_per_epoch": steps.steps_per_epoch, "peak_lr": peak_lr}
+    write_json(config.output_dir / "args.json", {**config.to_json(), **facts})
+    if progress.step:
+        print(f"resuming from step {progress.step}", flush=True)
+    return RunLog(config.output_dir, progress.step)
+
+
+def _total_loss(config: RunConfig, losses: list[float | None]) -> float:
+    return sum(w * loss for w, loss in zip(config.task_weights, losses, strict=True) if loss is not None)
+
+
+def _log_step(log: RunLog | None, config: RunConfig, step: int, epoch: int, report: StepReport, lr: float, seconds: float) -> float:
+    """Write the step's line; returns its loss."""
+    losses = report.task_losses()
+    total = _total_loss(config, losses)
+    if log is not None:
+        by_task = {f"{task}_loss": loss for task, loss in zip(config.tasks, losses, strict=True)}
+        targets = {f"{task}_targets": n for task, n in zip(config.tasks, report.target_counts, strict=True)}
+        sizes = {**targets, "real_tokens": report.num_real_tokens, "step_seconds": seconds}
+        log.step(
+            {"step": step, "epoch": epoch, "loss": total, **by_task, "lr": lr, "grad_norm": report.grad_norm, **sizes},
+            {
+                **{f"train/{name}": value for name, value in by_task.items() if value is not None},
+                **{"train/loss": total, "train/lr": lr, "train/grad_norm": report.grad_norm},
+                **{"perf/step_seconds": seconds, "perf/real_tokens_per_second": report.num_real_tokens / seconds},
+            },
+        )
+    return total
+
+
+def _end_epoch(
+    config: RunConfig, world: World, inputs: Inputs, engine: Engine, log: RunLog | None, progress: Progress, epoch: int, lr: float, finished: bool
+) -> None:  # fmt: skip
+    """Validate, log the epoch, save the checkpoint and, when it is the best so far, the best checkpoint."""
+    start = time.perf_counter()
+    evaluation = evaluate(engine, inputs, "val", config, world)
+    eval_seconds = time.perf_counter() - start
+    losses = [s / n if n else None for s, n in zip(progress.epoch_loss_sums, progress.epoch_target_counts, strict=True)]
+    accuracy = evaluation.accuracies["acc"]
+    improved = progress.best_accuracy is None or accuracy > progress.best_accuracy
+    progress.best_accuracy = accuracy if improved else progress.best_accuracy
+    weights, moments = engine.state()
+    saved = _with_empty_sums(progress, config) if finished else replace(progress)
+    with world.agreeing():
+        if world.is_main:
+            record = _log_epoch(log, config, world, progress.step, epoch, lr, losses, evaluation, weights, eval_seconds)
+            evaluation.write(config.output_dir, "val")
+            checkpoints.save(config.output_dir / f"checkpoint-{progress.step}", weights, moments, saved, config)
+            if improved:
+                checkpoints.save(config.output_dir / "checkpoint_best", weights, moments, saved, config)
+            print(f"epoch {epoch}: {json.dumps({k: v for k, v in record.items() if k != 'epoch'})}", flush=True)
+    progress.epoch_loss_sums, progress.epoch_target_counts = list(saved.epoch_loss_sums), list(saved.epoch_target_counts)
+
+
+def _log_epoch(
+    log: RunLog | None, config: RunConfig, world: World, step: int, epoch: int, lr: float, losses: list[float | None],
+    evaluation: Evaluation, weights: dict[str, Tensor], eval_seconds: float,
+) -> dict[str, Any]:  # fmt: skip
+    assert log is not None
+    train = {"train_loss": _total_loss(config, losses), **{f"train_{t}_loss": v for t, v in zip(config.tasks, losses, strict=True)}}
+    record = {**train, "train_lr": lr, "epoch": epoch, "step": step, **{f"val_{k}": v for k, v in evaluation.accuracies.items()}}
+    gates = {f"gates/{n.replace('.attention', '')}": v for n, v in weights.items() if "gate" in n}
+    curves = {
+        **{f"eval/{name}": value for name, value in evaluation.accuracies.items()},
+        **{name: float((value.tanh() if name.endswith("gate1") else value).mean()) for name, value in gates.items()},
+        **{"perf/eval_questions_per_second": len(evaluation.questions) / eval_seconds},
+        **memory_curves(world.device),
+    }
+    log.epoch(record, curves)
+    return record
