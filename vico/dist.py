@@ -5,6 +5,7 @@ Host talk (counts, errors, scores) goes over a gloo group of its own, so that on
 
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,10 +68,13 @@ def connect() -> World:
     if "RANK" not in os.environ:
         os.environ.update(alone)
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    cuda = torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")  # else DeepSpeed guesses, and warns of its guess
+    # DeepSpeed 0.19.8 calls names that torch 2.13 renamed; once per call is too often to be told.
+    warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
     import deepspeed
 
     _build_no_op()
-    cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)

@@ -64,8 +64,8 @@ def read_config(name: str, precision: str, micro_batch_size: int, accumulation: 
             raise UserError(f'--deepspeed {path}: {kind}.enabled {json.dumps(enabled)} against --precision {precision}; write "auto"')
     config = {key: value for key, value in config.items() if value != "auto"}
     config["zero_optimization"] = {key: value for key, value in config["zero_optimization"].items() if value != "auto"}
-    # Our AdamW is torch's; DeepSpeed never prints its own step lines unless asked to.
-    return {"steps_per_print": 10**9, **config, **decided, "zero_allow_untested_optimizer": True}
+    # The method does not clip, and DeepSpeed does, at 1.0, unless told otherwise; its own step lines come only when asked for.
+    return {"gradient_clipping": 0.0, "steps_per_print": 10**9, **config, **decided, "zero_allow_untested_optimizer": True}
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -179,14 +179,13 @@ class Engine:
 
     def set_moments(self, moments: Mapping[str, Tensor], num_updates: int) -> None:
         """Put Adam back to where it stood after `num_updates` updates."""
-        inner = self._engine.optimizer.optimizer
-        for group in inner.param_groups:
-            for flat in group["params"]:
-                state = inner.state[flat]
-                state["step"] = torch.tensor(float(num_updates))
-                state.update({moment: torch.zeros_like(flat) for moment in MOMENTS})
+        zero = self._engine.optimizer
+        # DeepSpeed has no call for an optimizer that has not stepped yet: its flat master tensors get their state here.
+        for flat in zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups:
+            empty = {moment: torch.zeros_like(flat, requires_grad=False) for moment in MOMENTS}
+            zero.optimizer.state[flat] = {"step": torch.tensor(float(num_updates)), **empty}
         if self.stage < 3:
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()  # links parameters to their slices of the state
+            zero._lazy_init_hp_params_optimizer_state()  # links parameters to their slices of the state
         for name, parameter in self.trainables.items():
             for moment in MOMENTS:
                 _set_moment(parameter, moments[f"{name}.{moment}"], moment)

@@ -47,7 +47,7 @@ class Features:
     def check(self, questions: Sequence[Question]) -> int:
         """Each question's video is there and well formed; returns how many clips lie wholly past the end of their video.
 
-        Such clips are all zeros in `sample`, which real sets have and the caller must report.
+        Such clips are all zeros in `sample`: the caller must say how many there are.
         """
         self._refuse(questions, {q.video for q in questions if q.video not in self._videos}, "have no features")
         odd = {}
