@@ -23,9 +23,8 @@ THINGS = ("ball", "cup", "book", "phone", "guitar", "toy", "bottle", "camera", "
 MOODS = ("happy", "tired", "hungry", "scared", "angry", "bored", "proud", "curious", "cold", "sad")
 PLACES = ("park", "kitchen", "beach", "garden", "street", "forest", "stage", "pool", "bedroom", "school")
 COUNTS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
-COLOURS = ("red", "blue", "green", "yellow", "white", "black", "orange", "pink")
-PERSONS = ("boy", "girl", "man", "lady", "baby")
-CONCEPTS = (*VERBS, *THINGS, *MOODS, *PLACES, *COUNTS, *COLOURS, *PERSONS)
+PERSONS = ("boy", "girl", "man", "lady", "baby", "farmer", "nurse", "player")
+CONCEPTS = (*VERBS, *THINGS, *MOODS, *PLACES, *COUNTS, *PERSONS)
 
 TYPES = ("CW", "CH", "TN", "TC", "TP", "DL", "DC", "DO")
 NUM_OPTIONS = 5
@@ -45,14 +44,13 @@ class Video:
     person: str
     place: str
     count: str
-    colour: str
     scenes: tuple[Scene, ...]
     scene_of_frame: tuple[int, ...]
 
     def words(self, frame: int) -> tuple[str, ...]:
         """What one frame shows."""
         scene = self.scenes[self.scene_of_frame[frame]]
-        return (scene.verb, scene.thing, scene.mood, self.place, self.count, self.colour, self.person)
+        return (scene.verb, scene.thing, scene.mood, (self.place, self.count, self.person)[(frame*10//len(self.scene_of_frame)) % 3])
 
 
 def is_held_out(scene: Scene) -> bool:
@@ -78,8 +76,8 @@ def make_video(rng: random.Random, name: str, held_out: bool) -> Video:
     cuts = sorted(rng.randint(0, spare) for _ in range(num_scenes - 1))
     lengths = [least + b - a for a, b in zip([0, *cuts], [*cuts, spare], strict=True)]
     scene_of_frame = tuple(i for i, n in enumerate(lengths) for _ in range(n))
-    person, place, count, colour = (rng.choice(words) for words in (PERSONS, PLACES, COUNTS, COLOURS))
-    return Video(name, person, place, count, colour, tuple(scenes), scene_of_frame)
+    person, place, count = (rng.choice(words) for words in (PERSONS, PLACES, COUNTS))
+    return Video(name, person, place, count, tuple(scenes), scene_of_frame)
 
 
 def ask(rng: random.Random, video: Video, kind: str, answer: int) -> Question:
@@ -89,7 +87,7 @@ def ask(rng: random.Random, video: Video, kind: str, answer: int) -> Question:
         at = rng.randrange(len(video.scenes) - 1)
     elif kind == "TP":
         at = rng.randrange(1, len(video.scenes))
-    scene, others, who = video.scenes[at], [s for i, s in enumerate(video.scenes) if i != at], video.person
+    scene, others, who = video.scenes[at], [s for i, s in enumerate(video.scenes) if i != at], 'person'
     if kind == "CW":
         text, right, pool, near = f"why does the {who} {scene.verb}", scene.mood, MOODS, [s.mood for s in others]
     elif kind == "CH":
@@ -107,7 +105,7 @@ def ask(rng: random.Random, video: Video, kind: str, answer: int) -> Question:
     elif kind == "DC":
         text, right, pool, near = "how many people are there", video.count, COUNTS, []
     else:
-        text, right, pool, near = f"what colour is the {who} wearing", video.colour, COLOURS, []
+        text, right, pool, near = "who is in the video", video.person, PERSONS, []
     shown = {word for s in video.scenes for word in (s.verb, s.thing, s.mood)} | {right}
     far = [word for word in pool if word not in shown]
     wrong = [*near, *rng.sample(far, NUM_OPTIONS - 1 - len(near))]
@@ -117,7 +115,7 @@ def ask(rng: random.Random, video: Video, kind: str, answer: int) -> Question:
 
 def caption(video: Video) -> str:
     first, *later = video.scenes
-    sentences = [f"In the {video.place} there are {video.count} people, a {video.person} in {video.colour}."]
-    sentences.append(f"First the {video.person} is {first.mood} and starts to {first.verb} with the {first.thing}.")
-    sentences += [f"Then the {video.person} is {s.mood} and starts to {s.verb} with the {s.thing}." for s in later]
+    sentences = [f"In the {video.place} there are {video.count} people and a {video.person}."]
+    sentences.append(f"First the person is {first.mood} and starts to {first.verb} with the {first.thing}.")
+    sentences += [f"Then the person is {s.mood} and starts to {s.verb} with the {s.thing}." for s in later]
     return " ".join(sentences)

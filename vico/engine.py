@@ -128,7 +128,7 @@ class Engine:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], dtype: torch.dtype) -> None:
         import deepspeed
 
-        self._model, self._scale = model, GRADIENT_SCALE[dtype]
+        self.module, self._scale = model, GRADIENT_SCALE[dtype]
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(config))
         self._world_size: int = self._engine.world_size
         self.stage: int = config["zero_optimization"]["stage"]

@@ -1,0 +1,128 @@
+"""The engine in this process: what moves and what does not; and the ds_config that a run gets."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from vico import dist
+from vico.assembly import build_engine, read_inputs
+from vico.config import RunConfig, parse
+from vico.data.batches import TrainingSteps
+from vico.engine import read_config
+from vico.errors import TrainingFault, UserError
+from vico.evaluate import evaluate
+from vico.model.vico import initial_trainables
+from vico.optim import learning_rate, peak_learning_rate
+from vico.train import train_step
+from world import ROOT, World
+
+
+@pytest.fixture(scope="module")
+def alone() -> dist.World:
+    return dist.connect()
+
+
+def config_of(world: World, *flags: str) -> RunConfig:
+    return parse([*world.flags, "--batch_size", "4", *flags], "vico train", "").resolve()
+
+
+def test_after_an_evaluation_trainables_move_and_nothing_else(world: World, alone: dist.World) -> None:
+    config = config_of(world, "--precision", "bf16")
+    inputs = read_inputs(config, ("train", "val"), alone)
+    values = initial_trainables(inputs.trainable_shapes, bias=0.5, seed=0)
+    for name, value in values.items():
+        if name.endswith("gate1"):
+            value.fill_(0.5)  # at 0 the prompts have no gradient
+    engine = build_engine(config, inputs, values, alone)
+    model = engine.module
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    evaluate(engine, inputs, "val", config, alone)
+    steps = TrainingSteps(
+        inputs.questions["train"], inputs.captions, inputs.features, inputs.prompts, num_slots=10, tasks=("vqa", "cap"), micro_batch_size=4,
+        accumulation=1, rank=0, world_size=1, seed=0, shuffle=True, crop=True,
+    )  # fmt: skip
+    for k in range(3):
+        train_step(engine, steps[0, k], (1.0, 0.5), lr=1e-3, world=alone)
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == set(inputs.trainable_shapes)
+    assert all(p.dtype == (torch.float32 if n in moved else torch.bfloat16) for n, p in model.named_parameters())
+    weights, moments = engine.state()
+    assert all(torch.equal(weights[n], dict(model.named_parameters())[n]) for n in moved)
+    assert set(moments) == {f"{n}.{m}" for n in moved for m in ("exp_avg", "exp_avg_sq")}
+
+
+def test_a_loss_or_gradient_that_is_not_finite_updates_nothing(world: World, alone: dist.World) -> None:
+    config = config_of(world)
+    inputs = read_inputs(config, ("train",), alone)
+    engine = build_engine(config, inputs, initial_trainables(inputs.trainable_shapes, 0.5, 0), alone)
+    steps = TrainingSteps(
+        inputs.questions["train"], inputs.captions, inputs.features, inputs.prompts, num_slots=10, tasks=("vqa", "cap"), micro_batch_size=4,
+        accumulation=1, rank=0, world_size=1, seed=0, shuffle=False, crop=False,
+    )  # fmt: skip
+    step = steps[0, 0]
+    before = {name: p.detach().clone() for name, p in engine.trainables.items()}
+    engine.trainables["visual_proj.weight"].register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(TrainingFault, match="gradient is not finite"):
+        train_step(engine, step, (1.0, 0.5), lr=1e-3, world=alone)
+    step.micro_batches[0].features_VFC[0, 0, 0] = float("nan")
+    with pytest.raises(TrainingFault, match="loss is not finite"):
+        train_step(engine, step, (1.0, 0.5), lr=1e-3, world=alone)
+    assert all(torch.equal(p, before[name]) for name, p in engine.trainables.items())
+
+
+def test_order_is_a_function_of_seed_and_epoch_and_ranks_divide_it(world: World, alone: dist.World) -> None:
+    inputs = read_inputs(config_of(world), ("train",), alone)
+
+    def steps(rank: int, size: int, seed: int = 0) -> TrainingSteps:
+        return TrainingSteps(
+            inputs.questions["train"], inputs.captions, inputs.features, inputs.prompts, num_slots=10, tasks=("vqa", "cap"),
+            micro_batch_size=8 // size, accumulation=1, rank=rank, world_size=size, seed=seed, shuffle=True, crop=True,
+        )  # fmt: skip
+
+    one = steps(0, 1)
+    assert sorted(one.order(0)) == list(range(20)) and list(one.order(0)) != list(one.order(1)) != list(steps(0, 1, seed=1).order(1))
+    assert one.steps_per_epoch == 3
+    for size in (2, 4, 8):
+        ranks = [steps(rank, size) for rank in range(size)]
+        for k in range(3):
+            parts = [r[0, k] for r in ranks]
+            assert len({len(p.micro_batches) for p in parts}) == 1, "as many forwards on every rank"
+            assert sum(p.target_counts for p in parts).tolist() == one[0, k].target_counts.tolist()  # type: ignore[union-attr]
+            assert sum(p.num_real_tokens for p in parts) == one[0, k].num_real_tokens
+
+
+def test_learning_rate() -> None:
+    def lr(step: int) -> float:
+        return learning_rate(step, steps_per_epoch=10, peak=1.0, minimum=0.1, warmup_epochs=2, epochs=10)
+
+    assert [lr(0), lr(5), lr(20), lr(60), lr(100)] == pytest.approx([0.0, 0.25, 1.0, 0.55, 0.1])
+    assert learning_rate(7, 10, 1.0, 0.0, warmup_epochs=40, epochs=5) == pytest.approx(0.7 / 40), "a warm-up that never ends"
+    assert peak_learning_rate(None, 9e-2, 128) == pytest.approx(0.045) and peak_learning_rate(0.3, 9e-2, 128) == 0.3
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_shipped_ds_configs(name: str) -> None:
+    config = read_config(name, "bf16", micro_batch_size=8, accumulation=2, world_size=4)
+    assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"], config["train_batch_size"]) == (8, 2, 64)
+    assert config["zero_optimization"]["stage"] == int(name[-1]) and config["gradient_clipping"] == 0.0
+    assert "auto" not in json.dumps(config) and "bf16" not in config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_batch_size": 7}, r"train_batch_size 7 does not fit --batch_size 8 --accum_iter 2 on 4 rank\(s\), which make 64"),
+        ({"zero_optimizaton": {}}, "unknown key 'zero_optimizaton'; did you mean 'zero_optimization'"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_sze": 1}}, "did you mean 'reduce_bucket_size'"),
+        ({"zero_optimization": {"stage": 0}}, "stage is 0; use 1, 2 or 3"),
+        ({"optimizer": {"type": "Adam"}}, "'optimizer' must go"),
+        ({"bf16": {"enabled": False}}, "bf16.enabled false against --precision bf16"),
+    ],
+)
+def test_ds_configs_that_do_not_fit(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({**json.loads((ROOT / "ds_configs" / "zero2.json").read_text()), **change}))
+    with pytest.raises(UserError, match=message):
+        read_config(str(path), "bf16", micro_batch_size=8, accumulation=2, world_size=4)
