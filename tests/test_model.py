@@ -1,11 +1,10 @@
 """The model against the oracle: losses, option scores and the gradient of every trainable."""
 
-import oracle
 import pytest
 import torch
 from torch import Tensor
-from world import World
 
+import oracle
 from vico.data.packing import Example, pack
 from vico.data.prompts import Prompts
 from vico.data.tokenizer import Tokenizer
@@ -15,6 +14,7 @@ from vico.model.llama import Attend
 from vico.model.vico import ViCo, initial_trainables, trainable_shapes
 from vico.model.weights import MetaWeights
 from vico.records import PackedBatch, Question
+from world import World
 
 TASKS = ("vqa", "cap", "vaq", "qav")
 # Rounding of fp32 through three layers; measured here: losses 2e-7, gradients 6e-6 of the largest, scores 2e-6.

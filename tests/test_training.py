@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+import oracle
 from world import ROOT, World, records, succeeds, write_csv
 
 # The oracle sums in another order: fp32 rounding over six steps. Measured: losses 2e-7, norms 2e-6, scores 4e-6.
