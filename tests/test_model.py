@@ -9,8 +9,8 @@ from vico.data.packing import Example, pack
 from vico.data.prompts import Prompts
 from vico.data.tokenizer import Tokenizer
 from vico.engine import fill
-from vico.model.attention import attend_fused, attend_plain
-from vico.model.llama import Attend
+from vico.model.attention import Attend, attend_blocks, attend_plain
+from vico.model.attention_packed import PackedAttention, sdpa_kernel
 from vico.model.vico import ViCo, initial_trainables, trainable_shapes
 from vico.model.weights import MetaWeights
 from vico.records import PackedBatch, Question
@@ -79,7 +79,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["tree", "apart"])
-@pytest.mark.parametrize("attend", [attend_fused, attend_plain])
+@pytest.mark.parametrize("attend", [attend_blocks, attend_plain, PackedAttention(sdpa_kernel)], ids=["blocks", "plain", "packed"])
 def test_losses_and_every_gradient(setup: Setup, attend: Attend, share: bool) -> None:
     model = make_model(setup, torch.float32, attend)
     losses, gradients = losses_and_gradients(model, make_batch(setup, 6, share, scoring=False))
@@ -91,7 +91,7 @@ def test_losses_and_every_gradient(setup: Setup, attend: Attend, share: bool) ->
         assert distance(gradient, expected_gradients[name]) < GRAD_RTOL, name
 
 
-@pytest.mark.parametrize("attend", [attend_fused, attend_plain])
+@pytest.mark.parametrize("attend", [attend_blocks, attend_plain, PackedAttention(sdpa_kernel)], ids=["blocks", "plain", "packed"])
 def test_bf16_stays_near_fp32(setup: Setup, attend: Attend) -> None:
     model = make_model(setup, torch.bfloat16, attend)
     losses, gradients = losses_and_gradients(model, make_batch(setup, 6, True, scoring=False))
@@ -106,7 +106,7 @@ def test_option_scores(setup: Setup, share: bool) -> None:
     world, weights, hyper, trainables = setup
     batch = make_batch(setup, 6, share, scoring=True)
     with torch.no_grad():
-        losses = make_model(setup, torch.float32, attend_fused)(batch)
+        losses = make_model(setup, torch.float32, attend_blocks)(batch)
         expected = torch.tensor([oracle.score_options(weights, world.tokenizer, trainables, i, hyper) for i in world.items("train")[:6]])
     scores = torch.zeros(30).index_add(0, batch.target_sequences, losses) / torch.bincount(batch.target_sequences)
     assert (scores.view(6, 5) - expected).abs().max() < SCORE_ATOL
@@ -114,7 +114,7 @@ def test_option_scores(setup: Setup, share: bool) -> None:
 
 
 def test_at_zero_gates_the_prompts_are_invisible(setup: Setup) -> None:
-    model = make_model(setup, torch.float32, attend_fused)
+    model = make_model(setup, torch.float32, attend_blocks)
     for name, parameter in model.named_parameters():
         if name.endswith("gate1"):
             parameter.data.zero_()

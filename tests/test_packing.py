@@ -1,11 +1,13 @@
 """The packed stream keeps every sequence whole: seen from a row, its past is its sequence's past."""
 
+from collections.abc import Iterable
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vico.data.packing import Example, pack
-from vico.model.attention import visibility
+from vico.model.attention import Block, narrowed, visibility
 from vico.records import VIDEO_SLOT, PackedBatch, Sequence
 
 SLOTS = 3
@@ -41,8 +43,9 @@ def test_every_target_sees_exactly_its_sequence(examples: list[Example], share: 
     past = pasts(batch)
     frames = torch.full((batch.num_rows,), -1)
     frames[batch.slot_rows_S] = batch.slot_frames_S
-    rows = torch.cat([batch.head_rows_R[batch.token_target_heads_N], batch.frame_rows_M]).tolist()
-    wanted = torch.cat([batch.token_target_ids_N, batch.frame_targets_M]).tolist()
+    rows = batch.wanted_rows_R[torch.cat([batch.token_targets_N, batch.frame_targets_M])].tolist()
+    wanted = torch.cat([batch.token_target_ids_N, batch.frame_target_ids_M]).tolist()
+    segment_of = [s for s in batch.segments for _ in range(s.start, s.stop)]
     seen: dict[int, list[int]] = {}
     for row, target, place, task in zip(rows, wanted, batch.target_sequences.tolist(), batch.target_tasks.tolist(), strict=True):
         sequence, clip = examples[place].sequence, examples[place].clip
@@ -53,7 +56,7 @@ def test_every_target_sees_exactly_its_sequence(examples: list[Example], share: 
         assert target == (position - sequence.video_start if sequence.task == "qav" else sequence.tokens[position])
         for p, r in enumerate(past[row]):
             assert batch.positions_T[r] == p
-            assert batch.is_video_T[r] == (p in slots) and batch.after_video_T[r] == (p >= slots.stop)
+            assert segment_of[r].is_video == (p in slots) and segment_of[r].after_video == (p >= slots.stop)
             assert frames[r] == clip * SLOTS + p - slots.start if p in slots else batch.token_ids_T[r] == sequence.tokens[p]
     assert seen == {i: list(e.sequence.targets) for i, e in enumerate(examples) if len(e.sequence.targets)}
     assert batch.num_real_tokens == sum(len(e.sequence.tokens) for e in examples)
@@ -61,24 +64,38 @@ def test_every_target_sees_exactly_its_sequence(examples: list[Example], share: 
         assert batch.num_rows == sum(e.sequence.num_inputs for e in examples)
 
 
-@given(st.lists(sequences(), min_size=1, max_size=8))
-def test_kernel_calls_cover_each_row_once_and_show_its_past(examples: list[Example]) -> None:
-    batch = pack(examples, torch.zeros(2, SLOTS, 768))
-    past, covered = pasts(batch), []
-    for call in visibility(batch).calls:
-        own = [r for i in call.own for r in range(batch.segments[i].start, batch.segments[i].stop)]
-        keys = [r for i in call.ancestors for r in range(batch.segments[i].start, batch.segments[i].stop)] + own
-        mask = torch.ones(len(own), len(keys)).tril_().bool() if call.mask is None else call.mask
-        assert mask.shape == (len(own), len(keys))
-        for q, row in enumerate(own):
-            assert [k for k, visible in zip(keys, mask[q].tolist(), strict=True) if visible] == past[row]
-        covered += own
-    assert covered == list(range(batch.num_rows))
+def seen_rows(blocks: Iterable[Block], num_queries: int) -> list[list[int]]:
+    """Of each asking row, the rows that the blocks show it."""
+    shown: list[list[int]] = [[] for _ in range(num_queries)]
+    for block in blocks:
+        assert shown[block.q_start] == [] or not block.causal, "a row's triangle comes first"
+        size = (block.q_stop - block.q_start) // block.count
+        for q in range(block.q_start, block.q_stop):
+            i = q - block.q_start
+            own = range(block.k_start + i - i % size, block.k_start + i + 1)
+            shown[q] += own if block.causal else range(block.k_start, block.k_stop)
+    return shown
+
+
+@given(st.lists(sequences(), min_size=1, max_size=8), st.booleans(), st.data())
+def test_blocks_show_each_row_its_past_once(examples: list[Example], share: bool, data: st.DataObject) -> None:
+    batch = pack(examples, torch.zeros(2, SLOTS, 768), share)
+    past, whole = pasts(batch), visibility(batch.segments)
+    assert [sorted(rows) for rows in seen_rows(whole.blocks, batch.num_rows)] == [sorted(rows) for rows in past]
+    asking = sorted(data.draw(st.sets(st.integers(0, batch.num_rows - 1), min_size=1)))
+    some = narrowed(whole, torch.tensor(asking))
+    assert [sorted(rows) for rows in seen_rows(some.blocks, len(asking))] == [sorted(past[row]) for row in asking]
+    segment_of = [s for s in batch.segments for _ in range(s.start, s.stop)]
+    for block in whole.blocks:
+        q, k = segment_of[block.q_start], segment_of[block.k_start]
+        assert block.gated == (q.after_video and k.is_video)
 
 
 def test_options_hang_off_one_prompt() -> None:
-    head = [1, 5, *[VIDEO_SLOT] * SLOTS, 6, 7, 8, 9]
-    options = [Example(Sequence("vqa", (*head, 20 + a, 10, 2), range(len(head), len(head) + 3), 2), 0, 0) for a in range(5)]
+    head = [1, 5, 6, 7, *[VIDEO_SLOT] * SLOTS, 6, 7, 8, 9]
+    options = [Example(Sequence("vqa", (*head, 20 + a, 10, 2), range(len(head), len(head) + 3), 4), 0, 0) for a in range(5)]
     batch = pack(options, torch.zeros(1, SLOTS, 768))
-    assert [s.stop - s.start for s in batch.segments] == [len(head), 2, 2, 2, 2, 2]
-    assert len(visibility(batch).calls) == 2, "the prompt, then all branches in one call"
+    assert [s.stop - s.start for s in batch.segments] == [4, 3, 4, 2, 2, 2, 2, 2]
+    branches = [b for b in visibility(batch.segments).blocks if b.q_stop == batch.num_rows]
+    assert [(b.q_stop - b.q_start, b.causal, b.count) for b in branches] == [(10, True, 5), (17, False, 1), (14, False, 1), (10, False, 1)]
+    assert [b.gated for b in branches].count(True) == 1

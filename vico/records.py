@@ -3,7 +3,7 @@
 Shape letters used in names everywhere:
 T rows of a packed stream, D model width, H heads, d head width, A adapter prompt length, F video slots,
 V videos of a micro-batch, C feature width (768), N token targets, M frame targets, S filled video slots,
-R rows that the output head reads.
+R rows that predict a target.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -57,6 +57,8 @@ class Segment:
     start: int
     stop: int
     parent: int | None  # place of the parent in the list of segments; parents stand before their children
+    is_video: bool  # all rows are video slots; else none is
+    after_video: bool  # all rows stand behind their sequence's video block; else none does
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +71,16 @@ class PackedBatch:
 
     token_ids_T: Tensor  # int64; 0 in video slots
     positions_T: Tensor  # int64, counted from the start of each sequence
-    after_video_T: Tensor  # bool: the row stands behind its sequence's video block
-    is_video_T: Tensor  # bool: the row is a video slot
     slot_rows_S: Tensor  # int64: the rows that are video slots
     slot_frames_S: Tensor  # int64: v * F + j of the frame that fills the slot
     features_VFC: Tensor  # float32 frame features of the distinct clips
     segments: tuple[Segment, ...]
-    head_rows_R: Tensor  # int64: distinct rows that predict a token
-    token_target_heads_N: Tensor  # int64: which of the R rows predicts the target
+    wanted_rows_R: Tensor  # int64, ascending, stays on the host: the rows that predict a target
+    token_targets_N: Tensor  # int64: which of the R rows predicts the target
     token_target_ids_N: Tensor  # int64
-    frame_rows_M: Tensor  # int64: rows that predict a frame
+    frame_targets_M: Tensor  # int64: which of the R rows predicts the target
     frame_videos_M: Tensor  # int64: v, whose frames are the candidates
-    frame_targets_M: Tensor  # int64: j
+    frame_target_ids_M: Tensor  # int64: j
     target_tasks: Tensor  # int64 [N + M]: place of the task in the run's list of tasks
     target_sequences: Tensor  # int64 [N + M]: place of the sequence in the micro-batch
     num_sequences: int
@@ -93,10 +93,13 @@ class PackedBatch:
     def to(self, device: torch.device) -> "PackedBatch":
         if device.type == "cpu":
             return self
-        moved = {f.name: v.to(device, non_blocking=True) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        moved = {name: v.to(device, non_blocking=True) for name, v in self._tensors().items() if name != "wanted_rows_R"}
         return replace(self, **cast(dict[str, Any], moved))
 
     def pin_memory(self) -> "PackedBatch":
         """Called by the data loader where a GPU is, so that the copies of `to` run beside the computation."""
-        pinned = {f.name: v.pin_memory() for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        pinned = {name: v.pin_memory() for name, v in self._tensors().items()}
         return replace(self, **cast(dict[str, Any], pinned))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}

@@ -5,6 +5,7 @@ options of a question follow, and the video that all its questions are asked abo
 stands before them, so equal beginnings have equal rows, whatever follows.
 """
 
+from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ class Example:
     task: int
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Node:
     start: int  # depth of its first token in the sequences below it
     stop: int
@@ -38,31 +39,30 @@ def pack(examples: Items[Example], features_VFC: Tensor, share: bool = True) -> 
     """One micro-batch as a packed stream; with `share` off every sequence stands alone (the reference path)."""
     num_slots = features_VFC.shape[1]
     paths = [_path(example, num_slots) for example in examples]
-    nodes = _tree(paths) if share else [_Node(0, len(path), [i], None) for i, path in enumerate(paths)]
+    nodes = _tree(paths, share)
     starts = np.cumsum([0, *(node.stop - node.start for node in nodes)])
-    segments = tuple(Segment(int(starts[i]), int(starts[i + 1]), node.parent) for i, node in enumerate(nodes))
 
     rows_of = [np.empty(len(path), np.int64) for path in paths]  # stream row of each position of each sequence
-    keys, positions, after = (np.empty(starts[-1], np.int64), np.empty(starts[-1], np.int64), np.zeros(starts[-1], bool))
-    for node, segment in zip(nodes, segments, strict=True):
-        rows = slice(segment.start, segment.stop)
+    keys, positions = np.empty(starts[-1], np.int64), np.empty(starts[-1], np.int64)
+    segments = []
+    for i, node in enumerate(nodes):
         first = node.members[0]
+        rows = slice(starts[i], starts[i + 1])
         keys[rows] = paths[first][node.start : node.stop]
         positions[rows] = np.arange(node.start, node.stop)
-        after[rows] = positions[rows] >= examples[first].sequence.video_start + num_slots
+        behind = node.start >= examples[first].sequence.video_start + num_slots
+        segments.append(Segment(int(starts[i]), int(starts[i + 1]), node.parent, bool(keys[starts[i]] < 0), behind))
         for member in node.members:
-            rows_of[member][node.start : node.stop] = np.arange(segment.start, segment.stop)
+            rows_of[member][node.start : node.stop] = np.arange(starts[i], starts[i + 1])
 
     slot_rows = np.flatnonzero(keys < 0)
     return PackedBatch(
         token_ids_T=torch.from_numpy(np.maximum(keys, 0)),
         positions_T=torch.from_numpy(positions),
-        after_video_T=torch.from_numpy(after),
-        is_video_T=torch.from_numpy(keys < 0),
         slot_rows_S=torch.from_numpy(slot_rows),
         slot_frames_S=torch.from_numpy(-1 - keys[slot_rows]),
         features_VFC=features_VFC,
-        segments=segments,
+        segments=tuple(segments),
         num_sequences=len(examples),
         num_real_tokens=sum(len(example.sequence.tokens) for example in examples),
         **_targets(examples, rows_of),
@@ -81,27 +81,41 @@ def _path(example: Example, num_slots: int) -> list[int]:
     return keys
 
 
-def _tree(paths: list[list[int]]) -> list[_Node]:
-    """The paths' radix tree: parents before their children, the children of one parent side by side."""
+def _tree(paths: list[list[int]], share: bool) -> list[_Node]:
+    """The paths' radix tree, level by level, so that the rows below a node are neighbours on each level.
+
+    A node holds video slots or text, never both: gate2 is then one number for all rows of one node against another's.
+    """
     nodes: list[_Node] = []
-    work: list[tuple[list[int], int, int | None]] = [(list(range(len(paths))), 0, None)]
+    groups = [list(range(len(paths)))] if share else [[i] for i in range(len(paths))]
+    work: deque[tuple[list[int], int, int | None]] = deque((group, 0, None) for group in groups)
     while work:
-        members, depth, parent = work.pop()
-        by_key: dict[int, list[int]] = {}
-        for member in members:
-            if len(paths[member]) > depth:
-                by_key.setdefault(paths[member][depth], []).append(member)
-        branches = []
-        for group in by_key.values():
-            stop = _common_stop([paths[m] for m in group], depth)
-            if len(group) == 1 or stop - depth >= MIN_SHARED or all(len(paths[m]) == stop for m in group):
-                branches.append((group, stop))
-            else:
-                branches += [([member], len(paths[member])) for member in group]
-        for group, stop in branches:
+        members, depth, parent = work.popleft()
+        for group in _branches(paths, members, depth):
+            stop = _kind_stop(paths[group[0]], depth, _common_stop([paths[m] for m in group], depth))
             nodes.append(_Node(depth, stop, group, parent))
             work.append((group, stop, len(nodes) - 1))
     return nodes
+
+
+def _branches(paths: list[list[int]], members: list[int], depth: int) -> list[list[int]]:
+    """`members` by how they go on at `depth`; those that would share too little go on alone."""
+    by_key: dict[int, list[int]] = {}
+    for member in members:
+        if len(paths[member]) > depth:
+            by_key.setdefault(paths[member][depth], []).append(member)
+    branches: list[list[int]] = []
+    for group in by_key.values():
+        stop = _common_stop([paths[m] for m in group], depth)
+        together = stop - depth >= MIN_SHARED or all(len(paths[m]) == stop for m in group)
+        branches += [group] if together else [[member] for member in group]
+    return branches
+
+
+def _kind_stop(path: list[int], depth: int, stop: int) -> int:
+    """Where, in [depth, stop), the path turns from text to video slots or back."""
+    is_video = path[depth] < 0
+    return next((i for i in range(depth, stop) if (path[i] < 0) != is_video), stop)
 
 
 def _common_stop(group: list[list[int]], depth: int) -> int:
@@ -128,14 +142,15 @@ def _targets(examples: Items[Example], rows_of: list[np.ndarray]) -> dict[str, T
     def repeated(of: list[tuple[int, Example]], values: list[int]) -> np.ndarray:
         return np.repeat(np.array(values, np.int64), [len(e.sequence.targets) for _, e in of])
 
-    head_rows, heads = np.unique(rows(tokens), return_inverse=True)
+    token_rows, frame_rows = rows(tokens), rows(frames)
+    wanted, places = np.unique(np.concatenate([token_rows, frame_rows]), return_inverse=True)
     fields = {
-        "head_rows_R": head_rows,
-        "token_target_heads_N": heads,
+        "wanted_rows_R": wanted,
+        "token_targets_N": places[: len(token_rows)],
         "token_target_ids_N": joined([np.array(e.sequence.tokens[e.sequence.targets.start : e.sequence.targets.stop]) for _, e in tokens]),
-        "frame_rows_M": rows(frames),
+        "frame_targets_M": places[len(token_rows) :],
         "frame_videos_M": repeated(frames, [e.clip for _, e in frames]),
-        "frame_targets_M": joined([np.arange(len(e.sequence.targets)) for _, e in frames]),
+        "frame_target_ids_M": joined([np.arange(len(e.sequence.targets)) for _, e in frames]),
         "target_tasks": np.concatenate([repeated(of, [e.task for _, e in of]) for of in (tokens, frames)]),
         "target_sequences": np.concatenate([repeated(of, [i for i, _ in of]) for of in (tokens, frames)]),
     }

@@ -1,148 +1,226 @@
 """Attention over a packed stream: out = softmax_k(s q.k + gate2 [query behind the video, key in the video]) V.
 
-Two implementations of one function. `attend_plain` builds the whole score matrix and is the definition; `attend_fused`
-calls PyTorch's fused kernel once per segment, which keeps no score matrix for backward. gate2 enters the fused kernel as
-extra dimensions of q and k, exactly: their product is gate2 where it applies and 0 elsewhere.
+The stream is a tree of segments, so what is visible of the score matrix is a list of blocks: each segment's own lower
+triangle, and full rectangles of later rows against it. gate2 is one number per head on some of the rectangles.
 
-The adapter's ten keys have a softmax of their own (`attend_adapter`), added by the caller.
+`attend_plain` builds the whole score matrix and is the definition. `attend_blocks` (CPU) runs PyTorch's fused kernel per
+block and merges the softmaxes by their log-sum-exp. `attend_sdpa` (any device) runs it per segment, with gate2 as extra
+dimensions of q and k.
 """
 
 import math
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 
-from vico.records import PackedBatch, Segment
+from vico.records import Segment
 
-MAX_SIBLING_ROWS = 64  # leaves of one parent run as one kernel call while their masked square stays this small
+MAX_SIBLING_ROWS = 64  # sdpa: leaves of one parent run as one masked call while their square stays this small
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Queries [q_start, q_stop) see keys [k_start, k_stop): all of them, or (causal) each those up to itself.
+
+    `count` > 1: a causal block of that many equal triangles side by side, each seeing itself alone.
+    """
+
+    q_start: int
+    q_stop: int
+    k_start: int
+    k_stop: int
+    causal: bool
+    gated: bool
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Visibility:
-    """Who sees whom in one packed stream, and where gate2 applies; made once per micro-batch, used by every layer."""
+    """Who sees whom among the rows of a stream. `queries`: the rows that ask, when not all do (the last layer)."""
 
-    calls: tuple["KernelCall", ...]
     segments: tuple[Segment, ...]
-    after_video_T: Tensor  # bool
-    is_video_T: Tensor  # bool
+    blocks: tuple[Block, ...]  # rows of queries counted among those that ask; each row's causal block comes first
+    queries: Tensor | None = None  # int64, ascending
 
 
-@dataclass(frozen=True, slots=True)
-class KernelCall:
-    """One fused call: the queries of `own` segments against the keys of `ancestors`, then their own."""
-
-    own: tuple[int, ...]
-    ancestors: tuple[int, ...]
-    mask: Tensor | None  # bool [queries, keys], True: visible; None: plain causal
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, Visibility], Tensor]
 
 
-def visibility(batch: PackedBatch) -> Visibility:
-    device = batch.token_ids_T.device
-    calls = tuple(_kernel_call(batch.segments, own, device) for own in _sibling_groups(batch.segments))
-    return Visibility(calls, batch.segments, batch.after_video_T, batch.is_video_T)
+def visibility(segments: tuple[Segment, ...]) -> Visibility:
+    """All rows ask. Host work, once per micro-batch."""
+    triangles = [Block(s.start, s.stop, s.start, s.stop, True, False) for s in segments]
+    return Visibility(segments, (*_merged(triangles), *_rectangles(segments)))
 
 
-def _ancestors(segments: Items[Segment], segment: int) -> tuple[int, ...]:
-    chain: list[int] = []
-    parent = segments[segment].parent
-    while parent is not None:
-        chain.append(parent)
-        parent = segments[parent].parent
-    return tuple(reversed(chain))
+def _rectangles(segments: Items[Segment]) -> Iterator[Block]:
+    """Of each segment, the rows below it against its keys; runs of neighbouring rows of one kind are one block."""
+    runs: dict[int, list[list[int]]] = {}
+    for segment in segments:
+        ancestor = segment.parent
+        while ancestor is not None:
+            found = runs.setdefault(ancestor, [])
+            gated = int(segment.after_video and segments[ancestor].is_video)
+            if found and found[-1][1] == segment.start and found[-1][2] == gated:
+                found[-1][1] = segment.stop
+            else:
+                found.append([segment.start, segment.stop, gated])
+            ancestor = segments[ancestor].parent
+    for ancestor, found in runs.items():
+        for start, stop, gated in found:
+            yield Block(start, stop, segments[ancestor].start, segments[ancestor].stop, False, bool(gated))
 
 
-def _sibling_groups(segments: Items[Segment]) -> list[tuple[int, ...]]:
-    """Segments in order, small neighbouring children of one parent taken together."""
-    groups: list[list[int]] = []
-    for i, segment in enumerate(segments):
-        if groups and segment.parent is not None:
-            first = segments[groups[-1][0]]
-            if first.parent == segment.parent and segment.stop - first.start <= MAX_SIBLING_ROWS:
-                groups[-1].append(i)
-                continue
-        groups.append([i])
-    return [tuple(group) for group in groups]
+def _merged(triangles: Items[Block]) -> list[Block]:
+    """Neighbouring triangles of one size (the branches of options) as one block."""
+    merged: list[Block] = []
+    for block in triangles:
+        size = block.q_stop - block.q_start
+        last = merged[-1] if merged else None
+        if last is not None and last.q_stop == block.q_start and (last.q_stop - last.q_start) == last.count * size:
+            merged[-1] = Block(last.q_start, block.q_stop, last.k_start, block.k_stop, True, False, last.count + 1)
+        else:
+            merged.append(block)
+    return merged
 
 
-def _kernel_call(segments: Items[Segment], own: tuple[int, ...], device: torch.device) -> KernelCall:
-    ancestors = _ancestors(segments, own[0])
-    if not ancestors:
-        return KernelCall(own, ancestors, None)
-    lengths = [segments[i].stop - segments[i].start for i in own]
-    num_before = sum(segments[i].stop - segments[i].start for i in ancestors)
-    square = torch.block_diag(*(torch.ones(n, n).tril_() for n in lengths)).bool()
-    return KernelCall(own, ancestors, torch.cat([torch.ones(sum(lengths), num_before, dtype=torch.bool), square], dim=1).to(device))
+def narrowed(seen: Visibility, rows: Tensor) -> Visibility:
+    """`seen` when only `rows` (host int64, ascending, distinct) ask: rectangles shrink, triangles split where rows are missing."""
+    asked = rows.tolist()
+    place = {row: i for i, row in enumerate(asked)}
+    blocks: list[Block] = []
+    for segment in seen.segments:
+        for start, stop in _runs([row for row in range(segment.start, segment.stop) if row in place]):
+            at = place[start]
+            blocks.append(Block(at, at + stop - start, start, stop, True, False))
+            if start > segment.start:
+                blocks.append(Block(at, at + stop - start, segment.start, start, False, False))
+    for block in _rectangles(seen.segments):
+        inside = [place[row] for row in range(block.q_start, block.q_stop) if row in place]
+        if inside:
+            blocks.append(Block(inside[0], inside[-1] + 1, block.k_start, block.k_stop, False, block.gated))
+    return Visibility(seen.segments, (*(b for b in blocks if b.causal), *(b for b in blocks if not b.causal)), rows)
 
 
-def attend_plain(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, seen: Visibility) -> Tensor:
-    """The definition (METHOD section 1), in fp32, with the whole [H, T, T] score matrix. Returns [T, H, d]."""
-    num_rows, _, width = q_THd.shape
-    scores_HTT = torch.einsum("qhd,khd->hqk", q_THd.float(), k_THd.float()) / math.sqrt(width)
-    if gate2_H is not None:
-        gated_TT = seen.after_video_T[:, None] & seen.is_video_T[None, :]
-        scores_HTT = scores_HTT + gate2_H.float()[:, None, None] * gated_TT
-    visible_TT = torch.zeros(num_rows, num_rows, dtype=torch.bool, device=q_THd.device)
-    for i, segment in enumerate(seen.segments):
-        rows = slice(segment.start, segment.stop)
-        for ancestor in _ancestors(seen.segments, i):
-            visible_TT[rows, seen.segments[ancestor].start : seen.segments[ancestor].stop] = True
+def _runs(rows: list[int]) -> Iterator[tuple[int, int]]:
+    """[start, stop) of each run of consecutive numbers."""
+    first = 0
+    for i in range(1, len(rows) + 1):
+        if i == len(rows) or rows[i] != rows[i - 1] + 1:
+            yield rows[first], rows[i - 1] + 1
+            first = i
+
+
+def attend_plain(q_QHd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, seen: Visibility) -> Tensor:
+    """The definition (METHOD section 1), in fp32, with the whole score matrix. Returns [Q, H, d]; Q rows ask."""
+    num_rows, _, width = k_THd.shape
+    visible_TT = torch.zeros(num_rows, num_rows, dtype=torch.bool)
+    gated_TT = torch.zeros(num_rows, num_rows, dtype=torch.bool)
+    for segment in seen.segments:
+        rows, ancestor = slice(segment.start, segment.stop), segment.parent
         visible_TT[rows, rows] = torch.ones_like(visible_TT[rows, rows]).tril_()
-    scores_HTT = scores_HTT.masked_fill(~visible_TT, -math.inf)
-    return torch.einsum("hqk,khd->qhd", scores_HTT.softmax(dim=-1), v_THd.float()).to(q_THd.dtype)
-
-
-def attend_fused(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, seen: Visibility) -> Tensor:
-    """The same by PyTorch's fused kernel, segment by segment. Returns [T, H, d]."""
-    width, dtype = q_THd.shape[-1], q_THd.dtype
-    if q_THd.device.type == "cpu" and dtype != torch.float32:
-        q_THd, k_THd, v_THd = q_THd.float(), k_THd.float(), v_THd.float()  # the CPU's half-precision kernel is the slower one
+        while ancestor is not None:
+            keys = slice(seen.segments[ancestor].start, seen.segments[ancestor].stop)
+            visible_TT[rows, keys] = True
+            gated_TT[rows, keys] = segment.after_video and seen.segments[ancestor].is_video
+            ancestor = seen.segments[ancestor].parent
+    if seen.queries is not None:
+        visible_TT, gated_TT = visible_TT[seen.queries], gated_TT[seen.queries]
+    scores_HQT = torch.einsum("qhd,khd->hqk", q_QHd.float(), k_THd.float()) / math.sqrt(width)
     if gate2_H is not None:
-        q_THd, k_THd, v_THd = _with_gate_dimensions(q_THd, k_THd, v_THd, gate2_H, seen)
-    lengths = [segment.stop - segment.start for segment in seen.segments]
-    # split, not slices: its backward is one concatenation, where each slice would make a zero tensor of full size.
-    q_s, k_s, v_s = (x.split(lengths) for x in (q_THd, k_THd, v_THd))
-    outs = []
-    for call in seen.calls:
-        keys = call.ancestors + call.own
-        q, k, v = _heads_first(q_s, call.own), _heads_first(k_s, keys), _heads_first(v_s, keys)
-        # The scale is that of the real head width, not of the widened one.
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=call.mask, is_causal=call.mask is None, scale=1 / math.sqrt(width))
-        outs.append(out[0].transpose(0, 1))
-    return torch.cat(outs)[..., :width].to(dtype)
+        scores_HQT = scores_HQT + gate2_H.float()[:, None, None] * gated_TT.to(q_QHd.device)
+    scores_HQT = scores_HQT.masked_fill(~visible_TT.to(q_QHd.device), -math.inf)
+    return torch.einsum("hqk,khd->qhd", scores_HQT.softmax(dim=-1), v_THd.float()).to(q_QHd.dtype)
 
 
-def _heads_first(pieces: tuple[Tensor, ...], chosen: tuple[int, ...]) -> Tensor:
-    """[1, H, rows, d] of the chosen segments."""
-    rows = pieces[chosen[0]] if len(chosen) == 1 else torch.cat([pieces[i] for i in chosen])
-    return rows.transpose(0, 1).unsqueeze(0)
+_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def _with_gate_dimensions(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor, seen: Visibility) -> tuple[Tensor, Tensor, Tensor]:
-    """q and k widened so that q'.k' = q.k + sqrt(d) gate2 where a row behind the video meets a video key; v by zeros.
+class _BlockAttention(Function):
+    """Fused attention per block, merged: with lse the log-sum-exp over all of a row's blocks, out = sum_b exp(lse_b - lse) out_b.
 
-    With c a power of two near sqrt(d), q gets [hi, lo] = gate2 sqrt(d) / c in two parts of the arithmetic's precision
-    (together about 16 bits in bf16) and k gets [c, c]. hi is not detached in lo: its gradient cancels there, so that
-    gate2 receives each row's gradient once.
+    Backward hands the kernel the merged out and lse, which makes each block's probabilities and gradients those of the
+    whole softmax. gate2 shifts a block's scores, hence its lse_b; its gradient is the sum of the scores' gradients,
+    sum_i p_i (dO_i . out_b,i - dO_i . out_i), p_i the block's share of row i.
     """
-    num_rows, num_heads, width = q_THd.shape
-    c = 2.0 ** round(math.log2(math.sqrt(width)))
-    x_H = gate2_H.float() * (math.sqrt(width) / c)
-    hi_H = x_H.to(q_THd.dtype)
-    lo_H = (x_H - hi_H.float()).to(q_THd.dtype)
-    # CUDA's kernels want head widths that are multiples of 8.
-    extra = 2 if q_THd.device.type == "cpu" else 2 + -(width + 2) % 8
-    pad = q_THd.new_zeros(num_heads, extra - 2)
-    q_extra_HE = torch.cat([hi_H[:, None], lo_H[:, None], pad], dim=1)
-    q_extra_THE = seen.after_video_T[:, None, None] * q_extra_HE
-    k_extra_THE = (seen.is_video_T.to(k_THd.dtype) * c)[:, None, None].expand(num_rows, num_heads, extra)
-    widened_v = F.pad(v_THd, (0, extra))
-    return torch.cat([q_THd, q_extra_THE], dim=-1), torch.cat([k_THd, k_extra_THE], dim=-1), widened_v
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, gate2_H: Tensor | None, blocks: tuple[Block, ...]) -> Tensor:
+        fq, fk, fv = q.float(), k.float(), v.float()  # the CPU's half-precision kernel is the slower one
+        out_QHd, lse_QH = torch.empty_like(fq), fq.new_empty(fq.shape[:2])
+        for block in blocks:
+            rows = slice(block.q_start, block.q_stop)
+            part, lse = _forward(block, fq, fk, fv)
+            if block.gated and gate2_H is not None:
+                lse = lse + gate2_H
+            if block.causal:  # the first block of its rows
+                out_QHd[rows], lse_QH[rows] = part, lse
+                continue
+            before = lse_QH[rows]
+            total = torch.logaddexp(before, lse)
+            out_QHd[rows] *= (before - total).exp_()[..., None]
+            out_QHd[rows].addcmul_(part, (lse - total).exp_()[..., None])
+            lse_QH[rows] = total
+        out_QHd = out_QHd.to(q.dtype)
+        ctx.save_for_backward(q, k, v, gate2_H, out_QHd, lse_QH)
+        ctx.blocks = blocks
+        return out_QHd
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, gate2_H, out, lse_QH = ctx.saved_tensors
+        fq, fk, fv, out_QHd, g_QHd = (t.float() for t in (q, k, v, out, gradients[0]))
+        dq, dk, dv = torch.zeros_like(fq), torch.zeros_like(fk), torch.zeros_like(fv)
+        gate2_gradient = None if gate2_H is None else torch.zeros_like(gate2_H)
+        for block in ctx.blocks:
+            rows, keys = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
+            lse = lse_QH[rows]
+            if block.gated and gate2_H is not None and gate2_gradient is not None:
+                part, part_lse = _forward(block, fq, fk, fv)
+                share_qH = (part_lse + gate2_H - lse).exp_()
+                gate2_gradient += (share_qH * (g_QHd[rows] * (part - out_QHd[rows])).sum(dim=-1)).sum(dim=0)
+                lse = lse - gate2_H
+            part_dq, part_dk, part_dv = _backward(block, g_QHd, fq, fk, fv, out_QHd, lse)
+            dq[rows] += part_dq
+            dk[keys] += part_dk
+            dv[keys] += part_dv
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), gate2_gradient, None
 
 
-def attend_adapter(q_THd: Tensor, k_AHd: Tensor, v_AHd: Tensor) -> Tensor:
-    """softmax_a(s q.Kad_a) Vad, the same few keys for every row (METHOD section 1). Returns [T, H, d]."""
-    scores_HTA = torch.einsum("thd,ahd->hta", q_THd, k_AHd).float() / math.sqrt(q_THd.shape[-1])
-    return torch.einsum("hta,ahd->thd", scores_HTA.softmax(dim=-1).to(v_AHd.dtype), v_AHd)
+def _cut(x_THd: Tensor, start: int, stop: int, count: int) -> Tensor:
+    """Rows [start, stop) as the kernel takes them: [count, H, rows, d]."""
+    return x_THd[start:stop].unflatten(0, (count, -1)).transpose(1, 2)
+
+
+def _joined(x_nHrd: Tensor) -> Tensor:
+    return x_nHrd.transpose(1, 2).flatten(0, 1)
+
+
+def _forward(block: Block, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """(out [rows, H, d], lse [rows, H]) of one block."""
+    keys = (block.k_start, block.k_stop, block.count)
+    queries = _cut(q, block.q_start, block.q_stop, block.count)
+    out, lse = _kernel(queries, _cut(k, *keys), _cut(v, *keys), 0.0, block.causal, scale=q.shape[-1] ** -0.5)
+    return _joined(out), lse.transpose(1, 2).flatten(0, 1)
+
+
+def _backward(block: Block, g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse_qH: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of one block's queries, keys and values."""
+    queries, keys = (block.q_start, block.q_stop, block.count), (block.k_start, block.k_stop, block.count)
+    lse = lse_qH.unflatten(0, (block.count, -1)).transpose(1, 2).contiguous()
+    parts = _kernel_backward(
+        _cut(g, *queries), _cut(q, *queries), _cut(k, *keys), _cut(v, *keys), _cut(out, *queries), lse, 0.0, block.causal,
+        scale=q.shape[-1] ** -0.5,
+    )  # fmt: skip
+    return tuple(_joined(part) for part in parts)
+
+
+def attend_blocks(q_QHd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, seen: Visibility) -> Tensor:
+    """Block by block on a CPU; keeps q, k, v, the output and one number per row and head. Returns [Q, H, d]."""
+    out: Tensor = _BlockAttention.apply(q_QHd, k_THd, v_THd, gate2_H, seen.blocks)
+    return out

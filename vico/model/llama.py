@@ -3,16 +3,14 @@
 A layer that is adapted owns two gates; what flows to it besides the stream is its prompt and who sees whom.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vico.model.attention import Visibility, attend_adapter
-
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, Visibility], Tensor]
+from vico.model.attention import Attend, Visibility, narrowed
+from vico.model.functions import AdapterAttention, FrozenProduct, FrozenRMSNorm, SwiGLU, TargetCrossEntropy
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class FrozenLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_out, num_in, dtype=dtype), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return FrozenProduct.apply(x, self.weight)
 
 
 class FrozenEmbedding(nn.Module):
@@ -57,6 +55,14 @@ class FrozenEmbedding(nn.Module):
         return F.embedding(ids, self.weight)
 
 
+class OutputHead(FrozenLinear):
+    """The product with the vocabulary, never whole: straight to the losses of targets."""
+
+    def forward(self, h_RD: Tensor, heads_N: Tensor, ids_N: Tensor) -> Tensor:  # type: ignore[override]
+        """Cross-entropy [N], fp32, of token ids_N[n] at row heads_N[n] of h_RD."""
+        return TargetCrossEntropy.apply(h_RD, self.weight, heads_N, ids_N)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) in fp32, then the frozen weight."""
 
@@ -66,20 +72,33 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim, dtype=dtype), requires_grad=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return F.rms_norm(x_TD.float(), (x_TD.shape[-1],), eps=self.eps).to(x_TD.dtype) * self.weight
+        return FrozenRMSNorm.apply(x_TD, self.weight, self.eps)
 
 
-def rotary_angles(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each fp32 [T, 1, head_dim / 2], of each row's position."""
+def rotary_angles(positions_T: Tensor, head_dim: int, theta: float) -> Tensor:
+    """exp(i angle), complex64 [T, 1, head_dim / 2], of each row's position."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim)
     angles = positions_T.float()[:, None, None] * frequencies
-    return angles.cos(), angles.sin()
+    return torch.polar(torch.ones_like(angles), angles)
 
 
-def rotate(x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of interleaved pairs (x0, x1), (x2, x3), ..., in fp32."""
-    even, odd = x_THd.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x_THd.dtype)
+def rotate(x_THd: Tensor, rotary_T: Tensor) -> Tensor:
+    """Rotary embedding of interleaved pairs (x0, x1), (x2, x3), ..., in fp32: each pair is a complex number that turns."""
+    pairs = torch.view_as_complex(x_THd.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotary_T).flatten(-2).to(x_THd.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What every layer sees besides the stream: rotary of each row, who sees whom, and the function that attends."""
+
+    rotary_T: Tensor
+    seen: Visibility
+    attend: Attend
+
+    def narrowed(self, rows: Tensor) -> "Context":
+        """The same where only `rows` (host int64, ascending) ask."""
+        return Context(self.rotary_T, narrowed(self.seen, rows), self.attend)
 
 
 class Attention(nn.Module):
@@ -96,15 +115,19 @@ class Attention(nn.Module):
             self.gate1 = nn.Parameter(torch.empty(1, shape.n_heads, 1, 1, dtype=torch.float32))
             self.gate2 = nn.Parameter(torch.empty(1, shape.n_heads, 1, 1, dtype=torch.float32))
 
-    def forward(self, x_TD: Tensor, prompt_AD: Tensor | None, rotary: tuple[Tensor, Tensor], seen: Visibility, attend: Attend) -> Tensor:
-        q_THd, k_THd, v_THd = (w(x_TD).unflatten(-1, (self.num_heads, -1)) for w in (self.wq, self.wk, self.wv))
-        q_THd, k_THd = rotate(q_THd, *rotary), rotate(k_THd, *rotary)
+    def forward(self, x_TD: Tensor, prompt_AD: Tensor | None, context: Context) -> Tensor:
+        """[Q, D] for the Q rows that ask: all T, or context.seen.queries."""
+        queries = context.seen.queries
+        asking = None if queries is None else queries.to(x_TD.device, non_blocking=True)
+        x_QD, rotary_Q = (x_TD, context.rotary_T) if asking is None else (x_TD[asking], context.rotary_T[asking])
+        q_QHd, k_THd, v_THd = (w(x).unflatten(-1, (self.num_heads, -1)) for w, x in ((self.wq, x_QD), (self.wk, x_TD), (self.wv, x_TD)))
+        q_QHd, k_THd = rotate(q_QHd, rotary_Q), rotate(k_THd, context.rotary_T)
         if prompt_AD is None:
-            return self.wo(attend(q_THd, k_THd, v_THd, None, seen).flatten(-2))
-        out_THd = attend(q_THd, k_THd, v_THd, self.gate2.flatten(), seen)
+            return self.wo(context.attend(q_QHd, k_THd, v_THd, None, context.seen).flatten(-2))
+        out_QHd = context.attend(q_QHd, k_THd, v_THd, self.gate2.flatten(), context.seen)
         k_AHd, v_AHd = (w(prompt_AD).unflatten(-1, (self.num_heads, -1)) for w in (self.wk, self.wv))
-        gate_H1 = self.gate1.tanh().flatten()[:, None].to(out_THd.dtype)
-        return self.wo((out_THd + gate_H1 * attend_adapter(q_THd, k_AHd, v_AHd)).flatten(-2))
+        out_QHd = out_QHd + AdapterAttention.apply(q_QHd, k_AHd, v_AHd, self.gate1.flatten())
+        return self.wo(out_QHd.flatten(-2))
 
 
 class FeedForward(nn.Module):
@@ -115,7 +138,7 @@ class FeedForward(nn.Module):
         self.w3 = FrozenLinear(shape.dim, shape.hidden_dim, dtype)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x_TD)) * self.w3(x_TD))
+        return self.w2(SwiGLU.apply(self.w1(x_TD), self.w3(x_TD)))
 
 
 class Block(nn.Module):
@@ -126,9 +149,12 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(shape.dim, shape.norm_eps, dtype)
         self.ffn_norm = RMSNorm(shape.dim, shape.norm_eps, dtype)
 
-    def forward(self, x_TD: Tensor, prompt_AD: Tensor | None, rotary: tuple[Tensor, Tensor], seen: Visibility, attend: Attend) -> Tensor:
-        h_TD = x_TD + self.attention(self.attention_norm(x_TD), prompt_AD, rotary, seen, attend)
-        return h_TD + self.feed_forward(self.ffn_norm(h_TD))
+    def forward(self, x_TD: Tensor, prompt_AD: Tensor | None, context: Context) -> Tensor:
+        """The rows that ask, [Q, D]; where only some do, the others end here."""
+        queries = context.seen.queries
+        residual = x_TD if queries is None else x_TD[queries.to(x_TD.device, non_blocking=True)]
+        h_QD = residual + self.attention(self.attention_norm(x_TD), prompt_AD, context)
+        return h_QD + self.feed_forward(self.ffn_norm(h_QD))
 
 
 class Llama(nn.Module):
@@ -140,13 +166,16 @@ class Llama(nn.Module):
         self.tok_embeddings = FrozenEmbedding(shape.vocab_size, shape.dim, dtype)
         self.layers = nn.ModuleList(Block(shape, i >= shape.n_layers - num_adapted, dtype) for i in range(shape.n_layers))
         self.norm = RMSNorm(shape.dim, shape.norm_eps, dtype)
-        self.output = FrozenLinear(shape.dim, shape.vocab_size, dtype)
+        self.output = OutputHead(shape.dim, shape.vocab_size, dtype)
 
-    def trunk(self, x_TD: Tensor, prompts_GAD: Tensor, positions_T: Tensor, seen: Visibility, attend: Attend) -> Tensor:
-        """Hidden states behind the final norm, [T, D]. All layers run; the lower ones without prompt and gates."""
-        rotary = rotary_angles(positions_T, self.shape.head_dim, self.shape.rope_theta)
+    def trunk(self, x_TD: Tensor, prompts_GAD: Tensor, context: Context, wanted_R: Tensor) -> Tensor:
+        """Hidden states [R, D] behind the final norm, of the rows `wanted_R` (host int64, ascending).
+
+        All layers run, the lower ones without prompt and gates; the last one only where its output is wanted.
+        """
         num_plain = len(self.layers) - self.num_adapted
         for i, layer in enumerate(self.layers):
-            x_TD = layer(x_TD, prompts_GAD[i - num_plain] if i >= num_plain else None, rotary, seen, attend)
-        normed: Tensor = self.norm(x_TD)
-        return normed
+            last = i + 1 == len(self.layers)
+            prompt_AD = prompts_GAD[i - num_plain] if i >= num_plain else None
+            x_TD = layer(x_TD, prompt_AD, context.narrowed(wanted_R) if last else context)
+        return self.norm(x_TD)

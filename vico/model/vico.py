@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vico.model.attention import attend_fused, visibility
-from vico.model.llama import Llama, LlamaShape
+from vico.model.attention import Attend, attend_blocks, visibility
+from vico.model.llama import Context, Llama, LlamaShape, rotary_angles
 from vico.records import PackedBatch
 
 FEATURE_WIDTH = 768  # CLIP ViT-L/14
@@ -21,7 +21,8 @@ class ViCo(Llama):
 
     def __init__(self, shape: LlamaShape, num_adapted: int, adapter_len: int, num_slots: int, tau: float, dtype: torch.dtype) -> None:
         super().__init__(shape, num_adapted, dtype)
-        self.adapter_len, self.tau, self.attend = adapter_len, tau, attend_fused
+        self.adapter_len, self.tau = adapter_len, tau
+        self.attend: Attend = attend_blocks
         self.adapter_query = nn.Embedding(num_adapted * adapter_len, shape.dim, dtype=torch.float32)
         self.visual_proj = nn.Linear(FEATURE_WIDTH, shape.dim, bias=False, dtype=torch.float32)
         self.temporal_emb = nn.Embedding(num_slots, shape.dim, dtype=torch.float32)
@@ -35,21 +36,17 @@ class ViCo(Llama):
         # embedding, not indexing: a clip that fills the slots of several sequences then has a deterministic gradient.
         slots_SD = F.embedding(batch.slot_frames_S, frames_VFD.flatten(0, 1)).to(self.dtype)
         x_TD = self.tok_embeddings(batch.token_ids_T).index_copy(0, batch.slot_rows_S, slots_SD)
-        h_TD = self.trunk(x_TD, prompts_GAD, batch.positions_T, visibility(batch), self.attend)
-        return torch.cat([self._token_losses(h_TD, batch), self._frame_losses(h_TD, projected_VFD, batch)])
+        rotary_T = rotary_angles(batch.positions_T, self.shape.head_dim, self.shape.rope_theta)
+        h_RD = self.trunk(x_TD, prompts_GAD, Context(rotary_T, visibility(batch.segments), self.attend), batch.wanted_rows_R)
+        token_losses_N = self.output(h_RD, batch.token_targets_N, batch.token_target_ids_N)
+        return torch.cat([token_losses_N, self._frame_losses(h_RD, projected_VFD, batch)])
 
-    def _token_losses(self, h_TD: Tensor, batch: PackedBatch) -> Tensor:
-        """Cross-entropy [N] over the vocabulary; only rows that predict a target go through the output head."""
-        logits_RV = self.output(h_TD.index_select(0, batch.head_rows_R)).float()
-        normalizer_R = logits_RV.logsumexp(dim=-1)
-        return normalizer_R[batch.token_target_heads_N] - logits_RV[batch.token_target_heads_N, batch.token_target_ids_N]
-
-    def _frame_losses(self, h_TD: Tensor, projected_VFD: Tensor, batch: PackedBatch) -> Tensor:
+    def _frame_losses(self, h_RD: Tensor, projected_VFD: Tensor, batch: PackedBatch) -> Tensor:
         """Cross-entropy [M] over a video's F frames of h . visual_proj(feature) / tau, features without temporal embedding."""
-        h_MD = h_TD.index_select(0, batch.frame_rows_M).float()
+        h_MD = h_RD.index_select(0, batch.frame_targets_M).float()
         frames_MFD = projected_VFD.index_select(0, batch.frame_videos_M)
         logits_MF = torch.einsum("md,mfd->mf", h_MD, frames_MFD) / self.tau
-        return F.cross_entropy(logits_MF, batch.frame_targets_M, reduction="none")
+        return F.cross_entropy(logits_MF, batch.frame_target_ids_M, reduction="none")
 
 
 def trainable_shapes(shape: LlamaShape, num_adapted: int, adapter_len: int, num_slots: int) -> dict[str, tuple[int, ...]]:

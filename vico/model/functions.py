@@ -1,0 +1,135 @@
+"""Autograd functions that keep for backward only what a frozen backbone needs, with the gradient written out.
+
+Plain autograd keeps the inputs of frozen products, the fp32 copies of norms and the logits; at 7B that is 150-195 KiB
+per token and layer. With these it is 91: of the residual stream twice, q, k, v, the attention's output, w1 x and w3 x.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+HEAD_CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}  # of fp32 logits at a time; on a CPU, what stays in its cache
+
+
+class FrozenProduct(Function):
+    """x W^T. Keeps a reference to the parameter, not its value: under ZeRO-3 the value is gathered again for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
+        return gradients[0] @ ctx.weight if ctx.needs_input_grad[0] else None, None
+
+
+class FrozenRMSNorm(Function):
+    """w x / rms(x) over the last dimension, in fp32; keeps x and one number per row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        width = x.shape[-1]
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(width)
+        scale = mean_square.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, scale)
+        ctx.weight = weight
+        return (x.float() * scale).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        x, scale = ctx.saved_tensors
+        gradient = (gradients[0] * ctx.weight).float()
+        x_hat = x.float() * scale
+        along = (gradient * x_hat).mean(dim=-1, keepdim=True)
+        return gradient.addcmul_(x_hat, along, value=-1).mul_(scale).to(x.dtype), None, None
+
+
+class SwiGLU(Function):
+    """silu(a) * b; keeps a and b."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return F.silu(a).mul_(b)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        gradient = gradients[0]
+        sigmoid = a.sigmoid()
+        silu = a * sigmoid
+        # d silu / da = sigmoid + silu (1 - sigmoid)
+        slope = sigmoid.addcmul(silu, 1 - sigmoid)
+        return slope.mul_(gradient).mul_(b), silu.mul_(gradient)
+
+
+class AdapterAttention(Function):
+    """tanh(gate1_h) softmax_a(q.K_a / sqrt d) V, the same few keys for every row; keeps q and recomputes the rest."""
+
+    @staticmethod
+    def forward(ctx: Any, q_THd: Tensor, k_AHd: Tensor, v_AHd: Tensor, gate1_H: Tensor) -> Tensor:
+        ctx.save_for_backward(q_THd, k_AHd, v_AHd, gate1_H)
+        weights_HTA = _adapter_weights(q_THd, k_AHd) * gate1_H.tanh()[:, None, None]
+        return torch.matmul(weights_HTA.to(v_AHd.dtype), v_AHd.transpose(0, 1)).transpose(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        q_THd, k_AHd, v_AHd, gate1_H = ctx.saved_tensors
+        g_HTd = gradients[0].transpose(0, 1)
+        gate_H11 = gate1_H.tanh()[:, None, None]
+        weights_HTA = _adapter_weights(q_THd, k_AHd)
+        # Gradient with respect to the softmax's output, before the gate.
+        along_HTA = torch.matmul(g_HTd, v_AHd.permute(1, 2, 0)).float()
+        mean_HT1 = (weights_HTA * along_HTA).sum(dim=-1, keepdim=True)
+        gate1_gradient = mean_HT1.sum(dim=(1, 2)) * (1 - gate_H11.flatten().square())
+        scores_HTA = (weights_HTA * (along_HTA - mean_HT1) * (gate_H11 / q_THd.shape[-1] ** 0.5)).to(q_THd.dtype)
+        q_gradient = torch.matmul(scores_HTA, k_AHd.transpose(0, 1)).transpose(0, 1)
+        k_gradient = torch.matmul(scores_HTA.transpose(1, 2), q_THd.transpose(0, 1)).transpose(0, 1)
+        v_gradient = torch.matmul((weights_HTA * gate_H11).to(g_HTd.dtype).transpose(1, 2), g_HTd).transpose(0, 1)
+        return q_gradient, k_gradient, v_gradient, gate1_gradient
+
+
+def _adapter_weights(q_THd: Tensor, k_AHd: Tensor) -> Tensor:
+    scores_HTA = torch.matmul(q_THd.transpose(0, 1), k_AHd.permute(1, 2, 0)).float()
+    return scores_HTA.mul_(q_THd.shape[-1] ** -0.5).softmax(dim=-1)
+
+
+class TargetCrossEntropy(Function):
+    """Losses [N] of targets (heads_N, ids_N) under softmax(h_RD W^T), in chunks of rows; no logits are kept.
+
+    A target's gradient is its loss's gradient times (softmax W - W[id]), which forward can already make: [N, D] is kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h_RD: Tensor, weight_VD: Tensor, heads_N: Tensor, ids_N: Tensor) -> Tensor:
+        num_rows = h_RD.shape[0]
+        chunk = max(1, HEAD_CHUNK_BYTES["cuda" if h_RD.is_cuda else "cpu"] // (4 * weight_VD.shape[0]))
+        normalizer_R = h_RD.new_empty(num_rows, dtype=torch.float32)
+        expected_RD = torch.empty_like(h_RD) if ctx.needs_input_grad[0] else None
+        for first in range(0, num_rows, chunk):
+            rows = slice(first, first + chunk)
+            logits = (h_RD[rows] @ weight_VD.t()).float()
+            largest = logits.amax(dim=-1, keepdim=True)
+            # exp and sum by hand: torch.logsumexp takes 15 times as long on a CPU.
+            exponentials = logits.sub_(largest).exp_()
+            total = exponentials.sum(dim=-1, keepdim=True)
+            normalizer_R[rows] = (total.log() + largest).squeeze(-1)
+            if expected_RD is not None:
+                expected_RD[rows] = exponentials.div_(total).to(weight_VD.dtype) @ weight_VD
+        chosen_ND = weight_VD[ids_N]
+        target_logits_N = (h_RD[heads_N].float() * chosen_ND.float()).sum(dim=-1)
+        if expected_RD is not None:
+            ctx.save_for_backward(expected_RD[heads_N].sub_(chosen_ND), heads_N)
+            ctx.num_rows = num_rows
+        return normalizer_R[heads_N] - target_logits_N
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        difference_ND, heads_N = ctx.saved_tensors
+        scaled_ND = difference_ND * gradients[0].to(difference_ND.dtype)[:, None]
+        # Each row has one target where nothing is shared; adding is right where several have the same row.
+        return scaled_ND.new_zeros(ctx.num_rows, scaled_ND.shape[1]).index_add_(0, heads_N, scaled_ND), None, None, None
