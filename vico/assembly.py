@@ -17,6 +17,7 @@ from vico.data.tokenizer import Tokenizer
 from vico.dist import World
 from vico.engine import Engine, construction, fill, read_config
 from vico.errors import UserError
+from vico.model.attention_packed import choose
 from vico.model.vico import ViCo, trainable_shapes
 from vico.model.weights import MetaWeights
 from vico.optim import make_optimizer
@@ -86,13 +87,16 @@ def build_engine(config: RunConfig, inputs: Inputs, trainables: dict[str, Tensor
     """The model with the backbone from the files and these trainables, under DeepSpeed. A collective of all ranks."""
     with world.agreeing():
         ds_config = read_config(config.deepspeed, config.precision, config.batch_size, config.accum_iter, world.size)
-    dtype = DTYPES[config.precision]
+        dtype = DTYPES[config.precision]
+        attend, description = choose(config.attention, world.device, dtype)
     with construction(ds_config, world.device):
         model = ViCo(inputs.weights.shape, inputs.num_adapted, config.adapter_len, config.max_feats, config.tau, dtype)
     for name, parameter in model.named_parameters():
         fill(parameter, partial(trainables.__getitem__ if name in trainables else inputs.weights.read, name))
+    model.attend = attend
     _require_declared(model, inputs.trainable_shapes)
-    return Engine(model, make_optimizer([p for p in model.parameters() if p.requires_grad], config.weight_decay), ds_config, dtype)
+    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], config.weight_decay)
+    return Engine(model, optimizer, ds_config, dtype, description)
 
 
 def _require_declared(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:

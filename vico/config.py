@@ -34,6 +34,9 @@ class RunConfig:
     adapter_layer: int | None = _flag(
         None, MODEL, "how many of the top layers get adapter prompts and gates (default: all); all layers always run"
     )
+    attention: Literal["auto", "plain", "blocks", "sdpa", "varlen", "flash_attn"] = _flag(
+        "auto", MODEL, "how attention is computed; all compute the same"
+    )
     adapter_len: int = _flag(10, MODEL, "adapter prompts per adapted layer")
     max_feats: int = _flag(10, MODEL, "video slots per sequence; longer videos are sampled evenly, shorter ones padded with zero features")
     bias: float = _flag(3.0, MODEL, "the video gates start at minus this")
@@ -63,6 +66,9 @@ class RunConfig:
     qav: bool = _flag(False, OBJECTIVE, "add the objective: predict the video from question and answer")
 
     batch_size: int = _flag(64, OPTIMIZATION, "questions per device and micro-batch")
+    max_tokens: int | None = _flag(
+        None, OPTIMIZATION, "cut a step's questions into micro-batches of at most this many tokens instead of by --batch_size"
+    )
     accum_iter: int = _flag(1, OPTIMIZATION, "micro-batches per optimizer step")
     epochs: int = _flag(400, OPTIMIZATION, "passes over the training questions; also the length of the learning-rate schedule")
     warmup_epochs: float = _flag(40.0, OPTIMIZATION, "epochs of linear warm-up from 0, then half a cosine to --min_lr")
@@ -82,7 +88,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("adapter_len", "max_feats", "max_seq_len", "max_cap_len", "batch_size", "accum_iter", "epochs"):
             _require(getattr(self, name) >= 1, name, self, "a whole number of at least 1")
-        for name in ("adapter_layer", "max_steps"):
+        for name in ("adapter_layer", "max_steps", "max_tokens"):
             _require(getattr(self, name) is None or getattr(self, name) >= 1, name, self, "a whole number of at least 1")
         for name in ("cap", "blr", "min_lr", "weight_decay", "warmup_epochs", "num_workers", "seed"):
             _require(0 <= getattr(self, name) < float("inf"), name, self, "0 or more, and finite")
@@ -123,6 +129,7 @@ NOT_IDENTITY = frozenset(
         "max_steps",
         "num_workers",
         "deepspeed",
+        "attention",
     }
 )
 # What a checkpoint's tensors are shaped by; evaluation takes these from the checkpoint whatever the flags say.

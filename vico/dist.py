@@ -37,6 +37,12 @@ class World:
         torch_dist.all_reduce(values, group=self.host_group)
         return values
 
+    def gather(self, values: Tensor) -> Tensor:
+        """[ranks, ...]: every rank's host tensor, in the order of ranks."""
+        found = [torch.empty_like(values) for _ in range(self.size)]
+        torch_dist.all_gather(found, values, group=self.host_group)
+        return torch.stack(found)
+
     def barrier(self) -> None:
         torch_dist.barrier(group=self.host_group)
 

@@ -125,8 +125,12 @@ def fill(parameter: nn.Parameter, value: Callable[[], Tensor]) -> None:
 class Engine:
     """A model under DeepSpeed: forward, backward of micro-batches, step, and the trainables' full state."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], dtype: torch.dtype, attention: str = ""
+    ) -> None:
         import deepspeed
+
+        self.attention = attention  # what it is and why, for the log
 
         self.module, self._scale = model, GRADIENT_SCALE[dtype]
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(config))

@@ -90,7 +90,7 @@ def _train(config: RunConfig, world: World, inputs: Inputs, engine: Engine, star
     steps = TrainingSteps(
         inputs.questions["train"], inputs.captions, inputs.features, inputs.prompts, num_slots=config.max_feats, tasks=config.tasks,
         micro_batch_size=config.batch_size, accumulation=config.accum_iter, rank=world.rank, world_size=world.size, seed=config.seed,
-        shuffle=not config.no_shuffle, crop=config.caption_crop == "sentence",
+        shuffle=not config.no_shuffle, crop=config.caption_crop == "sentence", max_tokens=config.max_tokens,
     )  # fmt: skip
     progress = _start_progress(start, steps, config)
     if start is not None and start.moments is not None:
@@ -101,7 +101,7 @@ def _train(config: RunConfig, world: World, inputs: Inputs, engine: Engine, star
         return
     peak_lr = peak_learning_rate(config.lr, config.blr, steps.questions_per_step)
     log = _open_log(config, world, progress, steps, peak_lr)
-    where = f"{world.size} rank(s) on {world.device.type}, ZeRO-{engine.stage}, {config.precision}"
+    where = f"{world.size} rank(s) on {world.device.type}, ZeRO-{engine.stage}, {config.precision}, {engine.attention}"
     world.say(
         f"training steps {progress.step + 1} to {last_step}, {steps.steps_per_epoch} per epoch, {steps.questions_per_step} questions each; {where}"
     )
@@ -130,29 +130,32 @@ def train_step(engine: Engine, step: Step, task_weights: tuple[float, ...], lr: 
     The loss is the weighted sum over tasks of the mean over the task's targets in the whole step (METHOD section 3), so
     each micro-batch adds its sum of losses divided by the step's count.
     """
-    totals = world.sum(torch.cat([step.target_counts, torch.tensor([step.num_real_tokens, step.error is not None])]))
-    if totals[-1]:
+    numbers = torch.tensor([len(step.micro_batches), step.num_real_tokens, step.error is not None])
+    totals = world.gather(torch.cat([step.target_counts, numbers]))
+    if totals[:, -1].any():
         with world.agreeing():
             if step.error is not None:
                 raise step.error
-    counts = totals[:-2]
+    counts, num_micro_batches = totals[:, :-3].sum(dim=0), int(totals[:, -3].max())
     weights = torch.tensor(task_weights, dtype=torch.float64) / counts.clamp(min=1)
     weights = weights.to(world.device, torch.float32, non_blocking=True)
     engine.train(True)
     loss_sums = torch.zeros(len(counts), dtype=torch.float64, device=world.device)
-    for i, micro_batch in enumerate(step.micro_batches):
+    for i in range(num_micro_batches):
+        micro_batch = step.micro_batches[i] if i < len(step.micro_batches) else step.dummy
+        assert micro_batch is not None
         micro_batch = micro_batch.to(world.device)
         losses = engine.forward(micro_batch)
         sums = sums_by_task(losses, micro_batch, len(counts))
         loss_sums += sums.detach()
-        engine.backward((sums.float() * weights).sum(), last=i + 1 == len(step.micro_batches))
+        engine.backward((sums.float() * weights).sum(), last=i + 1 == num_micro_batches)
     loss_sums = world.sum(loss_sums.cpu())  # waits for the device; the loss must be known good before the update
     if not loss_sums.isfinite().all():
         raise TrainingFault("the loss is not finite; the update was not made; try a lower --blr, or --precision bf16 or fp32")
     grad_norm, updated = engine.step(lr)
     if not updated:
         raise TrainingFault("a gradient is not finite; the update was not made; try a lower --blr, or --precision bf16 or fp32")
-    return StepReport(loss_sums.tolist(), counts.tolist(), grad_norm, int(totals[-2]))
+    return StepReport(loss_sums.tolist(), counts.tolist(), grad_norm, int(totals[:, -2].sum()))
 
 
 def sums_by_task(losses: Tensor, batch: PackedBatch, num_tasks: int) -> Tensor:

@@ -23,15 +23,21 @@ EVALUATION_TOKENS = 2048  # prompts of about this many tokens are scored in one 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A rank's share of one optimizer step; every rank has as many micro-batches. Or the error that preparing it met."""
+    """A rank's share of one optimizer step, or the error that preparing it met.
+
+    `dummy` has no targets: a rank with fewer micro-batches than another runs it instead, since under ZeRO-3 every rank
+    must run as many forwards.
+    """
 
     micro_batches: tuple[PackedBatch, ...]
+    dummy: PackedBatch | None
     target_counts: torch.Tensor  # int64 [tasks] of this rank
     num_real_tokens: int
     error: UserError | None = None
 
     def pin_memory(self) -> "Step":
-        return Step(tuple(b.pin_memory() for b in self.micro_batches), self.target_counts, self.num_real_tokens, self.error)
+        pinned = tuple(b.pin_memory() for b in self.micro_batches)
+        return Step(pinned, self.dummy and self.dummy.pin_memory(), self.target_counts, self.num_real_tokens, self.error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,9 @@ class Chunk:
         return Chunk(self.questions, self.batch and self.batch.pin_memory(), self.error)
 
 
+Triple = tuple[Question, Sequence, int]  # with the place of its task
+
+
 class _Builder:
     """What training and evaluation share: clips are sampled once per micro-batch, sequences refer to them."""
 
@@ -53,8 +62,8 @@ class _Builder:
         self.questions, self._features, self._prompts = questions, features, prompts
         self._num_slots, self._share = num_slots, share
 
-    def _pack(self, sequences: list[tuple[Question, Sequence, int]]) -> PackedBatch:
-        """One micro-batch from (question, sequence, task) triples."""
+    def _pack(self, sequences: Items[Triple]) -> PackedBatch:
+        """One micro-batch."""
         clips: dict[tuple[str, tuple[int, int] | None], int] = {}
         examples = [Example(s, clips.setdefault((q.video, q.feature_rows), len(clips)), task) for q, s, task in sequences]
         features_VFC = torch.stack([self._features.sample(video, rows, self._num_slots) for video, rows in clips])
@@ -71,17 +80,18 @@ class TrainingSteps(_Builder, Dataset[Step]):
     """Item (epoch, step): this rank's micro-batches of that step.
 
     A step takes the next batch_size * accum_iter * ranks questions of the epoch's order; the last one of an epoch takes
-    what is left. A question brings one sequence per task.
+    what is left. A question brings one sequence per task. Ranks get questions of about equal length in all; micro-batches
+    hold `micro_batch_size` questions, or as many as fit `max_tokens`.
     """
 
     def __init__(
         self, questions: Items[Question], captions: dict[str, str], features: Features, prompts: Prompts, *, num_slots: int,
         tasks: tuple[str, ...], micro_batch_size: int, accumulation: int, rank: int, world_size: int, seed: int, shuffle: bool, crop: bool,
-        share: bool = True,
+        max_tokens: int | None = None, share: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(questions, features, prompts, num_slots, share)
         self._captions, self._tasks, self._seed, self._shuffle, self._crop = captions, tasks, seed, shuffle, crop
-        self._micro_batch_size, self._rank, self._world_size = micro_batch_size, rank, world_size
+        self._micro_batch_size, self._max_tokens, self._rank, self._world_size = micro_batch_size, max_tokens, rank, world_size
         self.questions_per_step = micro_batch_size * accumulation * world_size
         self.steps_per_epoch = -(-len(questions) // self.questions_per_step)
 
@@ -93,25 +103,46 @@ class TrainingSteps(_Builder, Dataset[Step]):
 
     def __getitem__(self, item: tuple[int, int]) -> Step:
         epoch, step = item
-        places = self.order(epoch)[step * self.questions_per_step :][: self.questions_per_step]
-        num_micro = -(-len(places) // (self._micro_batch_size * self._world_size))
-        mine = np.array_split(places[self._rank :: self._world_size], num_micro)
+        places = self.order(epoch)[step * self.questions_per_step :][: self.questions_per_step].tolist()
+        nothing = torch.zeros(len(self._tasks), dtype=torch.int64)
         try:
-            batches = tuple(self._micro_batch(part, epoch, dummy=places[0]) for part in mine)
+            mine = longest_first([self._characters(place) for place in places], self._world_size)[self._rank]
+            sequences = [self._sequences(self.questions[places[i]], epoch) for i in mine]
+            batches = tuple(self._pack([triple for i in group for triple in sequences[i]]) for group in self._groups(sequences))
+            dummy = None
+            if self._world_size > 1:
+                question = self.questions[places[0]]
+                dummy = self._pack([(question, self._sequence("vqa", question, _answer(question)), len(self._tasks))])
         except UserError as error:  # a value, not an exception: the loader would wrap it, and the ranks must agree on it first
-            return Step((), torch.zeros(len(self._tasks), dtype=torch.int64), 0, error)
-        counts = sum(torch.bincount(b.target_tasks, minlength=len(self._tasks))[: len(self._tasks)] for b in batches)
-        tokens = sum(b.num_real_tokens for b, part in zip(batches, mine, strict=True) if len(part))
-        assert isinstance(counts, torch.Tensor)
-        return Step(batches, counts, tokens)
+            return Step((), None, nothing, 0, error)
+        counts = sum((torch.bincount(b.target_tasks, minlength=len(self._tasks)) for b in batches), start=nothing)
+        return Step(batches, dummy, counts, sum(b.num_real_tokens for b in batches))
 
-    def _micro_batch(self, places: np.ndarray, epoch: int, dummy: int) -> PackedBatch:
-        """The sequences of these questions; where the short last step left none, one whose targets belong to no task."""
-        if not len(places):
-            question = self.questions[dummy]
-            return self._pack([(question, self._sequence("vqa", question, _answer(question)), len(self._tasks))])
-        chosen = [self.questions[i] for i in places]
-        return self._pack([(q, self._task_sequence(task, q, epoch), t) for t, task in enumerate(self._tasks) for q in chosen])
+    def _characters(self, place: int) -> int:
+        """About how long a question's sequences are: ranks are balanced before anything is encoded."""
+        question = self.questions[place]
+        caption = len(self._captions.get(question.video, "")) // (2 if self._crop else 1)
+        return question_characters(question) + caption
+
+    def _groups(self, sequences: list[list[Triple]]) -> list[list[int]]:
+        """Which questions go into which micro-batch."""
+        tokens = [sum(len(s.tokens) for _, s, _ in triples) for triples in sequences]
+        if self._max_tokens is None:
+            return longest_first(tokens, -(-len(tokens) // self._micro_batch_size)) if tokens else []
+        groups: list[list[int]] = []
+        sizes: list[int] = []
+        for i in sorted(range(len(tokens)), key=lambda i: -tokens[i]):
+            fitting = next((g for g, size in enumerate(sizes) if size + tokens[i] <= self._max_tokens), None)
+            if fitting is None:
+                groups.append([i])
+                sizes.append(tokens[i])
+            else:
+                groups[fitting].append(i)
+                sizes[fitting] += tokens[i]
+        return groups
+
+    def _sequences(self, question: Question, epoch: int) -> list[Triple]:
+        return [(question, self._task_sequence(task, question, epoch), t) for t, task in enumerate(self._tasks)]
 
     def _task_sequence(self, task: str, question: Question, epoch: int) -> Sequence:
         if task != "cap":
@@ -121,6 +152,25 @@ class TrainingSteps(_Builder, Dataset[Step]):
             candidates = crop_candidates(caption)
             caption = caption[candidates[np.random.default_rng([self._seed, epoch, question.index]).integers(len(candidates))] :]
         return self._prompts.caption(caption)
+
+
+def longest_first(sizes: Items[int], num_bins: int) -> list[list[int]]:
+    """Places of `sizes` dealt to bins, the longest first onto the lightest bin that has room; counts differ by at most one."""
+    room = -(-len(sizes) // num_bins)
+    full_bins = len(sizes) - (room - 1) * num_bins  # so many may hold `room`; the others hold one less
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    loads = [0] * num_bins
+    for place in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        at_room = sum(len(b) == room for b in bins)
+        open_bins = [b for b in range(num_bins) if len(bins[b]) < (room if at_room < full_bins else room - 1)]
+        lightest = min(open_bins, key=lambda b: (loads[b], b))
+        bins[lightest].append(place)
+        loads[lightest] += sizes[place]
+    return [sorted(b) for b in bins]
+
+
+def question_characters(question: Question) -> int:
+    return len(question.question) + sum(map(len, question.options)) + len(question.dialogue)
 
 
 def _answer(question: Question) -> int:
@@ -154,7 +204,7 @@ class EvaluationChunks(_Builder, Dataset[Chunk]):
                 chunks[-1].append(place)
                 question = self.questions[place]
                 # A guess will do: a chunk's size is no promise, and encoding everything twice would take longer.
-                size += 32 + (len(question.question) + sum(map(len, question.options)) + len(question.dialogue)) // 4
+                size += 32 + question_characters(question) // 4
         return chunks
 
     def __len__(self) -> int:

@@ -4,6 +4,7 @@ Each segment is a sequence of the kernel whose keys are its ancestors' rows and 
 causal triangle at the bottom right. The same by PyTorch's scaled_dot_product_attention, a call per segment, runs anywhere.
 """
 
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vico.model.attention import Attend, Visibility
+from vico.errors import UserError
+from vico.model.attention import Attend, Visibility, attend_blocks, attend_plain
 
 # (q, k, v, q_starts, k_starts, longest q, longest k, scale) -> out; k_starts etc. as cumulative row numbers, int32.
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float], Tensor]
@@ -131,5 +133,22 @@ def flash_attn_kernel(
 KERNELS: dict[str, Kernel] = {"sdpa": sdpa_kernel, "varlen": varlen_kernel, "flash_attn": flash_attn_kernel}
 
 
-def packed(name: str) -> Attend:
-    return PackedAttention(KERNELS[name])
+def choose(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Attend, str]:
+    """(the function that attends, what it is and why) for `--attention` NAME. Raises UserError for one that cannot run here."""
+    half, cuda = dtype in (torch.bfloat16, torch.float16), device.type == "cuda"
+    fused = cuda and half and torch.cuda.get_device_capability(device) >= (8, 0)
+    if name == "auto":
+        name = "varlen" if fused else "sdpa" if cuda else "blocks"
+        why = {"varlen": "half precision on this GPU", "sdpa": "packed kernels want half precision on a recent GPU", "blocks": "a CPU"}[
+            name
+        ]
+    else:
+        why = "--attention says so"
+    if name in ("varlen", "flash_attn") and not fused:
+        raise UserError(f"--attention {name}: needs a GPU of compute capability 8.0 or newer and --precision bf16 or fp16")
+    if name == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
+        raise UserError("--attention flash_attn: the package is not installed; pip install '.[flash]', or leave --attention out")
+    if name == "blocks" and cuda:
+        raise UserError("--attention blocks: is for CPUs; leave --attention out")
+    attend: Attend = {"plain": attend_plain, "blocks": attend_blocks}.get(name) or PackedAttention(KERNELS[name])
+    return attend, f"attention {name} ({why})"
