@@ -91,11 +91,28 @@ def test_blocks_show_each_row_its_past_once(examples: list[Example], share: bool
         assert block.gated == (q.after_video and k.is_video)
 
 
+def options(prompt: list[int]) -> list[Example]:
+    """Five options behind `prompt`, whose slots begin at 4."""
+    return [Example(Sequence("vqa", (*prompt, 20 + a, 10, 2), range(len(prompt), len(prompt) + 3), 4), 0, 0) for a in range(5)]
+
+
 def test_options_hang_off_one_prompt() -> None:
     head = [1, 5, 6, 7, *[VIDEO_SLOT] * SLOTS, 6, 7, 8, 9]
-    options = [Example(Sequence("vqa", (*head, 20 + a, 10, 2), range(len(head), len(head) + 3), 4), 0, 0) for a in range(5)]
-    batch = pack(options, torch.zeros(1, SLOTS, 768))
-    assert [s.stop - s.start for s in batch.segments] == [4, 3, 4, 2, 2, 2, 2, 2]
-    branches = [b for b in visibility(batch.segments).blocks if b.q_stop == batch.num_rows]
-    assert [(b.q_stop - b.q_start, b.causal, b.count) for b in branches] == [(10, True, 5), (17, False, 1), (14, False, 1), (10, False, 1)]
-    assert [b.gated for b in branches].count(True) == 1
+    batch = pack(options(head), torch.zeros(1, SLOTS, 768))
+    assert [s.stop - s.start for s in batch.segments] == [4, SLOTS, 4, 2, 2, 2, 2, 2]
+    blocks = visibility(batch.segments).blocks
+    assert [(b.q_stop - b.q_start, b.count) for b in blocks if b.causal] == [(4, 1), (3, 1), (4, 1), (10, 5)]
+    assert [(b.q_stop - b.q_start, b.k_stop - b.k_start, b.gated) for b in blocks if not b.causal] == [
+        (17, 4, False),
+        (14, 3, True),
+        (10, 4, False),
+    ]
+
+
+def test_questions_of_a_video_share_it_and_their_options_share_the_question() -> None:
+    """Also where two questions begin alike by fewer tokens than are worth a segment."""
+    head = [1, 5, 6, 7, *[VIDEO_SLOT] * SLOTS, 8]
+    examples = [e for q in range(3) for e in options([*head, 30 + q, *range(40, 80)])]
+    batch = pack(examples, torch.zeros(1, SLOTS, 768))
+    assert [s.stop - s.start for s in batch.segments] == [4, SLOTS, 42, 42, 42, *[2] * 15]
+    assert [s.parent for s in batch.segments] == [None, 0, 1, 1, 1, *[2] * 5, *[3] * 5, *[4] * 5]

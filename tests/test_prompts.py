@@ -3,16 +3,16 @@
 import random
 from dataclasses import replace
 
-import oracle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from world import World
 
+import oracle
 from vico.data.prompts import Prompts, crop_candidates
 from vico.data.tokenizer import Tokenizer
 from vico.errors import UserError
 from vico.records import VIDEO_SLOT, Question, Sequence
+from world import World
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
 TRICKY = ["Answer: The answer is (C)", "Question: why", "Video:", "None", "nan", "007", " two  blanks ", "😀 日本", "(B)", "Description: x"]

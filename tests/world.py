@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import oracle
 import sentencepiece
 import torch
+
+import oracle
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = [
@@ -137,20 +138,24 @@ class Ended:
         return "\n".join([*self.stdouts, *self.stderrs])
 
 
-def vico(*args: str, ranks: int = 1, cwd: Path | None = None, timeout: float = 240.0) -> Ended:
-    """Run `vico ARGS` on this many ranks, as a launcher would start them, each with a thread, on a free port."""
+def start(*args: str, ranks: int, cwd: Path | None = None) -> list[subprocess.Popen[str]]:
+    """`vico ARGS` on this many ranks, as a launcher would start them, each with a thread, on a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launched = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     code = "import sys; from vico.cli import main; sys.exit(main(sys.argv[1:]))"
-    processes = [
+    return [
         subprocess.Popen(
             [sys.executable, "-c", code, *args], cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, **launched, "PYTHONPATH": str(ROOT), "RANK": str(rank), "LOCAL_RANK": str(rank)}, start_new_session=True,
         )
         for rank in range(ranks)
     ]  # fmt: skip
+
+
+def end(processes: list[subprocess.Popen[str]], timeout: float) -> Ended:
+    """Wait for all of them; end those that are still there after the time."""
     try:
         outputs = [process.communicate(timeout=timeout) for process in processes]
     finally:
@@ -158,6 +163,10 @@ def vico(*args: str, ranks: int = 1, cwd: Path | None = None, timeout: float = 2
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
     return Ended([p.returncode for p in processes], [o for o, _ in outputs], [e for _, e in outputs])
+
+
+def vico(*args: str, ranks: int = 1, cwd: Path | None = None, timeout: float = 240.0) -> Ended:
+    return end(start(*args, ranks=ranks, cwd=cwd), timeout)
 
 
 def succeeds(*args: str, ranks: int = 1, cwd: Path | None = None) -> Ended:

@@ -1,8 +1,10 @@
 """Putting the rooms together: what a run reads, checked before anything is built, and the engine it runs on."""
 
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from vico.data.tokenizer import Tokenizer
 from vico.dist import World
 from vico.engine import Engine, construction, fill, read_config
 from vico.errors import UserError
+from vico.files import require_writable
 from vico.model.attention_packed import choose
 from vico.model.vico import ViCo, trainable_shapes
 from vico.model.weights import MetaWeights
@@ -35,11 +38,14 @@ class Inputs:
     captions: dict[str, str]  # empty without the caption task
     num_adapted: int  # adapted layers
     trainable_shapes: dict[str, tuple[int, ...]]
+    ds_config: dict[str, Any]
     notes: tuple[str, ...]
 
 
 def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inputs:
     """Open and check every file of a run; nothing is computed yet. Raises UserError. No collectives: ranks agree after it."""
+    require_writable(config.output_dir)
+    ds_config = read_config(config.deepspeed, config.precision, config.batch_size, config.accum_iter, world.size)
     tokenizer = Tokenizer(config.llama_model_path / "tokenizer.model")
     weights = MetaWeights(_model_folder(config), tokenizer.num_pieces)
     num_adapted = config.adapter_layer or weights.shape.n_layers
@@ -58,13 +64,13 @@ def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inp
     for split, asked in questions.items():
         notes += _split_notes(config, split, asked, features, prompts, world)
     shapes = trainable_shapes(weights.shape, num_adapted, config.adapter_len, config.max_feats)
-    return Inputs(weights, prompts, features, questions, captions, num_adapted, shapes, tuple(notes))
+    return Inputs(weights, prompts, features, questions, captions, num_adapted, shapes, ds_config, tuple(notes))
 
 
 def _model_folder(config: RunConfig) -> Path:
     folder = config.llama_model_path / config.model
-    if not folder.is_dir():
-        there = sorted(p.name for p in config.llama_model_path.glob("*/") if (p / "params.json").exists())
+    if not os.path.isdir(folder):
+        there = sorted(p.name for p in config.llama_model_path.glob("*/") if os.path.exists(p / "params.json"))
         hint = f"--model can be {', '.join(there)}" if there else "it must hold consolidated.00.pth and params.json"
         raise UserError(f"{folder}: no such folder of weights; {hint}")
     return folder
@@ -86,17 +92,16 @@ def _split_notes(config: RunConfig, split: str, asked: list[Question], features:
 def build_engine(config: RunConfig, inputs: Inputs, trainables: dict[str, Tensor], world: World) -> Engine:
     """The model with the backbone from the files and these trainables, under DeepSpeed. A collective of all ranks."""
     with world.agreeing():
-        ds_config = read_config(config.deepspeed, config.precision, config.batch_size, config.accum_iter, world.size)
         dtype = DTYPES[config.precision]
         attend, description = choose(config.attention, world.device, dtype)
-    with construction(ds_config, world.device):
+    with construction(inputs.ds_config, world.device):
         model = ViCo(inputs.weights.shape, inputs.num_adapted, config.adapter_len, config.max_feats, config.tau, dtype)
     for name, parameter in model.named_parameters():
         fill(parameter, partial(trainables.__getitem__ if name in trainables else inputs.weights.read, name))
     model.attend = attend
     _require_declared(model, inputs.trainable_shapes)
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], config.weight_decay)
-    return Engine(model, optimizer, ds_config, dtype, description)
+    return Engine(model, optimizer, inputs.ds_config, dtype, description)
 
 
 def _require_declared(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:

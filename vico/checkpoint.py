@@ -4,30 +4,34 @@ Ours hold whole tensors under the lineage's names, so they fit any number of ran
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
+import os
 import pathlib
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vico.config import RunConfig, settings_from
-from vico.errors import CheckpointError
+from vico.errors import CheckpointError, UserError, show
 from vico.files import write_folder
 from vico.optim import MOMENTS
-from vico.safeload import load_tensors
+from vico.safeload import is_numbers, load_tensors
+from vico.textfiles import read_json_object
 
 WEIGHTS, OPTIMIZER, STATE = "adapter_model.safetensors", "optimizer.safetensors", "state.json"
 FORMAT = 1
 STEP_FOLDER = re.compile(r"checkpoint-(\d+)")
 GATE = re.compile(r"layers\.(\d+)\.attention\.gate[12]")
+REMEDY = "use another checkpoint; a run goes on from an older one of its own when this is removed"
 
 
 @dataclass
@@ -50,29 +54,39 @@ class Checkpoint:
     progress: Progress
     settings: dict[str, Any]  # of the run that wrote it, as far as it says
     lineage_epoch: int | None = None  # the last finished epoch of a lineage file with an optimizer
+    lineage_optimizer: object = None  # its state as it lies in the file, until `fitted` makes moments of it
     notes: tuple[str, ...] = ()
 
 
 def save(target: Path, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], progress: Progress, config: RunConfig) -> None:
     def fill(folder: Path) -> None:
-        save_file({k: v.contiguous() for k, v in weights.items()}, folder / WEIGHTS)
-        save_file({k: v.contiguous() for k, v in moments.items()}, folder / OPTIMIZER)
-        files = {name: {"bytes": (folder / name).stat().st_size, "sha256": _digest(folder / name)} for name in (WEIGHTS, OPTIMIZER)}
+        files = {}
+        for name, tensors in ((WEIGHTS, weights), (OPTIMIZER, moments)):
+            data = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()})
+            (folder / name).write_bytes(data)
+            files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         state = {"format": FORMAT, "progress": asdict(progress), "settings": config.to_json(), "files": files}
-        (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        (folder / STATE).write_text(json.dumps({**state, "sha256": _seal(state)}, indent=1), encoding="utf-8")
 
     write_folder(target, fill)
 
 
+def _seal(state: Mapping[str, Any]) -> str:
+    """What a state.json says of itself: it counts the steps and vouches for the other files."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
 def newest(output_dir: Path) -> Path | None:
     """The checkpoint-<step> folder with the highest step."""
+    if not os.path.isdir(output_dir):
+        return None
     found = [(int(m[1]), path) for path in output_dir.glob("checkpoint-*") if (m := STEP_FOLDER.fullmatch(path.name))]
     return max(found)[1] if found else None
 
 
 def read(path: Path) -> Checkpoint:
     """A checkpoint of ours or of the lineage. Raises CheckpointError when it cannot be used; never runs code from it."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise CheckpointError(f"{path}: no such checkpoint; --resume takes a checkpoint folder or a .pth file")
     if path.is_dir():
         return _read_folder(path)
@@ -82,26 +96,31 @@ def read(path: Path) -> Checkpoint:
 
 
 def _read_folder(path: Path) -> Checkpoint:
-    try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        progress, files = Progress(**state["progress"]), state["files"]
-        settings = settings_from(state["settings"], str(path / STATE))
-    except OSError as error:
+    where = path / STATE
+    if not os.path.exists(where):
         inner = newest(path)
-        hint = f"; did you mean {inner}?" if inner else "; a checkpoint is a folder with state.json"
-        raise CheckpointError(f"{path / STATE}: {error.strerror}{hint}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path / STATE}: damaged or of another program ({error}); use another checkpoint") from None
+        hint = f"did you mean {inner}?" if inner else "a checkpoint is a folder with state.json"
+        raise CheckpointError(f"{where}: no such file; {hint}")
+    state = read_json_object(where, "the state of the checkpoint", CheckpointError)
+    seal = state.pop("sha256", None)
+    if state.get("format") != FORMAT:
+        raise CheckpointError(f"{where}: 'format' is {show(state.get('format'))} and not {FORMAT}, so another version wrote it; {REMEDY}")
+    if seal != _seal(state):
+        raise CheckpointError(f"{where}: damaged (its sha256 is not the recorded one); {REMEDY}")
+    try:
+        settings = settings_from(state["settings"], str(where))
+    except UserError as error:
+        raise CheckpointError(f"{error}; {REMEDY}") from None
     for name in (WEIGHTS, OPTIMIZER):
-        _check_file(path / name, files.get(name, {}))
-    return Checkpoint(path, _read_safetensors(path / WEIGHTS), _read_safetensors(path / OPTIMIZER), progress, settings)
+        _check_file(path / name, state["files"][name])
+    return Checkpoint(path, _read_safetensors(path / WEIGHTS), _read_safetensors(path / OPTIMIZER), Progress(**state["progress"]), settings)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        return safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); use another checkpoint") from None
+        raise CheckpointError(f"{path}: damaged ({error}); {REMEDY}") from None
 
 
 def _check_file(path: Path, recorded: Mapping[str, Any]) -> None:
@@ -113,7 +132,7 @@ def _check_file(path: Path, recorded: Mapping[str, Any]) -> None:
     except OSError as error:
         fault = str(error.strerror)
     if fault:
-        raise CheckpointError(f"{path}: damaged ({fault}); use another checkpoint")
+        raise CheckpointError(f"{path}: damaged ({fault}); {REMEDY}")
 
 
 def _digest(path: Path) -> str:
@@ -126,33 +145,33 @@ def _digest(path: Path) -> str:
 
 def _read_lineage(path: Path) -> Checkpoint:
     allowed = [argparse.Namespace, pathlib.PosixPath, pathlib.WindowsPath]
-    content = load_tensors(path, "checkpoint", allowed, legacy=True, error=CheckpointError)
+    content = load_tensors(path, "the checkpoint", allowed, legacy=True, whole=True, error=CheckpointError)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise CheckpointError(f"{path}: has no 'model' dict of tensors; a lineage checkpoint has one")
     weights = content["model"]
     for name, value in weights.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor) or not value.is_floating_point():
-            raise CheckpointError(f"{path}: 'model' entry {name!r} is no floating-point tensor")
-    weights = {name: value.detach().float() for name, value in weights.items()}
-    settings = _lineage_settings(content.get("args"), path)
-    if content.get("optimizer") is None or content.get("epoch") is None:
+        if not isinstance(name, str) or not is_numbers(value):
+            raise CheckpointError(f"{path}: 'model' entry {show(name)} is no dense tensor of floating-point numbers")
+    weights, settings = {name: value.detach() for name, value in weights.items()}, _lineage_settings(content.get("args"), path)
+    optimizer, epoch = content.get("optimizer"), content.get("epoch")
+    if optimizer is None or epoch is None:
         return Checkpoint(path, weights, None, Progress(), settings)
-    moments, num_updates = _lineage_moments(content["optimizer"], weights, path)
-    epoch = content["epoch"]
-    if not isinstance(epoch, int) or epoch < 0:
-        raise CheckpointError(f"{path}: 'epoch' is {epoch!r}, not a whole number")
-    return Checkpoint(path, weights, moments, Progress(num_updates=num_updates), settings, lineage_epoch=epoch)
+    if not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0:
+        raise CheckpointError(f"{path}: 'epoch' is {show(epoch)}, not a whole number")
+    return Checkpoint(path, weights, None, Progress(), settings, lineage_epoch=epoch, lineage_optimizer=optimizer)
 
 
 def _lineage_settings(args: object, path: Path) -> dict[str, Any]:
-    """What the file's Namespace says under our names; only plain values of the right type count."""
-    settings = {}
+    """What the file's Namespace says under our names. The lineage's flags are not ours to judge: what cannot be is left out."""
+    settings: dict[str, Any] = {}
     for name, value in (vars(args) if isinstance(args, argparse.Namespace) else {}).items():
         if isinstance(value, str | int | float | bool) and name not in ("resume", "output_dir", "device"):
-            try:
-                settings.update(settings_from({name: value}, str(path)))
-            except ValueError:
-                continue  # the lineage's flags are not ours to judge: what we do not know is not taken over
+            with contextlib.suppress(UserError):
+                typed = settings_from({name: value}, str(path))
+                RunConfig(**{"dataset": "tvqa", **typed})
+                settings |= typed
+    if settings.get("dataset") != "tvqa":
+        settings.pop("sub", None)  # which changed nothing there
     return settings
 
 
@@ -162,17 +181,14 @@ def _lineage_moments(optimizer: object, weights: Mapping[str, Tensor], path: Pat
         assert isinstance(optimizer, dict)
         numbers = [n for group in optimizer["param_groups"] for n in group["params"]]
         states = {name: optimizer["state"][n] for n, name in zip(numbers, weights, strict=True) if n in optimizer["state"]}
-        moments = {f"{name}.{moment}": state[moment].float() for name, state in states.items() for moment in MOMENTS}
+        moments = {f"{name}.{moment}": state[moment] for name, state in states.items() for moment in MOMENTS}
         steps = {int(state["step"]) for state in states.values()}
-    except (AssertionError, KeyError, TypeError, ValueError, AttributeError):
+    except (AssertionError, KeyError, TypeError, ValueError, OverflowError, RuntimeError):
         raise CheckpointError(
             f"{path}: 'optimizer' is not AdamW's state for the tensors of 'model'; drop it to start anew from 'model'"
         ) from None
-    for key, value in moments.items():
-        if value.shape != weights[key.rpartition(".")[0]].shape:
-            raise CheckpointError(f"{path}: optimizer state '{key}' has shape {list(value.shape)}, unlike its tensor")
-    if len(steps) != 1:
-        raise CheckpointError(f"{path}: 'optimizer' holds states of different steps; drop it to start anew from 'model'")
+    if len(steps) != 1 or min(steps) < 1:
+        raise CheckpointError(f"{path}: 'optimizer' holds states of steps {sorted(steps)}, not of one; drop it to start anew from 'model'")
     return moments, steps.pop()
 
 
@@ -196,17 +212,38 @@ def fitted(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], num_la
     ]
     if faults:
         raise CheckpointError(
-            f"{checkpoint.path}: does not fit --model, --adapter_layer, --adapter_len and --max_feats: tensors {'; '.join(faults)}"
+            f"{checkpoint.path}: does not fit --model, --adapter_layer, --adapter_len and --max_feats (tensors: {'; '.join(faults)}); "
+            "give those of the run that wrote it"
         )
-    if bad := next((n for n, v in weights.items() if not torch.isfinite(v).all()), None):
-        raise CheckpointError(f"{checkpoint.path}: '{bad}' holds NaN or infinite values; use another checkpoint")
-    moments = checkpoint.moments
+    for name, value in weights.items():
+        _require_numbers(value, name, checkpoint.path)
+    moments, progress = checkpoint.moments, checkpoint.progress
+    if checkpoint.lineage_optimizer is not None:
+        moments, updates = _lineage_moments(checkpoint.lineage_optimizer, checkpoint.weights, checkpoint.path)
+        progress = replace(progress, num_updates=updates)
     if moments is not None:
-        keys = [f"{n}.{moment}" for n in shapes for moment in MOMENTS]
-        if lost := [key for key in keys if key not in moments]:
-            raise CheckpointError(f"{checkpoint.path}: optimizer state lacks {len(lost)} tensor(s), e.g. '{lost[0]}'")
-        moments = {key: moments[key] for key in keys}
+        moments = {
+            f"{n}.{moment}": _moment(moments, n, moment, shape, checkpoint.path) for n, shape in shapes.items() for moment in MOMENTS
+        }
     notes = (f"{checkpoint.path}: ignored {len(unused)} gates of layers below the adapted ones, which nothing uses",) if unused else ()
-    return Checkpoint(
-        checkpoint.path, {n: weights[n] for n in shapes}, moments, checkpoint.progress, checkpoint.settings, checkpoint.lineage_epoch, notes
-    )
+    return replace(checkpoint, weights={n: weights[n].float() for n in shapes}, moments=moments, progress=progress, notes=notes)
+
+
+def _require_numbers(value: object, name: str, path: Path) -> None:
+    if not is_numbers(value):
+        raise CheckpointError(f"{path}: '{name}' is no dense tensor of floating-point numbers; use another checkpoint")
+    assert isinstance(value, Tensor)
+    if not torch.isfinite(value.float()).all():
+        raise CheckpointError(f"{path}: '{name}' holds NaN or infinite values; use another checkpoint")
+
+
+def _moment(moments: Mapping[str, Tensor], name: str, moment: str, shape: tuple[int, ...], path: Path) -> Tensor:
+    key = f"{name}.{moment}"
+    if key not in moments:
+        raise CheckpointError(f"{path}: the optimizer's state lacks '{key}'; use another checkpoint")
+    _require_numbers(moments[key], key, path)
+    if tuple(moments[key].shape) != shape:
+        raise CheckpointError(
+            f"{path}: '{key}' of the optimizer's state has shape {list(moments[key].shape)}, unlike its tensor; use another checkpoint"
+        )
+    return moments[key].float()

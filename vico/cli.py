@@ -1,6 +1,8 @@
 """The doors: `vico train`, `vico eval`, `vico demo`. Here a mistake becomes one line and an exit code."""
 
+import ctypes
 import os
+import signal
 import sys
 import time
 import traceback
@@ -23,7 +25,7 @@ SECONDS_FOR_RANK_0 = 10.0
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one subcommand; returns the exit code: 0 done, 2 bad input, 3 unusable checkpoint, 4 training fault."""
+    """Run one subcommand; returns the exit code: 0 done, 2 bad input, 3 unusable checkpoint, 4 training fault, 6 full disk."""
     debug = "--debug" in argv
     try:
         command, *rest = argv or [""]
@@ -32,10 +34,13 @@ def main(argv: Sequence[str]) -> int:
             return 0 if command else 2
         if command not in COMMANDS:
             raise UserError(f"unknown command '{command}'; use one of {', '.join(COMMANDS)}")
-        COMMANDS[command][1](rest)
-        return 0
+        return COMMANDS[command][1](rest)
     except UserError as error:
         return _fail(error, debug)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("vico: stopped by Ctrl-C; the same command goes on at the last checkpoint", file=sys.stderr, flush=True)
+        os._exit(130)  # at once: other ranks may be gone, and a collective would wait for them
 
 
 def _fail(error: UserError, debug: bool) -> int:
@@ -49,7 +54,7 @@ def _fail(error: UserError, debug: bool) -> int:
     return error.exit_code
 
 
-def _train(argv: list[str]) -> None:
+def _train(argv: list[str]) -> int:
     line = configs.parse(argv, "vico train", TRAIN)
     config = line.resolve()
 
@@ -58,10 +63,10 @@ def _train(argv: list[str]) -> None:
 
         train(config, world)
 
-    _with_world(line.notes, run)
+    return _with_world(line, run)
 
 
-def _evaluate(argv: list[str]) -> None:
+def _evaluate(argv: list[str]) -> int:
     line = configs.parse(argv, "vico eval", EVAL)
     if line.given.get("resume") is None:
         raise UserError("--resume is missing: name the checkpoint folder or .pth file to evaluate")
@@ -71,27 +76,43 @@ def _evaluate(argv: list[str]) -> None:
 
         evaluate_checkpoint(line, world)
 
-    _with_world(line.notes, run)
+    return _with_world(line, run)
 
 
-def _with_world(notes: Sequence[str], run: Callable[["World"], None]) -> None:
+def _with_world(line: configs.CommandLine, run: Callable[["World"], None]) -> int:
     """Connect the ranks, run, and leave together. Torch is loaded only here: a mistyped flag is answered before."""
+    _end_with_the_launcher()
+    cores, ranks = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))  # launchers differ in what they set
     from vico import dist
 
     world = dist.connect()
-    for note in notes:
-        world.say(f"note: {note}")
-    run(world)
-    dist.disconnect(world)
+    code = 0
+    try:
+        for note in line.notes:
+            world.say(f"note: {note}")
+        run(world)
+    except UserError as error:
+        code = _fail(error, line.debug)
+    dist.disconnect(world, together=code == 0)  # behind `except`, where the error is gone and holds nothing any more
+    return code
 
 
-def _demo(argv: list[str]) -> None:
+def _end_with_the_launcher() -> None:
+    """A launcher that is killed outright leaves its ranks training, and a second start would write beside them."""
+    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def _demo(argv: list[str]) -> int:
     from vico.demo import main as demo_main
 
     demo_main(argv)
+    return 0
 
 
-COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
+COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "train": (TRAIN, _train),
     "eval": (EVAL, _evaluate),
     "demo": ("Make a small world to try everything on: tokenizer, trained tiny LLaMA, videos, questions, captions.", _demo),

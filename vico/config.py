@@ -5,22 +5,25 @@ get plain values from it, never the whole record.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from vico.errors import UserError, nearest
+from vico.errors import UserError, nearest, show
+from vico.textfiles import read_text
 
 
 def _flag(default: Any, group: str, help: str, **extra: Any) -> Any:
     return field(default=default, metadata={"group": group, "help": help, **extra})
 
 
+LARGEST_FLOAT, LARGEST_SEED = 3e38, 2**63 - 1  # of fp32, in which settings meet tensors; of torch's generator
 MODEL, DATA, OBJECTIVE, OPTIMIZATION, RUN = "model", "data", "objective", "optimization", "run"
 DATASET_NAMES = ("nextqa", "star", "tvqa", "intentqa")
 
@@ -90,11 +93,13 @@ class RunConfig:
             _require(getattr(self, name) >= 1, name, self, "a whole number of at least 1")
         for name in ("adapter_layer", "max_steps", "max_tokens"):
             _require(getattr(self, name) is None or getattr(self, name) >= 1, name, self, "a whole number of at least 1")
-        for name in ("cap", "blr", "min_lr", "weight_decay", "warmup_epochs", "num_workers", "seed"):
-            _require(0 <= getattr(self, name) < float("inf"), name, self, "0 or more, and finite")
-        _require(self.lr is None or 0 < self.lr < float("inf"), "lr", self, "above 0, and finite")
-        _require(0 < self.tau < float("inf"), "tau", self, "above 0, and finite")
-        _require(abs(self.bias) < float("inf"), "bias", self, "finite")
+        for name in ("cap", "blr", "min_lr", "weight_decay", "warmup_epochs", "num_workers"):
+            _require(0 <= getattr(self, name) <= LARGEST_FLOAT, name, self, "0 or more, and finite")
+        for name in ("lr", "tau"):
+            _require(getattr(self, name) is None or 0 < getattr(self, name) <= LARGEST_FLOAT, name, self, "above 0, and finite")
+        _require(abs(self.bias) <= LARGEST_FLOAT, "bias", self, "finite")
+        _require(0 <= self.seed <= LARGEST_SEED, "seed", self, f"a whole number from 0 to {LARGEST_SEED}")
+        _require(self.max_feats < self.max_seq_len, "max_feats", self, f"below --max_seq_len {self.max_seq_len}")
         if self.sub and self.dataset != "tvqa":
             raise UserError(f"--sub: only TVQA has subtitles, and --dataset is {self.dataset}; drop --sub")
 
@@ -153,7 +158,8 @@ class _Parser(argparse.ArgumentParser):
     """argparse that raises our one-line error, with the nearest known flag, instead of printing its usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.removeprefix('argument ')} (see --help)")
+        message = message.removeprefix("argument ").replace("ignored explicit argument", "takes no value, but was given")
+        raise UserError(f"{message} (see --help)")
 
     def refuse_unknown(self, unknown: Sequence[str]) -> None:
         flags = [name for name in self._option_string_actions if name.startswith("--")]
@@ -161,7 +167,34 @@ class _Parser(argparse.ArgumentParser):
             if word.startswith("-"):
                 name = word.split("=")[0]
                 raise UserError(f"unknown flag {name}{nearest(name, flags) or '; see --help'}")
-        raise UserError(f"unexpected word '{unknown[0]}': values follow a --flag; see --help")
+        raise UserError(f"unexpected word {show(unknown[0])}: a value follows a --flag, and switches take none; see --help")
+
+
+NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text (quote it)", Path: "a path"}
+
+
+def path_of(text: str) -> Path:
+    """Raises ValueError for what no file can be called: an empty text (an unset variable's) would mean the current folder."""
+    if not text.strip() or "\0" in text:
+        raise ValueError
+    return Path(text)
+
+
+def is_path(deepspeed: str) -> bool:
+    """Whether --deepspeed names a file of the user's, not one of ds_configs/."""
+    return "/" in deepspeed or deepspeed.endswith(".json")
+
+
+def _parser_of(kind: type) -> Callable[[str], Any]:
+    """argparse's converter of one flag value."""
+
+    def parse(text: str) -> Any:
+        try:
+            return path_of(text) if kind is Path else kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{show(text)} is not {NAMES[kind]}") from None
+
+    return parse
 
 
 def _value_type(annotation: Any) -> tuple[Any, tuple[str, ...] | None]:
@@ -179,7 +212,7 @@ def make_parser(command: str, description: str) -> argparse.ArgumentParser:
         prog=command, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
     )  # fmt: skip
-    parser.add_argument("--config", type=Path, metavar="RECIPE", help="YAML file of these settings; flags win over it")
+    parser.add_argument("--config", type=_parser_of(Path), metavar="RECIPE", help="YAML file of these settings; flags win over it")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     groups = {f.metadata["group"]: None for f in dataclasses.fields(RunConfig)}
     titled = {name: parser.add_argument_group(name) for name in groups}
@@ -191,7 +224,9 @@ def make_parser(command: str, description: str) -> argparse.ArgumentParser:
             group.add_argument(f"--{f.name}", action="store_true", help=text)
         else:
             shown = f"{text} (default: {f.default})" if f.default is not None else text
-            group.add_argument(f"--{f.name}", type=kind, choices=choices, metavar=None if choices else kind.__name__.upper(), help=shown)
+            group.add_argument(
+                f"--{f.name}", type=_parser_of(kind), choices=choices, metavar=None if choices else kind.__name__.upper(), help=shown
+            )
     launcher = parser.add_argument_group("launcher and retired flags", "accepted so that published commands run unchanged")
     launcher.add_argument("--local_rank", "--local-rank", type=int, help="passed by launchers")
     for name, why in RETIRED.items():
@@ -232,16 +267,15 @@ def parse(argv: Sequence[str], command: str, description: str) -> CommandLine:
 def _read_recipe(path: Path) -> dict[str, Any]:
     import yaml
 
+    text = read_text(path, "the recipe (--config)")
     try:
-        text = path.read_text(encoding="utf-8")
-        keys = [node.value for node, _ in getattr(yaml.compose(text, Loader=yaml.SafeLoader), "value", [])]
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        keys = [node.value for node, _ in tree.value] if isinstance(tree, yaml.MappingNode) else []
         recipe = yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}; give the path of a YAML file") from None
-    except (yaml.YAMLError, ValueError, TypeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(recipe, dict):
-        raise UserError(f"--config {path}: must be a list of 'flag: value' lines")
+        raise UserError(f"--config {path}: must hold lines 'flag: value'")
     for key in keys:
         if keys.count(key) > 1:
             raise UserError(f"--config {path}: '{key}' stands there twice; keep one")
@@ -266,23 +300,22 @@ def _typed(key: str, value: Any, annotation: Any, source: str) -> Any:
     if choices:
         if value in choices:
             return value
-        raise UserError(f"{source}: {key}: {value!r} is not one of {', '.join(choices)}")
-    if kind is Path and isinstance(value, str):
-        return Path(value)
-    if kind is float and isinstance(value, str | int | float) and not isinstance(value, bool):
-        try:  # YAML 1.1 reads 3e-4 as text
-            return float(value)
-        except ValueError:
-            pass
-    if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return value
-    raise UserError(f"{source}: {key}: {value!r} is not of type {kind.__name__}")
+        raise UserError(f"{source}: {key}: {show(value)} is not one of {', '.join(choices)}")
+    accepted = {float: (int, float, str), Path: (str,)}.get(kind, (kind,))  # YAML 1.1 reads 3e-4 as text
+    if isinstance(value, accepted) and isinstance(value, bool) == (kind is bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            return path_of(value) if kind is Path else kind(value)
+    raise UserError(f"{source}: {key}: {show(value)} is not {NAMES[kind]}")
 
 
 def _absolute(config: RunConfig) -> RunConfig:
     """Paths seen from the user's directory now, so that a saved setting means the same from any other."""
-    paths = {f.name: Path(v).absolute() for f in dataclasses.fields(config) if isinstance(v := getattr(config, f.name), Path)}
-    return dataclasses.replace(config, **typing.cast(dict[str, Any], paths))
+    paths: dict[str, Any] = {
+        f.name: Path(v).absolute() for f in dataclasses.fields(config) if isinstance(v := getattr(config, f.name), Path)
+    }
+    if is_path(config.deepspeed):
+        paths["deepspeed"] = str(Path(config.deepspeed).absolute())
+    return dataclasses.replace(config, **paths)
 
 
 def differences(saved: dict[str, Any], now: RunConfig) -> list[str]:

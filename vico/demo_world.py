@@ -1,121 +1,111 @@
-"""The little world the demo's videos are taken from: what happens in them, what is asked about them, how CLIP sees them.
+"""The little world of the demo: what happens in its videos, what is asked about them, and how CLIP would see them.
 
-The real data sets cannot be given away with the program, so this one stands in for them, in their files' shapes. It is
-built so that only the video tells the answer: every option is equally likely when the video is not seen, and for the
-questions about one scene of several, most of the wrong options stand elsewhere in the same video.
-
-A video is a few scenes one after the other. In each a person does something (verb) with something (thing) in some mood;
-the place, the number of people and a colour stay the same.
+It stands in for data sets that cannot be given away, in NExT-QA's shape. Only the video tells an answer: every question
+of a type offers the same five options, in one order, and each is as often right.
 """
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vico.records import Question
+MOODS = ("angry", "bored", "happy", "sad", "tired")
+TUNES = ("drum", "flute", "guitar", "piano", "violin")
+VERBS = ("bow", "clap", "jump", "run", "wave")  # done at the start or at the end: only the order of frames tells which
+MOVES = ("climb", "crawl", "dance", "kneel", "swim")  # done in the middle
+PLACES = ("beach", "garden", "kitchen", "park", "street")
+COUNTS = ("one", "two", "three", "four", "five")
+ANIMALS = ("bird", "cat", "dog", "fish", "horse")
+CONCEPTS = (*MOODS, *TUNES, *VERBS, *MOVES, *PLACES, *COUNTS, *ANIMALS)
 
-# One piece of the tokenizer each. An option is one of these words, so that it can be read off a frame.
-VERBS = ("jump", "dance", "clap", "run", "sit", "wave", "sing", "laugh", "sleep", "climb", "crawl", "swim", "bow", "spin", "kneel", "point")
-THINGS = ("ball", "cup", "book", "phone", "guitar", "toy", "bottle", "camera", "hat", "stick", "bag", "cake", "drum", "flower")
-MOODS = ("happy", "tired", "hungry", "scared", "angry", "bored", "proud", "curious", "cold", "sad")
-PLACES = ("park", "kitchen", "beach", "garden", "street", "forest", "stage", "pool", "bedroom", "school")
-COUNTS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
-PERSONS = ("boy", "girl", "man", "lady", "baby", "farmer", "nurse", "player")
-CONCEPTS = (*VERBS, *THINGS, *MOODS, *PLACES, *COUNTS, *PERSONS)
+# NExT-QA's eight types: causal (why, how), temporal (next, current, previous), descriptive (location, count, others).
+QUESTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "CW": (MOODS, ("why does the boy sit down, how does he feel", "why is the boy like that, what mood is it")),
+    "CH": (TUNES, ("how does the boy make music", "how is the music made by the boy")),
+    "TN": (VERBS, ("what does the boy do at the end", "what is it that the boy does in the end")),
+    "TC": (MOVES, ("what does the boy do in the middle", "what is it that the boy does in the middle")),
+    "TP": (VERBS, ("what does the boy do at the start", "what is it that the boy does at the start")),
+    "DL": (PLACES, ("where is the video taken", "where does this happen")),
+    "DC": (COUNTS, ("how many people are there", "how many people are in the video")),
+    "DO": (ANIMALS, ("which animal is there", "what animal is in the video")),
+}
+TYPES = tuple(QUESTIONS)
+PARTS = ("start", "middle", "end")  # of a video, with an action each
 
-TYPES = ("CW", "CH", "TN", "TC", "TP", "DL", "DC", "DO")
-NUM_OPTIONS = 5
-FEATURE_WIDTH = 768
 
-
-@dataclass(frozen=True)
-class Scene:
-    verb: str
-    thing: str
-    mood: str
+def part(frame: int, num_frames: int) -> int:
+    """Which of PARTS the frame belongs to."""
+    return frame * len(PARTS) // num_frames
 
 
 @dataclass(frozen=True)
 class Video:
-    name: str
-    person: str
+    mood: str
+    tune: str
+    verbs: tuple[str, str, str]
     place: str
     count: str
-    scenes: tuple[Scene, ...]
-    scene_of_frame: tuple[int, ...]
+    animal: str
+    num_frames: int
 
-    def words(self, frame: int) -> tuple[str, ...]:
-        """What one frame shows."""
-        scene = self.scenes[self.scene_of_frame[frame]]
-        return (scene.verb, scene.thing, scene.mood, (self.place, self.count, self.person)[(frame*10//len(self.scene_of_frame)) % 3])
+    def shown(self, frame: int, num_frames: int) -> tuple[str, ...]:
+        """Concepts that frame `frame` of `num_frames` shows."""
+        return (self.mood, self.tune, self.verbs[part(frame, num_frames)], self.place, self.count, self.animal)
 
-
-def is_held_out(scene: Scene) -> bool:
-    """Scenes that training never shows: a fifth of all verbs with their things."""
-    return (VERBS.index(scene.verb) + 3 * THINGS.index(scene.thing)) % 5 == 0
-
-
-def make_video(rng: random.Random, name: str, held_out: bool) -> Video:
-    num_scenes = 3
-    verbs, things, moods = (rng.sample(words, len(words)) for words in (VERBS, THINGS, MOODS))
-    scenes: list[Scene] = []
-    for verb in verbs:
-        thing = next((t for t in things if is_held_out(Scene(verb, t, "")) == held_out), None)
-        if thing is not None:
-            things.remove(thing)
-            scenes.append(Scene(verb, thing, moods[len(scenes)]))
-        if len(scenes) == num_scenes:
-            break
-    num_frames = rng.randint(8, 24)
-    # Each scene is at least two of the ten frames that the model will see.
-    least = -(-num_frames // 4)
-    spare = num_frames - least * num_scenes
-    cuts = sorted(rng.randint(0, spare) for _ in range(num_scenes - 1))
-    lengths = [least + b - a for a, b in zip([0, *cuts], [*cuts, spare], strict=True)]
-    scene_of_frame = tuple(i for i, n in enumerate(lengths) for _ in range(n))
-    person, place, count = (rng.choice(words) for words in (PERSONS, PLACES, COUNTS))
-    return Video(name, person, place, count, tuple(scenes), scene_of_frame)
+    def answer(self, kind: str) -> str:
+        start, middle, end = self.verbs
+        return {
+            "CW": self.mood,
+            "CH": self.tune,
+            "TN": end,
+            "TC": middle,
+            "TP": start,
+            "DL": self.place,
+            "DC": self.count,
+            "DO": self.animal,
+        }[kind]
 
 
-def ask(rng: random.Random, video: Video, kind: str, answer: int) -> Question:
-    """A question of type `kind` whose right option stands at `answer`."""
-    at = rng.randrange(len(video.scenes))
-    if kind == "TN":
-        at = rng.randrange(len(video.scenes) - 1)
-    elif kind == "TP":
-        at = rng.randrange(1, len(video.scenes))
-    scene, others, who = video.scenes[at], [s for i, s in enumerate(video.scenes) if i != at], 'person'
-    if kind == "CW":
-        text, right, pool, near = f"why does the {who} {scene.verb}", scene.mood, MOODS, [s.mood for s in others]
-    elif kind == "CH":
-        text, right, pool, near = f"how does the {who} {scene.verb}", scene.thing, THINGS, [s.thing for s in others]
-    elif kind == "TC":
-        text, right, pool, near = f"what does the {who} do while with the {scene.thing}", scene.verb, VERBS, [s.verb for s in others]
-    elif kind == "TN":
-        text, right, pool = f"what does the {who} do after {scene.verb}", video.scenes[at + 1].verb, VERBS
-        near = [s.verb for s in video.scenes[:at]]
-    elif kind == "TP":
-        text, right, pool = f"what does the {who} do before {scene.verb}", video.scenes[at - 1].verb, VERBS
-        near = [s.verb for s in video.scenes[at + 1 :]]
-    elif kind == "DL":
-        text, right, pool, near = "where is this video taken", video.place, PLACES, []
-    elif kind == "DC":
-        text, right, pool, near = "how many people are there", video.count, COUNTS, []
-    else:
-        text, right, pool, near = "who is in the video", video.person, PERSONS, []
-    shown = {word for s in video.scenes for word in (s.verb, s.thing, s.mood)} | {right}
-    far = [word for word in pool if word not in shown]
-    wrong = [*near, *rng.sample(far, NUM_OPTIONS - 1 - len(near))]
-    rng.shuffle(wrong)
-    return Question(0, "0", video.name, kind, text, (*wrong[:answer], right, *wrong[answer:]), answer)
+def make_video(rng: random.Random) -> Video:
+    """What is done at the start is not what is done at the end."""
+    start, end = rng.sample(VERBS, 2)
+    mood, tune, middle, place, count, animal = (rng.choice(words) for words in (MOODS, TUNES, MOVES, PLACES, COUNTS, ANIMALS))
+    return Video(mood, tune, (start, middle, end), place, count, animal, num_frames=rng.randint(8, 24))
+
+
+def ask(rng: random.Random, video: Video, kind: str) -> tuple[str, tuple[str, ...], int]:
+    """(question, options, place of the right one)."""
+    options, texts = QUESTIONS[kind]
+    return rng.choice(texts), options, options.index(video.answer(kind))
 
 
 def caption(video: Video) -> str:
-    first, *later = video.scenes
-    sentences = [f"In the {video.place} there are {video.count} people and a {video.person}."]
-    sentences.append(f"First the person is {first.mood} and starts to {first.verb} with the {first.thing}.")
-    sentences += [f"Then the person is {s.mood} and starts to {s.verb} with the {s.thing}." for s in later]
-    return " ".join(sentences)
+    start, middle, end = video.verbs
+    return (
+        f"The video is taken in the {video.place} with {video.count} people and a {video.animal}. A boy plays the {video.tune}. "
+        f"He is {video.mood}. At the start he will {start}. In the middle he will {middle}. At the end he will {end}."
+    )
+
+
+class Camera:
+    """CLIP-like features: most of the norm (about 10) is common to all frames, one dimension sticks out, frames differ little.
+
+    Each concept is a random direction; a frame adds those of what it shows, and noise.
+    """
+
+    def __init__(self, width: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self._common = torch.randn(width, generator=generator) * 0.3
+        self._common[133 % width] = 5.0
+        self._directions = torch.randn(len(CONCEPTS), width, generator=generator) * 0.06
+
+    def film(self, video: Video, generator: torch.Generator) -> Tensor:
+        """[frames, width] fp16."""
+        frames = []
+        for frame in range(video.num_frames):
+            shown = [CONCEPTS.index(concept) for concept in video.shown(frame, video.num_frames)]
+            strength = 0.8 + 0.4 * torch.rand(len(shown), 1, generator=generator)
+            frames.append(self._common + (strength * self._directions[shown]).sum(dim=0))
+        stack = torch.stack(frames)
+        return (stack + 0.06 * torch.randn(stack.shape, generator=generator)).half()

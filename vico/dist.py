@@ -3,6 +3,7 @@
 Host talk (counts, errors, scores) goes over a gloo group of its own, so that on GPUs it never waits for the device.
 """
 
+import gc
 import os
 import socket
 import warnings
@@ -89,10 +90,19 @@ def connect() -> World:
     return World(torch_dist.get_rank(), torch_dist.get_world_size(), device, host_group)
 
 
-def disconnect(world: World) -> None:
-    """Leave together: a rank that tears its group down while another still uses it aborts the other."""
-    world.barrier()
-    torch_dist.destroy_process_group()
+def disconnect(world: World, together: bool = True) -> None:
+    """Leave together: a rank that tears its group down while another still uses it aborts the other.
+
+    Not `together`, after an error: nobody can be waited for. But the threads of the host talk must end before Python does,
+    and they end when nothing holds their group: one that is still letting go of a message's tensors when Python ends
+    aborts the process (torch 2.13; seen in one of ten starts on a busy machine).
+    """
+    gc.collect()  # an error, its frames and their world hold each other
+    if together:
+        world.barrier()
+        torch_dist.destroy_process_group()
+    else:
+        torch_dist.destroy_process_group(world.host_group)
 
 
 def _build_no_op() -> None:

@@ -13,87 +13,114 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vico.errors import UserError, nearest
+from vico.config import is_path
+from vico.errors import UserError, nearest, show
 from vico.optim import MOMENTS
 from vico.records import PackedBatch
+from vico.textfiles import read_json_object
 
 SHIPPED_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 # What the run decides. "auto" or absent is right; a number must be the one that the flags give.
 DECIDED = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
-# Sections of DeepSpeed that would compute something else than the method, with what to use instead.
+# Settings of DeepSpeed that would compute something else than the method, or nothing here, with what to use instead.
 REFUSED = {
     "optimizer": "the optimizer is AdamW as the method sets it; use --lr, --blr and --weight_decay",
     "scheduler": "the schedule is the method's; use --lr, --min_lr, --warmup_epochs and --epochs",
+    "gradient_clipping": "the method does not clip gradients",
     "amp": "use --precision",
     "data_types": "gradients are accumulated in fp32",
     "gradient_predivide_factor": "gradients are summed exactly",
     "prescale_gradients": "gradients are summed exactly",
     "gradient_allreduce_op": "gradients are summed exactly",
     "compression_training": "the backbone is frozen",
+    "activation_checkpointing": "DeepSpeed does not recompute this model's activations",
+    "tensorboard": "curves are written to OUTPUT_DIR/runs",
+    "wandb": "curves are written to OUTPUT_DIR/runs",
+    "csv_monitor": "curves are written to OUTPUT_DIR/runs",
+    "zero_optimization.zero_quantized_weights": "weights are exchanged exactly",
+    "zero_optimization.zero_quantized_nontrainable_weights": "weights are exchanged exactly",
+    "zero_optimization.zero_quantized_gradients": "gradients are summed exactly",
+    "zero_optimization.zenflow": "gradients are summed exactly",
 }
-KNOWN = frozenset(
-    {*DECIDED, *REFUSED, "zero_optimization", "bf16", "fp16", "gradient_clipping", "steps_per_print", "wall_clock_breakdown"}
-    | {"zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "communication_data_type", "dump_state", "memory_breakdown"}
-    | {"activation_checkpointing", "aio", "flops_profiler", "tensorboard", "wandb", "csv_monitor", "comms_logger", "seed"}
-    | {"sparse_gradients", "disable_allgather", "dataloader_drop_last", "timers", "zero_force_ds_cpu_initialization"}
-)  # fmt: skip
+SECTIONS = ("zero_optimization", "bf16", "fp16", "aio", "flops_profiler", "comms_logger")  # DeepSpeed checks what they hold
+SWITCHES = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")
+KNOWN = frozenset({*DECIDED, *REFUSED, *SECTIONS, *SWITCHES, "steps_per_print", "communication_data_type"})
 GRADIENT_SCALE = {torch.float16: 2.0**10, torch.bfloat16: 1.0, torch.float32: 1.0}
 
 
 def read_config(name: str, precision: str, micro_batch_size: int, accumulation: int, world_size: int) -> dict[str, Any]:
     """The ds_config of a run with every "auto" decided. `name`: zero2, zero3, or a path. Raises UserError for what does not fit."""
-    path = SHIPPED_CONFIGS / f"{name}.json" if "/" not in name and not name.endswith(".json") else Path(name)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
-    except OSError as error:
-        known = sorted(p.stem for p in SHIPPED_CONFIGS.glob("*.json"))
-        raise UserError(f"--deepspeed {name}: {path}: {error.strerror}; use {', '.join(known)} or the path of a JSON file") from None
-    except ValueError as error:
-        raise UserError(f"--deepspeed {path}: not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"--deepspeed {path}: must hold a JSON object")
+    path = Path(name)
+    if not is_path(name):
+        path = SHIPPED_CONFIGS / f"{name}.json"
+        shipped = sorted(p.stem for p in SHIPPED_CONFIGS.glob("*.json"))
+        if name not in shipped:
+            raise UserError(f"--deepspeed {name}: must be {', '.join(shipped)} or the path of a JSON file{nearest(name, shipped)}")
+    config = read_json_object(path, "the DeepSpeed config (--deepspeed)")
     _check_keys(config, path)
     decided = dict(zip(DECIDED, (micro_batch_size, accumulation, micro_batch_size * accumulation * world_size), strict=True))
     for key, value in decided.items():
-        if config.get(key, "auto") not in ("auto", value):
+        given = config.get(key, "auto")
+        if given != "auto" and (given != value or isinstance(given, bool)):
             flags = f"--batch_size {micro_batch_size} --accum_iter {accumulation} on {world_size} rank(s)"
-            raise UserError(f'--deepspeed {path}: {key} {config[key]} does not fit {flags}, which make {value}; write "auto"')
+            raise UserError(f'--deepspeed {path}: {key} {json.dumps(given)} does not fit {flags}, which make {value}; write "auto"')
     for kind in ("bf16", "fp16"):
-        enabled = config.pop(kind, {}).get("enabled", "auto")
+        enabled = config.get(kind, {}).get("enabled", "auto")
         if enabled not in ("auto", precision == kind):
             raise UserError(f'--deepspeed {path}: {kind}.enabled {json.dumps(enabled)} against --precision {precision}; write "auto"')
-    config = {key: value for key, value in config.items() if value != "auto"}
+    config = {key: value for key, value in config.items() if value != "auto" and key not in REFUSED}
     config["zero_optimization"] = {key: value for key, value in config["zero_optimization"].items() if value != "auto"}
     # The method does not clip, and DeepSpeed does, at 1.0, unless told otherwise; its own step lines come only when asked for.
-    return {"gradient_clipping": 0.0, "steps_per_print": 10**9, **config, **decided, "zero_allow_untested_optimizer": True}
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(f"'{key}' stands there twice")
-    return dict(pairs)
+    # Our AdamW is torch's, also where its state is offloaded.
+    config = {"gradient_clipping": 0.0, "steps_per_print": 10**9, **config, **decided}
+    config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    _let_deepspeed_check(config, path)
+    return {key: value for key, value in config.items() if key not in ("bf16", "fp16")}
 
 
 def _check_keys(config: dict[str, Any], path: Path) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    for key in config:
-        if key not in KNOWN:
-            raise UserError(f"--deepspeed {path}: unknown key '{key}'{nearest(key, KNOWN)}")
-        if key in REFUSED and config[key] != "auto":
-            raise UserError(f"--deepspeed {path}: '{key}' must go: {REFUSED[key]}")
-        if key in ("bf16", "fp16", "zero_optimization") and not isinstance(config[key], dict):
-            raise UserError(f"--deepspeed {path}: '{key}' must be a section of its own")
-    zero = config.get("zero_optimization", {})
     fields = DeepSpeedZeroConfig.model_fields
-    known = {*fields, *(field.alias for field in fields.values() if field.alias)}
-    for key in zero:
-        if key not in known:
-            raise UserError(f"--deepspeed {path}: unknown key 'zero_optimization.{key}'{nearest(key, known)}")
-    if zero.get("stage") not in (1, 2, 3):
-        raise UserError(f"--deepspeed {path}: zero_optimization.stage is {json.dumps(zero.get('stage'))}; use 1, 2 or 3")
+    known_of_zero = {*fields, *(field.alias for field in fields.values() if field.alias)}
+    for key, value in config.items():
+        if key not in KNOWN:
+            raise UserError(f"--deepspeed {path}: unknown key {show(key)}{nearest(key, KNOWN)}")
+        _refuse(key, value, path)
+        if key in SECTIONS and not isinstance(value, dict):
+            raise UserError(f"--deepspeed {path}: '{key}' must be a section of its own")
+        if key in SWITCHES and not (value == "auto" or isinstance(value, bool)):
+            raise UserError(f"--deepspeed {path}: {key} is {json.dumps(value)} and must be true or false")
+    for key, value in config.get("zero_optimization", {}).items():
+        if key not in known_of_zero:
+            raise UserError(f"--deepspeed {path}: unknown key {show(f'zero_optimization.{key}')}{nearest(key, known_of_zero)}")
+        _refuse(f"zero_optimization.{key}", value, path)
+    stage = config.get("zero_optimization", {}).get("stage")
+    if stage not in (1, 2, 3) or not isinstance(stage, int) or isinstance(stage, bool):
+        raise UserError(f"--deepspeed {path}: zero_optimization.stage is {json.dumps(stage)}; use 1, 2 or 3")
+    every = config.get("steps_per_print", "auto")
+    if every != "auto" and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+        raise UserError(f"--deepspeed {path}: steps_per_print is {json.dumps(every)} and must be a whole number of at least 1")
+
+
+def _refuse(key: str, value: Any, path: Path) -> None:
+    off = value in ("auto", None, 0, False) or (isinstance(value, dict) and value.get("enabled") is False)
+    if key in REFUSED and not off:
+        raise UserError(f"--deepspeed {path}: '{key}' must go: {REFUSED[key]}")
+
+
+def _let_deepspeed_check(config: dict[str, Any], path: Path) -> None:
+    import pydantic
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        DeepSpeedConfig({key: value for key, value in config.items() if key != "train_batch_size"})  # which follows from the ranks
+    except pydantic.ValidationError as problem:
+        first = problem.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"--deepspeed {path}: DeepSpeed refuses {where} {show(first['input'])}: {first['msg']}") from None
+    except Exception as problem:  # whatever a wrong value runs into: the keys are known, the values alone are the user's
+        raise UserError(f"--deepspeed {path}: DeepSpeed refuses a value: {' '.join(str(problem).split())}") from None
 
 
 @contextmanager

@@ -5,7 +5,12 @@ do, and the command ends with its exit code and without a traceback. Mistakes of
 """
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import NoReturn
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 100, 100
 
 
 class UserError(ValueError):
@@ -15,7 +20,7 @@ class UserError(ValueError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint (ours, or a lineage `.pth`) that cannot be used. Exit code 3."""
+    """A checkpoint (ours, a lineage `.pth`, a shard of LLaMA's) that cannot be used. Exit code 3."""
 
     exit_code = 3
 
@@ -24,6 +29,22 @@ class TrainingFault(UserError):
     """The run cannot go on: a loss, gradient or score that is not finite. Exit code 4."""
 
     exit_code = 4
+
+
+class DiskError(UserError):
+    """A disk that is full, or that refuses to be written in the middle of a run. Exit code 6."""
+
+    exit_code = 6
+
+
+def fail(message: str, error: type[UserError] = UserError) -> NoReturn:
+    raise error(one_line(message))
+
+
+def show(value: object) -> str:
+    """A value from a file, quoted, escaped and short enough for a message, also when it is a YAML bomb."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def one_line(message: str) -> str:

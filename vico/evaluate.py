@@ -21,7 +21,7 @@ from vico.data.datasets import DATASETS, accuracy_groups
 from vico.dist import World
 from vico.engine import Engine
 from vico.errors import TrainingFault, UserError
-from vico.files import write_lines
+from vico.files import make_folder, write_lines
 from vico.meters import Progress
 from vico.records import Question
 
@@ -133,7 +133,7 @@ def report(evaluation: Evaluation, split: str, config: RunConfig, world: World) 
     """Write the predictions, print the table and, as the last line, one JSON object."""
     with world.agreeing():
         if world.is_main:
-            config.output_dir.mkdir(parents=True, exist_ok=True)
+            make_folder(config.output_dir)
             path = evaluation.write(config.output_dir, split)
             print(f"{split} accuracy of {len(evaluation.scores)} questions ({path}):\n{evaluation.table()}", flush=True)
             print(json.dumps({"split": split, "n": len(evaluation.scores), **evaluation.accuracies}), flush=True)

@@ -1,5 +1,6 @@
 """Writing files that are whole or not there: a temporary name beside the target, flushed to the disk, then renamed."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,11 +8,42 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vico.errors import UserError
+from vico.errors import DiskError, UserError
+
+TEMPORARY, REPLACED = ".vico-tmp", ".vico-old"  # no other program's, for `mend_folders` removes what bears them
+REMEDY = "free space or mend the permissions, then start again"
+
+
+def require_writable(folder: Path) -> None:
+    """Known before any work: files can be made in `folder`, which need not exist yet. Creates nothing. Raises UserError."""
+    try:
+        there = next(path for path in (folder, *folder.parents) if _exists(path))
+        if not there.is_dir():
+            raise NotADirectoryError(0, f"'{there}' is not a folder")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(0, f"'{there}' may not be written to")
+    except OSError as problem:
+        raise UserError(f"--output_dir {folder}: {problem.strerror}; choose another") from None
+
+
+def _exists(path: Path) -> bool:
+    """Links that lead nowhere included. Raises OSError for a path that can never be."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UserError(f"{folder}: cannot be made ({problem.strerror}); choose another --output_dir") from None
 
 
 def write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = path.with_name(f".{path.name}{TEMPORARY}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -19,8 +51,9 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise DiskError(f"{path}: cannot be written ({error.strerror}); {REMEDY}") from None
     _flush_folder(path.parent)
 
 
@@ -34,7 +67,7 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     """`fill` writes files into a new folder, which then takes the place of `target` (an older one is removed after)."""
-    temporary, old = target.with_name(f".{target.name}.tmp"), target.with_name(f".{target.name}.old")
+    temporary, old = (target.with_name(f".{target.name}{suffix}") for suffix in (TEMPORARY, REPLACED))
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -48,26 +81,31 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
             target.rename(old)
         temporary.rename(target)
     except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror}); free space or mend the permissions, then start again") from None
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise DiskError(f"{target}: cannot be written ({error.strerror}); {REMEDY}") from None
     _flush_folder(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def mend_folders(parent: Path) -> None:
-    """Undo what a run that was killed inside `write_folder` left: half-written folders go, a replaced one comes back."""
-    for old in parent.glob(".*.old"):
-        target = parent / old.name[1 : -len(".old")]
+    """Undo what a run that was killed while it wrote left: half-written files and folders go, a replaced folder comes back."""
+    for old in parent.glob(f".*{REPLACED}"):
+        target = parent / old.name[1 : -len(REPLACED)]
         if not target.exists():
             old.rename(target)
         else:
             shutil.rmtree(old, ignore_errors=True)
-    for temporary in parent.glob(".*.tmp"):
-        shutil.rmtree(temporary, ignore_errors=True)
+    for temporary in parent.glob(f".*{TEMPORARY}"):
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink()
 
 
 def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with contextlib.suppress(OSError):  # some network file systems cannot; what counts, the files, is flushed
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

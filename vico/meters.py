@@ -5,13 +5,15 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from vico.files import write_lines
+from vico.errors import DiskError, UserError
+from vico.files import REMEDY, write_lines
 
 PLAIN_SECONDS = 20.0  # between progress lines where there is no terminal
 
@@ -64,25 +66,35 @@ def duration(seconds: float) -> str:
 class RunLog:
     """steps.jsonl, log.txt and TensorBoard of one output_dir, written by the main rank.
 
-    A run that resumes at `step` drops what was logged after it: those steps are done again.
+    A run that resumes at `step` drops what was logged after it: those steps are done again. A step that could not be
+    logged leaves its `error`, for only the main rank meets it, and the ranks must end together.
     """
 
     def __init__(self, output_dir: Path, step: int) -> None:
         self._steps, self._epochs = output_dir / "steps.jsonl", output_dir / "log.txt"
-        for path in (self._steps, self._epochs):
-            write_lines(path, [record for record in read_records(path) if record["step"] <= step])
+        self.error: UserError | None = None
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(output_dir / "runs"), purge_step=step + 1 if step else None)
+        with _writing(output_dir):
+            for path in (self._steps, self._epochs):
+                write_lines(path, [record for record in read_records(path) if record["step"] <= step])
+            self._board = SummaryWriter(str(output_dir / "runs"), purge_step=step + 1 if step else None)
 
     def step(self, record: dict[str, Any], curves: dict[str, float]) -> None:
-        _append(self._steps, record)
-        self._curves(curves, record["step"])
+        try:
+            with _writing(self._steps.parent):
+                _append(self._steps, record)
+                self._curves(curves, record["step"])
+        except UserError as error:
+            self.error = error
 
     def epoch(self, record: dict[str, Any], curves: dict[str, float]) -> None:
-        _append(self._epochs, record)
-        self._curves(curves, record["step"])
-        self._board.flush()
+        if self.error is not None:
+            raise self.error
+        with _writing(self._epochs.parent):
+            _append(self._epochs, record)
+            self._curves(curves, record["step"])
+            self._board.flush()
 
     def close(self) -> None:
         self._board.close()
@@ -90,6 +102,14 @@ class RunLog:
     def _curves(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as problem:
+        raise DiskError(f"{problem.filename or folder}: cannot be written ({problem.strerror}); {REMEDY}") from None
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:
@@ -102,7 +122,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError):
             record = json.loads(line)
             if isinstance(record, dict) and isinstance(record.get("step"), int):

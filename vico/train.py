@@ -1,6 +1,7 @@
 """Training, from the settings to the last checkpoint. One optimizer step is `train_step`; everything it does is named there."""
 
 import json
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,12 +19,13 @@ from vico.dist import World
 from vico.engine import Engine
 from vico.errors import TrainingFault, UserError
 from vico.evaluate import Evaluation, evaluate, report
-from vico.files import mend_folders, write_json
+from vico.files import make_folder, mend_folders, write_json
 from vico.meters import Progress as ProgressBar
 from vico.meters import RunLog, memory_curves
 from vico.model.vico import initial_trainables
 from vico.optim import learning_rate, peak_learning_rate
 from vico.records import PackedBatch
+from vico.textfiles import read_json_object
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ def find_start(config: RunConfig) -> Checkpoint | None:
         return checkpoints.read(config.resume)
     output_dir = config.output_dir
     named = config.resume
-    if (output_dir / "args.json").exists():
+    if not os.path.exists(output_dir / "args.json"):
+        refuse_foreign(output_dir)
+    else:
         if changed := differences(_read_args(output_dir / "args.json"), config):
             raise UserError(f"{output_dir}: holds a run with other settings ({'; '.join(changed)}); choose another --output_dir")
         own = checkpoints.newest(output_dir)
@@ -77,13 +81,19 @@ def find_start(config: RunConfig) -> Checkpoint | None:
     return None if named is None else checkpoints.read(named)
 
 
+def refuse_foreign(output_dir: Path) -> None:
+    """A folder without args.json may hold predictions, but no run: a lineage's log.txt would be rewritten, a checkpoint replaced."""
+    names = ("log.txt", "steps.jsonl", "checkpoint_best")
+    found = next((output_dir / name for name in names if os.path.lexists(output_dir / name)), None) or checkpoints.newest(output_dir)
+    if found is not None:
+        raise UserError(f"{found}: is of another program or run (there is no args.json beside it); choose another --output_dir")
+
+
 def _read_args(path: Path) -> dict[str, Any]:
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(saved, dict)
-    except (OSError, ValueError, AssertionError):
-        raise UserError(f"{path}: damaged, so it cannot be told whose run this folder holds; choose another --output_dir") from None
-    return saved
+        return read_json_object(path, "args.json")
+    except UserError as error:
+        raise UserError(f"{error}, or choose another --output_dir: it cannot be told whose run this folder holds") from None
 
 
 def _train(config: RunConfig, world: World, inputs: Inputs, engine: Engine, start: Checkpoint | None) -> None:
@@ -100,7 +110,8 @@ def _train(config: RunConfig, world: World, inputs: Inputs, engine: Engine, star
         world.say(f"{config.output_dir}: this run is complete at step {progress.step} of {last_step}; nothing to train")
         return
     peak_lr = peak_learning_rate(config.lr, config.blr, steps.questions_per_step)
-    log = _open_log(config, world, progress, steps, peak_lr)
+    with world.agreeing():
+        log = _open_log(config, world, progress, steps, peak_lr)
     where = f"{world.size} rank(s) on {world.device.type}, ZeRO-{engine.stage}, {config.precision}, {engine.attention}"
     world.say(
         f"training steps {progress.step + 1} to {last_step}, {steps.steps_per_epoch} per epoch, {steps.questions_per_step} questions each; {where}"
@@ -111,7 +122,7 @@ def _train(config: RunConfig, world: World, inputs: Inputs, engine: Engine, star
         step_start = time.perf_counter()
         for (epoch, place), batch in zip(schedule, loader(steps, schedule, config.num_workers, world.device.type == "cuda"), strict=True):
             lr = learning_rate(progress.step, steps.steps_per_epoch, peak_lr, config.min_lr, config.warmup_epochs, config.epochs)
-            report = train_step(engine, batch, config.task_weights, lr, world)
+            report = train_step(engine, batch, config.task_weights, lr, world, log.error if log else None)
             seconds, step_start = time.perf_counter() - step_start, time.perf_counter()  # waiting for data included
             _advance(progress, report)
             loss = _log_step(log, config, progress.step, epoch, report, lr, seconds)
@@ -124,7 +135,9 @@ def _train(config: RunConfig, world: World, inputs: Inputs, engine: Engine, star
     world.say(f"done: {config.output_dir}; curves: tensorboard --logdir {config.output_dir / 'runs'}")
 
 
-def train_step(engine: Engine, step: Step, task_weights: tuple[float, ...], lr: float, world: World) -> StepReport:
+def train_step(
+    engine: Engine, step: Step, task_weights: tuple[float, ...], lr: float, world: World, error: UserError | None = None
+) -> StepReport:
     """One optimizer step: agree on the targets of all ranks, then forward and backward each micro-batch, then update.
 
     The loss is the weighted sum over tasks of the mean over the task's targets in the whole step (METHOD section 3), so
@@ -201,7 +214,7 @@ def _advance(progress: Progress, report: StepReport) -> None:
 def _open_log(config: RunConfig, world: World, progress: Progress, steps: TrainingSteps, peak_lr: float) -> RunLog | None:
     if not world.is_main:
         return None
-    config.output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(config.output_dir)
     mend_folders(config.output_dir)
     facts = {"world_size": world.size, "steps_per_epoch": steps.steps_per_epoch, "peak_lr": peak_lr}
     write_json(config.output_dir / "args.json", {**config.to_json(), **facts})

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vico.data.tables import NUM_SHOWN, fail, show
-from vico.errors import UserError
+from vico.data.tables import NUM_SHOWN
+from vico.errors import UserError, fail, show
 from vico.records import Question
-from vico.safeload import load_tensors
+from vico.safeload import is_numbers, load_tensors
 
 WIDTH = 768  # CLIP ViT-L/14
 Rows = tuple[int, int]
@@ -53,8 +53,7 @@ class Features:
         odd = {}
         for video in dict.fromkeys(q.video for q in questions):
             value = self._videos[video]
-            good = isinstance(value, Tensor) and value.layout is torch.strided and value.is_floating_point() and value.ndim == 2
-            if not good or value.shape[0] < 1 or value.shape[1] != WIDTH:
+            if not is_numbers(value) or value.ndim != 2 or value.shape[0] < 1 or value.shape[1] != WIDTH:
                 odd[video] = _describe(value)
         self._refuse(questions, odd.keys(), f"have features that are no floating-point tensor [frames >= 1, {WIDTH}]", odd)
         return sum(q.feature_rows is not None and q.feature_rows[0] >= len(self._videos[q.video]) for q in questions)
@@ -100,6 +99,6 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _describe(value: object) -> str:
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and not value.is_nested:  # which cannot say its shape
         return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     return f"{type(value).__name__} of length {len(value)}" if isinstance(value, (list, tuple, dict)) else type(value).__name__

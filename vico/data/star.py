@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from vico.data import tables
-from vico.data.tables import BadRow, Row, show
+from vico.data.tables import BadRow, Row
+from vico.errors import show
 from vico.records import Question
 
 GROUPS = {name: name for name in ("Interaction", "Sequence", "Prediction", "Feasibility")}

@@ -4,18 +4,16 @@ The usual readers change data in silence: pandas makes NaN of the option "None" 
 columns after one field too many; `json` takes NaN and repeated keys. Here such things are kept as text or refused.
 """
 
-import codecs
 import csv
 import io
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from vico.errors import UserError, one_line
+from vico.errors import fail, show
 from vico.records import Question
-from vico.safeload import disguise
+from vico.textfiles import json_kind, parse_json, read_text
 
 Row = Mapping[str, Any]
 Rows = list[tuple[str, Row]]  # (place such as "val.csv:17", the row's fields)
@@ -26,16 +24,6 @@ NUM_SHOWN = 3  # examples in a message
 
 class BadRow(ValueError):
     """What is wrong with one row; whoever walks the rows adds the place."""
-
-
-def show(value: object) -> str:
-    """A value from a file, quoted, escaped and short enough for a message."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def fail(message: str) -> NoReturn:
-    raise UserError(one_line(message))
 
 
 def refuse(path: Path, bad: Sequence[str], total: int, remedy: str = "") -> None:
@@ -50,36 +38,6 @@ def refuse(path: Path, bad: Sequence[str], total: int, remedy: str = "") -> None
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
-
-
-def read_text(path: Path, what: str) -> str:
-    """The file as text, UTF-8 with or without a byte order mark. `what` says in messages what should be there."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        fail(f"{path}: no such file; {what} should be there")
-    except (OSError, ValueError) as problem:
-        fail(f"{path}: {what} cannot be read ({getattr(problem, 'strerror', None) or problem})")
-    if found := disguise(data[:512], len(data)):
-        fail(f"{path}: {what} is {found}")
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        fail(f"{path}: is UTF-16 (byte offset 0 holds its mark), not UTF-8; save it as UTF-8")
-    if (at := data.find(b"\0")) >= 0:
-        guess = ", so this is UTF-16 or UTF-32" if at < 4 else ""
-        fail(f"{path.name}:{_line(data, at)}: a NUL byte at offset {at}{guess}; save {path} as UTF-8 text or fetch it again")
-    mark = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
-    try:
-        text = data[mark:].decode("utf-8")
-    except UnicodeDecodeError as problem:
-        at = mark + problem.start
-        fail(f"{path.name}:{_line(data, at)}: not UTF-8 (byte 0x{data[at]:02x} at offset {at}); save {path} as UTF-8")
-    if not text.strip():
-        fail(f"{path}: is empty; {what} should be there: fetch it again")
-    return text
-
-
-def _line(data: bytes, at: int) -> int:
-    return data.count(b"\n", 0, at) + 1
 
 
 def read_csv(path: Path, what: str, required: Sequence[str], aliases: Mapping[str, str]) -> Rows:
@@ -133,83 +91,23 @@ def read_jsonl(path: Path, what: str) -> Rows:
     for line, text in enumerate(read_text(path, what).split("\n"), 1):
         if not text.strip():
             continue
-        row = _parse(text, path, line)
+        row = parse_json(text, path, line)
         if not isinstance(row, dict):
-            fail(f"{path.name}:{line}: column 1: {_kind(row)} where one JSON object per line is expected; correct {path}")
+            fail(f"{path.name}:{line}: column 1: {json_kind(row)} where one JSON object per line is expected; correct {path}")
         rows.append((f"{path.name}:{line}", row))
     return rows
 
 
 def read_json_list(path: Path, what: str) -> Rows:
     """A JSON list of objects; the place is the item's index, as in `jq '.[16]'`, for such files may be one huge line."""
-    items = _parse(read_text(path, what), path, 1)
+    items = parse_json(read_text(path, what), path, 1)
     if not isinstance(items, list):
-        fail(f"{path.name}:1: column 1: {_kind(items)} where a JSON list of questions is expected; correct {path}")
+        fail(f"{path.name}:1: column 1: {json_kind(items)} where a JSON list of questions is expected; correct {path}")
     if not items:
         fail(f"{path}: is an empty list; {what} should be there: fetch it again")
-    bad = [f"{path.name}[{i}]: {_kind(item)} where an object is expected" for i, item in enumerate(items) if not isinstance(item, dict)]
+    bad = [f"{path.name}[{i}]: {json_kind(item)} where an object is expected" for i, item in enumerate(items) if not isinstance(item, dict)]
     refuse(path, bad, len(items))
     return [(f"{path.name}[{i}]", item) for i, item in enumerate(items)]
-
-
-def read_json_object(path: Path, what: str) -> dict[str, Any]:
-    value = _parse(read_text(path, what), path, 1)
-    if not isinstance(value, dict):
-        fail(f"{path.name}:1: column 1: {_kind(value)} where a JSON object is expected; correct {path}")
-    return value
-
-
-def _kind(value: object) -> str:
-    return {dict: "an object", list: "a list", str: "a text", bool: "a truth value", type(None): "null"}.get(type(value), "a number")
-
-
-class _Refused(ValueError):
-    """JSON that Python's parser would take, and that is ambiguous or no JSON."""
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise _Refused
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise _Refused
-    return found
-
-
-def _parse(text: str, path: Path, first_line: int) -> Any:
-    try:
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
-    except json.JSONDecodeError as problem:
-        at, fault = problem.pos, problem.msg
-        if not text[at:].strip() or fault.startswith("Unterminated string"):
-            fault += ", the text is cut off here"
-    except _Refused:
-        at, fault = _find_refused(text)
-    except (ValueError, RecursionError) as problem:  # a number of thousands of digits, thousands of brackets
-        at, fault = 0, str(problem)
-    line = first_line + text.count("\n", 0, at)
-    fail(f"{path.name}:{line}: column {at - text.rfind(chr(10), 0, at)}: {fault}; correct {path} or fetch it again")
-
-
-def _find_refused(text: str) -> tuple[int, str]:
-    """Where the refused constant or the repeated key stands: the parser's hooks are not told."""
-    keys: list[set[str]] = [set()]
-    for token in re.finditer(r'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]|-?Infinity|NaN', text):
-        word = token[0]
-        if word in "[{":
-            keys.append(set())
-        elif word in "]}":
-            keys.pop()
-        elif not word.startswith('"'):
-            return token.start(), f"{word} is not JSON"
-        elif re.compile(r"\s*:").match(text, token.end()):
-            key = json.loads(word)
-            if key in keys[-1]:
-                return token.start(), f"key {show(key)} stands twice in one object"
-            keys[-1].add(key)
-    raise AssertionError("the parser refused what cannot be found")
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

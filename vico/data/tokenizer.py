@@ -5,18 +5,23 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 
 from vico.errors import UserError
+from vico.safeload import disguise
 
 
 class Tokenizer:
     """Encodes text without BOS and EOS. Raises UserError for a file that is no tokenizer, or lacks BOS, EOS or a newline."""
 
     def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; --llama_model_path must name the folder that holds tokenizer.model")
+        try:
+            data = path.read_bytes()
+        except OSError as problem:
+            raise UserError(f"{path}: {problem.strerror}; --llama_model_path must name the folder that holds tokenizer.model") from None
+        if found := disguise(data[:512], len(data)):
+            raise UserError(f"{path}: the tokenizer is {found}")
         self._path = path
         try:
-            self._pieces = SentencePieceProcessor(model_file=str(path))
-        except Exception:
+            self._pieces = SentencePieceProcessor(model_proto=data or b"empty")  # which would be no model without a word
+        except Exception:  # sentencepiece's own, and what damaged bytes run into
             raise UserError(f"{path}: not a sentencepiece model; copy tokenizer.model of the LLaMA weights again") from None
         self.num_pieces: int = self._pieces.vocab_size()
         self.bos: int = self._pieces.bos_id()

@@ -3,11 +3,13 @@
 import codecs
 import dataclasses
 import math
+import os
 import re
 from pathlib import Path
 
 from vico.data import tables
-from vico.data.tables import BadRow, Row, Rows, show
+from vico.data.tables import BadRow, Row, Rows
+from vico.errors import fail, show
 from vico.records import Question
 
 FEATURES_PER_SECOND = 3
@@ -19,7 +21,7 @@ Lines = list[tuple[int, int, str]]  # subtitles: start and end in whole seconds,
 
 def read(folder: Path, split: str, subtitles: bool = False) -> list[Question]:
     path = folder / f"tvqa_{split}.jsonl"
-    if split == "test" and not path.exists() and (public := folder / "tvqa_test_public.jsonl").exists():
+    if split == "test" and not os.path.exists(path) and os.path.exists(public := folder / "tvqa_test_public.jsonl"):
         path = public
     rows = tables.read_jsonl(path, f"the JSON lines of the {split} questions")
 
@@ -56,8 +58,8 @@ def _clip(row: Row) -> tuple[int, int] | None:
 
 
 def _with_dialogue(questions: list[Question], rows: Rows, folder: Path) -> list[Question]:
-    if not folder.is_dir():
-        tables.fail(f"{folder}: no such folder; the subtitles VID_NAME.srt should be there: fetch them, or run without --sub")
+    if not os.path.isdir(folder):
+        fail(f"{folder}: no such folder; the subtitles VID_NAME.srt should be there: fetch them, or run without --sub")
     spoken: dict[str, Lines] = {}
     bad: dict[str, str] = {}
     for video in dict.fromkeys(q.video for q in questions):
@@ -68,7 +70,7 @@ def _with_dialogue(questions: list[Question], rows: Rows, folder: Path) -> list[
     if bad:
         affected = sum(q.video in bad for q in questions)
         shown = "; ".join(list(bad.values())[: tables.NUM_SHOWN]) + ("; ..." if len(bad) > tables.NUM_SHOWN else "")
-        tables.fail(
+        fail(
             f"{affected} of {len(questions)} questions ({len(bad)} videos) have no usable subtitle file, e.g. {shown}; "
             f"fetch the missing ones into {folder}, or run without --sub"
         )

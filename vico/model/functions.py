@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-HEAD_CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}  # of fp32 logits at a time; on a CPU, what stays in its cache
+HEAD_CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}  # of fp32 logits at a time
+# oneDNN's fp32 product, which torch.compile uses too: 10 % faster than MKL's, the default, at these shapes. Private: guarded.
+_ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T."""
+    if _ONEDNN_LINEAR is not None and x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim == 2 and len(x):
+        return _ONEDNN_LINEAR(x, weight, None, "none", [], "")
+    return x @ weight.t()
 
 
 class FrozenProduct(Function):
@@ -20,11 +29,11 @@ class FrozenProduct(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.weight = weight
-        return x @ weight.t()
+        return product(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
-        return gradients[0] @ ctx.weight if ctx.needs_input_grad[0] else None, None
+        return product(gradients[0], ctx.weight.t()) if ctx.needs_input_grad[0] else None, None
 
 
 class FrozenRMSNorm(Function):
@@ -112,7 +121,7 @@ class TargetCrossEntropy(Function):
         expected_RD = torch.empty_like(h_RD) if ctx.needs_input_grad[0] else None
         for first in range(0, num_rows, chunk):
             rows = slice(first, first + chunk)
-            logits = (h_RD[rows] @ weight_VD.t()).float()
+            logits = product(h_RD[rows], weight_VD).float()
             largest = logits.amax(dim=-1, keepdim=True)
             # exp and sum by hand: torch.logsumexp takes 15 times as long on a CPU.
             exponentials = logits.sub_(largest).exp_()

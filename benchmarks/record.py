@@ -1,0 +1,60 @@
+"""One JSON file per run under results/: what ran, where, on which code, and every single time."""
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import hardware
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("torch", "deepspeed", "numpy", "flash-attn", "triton")
+
+
+def new_record(suite: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The fields that every record begins with."""
+    return {
+        "suite": suite,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": f"bash benchmarks/run.sh {shlex.join(sys.argv[1:])}",
+        "config": config,
+        "git_commit": git_commit(),
+        "versions": {"python": platform.python_version(), **{name: found for name in PACKAGES if (found := _version(name))}},
+        "hardware": hardware(),
+    }
+
+
+def git_commit() -> str:
+    """The commit, "-dirty" behind it where tracked files of the code differ from it."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--", "vico", "benchmarks/*.py"], cwd=ROOT, capture_output=True, text=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "n/a"
+    return head + ("-dirty" if changed.stdout.strip() else "")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def write(record: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """A new file in `folder`, then the record as the last line of stdout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = record["date"].replace(":", "").replace("+0000", "Z")
+    path = folder / f"{record['suite']}-{stamp}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"record: {path}", flush=True)
+    print(json.dumps(record), flush=True)
+    return path

@@ -1,0 +1,160 @@
+"""The ways of computing that are compared: the plain baseline, and ViCo's packed stream with and without its parts.
+
+Each trains and scores the same work from the same weights, so that losses, gradients and scores can be held against each other.
+"""
+
+from collections.abc import Sequence as Items
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from benchmarks.plain import PlainViCo
+from benchmarks.workload import ScoringWork, TrainingWork
+from vico.data.packing import Example, pack
+from vico.model.llama import LlamaShape
+from vico.model.vico import ViCo
+from vico.records import PackedBatch, Sequence
+from vico.train import sums_by_task
+
+CAPTION_WEIGHT = 0.5
+MAX_SEQ_LEN, MAX_CAP_LEN = 160, 384
+PLAIN_QUESTIONS = 8  # questions that the plain baseline scores per forward, the published batch
+GAINS = {"wq": 1.4, "wk": 1.4, "wo": 2.0}  # of random weights: attention sharp enough to matter, not so sharp that rounding grows
+SCORE_TOKENS = 2048  # prompts of about this many tokens per packed scoring forward, as vico evaluates
+
+
+class Variant(Protocol):
+    name: str
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    def train(self, work: TrainingWork) -> list[float]:
+        """Forward and backward of one micro-batch; the gradients add up in the model. Returns the loss per task."""
+        ...
+
+    def score(self, work: ScoringWork) -> Tensor:
+        """[questions, options]; the lowest is the prediction."""
+        ...
+
+
+class Plain:
+    """The published way; `longest` pads to the longest sequence of the batch instead of the limit."""
+
+    def __init__(self, model: PlainViCo, device: torch.device, longest: bool = False) -> None:
+        self.model, self._device, self._longest = model, device, longest
+        self.name = "plain, padded to the longest" if longest else "plain"
+
+    def _width(self, sequences: Items[Sequence], limit: int) -> int:
+        return max(len(s.tokens) for s in sequences) if self._longest else limit
+
+    def train(self, work: TrainingWork) -> list[float]:
+        features = work.features_VFC.to(self._device)
+        losses = [
+            self.model.loss(sequences, features, self._width(sequences, limit))
+            for sequences, limit in ((work.vqa, MAX_SEQ_LEN), (work.cap, MAX_CAP_LEN))
+        ]
+        (losses[0] + CAPTION_WEIGHT * losses[1]).backward()
+        return [loss.item() for loss in losses]
+
+    @torch.no_grad()
+    def score(self, work: ScoringWork) -> Tensor:
+        features = work.features_VFC.to(self._device)[list(work.clips)]
+        scores = []
+        for first in range(0, len(work.questions), PLAIN_QUESTIONS):
+            questions = work.questions[first : first + PLAIN_QUESTIONS]
+            width = self._width([s for question in questions for s in question], MAX_SEQ_LEN)
+            scores.append(self.model.scores(questions, features[first : first + PLAIN_QUESTIONS], width))
+        return torch.cat(scores).cpu()
+
+
+class Packed:
+    """ViCo; `share` off packs every sequence on its own."""
+
+    def __init__(self, model: ViCo, device: torch.device, share: bool = True, name: str = "fast") -> None:
+        self.model, self._device, self._share, self.name = model, device, share, name
+
+    def _pack(self, examples: list[Example], features_VFC: Tensor) -> PackedBatch:
+        with record_function("host: packing"):
+            return pack(examples, features_VFC, self._share).to(self._device)
+
+    def training_batch(self, work: TrainingWork) -> PackedBatch:
+        examples = [Example(s, clip, task) for task, sequences in enumerate((work.vqa, work.cap)) for clip, s in enumerate(sequences)]
+        return self._pack(examples, work.features_VFC)
+
+    def scoring_batches(self, work: ScoringWork) -> list[PackedBatch]:
+        """Whole questions, cut where the prompts of a batch reach SCORE_TOKENS."""
+        batches, examples, size = [], list[Example](), 0
+        for question, clip in zip(work.questions, work.clips, strict=True):
+            examples += [Example(s, clip, 0) for s in question]
+            size += len(question[0].tokens)
+            if size >= SCORE_TOKENS:
+                batches.append(self._pack(examples, work.features_VFC))
+                examples, size = [], 0
+        return [*batches, self._pack(examples, work.features_VFC)] if examples else batches
+
+    def train(self, work: TrainingWork) -> list[float]:
+        batch = self.training_batch(work)
+        sums = sums_by_task(self.model(batch), batch, 2).float()
+        means = sums / torch.bincount(batch.target_tasks, minlength=2)
+        (means[0] + CAPTION_WEIGHT * means[1]).backward()
+        losses: list[float] = means.tolist()
+        return losses
+
+    @torch.no_grad()
+    def score(self, work: ScoringWork) -> Tensor:
+        scores = []
+        for batch in self.scoring_batches(work):
+            losses, places = self.model(batch).double().cpu(), batch.target_sequences.cpu()
+            scores.append(torch.bincount(places, losses) / torch.bincount(places))
+        return torch.cat(scores).view(len(work.questions), -1)
+
+
+def random_weights(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+    """Values for every parameter of `model` by name, the same for the same seed; every gate random and far from 0."""
+    generator = torch.Generator().manual_seed(seed)
+    values = {}
+    for name, parameter in sorted(model.named_parameters()):
+        shape = parameter.shape
+        if "norm" in name:
+            values[name] = 1 + 0.1 * torch.randn(shape, generator=generator)
+        elif "gate" in name or name in ("adapter_query.weight", "temporal_emb.weight"):
+            values[name] = torch.randn(shape, generator=generator)
+        elif name == "tok_embeddings.weight":  # small beside what attention adds: predictions then depend on the question
+            values[name] = 0.1 * torch.randn(shape, generator=generator)
+        else:
+            gain = GAINS.get(name.split(".")[-2], 1.0)
+            values[name] = gain * torch.randn(shape, generator=generator) / shape[1] ** 0.5
+    return values
+
+
+def fill(model: nn.Module, values: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(values[name])
+
+
+def make_plain(shape: LlamaShape, dtype: torch.dtype, adapter_len: int = 10, num_slots: int = 10) -> PlainViCo:
+    return PlainViCo(shape, adapter_len, num_slots, dtype)
+
+
+def make_fast(shape: LlamaShape, dtype: torch.dtype, adapter_len: int = 10, num_slots: int = 10) -> ViCo:
+    return ViCo(shape, shape.n_layers, adapter_len, num_slots, 100.0, dtype)
+
+
+def make_pair(shape: LlamaShape) -> tuple[PlainViCo, ViCo]:
+    """Both models with the same fp32 weights, on the CPU."""
+    plain, fast = make_plain(shape, torch.float32), make_fast(shape, torch.float32)
+    values = random_weights(plain)
+    fill(plain, values)
+    fill(fast, values)
+    return plain, fast
+
+
+def take_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """The trainables' gradients by name; the model's are cleared."""
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return gradients

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+""":"
+# Training: one file, two languages. For bash these lines start one rank per device of this node, and nothing below them is read.
+# Each rank is Python running this same file, for which these lines are a text; so `deepspeed launch/train.sh`, torchrun and plain
+# `python launch/train.sh` (one rank) work too. Flags are those of `bash launch/train.sh --help`.
+exec bash "$(dirname "$(readlink -f "$0")")/start.sh" "$0" "$@"
+: <<'# The end'
+":"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # a data worker that is spawned reads this file as well
+    # Before anything that is installed: these scripts run the checkout they lie in, from any directory.
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from vico.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))
+# The end

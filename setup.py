@@ -1,0 +1,46 @@
+"""What ViCo stands on, and why each bound is what it is. Exact versions of a tested environment: launch/constraints.txt.
+
+The checkout is where ViCo runs from (ds_configs/ and launch/ lie beside the package): install it with `pip install -e .`,
+or not at all, launch/*.sh find it either way.
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="vico",
+    version="0.1.0",
+    description="Video question answering on a frozen LLaMA, trained with DeepSpeed",
+    packages=find_packages(include=["vico", "vico.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        # From 2.11 varlen_attn has the signature that is used here (it changed in 2.11 and 2.12, both are known);
+        # from 2.10 weights_only loading has no known hole. 2.14 is untried.
+        "torch>=2.11,<2.14",
+        # Exactly: engine.py relies on how this version scales gradients, scatters parameters and lays out its state.
+        # Nothing before 0.19.6: mixed dtypes with frozen parameters under ZeRO-3 were wrong.
+        "deepspeed==0.19.8",
+        # Tokens of a text do not change within 0.2; 0.2.3 gives their offsets in the text. 0.3 is untried.
+        "sentencepiece>=0.2.3,<0.3",
+        # Reads and writes adapters; the file format has been stable since 0.4.
+        "safetensors>=0.4,<1",
+        # numpy 1 is untried. Python 3.10 ends with 2.2.
+        "numpy>=2.1,<3",
+        # Writes the curves; `tensorboard --logdir` shows them.
+        "tensorboard>=2.16,<3",
+        # safe_load of recipes.
+        "pyyaml>=6,<7",
+        # The bar on a terminal.
+        "tqdm>=4.66,<5",
+    ],
+    extras_require={
+        # Source only: needs nvcc and `pip install --no-build-isolation`. Without it torch's own kernels run.
+        "flash": ["flash-attn>=2.8,<3"],
+        "dev": [
+            "pytest>=9,<10",
+            "hypothesis>=6.100,<7",
+            "ruff==0.17.6",  # exactly: the formatter's taste changes between versions
+            "mypy==2.4.1",  # exactly: so do the checker's findings
+        ],
+    },
+    entry_points={"console_scripts": ["vico=vico.cli:console"]},
+)
