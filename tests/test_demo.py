@@ -74,5 +74,5 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unrecognized arguments: --sed 1"):
         main(["--sed", "1"])
     (tmp_path / "world.json").write_text("{")
-    with pytest.raises(UserError, match="world[.]json"):
+    with pytest.raises(UserError, match=r"world\.json"):
         main(["--output_dir", str(tmp_path)])

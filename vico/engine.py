@@ -131,8 +131,10 @@ def construction(config: Mapping[str, Any], device: torch.device) -> Iterator[No
             yield
     else:
         import deepspeed
+        from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride
 
-        with deepspeed.zero.Init(config_dict_or_path=dict(config)):
+        # Types stay as they are: by default every new tensor would take the one type of the ds_config.
+        with deepspeed.zero.Init(config_dict_or_path=dict(config), tensor_overrides=[DeepSpeedTensorOverride.device]):
             yield
 
 

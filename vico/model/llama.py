@@ -35,12 +35,16 @@ class LlamaShape:
         return -(-int(2 * (4 * self.dim) / 3) // self.multiple_of) * self.multiple_of
 
 
+def _frozen(*size: int, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
+
+
 class FrozenLinear(nn.Module):
     """x W^T with a weight that is never trained."""
 
     def __init__(self, num_in: int, num_out: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_out, num_in, dtype=dtype), requires_grad=False)
+        self.weight = _frozen(num_out, num_in, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return FrozenProduct.apply(x, self.weight)
@@ -49,7 +53,7 @@ class FrozenLinear(nn.Module):
 class FrozenEmbedding(nn.Module):
     def __init__(self, num: int, dim: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num, dim, dtype=dtype), requires_grad=False)
+        self.weight = _frozen(num, dim, dtype=dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight)
@@ -69,7 +73,7 @@ class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float, dtype: torch.dtype) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(dim, dtype=dtype), requires_grad=False)
+        self.weight = _frozen(dim, dtype=dtype)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return FrozenRMSNorm.apply(x_TD, self.weight, self.eps)
