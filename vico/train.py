@@ -164,7 +164,9 @@ def train_step(
         engine.backward((sums.float() * weights).sum(), last=i + 1 == num_micro_batches)
     loss_sums = world.sum(loss_sums.cpu())  # waits for the device; the loss must be known good before the update
     if not loss_sums.isfinite().all():
-        raise TrainingFault("the loss is not finite; the update was not made; try a lower --blr, or --precision bf16 or fp32")
+        raise TrainingFault(
+            "the loss is not finite; the update was not made; try a lower --blr, or --precision bf16 or fp32; at step 1, look for NaN in the weights"
+        )
     grad_norm, updated = engine.step(lr)
     if not updated:
         raise TrainingFault("a gradient is not finite; the update was not made; try a lower --blr, or --precision bf16 or fp32")
