@@ -35,7 +35,7 @@ def main(argv):
     code = int(os.environ.get("END_WITH", "0"))
     if code < 0 and rank == "1":
         os.kill(os.getpid(), -code)
-    if code and rank not in ("0", "alone"):
+    if code < 0 or (code and rank not in ("0", "alone")):
         time.sleep(60)  # as a rank that leaves the word to rank 0: the launcher ends it
     if code > 0:
         print("vico: error: said once", file=sys.stderr)
