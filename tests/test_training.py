@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import oracle
-from world import ROOT, World, records, succeeds, write_csv
+from world import ROOT, World, records, succeeds, vico, write_csv
 
 # The oracle sums in another order: fp32 rounding over six steps. Measured: losses 2e-7, norms 2e-6, scores 4e-6.
 ORACLE_LOSS_RTOL, ORACLE_NORM_RTOL, ORACLE_SCORE_ATOL = 3e-6, 1e-4, 1e-4
@@ -188,6 +188,20 @@ def test_a_run_cut_in_two_is_the_run(world: World, zero3: str, tmp_path: Path, r
     assert (whole / "predictions_val.jsonl").read_bytes() == (cut / "predictions_val.jsonl").read_bytes()
     assert Run(cut).epochs[-1] == Run(whole).epochs[-1]
     assert "complete at step 6" in succeeds("train", *flags, "--output_dir", str(cut), ranks=ranks).stdouts[0]
+
+
+def test_another_start_on_a_used_folder_is_refused_and_another_division_is_not(world: World, start: Path, tmp_path: Path) -> None:
+    flags = [*world.flags, *FLAGS, "--cap", "0", "--output_dir", str(tmp_path / "out"), "--max_steps"]
+    first = ["--resume", str(start), "--batch_size", "8"]
+    succeeds("train", *flags, "1", *first)
+    again = tmp_path / "again.pth"
+    again.write_bytes(start.read_bytes())
+    ended = vico("train", *flags, "2", "--resume", str(again), "--batch_size", "8")
+    assert ended.codes == [2] and "did not start from --resume" in ended.stderrs[0]
+    succeeds("train", *flags, "2", *first)
+    succeeds("train", *flags, "3", "--batch_size", "4", ranks=2)
+    assert [line["step"] for line in Run(tmp_path / "out").steps] == [1, 2, 3]
+    assert all(line["cap_loss"] is None and line["cap_targets"] == 0 for line in Run(tmp_path / "out").steps)
 
 
 def test_a_lineage_checkpoint_goes_on_after_its_epoch(world: World, tmp_path: Path) -> None:

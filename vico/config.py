@@ -120,9 +120,13 @@ class RunConfig:
         return {f.name: str(v) if isinstance(v := getattr(self, f.name), Path) else v for f in dataclasses.fields(self)}
 
 
-# What may differ between a run and its continuation: where things lie and how they are shown, never what is computed.
+# What may differ between a run and its continuation: where things lie, how they are shown and how a step is divided, never what
+# is computed (the questions of a step must stay as many; resuming checks their number).
 NOT_IDENTITY = frozenset(
     {
+        "batch_size",
+        "accum_iter",
+        "max_tokens",
         "model",
         "llama_model_path",
         "data_path",

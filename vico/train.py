@@ -73,10 +73,16 @@ def find_start(config: RunConfig) -> Checkpoint | None:
     if not os.path.exists(output_dir / "args.json"):
         refuse_foreign(output_dir)
     else:
-        if changed := differences(_read_args(output_dir / "args.json"), config):
+        saved = _read_args(output_dir / "args.json")
+        if changed := differences(saved, config):
             raise UserError(f"{output_dir}: holds a run with other settings ({'; '.join(changed)}); choose another --output_dir")
         own = checkpoints.newest(output_dir)
-        if own is not None and (named is None or output_dir not in named.parents):
+        if own is not None:
+            if named not in (None, own) and str(named) != saved.get("resume"):
+                raise UserError(
+                    f"{output_dir}: holds a run that stands at {own.name} and did not start from --resume {named}; leave --resume out to go on "
+                    "there, or choose another --output_dir"
+                )
             named = own
     return None if named is None else checkpoints.read(named)
 
@@ -143,12 +149,13 @@ def train_step(
     The loss is the weighted sum over tasks of the mean over the task's targets in the whole step (METHOD section 3), so
     each micro-batch adds its sum of losses divided by the step's count.
     """
-    numbers = torch.tensor([len(step.micro_batches), step.num_real_tokens, step.error is not None])
+    error = step.error or error
+    numbers = torch.tensor([len(step.micro_batches), step.num_real_tokens, error is not None])
     totals = world.gather(torch.cat([step.target_counts, numbers]))
     if totals[:, -1].any():
         with world.agreeing():
-            if step.error is not None:
-                raise step.error
+            if error is not None:
+                raise error
     counts, num_micro_batches = totals[:, :-3].sum(dim=0), int(totals[:, -3].max())
     weights = torch.tensor(task_weights, dtype=torch.float64) / counts.clamp(min=1)
     weights = weights.to(world.device, torch.float32, non_blocking=True)
@@ -195,6 +202,8 @@ def _start_progress(start: Checkpoint | None, steps: TrainingSteps, config: RunC
             f"{start.path}: its steps took {start.progress.questions_per_step} questions and these would take {steps.questions_per_step}; "
             "choose ranks, --batch_size and --accum_iter with the same product"
         )
+    if config.output_dir not in start.path.parents:  # another run's best is not this one's
+        return replace(start.progress, best_accuracy=None)
     return start.progress
 
 
@@ -218,11 +227,17 @@ def _open_log(config: RunConfig, world: World, progress: Progress, steps: Traini
         return None
     make_folder(config.output_dir)
     mend_folders(config.output_dir)
+    if config.resume is None and os.path.exists(config.output_dir / "args.json"):  # what this run started from stays known
+        config = replace(config, resume=_path(_read_args(config.output_dir / "args.json").get("resume")))
     facts = {"world_size": world.size, "steps_per_epoch": steps.steps_per_epoch, "peak_lr": peak_lr}
     write_json(config.output_dir / "args.json", {**config.to_json(), **facts})
     if progress.step:
         print(f"resuming from step {progress.step}", flush=True)
     return RunLog(config.output_dir, progress.step)
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
 
 
 def _total_loss(config: RunConfig, losses: list[float | None]) -> float:
@@ -234,8 +249,9 @@ def _log_step(log: RunLog | None, config: RunConfig, step: int, epoch: int, repo
     losses = report.task_losses()
     total = _total_loss(config, losses)
     if log is not None:
-        by_task = {f"{task}_loss": loss for task, loss in zip(config.tasks, losses, strict=True)}
-        targets = {f"{task}_targets": n for task, n in zip(config.tasks, report.target_counts, strict=True)}
+        by_task = {"vqa_loss": None, "cap_loss": None, **{f"{task}_loss": loss for task, loss in zip(config.tasks, losses, strict=True)}}
+        counted = {f"{task}_targets": n for task, n in zip(config.tasks, report.target_counts, strict=True)}
+        targets = {"vqa_targets": 0, "cap_targets": 0, **counted}
         sizes = {**targets, "real_tokens": report.num_real_tokens, "step_seconds": seconds}
         log.step(
             {"step": step, "epoch": epoch, "loss": total, **by_task, "lr": lr, "grad_norm": report.grad_norm, **sizes},
@@ -265,9 +281,9 @@ def _end_epoch(
         if world.is_main:
             record = _log_epoch(log, config, world, progress.step, epoch, lr, losses, evaluation, weights, eval_seconds)
             evaluation.write(config.output_dir, "val")
-            checkpoints.save(config.output_dir / f"checkpoint-{progress.step}", weights, moments, saved, config)
-            if improved:
+            if improved:  # first: the other one already says that this accuracy is the best
                 checkpoints.save(config.output_dir / "checkpoint_best", weights, moments, saved, config)
+            checkpoints.save(config.output_dir / f"checkpoint-{progress.step}", weights, moments, saved, config)
             print(f"epoch {epoch}: {json.dumps({k: v for k, v in record.items() if k != 'epoch'})}", flush=True)
     progress.epoch_loss_sums, progress.epoch_target_counts = list(saved.epoch_loss_sums), list(saved.epoch_target_counts)
 
@@ -277,7 +293,8 @@ def _log_epoch(
     evaluation: Evaluation, weights: dict[str, Tensor], eval_seconds: float,
 ) -> dict[str, Any]:  # fmt: skip
     assert log is not None
-    train = {"train_loss": _total_loss(config, losses), **{f"train_{t}_loss": v for t, v in zip(config.tasks, losses, strict=True)}}
+    by_task = {f"train_{task}_loss": loss for task, loss in zip(config.tasks, losses, strict=True)}
+    train = {"train_loss": _total_loss(config, losses), "train_vqa_loss": None, "train_cap_loss": None, **by_task}
     record = {**train, "train_lr": lr, "epoch": epoch, "step": step, **{f"val_{k}": v for k, v in evaluation.accuracies.items()}}
     gates = {f"gates/{n.replace('.attention', '')}": v for n, v in weights.items() if "gate" in n}
     curves = {
