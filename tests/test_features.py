@@ -18,9 +18,10 @@ from torch import Tensor
 
 from vico.data import captions
 from vico.data.features import WIDTH, Features
-from vico.errors import CheckpointError, UserError
+from vico.errors import CheckpointError
 from vico.records import Question
 from vico.safeload import load_tensors
+from world import refusal
 
 
 def numbered(length: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -35,15 +36,6 @@ def save(path: Path, videos: Any, **how: Any) -> Path:
 
 def ask(*clips: tuple[str, tuple[int, int] | None]) -> list[Question]:
     return [Question(i, str(i), video, "CW", "why", ("a", "b"), 0, rows) for i, (video, rows) in enumerate(clips)]
-
-
-def refusal(*call: Any, **named: Any) -> str:
-    function, *arguments = call
-    with pytest.raises(UserError) as caught:
-        function(*arguments, **named)
-    message = str(caught.value)
-    assert message.isprintable() and len(message) < 900
-    return message
 
 
 @settings(max_examples=80, deadline=None)

@@ -14,6 +14,7 @@ from vico.data import tables, tvqa
 from vico.data.datasets import DATASETS, accuracy_groups, count_equal_options, read_questions
 from vico.errors import UserError
 from vico.records import Question
+from world import refusal
 
 HEADER = ["video", "frame_count", "width", "height", "question", "answer", "qid", "type", "a0", "a1", "a2", "a3", "a4"]
 OPTIONS = ["clap", "None", "nan", "NA ", "007"]
@@ -53,15 +54,6 @@ def put(path: Path, content: str | bytes | list[Any] | dict[str, Any]) -> Path:
         content = json.dumps(content)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
-
-
-def refusal(*call: Any, **named: Any) -> str:
-    function, *arguments = call
-    with pytest.raises(UserError) as caught:
-        function(*arguments, **named)
-    message = str(caught.value)
-    assert message.isprintable() and len(message) < 900
-    return message
 
 
 def test_a_csv_row_becomes_a_question(tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import sentencepiece
 import torch
 
 import oracle
+from vico.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = [
@@ -177,3 +179,13 @@ def succeeds(*args: str, ranks: int = 1, cwd: Path | None = None) -> Ended:
 
 def records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def refusal(*call: Any, **named: Any) -> str:
+    """The one line with which `call[0](*call[1:], **named)` refuses."""
+    function, *arguments = call
+    with pytest.raises(UserError) as caught:
+        function(*arguments, **named)
+    message = str(caught.value)
+    assert message.isprintable() and len(message) < 900
+    return message

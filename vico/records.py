@@ -83,7 +83,6 @@ class PackedBatch:
     frame_target_ids_M: Tensor  # int64: j
     target_tasks: Tensor  # int64 [N + M]: place of the task in the run's list of tasks
     target_sequences: Tensor  # int64 [N + M]: place of the sequence in the micro-batch
-    num_sequences: int
     num_real_tokens: int  # tokens of the sequences, each counted whole, however much of it is shared
 
     @property

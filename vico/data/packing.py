@@ -63,7 +63,6 @@ def pack(examples: Items[Example], features_VFC: Tensor, share: bool = True) -> 
         slot_frames_S=torch.from_numpy(-1 - keys[slot_rows]),
         features_VFC=features_VFC,
         segments=tuple(segments),
-        num_sequences=len(examples),
         num_real_tokens=sum(len(example.sequence.tokens) for example in examples),
         **_targets(examples, rows_of),
     )

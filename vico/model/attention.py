@@ -4,8 +4,7 @@ The stream is a tree of segments, so what is visible of the score matrix is a li
 triangle, and full rectangles of later rows against it. gate2 is one number per head on some of the rectangles.
 
 `attend_plain` builds the whole score matrix and is the definition. `attend_blocks` (CPU) runs PyTorch's fused kernel per
-block and merges the softmaxes by their log-sum-exp. `attend_sdpa` (any device) runs it per segment, with gate2 as extra
-dimensions of q and k.
+block and merges the softmaxes by their log-sum-exp. attention_packed.py has the kernels of GPUs.
 """
 
 import math
@@ -19,8 +18,6 @@ from torch import Tensor
 from torch.autograd import Function
 
 from vico.records import Segment
-
-MAX_SIBLING_ROWS = 64  # sdpa: leaves of one parent run as one masked call while their square stays this small
 
 
 @dataclass(frozen=True, slots=True)
