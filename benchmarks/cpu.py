@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import memory
+from benchmarks.figures import layer_parameters
 from benchmarks.measure import cpu_ceilings, cpu_seconds, ratio_spread, spread
 from benchmarks.record import RESULTS, new_record, write
 from benchmarks.timesplit import time_split
@@ -144,10 +145,6 @@ def say(name: str, place: int, result: Round, worst: dict[str, float]) -> None:
         predictions = "".join("ABCDE"[p] for p in result.scores[variant].argmin(1).tolist())
         print(f"{name:12s} round {place + 1}  {variant:28s}{times}  vqa {losses[0]:.6f} cap {losses[1]:.6f}  {predictions}", flush=True)
     print("             largest differences: " + ", ".join(f"{key} {value:.1e}" for key, value in worst.items()), flush=True)
-
-
-def layer_parameters(shape: LlamaShape) -> int:
-    return shape.n_layers * (4 * shape.dim**2 + 3 * shape.dim * shape.hidden_dim)
 
 
 def figures(out: dict[str, Any], shape: LlamaShape, num_questions: int, ceiling: float) -> dict[str, Any]:

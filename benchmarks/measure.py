@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,71 @@ def cpu_ceilings(repeats: int = 5) -> dict[str, float]:
     target = torch.empty_like(source).fill_(0)
     copy = min(cpu_seconds(lambda: target.copy_(source))[0] for _ in range(repeats))
     return {"matmul_gflops": 2 * 1536**3 / product / 1e9, "copy_gb_per_second": 2 * source.numel() * 4 / copy / 1e9}
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Moments on a device: events in its stream on a GPU (read later, nobody waits), process or wall time on a CPU."""
+
+    device: torch.device
+    wall: bool = False  # where ranks wait for each other, process time says nothing
+
+    def now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter() if self.wall else time.process_time()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, start: Any, stop: Any) -> float:
+        """Seconds; on a GPU waits until `stop` has happened."""
+        if self.device.type != "cuda":
+            return float(stop - start)
+        stop.synchronize()
+        return float(start.elapsed_time(stop)) / 1e3
+
+    def time(self, run: Callable[[], Any]) -> float:
+        start = self.now()
+        run()
+        return self.between(start, self.now())
+
+    @property
+    def kind(self) -> str:
+        return "device events" if self.device.type == "cuda" else "wall time" if self.wall else "process time"
+
+
+def device_ceilings(device: torch.device, dtype: torch.dtype, size: int, copy_mib: int, repeats: int = 20) -> dict[str, Any]:
+    """The median rate of a square product in `dtype`, and of copying within the device's memory (bytes read and written)."""
+    clock = Clock(device)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    source = torch.randn(copy_mib * 2**18, device=device)
+    target = torch.empty_like(source)
+    for run in (lambda: a @ b, lambda: target.copy_(source)):
+        for _ in range(3):
+            run()
+    product = spread([clock.time(lambda: a @ b) for _ in range(repeats)])
+    copy = spread([clock.time(lambda: target.copy_(source)) for _ in range(repeats)])
+    return {
+        "product": f"{str(dtype).removeprefix('torch.')} {size} x {size} x {size}",
+        "matmul_tflops": 2 * size**3 / product["median"] / 1e12,
+        "matmul_seconds": product,
+        "copy_gb_per_second": 2 * source.numel() * 4 / copy["median"] / 1e9,
+        "copy_seconds": copy,
+    }
+
+
+def device_peak(run: Callable[[], Any], device: torch.device) -> dict[str, Any]:
+    """Peak memory while `run` runs, GiB: allocated and reserved on a GPU, else the growth of this process, and "n/a"."""
+    if device.type != "cuda":
+        return {"allocated_gib": peak_growth(run)["growth_mib"] / 1024, "reserved_gib": "n/a", "of": "growth of the process"}
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    return {"before_gib": before / GIB, "allocated_gib": allocated / GIB, "reserved_gib": reserved / GIB, "of": "the device"}
 
 
 def hardware() -> dict[str, Any]:

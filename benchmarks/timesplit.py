@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from vico.model.llama import LlamaShape
@@ -58,14 +59,19 @@ def time_split(
             torch.cuda.synchronize(device)
     seconds: dict[str, float] = defaultdict(float)
     rows = []
+    kernels = 0.0
     for event in recorded.key_averages(group_by_input_shape=True):
-        on_device = device.type == "cuda" and event.key != "host: packing"
-        spent = (event.self_device_time_total if on_device else event.self_cpu_time_total) / 1e6
+        if event.device_type != DeviceType.CPU:  # a kernel by itself: its time is also in the operator that started it
+            kernels += 0.0 if event.is_user_annotation else event.self_device_time_total / 1e6
+            continue
+        spent = (event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total) / 1e6
         if spent <= 0:
             continue
         kind = category(event.key, event.input_shapes, shape)
         seconds[kind] += spent
         rows.append((kind, f"{event.key} {_sizes(event.input_shapes)}", event.count, round(spent, 5)))
+    if kernels > sum(seconds.values()):
+        seconds["kernels of no known operator"] = kernels - sum(seconds.values())
     rows.sort(key=lambda row: -row[3])
     return {kind: round(value, 5) for kind, value in sorted(seconds.items(), key=lambda pair: -pair[1])}, rows[:30]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from benchmarks.plain import PlainViCo
-from benchmarks.workload import ScoringWork, TrainingWork
+from benchmarks.workload import NUM_OPTIONS, ScoringWork, TrainingWork
 from vico.data.packing import Example, pack
 from vico.model.llama import LlamaShape
 from vico.model.vico import ViCo
@@ -73,61 +73,73 @@ class Plain:
 class Packed:
     """ViCo; `share` off packs every sequence on its own."""
 
-    def __init__(self, model: ViCo, device: torch.device, share: bool = True, name: str = "fast") -> None:
+    def __init__(self, model: ViCo, device: torch.device, share: bool = True, name: str = "fast", score_tokens: int = SCORE_TOKENS) -> None:
         self.model, self._device, self._share, self.name = model, device, share, name
+        self._score_tokens = score_tokens
 
     def _pack(self, examples: list[Example], features_VFC: Tensor) -> PackedBatch:
         with record_function("host: packing"):
-            return pack(examples, features_VFC, self._share).to(self._device)
+            return pack(examples, features_VFC, self._share)
 
     def training_batch(self, work: TrainingWork) -> PackedBatch:
-        examples = [Example(s, clip, task) for task, sequences in enumerate((work.vqa, work.cap)) for clip, s in enumerate(sequences)]
-        return self._pack(examples, work.features_VFC)
+        """On the host, as a data worker makes it."""
+        return self._pack(training_examples(work), work.features_VFC)
 
     def scoring_batches(self, work: ScoringWork) -> list[PackedBatch]:
-        """Whole questions, cut where the prompts of a batch reach SCORE_TOKENS."""
+        """Whole questions, cut where the prompts of a batch reach the budget; on the host."""
         batches, examples, size = [], list[Example](), 0
         for question, clip in zip(work.questions, work.clips, strict=True):
             examples += [Example(s, clip, 0) for s in question]
             size += len(question[0].tokens)
-            if size >= SCORE_TOKENS:
+            if size >= self._score_tokens:
                 batches.append(self._pack(examples, work.features_VFC))
                 examples, size = [], 0
         return [*batches, self._pack(examples, work.features_VFC)] if examples else batches
 
     def train(self, work: TrainingWork) -> list[float]:
-        batch = self.training_batch(work)
+        return self.train_batch(self.training_batch(work))
+
+    def train_batch(self, batch: PackedBatch) -> list[float]:
+        batch = batch.to(self._device)
         sums = sums_by_task(self.model(batch), batch, 2).float()
         means = sums / torch.bincount(batch.target_tasks, minlength=2)
         (means[0] + CAPTION_WEIGHT * means[1]).backward()
         losses: list[float] = means.tolist()
         return losses
 
-    @torch.no_grad()
     def score(self, work: ScoringWork) -> Tensor:
+        return self.score_batches(self.scoring_batches(work))
+
+    @torch.no_grad()
+    def score_batches(self, batches: Items[PackedBatch]) -> Tensor:
+        """[questions, options]; waits for the device once, at the end."""
+        losses = [self.model(batch.to(self._device)) for batch in batches]
         scores = []
-        for batch in self.scoring_batches(work):
-            losses, places = self.model(batch).double().cpu(), batch.target_sequences.cpu()
-            scores.append(torch.bincount(places, losses) / torch.bincount(places))
-        return torch.cat(scores).view(len(work.questions), -1)
+        for batch, found in zip(batches, losses, strict=True):
+            scores.append(torch.bincount(batch.target_sequences, found.double().cpu()) / torch.bincount(batch.target_sequences))
+        return torch.cat(scores).view(-1, NUM_OPTIONS)
+
+
+def training_examples(work: TrainingWork) -> list[Example]:
+    return [Example(s, clip, task) for task, sequences in enumerate((work.vqa, work.cap)) for clip, s in enumerate(sequences)]
+
+
+def random_value(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Of one parameter, fp32 on the generator's device; every gate random and far from 0."""
+    normal = torch.randn(shape, generator=generator, device=generator.device)
+    if "norm" in name:
+        return normal.mul_(0.1).add_(1)
+    if "gate" in name or name in ("adapter_query.weight", "temporal_emb.weight"):
+        return normal
+    if name == "tok_embeddings.weight":  # small beside what attention adds: predictions then depend on the question
+        return normal.mul_(0.1)
+    return normal.mul_(GAINS.get(name.split(".")[-2], 1.0) / shape[1] ** 0.5)
 
 
 def random_weights(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
-    """Values for every parameter of `model` by name, the same for the same seed; every gate random and far from 0."""
+    """Values for every parameter of `model` by name, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
-    values = {}
-    for name, parameter in sorted(model.named_parameters()):
-        shape = parameter.shape
-        if "norm" in name:
-            values[name] = 1 + 0.1 * torch.randn(shape, generator=generator)
-        elif "gate" in name or name in ("adapter_query.weight", "temporal_emb.weight"):
-            values[name] = torch.randn(shape, generator=generator)
-        elif name == "tok_embeddings.weight":  # small beside what attention adds: predictions then depend on the question
-            values[name] = 0.1 * torch.randn(shape, generator=generator)
-        else:
-            gain = GAINS.get(name.split(".")[-2], 1.0)
-            values[name] = gain * torch.randn(shape, generator=generator) / shape[1] ** 0.5
-    return values
+    return {name: random_value(name, parameter.shape, generator) for name, parameter in sorted(model.named_parameters())}
 
 
 def fill(model: nn.Module, values: dict[str, Tensor]) -> None:
@@ -150,6 +162,22 @@ def make_pair(shape: LlamaShape) -> tuple[PlainViCo, ViCo]:
     values = random_weights(plain)
     fill(plain, values)
     fill(fast, values)
+    return plain, fast
+
+
+def make_shared_pair(shape: LlamaShape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[PlainViCo, ViCo]:
+    """Both models on `device` with the very same random parameters, made there and held once; frozen ones of `dtype`."""
+    with device:
+        plain = make_plain(shape, dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(plain.named_parameters()):
+            parameter.copy_(random_value(name, parameter.shape, generator))
+    with torch.device("meta"):
+        fast = make_fast(shape, dtype)
+    for name, parameter in plain.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        setattr(fast.get_submodule(owner), leaf, parameter)
     return plain, fast
 
 
