@@ -87,16 +87,21 @@ class RunConfig:
     max_steps: int | None = _flag(None, RUN, "end after this many optimizer steps, as an epoch ends, on the schedule of --epochs")
     deepspeed: str = _flag("zero2", RUN, "zero2, zero3 (files of ds_configs/) or the path of a DeepSpeed config")
     seed: int = _flag(0, RUN, "order of the questions, caption crops and initial trainables follow from it")
+    collective_timeout: float = _flag(30.0, RUN, "minutes that a rank waits for the others, at the start and in every exchange, before it ends")
+    expect_world_size: int | None = _flag(
+        None, RUN, "refuse to start unless there are exactly this many ranks; stands above what SLURM and the visible GPUs suggest"
+    )
 
     def __post_init__(self) -> None:
         for name in ("adapter_len", "max_feats", "max_seq_len", "max_cap_len", "batch_size", "accum_iter", "epochs"):
             _require(getattr(self, name) >= 1, name, self, "a whole number of at least 1")
-        for name in ("adapter_layer", "max_steps", "max_tokens"):
+        for name in ("adapter_layer", "max_steps", "max_tokens", "expect_world_size"):
             _require(getattr(self, name) is None or getattr(self, name) >= 1, name, self, "a whole number of at least 1")
         for name in ("cap", "blr", "min_lr", "weight_decay", "warmup_epochs", "num_workers"):
             _require(0 <= getattr(self, name) <= LARGEST_FLOAT, name, self, "0 or more, and finite")
         for name in ("lr", "tau"):
             _require(getattr(self, name) is None or 0 < getattr(self, name) <= LARGEST_FLOAT, name, self, "above 0, and finite")
+        _require(0 < self.collective_timeout <= 10080, "collective_timeout", self, "minutes above 0, at most a week's")
         _require(abs(self.bias) <= LARGEST_FLOAT, "bias", self, "finite")
         _require(0 <= self.seed <= LARGEST_SEED, "seed", self, f"a whole number from 0 to {LARGEST_SEED}")
         _require(self.max_feats < self.max_seq_len, "max_feats", self, f"below --max_seq_len {self.max_seq_len}")
@@ -139,6 +144,8 @@ NOT_IDENTITY = frozenset(
         "num_workers",
         "deepspeed",
         "attention",
+        "collective_timeout",
+        "expect_world_size",
     }
 )
 # What a checkpoint's tensors are shaped by; evaluation takes these from the checkpoint whatever the flags say.

@@ -19,6 +19,10 @@ class UserError(ValueError):
     exit_code = 2
 
 
+class Unreachable(UserError):
+    """Rank 0 cannot be asked, so that another rank, the first of its host, has to say it. Exit code 2."""
+
+
 class CheckpointError(UserError):
     """A checkpoint (ours, a lineage `.pth`, a shard of LLaMA's) that cannot be used. Exit code 3."""
 
