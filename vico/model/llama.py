@@ -3,6 +3,7 @@
 A layer that is adapted owns two gates; what flows to it besides the stream is its prompt and who sees whom.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,16 @@ from torch import Tensor, nn
 
 from vico.model.attention import Attend, Visibility, narrowed
 from vico.model.functions import AdapterAttention, FrozenProduct, FrozenRMSNorm, SwiGLU, TargetCrossEntropy
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """LLaMA-3.1's stretched rotary embedding: frequencies slower than old_context / low_factor turns are divided by `factor`."""
+
+    factor: float = 8.0
+    low_factor: float = 1.0
+    high_factor: float = 4.0
+    old_context: int = 8192
 
 
 @dataclass(frozen=True)
@@ -24,15 +35,25 @@ class LlamaShape:
     multiple_of: int = 256
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    n_kv_heads: int | None = None  # None: as many as n_heads; fewer: each serves a group of neighbouring query heads
+    ffn_dim_multiplier: float | None = None
+    rope_scaling: RopeScaling | None = None
 
     @property
     def head_dim(self) -> int:
         return self.dim // self.n_heads
 
     @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
     def hidden_dim(self) -> int:
-        """SwiGLU's width: two thirds of 4 * dim, rounded up to a multiple."""
-        return -(-int(2 * (4 * self.dim) / 3) // self.multiple_of) * self.multiple_of
+        """SwiGLU's width: two thirds of 4 * dim, times the multiplier, rounded up to a multiple."""
+        width = int(2 * (4 * self.dim) / 3)
+        if self.ffn_dim_multiplier is not None:
+            width = int(self.ffn_dim_multiplier * width)
+        return -(-width // self.multiple_of) * self.multiple_of
 
 
 def _frozen(*size: int, dtype: torch.dtype) -> nn.Parameter:
@@ -79,11 +100,20 @@ class RMSNorm(nn.Module):
         return FrozenRMSNorm.apply(x_TD, self.weight, self.eps)
 
 
-def rotary_angles(positions_T: Tensor, head_dim: int, theta: float) -> Tensor:
+def rotary_angles(positions_T: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
     """exp(i angle), complex64 [T, 1, head_dim / 2], of each row's position."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim)
+    if scaling is not None:
+        frequencies = _stretched(frequencies, scaling)
     angles = positions_T.float()[:, None, None] * frequencies
     return torch.polar(torch.ones_like(angles), angles)
+
+
+def _stretched(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Fast frequencies stay, slow ones are divided by the factor, those between are blended by their turns in the old context."""
+    turns = scaling.old_context * frequencies / (2 * math.pi)
+    kept = ((turns - scaling.low_factor) / (scaling.high_factor - scaling.low_factor)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
 def rotate(x_THd: Tensor, rotary_T: Tensor) -> Tensor:
@@ -110,10 +140,10 @@ class Attention(nn.Module):
 
     def __init__(self, shape: LlamaShape, adapted: bool, dtype: torch.dtype) -> None:
         super().__init__()
-        self.num_heads = shape.n_heads
+        self.head_dim, self.group = shape.head_dim, shape.n_heads // shape.kv_heads
         self.wq = FrozenLinear(shape.dim, shape.dim, dtype)
-        self.wk = FrozenLinear(shape.dim, shape.dim, dtype)
-        self.wv = FrozenLinear(shape.dim, shape.dim, dtype)
+        self.wk = FrozenLinear(shape.dim, shape.kv_heads * shape.head_dim, dtype)
+        self.wv = FrozenLinear(shape.dim, shape.kv_heads * shape.head_dim, dtype)
         self.wo = FrozenLinear(shape.dim, shape.dim, dtype)
         if adapted:
             self.gate1 = nn.Parameter(torch.empty(1, shape.n_heads, 1, 1, dtype=torch.float32))
@@ -124,14 +154,19 @@ class Attention(nn.Module):
         queries = context.seen.queries
         asking = None if queries is None else queries.to(x_TD.device, non_blocking=True)
         x_QD, rotary_Q = (x_TD, context.rotary_T) if asking is None else (x_TD[asking], context.rotary_T[asking])
-        q_QHd, k_THd, v_THd = (w(x).unflatten(-1, (self.num_heads, -1)) for w, x in ((self.wq, x_QD), (self.wk, x_TD), (self.wv, x_TD)))
+        q_QHd, k_THd, v_THd = (w(x).unflatten(-1, (-1, self.head_dim)) for w, x in ((self.wq, x_QD), (self.wk, x_TD), (self.wv, x_TD)))
         q_QHd, k_THd = rotate(q_QHd, rotary_Q), rotate(k_THd, context.rotary_T)
+        k_THd, v_THd = self._for_every_head(k_THd), self._for_every_head(v_THd)
         if prompt_AD is None:
             return self.wo(context.attend(q_QHd, k_THd, v_THd, None, context.seen).flatten(-2))
         out_QHd = context.attend(q_QHd, k_THd, v_THd, self.gate2.flatten(), context.seen)
-        k_AHd, v_AHd = (w(prompt_AD).unflatten(-1, (self.num_heads, -1)) for w in (self.wk, self.wv))
+        k_AHd, v_AHd = (self._for_every_head(w(prompt_AD).unflatten(-1, (-1, self.head_dim))) for w in (self.wk, self.wv))
         out_QHd = out_QHd + AdapterAttention.apply(q_QHd, k_AHd, v_AHd, self.gate1.flatten())
         return self.wo(out_QHd.flatten(-2))
+
+    def _for_every_head(self, x_TKd: Tensor) -> Tensor:
+        """Grouped keys or values, one for each query head; nothing is copied where every head has its own."""
+        return x_TKd if self.group == 1 else x_TKd.repeat_interleave(self.group, dim=1)
 
 
 class FeedForward(nn.Module):

@@ -36,7 +36,7 @@ class ViCo(Llama):
         # embedding, not indexing: a clip that fills the slots of several sequences then has a deterministic gradient.
         slots_SD = F.embedding(batch.slot_frames_S, frames_VFD.flatten(0, 1)).to(self.dtype)
         x_TD = self.tok_embeddings(batch.token_ids_T).index_copy(0, batch.slot_rows_S, slots_SD)
-        rotary_T = rotary_angles(batch.positions_T, self.shape.head_dim, self.shape.rope_theta)
+        rotary_T = rotary_angles(batch.positions_T, self.shape.head_dim, self.shape.rope_theta, self.shape.rope_scaling)
         h_RD = self.trunk(x_TD, prompts_GAD, Context(rotary_T, visibility(batch.segments), self.attend), batch.wanted_rows_R)
         token_losses_N = self.output(h_RD, batch.token_targets_N, batch.token_target_ids_N)
         return torch.cat([token_losses_N, self._frame_losses(h_RD, projected_VFD, batch)])
