@@ -15,14 +15,14 @@ from vico.data.batches import count_shortened
 from vico.data.datasets import DATASETS, count_equal_options, read_questions
 from vico.data.features import Features
 from vico.data.prompts import Prompts
-from vico.data.tokenizer import Tokenizer
+from vico.data.tokenizer import Tokenizer, find_tokenizer
 from vico.dist import World
 from vico.engine import Engine, construction, fill, read_config
 from vico.errors import UserError
 from vico.files import require_writable
 from vico.model.attention_packed import choose
+from vico.model.backbone import Weights, holds_weights, open_weights
 from vico.model.vico import ViCo, trainable_shapes
-from vico.model.weights import MetaWeights
 from vico.optim import make_optimizer
 from vico.records import Question
 
@@ -31,7 +31,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Inputs:
-    weights: MetaWeights
+    weights: Weights
     prompts: Prompts
     features: Features
     questions: dict[str, list[Question]]  # by split
@@ -46,8 +46,9 @@ def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inp
     """Open and check every file of a run; nothing is computed yet. Raises UserError. No collectives: ranks agree after it."""
     require_writable(config.output_dir)
     ds_config = read_config(config.deepspeed, config.precision, config.batch_size, config.accum_iter, world.size)
-    tokenizer = Tokenizer(config.llama_model_path / "tokenizer.model")
-    weights = MetaWeights(_model_folder(config), tokenizer.num_pieces)
+    model_folder = _model_folder(config)
+    tokenizer = Tokenizer(find_tokenizer(config.llama_model_path, model_folder))
+    weights = open_weights(model_folder, tokenizer.num_pieces)
     num_adapted = config.adapter_layer or weights.shape.n_layers
     if num_adapted > weights.shape.n_layers:
         raise UserError(f"--adapter_layer {num_adapted}: the model has {weights.shape.n_layers} layers; leave it out to adapt all")
@@ -70,8 +71,8 @@ def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inp
 def _model_folder(config: RunConfig) -> Path:
     folder = config.llama_model_path / config.model
     if not os.path.isdir(folder):
-        there = sorted(p.name for p in config.llama_model_path.glob("*/") if os.path.exists(p / "params.json"))
-        hint = f"--model can be {', '.join(there)}" if there else "it must hold consolidated.00.pth and params.json"
+        there = sorted(p.name for p in config.llama_model_path.glob("*/") if holds_weights(p))
+        hint = f"--model can be {', '.join(there)}" if there else "it must hold LLaMA weights of Meta or Hugging Face"
         raise UserError(f"{folder}: no such folder of weights; {hint}")
     return folder
 
