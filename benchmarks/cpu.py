@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks import memory
 from benchmarks.figures import layer_parameters
 from benchmarks.measure import cpu_ceilings, cpu_seconds, ratio_spread, spread
-from benchmarks.record import RESULTS, new_record, write
+from benchmarks.record import new_record, settings, write
 from benchmarks.timesplit import time_split
 from benchmarks.variants import MAX_CAP_LEN, MAX_SEQ_LEN, Packed, Plain, Variant, make_pair, take_gradients
 from benchmarks.workload import RealWorkload, ScoringWork, SyntheticWorkload, TrainingWork, Workload
@@ -42,7 +42,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", default="nextqa")
     parser.add_argument("--split", default="val")
     parser.add_argument("--tiny", action="store_true", help="a toy model in seconds, to try the harness; its ratios mean nothing")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the record")
 
 
 @dataclass
@@ -181,8 +180,7 @@ def geometries(tiny: bool) -> dict[str, LlamaShape]:
 
 def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
-    config = {**{key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}}
-    config |= {
+    config = settings(args) | {
         "precision": "fp32",
         "threads": 1,
         "max_seq_len": MAX_SEQ_LEN,

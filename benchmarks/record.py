@@ -1,5 +1,6 @@
 """One JSON file per run under results/: what ran, where, on which code, and every single time."""
 
+import argparse
 import json
 import platform
 import shlex
@@ -17,17 +18,22 @@ RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "deepspeed", "numpy", "flash-attn", "triton")
 
 
-def new_record(suite: str, config: dict[str, Any]) -> dict[str, Any]:
+def new_record(suite: str, config: dict[str, Any], command: list[str] | None = None) -> dict[str, Any]:
     """The fields that every record begins with."""
     return {
         "suite": suite,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": f"bash benchmarks/run.sh {shlex.join(sys.argv[1:])}",
+        "command": f"bash benchmarks/run.sh {shlex.join(command or sys.argv[1:])}",
         "config": config,
         "git_commit": git_commit(),
         "versions": {"python": platform.python_version(), **{name: found for name in PACKAGES if (found := _version(name))}},
         "hardware": hardware(),
     }
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """All flags as JSON takes them."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
 
 
 def git_commit() -> str:

@@ -23,6 +23,14 @@ MAX_SEQ_LEN, MAX_CAP_LEN = 160, 384
 PLAIN_QUESTIONS = 8  # questions that the plain baseline scores per forward, the published batch
 GAINS = {"wq": 1.4, "wk": 1.4, "wo": 2.0}  # of random weights: attention sharp enough to matter, not so sharp that rounding grows
 SCORE_TOKENS = 2048  # prompts of about this many tokens per packed scoring forward, as vico evaluates
+# The published LLaMA's dimensions, and a toy that shows that everything runs.
+MODELS = {
+    "7B": LlamaShape(4096, 32, 32, 32000),
+    "13B": LlamaShape(5120, 40, 40, 32000),
+    "33B": LlamaShape(6656, 60, 52, 32000),
+    "65B": LlamaShape(8192, 80, 64, 32000),
+    "toy": LlamaShape(128, 2, 2, 600, multiple_of=32),
+}
 
 
 class Variant(Protocol):
@@ -52,8 +60,9 @@ class Plain:
 
     def train(self, work: TrainingWork) -> list[float]:
         features = work.features_VFC.to(self._device)
+        none = torch.zeros((), device=self._device)
         losses = [
-            self.model.loss(sequences, features, self._width(sequences, limit))
+            self.model.loss(sequences, features, self._width(sequences, limit)) if sequences else none
             for sequences, limit in ((work.vqa, MAX_SEQ_LEN), (work.cap, MAX_CAP_LEN))
         ]
         (losses[0] + CAPTION_WEIGHT * losses[1]).backward()
@@ -77,38 +86,21 @@ class Packed:
         self.model, self._device, self._share, self.name = model, device, share, name
         self._score_tokens = score_tokens
 
-    def _pack(self, examples: list[Example], features_VFC: Tensor) -> PackedBatch:
-        with record_function("host: packing"):
-            return pack(examples, features_VFC, self._share)
-
-    def training_batch(self, work: TrainingWork) -> PackedBatch:
-        """On the host, as a data worker makes it."""
-        return self._pack(training_examples(work), work.features_VFC)
-
-    def scoring_batches(self, work: ScoringWork) -> list[PackedBatch]:
-        """Whole questions, cut where the prompts of a batch reach the budget; on the host."""
-        batches, examples, size = [], list[Example](), 0
-        for question, clip in zip(work.questions, work.clips, strict=True):
-            examples += [Example(s, clip, 0) for s in question]
-            size += len(question[0].tokens)
-            if size >= self._score_tokens:
-                batches.append(self._pack(examples, work.features_VFC))
-                examples, size = [], 0
-        return [*batches, self._pack(examples, work.features_VFC)] if examples else batches
-
     def train(self, work: TrainingWork) -> list[float]:
-        return self.train_batch(self.training_batch(work))
+        return self.train_batch(training_batch(work, self._share))
 
     def train_batch(self, batch: PackedBatch) -> list[float]:
         batch = batch.to(self._device)
         sums = sums_by_task(self.model(batch), batch, 2).float()
-        means = sums / torch.bincount(batch.target_tasks, minlength=2)
+        means = sums / torch.bincount(batch.target_tasks, minlength=2).clamp(
+            min=1
+        )  # a work of one task alone has a loss of 0 for the other
         (means[0] + CAPTION_WEIGHT * means[1]).backward()
         losses: list[float] = means.tolist()
         return losses
 
     def score(self, work: ScoringWork) -> Tensor:
-        return self.score_batches(self.scoring_batches(work))
+        return self.score_batches(scoring_batches(work, self._share, self._score_tokens))
 
     @torch.no_grad()
     def score_batches(self, batches: Items[PackedBatch]) -> Tensor:
@@ -120,8 +112,27 @@ class Packed:
         return torch.cat(scores).view(-1, NUM_OPTIONS)
 
 
-def training_examples(work: TrainingWork) -> list[Example]:
-    return [Example(s, clip, task) for task, sequences in enumerate((work.vqa, work.cap)) for clip, s in enumerate(sequences)]
+def training_batch(work: TrainingWork, share: bool = True) -> PackedBatch:
+    """On the host, as a data worker makes it."""
+    examples = [Example(s, clip, task) for task, sequences in enumerate((work.vqa, work.cap)) for clip, s in enumerate(sequences)]
+    return _pack(examples, work.features_VFC, share)
+
+
+def scoring_batches(work: ScoringWork, share: bool = True, score_tokens: int = SCORE_TOKENS) -> list[PackedBatch]:
+    """Whole questions, cut where the prompts of a batch reach `score_tokens`; on the host."""
+    batches, examples, size = [], list[Example](), 0
+    for question, clip in zip(work.questions, work.clips, strict=True):
+        examples += [Example(s, clip, 0) for s in question]
+        size += len(question[0].tokens)
+        if size >= score_tokens:
+            batches.append(_pack(examples, work.features_VFC, share))
+            examples, size = [], 0
+    return [*batches, _pack(examples, work.features_VFC, share)] if examples else batches
+
+
+def _pack(examples: list[Example], features_VFC: Tensor, share: bool) -> PackedBatch:
+    with record_function("host: packing"):
+        return pack(examples, features_VFC, share)
 
 
 def random_value(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
