@@ -82,7 +82,7 @@ def original(tmp_path_factory: pytest.TempPathFactory, alone: dist.World) -> Hom
 
 def in_this_process(patch: pytest.MonkeyPatch, alone: dist.World) -> None:
     """DeepSpeed connects once per process, so the commands here share a world of one rank."""
-    patch.setattr(dist, "connect", lambda: alone)
+    patch.setattr(dist, "connect", lambda *_: alone)
     patch.setattr(dist, "disconnect", lambda world, together: None)
 
 

@@ -1,4 +1,4 @@
-"""The ranks of a run: who they are, and the few things they say to each other on the host.
+"""The ranks of a run: how they meet, who they are, and the few things they say to each other on the host.
 
 Host talk (counts, errors, scores) goes over a gloo group of its own, so that on GPUs it never waits for the device.
 """
@@ -17,9 +17,11 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+from vico import hosts, launched
 from vico.errors import UserError
+from vico.meeting import meet, speaking_up
 
-TIMEOUT = timedelta(minutes=30)  # for every collective; DeepSpeed's own default has changed between versions
+TIMEOUT = timedelta(minutes=30)  # for every collective, unless --collective_timeout says another
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class World:
     size: int
     device: torch.device
     host_group: Any  # gloo, for tensors and objects on the host
+    timeout: timedelta = TIMEOUT
 
     @property
     def is_main(self) -> bool:
@@ -43,6 +46,12 @@ class World:
         found = [torch.empty_like(values) for _ in range(self.size)]
         torch_dist.all_gather(found, values, group=self.host_group)
         return torch.stack(found)
+
+    def most(self, value: int) -> int:
+        """The largest of the ranks' values."""
+        held = torch.tensor([value])
+        torch_dist.all_reduce(held, torch_dist.ReduceOp.MAX, group=self.host_group)
+        return int(held)
 
     def barrier(self) -> None:
         torch_dist.barrier(group=self.host_group)
@@ -69,25 +78,72 @@ class World:
                 raise found from None
 
 
-def connect() -> World:
-    """Join the process group that the launcher described; alone, without a launcher, a group of one."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+def connect(timeout: timedelta = TIMEOUT, expected: int | None = None) -> World:
+    """Join the process group that the launcher described; alone, without a launcher, a group of one.
+
+    Raises UserError when the world is not the one it was given; no group is made then.
+    """
     if "RANK" not in os.environ:
-        os.environ.update(alone)
+        os.environ.update(launched.ALONE)
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    cuda = torch.cuda.is_available()
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")  # else DeepSpeed guesses, and warns of its guess
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = _choose_device()
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # else DeepSpeed guesses, and warns of its guess
     # DeepSpeed 0.19.8 calls names that torch 2.13 renamed; once per call is too often to be told.
     warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
     import deepspeed
 
     _build_no_op()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, timeout=TIMEOUT, verbose=False)
-    host_group = torch_dist.new_group(backend="gloo", timeout=TIMEOUT)
-    return World(torch_dist.get_rank(), torch_dist.get_world_size(), device, host_group)
+    store, words = meet(rank, size, timeout, hosts.Member.of_this_process(rank, device).to_text())
+    members = [hosts.Member.from_text(text) for text in words]
+    if rank == 0:
+        print(hosts.describe(members), flush=True)
+    hosts.check(members, launched.given(), expected)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    with speaking_up(f"connecting the ranks over {backend}", rank):
+        # As DeepSpeed would: a group that is bound to its device connects at once; alone there is nobody to reach.
+        bound = device if device.type == "cuda" and size > 1 else None
+        torch_dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=bound)
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+        host_group = torch_dist.new_group(backend="gloo", timeout=timeout)
+        _check_sum(rank, size, device)
+    return World(rank, size, device, host_group, timeout)
+
+
+def _choose_device() -> torch.device:
+    """This rank's GPU. SLURM can show each task its own alone, so that its number is not that of the rank on the host."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    device = torch.device("cuda", local_rank % count)  # ranks that share a GPU are found, and named, by hosts.check
+    os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the number of the device
+    torch.cuda.set_device(device)
+    return device
+
+
+def _check_sum(rank: int, size: int, device: torch.device) -> None:
+    """One exchange over the group that training uses, before anything is read: whether all numbers arrive."""
+    numbers = torch.tensor([rank + 1, 1], device=device)
+    torch_dist.all_reduce(numbers)
+    if numbers.tolist() != [size * (size + 1) // 2, size]:
+        raise UserError(f"the sum over {size} ranks is {numbers.tolist()}: the ranks do not form one world; start them by one launcher")
+
+
+def limit_waiting(timeout: timedelta) -> None:
+    """Give every process group this timeout, also those that DeepSpeed has made meanwhile.
+
+    DeepSpeed (0.19.8, utils/groups.py, _clone_world_group) makes its groups without the timeout it was given, and those
+    then wait 30 minutes under gloo and 10 under NCCL. Ends when DeepSpeed passes its timeout on. The call is torch's
+    own and private, so that a torch without it must not end a run: the groups then keep their defaults.
+    """
+    c10d = torch_dist.distributed_c10d
+    set_timeout = getattr(c10d, "_set_pg_timeout", None)
+    groups = getattr(getattr(c10d, "_world", None), "pg_map", None)
+    if set_timeout is None or groups is None:
+        warnings.warn("this torch lets nobody change the timeout of DeepSpeed's process groups; they keep their own", stacklevel=2)
+        return
+    for group in list(groups):
+        set_timeout(timeout, group)
 
 
 def disconnect(world: World, together: bool = True) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from vico.errors import Unreachable, UserError
 
-ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 BY_LAUNCHER = ("TORCHELASTIC_RUN_ID", "LOCAL_SIZE")  # in the environment of torchrun's ranks, of DeepSpeed's
 BATCH_SCRIPT = "SLURM_PROCID"  # SLURM names it there and in steps, not in the shell of salloc
 INTERACTIVE_STEP = "4294967290"  # the step of that shell, where the cluster puts it on a node

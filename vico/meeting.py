@@ -1,0 +1,97 @@
+"""How the ranks of a run find each other before they can talk: each leaves word in the store that rank 0 keeps.
+
+torch's own way waits in silence, and ends with a trace that names nobody. Here a start that waits says for which ranks.
+"""
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as torch_dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+from vico.errors import Unreachable, UserError
+
+SECONDS_OF_SILENCE = 15.0  # then a start that waits says for what
+INTERFACES = "name the network interface that the hosts share by GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (eth0, ib0, ...)"
+
+
+def meet(rank: int, size: int, timeout: timedelta, word: str) -> tuple[Store, list[str]]:
+    """The store, and the words that all ranks left there. Raises UserError naming those who did not come."""
+    end = time.monotonic() + timeout.total_seconds()
+    store = PrefixStore(f"vico/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", _open_store(rank, size, timeout))
+    store.set(f"rank {rank}", word)
+    names = [f"rank {other}" for other in range(size)]
+
+    def come(seconds: float) -> bool:
+        try:
+            store.wait(names, timedelta(seconds=max(seconds, 0.01)))
+        except torch_dist.DistError:
+            return False
+        return True
+
+    def missing() -> str:
+        absent = [str(other) for other, name in enumerate(names) if not store.check([name])]
+        return f"rank(s) {', '.join(absent[:8])}{', ...' if len(absent) > 8 else ''} of {size} ({len(absent)} in all)"
+
+    if not come(min(SECONDS_OF_SILENCE, timeout.total_seconds())):
+        if rank == 0:
+            _say(f"waiting at {_place()} for {missing()}; at most {timeout}")
+        if not come(end - time.monotonic()):
+            raise UserError(
+                f"{missing()} did not come to {_place()} within {timeout}; their logs say why, --collective_timeout waits longer"
+            )
+    return store, [store.get(name).decode() for name in names]
+
+
+def _open_store(rank: int, size: int, timeout: timedelta) -> TCPStore:
+    """Rank 0 keeps it, or torchrun does."""
+    address, port, host = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), socket.gethostname()
+    keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    end = time.monotonic() + timeout.total_seconds()
+    patience = timedelta(seconds=min(SECONDS_OF_SILENCE, timeout.total_seconds()))
+    while True:
+        try:
+            store = TCPStore(address, port, size, keeps, timeout=patience, wait_for_workers=False, multi_tenant=True)
+            store.set_timeout(timeout)
+            return store
+        except torch_dist.DistError as problem:
+            if keeps:
+                raise UserError(f"MASTER_PORT={port}: cannot be opened on {host} ({gist(problem)}); choose another") from None
+        if time.monotonic() >= end:
+            raise Unreachable(f"{host}: nobody answers at {_place()}, where rank 0 should be, for {timeout}; its log says why")
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            _say(f"{host} waits for an answer at {_place()}, where rank 0 should be; at most {timeout}")
+
+
+def _place() -> str:
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+@contextmanager
+def speaking_up(what: str, rank: int) -> Iterator[None]:
+    """Around the first exchanges: over a wrong interface they hang without a word, or fail in words that name no remedy."""
+    message = f"{what} takes more than {SECONDS_OF_SILENCE:.0f} s; if it does not end, {INTERFACES}"
+    hint = threading.Timer(SECONDS_OF_SILENCE, _say, [message])
+    hint.daemon = True
+    if rank == 0:
+        hint.start()
+    try:
+        yield
+    except RuntimeError as problem:
+        raise UserError(f"{what} failed on {socket.gethostname()} ({gist(problem)}); {INTERFACES}") from None
+    finally:
+        hint.cancel()
+
+
+def gist(problem: Exception) -> str:
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
+
+
+def _say(message: str) -> None:
+    print(f"vico: {message}", file=sys.stderr, flush=True)
