@@ -16,7 +16,7 @@ from vico.data.datasets import DATASETS, count_equal_options, read_questions
 from vico.data.features import Features
 from vico.data.prompts import Prompts
 from vico.data.tokenizer import Tokenizer, find_tokenizer
-from vico.dist import World
+from vico.dist import World, limit_waiting
 from vico.engine import Engine, construction, fill, read_config
 from vico.errors import UserError
 from vico.files import require_writable
@@ -102,7 +102,9 @@ def build_engine(config: RunConfig, inputs: Inputs, trainables: dict[str, Tensor
     model.attend = attend
     _require_declared(model, inputs.trainable_shapes)
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], config.weight_decay)
-    return Engine(model, optimizer, inputs.ds_config, dtype, description)
+    engine = Engine(model, optimizer, inputs.ds_config, dtype, description)
+    limit_waiting(world.timeout)
+    return engine
 
 
 def _require_declared(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
