@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import oracle
-from vico.checkpoint import OPTIMIZER, STATE, WEIGHTS, Checkpoint, Progress, fitted, newest, read, save
+from vico.checkpoint import OPTIMIZER, STATE, WEIGHTS, Checkpoint, Progress, fitted, prune, read, save, step_folders
 from vico.config import RunConfig, parse
 from vico.errors import CheckpointError, DiskError, UserError
 from vico.files import mend_folders, require_writable, write_folder, write_text
@@ -153,10 +153,20 @@ def test_what_is_no_checkpoint(tmp_path: Path, own: Path) -> None:
 
 
 def test_the_newest_has_the_highest_step(tmp_path: Path) -> None:
-    assert newest(tmp_path / "nowhere") is None and newest(tmp_path) is None
+    assert step_folders(tmp_path / "nowhere") == step_folders(tmp_path) == []
     for name in ("checkpoint-9", "checkpoint-100", "checkpoint-20", "checkpoint_best", "checkpoint-x", ".checkpoint-999.vico-tmp"):
         (tmp_path / name).mkdir()
-    assert newest(tmp_path) == tmp_path / "checkpoint-100"
+    assert [path.name for path in step_folders(tmp_path)] == ["checkpoint-100", "checkpoint-20", "checkpoint-9"]
+    prune(tmp_path, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-100", "checkpoint_best", "checkpoint-x", ".checkpoint-999.vico-tmp"}
+
+
+def test_a_checkpoint_is_its_files_under_its_name(own: Path) -> None:
+    """Sets of files that no save has written are refused before anything of them is used."""
+    shutil.copytree(own, own.with_name("checkpoint-13"))
+    assert "holds the checkpoint of step 12, so it was renamed or copied over" in refusal(own.with_name("checkpoint-13"))
+    (own / "optimizer-1.safetensors").touch()
+    assert "holds 'optimizer-1.safetensors', which is no part of a checkpoint" in refusal(own)
 
 
 # ---- the folder appears whole, or not at all -------------------------------------------------------------------------

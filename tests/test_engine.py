@@ -46,7 +46,7 @@ def test_after_an_evaluation_trainables_move_and_nothing_else(world: World, alon
         accumulation=1, rank=0, world_size=1, seed=0, shuffle=True, crop=True,
     )  # fmt: skip
     for k in range(3):
-        train_step(engine, steps[0, k], (1.0, 0.5), lr=1e-3, world=alone)
+        train_step(engine, steps[0, k], k + 1, (1.0, 0.5), lr=1e-3, world=alone)
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved == set(inputs.trainable_shapes)
     assert all(p.dtype == (torch.float32 if n in moved else torch.bfloat16) for n, p in model.named_parameters())
@@ -65,12 +65,15 @@ def test_a_loss_or_gradient_that_is_not_finite_updates_nothing(world: World, alo
     )  # fmt: skip
     step = steps[0, 0]
     before = {name: p.detach().clone() for name, p in engine.trainables.items()}
-    engine.trainables["visual_proj.weight"].register_hook(lambda gradient: gradient * float("nan"))
-    with pytest.raises(TrainingFault, match="gradient is not finite"):
-        train_step(engine, step, (1.0, 0.5), lr=1e-3, world=alone)
+    spoil = engine.module.visual_proj.register_forward_hook(
+        lambda _module, _inputs, out: out.register_hook(lambda g: g * float("nan")) and None
+    )
+    with pytest.raises(TrainingFault, match=r"gradient is not finite on rank 0 in step 1 \(questions v0000/0, v0001/0, "):
+        train_step(engine, step, 1, (1.0, 0.5), lr=1e-3, world=alone)
+    spoil.remove()
     step.micro_batches[0].features_VFC[0, 0, 0] = float("nan")
-    with pytest.raises(TrainingFault, match="loss is not finite"):
-        train_step(engine, step, (1.0, 0.5), lr=1e-3, world=alone)
+    with pytest.raises(TrainingFault, match="loss is not finite on rank 0 in step 1"):
+        train_step(engine, step, 1, (1.0, 0.5), lr=1e-3, world=alone)
     assert all(torch.equal(p, before[name]) for name, p in engine.trainables.items())
 
 

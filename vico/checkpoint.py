@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from vico.config import RunConfig, settings_from
-from vico.errors import CheckpointError, UserError, show
-from vico.files import write_folder
+from vico.errors import CheckpointError, DiskError, UserError, show
+from vico.files import remove_folder, write_folder
 from vico.optim import MOMENTS
 from vico.safeload import is_numbers, load_tensors
 from vico.textfiles import read_json_object
@@ -44,6 +44,7 @@ class Progress:
     best_accuracy: float | None = None
     epoch_loss_sums: list[float] = field(default_factory=list)  # of the epoch under way, per task
     epoch_target_counts: list[int] = field(default_factory=list)
+    evaluation_due: bool = False  # an epoch has ended and its evaluation has not
 
 
 @dataclass(frozen=True)
@@ -53,22 +54,39 @@ class Checkpoint:
     moments: dict[str, Tensor] | None  # "name.exp_avg", "name.exp_avg_sq"; None: weights alone, a new run starts from them
     progress: Progress
     settings: dict[str, Any]  # of the run that wrote it, as far as it says
+    fingerprints: dict[str, str] = field(default_factory=dict)  # of the backbone and the data that it was trained with
     lineage_epoch: int | None = None  # the last finished epoch of a lineage file with an optimizer
     lineage_optimizer: object = None  # its state as it lies in the file, until `fitted` makes moments of it
     notes: tuple[str, ...] = ()
 
 
-def save(target: Path, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], progress: Progress, config: RunConfig) -> None:
+def save(
+    target: Path, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], progress: Progress, config: RunConfig,
+    fingerprints: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Written aside, flushed, renamed, and read back: what is there under its name is whole. Raises DiskError."""
+
     def fill(folder: Path) -> None:
         files = {}
         for name, tensors in ((WEIGHTS, weights), (OPTIMIZER, moments)):
             data = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()})
             (folder / name).write_bytes(data)
             files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        state = {"format": FORMAT, "progress": asdict(progress), "settings": config.to_json(), "files": files}
+        state = {"format": FORMAT, "progress": asdict(progress), "settings": config.to_json()}
+        state |= {"fingerprints": dict(fingerprints or {}), "files": files}
         (folder / STATE).write_text(json.dumps({**state, "sha256": _seal(state)}, indent=1), encoding="utf-8")
 
     write_folder(target, fill)
+    try:
+        read(target)
+    except CheckpointError as fault:
+        raise DiskError(f"{fault}; it was written a moment ago, so the disk does not keep what it is given") from None
+
+
+def prune(output_dir: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoint-<step> folders; checkpoint_best stays."""
+    for folder in step_folders(output_dir)[keep:]:
+        remove_folder(folder)
 
 
 def _seal(state: Mapping[str, Any]) -> str:
@@ -76,12 +94,12 @@ def _seal(state: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def newest(output_dir: Path) -> Path | None:
-    """The checkpoint-<step> folder with the highest step."""
+def step_folders(output_dir: Path) -> list[Path]:
+    """The checkpoint-<step> folders, newest first."""
     if not os.path.isdir(output_dir):
-        return None
+        return []
     found = [(int(m[1]), path) for path in output_dir.glob("checkpoint-*") if (m := STEP_FOLDER.fullmatch(path.name))]
-    return max(found)[1] if found else None
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 def read(path: Path) -> Checkpoint:
@@ -98,8 +116,8 @@ def read(path: Path) -> Checkpoint:
 def _read_folder(path: Path) -> Checkpoint:
     where = path / STATE
     if not os.path.exists(where):
-        inner = newest(path)
-        hint = f"did you mean {inner}?" if inner else "a checkpoint is a folder with state.json"
+        inner = step_folders(path)
+        hint = f"did you mean {inner[0]}?" if inner else "a checkpoint is a folder with state.json"
         raise CheckpointError(f"{where}: no such file; {hint}")
     state = read_json_object(where, "the state of the checkpoint", CheckpointError)
     seal = state.pop("sha256", None)
@@ -111,36 +129,33 @@ def _read_folder(path: Path) -> Checkpoint:
         settings = settings_from(state["settings"], str(where))
     except UserError as error:
         raise CheckpointError(f"{error}; {REMEDY}") from None
-    for name in (WEIGHTS, OPTIMIZER):
-        _check_file(path / name, state["files"][name])
-    return Checkpoint(path, _read_safetensors(path / WEIGHTS), _read_safetensors(path / OPTIMIZER), Progress(**state["progress"]), settings)
+    progress = Progress(**state["progress"])
+    named = STEP_FOLDER.fullmatch(path.name)
+    if named and int(named[1]) != progress.step:
+        raise CheckpointError(f"{path}: holds the checkpoint of step {progress.step}, so it was renamed or copied over; {REMEDY}")
+    if extra := sorted({entry.name for entry in path.iterdir()} - {WEIGHTS, OPTIMIZER, STATE}):
+        raise CheckpointError(f"{path}: holds '{extra[0]}', which is no part of a checkpoint; move it away")
+    weights, moments = (_read_safetensors(path / name, state["files"][name]) for name in (WEIGHTS, OPTIMIZER))
+    return Checkpoint(path, weights, moments, progress, settings, fingerprints=dict(state.get("fingerprints", {})))
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path, recorded: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+    """The tensors of a file; `recorded`: its size and sha256, checked on the very bytes that are then taken."""
     try:
-        return safetensors.torch.load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); {REMEDY}") from None
-
-
-def _check_file(path: Path, recorded: Mapping[str, Any]) -> None:
-    try:
-        size = path.stat().st_size
-        fault = f"{size} of {recorded.get('bytes')} bytes" if size != recorded.get("bytes") else ""
-        if not fault and _digest(path) != recorded.get("sha256"):
-            fault = "its sha256 is not the recorded one"
+        data = path.read_bytes()
     except OSError as error:
-        fault = str(error.strerror)
-    if fault:
-        raise CheckpointError(f"{path}: damaged ({fault}); {REMEDY}")
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        raise CheckpointError(f"{path}: damaged ({error.strerror}); {REMEDY}") from None
+    fault = ""
+    if recorded is not None and len(data) != recorded.get("bytes"):
+        fault = f"{len(data)} of {recorded.get('bytes')} bytes"
+    elif recorded is not None and hashlib.sha256(data).hexdigest() != recorded.get("sha256"):
+        fault = "its sha256 is not the recorded one"
+    if not fault:
+        try:
+            return safetensors.torch.load(data)
+        except SafetensorError as error:
+            fault = str(error)
+    raise CheckpointError(f"{path}: damaged ({fault}); {REMEDY}")
 
 
 def _read_lineage(path: Path) -> Checkpoint:

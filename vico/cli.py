@@ -7,10 +7,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from vico import config as configs
-from vico.errors import UserError, one_line
+from vico import launched, stopping
+from vico.errors import Unreachable, UserError, one_line
 
 if TYPE_CHECKING:
     from vico.dist import World
@@ -25,9 +27,12 @@ SECONDS_FOR_RANK_0 = 10.0
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one subcommand; returns the exit code: 0 done, 2 bad input, 3 unusable checkpoint, 4 training fault, 6 full disk."""
+    """Run one subcommand; returns the exit code: 0 done, 2 bad input, 3 unusable checkpoint, 4 training fault, 5 lost rank,
+    6 disk, 75 stopped by a signal and resumable, 130 stopped by Ctrl-C."""
     debug = "--debug" in argv
+    stopping.let_through()
     try:
+        launched.adopt()
         command, *rest = argv or [""]
         if command in ("-h", "--help", ""):
             print("usage: vico COMMAND FLAGS\n" + "\n".join(f"  {name:<8}{text}" for name, (text, _) in COMMANDS.items()))
@@ -45,7 +50,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _fail(error: UserError, debug: bool) -> int:
     """The line is said by rank 0, and no rank ends before it: launchers end every rank as soon as one has ended."""
-    if os.environ.get("RANK", "0") == "0":
+    stopping.end_at_once()
+    first_of_host = isinstance(error, Unreachable) and os.environ.get("LOCAL_RANK", "0") == "0"
+    if os.environ.get("RANK", "0") == "0" or first_of_host:
         if debug:
             traceback.print_exception(error)
         print(f"vico: error: {one_line(str(error))}", file=sys.stderr, flush=True)
@@ -55,6 +62,7 @@ def _fail(error: UserError, debug: bool) -> int:
 
 
 def _train(argv: list[str]) -> int:
+    stopping.listen()
     line = configs.parse(argv, "vico train", TRAIN)
     config = line.resolve()
 
@@ -82,19 +90,27 @@ def _evaluate(argv: list[str]) -> int:
 def _with_world(line: configs.CommandLine, run: Callable[["World"], None]) -> int:
     """Connect the ranks, run, and leave together. Torch is loaded only here: a mistyped flag is answered before."""
     _end_with_the_launcher()
+    told = {name: line.given[name] for name in ("collective_timeout", "expect_world_size") if name in line.given}
+    meeting = configs.RunConfig(**told)
+    launched.check(meeting.expect_world_size)
     cores, ranks = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))  # launchers differ in what they set
     from vico import dist
+    from vico.world_check import require_same_code
 
-    world = dist.connect()
-    code = 0
+    world = dist.connect(timedelta(minutes=meeting.collective_timeout), meeting.expect_world_size)
+    code, together = 0, True
     try:
         for note in line.notes:
             world.say(f"note: {note}")
+        require_same_code(world, line.given)
         run(world)
+    except stopping.Stopped as stop:
+        world.say(f"vico: {stop.line}")
+        code = stop.exit_code
     except UserError as error:
-        code = _fail(error, line.debug)
-    dist.disconnect(world, together=code == 0)  # behind `except`, where the error is gone and holds nothing any more
+        code, together = _fail(error, line.debug), False
+    dist.disconnect(world, together)  # behind `except`, where the error is gone and holds nothing any more
     return code
 
 

@@ -85,9 +85,17 @@ class RunConfig:
     init_eval: bool = _flag(False, RUN, "with --resume: evaluate it and stop; without: evaluate the untrained start, then train")
     split: Literal["val", "test"] = _flag("val", RUN, "the split that is evaluated")
     max_steps: int | None = _flag(None, RUN, "end after this many optimizer steps, as an epoch ends, on the schedule of --epochs")
+    save_steps: int | None = _flag(None, RUN, "save a checkpoint every so many steps (default: at the end of each epoch only)")
+    save_total_limit: int | None = _flag(None, RUN, "keep only the newest so many checkpoint-STEP folders; checkpoint_best always stays")
+    save_legacy: bool = _flag(False, RUN, "also write the best weights as checkpoint_best.pth, the file of the published code")
+    allow_change: str | None = _flag(
+        None, RUN, "settings, 'data' or 'backbone' (separated by commas) that may differ from those of the run that is resumed"
+    )
     deepspeed: str = _flag("zero2", RUN, "zero2, zero3 (files of ds_configs/) or the path of a DeepSpeed config")
     seed: int = _flag(0, RUN, "order of the questions, caption crops and initial trainables follow from it")
-    collective_timeout: float = _flag(30.0, RUN, "minutes that a rank waits for the others, at the start and in every exchange, before it ends")
+    collective_timeout: float = _flag(
+        30.0, RUN, "minutes that a rank waits for the others, at the start and in every exchange, before it ends"
+    )
     expect_world_size: int | None = _flag(
         None, RUN, "refuse to start unless there are exactly this many ranks; stands above what SLURM and the visible GPUs suggest"
     )
@@ -105,8 +113,15 @@ class RunConfig:
         _require(abs(self.bias) <= LARGEST_FLOAT, "bias", self, "finite")
         _require(0 <= self.seed <= LARGEST_SEED, "seed", self, f"a whole number from 0 to {LARGEST_SEED}")
         _require(self.max_feats < self.max_seq_len, "max_feats", self, f"below --max_seq_len {self.max_seq_len}")
+        for name in self.allowed_changes:
+            if name not in (*_setting_names(), *FINGERPRINTED):
+                raise UserError(f"--allow_change {name}: no such setting{nearest(name, (*_setting_names(), *FINGERPRINTED))}")
         if self.sub and self.dataset != "tvqa":
             raise UserError(f"--sub: only TVQA has subtitles, and --dataset is {self.dataset}; drop --sub")
+
+    @property
+    def allowed_changes(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in (self.allow_change or "").split(",") if name.strip())
 
     @property
     def dataset_folder(self) -> Path:
@@ -128,26 +143,10 @@ class RunConfig:
 # What may differ between a run and its continuation: where things lie, how they are shown and how a step is divided, never what
 # is computed (the questions of a step must stay as many; resuming checks their number).
 NOT_IDENTITY = frozenset(
-    {
-        "batch_size",
-        "accum_iter",
-        "max_tokens",
-        "model",
-        "llama_model_path",
-        "data_path",
-        "captions",
-        "output_dir",
-        "resume",
-        "init_eval",
-        "split",
-        "max_steps",
-        "num_workers",
-        "deepspeed",
-        "attention",
-        "collective_timeout",
-        "expect_world_size",
-    }
+    "model llama_model_path data_path captions output_dir resume init_eval split max_steps num_workers deepspeed attention batch_size "
+    "accum_iter max_tokens save_steps save_total_limit save_legacy allow_change collective_timeout expect_world_size".split()
 )
+FINGERPRINTED = ("data", "backbone")  # besides settings, what a run must keep (fingerprint.py)
 # What a checkpoint's tensors are shaped by; evaluation takes these from the checkpoint whatever the flags say.
 SHAPES = ("adapter_layer", "adapter_len", "max_feats")
 
@@ -158,6 +157,10 @@ RETIRED = {
     "dist_on_itp": "the launcher says it",
 }  # fmt: skip
 _RETIRED_SWITCHES = {"pin_mem", "no_pin_mem", "dist_on_itp"}
+
+
+def _setting_names() -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(RunConfig))
 
 
 def _require(ok: bool, name: str, config: RunConfig, allowed: str) -> None:
@@ -330,7 +333,7 @@ def _absolute(config: RunConfig) -> RunConfig:
 
 
 def differences(saved: dict[str, Any], now: RunConfig) -> list[str]:
-    """`name: saved -> now` for every setting that defines a run and is not what it was."""
+    """`name: saved -> now` for every setting that defines a run, is not what it was, and may not differ by --allow_change."""
     current = now.to_json()
     return [f"{name}: {json.dumps(saved.get(name))} -> {json.dumps(current[name])}" for name in current
-            if name not in NOT_IDENTITY and saved.get(name) != current[name]]  # fmt: skip
+            if name not in NOT_IDENTITY and name not in now.allowed_changes and saved.get(name) != current[name]]  # fmt: skip

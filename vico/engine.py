@@ -166,9 +166,21 @@ class Engine:
         self._world_size: int = self._engine.world_size
         self.stage: int = config["zero_optimization"]["stage"]
         self.trainables = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if self._scale != 1.0:
-            for parameter in self.trainables.values():
-                parameter.register_hook(lambda gradient: gradient / self._scale)
+        self._has_bad_gradient = torch.zeros((), dtype=torch.bool, device=self._engine.device)
+        for parameter in self.trainables.values():
+            parameter.register_hook(self._pass_gradient)
+
+    def _pass_gradient(self, gradient: Tensor) -> Tensor:
+        """Notes, without a sync, whether this rank's own share is finite: behind the sum over ranks nobody could tell whose it was."""
+        gradient = gradient / self._scale if self._scale != 1.0 else gradient
+        self._has_bad_gradient |= ~gradient.isfinite().all()
+        return gradient
+
+    def had_bad_gradient(self) -> bool:
+        """Whether a gradient of this rank was not finite since the last call. A device sync."""
+        found = bool(self._has_bad_gradient)
+        self._has_bad_gradient.zero_()
+        return found
 
     def train(self, mode: bool) -> None:
         self._engine.train(mode)

@@ -35,8 +35,14 @@ class TrainingFault(UserError):
     exit_code = 4
 
 
+class PeerLost(UserError):
+    """Another rank has ended or no longer answers. Exit code 5."""
+
+    exit_code = 5
+
+
 class DiskError(UserError):
-    """A disk that is full, or that refuses to be written in the middle of a run. Exit code 6."""
+    """A disk that is full or refuses to be written in the middle of a run, or an output_dir that another run uses. Exit code 6."""
 
     exit_code = 6
 

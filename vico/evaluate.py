@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from vico import checkpoint as checkpoints
+from vico import stopping
 from vico.assembly import Inputs, build_engine, read_inputs
 from vico.checkpoint import Checkpoint
 from vico.config import SHAPES, CommandLine, RunConfig
@@ -23,7 +24,10 @@ from vico.engine import Engine
 from vico.errors import TrainingFault, UserError
 from vico.files import make_folder, write_lines
 from vico.meters import Progress
-from vico.records import Question
+from vico.records import PackedBatch, Question
+from vico.world_check import require_same_files
+
+CHUNKS_PER_ASKING = 8  # forwards between two looks at whether a rank was asked to stop: the looks make ranks wait for each other
 
 
 @dataclass(frozen=True)
@@ -67,14 +71,20 @@ def evaluate(engine: Engine, inputs: Inputs, split: str, config: RunConfig, worl
     batches = loader(chunks, range(len(chunks)), config.num_workers, pin=world.device.type == "cuda")
     engine.train(False)
     error: UserError | None = None
+    spare: PackedBatch | None = None
     done: list[tuple[Chunk, torch.Tensor]] = []
     with torch.no_grad(), Progress(f"evaluating {len(questions)} {split} questions", len(chunks), "batch", world.is_main) as progress:
-        for chunk in batches:
-            if chunk.batch is None:  # this rank stops here, but the others count on its forwards
-                error = error or chunk.error
-                continue
-            done.append((chunk, engine.forward(chunk.batch.to(world.device))))  # losses stay on the device: no sync
+        for number, chunk in enumerate(batches, start=1):
+            error = error or chunk.error
+            spare = chunk.batch or spare  # after an error a rank goes on with some batch: the others count on its forwards
+            if spare is None:
+                raise error or AssertionError("a chunk without batch brings its error")
+            losses = engine.forward(spare.to(world.device))  # they stay on the device: no sync
+            if chunk.batch is not None:
+                done.append((chunk, losses))
             progress.advance()
+            if number % CHUNKS_PER_ASKING == 0 and (signal := world.most(stopping.wish())):
+                raise stopping.Stopped(signal, f"stopped in the evaluation of {len(questions)} {split} questions; start it again")
     with world.agreeing():
         if error is not None:
             raise error
@@ -144,6 +154,8 @@ def evaluate_checkpoint(line: CommandLine, world: World) -> None:
     with world.agreeing():
         found = checkpoints.read(line.given["resume"])
         config, notes = _settings_of(found, line)
+    require_same_files(world, config)
+    with world.agreeing():
         inputs = read_inputs(config, (config.split,), world)
         found = checkpoints.fitted(found, inputs.trainable_shapes, inputs.weights.shape.n_layers)
     for note in (*notes, *found.notes, *inputs.notes):

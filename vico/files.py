@@ -87,6 +87,17 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_folder(target: Path) -> None:
+    """Out of sight at once by its name, so that a kill in between leaves no half of it under that name."""
+    doomed = target.with_name(f".{target.name}{TEMPORARY}")
+    try:
+        shutil.rmtree(doomed, ignore_errors=True)
+        target.rename(doomed)
+    except OSError as error:
+        raise DiskError(f"{target}: cannot be removed ({error.strerror}); {REMEDY}") from None
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
 def mend_folders(parent: Path) -> None:
     """Undo what a run that was killed while it wrote left: half-written files and folders go, a replaced folder comes back."""
     for old in parent.glob(f".*{REPLACED}"):

@@ -70,14 +70,14 @@ class RunLog:
     logged leaves its `error`, for only the main rank meets it, and the ranks must end together.
     """
 
-    def __init__(self, output_dir: Path, step: int) -> None:
+    def __init__(self, output_dir: Path, step: int, evaluation_due: bool = False) -> None:
         self._steps, self._epochs = output_dir / "steps.jsonl", output_dir / "log.txt"
         self.error: UserError | None = None
         from torch.utils.tensorboard import SummaryWriter
 
         with _writing(output_dir):
-            for path in (self._steps, self._epochs):
-                write_lines(path, [record for record in read_records(path) if record["step"] <= step])
+            for path, last in ((self._steps, step), (self._epochs, step - evaluation_due)):
+                write_lines(path, [record for record in read_records(path) if record["step"] <= last])
             self._board = SummaryWriter(str(output_dir / "runs"), purge_step=step + 1 if step else None)
 
     def step(self, record: dict[str, Any], curves: dict[str, float]) -> None:

@@ -5,13 +5,14 @@ save but a counter, and the ranks only divide the work.
 """
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from vico import stopping
 from vico.data.features import Features
 from vico.data.packing import Example, pack
 from vico.data.prompts import Prompts, crop_candidates
@@ -33,11 +34,12 @@ class Step:
     dummy: PackedBatch | None
     target_counts: torch.Tensor  # int64 [tasks] of this rank
     num_real_tokens: int
+    names: tuple[str, ...] = ()  # of its questions, "video/qid", for messages
     error: UserError | None = None
 
     def pin_memory(self) -> "Step":
         pinned = tuple(b.pin_memory() for b in self.micro_batches)
-        return Step(pinned, self.dummy and self.dummy.pin_memory(), self.target_counts, self.num_real_tokens, self.error)
+        return replace(self, micro_batches=pinned, dummy=self.dummy and self.dummy.pin_memory())
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +116,10 @@ class TrainingSteps(_Builder, Dataset[Step]):
                 question = self.questions[places[0]]
                 dummy = self._pack([(question, self._sequence("vqa", question, _answer(question)), len(self._tasks))])
         except UserError as error:  # a value, not an exception: the loader would wrap it, and the ranks must agree on it first
-            return Step((), None, nothing, 0, error)
+            return Step((), None, nothing, 0, error=error)
         counts = sum((torch.bincount(b.target_tasks, minlength=len(self._tasks)) for b in batches), start=nothing)
-        return Step(batches, dummy, counts, sum(b.num_real_tokens for b in batches))
+        names = tuple(f"{q.video}/{q.qid}" for q in (self.questions[places[i]] for i in mine))
+        return Step(batches, dummy, counts, sum(b.num_real_tokens for b in batches), names)
 
     def _characters(self, place: int) -> int:
         """About how long a question's sequences are: ranks are balanced before anything is encoded."""
@@ -227,7 +230,19 @@ class EvaluationChunks(_Builder, Dataset[Chunk]):
 def loader(dataset: TrainingSteps | EvaluationChunks, items: Any, num_workers: int, pin: bool) -> DataLoader[Any]:
     """The dataset's `items` in this order, prepared ahead by `num_workers` processes."""
     ahead = 4 if num_workers else None
-    return DataLoader(dataset, sampler=items, batch_size=None, num_workers=num_workers, pin_memory=pin, prefetch_factor=ahead)
+    return DataLoader(
+        dataset,
+        sampler=items,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=pin,
+        prefetch_factor=ahead,
+        worker_init_fn=_begin_worker,
+    )
+
+
+def _begin_worker(worker: int) -> None:
+    stopping.ignore()
 
 
 def count_shortened(questions: Items[Question], prompts: Prompts, tasks: Items[str]) -> int:

@@ -75,6 +75,11 @@ class Features:
             "extract them, or fetch the feature file that belongs to these questions"
         )
 
+    def ends(self, video: str) -> Tensor:
+        """[2, 768]: the first and the last row of a whole video."""
+        rows: Tensor = self._videos[video].detach()
+        return rows[[0, -1]].clone()
+
     def sample(self, video: str, rows: Rows | None, num_frames: int) -> Tensor:
         """[num_frames, 768] fp32: frames spread evenly over the clip, zero rows after a clip that has fewer."""
         clip = self._videos[video].detach()

@@ -1,0 +1,133 @@
+"""A run that is asked to stop, killed or found damaged goes on where it stood, and ends in the bits of an undisturbed one."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from world import World, end, records, start, succeeds, vico
+
+FLAGS = ["--epochs", "2", "--warmup_epochs", "1", "--lr", "0.02", "--bias", "0.7"]  # of 20 questions: 3 steps of 8 an epoch
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+def flags(world: World, ranks: int) -> list[str]:
+    return ["train", *world.flags, *FLAGS, "--batch_size", str(8 // ranks), "--save_steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "out"
+    succeeds(*flags(world, 2), "--output_dir", str(folder), ranks=2)
+    return folder
+
+
+def disturb(command: list[str], ranks: int, when: Callable[[], bool], hit: Callable[[list["subprocess.Popen[str]"]], None]) -> list[int]:
+    """Start, wait for `when`, then `hit` the ranks' processes; returns their exit codes."""
+    processes = start(*command, ranks=ranks)
+    deadline = time.monotonic() + 120
+    while not when() and time.monotonic() < deadline and all(p.poll() is None for p in processes):
+        time.sleep(0.002)
+    hit(processes)
+    return end(processes, 120).codes
+
+
+def steps_done(folder: Path) -> int:
+    path = folder / "steps.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def same_end(a: Path, b: Path) -> None:
+    for name in (WEIGHTS, "optimizer.safetensors"):
+        assert (a / "checkpoint-6" / name).read_bytes() == (b / "checkpoint-6" / name).read_bytes()
+    losses = [[(line["step"], line["loss"]) for line in records(folder / "steps.jsonl")] for folder in (a, b)]
+    assert losses[0] == losses[1] and [step for step, _ in losses[0]] == [1, 2, 3, 4, 5, 6]
+    assert records(a / "log.txt") == records(b / "log.txt")
+
+
+@pytest.mark.parametrize(("number", "code", "who"), [(signal.SIGTERM, 75, "one"), (signal.SIGUSR1, 75, "all"), (signal.SIGINT, 130, "all")])
+def test_asked_to_stop_loses_no_step(world: World, undisturbed: Path, tmp_path: Path, number: int, code: int, who: str) -> None:
+    """Again and again, wherever the signal meets the run: in a step, in a save, in an evaluation, at the very start."""
+    out = tmp_path / "out"
+    command = [*flags(world, 2), "--output_dir", str(out)]
+
+    def hit(processes: list["subprocess.Popen[str]"]) -> None:
+        for process in processes if who == "all" else processes[1:]:
+            process.send_signal(number)
+
+    for target in (1, 3):
+        codes = disturb(command, 2, lambda t=target: steps_done(out) >= t, hit)  # type: ignore[misc]
+        assert codes == [code, code]
+        saved = max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*"))
+        assert saved == steps_done(out) >= target
+    said = succeeds(*command, ranks=2).stdouts[0]
+    assert f"resuming from step {saved}" in said or "nothing to train" in said
+    same_end(out, undisturbed)
+
+
+def test_killed_ranks_go_on_at_the_last_save(world: World, undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [*flags(world, 2), "--output_dir", str(out)]
+    codes = disturb(command, 2, lambda: steps_done(out) >= 5, lambda processes: [p.kill() for p in processes] and None)
+    assert codes == [-9, -9] and (out / "checkpoint-4").exists()
+    assert "resuming from step" in succeeds(*command, ranks=2).stdouts[0]
+    same_end(out, undisturbed)
+
+
+def test_a_damaged_checkpoint_is_passed_over(world: World, undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    shutil.rmtree(out / "checkpoint-6")
+    data = bytearray((out / "checkpoint-4" / WEIGHTS).read_bytes())
+    data[-5] ^= 4
+    (out / "checkpoint-4" / WEIGHTS).write_bytes(data)
+    os.truncate(out / "checkpoint-3" / "optimizer.safetensors", 1000)
+    command = [*flags(world, 1), "--output_dir", str(out)]
+    said = succeeds(*command).stdouts[0]
+    assert f"passed over: {out}/checkpoint-4/{WEIGHTS}: damaged (its sha256 is not the recorded one)" in said
+    assert f"passed over: {out}/checkpoint-3/optimizer.safetensors: damaged (1000 of " in said
+    assert f"using {out}/checkpoint-2" in said and "resuming from step 2" in said
+    for folder in out.glob("checkpoint-*"):
+        (folder / "state.json").write_text("{}")
+    ended = vico(*command)
+    assert ended.codes == [3] and ended.stderrs[0].count("\n") == 1 and "none of its 4 checkpoints can be used" in ended.stderrs[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "says"),
+    [
+        (lambda w: w.llama / "tiny" / "consolidated.00.pth", "backbone", "backbone: "),
+        (lambda w: w.data / "train.csv", "data", "data train questions: "),
+        (lambda w: w.data / "clipvitl14.pth", "data", "data features: "),
+    ],
+)
+def test_other_files_than_the_run_had_are_refused(
+    world: World, undisturbed: Path, tmp_path: Path, change: Callable[[World], Path], name: str, says: str
+) -> None:
+    other = World(tmp_path / "other")  # the same but for the file that is then changed
+    path = change(other)
+    if path.suffix == ".csv":
+        path.write_text(path.read_text().replace("man", "dog"))
+    else:
+        import torch
+
+        tensors = torch.load(path, weights_only=True)
+        torch.save({key: value * 2 for key, value in tensors.items()}, path)
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    shutil.rmtree(out / "checkpoint-6")
+    command = ["train", *other.flags, *FLAGS, "--batch_size", "8", "--output_dir", str(out), "--max_steps", "5"]
+    ended = vico(*command)
+    assert ended.codes == [2] and says in ended.stderrs[0] and "--allow_change" in ended.stderrs[0]
+    assert not (out / "checkpoint-5").exists()
+    succeeds(*command, "--allow_change", name)

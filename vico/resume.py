@@ -1,0 +1,119 @@
+"""Where a run starts: from nothing, from --resume, or from what its own output_dir holds; and whether it still is that run."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vico import checkpoint as checkpoints
+from vico.checkpoint import Checkpoint, Progress
+from vico.config import RunConfig, differences
+from vico.errors import CheckpointError, UserError
+from vico.textfiles import read_json_object
+
+
+@dataclass(frozen=True)
+class Start:
+    """`checkpoint`: None starts anew. `notes`: what the user should know, of checkpoints that were passed over for one."""
+
+    checkpoint: Checkpoint | None = None
+    notes: tuple[str, ...] = ()
+
+
+def find_start(config: RunConfig) -> Start:
+    """The checkpoint to start from: of this very run where output_dir holds one, else --resume, else none.
+
+    Raises UserError when output_dir belongs to a run with other settings, CheckpointError when none of its checkpoints can be
+    used: a run never starts from zero unasked.
+    """
+    named = config.resume
+    if config.init_eval and named is not None:
+        return Start(checkpoints.read(named))
+    output_dir = config.output_dir
+    if not os.path.exists(output_dir / "args.json"):
+        _refuse_foreign(output_dir)
+        return Start() if named is None else Start(checkpoints.read(named))
+    saved = read_args(output_dir / "args.json")
+    if changed := differences(saved, config):
+        raise UserError(
+            f"{output_dir}: holds a run with other settings ({'; '.join(changed)}); choose another --output_dir, or allow it by "
+            "--allow_change NAME,..."
+        )
+    own = checkpoints.step_folders(output_dir)
+    if not own:
+        return Start() if named is None else Start(checkpoints.read(named))
+    if named is not None and named not in own[:1] and str(named) != saved.get("resume"):
+        raise UserError(
+            f"{output_dir}: holds a run that stands at {own[0].name} and did not start from --resume {named}; leave --resume out to go on "
+            "there, or choose another --output_dir"
+        )
+    return Start(checkpoints.read(own[0])) if named == own[0] else newest_usable(own, output_dir)
+
+
+def newest_usable(folders: list[Path], output_dir: Path) -> Start:
+    """The first of `folders` (newest first) that is whole, every file of it checked."""
+    faults: list[str] = []
+    for folder in folders:
+        try:
+            found = checkpoints.read(folder)
+        except CheckpointError as fault:
+            faults.append(str(fault).removesuffix(f"; {checkpoints.REMEDY}"))
+            continue
+        return Start(found, tuple(f"passed over: {fault}" for fault in faults) + ((f"using {found.path}",) if faults else ()))
+    raise CheckpointError(
+        f"{output_dir}: none of its {len(faults)} checkpoints can be used ({'; '.join(faults)}); choose another --output_dir to start anew"
+    )
+
+
+def _refuse_foreign(output_dir: Path) -> None:
+    """A folder without args.json may hold predictions, but no run: a lineage's log.txt would be rewritten, a checkpoint replaced."""
+    names = ("log.txt", "steps.jsonl", "checkpoint_best")
+    found = next((output_dir / name for name in names if os.path.lexists(output_dir / name)), None)
+    found = found or next(iter(checkpoints.step_folders(output_dir)), None)
+    if found is not None:
+        raise UserError(f"{found}: is of another program or run (there is no args.json beside it); choose another --output_dir")
+
+
+def read_args(path: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(path, "args.json")
+    except UserError as error:
+        raise UserError(f"{error}, or choose another --output_dir: it cannot be told whose run this folder holds") from None
+
+
+def start_progress(
+    start: Checkpoint | None, steps_per_epoch: int, questions_per_step: int, config: RunConfig, prints: Mapping[str, str]
+) -> Progress:
+    """Where the run stands. Raises UserError when `start` is of a run that this one does not continue.
+
+    `prints`: fingerprints of backbone and data now, which must be those of the run that wrote `start`.
+    """
+    if start is None or start.moments is None:
+        return with_empty_sums(Progress(questions_per_step=questions_per_step), config)
+    if start.lineage_epoch is not None:
+        done = replace(start.progress, step=(start.lineage_epoch + 1) * steps_per_epoch, questions_per_step=questions_per_step)
+        return with_empty_sums(done, config)
+    saved = {name: str(value) if isinstance(value, Path) else value for name, value in start.settings.items()}
+    changed = differences(saved, config) + [
+        f"{name}: {start.fingerprints.get(name)} -> {value}"
+        for name, value in prints.items()
+        if start.fingerprints.get(name) != value and name.split()[0] not in config.allowed_changes
+    ]
+    if changed:
+        raise UserError(
+            f"{start.path}: was written by a run with other settings or files ({'; '.join(changed)}); give the same, or allow it by "
+            f"--allow_change NAME,..., or start a new run from its weights by --resume {start.path / checkpoints.WEIGHTS}"
+        )
+    if start.progress.questions_per_step != questions_per_step:
+        raise UserError(
+            f"{start.path}: its steps took {start.progress.questions_per_step} questions and these would take {questions_per_step}; "
+            "choose ranks, --batch_size and --accum_iter with the same product"
+        )
+    if config.output_dir not in start.path.parents:  # another run's best is not this one's
+        return replace(start.progress, best_accuracy=None)
+    return start.progress
+
+
+def with_empty_sums(progress: Progress, config: RunConfig) -> Progress:
+    return replace(progress, epoch_loss_sums=[0.0] * len(config.tasks), epoch_target_counts=[0] * len(config.tasks))
