@@ -6,6 +6,11 @@ or not at all, launch/*.sh find it either way.
 
 from setuptools import find_packages, setup
 
+LLAMA_3 = [
+    "tiktoken>=0.9,<1",  # Meta's tokenizer.model of LLaMA-3
+    "tokenizers>=0.21,<1",  # Hugging Face's tokenizer.json
+]
+
 setup(
     name="vico",
     version="0.1.0",
@@ -35,7 +40,10 @@ setup(
     extras_require={
         # Source only: needs nvcc and `pip install --no-build-isolation`. Without it torch's own kernels run.
         "flash": ["flash-attn>=2.8,<3"],
+        "llama3": LLAMA_3,
         "dev": [
+            *LLAMA_3,
+            "transformers>=5.20,<6",  # what the backbone's logits are held against
             "pytest>=9,<10",
             "hypothesis>=6.100,<7",
             "ruff==0.17.6",  # exactly: the formatter's taste changes between versions
