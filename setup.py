@@ -34,6 +34,8 @@ setup(
         "tensorboard>=2.16,<3",
         # safe_load of recipes.
         "pyyaml>=6,<7",
+        # Who a launcher's ranks are, to pass signals on to them. DeepSpeed brings it too.
+        "psutil>=6,<8",
         # The bar on a terminal.
         "tqdm>=4.66,<5",
     ],

@@ -7,13 +7,17 @@ prints its traceback, given a number of devices it ignores CUDA_VISIBLE_DEVICES,
 """
 
 import base64
+import contextlib
 import json
 import logging
 import os
 import signal
 import socket
 import sys
+import threading
 from typing import NoReturn
+
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -59,6 +63,12 @@ def master_port() -> int:
 
 
 def main() -> None:
+    passed_on: list[int] = []
+    # The launcher would end the ranks, by force after 30 s, and end with 1 itself. Blocked here and in the ranks, which inherit
+    # that, signals reach a rank once it can hear them (vico/stopping.py); none is lost in the seconds before. This comes first:
+    # threads that libraries start would take them otherwise.
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+    threading.Thread(target=pass_signals_on, args=(passed_on,), daemon=True).start()
     ranks, port = asked_ranks(), master_port()
     logging.disable(logging.WARNING)  # DeepSpeed's remarks on this process; the ranks make their own
     try:
@@ -71,25 +81,31 @@ def main() -> None:
     world = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
     # critical: below it the launcher repeats the whole command after a rank's own last line
     sys.argv = ["launch", f"--world_info={world}", f"--master_port={port}", "--log_level=critical", *sys.argv[1:]]
-
-    read_signals, write_signals = os.pipe()
-    os.set_blocking(read_signals, False)
-    os.set_blocking(write_signals, False)
-    signal.set_wakeup_fd(write_signals)  # the launcher ends with 1 whichever signal it was told to end by: keep its number
     try:
         launch.main()
     except SystemExit as end:
-        try:
-            stopped_by = os.read(read_signals, 1)[0]
-        except BlockingIOError:
-            stopped_by = 0
-        if stopped_by:
-            sys.exit(128 + stopped_by)
-        if isinstance(end.code, int) and end.code < 0:
-            name = signal.Signals(-end.code).name
-            why = "; the kernel does that when memory runs out" if name == "SIGKILL" else ""
-            fail(f"a rank was ended by {name}{why}", code=128 - end.code)
-        raise
+        if not isinstance(end.code, int) or end.code >= 0:
+            raise
+        if -end.code in passed_on:
+            sys.exit(128 - end.code)
+        name = signal.Signals(-end.code).name
+        why = "; the kernel does that when memory runs out" if name == "SIGKILL" else ""
+        fail(f"a rank was ended by {name}{why}", code=128 - end.code)
+
+
+def pass_signals_on(passed_on: list[int]) -> NoReturn:
+    """Hands what this process is sent to the ranks, which decide how they end; where there are none yet, ends."""
+    while True:
+        number = signal.sigwait(PASSED_ON)
+        passed_on.append(number)
+        import psutil
+
+        ranks = psutil.Process().children()
+        if not ranks:
+            os._exit(128 + number)
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,10 @@ SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), ROOT / "tests" / "run.sh", ROOT / "
 START_SECONDS = 120  # 10 on an idle machine
 
 STAND_IN = """
-import json, os, sys, time
+import json, os, signal, sys, time
 
 def main(argv):
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])  # as vico.stopping does
     rank = os.environ.get("RANK", "alone")
     names = ("LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "MASTER_PORT")
     seen = {"argv": argv, "cwd": os.getcwd(), **{name: os.environ.get(name) for name in names}}

@@ -106,6 +106,7 @@ def _with_world(line: configs.CommandLine, run: Callable[["World"], None]) -> in
         require_same_code(world, line.given)
         run(world)
     except stopping.Stopped as stop:
+        stopping.ignore()  # a launcher sends another as soon as the first rank has ended; all is saved
         world.say(f"vico: {stop.line}")
         code = stop.exit_code
     except UserError as error:

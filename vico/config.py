@@ -142,10 +142,11 @@ class RunConfig:
 
 # What may differ between a run and its continuation: where things lie, how they are shown and how a step is divided, never what
 # is computed (the questions of a step must stay as many; resuming checks their number).
-NOT_IDENTITY = frozenset(
-    "model llama_model_path data_path captions output_dir resume init_eval split max_steps num_workers deepspeed attention batch_size "
-    "accum_iter max_tokens save_steps save_total_limit save_legacy allow_change collective_timeout expect_world_size".split()
-)
+NOT_IDENTITY = frozenset((
+    "model", "llama_model_path", "data_path", "captions", "output_dir", "resume", "init_eval", "split", "max_steps", "num_workers",
+    "deepspeed", "attention", "batch_size", "accum_iter", "max_tokens", "save_steps", "save_total_limit", "save_legacy", "allow_change",
+    "collective_timeout", "expect_world_size",
+))  # fmt: skip
 FINGERPRINTED = ("data", "backbone")  # besides settings, what a run must keep (fingerprint.py)
 # What a checkpoint's tensors are shaped by; evaluation takes these from the checkpoint whatever the flags say.
 SHAPES = ("adapter_layer", "adapter_len", "max_feats")
