@@ -6,9 +6,11 @@ from typing import Protocol
 from torch import Tensor
 
 from vico.errors import UserError
+from vico.model import weights, weights_hf
 from vico.model.llama import LlamaShape
 from vico.model.weights import MetaWeights
 from vico.model.weights_hf import CONFIG, HuggingFaceWeights
+from vico.textfiles import read_json_object
 
 
 class Weights(Protocol):
@@ -30,6 +32,13 @@ def open_weights(folder: Path, num_pieces: int | None) -> Weights:
     if hugging_face or (not meta and (folder / CONFIG).exists() and not (folder / "params.json").exists()):
         return HuggingFaceWeights(folder, num_pieces)
     return MetaWeights(folder, num_pieces)
+
+
+def read_shape(folder: Path) -> LlamaShape:
+    """The dimensions alone; no weights need be there. vocab_size is -1 where the file leaves it to the tokenizer."""
+    if (folder / "params.json").exists() or not (folder / CONFIG).exists():
+        return weights.read_shape(folder / "params.json")
+    return weights_hf.read_shape(read_json_object(folder / CONFIG, "config.json, which comes with the LLaMA weights,"), folder / CONFIG)
 
 
 def holds_weights(folder: Path) -> bool:

@@ -37,7 +37,7 @@ class MetaWeights:
 
     def __init__(self, folder: Path, num_pieces: int | None) -> None:
         self.folder = folder
-        self.shape = _read_shape(folder / "params.json")
+        self.shape = read_shape(folder / "params.json")
         self._shards = [(path, _load(path)) for path in shard_paths(folder)]
         parts = [shard[EMBEDDINGS] for _, shard in self._shards if EMBEDDINGS in shard]
         self._embeddings_dim = 0 if parts and parts[0].shape[1:] == (self.shape.dim,) else 1
@@ -145,7 +145,7 @@ def _load(path: Path) -> dict[str, Tensor]:
     return shard
 
 
-def _read_shape(path: Path) -> LlamaShape:
+def read_shape(path: Path) -> LlamaShape:
     """vocab_size is -1 where params.json leaves it to the tokenizer."""
     params = read_json_object(path, "params.json, which comes with the LLaMA weights,")
     dim, layers, heads = (whole_number(params, key, path) for key in ("dim", "n_layers", "n_heads"))

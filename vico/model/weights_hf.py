@@ -47,7 +47,7 @@ class HuggingFaceWeights:
     def __init__(self, folder: Path, num_pieces: int | None) -> None:
         self.folder = folder
         config = read_json_object(folder / CONFIG, "config.json, which comes with the LLaMA weights,")
-        self.shape = _read_shape(config, folder / CONFIG)
+        self.shape = read_shape(config, folder / CONFIG)
         if num_pieces is not None and self.shape.vocab_size != num_pieces:
             raise UserError(unlike_tokenizer(folder, self.shape.vocab_size, num_pieces))
         self._files = _open_files(folder)
@@ -158,7 +158,7 @@ def _open(path: Path) -> Any:
         raise CheckpointError(f"{path}: {WHAT} is cut off or damaged ({problem}); fetch or copy it again and compare the sizes") from None
 
 
-def _read_shape(config: Mapping[str, Any], path: Path) -> LlamaShape:
+def read_shape(config: Mapping[str, Any], path: Path) -> LlamaShape:
     kind = config.get("model_type")
     if kind != "llama":
         raise UserError(f"{path}: 'model_type' is {show(kind)}, and only 'llama' is read; use LLaMA weights")
