@@ -7,14 +7,8 @@ script=$(readlink -f "$1")
 here=$(dirname "$script")
 shift
 
-if [[ -n ${PYTHON:-} ]]; then python=$PYTHON
-elif [[ -n ${VIRTUAL_ENV:-} ]]; then python=$VIRTUAL_ENV/bin/python
-elif [[ -x $here/../.venv/bin/python ]]; then python=$here/../.venv/bin/python
-else python=python3; fi
-if ! command -v "$python" >/dev/null; then
-    echo "vico: error: there is no Python at '$python'; run 'bash $here/environment.sh', or set PYTHON to the one to use" >&2
-    exit 2
-fi
+source "$here/common.sh"
+find_python
 
 for flag; do
     case $flag in -h | --help) exec "$python" "$script" "$@" ;; esac # once, without ranks
