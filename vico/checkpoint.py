@@ -177,10 +177,11 @@ def _read_lineage(path: Path) -> Checkpoint:
 
 
 def _lineage_settings(args: object, path: Path) -> dict[str, Any]:
-    """What the file's Namespace says under our names. The lineage's flags are not ours to judge: what cannot be is left out."""
+    """What the file's Namespace, or dict, says under our names. The lineage's flags are not ours to judge: what cannot be is left out."""
     settings: dict[str, Any] = {}
-    for name, value in (vars(args) if isinstance(args, argparse.Namespace) else {}).items():
-        if isinstance(value, str | int | float | bool) and name not in ("resume", "output_dir", "device"):
+    said = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    for name, value in said.items():
+        if isinstance(name, str) and isinstance(value, str | int | float | bool) and name not in ("resume", "output_dir", "device"):
             with contextlib.suppress(UserError):
                 typed = settings_from({name: value}, str(path))
                 RunConfig(**{"dataset": "tvqa", **typed})
