@@ -1,4 +1,4 @@
-"""The doors: `vico train`, `vico eval`, `vico demo`. Here a mistake becomes one line and an exit code."""
+"""The doors: `vico train`, `vico eval`, `vico plan`, `vico demo`. Here a mistake becomes one line and an exit code."""
 
 import ctypes
 import os
@@ -129,9 +129,16 @@ def _demo(argv: list[str]) -> int:
     return 0
 
 
+def _plan(argv: list[str]) -> int:
+    from vico.plan_report import main as plan_main
+
+    return plan_main(argv)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "train": (TRAIN, _train),
     "eval": (EVAL, _evaluate),
+    "plan": ("What a run will need (memory, ZeRO stage, token budget) and how fast it can be; no weights are loaded.", _plan),
     "demo": ("Make a small world to try everything on: tokenizer, trained tiny LLaMA, videos, questions, captions.", _demo),
 }
 

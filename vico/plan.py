@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from vico.errors import UserError
 from vico.footprint import BYTES, FEATURE_WIDTH, Activations, ModelSize, Setting, Work, activations
-from vico.hardware import GIB, SEEN, Hardware
+from vico.hardware import GIB, SEEN, Hardware, gpu_of_size
 
 Stage = Literal["zero2", "zero3", "zero3_offload"]
 STAGES: tuple[Stage, ...] = ("zero2", "zero3", "zero3_offload")
@@ -28,6 +28,7 @@ EFFICIENCY = 0.5  # share of the datasheet's rate that the products reach: the g
 LINK_SHARE = 0.8  # share of a link's datasheet rate that a gather reaches
 TOKEN_STEP = 64  # budgets are multiples of this
 MOST_TOKENS = 8192  # of a micro-batch; beyond, nothing gets faster
+NOMINAL_SIZES = (16, 24, 32, 40, 48, 80, 96, 141, 192)  # GiB of GPUs that can be had
 CUT_SHORT = 2**17  # no budget above this is looked for
 KEYS_PER_ROW = 1.5  # rows that attention gathers; 1.35 with real lengths
 
@@ -334,7 +335,7 @@ def _what_is_short(task: Task) -> str:
     named = [(stage, task.size.n_layers if n is None else n) for stage, n in _candidates(task)]
     nearest = [(memory(task, stage, n, tokens), stage, n) for stage, n in named]
     best, stage, layers = max(nearest, key=lambda each: each[0].spare)
-    how = f"{stage}, {_layers(layers, task.size)} recomputed, {tokens} tokens"
+    how = f"{stage}, {layers_named(layers, task.size)} recomputed, {tokens} tokens"
     if best.spare >= 0:
         short = f"needs {best.host / GIB:.1f} GiB of host memory per node and {task.hardware.host_gib:g} are there"
     else:
@@ -342,30 +343,25 @@ def _what_is_short(task: Task) -> str:
     return f"{task.size.name} on {task.hardware}: does not fit; {how} {short}; {_what_helps(task)}"
 
 
-def _layers(count: int, size: ModelSize) -> str:
+def layers_named(count: int, size: ModelSize) -> str:
     return "no layer" if count == 0 else "all layers" if count == size.n_layers else f"{count} of {size.n_layers} layers"
 
 
 def _what_helps(task: Task) -> str:
-    free = replace(task, hardware=replace(task.hardware, host_gib=None))
-    more = ((free.hardware.gpus * factor, free.hardware.gpu.memory_gib) for factor in (2, 4, 8, 16))
-    larger = ((free.hardware.gpus, gib * SEEN) for gib in (16, 24, 32, 40, 48, 80, 96, 141, 192) if gib > free.hardware.gpu.memory_gib)
-    helps = []
-    for gpus, gib in (_first_fit(free, more), _first_fit(free, larger)):
-        if gpus:
-            nominal = round(gib / SEEN) if gib != free.hardware.gpu.memory_gib else None
-            helps.append(f"{gpus} x {free.hardware.gpu.name if nominal is None else f'{nominal} GB'}")
-    if task.hardware.host_gib is not None and not helps:
-        helps.append("more host memory")
-    forced = [flag for flag, value in (("--deepspeed", task.stage), ("--checkpoint_activations", task.checkpointed), ("--max_tokens", task.max_tokens))
-              if value is not None]  # fmt: skip
-    helps += [f"leaving {' and '.join(forced)} out"] if forced else ["a shorter --max_cap_len or --max_seq_len"]
+    hardware = task.hardware
+    gpu = hardware.gpu
+    free = replace(task, hardware=replace(hardware, host_gib=None))
+    helps = ["more host memory"] if _fits(free) else []
+    more = (replace(hardware, gpus=hardware.gpus * factor) for factor in (2, 4, 8, 16))
+    larger = (replace(hardware, gpu=gpu_of_size(gib)) for gib in NOMINAL_SIZES if gib * SEEN > gpu.memory_gib)
+    if not helps:
+        found = (next((machine for machine in machines if _fits(replace(task, hardware=machine))), None) for machines in (more, larger))
+        helps = [str(machine) for machine in found if machine is not None]
+    forced = {"--deepspeed": task.stage, "--checkpoint_activations": task.checkpointed, "--max_tokens": task.max_tokens}
+    given = [flag for flag, value in forced.items() if value is not None]
+    helps.append(f"leaving {' and '.join(given)} out" if given else "a shorter --max_cap_len or --max_seq_len")
     return f"what would help: {', or '.join(helps)}"
 
 
-def _first_fit(task: Task, machines: Any) -> tuple[int, float]:
-    for gpus, gib in machines:
-        tried = replace(task, hardware=replace(task.hardware, gpus=gpus, gpu=replace(task.hardware.gpu, memory_gib=gib)))
-        if any(_way(tried, stage, n) is not None for stage, n in _candidates(tried)):
-            return gpus, gib
-    return 0, 0.0
+def _fits(task: Task) -> bool:
+    return any(_way(task, stage, n) is not None for stage, n in _candidates(task))
