@@ -232,7 +232,7 @@ def fitted(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], num_la
             "give those of the run that wrote it"
         )
     for name, value in weights.items():
-        _require_numbers(value, name, checkpoint.path)
+        require_numbers(value, name, checkpoint.path)
     moments, progress = checkpoint.moments, checkpoint.progress
     if checkpoint.lineage_optimizer is not None:
         moments, updates = _lineage_moments(checkpoint.lineage_optimizer, checkpoint.weights, checkpoint.path)
@@ -245,7 +245,7 @@ def fitted(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], num_la
     return replace(checkpoint, weights={n: weights[n].float() for n in shapes}, moments=moments, progress=progress, notes=notes)
 
 
-def _require_numbers(value: object, name: str, path: Path) -> None:
+def require_numbers(value: object, name: str, path: Path) -> None:
     if not is_numbers(value):
         raise CheckpointError(f"{path}: '{name}' is no dense tensor of floating-point numbers; use another checkpoint")
     assert isinstance(value, Tensor)
@@ -257,7 +257,7 @@ def _moment(moments: Mapping[str, Tensor], name: str, moment: str, shape: tuple[
     key = f"{name}.{moment}"
     if key not in moments:
         raise CheckpointError(f"{path}: the optimizer's state lacks '{key}'; use another checkpoint")
-    _require_numbers(moments[key], key, path)
+    require_numbers(moments[key], key, path)
     if tuple(moments[key].shape) != shape:
         raise CheckpointError(
             f"{path}: '{key}' of the optimizer's state has shape {list(moments[key].shape)}, unlike its tensor; use another checkpoint"

@@ -135,11 +135,19 @@ def _plan(argv: list[str]) -> int:
     return plan_main(argv)
 
 
+def _convert(argv: list[str]) -> int:
+    from vico.convert import main as convert_main
+
+    convert_main(argv)
+    return 0
+
+
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "train": (TRAIN, _train),
     "eval": (EVAL, _evaluate),
     "plan": ("What a run will need (memory, ZeRO stage, token budget) and how fast it can be; no weights are loaded.", _plan),
     "demo": ("Make a small world to try everything on: tokenizer, trained tiny LLaMA, videos, questions, captions.", _demo),
+    "convert": ("Weights between Meta's layout and Hugging Face's, adapters between ours and the lineage's.", _convert),
 }
 
 

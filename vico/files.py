@@ -14,7 +14,7 @@ TEMPORARY, REPLACED = ".vico-tmp", ".vico-old"  # no other program's, for `mend_
 REMEDY = "free space or mend the permissions, then start again"
 
 
-def require_writable(folder: Path) -> None:
+def require_writable(folder: Path, called: str = "--output_dir") -> None:
     """Known before any work: files can be made in `folder`, which need not exist yet. Creates nothing. Raises UserError."""
     try:
         there = next(path for path in (folder, *folder.parents) if _exists(path))
@@ -23,7 +23,7 @@ def require_writable(folder: Path) -> None:
         if not os.access(there, os.W_OK | os.X_OK):
             raise PermissionError(0, f"'{there}' may not be written to")
     except OSError as problem:
-        raise UserError(f"--output_dir {folder}: {problem.strerror}; choose another") from None
+        raise UserError(f"{called} {folder}: {problem.strerror}; choose another") from None
 
 
 def _exists(path: Path) -> bool:
