@@ -11,11 +11,11 @@ from typing import Any
 from benchmarks.measure import spread
 from benchmarks.workload import ScoringWork, TrainingWork
 from vico.model.llama import LlamaShape
-from vico.records import PackedBatch, Segment
+from vico.records import PackedBatch, Segment, Sequence
 
 UNKNOWN = "n/a"
 FORMULAS = {
-    "P": "layers x (4 dim^2 + 3 dim hidden): the parameters of the layers' products",
+    "P": "layers x (4 dim^2 + 3 dim hidden), less where heads share keys and values: the parameters of the layers' products",
     "real_tokens": "tokens of all sequences, each counted whole, padding never",
     "padded_tokens": "rows that run through the layers: padding included, a shared beginning once",
     "target_tokens": "tokens that carry a loss",
@@ -27,7 +27,8 @@ FORMULAS = {
 
 
 def layer_parameters(shape: LlamaShape) -> int:
-    return shape.n_layers * (4 * shape.dim**2 + 3 * shape.dim * shape.hidden_dim)
+    keys_and_values = 2 * shape.dim * shape.head_dim * shape.kv_heads
+    return shape.n_layers * (2 * shape.dim**2 + keys_and_values + 3 * shape.dim * shape.hidden_dim)
 
 
 def all_parameters(shape: LlamaShape) -> int:
@@ -60,6 +61,7 @@ def of_plain(shape: LlamaShape, work: TrainingWork | ScoringWork, limits: tuple[
     """The baseline pads VQA and captions to `limits` and runs the head on every row."""
     training = isinstance(work, TrainingWork)
     if isinstance(work, TrainingWork):
+        batches: tuple[tuple[tuple[Sequence, ...], int], ...]
         batches, questions = ((work.vqa, limits[0]), (work.cap, limits[1])), len(work.vqa)
     else:
         batches, questions = ((tuple(s for q in work.questions for s in q), limits[0]),), len(work.questions)

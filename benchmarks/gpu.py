@@ -5,10 +5,13 @@ rounding explains. With `--tiny --device cpu` everything but the device's events
 """
 
 import argparse
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from benchmarks.variants import MAX_CAP_LEN, MAX_SEQ_LEN, MODELS, Packed, Plain,
 from benchmarks.workload import ScoringWork, SyntheticWorkload, TrainingWork
 from vico.assembly import DTYPES
 from vico.data.batches import EVALUATION_TOKENS
+from vico.errors import UserError
 from vico.model.attention_packed import choose
 from vico.model.llama import LlamaShape
 from vico.optim import make_optimizer
@@ -190,24 +194,23 @@ def memory(bench: Bench) -> dict[str, Any]:
     for kind, num in (("both", bench.args.questions), ("score", bench.args.videos)):
         for name in ("plain", "fast"):
             item = Items(bench.workload, kind, num, name == "fast", bench.args.score_tokens)[0]
-            found.setdefault("train" if kind == "both" else kind, {})[name] = device_peak(
-                lambda n=name, i=item: bench.run(n, i), bench.device
-            )  # type: ignore[misc]
+            key = "train" if kind == "both" else kind
+            found.setdefault(key, {})[name] = device_peak(partial(bench.run, name, item), bench.device)
     return found
 
 
 def budgets(bench: Bench) -> dict[str, Any]:
     """The fast variant alone on larger steps, until memory ends."""
     mean = bench.workload.training(0, 64).num_real_tokens / 64
-    return {str(budget): _until_memory_ends(lambda b=budget: _alone(bench, max(1, round(b / mean)))) for budget in bench.args.budgets}  # type: ignore[misc]
+    return {str(budget): _until_memory_ends(partial(_alone, bench, max(1, round(budget / mean)))) for budget in bench.args.budgets}
 
 
 def _until_memory_ends(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    try:
+    with suppress(torch.cuda.OutOfMemoryError):
         return run()
-    except torch.cuda.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return {"out_of_memory": True}
+    gc.collect()  # here, where the error and its frames are gone
+    torch.cuda.empty_cache()
+    return {"out_of_memory": True}
 
 
 def _alone(bench: Bench, questions: int) -> dict[str, Any]:
@@ -232,7 +235,7 @@ def splits(bench: Bench) -> dict[str, Any]:
         found[name] = {}
         for key, kind, num in (("train", "both", bench.args.questions), ("score", "score", bench.args.videos)):
             item = Items(bench.workload, kind, num, name == "fast", bench.args.score_tokens)[0]
-            found[name][key], found[name][f"{key}_rows"] = time_split(lambda n=name, i=item: bench.run(n, i), bench.shape, bench.device)  # type: ignore[misc]
+            found[name][key], found[name][f"{key}_rows"] = time_split(partial(bench.run, name, item), bench.shape, bench.device)
     return found
 
 
@@ -262,8 +265,7 @@ def check(args: argparse.Namespace, shape: LlamaShape, device: torch.device) -> 
 
 def run(args: argparse.Namespace) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("vico: error: --device cuda: there is no GPU here; `--tiny --device cpu` tries the harness", file=sys.stderr)
-        return 2
+        raise UserError("--device cuda: there is no GPU here; `--tiny --device cpu` tries the harness")
     if args.tiny:
         args.steps, args.warmup, args.num_workers = min(args.steps, 2), 1, 0
         args.questions, args.videos, args.budgets = min(args.questions, 2), 1, args.budgets[:1]
@@ -282,7 +284,10 @@ def run(args: argparse.Namespace) -> int:
     record["checks"] = check(args, shape, device)
     record["equal"] = all(found["equal"] for found in record["checks"].values())
     if record["equal"]:
-        measure(record, _bench(args, shape, device, peak.tflops if peak else None, record["ceilings"]["matmul_tflops"]))
+        try:
+            measure(record, _bench(args, shape, device, peak.tflops if peak else None, record["ceilings"]["matmul_tflops"]))
+        except torch.cuda.OutOfMemoryError as problem:
+            raise UserError(f"{name}: its memory ended ({str(problem).split('.')[0]}); choose fewer --questions or --videos") from None
     if not record["equal"]:
         print("vico: error: the variants do not compute the same (distances above and in the record); nothing to report", file=sys.stderr)
         for key in ("training", "scoring"):

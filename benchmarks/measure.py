@@ -138,6 +138,11 @@ def peak_growth(run: Callable[[], Any]) -> dict[str, float]:
     return {"before_mib": before, "peak_mib": _status("VmHWM"), "growth_mib": _status("VmHWM") - before, "peak_was_reset": float(reset)}
 
 
+def resident_peak_gib() -> float:
+    """Of this process, since its start."""
+    return _status("VmHWM") / 1024
+
+
 MALLOC_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 

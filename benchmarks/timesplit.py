@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from vico.model.llama import LlamaShape
@@ -61,7 +60,7 @@ def time_split(
     rows = []
     kernels = 0.0
     for event in recorded.key_averages(group_by_input_shape=True):
-        if event.device_type != DeviceType.CPU:  # a kernel by itself: its time is also in the operator that started it
+        if event.device_type.name != "CPU":  # a kernel by itself: its time is also in the operator that started it
             kernels += 0.0 if event.is_user_annotation else event.self_device_time_total / 1e6
             continue
         spent = (event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total) / 1e6
