@@ -87,7 +87,7 @@ def _convert_weights(source: Path, target: Path, to: str | None, shards: int | N
         raise UserError(f"{source}: is in Hugging Face's layout already; --to meta writes the other")
     if to == "hf" and shards is not None:
         raise UserError("--shards: is for Meta's layout; files of Hugging Face's are split by their size")
-    num = shards or 1
+    num = 1 if shards is None else shards
     if to == "meta":
         _require_divisible(weights.shape, num)
     _write_folder(target, lambda folder: _write_hugging_face(weights, folder) if to == "hf" else _write_meta(weights, folder, num))
@@ -163,7 +163,8 @@ def _params(shape: LlamaShape) -> dict[str, Any]:
 def _write_hugging_face(weights: Weights, folder: Path) -> None:
     files = list(_split(weights))
     names = [SINGLE] if len(files) == 1 else [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    where, total = {}, 0
+    where: dict[str, str] = {}
+    total = 0
     for file_name, contents in zip(names, files, strict=True):
         tensors = {stored_name(name): _stored(weights, name) for name in contents}
         # The format wants each tensor's bytes for itself, and Meta's files may share those of tied embeddings.
@@ -221,7 +222,8 @@ def _config(shape: LlamaShape, dtype: str) -> dict[str, Any]:
 def _convert_adapter(source: Path, target: Path) -> str:
     checkpoint = checkpoints.read(source)
     _check_adapter(checkpoint.weights, source)
-    weights = {name: value.clone(memory_format=torch.contiguous_format) for name, value in checkpoint.weights.items()}
+    order = [*ENDS, *sorted(checkpoint.weights.keys() - {*ENDS}, key=lambda name: (int(name.split(".")[1]), name))]  # the lineage's
+    weights = {name: checkpoint.weights[name].clone(memory_format=torch.contiguous_format) for name in order}
     make_folder(target.parent)
     if source.is_dir() or source.suffix == ".safetensors":
         _require_suffix(target, ".pth")
