@@ -19,7 +19,7 @@ from benchmarks.figures import layer_parameters
 from benchmarks.measure import cpu_ceilings, cpu_seconds, ratio_spread, spread
 from benchmarks.record import new_record, settings, write
 from benchmarks.timesplit import time_split
-from benchmarks.variants import MAX_CAP_LEN, MAX_SEQ_LEN, Packed, Plain, Variant, make_pair, take_gradients
+from benchmarks.variants import MAX_CAP_LEN, MAX_SEQ_LEN, Packed, Plain, Variant, make_pair, take_gradients, with_vico_products
 from benchmarks.workload import RealWorkload, ScoringWork, SyntheticWorkload, TrainingWork, Workload
 from vico.model.llama import LlamaShape
 
@@ -96,8 +96,14 @@ def run_round(variants: list[Variant], training: TrainingWork, scoring: ScoringW
 
 def make_variants(shape: LlamaShape, waterfall: bool) -> list[Variant]:
     plain, fast = make_pair(shape)
-    between: list[Variant] = [Plain(plain, CPU, longest=True), Packed(fast, CPU, share=False, name="packed, nothing shared")]
-    return [Plain(plain, CPU), *(between if waterfall else []), Packed(fast, CPU)]
+    between: list[Variant] = []
+    if waterfall:
+        between = [
+            Plain(plain, CPU, longest=True, name="plain, padded to the longest"),
+            Plain(with_vico_products(plain), CPU, longest=True, name="and ViCo's products"),
+            Packed(fast, CPU, share=False, name="packed, nothing shared"),
+        ]
+    return [Plain(plain, CPU), *between, Packed(fast, CPU)]
 
 
 def run_geometry(name: str, shape: LlamaShape, workload: Workload, args: argparse.Namespace, ceiling: float) -> dict[str, Any]:

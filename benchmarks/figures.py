@@ -62,7 +62,7 @@ def of_plain(shape: LlamaShape, work: TrainingWork | ScoringWork, limits: tuple[
     training = isinstance(work, TrainingWork)
     if isinstance(work, TrainingWork):
         batches: tuple[tuple[tuple[Sequence, ...], int], ...]
-        batches, questions = ((work.vqa, limits[0]), (work.cap, limits[1])), len(work.vqa)
+        batches, questions = ((work.vqa, limits[0]), (work.cap, limits[1])), len(work.vqa) or len(work.cap)
     else:
         batches, questions = ((tuple(s for q in work.questions for s in q), limits[0]),), len(work.questions)
     rows, pairs = sum(len(s) * width for s, width in batches), sum(len(s) * width**2 for s, width in batches)

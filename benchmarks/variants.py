@@ -3,6 +3,7 @@
 Each trains and scores the same work from the same weights, so that losses, gradients and scores can be held against each other.
 """
 
+import copy
 from collections.abc import Sequence as Items
 from typing import Protocol
 
@@ -13,7 +14,7 @@ from torch.profiler import record_function
 from benchmarks.plain import PlainViCo
 from benchmarks.workload import NUM_OPTIONS, ScoringWork, TrainingWork
 from vico.data.packing import Example, pack
-from vico.model.llama import LlamaShape
+from vico.model.llama import FrozenLinear, LlamaShape
 from vico.model.vico import ViCo
 from vico.records import PackedBatch, Sequence
 from vico.train import sums_by_task
@@ -51,9 +52,8 @@ class Variant(Protocol):
 class Plain:
     """The published way; `longest` pads to the longest sequence of the batch instead of the limit."""
 
-    def __init__(self, model: PlainViCo, device: torch.device, longest: bool = False) -> None:
-        self.model, self._device, self._longest = model, device, longest
-        self.name = "plain, padded to the longest" if longest else "plain"
+    def __init__(self, model: PlainViCo, device: torch.device, longest: bool = False, name: str = "plain") -> None:
+        self.model, self._device, self._longest, self.name = model, device, longest, name
 
     def _width(self, sequences: Items[Sequence], limit: int) -> int:
         return max(len(s.tokens) for s in sequences) if self._longest else limit
@@ -174,6 +174,25 @@ def make_pair(shape: LlamaShape) -> tuple[PlainViCo, ViCo]:
     fill(plain, values)
     fill(fast, values)
     return plain, fast
+
+
+class _VicoProduct(FrozenLinear):
+    """ViCo's product where the baseline has torch's; rows of all sequences as one matrix."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+
+def with_vico_products(model: PlainViCo) -> PlainViCo:
+    """A baseline with the same parameters and ViCo's frozen products: what of a ratio is the library's and the saved input's."""
+    found = copy.deepcopy(model)
+    for name, module in list(found.named_modules()):
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            owner, _, leaf = name.rpartition(".")
+            new = _VicoProduct(module.in_features, module.out_features, module.weight.dtype)
+            new.weight = nn.Parameter(module.weight, requires_grad=False)
+            setattr(found.get_submodule(owner), leaf, new)
+    return found
 
 
 def make_shared_pair(shape: LlamaShape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[PlainViCo, ViCo]:

@@ -10,7 +10,7 @@ import oracle
 from benchmarks import cpu, run
 from benchmarks.measure import peak_growth
 from benchmarks.plain import PlainViCo
-from benchmarks.variants import Packed, Plain, Variant, fill, make_fast, make_pair, random_weights, take_gradients
+from benchmarks.variants import Packed, Plain, Variant, fill, make_fast, make_pair, random_weights, take_gradients, with_vico_products
 from benchmarks.workload import Lengths, RealWorkload, ScoringWork, SyntheticWorkload, TrainingWork
 from vico.data.prompts import Prompts
 from vico.data.tokenizer import Tokenizer
@@ -58,7 +58,8 @@ def test_variants_compute_the_same() -> None:
     plain, fast = make_pair(TINY)
     variants: list[Variant] = [
         Plain(plain, CPU),
-        Plain(plain, CPU, longest=True),
+        Plain(plain, CPU, longest=True, name="longest"),
+        Plain(with_vico_products(plain), CPU, name="products"),
         Packed(fast, CPU, share=False, name="apart"),
         Packed(fast, CPU),
     ]
