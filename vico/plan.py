@@ -6,15 +6,14 @@ imports torch, so that an answer comes at once.
 
 import json
 import math
-from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from vico.errors import UserError
-from vico.footprint import BYTES, FEATURE_WIDTH, Activations, ModelSize, Setting, Work, activations
+from vico.footprint import BYTES, Activations, ModelSize, Setting, Work, activations
+from vico.gathered import gathered_modules, live_bytes
 from vico.hardware import GIB, SEEN, Hardware, gpu_of_size
 
 Stage = Literal["zero2", "zero3", "zero3_offload"]
@@ -155,74 +154,22 @@ def ds_config(stage: Stage, size: ModelSize) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((SHIPPED_CONFIGS / f"{stage}.json").read_text(encoding="utf-8"))
     if stage != "zero2":
         block = size.block + 2 * size.dim + 2 * size.n_heads
-        sized = {"stage3_prefetch_bucket_size": block, "stage3_max_live_parameters": 2 * max(block, size.head) + 2 * size.head}
+        sized = {"stage3_prefetch_bucket_size": block, "stage3_max_live_parameters": 2 * block + size.head}
         config["zero_optimization"] = {**config["zero_optimization"], **sized}
     return config
-
-
-def units(size: ModelSize, width: int, threshold: int) -> list[list[tuple[int, int]]]:
-    """(elements, bytes) of the parameters that ZeRO-3 gathers together, in forward's order; smaller ones than `threshold` stay."""
-    trainable = [(size.prompts, 4), (FEATURE_WIDTH * size.dim, 4), (size.num_slots * size.dim, 4)]
-    kv_dim = (size.kv_heads or size.n_heads) * size.head_dim
-    square, up = size.dim * size.dim, size.dim * size.hidden_dim
-    frozen = [square, size.dim * kv_dim, size.dim * kv_dim, square, up, up, up, size.dim, size.dim]
-    block = [(size.n_heads, 4)] * 2 + [(numel, width) for numel in frozen]
-    ends = [(size.head, width)]
-    modules = [*([each] for each in trainable), ends, *([block] * size.n_layers), [(size.dim, width)], ends]
-    kept = ([(numel, numel * each) for numel, each in module if numel >= threshold] for module in modules)
-    return [module for module in kept if module]
-
-
-def live_bytes(modules: Sequence[Sequence[tuple[int, int]]], prefetch: int, most_live: int, checkpointed: bool = False) -> int:
-    """The most bytes of gathered parameters over forward and backward, as DeepSpeed fetches, prefetches and releases.
-
-    It prefetches whole parameters until it has `prefetch` elements under way, and never above `most_live` in all. What has
-    arrived is copied out of its buffer, so that a module is there twice before the next prefetch begins.
-    """
-    named = [[(place, i, *each) for i, each in enumerate(module)] for place, module in enumerate(modules)]
-    order = named + named[::-1]
-    if checkpointed:  # a recomputed module is fetched again for its second forward
-        order = named + [module for module in named[::-1] for _ in range(2)]
-    queue = deque(parameter for module in order for parameter in module)
-    live: dict[tuple[int, int], tuple[int, int]] = {}
-    taken: deque[tuple[int, int]] = deque()  # of the queue, by prefetches that came before
-    peak = 0
-    for module in order:
-        for place, i, numel, size in module:
-            live[place, i] = numel, size
-            if taken and taken[0] == (place, i):
-                taken.popleft()
-            else:
-                queue.popleft()
-        peak = max(peak, _bytes(live.values()) + _bytes((numel, size) for _, _, numel, size in module))
-        under_way, room = 0, min(prefetch, most_live - sum(numel for numel, _ in live.values()))
-        while queue and under_way < room:
-            place, i, numel, size = queue.popleft()
-            taken.append((place, i))
-            if (place, i) not in live:
-                live[place, i] = numel, size
-                under_way += numel
-        peak = max(peak, _bytes(live.values()))
-        for place, i, _, _ in module:
-            live.pop((place, i), None)
-    return peak
 
 
 @lru_cache(maxsize=256)
 def _gathered(stage: Stage, size: ModelSize, width: int, checkpointed: bool) -> int:
     zero = ds_config(stage, size)["zero_optimization"]
-    prefetch, most_live = zero["stage3_prefetch_bucket_size"], zero["stage3_max_live_parameters"]
-    return live_bytes(units(size, width, zero["stage3_param_persistence_threshold"]), prefetch, most_live, checkpointed)
+    modules = gathered_modules(size, width, zero["stage3_param_persistence_threshold"])
+    return live_bytes(modules, zero["stage3_prefetch_bucket_size"], zero["stage3_max_live_parameters"], checkpointed)[1]
 
 
 @lru_cache(maxsize=16)
 def _buckets(stage: Stage) -> int:
     zero = json.loads((SHIPPED_CONFIGS / f"{stage}.json").read_text(encoding="utf-8"))["zero_optimization"]
     return 4 * zero["reduce_bucket_size"] * (2 if zero.get("overlap_comm") else 1)
-
-
-def _bytes(parameters: Any) -> int:
-    return sum(size for _, size in parameters)
 
 
 def memory(task: Task, stage: Stage, checkpointed: int, tokens: int) -> Memory:
