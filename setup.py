@@ -43,6 +43,8 @@ setup(
         # Source only: needs nvcc and `pip install --no-build-isolation`. Without it torch's own kernels run.
         "flash": ["flash-attn>=2.8,<3"],
         "llama3": LLAMA_3,
+        # The plots of `bash benchmarks/run.sh report`.
+        "benchmarks": ["matplotlib>=3.9,<4"],
         "dev": [
             *LLAMA_3,
             "transformers>=5.20,<6",  # what the backbone's logits are held against
@@ -50,6 +52,7 @@ setup(
             "hypothesis>=6.100,<7",
             "ruff==0.17.6",  # exactly: the formatter's taste changes between versions
             "mypy==2.4.1",  # exactly: so do the checker's findings
+            "matplotlib>=3.9,<4",  # as the extra benchmarks
         ],
     },
     entry_points={"console_scripts": ["vico=vico.cli:console"]},
