@@ -99,14 +99,15 @@ def test_six_steps_of_the_oracle(world: World, start: Path, reference: Run) -> N
 
 
 @pytest.mark.parametrize(
-    ("ranks", "batch", "accumulation", "stage"),
-    [(2, 4, 1, 2), (1, 2, 4, 2), (1, 1, 8, 3), (2, 2, 2, 3)],
-    ids=["two-ranks", "accumulation", "zero3", "zero3-two-ranks-accumulation"],
+    ("ranks", "batch", "accumulation", "stage", "checkpointed"),
+    [(2, 4, 1, 2, "none"), (1, 2, 4, 2, "2"), (1, 1, 8, 3, "none"), (2, 2, 2, 3, "full"), (4, 1, 2, 3, "2")],
+    ids=["two-ranks", "accumulation", "zero3", "zero3-two-ranks-checkpointed", "zero3-four-ranks-checkpointed"],
 )
 def test_twins(
-    world: World, start: Path, reference: Run, zero3: str, tmp_path: Path, ranks: int, batch: int, accumulation: int, stage: int
-) -> None:
+    world: World, start: Path, reference: Run, zero3: str, tmp_path: Path, ranks: int, batch: int, accumulation: int, stage: int, checkpointed: str
+) -> None:  # fmt: skip
     how = ["--batch_size", str(batch), "--accum_iter", str(accumulation), "--deepspeed", zero3 if stage == 3 else "zero2"]
+    how += ["--checkpoint_activations", checkpointed]
     twin = train(world, tmp_path / "out", "--resume", str(start), *how, ranks=ranks)
     for a, b in zip(reference.steps, twin.steps, strict=True):
         for key in a:

@@ -98,13 +98,19 @@ def build_engine(config: RunConfig, inputs: Inputs, trainables: dict[str, Tensor
     with construction(inputs.ds_config, world.device):
         model = ViCo(inputs.weights.shape, inputs.num_adapted, config.adapter_len, config.max_feats, config.tau, dtype)
     for name, parameter in model.named_parameters():
-        fill(parameter, partial(trainables.__getitem__ if name in trainables else inputs.weights.read, name))
+        value = trainables.get(name)
+        fill(parameter, partial(inputs.weights.read_slice, name) if value is None else partial(_slice, value))
     model.attend = attend
+    model.num_checkpointed = len(model.layers) if config.num_checkpointed is None else config.num_checkpointed
     _require_declared(model, inputs.trainable_shapes)
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], config.weight_decay)
     engine = Engine(model, optimizer, inputs.ds_config, dtype, description)
     limit_waiting(world.timeout)
     return engine
+
+
+def _slice(value: Tensor, start: int, stop: int) -> Tensor:
+    return value.flatten()[start:stop]
 
 
 def _require_declared(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -40,6 +40,11 @@ class RunConfig:
     attention: Literal["auto", "plain", "blocks", "sdpa", "varlen", "flash_attn"] = _flag(
         "auto", MODEL, "how attention is computed; all compute the same"
     )
+    checkpoint_activations: str = _flag(
+        "none",
+        MODEL,
+        "none, full, or N: the lower N layers keep only their input and run again in backward (less memory, up to 1.5x the time)",
+    )
     adapter_len: int = _flag(10, MODEL, "adapter prompts per adapted layer")
     max_feats: int = _flag(10, MODEL, "video slots per sequence; longer videos are sampled evenly, shorter ones padded with zero features")
     bias: float = _flag(3.0, MODEL, "the video gates start at minus this")
@@ -113,11 +118,20 @@ class RunConfig:
         _require(abs(self.bias) <= LARGEST_FLOAT, "bias", self, "finite")
         _require(0 <= self.seed <= LARGEST_SEED, "seed", self, f"a whole number from 0 to {LARGEST_SEED}")
         _require(self.max_feats < self.max_seq_len, "max_feats", self, f"below --max_seq_len {self.max_seq_len}")
+        if self.checkpoint_activations not in ("none", "full"):
+            _require(self.checkpoint_activations.isdecimal(), "checkpoint_activations", self, "none, full or a number of layers")
         for name in self.allowed_changes:
             if name not in (*_setting_names(), *FINGERPRINTED):
                 raise UserError(f"--allow_change {name}: no such setting{nearest(name, (*_setting_names(), *FINGERPRINTED))}")
         if self.sub and self.dataset != "tvqa":
             raise UserError(f"--sub: only TVQA has subtitles, and --dataset is {self.dataset}; drop --sub")
+
+    @property
+    def num_checkpointed(self) -> int | None:
+        """How many layers run again in backward; None: all."""
+        if self.checkpoint_activations == "full":
+            return None
+        return 0 if self.checkpoint_activations == "none" else int(self.checkpoint_activations)
 
     @property
     def allowed_changes(self) -> tuple[str, ...]:
@@ -144,7 +158,7 @@ class RunConfig:
 # is computed (the questions of a step must stay as many; resuming checks their number).
 NOT_IDENTITY = frozenset((
     "model", "llama_model_path", "data_path", "captions", "output_dir", "resume", "init_eval", "split", "max_steps", "num_workers",
-    "deepspeed", "attention", "batch_size", "accum_iter", "max_tokens", "save_steps", "save_total_limit", "save_legacy", "allow_change",
+    "deepspeed", "attention", "checkpoint_activations", "batch_size", "accum_iter", "max_tokens", "save_steps", "save_total_limit", "save_legacy", "allow_change",
     "collective_timeout", "expect_world_size",
 ))  # fmt: skip
 FINGERPRINTED = ("data", "backbone")  # besides settings, what a run must keep (fingerprint.py)

@@ -138,17 +138,25 @@ def construction(config: Mapping[str, Any], device: torch.device) -> Iterator[No
             yield
 
 
-def fill(parameter: nn.Parameter, value: Callable[[], Tensor]) -> None:
-    """Give a parameter its value, converted to its type; under stage 3 rank 0 alone reads it, one tensor at a time."""
-    import deepspeed
+def fill(parameter: nn.Parameter, read: Callable[[int, int], Tensor]) -> None:
+    """Give a parameter its value, converted to its type; `read(start, stop)` gives elements of the flattened tensor.
 
+    Under stage 3 each rank asks for its own part only, so that a rank's memory never holds more than its share and a tensor.
+    """
     with torch.no_grad():
         if not hasattr(parameter, "ds_id"):
-            parameter.copy_(value())
+            parameter.copy_(read(0, parameter.numel()).view(parameter.shape))
             return
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            if torch.distributed.get_rank() == 0:
-                parameter.copy_(value())
+        # DeepSpeed has no call that sets a slice of a frozen parameter: each rank holds ds_tensor, the equal parts of the
+        # flattened tensor in the order of ranks, the last one padded.
+        partitioned: Any = parameter
+        mine, size = partitioned.ds_tensor, partitioned.ds_numel
+        if getattr(parameter, "ds_secondary_tensor", None) is not None:
+            raise UserError("--deepspeed: zero_hpz_partition_size must go: a second copy of each part is not kept right")
+        start = min(mine.ds_numel * torch.distributed.get_rank(), size)
+        stop = min(start + mine.ds_numel, size)
+        mine.zero_()
+        mine[: stop - start].copy_(read(start, stop))
 
 
 class Engine:

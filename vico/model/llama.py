@@ -3,12 +3,14 @@
 A layer that is adapted owns two gates; what flows to it besides the stream is its prompt and who sees whom.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vico.model.attention import Attend, Visibility, narrowed
 from vico.model.functions import AdapterAttention, FrozenProduct, FrozenRMSNorm, SwiGLU, TargetCrossEntropy
@@ -196,12 +198,28 @@ class Block(nn.Module):
         return h_QD + self.feed_forward(self.ffn_norm(h_QD))
 
 
+def _run_twice(layer: nn.Module, x_TD: Tensor, prompt_AD: Tensor | None, context: Context) -> Tensor:
+    """The layer, of which only the input is kept until backward, when it runs again.
+
+    Again means without the hooks of the layer itself: under ZeRO-3 backward has gathered its weights by then, and the hook
+    behind a forward would let go of them. To its end: the hooks of modules inside must come in pairs.
+    """
+    calls = itertools.count()
+
+    def run(x_TD: Tensor, prompt_AD: Tensor | None, context: Context) -> Tensor:
+        return (layer if next(calls) == 0 else layer.forward)(x_TD, prompt_AD, context)
+
+    out: Tensor = checkpoint(run, x_TD, prompt_AD, context, use_reentrant=False, preserve_rng_state=False, early_stop=False)
+    return out
+
+
 class Llama(nn.Module):
     """Embeddings, blocks, final norm and output head; the top `num_adapted` blocks carry gates."""
 
     def __init__(self, shape: LlamaShape, num_adapted: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.shape, self.dtype, self.num_adapted = shape, dtype, num_adapted
+        self.num_checkpointed = 0  # so many of the lower layers keep only their input, and run again in backward
         self.tok_embeddings = FrozenEmbedding(shape.vocab_size, shape.dim, dtype)
         self.layers = nn.ModuleList(Block(shape, i >= shape.n_layers - num_adapted, dtype) for i in range(shape.n_layers))
         self.norm = RMSNorm(shape.dim, shape.norm_eps, dtype)
@@ -216,5 +234,9 @@ class Llama(nn.Module):
         for i, layer in enumerate(self.layers):
             last = i + 1 == len(self.layers)
             prompt_AD = prompts_GAD[i - num_plain] if i >= num_plain else None
-            x_TD = layer(x_TD, prompt_AD, context.narrowed(wanted_R) if last else context)
+            seen = context.narrowed(wanted_R) if last else context
+            if i < self.num_checkpointed and torch.is_grad_enabled():
+                x_TD = _run_twice(layer, x_TD, prompt_AD, seen)
+            else:
+                x_TD = layer(x_TD, prompt_AD, seen)
         return self.norm(x_TD)
