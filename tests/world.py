@@ -140,16 +140,18 @@ class Ended:
         return "\n".join([*self.stdouts, *self.stderrs])
 
 
-def start(*args: str, ranks: int, cwd: Path | None = None) -> list[subprocess.Popen[str]]:
-    """`vico ARGS` on this many ranks, as a launcher would start them, each with a thread, on a free port."""
+VICO = ("-c", "import sys; from vico.cli import main; sys.exit(main(sys.argv[1:]))")
+
+
+def start(*args: str, ranks: int, cwd: Path | None = None, program: tuple[str, ...] = VICO) -> list[subprocess.Popen[str]]:
+    """`vico ARGS` (or another Python program) on this many ranks, as a launcher would start them, each with a thread, on a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launched = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    code = "import sys; from vico.cli import main; sys.exit(main(sys.argv[1:]))"
     return [
         subprocess.Popen(
-            [sys.executable, "-c", code, *args], cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, *program, *args], cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, **launched, "PYTHONPATH": str(ROOT), "RANK": str(rank), "LOCAL_RANK": str(rank)}, start_new_session=True,
         )
         for rank in range(ranks)
