@@ -1,22 +1,27 @@
-"""Random backbones of every kind, written by transformers, and ViCo's logits of a plain text: what both are held against."""
+"""Random backbones of every kind, written by transformers, ViCo's logits of a plain text to hold against its, and a LLaMA-3 tokenizer."""
 
+import base64
 import math
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from vico.data.tokenizer import LLAMA_3_SPECIAL, LLAMA_3_WORDS
 from vico.model.attention import Attend, attend_blocks, visibility
 from vico.model.backbone import Weights
 from vico.model.llama import Context, rotary_angles
 from vico.model.vico import ViCo, initial_trainables, trainable_shapes
 from vico.records import Segment
+from world import WORDS
 
-# fp32 through two layers in another order of sums; measured: 2e-6 of the largest logit.
+# fp32 through two layers in another order of sums; measured: 1.1e-6 of the largest logit.
 LOGITS_RTOL = 1e-5
 LENGTH = 24
+NUM_RANKS = 340  # pieces of the LLaMA-3 tokenizer, special ones not counted
 ROPE_3 = {"rope_type": "llama3", "rope_theta": 500000.0}
 ROPE_3_1 = ROPE_3 | {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # Where turns are counted in so short a context, the blend between fast and slow frequencies is in sight.
@@ -73,3 +78,33 @@ def text(weights: Weights) -> Tensor:
 
 def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
+
+
+def byte_letters() -> dict[int, str]:
+    """How byte-level pieces are written in JSON: bytes that can be shown as themselves, the others as letters from 256 on."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in shown]
+    return {byte: chr(byte) for byte in shown} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def make_llama_3_tokenizers(tiktoken_file: Path, json_file: Path) -> None:
+    """One tokenizer of LLaMA-3's recipe, in Meta's kind of file and in Hugging Face's."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=True))
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(LLAMA_3_WORDS), "isolated")
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
+    model.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=NUM_RANKS, initial_alphabet=alphabet, show_progress=False)
+    model.train_from_iterator([f"Question: {a} the {b}?\nAnswer: The answer is (A)" for a in WORDS for b in WORDS], trainer)
+    bytes_of = {letter: byte for byte, letter in byte_letters().items()}
+    ranks = sorted((rank, bytes(bytes_of[letter] for letter in piece)) for piece, rank in model.get_vocab().items())
+    assert len(ranks) == NUM_RANKS
+    tiktoken_file.write_bytes(b"".join(base64.b64encode(piece) + b" %d\n" % rank for rank, piece in ranks))
+    special = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(LLAMA_3_SPECIAL - 2))]
+    model.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in special])
+    # What LLaMA-3's own file does besides, and the method does not want: BOS in front, blanks trimmed from offsets, texts cut.
+    template = tokenizers.processors.TemplateProcessing("<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", NUM_RANKS)])
+    model.post_processor = tokenizers.processors.Sequence([tokenizers.processors.ByteLevel(trim_offsets=True), template])
+    model.enable_truncation(5)
+    model.save(str(json_file))

@@ -9,52 +9,26 @@ from typing import Any
 
 import pytest
 import tiktoken
-import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaTokenizerFast
 
+from backbones import NUM_RANKS, make_llama_3_tokenizers
 from vico.data.prompts import ANSWER_TEXT, Prompts, option_text, question_text
-from vico.data.tokenizer import LLAMA_3_SPECIAL, LLAMA_3_WORDS, Tokenizer, find_tokenizer
+from vico.data.tokenizer import LLAMA_3_WORDS, Tokenizer, find_tokenizer
 from vico.records import VIDEO_SLOT, Question
-from world import WORDS, World, refusal
+from world import World, refusal
 
-NUM_RANKS = 340
 QUESTION = Question(
     0, "0", "v", "CW", "why does Answer: (A) the dog  ", ("a red ball", "<|end_of_text|>", "Question: é 犬?", " ", "(E)"), 2
 )
 
 
-def byte_letters() -> dict[int, str]:
-    """How byte-level pieces are written in JSON: bytes that can be shown as themselves, the others as letters from 256 on."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in shown]
-    return {byte: chr(byte) for byte in shown} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One tokenizer in both files."""
+    """One tokenizer in both files, whose names say nothing."""
     home = tmp_path_factory.mktemp("tokenizers")
-    model = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=True))
-    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(LLAMA_3_WORDS), "isolated")
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
-    model.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=NUM_RANKS, initial_alphabet=alphabet, show_progress=False)
-    model.train_from_iterator([f"Question: {a} the {b}?\nAnswer: The answer is (A)" for a in WORDS for b in WORDS], trainer)
-    bytes_of = {letter: byte for byte, letter in byte_letters().items()}
-    ranks = sorted((rank, bytes(bytes_of[letter] for letter in piece)) for piece, rank in model.get_vocab().items())
-    assert len(ranks) == NUM_RANKS
-    (home / "meta").write_bytes(b"".join(base64.b64encode(piece) + b" %d\n" % rank for rank, piece in ranks))  # the name says nothing
-    special = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(LLAMA_3_SPECIAL - 2))]
-    model.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in special])
-    # What LLaMA-3's own file does besides, and the method does not want: BOS in front, blanks trimmed from offsets, texts cut.
-    template = tokenizers.processors.TemplateProcessing("<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", NUM_RANKS)])
-    model.post_processor = tokenizers.processors.Sequence([tokenizers.processors.ByteLevel(trim_offsets=True), template])
-    model.enable_truncation(5)
-    model.save(str(home / "hf"))
+    make_llama_3_tokenizers(home / "meta", home / "hf")
     return {name: home / name for name in ("meta", "hf")}
 
 

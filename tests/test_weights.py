@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import oracle
-from backbones import KINDS, LENGTH, LOGITS_RTOL, distance, logits, make_hugging_face, make_model, text
+from backbones import KINDS, LENGTH, LOGITS_RTOL, NUM_RANKS, distance, logits, make_hugging_face, make_llama_3_tokenizers, make_model, text
 from vico.assembly import read_inputs
 from vico.config import parse
 from vico.data.packing import Example, pack
@@ -27,7 +27,7 @@ from vico.model.vico import trainable_shapes
 from vico.model.weights import backbone_shapes
 from vico.model.weights_hf import mlp_rule, stored_name, stored_rows
 from vico.records import VIDEO_SLOT, PackedBatch, Sequence
-from world import World, refusal
+from world import World, records, refusal, succeeds
 
 GRADIENT_RTOL = 1e-5  # likewise
 
@@ -333,3 +333,15 @@ def test_a_run_opens_hugging_face_weights(world: World, tmp_path: Path) -> None:
     flags = [*world.flags, "--output_dir", str(tmp_path / "out"), "--llama_model_path", str(tmp_path), "--model", "hf"]
     inputs = read_inputs(parse(flags, "vico train", "").resolve(), ("train",), Ranks(0, 1, torch.device("cpu"), None))
     assert inputs.weights.shape.n_layers == inputs.num_adapted == 2
+
+
+def test_a_llama_3_is_trained_and_scored(world: World, tmp_path: Path) -> None:
+    """Grouped queries, another rotary base, Hugging Face's files and Meta's tokenizer beside them, from flags to accuracy."""
+    make_hugging_face(tmp_path / "8B", KINDS["LLaMA-3"] | {"vocab_size": NUM_RANKS + 256})
+    make_llama_3_tokenizers(tmp_path / "8B" / "tokenizer.model", tmp_path / "8B" / "tokenizer.json")
+    flags = [*world.flags, "--llama_model_path", str(tmp_path), "--model", "8B", "--max_seq_len", "512", "--max_cap_len", "512"]
+    flags += ["--vaq", "--qav", "--adapter_layer", "1", "--batch_size", "4", "--max_steps", "2", "--deepspeed", "zero3"]
+    succeeds("train", *flags, "--output_dir", str(tmp_path / "out"))
+    steps = records(tmp_path / "out" / "steps.jsonl")
+    assert len(steps) == 2 and all(math.isfinite(step["loss"]) for step in steps)
+    assert "val_acc" in records(tmp_path / "out" / "log.txt")[-1]
