@@ -271,7 +271,12 @@ def run(args: argparse.Namespace) -> int:
         args.questions, args.videos, args.budgets = min(args.questions, 2), 1, args.budgets[:1]
     device, dtype = torch.device(args.device), DTYPES[args.precision]
     shape = MODELS["toy" if args.tiny else args.model]
-    record = new_record("gpu", settings(args)) | {"shape": asdict(shape), "formulas": figures.FORMULAS, "clock": Clock(device).kind}
+    record = new_record("gpu", settings(args)) | {
+        "shape": asdict(shape),
+        "formulas": figures.FORMULAS,
+        "clock": Clock(device).kind,
+        "ratios": {},
+    }
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     peak = peak_of(name, args.precision)
     record["peak"] = asdict(peak) if peak else figures.UNKNOWN
@@ -311,7 +316,7 @@ def _bench(args: argparse.Namespace, shape: LlamaShape, device: torch.device, pe
 def measure(record: dict[str, Any], bench: Bench) -> None:
     """All measurements into `record`; ends early where the variants do not agree."""
     args = bench.args
-    record |= {"training": {}, "scoring": {}, "ratios": {}}
+    record |= {"training": {}, "scoring": {}}
     cases = [("training", task, args.questions) for task in args.tasks] + [("scoring", "score", args.videos)]
     for part, kind, num in cases:
         found = record[part][kind] = compare(bench, kind, num)

@@ -111,6 +111,12 @@ def test_cpu_suite_writes_its_record(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert record["memory"]["plain"]["growth_mib"] > 0 and record["memory"]["plain"]["held_mib"] > record["memory"]["fast"]["held_mib"]
     assert "vqa " in out and "train_wide" in out
 
+    written = str(next(tmp_path.glob("cpu-*.json")))
+    assert run.main(["report", written, "--out", str(tmp_path / "report")]) == 0
+    drawn = json.loads(capfd.readouterr().out.splitlines()[-1])["plots"]
+    assert [Path(plot).name for plot in drawn] == ["memory.png", "waterfall.png", "time-split.png"]
+    assert all(Path(plot).read_bytes().startswith(b"\x89PNG") for plot in drawn)
+
 
 @pytest.mark.parametrize("where", ["loss", "score", "gradient", "nan"])
 def test_what_differs_is_not_reported(
