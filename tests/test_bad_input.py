@@ -193,7 +193,7 @@ ROWS = make_rows(3, 3, 2, "w")
 Case = tuple[Damage | None, str, int, list[str]]
 CASES: dict[str, Case] = {
     # flags
-    "unknown command": (None, "trian", 2, ["unknown command 'trian'; use one of train, eval, demo"]),
+    "unknown command": (None, "trian", 2, ["unknown command 'trian'; use one of train, eval, plan, demo, convert"]),
     "unknown flag": (None, "--batchsize 4", 2, ["unknown flag --batchsize; did you mean '--batch_size'?"]),
     "dashes in a flag": (None, "--max-steps=4", 2, ["unknown flag --max-steps; did you mean '--max_steps'?"]),
     "not a number": (None, "--batch_size 1e3", 2, ["--batch_size: '1e3' is not a whole number"]),
