@@ -133,8 +133,14 @@ def construction(config: Mapping[str, Any], device: torch.device) -> Iterator[No
         import deepspeed
         from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride
 
+        class Init(deepspeed.zero.Init):  # type: ignore[misc]
+            def _zero_init_param(self, parameter: nn.Parameter) -> None:
+                """DeepSpeed's (0.19.8) without its broadcast: what it would send is the nothing that `fill` replaces."""
+                self._convert_to_deepspeed_param(parameter)
+                parameter.partition()  # type: ignore[attr-defined]
+
         # Types stay as they are: by default every new tensor would take the one type of the ds_config.
-        with deepspeed.zero.Init(config_dict_or_path=dict(config), tensor_overrides=[DeepSpeedTensorOverride.device]):
+        with Init(config_dict_or_path=dict(config), tensor_overrides=[DeepSpeedTensorOverride.device]):
             yield
 
 
