@@ -8,7 +8,6 @@ import oracle
 from vico.data.packing import Example, pack
 from vico.data.prompts import Prompts
 from vico.data.tokenizer import Tokenizer
-from vico.engine import fill
 from vico.model.attention import Attend, attend_blocks, attend_plain
 from vico.model.attention_packed import PackedAttention, sdpa_kernel
 from vico.model.vico import ViCo, initial_trainables, trainable_shapes
@@ -36,7 +35,7 @@ def make_model(setup: Setup, dtype: torch.dtype, attend: Attend) -> ViCo:
     weights = MetaWeights(world.llama / "tiny", world.tokenizer.vocab_size())
     model = ViCo(weights.shape, hyper.adapter_layer or 3, hyper.adapter_len, hyper.max_feats, hyper.tau, dtype)
     for name, parameter in model.named_parameters():
-        fill(parameter, lambda n=name: trainables[n].detach() if n in trainables else weights.read(n))  # type: ignore[misc]
+        parameter.data.copy_(trainables[name].detach() if name in trainables else weights.read(name))
     model.attend = attend
     return model
 
