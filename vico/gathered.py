@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from vico.footprint import FEATURE_WIDTH, ModelSize
 
-WHOLE_BLOCKS = False  # whether engine.py has decoder blocks gathered as one (leaf modules)
+BLOCK = "vico.model.llama.Block"  # in a ds_config's leaf_module.classes: decoder blocks are gathered as one
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Parameter:
 Module = tuple[Parameter, ...]
 
 
-def gathered_modules(size: ModelSize, width: int, threshold: int, whole_blocks: bool = WHOLE_BLOCKS) -> list[Module]:
+def gathered_modules(size: ModelSize, width: int, threshold: int, whole_blocks: bool) -> list[Module]:
     """Modules in forward's order with the parameters that each gathers; those smaller than `threshold` always stay."""
     kept = (tuple(p for p in module if p.numel >= threshold) for module in _modules(size, width, whole_blocks))
     return [module for module in kept if module]
@@ -115,14 +115,13 @@ class _Replay:
         self.most_bytes = max(self.most_bytes, copies + buffers)
 
 
-def live_bytes(modules: Sequence[Module], prefetch: int, most_live: int, checkpointed: bool = False) -> tuple[int, int]:
+def live_bytes(modules: Sequence[Module], prefetch: int, most_live: int) -> tuple[int, int]:
     """The most bytes over forward and backward: of gathered parameters, and with the buffers that they arrive in.
 
     DeepSpeed prefetches whole parameters until it has `prefetch` elements on their way, with each module anew, while fewer
-    than `most_live` elements are there in all. A recomputed module is fetched twice in backward.
+    than `most_live` elements are there in all. A recomputed block runs again on what backward has gathered for it.
     """
-    back = list(reversed(modules))
-    order = [*modules, *(module for module in back for _ in range(2))] if checkpointed else [*modules, *back]
+    order = [*modules, *reversed(modules)]
     replay = _Replay(order, prefetch, most_live)
     for step, module in enumerate(order):
         replay.run(step, module)

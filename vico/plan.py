@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from vico.errors import UserError
 from vico.footprint import BYTES, Activations, ModelSize, Setting, Work, activations
-from vico.gathered import gathered_modules, live_bytes
+from vico.gathered import BLOCK, gathered_modules, live_bytes
 from vico.hardware import GIB, SEEN, Hardware, gpu_of_size
 
 Stage = Literal["zero2", "zero3", "zero3_offload"]
@@ -160,10 +160,11 @@ def ds_config(stage: Stage, size: ModelSize) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=256)
-def _gathered(stage: Stage, size: ModelSize, width: int, checkpointed: bool) -> int:
+def _gathered(stage: Stage, size: ModelSize, width: int) -> int:
     zero = ds_config(stage, size)["zero_optimization"]
-    modules = gathered_modules(size, width, zero["stage3_param_persistence_threshold"])
-    return live_bytes(modules, zero["stage3_prefetch_bucket_size"], zero["stage3_max_live_parameters"], checkpointed)[1]
+    whole = BLOCK in zero.get("leaf_module", {}).get("classes", ())
+    modules = gathered_modules(size, width, zero["stage3_param_persistence_threshold"], whole)
+    return live_bytes(modules, zero["stage3_prefetch_bucket_size"], zero["stage3_max_live_parameters"])[1]
 
 
 @lru_cache(maxsize=16)
@@ -178,7 +179,7 @@ def memory(task: Task, stage: Stage, checkpointed: int, tokens: int) -> Memory:
     acts: Activations = activations(size, work_of(tokens, task.lengths), Setting(width, num_checkpointed=checkpointed))
     small = size.norms * width if stage != "zero2" else 0
     share = {"zero2": size.frozen * width, "zero3": math.ceil(size.frozen * width / ranks) + small, "zero3_offload": small}[stage]
-    gathered = 0 if stage == "zero2" else _gathered(stage, size, width, checkpointed > 0)
+    gathered = 0 if stage == "zero2" else _gathered(stage, size, width)
     trained = size.trainables * 4
     # Weights and gradients whole below stage 3; the optimizer's copy, its two moments and the summed gradient by ranks.
     optimizer = 2 * trained + math.ceil(4 * trained / ranks) if stage == "zero2" else trained + math.ceil(6 * trained / ranks)
@@ -211,12 +212,11 @@ def speed(task: Task, stage: Stage, checkpointed: int, max_tokens: int) -> tuple
     flops = 4 * (layers + size.head * task.lengths.target_share) + 2 * layers * checkpointed / size.n_layers
     compute, gather = flops * tokens / (tflops * 1e12 * task.efficiency), 0.0
     if stage != "zero2":
-        gathers = 2 + checkpointed / size.n_layers
         rates = [hardware.gpu.link_gb] if hardware.gpus > 1 else []
         rates += [hardware.network_gbit and hardware.network_gbit / 8] if hardware.nodes > 1 else []
         if None in rates:
             return None, "the link between the GPUs (--link)" if hardware.gpu.link_gb is None else "the network of a node (--network)"
-        moved = gathers * size.frozen * BYTES[task.precision]
+        moved = 2 * size.frozen * BYTES[task.precision]
         slowest = min((rate for rate in rates if rate), default=math.inf)
         gather = moved * (hardware.ranks - 1) / hardware.ranks / (slowest * 1e9 * LINK_SHARE)
         if stage == "zero3_offload":
