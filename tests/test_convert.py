@@ -162,6 +162,7 @@ HOSTILE: dict[str, tuple[Any, str, int, str]] = {
     "unknown flag": (None, "meta out --shard 2", 2, "unrecognized arguments: --shard 2 (see vico convert --help)"),
     "no target": (None, "meta", 2, "the following arguments are required: TARGET"),
     "an empty folder": (lambda h: (h / "empty").mkdir(), "empty out", 3, "empty/state.json: no such file; a checkpoint is a folder with"),
+    "no config": (lambda h: (h / "hf" / "config.json").unlink(), "hf out", 2, "config.json: no such file; config.json, which comes with the LLaMA"),
     "a flipped bit": (lambda h: flip(h / "meta" / "consolidated.00.pth"), "meta out", 3, "is cut off or damaged"),
     "not a number": (lambda h: nan(h / "meta" / "consolidated.00.pth"), "meta out", 3, "'layers.2.feed_forward.w2.weight' holds NaN or infinite"),
     "cut off": (lambda h: os.truncate(h / "hf" / "model.safetensors", 5000), "hf out", 3, "model.safetensors: the file of LLaMA weights is cut"),

@@ -66,7 +66,7 @@ def convert(source: Path, target: Path, to: str | None = None, shards: int | Non
     require_writable(target.parent, "the target's folder")
     if not os.path.exists(source):
         raise UserError(f"{source}: no such file or folder to convert")
-    if source.is_dir() and not (source / checkpoints.STATE).exists() and (holds_weights(source) or any(source.glob("consolidated.*.pth"))):
+    if source.is_dir() and not (source / checkpoints.STATE).exists() and holds_weights(source):
         return _convert_weights(source, target, to, shards)
     if to is not None or shards is not None:
         raise UserError(f"{source}: holds no LLaMA weights, and --to and --shards are for those")

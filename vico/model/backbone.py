@@ -26,9 +26,11 @@ class Weights(Protocol):
 
 def open_weights(folder: Path, num_pieces: int | None) -> Weights:
     """The weights in `folder`, checked whole. `num_pieces`: of the tokenizer; None: there is none to compare with."""
-    meta, hugging_face = any(folder.glob("consolidated.*.pth")), any(folder.glob("*.safetensors"))
+    meta, hugging_face = any(folder.glob("consolidated.*.pth")), any(folder.glob("model*.safetensors"))
     if meta and hugging_face:
-        raise UserError(f"{folder}: holds weights in Meta's layout (*.pth) and in Hugging Face's (*.safetensors); leave one of them there")
+        raise UserError(
+            f"{folder}: holds weights in Meta's layout (*.pth) and in Hugging Face's (model*.safetensors); leave one of them there"
+        )
     if hugging_face or (not meta and (folder / CONFIG).exists() and not (folder / "params.json").exists()):
         return HuggingFaceWeights(folder, num_pieces)
     return MetaWeights(folder, num_pieces)
@@ -43,4 +45,4 @@ def read_shape(folder: Path) -> LlamaShape:
 
 def holds_weights(folder: Path) -> bool:
     """As far as a look at its files tells; for hints."""
-    return any((folder / name).exists() for name in ("params.json", CONFIG))
+    return any(any(folder.glob(name)) for name in ("params.json", CONFIG, "consolidated.*.pth", "model*.safetensors"))
