@@ -30,6 +30,7 @@ from vico.data.batches import Step, loader, longest_first
 from vico.data.packing import Example, pack
 from vico.dist import World
 from vico.engine import Engine, construction, read_config
+from vico.files import write_text
 from vico.model.attention_packed import choose
 from vico.model.llama import LlamaShape
 from vico.optim import make_optimizer
@@ -83,7 +84,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any] | None:
             for case in _cases(args, world, size, stage, found["ceilings"]["matmul_tflops"]):
                 found["cases"].append(case)
                 if world.is_main and args.part is not None:
-                    args.part.write_text(json.dumps(found), encoding="utf-8")
+                    write_text(args.part, json.dumps(found))
     main = world.is_main
     dist.disconnect(world)
     return found if main else None

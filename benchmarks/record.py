@@ -12,18 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import hardware
+from vico.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "deepspeed", "numpy", "flash-attn", "triton")
 
 
-def new_record(suite: str, config: dict[str, Any], command: list[str] | None = None) -> dict[str, Any]:
+def new_record(suite: str, config: dict[str, Any]) -> dict[str, Any]:
     """The fields that every record begins with."""
+    words = [word for word in sys.argv[1:] if not word.startswith(("--local_rank", "--local-rank"))]  # launchers add it
     return {
         "suite": suite,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": f"bash benchmarks/run.sh {shlex.join(command or sys.argv[1:])}",
+        "command": f"bash benchmarks/run.sh {shlex.join(words)}",
         "config": config,
         "git_commit": git_commit(),
         "versions": {"python": platform.python_version(), **{name: found for name in PACKAGES if (found := _version(name))}},
@@ -60,7 +62,7 @@ def write(record: dict[str, Any], folder: Path = RESULTS) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     stamp = record["date"].replace(":", "").replace("+0000", "Z")
     path = folder / f"{record['suite']}-{stamp}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(record, indent=1) + "\n")
     print(f"record: {path}", flush=True)
     print(json.dumps(record), flush=True)
     return path

@@ -10,6 +10,7 @@ from benchmarks.figures import UNKNOWN, median_of
 from benchmarks.node import scaling
 from benchmarks.record import RESULTS
 from vico.errors import UserError
+from vico.files import write_text
 from vico.textfiles import read_json_object
 
 TITLES = {"cpu": "One thread of a CPU", "gpu": "One GPU", "node": "Several ranks"}
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         lines += ["", f"## {TITLES[record['suite']]}", "", *_head(path, record), *section]
         plots += [str(plot) for plot in drawn]
     report = args.out / "report.md"
-    report.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(report, "\n".join(lines) + "\n")
     print(f"report: {report}, {len(plots)} plot(s)", flush=True)
     print(json.dumps({"report": str(report), "plots": plots, "records": [str(path) for path in paths]}), flush=True)
     return 0

@@ -1,7 +1,9 @@
-"""`bash benchmarks/run.sh SUITE [flags]`: one suite, one record, the last line of stdout. Times below: two CPU cores, or one H100 (estimated)."""
+"""`bash benchmarks/run.sh SUITE [flags]`: one suite, one record, the last line of stdout. How to run what: benchmarks/README.md."""
 
 import argparse
+import os
 import sys
+import time
 from pathlib import Path
 
 if (
@@ -11,11 +13,13 @@ if (
 
 from benchmarks.record import RESULTS
 
+SECONDS_FOR_RANK_0 = 5.0
 SUITES = {
     "cpu": "plain against packed on this machine's CPU, fp32, one thread: speed, peak memory, equality; about 5 minutes",
-    "gpu": "one GPU: attention backends, plain against packed, memory, time split; never timed, about 15 minutes estimated; --tiny: 20 s",
-    "node": "1 to 8 ranks per node and more: ZeRO-2 and 3, weak and strong scaling, communication; some minutes per size, stage and number "
-    "of ranks estimated; --tiny --ranks 1,2: about 2 minutes on CPU cores",
+    "gpu": "one GPU: attention backends, plain against packed, memory, time split; not yet timed on a GPU, 15 minutes reckoned for a 7B on "
+    "an H100; --tiny --device cpu: 15 seconds",
+    "node": "any number of ranks: ZeRO-2 and 3, weak and strong scaling, communication; not yet timed on GPUs, 5 minutes reckoned per size "
+    "and number of ranks; --tiny --ranks 1,2 on a CPU: 1 minute",
     "report": "Markdown and plots from records; seconds",
 }
 
@@ -44,7 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(run(args))
     except UserError as problem:
-        print(f"vico: error: {one_line(str(problem))}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"vico: error: {one_line(str(problem))}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(SECONDS_FOR_RANK_0)  # launchers end every rank as soon as one has ended, also the one that speaks
         return problem.exit_code
 
 
