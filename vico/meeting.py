@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch.distributed as torch_dist
@@ -46,7 +46,12 @@ def meet(rank: int, size: int, timeout: timedelta, word: str) -> tuple[Store, li
             raise UserError(
                 f"{missing()} did not come to {_place()} within {timeout}; their logs say why, --collective_timeout waits longer"
             )
-    return store, [store.get(name).decode() for name in names]
+    words = [store.get(name).decode() for name in names]
+    store.set(f"rank {rank} has read", "")
+    if rank == 0:  # which may refuse the world and end, and the store with it
+        with suppress(torch_dist.DistError):
+            store.wait([f"{name} has read" for name in names], timedelta(seconds=SECONDS_OF_SILENCE))
+    return store, words
 
 
 def _open_store(rank: int, size: int, timeout: timedelta) -> TCPStore:
@@ -67,6 +72,12 @@ def _open_store(rank: int, size: int, timeout: timedelta) -> TCPStore:
             raise Unreachable(f"{host}: nobody answers at {_place()}, where rank 0 should be, for {timeout}; its log says why")
         if os.environ.get("LOCAL_RANK", "0") == "0":
             _say(f"{host} waits for an answer at {_place()}, where rank 0 should be; at most {timeout}")
+
+
+def own_store(store: Store) -> Store:
+    """The same store over a connection of its own: one that waits holds up whoever shares its connection."""
+    clone: Store = store.clone()  # type: ignore[attr-defined]
+    return clone
 
 
 def _place() -> str:

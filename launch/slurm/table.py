@@ -120,17 +120,25 @@ def main(verb: str, number: str, table: str, flags: list[str]) -> None:
     row = rows[int(number) - 1]
     base = configs.parse(flags, "vico train", "").resolve().output_dir
     command = [*flags, *row.flags, f"--output_dir={base / row.name}"]
-    configs.parse(command, "vico train", "").resolve()
     ended = base / row.name / ENDED
+
+    def end(code: str) -> None:
+        make_folder(ended.parent)
+        write_text(ended, code + "\n")
+        write_results(rows, base)
+
     if verb == "start":
         ended.unlink(missing_ok=True)
+        try:
+            configs.parse(command, "vico train", "").resolve()
+        except UserError as error:
+            end(str(error.exit_code))
+            raise
         print(f"row {number} of {len(rows)}, {row.name}: vico train {' '.join(command)}", flush=True)
     elif verb == "run":
         os.execvp("bash", ["bash", str(ROOT / "launch" / "train.sh"), *command])
     else:
-        make_folder(ended.parent)
-        write_text(ended, os.environ["VICO_EXIT_CODE"] + "\n")
-        write_results(rows, base)
+        end(os.environ["VICO_EXIT_CODE"])
 
 
 if __name__ == "__main__":
