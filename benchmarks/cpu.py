@@ -15,11 +15,21 @@ import torch
 from torch import Tensor
 
 from benchmarks import memory
-from benchmarks.figures import layer_parameters
+from benchmarks.figures import Amount, layer_parameters, of_packed, of_plain
 from benchmarks.measure import cpu_ceilings, cpu_seconds, ratio_spread, spread
 from benchmarks.record import new_record, settings, write
 from benchmarks.timesplit import time_split
-from benchmarks.variants import MAX_CAP_LEN, MAX_SEQ_LEN, Packed, Plain, Variant, make_pair, take_gradients, with_vico_products
+from benchmarks.variants import (
+    MAX_CAP_LEN,
+    MAX_SEQ_LEN,
+    Packed,
+    Plain,
+    Variant,
+    make_pair,
+    take_gradients,
+    training_batch,
+    with_vico_products,
+)
 from benchmarks.workload import RealWorkload, ScoringWork, SyntheticWorkload, TrainingWork, Workload
 from vico.model.llama import LlamaShape
 
@@ -118,6 +128,7 @@ def run_geometry(name: str, shape: LlamaShape, workload: Workload, args: argpars
             take_gradients(variant.model)
     seconds: dict[str, dict[str, list[float]]] = {what: defaultdict(list) for what in ("train", "score")}
     tokens: dict[str, list[int]] = {"train": [], "score": []}
+    amounts: dict[str, list[Amount]] = {variant.name: [] for variant in variants}
     out: dict[str, Any] = {"shape": asdict(shape), "workload": workload.description, "rounds": [], "equal": True}
     for place in range(args.rounds):
         training, scoring = workload.training(place, args.questions), workload.scoring(place, args.videos)
@@ -126,6 +137,8 @@ def run_geometry(name: str, shape: LlamaShape, workload: Workload, args: argpars
         for what in seconds:
             for variant in variants:
                 seconds[what][variant.name].append(result.seconds[what][variant.name])
+        for variant in variants:
+            amounts[variant.name].append(amount_of(variant, training, shape))
         tokens["train"].append(training.num_real_tokens)
         tokens["score"].append(scoring.num_real_tokens)
         predictions = {variant: scores.argmin(1).tolist() for variant, scores in result.scores.items()}
@@ -137,7 +150,7 @@ def run_geometry(name: str, shape: LlamaShape, workload: Workload, args: argpars
         if not out["equal"]:
             return out
     out["cpu_seconds"], out["real_tokens"] = {what: dict(by) for what, by in seconds.items()}, tokens
-    out["figures"] = figures(out, shape, args.questions, ceiling)
+    out["figures"] = figures(out, shape, args.questions, ceiling, amounts)
     if args.profile:
         training, scoring = workload.training(0, args.questions), workload.scoring(0, args.videos)
         out["time_split"] = {v.name: split_of(v, shape, training, scoring) for v in (variants[0], variants[-1])}
@@ -152,7 +165,14 @@ def say(name: str, place: int, result: Round, worst: dict[str, float]) -> None:
     print("             largest differences: " + ", ".join(f"{key} {value:.1e}" for key, value in worst.items()), flush=True)
 
 
-def figures(out: dict[str, Any], shape: LlamaShape, num_questions: int, ceiling: float) -> dict[str, Any]:
+def amount_of(variant: Variant, work: TrainingWork, shape: LlamaShape) -> Amount:
+    if isinstance(variant, Packed):
+        return of_packed(shape, [training_batch(work, variant.share)], 2 * len(work.vqa), len(work.vqa), training=True)
+    assert isinstance(variant, Plain)
+    return of_plain(shape, work, (variant.width(work.vqa, MAX_SEQ_LEN), variant.width(work.cap, MAX_CAP_LEN)))
+
+
+def figures(out: dict[str, Any], shape: LlamaShape, num_questions: int, ceiling: float, amounts: dict[str, list[Amount]]) -> dict[str, Any]:
     """Rates by variant. FLOPs of a step: 4 (forward, input gradient) times the layers' parameters, per real token."""
     scored = [r["questions_scored"] for r in out["rounds"]]
     rates: dict[str, Any] = {}
@@ -162,6 +182,8 @@ def figures(out: dict[str, Any], shape: LlamaShape, num_questions: int, ceiling:
         rates[name] = {
             "train_seconds": spread(times),
             "real_tokens_per_second": tokens,
+            "padded_tokens_per_second": spread([a.padded_tokens / t for a, t in zip(amounts[name], times, strict=True)]),
+            "target_tokens_per_second": spread([a.target_tokens / t for a, t in zip(amounts[name], times, strict=True)]),
             "samples_per_second": spread([num_questions / t for t in times]),
             "useful_gflops_of_layers": gflops,
             "share_of_measured_ceiling": gflops / ceiling,

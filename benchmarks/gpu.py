@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import correctness, figures
 from benchmarks.gpus import peak_of
-from benchmarks.measure import Clock, device_ceilings, device_peak, ratio_spread
+from benchmarks.measure import Clock, device_ceilings, device_peak, ratio_spread, spread
 from benchmarks.record import new_record, settings, write
 from benchmarks.timesplit import time_split
 from benchmarks.variants import MAX_CAP_LEN, MAX_SEQ_LEN, MODELS, Packed, Plain, make_shared_pair, scoring_batches, training_batch
@@ -159,7 +159,8 @@ def compare(bench: Bench, kind: str, num: int) -> dict[str, Any]:
         if not round_["equal"]:
             return out | {"equal": False}
     seconds = {name: [clock.between(*pair) for pair in pairs] for name, pairs in marks.items()}
-    out |= {"seconds": seconds, "data_wait_seconds": waits, "figures": {n: bench.rates(seconds[n], amounts[n]) for n in seconds}}
+    out |= {"seconds": seconds, "data_wait_seconds": waits}
+    out["figures"] = {n: bench.rates(seconds[n], amounts[n]) | {"data_wait_seconds": spread(waits[n])} for n in seconds}
     out["ratio"] = ratio_spread(seconds["plain"], seconds["fast"])
     return out
 
@@ -243,7 +244,7 @@ def check(args: argparse.Namespace, shape: LlamaShape, device: torch.device) -> 
     """Everything that must hold before any time is taken."""
     dtype = DTYPES[args.precision]
     toy = MODELS["toy"] if args.tiny else LlamaShape(256, 4, 4, 2000, multiple_of=64)
-    heads = toy if args.tiny else LlamaShape(shape.head_dim * 4, 1, 4, 2000)  # the real head width, few heads: the definition is slow
+    heads = toy if args.tiny else replace(shape, n_layers=1)
     found = {
         "attention": correctness.attention_backends(heads, device, dtype, repeats=3 if args.tiny else 20),
         "steps": correctness.twenty_steps(toy, device, dtype),
@@ -276,6 +277,7 @@ def run(args: argparse.Namespace) -> int:
         "formulas": figures.FORMULAS,
         "clock": Clock(device).kind,
         "ratios": {},
+        "ratio_spreads": {},
     }
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     peak = peak_of(name, args.precision)
@@ -321,9 +323,10 @@ def measure(record: dict[str, Any], bench: Bench) -> None:
     for part, kind, num in cases:
         found = record[part][kind] = compare(bench, kind, num)
         if not found["equal"]:
-            record |= {"equal": False, "ratios": {}}
+            record |= {"equal": False, "ratios": {}, "ratio_spreads": {}}
             return
-        record["ratios"][kind if kind == "score" else f"train_{kind}"] = found["ratio"]["median"]
+        key = kind if kind == "score" else f"train_{kind}"
+        record["ratios"][key], record["ratio_spreads"][key] = found["ratio"]["median"], found["ratio"]
     record["memory"] = memory(bench)
     for what, by in record["memory"].items():
         record["ratios"][f"peak_memory_{what}"] = by["plain"]["allocated_gib"] / max(by["fast"]["allocated_gib"], 1e-9)

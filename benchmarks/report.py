@@ -102,11 +102,14 @@ def _cpu(record: dict[str, Any], folder: Path) -> tuple[list[str], list[Path]]:
     lines: list[str] = []
     if record.get("ratios"):
         lines += _ratios(record)
-    columns = ("train_seconds", "real_tokens_per_second", "samples_per_second", "share_of_measured_ceiling", "questions_per_second")
+    columns = (
+        "train_seconds", "real_tokens_per_second", "padded_tokens_per_second", "target_tokens_per_second", "samples_per_second",
+        "share_of_measured_ceiling", "score_seconds", "questions_per_second",
+    )  # fmt: skip
     for name, measured in record["geometries"].items():
         if "figures" in measured:
             lines += [f"### {name}", "", f"{measured['workload']}; all times are process CPU time.", ""]
-            rows = [[variant, *(show(found[c]) for c in columns)] for variant, found in measured["figures"].items()]
+            rows = [[variant, *(show(found.get(c), 3) for c in columns)] for variant, found in measured["figures"].items()]
             lines += table(["variant", *(c.replace("_", " ") for c in columns)], rows)
     drawn = _plot(lines, plots.draw_memory(plots.memory_bars(record), folder / "memory.png"), "memory", "the record has no memory")
     falls = plots.draw_waterfall(plots.waterfalls(record), folder / "waterfall.png")
@@ -121,7 +124,14 @@ def _gpu(record: dict[str, Any], folder: Path) -> tuple[list[str], list[Path]]:
     lines = _checks(record)
     if record.get("ratios"):
         lines += _ratios(record)
-    columns = ("seconds", "real_tokens_per_second", "padded_tokens_per_second", "target_tokens_per_second", "questions_per_second")
+    columns = (
+        "seconds",
+        "real_tokens_per_second",
+        "padded_tokens_per_second",
+        "target_tokens_per_second",
+        "questions_per_second",
+        "data_wait_seconds",
+    )
     shares = ("mfu", "hfu", "share_of_measured_ceiling")
     rows = []
     for part in ("training", "scoring"):

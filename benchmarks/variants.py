@@ -53,16 +53,16 @@ class Plain:
     """The published way; `longest` pads to the longest sequence of the batch instead of the limit."""
 
     def __init__(self, model: PlainViCo, device: torch.device, longest: bool = False, name: str = "plain") -> None:
-        self.model, self._device, self._longest, self.name = model, device, longest, name
+        self.model, self._device, self.longest, self.name = model, device, longest, name
 
-    def _width(self, sequences: Items[Sequence], limit: int) -> int:
-        return max(len(s.tokens) for s in sequences) if self._longest else limit
+    def width(self, sequences: Items[Sequence], limit: int) -> int:
+        return max(len(s.tokens) for s in sequences) if self.longest else limit
 
     def train(self, work: TrainingWork) -> list[float]:
         features = work.features_VFC.to(self._device)
         none = torch.zeros((), device=self._device)
         losses = [
-            self.model.loss(sequences, features, self._width(sequences, limit)) if sequences else none
+            self.model.loss(sequences, features, self.width(sequences, limit)) if sequences else none
             for sequences, limit in ((work.vqa, MAX_SEQ_LEN), (work.cap, MAX_CAP_LEN))
         ]
         (losses[0] + CAPTION_WEIGHT * losses[1]).backward()
@@ -74,7 +74,7 @@ class Plain:
         scores = []
         for first in range(0, len(work.questions), PLAIN_QUESTIONS):
             questions = work.questions[first : first + PLAIN_QUESTIONS]
-            width = self._width([s for question in questions for s in question], MAX_SEQ_LEN)
+            width = self.width([s for question in questions for s in question], MAX_SEQ_LEN)
             scores.append(self.model.scores(questions, features[first : first + PLAIN_QUESTIONS], width))
         return torch.cat(scores).cpu()
 
@@ -83,11 +83,11 @@ class Packed:
     """ViCo; `share` off packs every sequence on its own."""
 
     def __init__(self, model: ViCo, device: torch.device, share: bool = True, name: str = "fast", score_tokens: int = SCORE_TOKENS) -> None:
-        self.model, self._device, self._share, self.name = model, device, share, name
+        self.model, self._device, self.share, self.name = model, device, share, name
         self._score_tokens = score_tokens
 
     def train(self, work: TrainingWork) -> list[float]:
-        return self.train_batch(training_batch(work, self._share))
+        return self.train_batch(training_batch(work, self.share))
 
     def train_batch(self, batch: PackedBatch) -> list[float]:
         batch = batch.to(self._device)
@@ -100,7 +100,7 @@ class Packed:
         return losses
 
     def score(self, work: ScoringWork) -> Tensor:
-        return self.score_batches(scoring_batches(work, self._share, self._score_tokens))
+        return self.score_batches(scoring_batches(work, self.share, self._score_tokens))
 
     @torch.no_grad()
     def score_batches(self, batches: Items[PackedBatch]) -> Tensor:
