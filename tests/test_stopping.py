@@ -131,3 +131,49 @@ def test_other_files_than_the_run_had_are_refused(
     assert ended.codes == [2] and says in ended.stderrs[0] and "--allow_change" in ended.stderrs[0]
     assert not (out / "checkpoint-5").exists()
     succeeds(*command, "--allow_change", name)
+
+
+def test_a_second_writer_is_refused_and_a_dead_ones_place_is_free(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [*flags(world, 1), "--output_dir", str(out)]
+
+    def second(processes: list["subprocess.Popen[str]"]) -> None:
+        began = time.monotonic()
+        ended = vico(*command)
+        assert ended.codes == [6] and time.monotonic() - began < 5
+        assert f"{out}: in use by process {processes[0].pid} on " in ended.stderrs[0] and ended.stderrs[0].count("\n") == 1
+        processes[0].kill()
+
+    assert disturb(command, 1, lambda: steps_done(out) >= 1, second) == [-9]
+    succeeds(*command)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_ends_the_run(world: World, tmp_path: Path, rank: int) -> None:
+    """The time is set to 6 s; the one that is stopped is named, and does not stay behind."""
+    out = tmp_path / "out"
+    processes = start(
+        *flags(world, 2), "--output_dir", str(out), "--hang_timeout", "0.1", "--epochs", "200", "--save_steps", "1000", ranks=2
+    )
+    while steps_done(out) < 3:
+        time.sleep(0.01)
+        assert all(p.poll() is None for p in processes)
+    processes[rank].send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    ended = end(processes, 60)
+    assert time.monotonic() - began < 6 + 5
+    assert ended.codes[1 - rank] == 5 and ended.codes[rank] == -9
+    said = ended.stderrs[1 - rank]
+    assert f"rank {rank} on " in said and f"(process {processes[rank].pid}) no longer runs" in said
+    assert "vico/train.py" in said  # the stacks
+
+
+def test_a_killed_rank_is_one_line(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    processes = start(*flags(world, 2), "--output_dir", str(out), "--epochs", "200", "--save_steps", "1000", ranks=2)
+    while steps_done(out) < 3:
+        time.sleep(0.01)
+    processes[1].kill()
+    ended = end(processes, 30)
+    assert ended.codes == [5, -9]
+    assert ended.stderrs[0].count("\n") == 1 and "an exchange with another rank broke off" in ended.stderrs[0]

@@ -98,6 +98,7 @@ def build_engine(config: RunConfig, inputs: Inputs, trainables: dict[str, Tensor
     with construction(inputs.ds_config, world.device):
         model = ViCo(inputs.weights.shape, inputs.num_adapted, config.adapter_len, config.max_feats, config.tau, dtype)
     for name, parameter in model.named_parameters():
+        world.doing(f"loading {name}")
         value = trainables.get(name)
         fill(parameter, partial(inputs.weights.read_slice, name) if value is None else partial(_slice, value))
     model.attend = attend

@@ -11,8 +11,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from vico import config as configs
-from vico import launched, stopping
-from vico.errors import Unreachable, UserError, one_line
+from vico import launched, lock, stopping
+from vico.errors import PeerLost, Unreachable, UserError, one_line
 
 if TYPE_CHECKING:
     from vico.dist import World
@@ -24,6 +24,7 @@ EVAL = (
 )
 
 SECONDS_FOR_RANK_0 = 10.0
+SECONDS_FOR_THE_CAUSE = 2.0  # the rank that failed speaks before those that lost it
 
 
 def main(argv: Sequence[str]) -> int:
@@ -66,6 +67,10 @@ def _train(argv: list[str]) -> int:
     line = configs.parse(argv, "vico train", TRAIN)
     config = line.resolve()
 
+    writes = not (config.init_eval and config.resume is not None)
+    if writes and os.environ.get("RANK", "0") == "0" and os.path.isdir(config.output_dir):
+        lock.take(config.output_dir)  # a folder that is not there yet is locked as soon as it is
+
     def run(world: "World") -> None:
         from vico.train import train
 
@@ -90,7 +95,7 @@ def _evaluate(argv: list[str]) -> int:
 def _with_world(line: configs.CommandLine, run: Callable[["World"], None]) -> int:
     """Connect the ranks, run, and leave together. Torch is loaded only here: a mistyped flag is answered before."""
     _end_with_the_launcher()
-    told = {name: line.given[name] for name in ("collective_timeout", "expect_world_size") if name in line.given}
+    told = {name: line.given[name] for name in ("collective_timeout", "hang_timeout", "expect_world_size") if name in line.given}
     meeting = configs.RunConfig(**told)
     launched.check(meeting.expect_world_size)
     cores, ranks = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
@@ -98,7 +103,7 @@ def _with_world(line: configs.CommandLine, run: Callable[["World"], None]) -> in
     from vico import dist
     from vico.world_check import require_same_code
 
-    world = dist.connect(timedelta(minutes=meeting.collective_timeout), meeting.expect_world_size)
+    world = dist.connect(timedelta(minutes=meeting.collective_timeout), meeting.expect_world_size, 60 * meeting.hang_timeout)
     code, together = 0, True
     try:
         for note in line.notes:
@@ -111,6 +116,14 @@ def _with_world(line: configs.CommandLine, run: Callable[["World"], None]) -> in
         code = stop.exit_code
     except UserError as error:
         code, together = _fail(error, line.debug), False
+    except RuntimeError as problem:
+        if line.debug or not dist.is_lost_peer(problem):
+            raise
+        time.sleep(SECONDS_FOR_THE_CAUSE)
+        lost = PeerLost(
+            "an exchange with another rank broke off; what ended that rank stands above or in its log; the same command goes on"
+        )
+        code, together = _fail(lost, line.debug), False
     dist.disconnect(world, together)  # behind `except`, where the error is gone and holds nothing any more
     return code
 

@@ -101,6 +101,9 @@ class RunConfig:
     collective_timeout: float = _flag(
         30.0, RUN, "minutes that a rank waits for the others, at the start and in every exchange, before it ends"
     )
+    hang_timeout: float = _flag(
+        20.0, RUN, "minutes without a move of some rank (a micro-batch, a batch of evaluation, a save) that end the run"
+    )
     expect_world_size: int | None = _flag(
         None, RUN, "refuse to start unless there are exactly this many ranks; stands above what SLURM and the visible GPUs suggest"
     )
@@ -159,7 +162,7 @@ class RunConfig:
 NOT_IDENTITY = frozenset((
     "model", "llama_model_path", "data_path", "captions", "output_dir", "resume", "init_eval", "split", "max_steps", "num_workers",
     "deepspeed", "attention", "checkpoint_activations", "batch_size", "accum_iter", "max_tokens", "save_steps", "save_total_limit", "save_legacy", "allow_change",
-    "collective_timeout", "expect_world_size",
+    "collective_timeout", "hang_timeout", "expect_world_size",
 ))  # fmt: skip
 FINGERPRINTED = ("data", "backbone")  # besides settings, what a run must keep (fingerprint.py)
 # What a checkpoint's tensors are shaped by; evaluation takes these from the checkpoint whatever the flags say.

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from vico import hosts, launched
 from vico.errors import UserError
-from vico.meeting import meet, speaking_up
+from vico.meeting import meet, own_store, speaking_up
+from vico.watchdog import Watchdog
 
 TIMEOUT = timedelta(minutes=30)  # for every collective, unless --collective_timeout says another
 
@@ -31,6 +32,12 @@ class World:
     device: torch.device
     host_group: Any  # gloo, for tensors and objects on the host
     timeout: timedelta = TIMEOUT
+    watchdog: Watchdog | None = None
+
+    def doing(self, what: str) -> None:
+        """Tell the watchdog that this rank has got on, and with what."""
+        if self.watchdog is not None:
+            self.watchdog.doing(what)
 
     @property
     def is_main(self) -> bool:
@@ -78,9 +85,10 @@ class World:
                 raise found from None
 
 
-def connect(timeout: timedelta = TIMEOUT, expected: int | None = None) -> World:
+def connect(timeout: timedelta = TIMEOUT, expected: int | None = None, hang_seconds: float | None = None) -> World:
     """Join the process group that the launcher described; alone, without a launcher, a group of one.
 
+    `hang_seconds`: the run ends when a rank has not got on for so long (None: it waits).
     Raises UserError when the world is not the one it was given; no group is made then.
     """
     if "RANK" not in os.environ:
@@ -107,7 +115,8 @@ def connect(timeout: timedelta = TIMEOUT, expected: int | None = None) -> World:
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
         host_group = torch_dist.new_group(backend="gloo", timeout=timeout)
         _check_sum(rank, size, device)
-    return World(rank, size, device, host_group, timeout)
+    watchdog = None if hang_seconds is None else Watchdog(rank, size, own_store(store), hang_seconds)
+    return World(rank, size, device, host_group, timeout, watchdog)
 
 
 def _choose_device() -> torch.device:
@@ -153,6 +162,8 @@ def disconnect(world: World, together: bool = True) -> None:
     and they end when nothing holds their group: one that is still letting go of a message's tensors when Python ends
     aborts the process (torch 2.13; seen in one of ten starts on a busy machine).
     """
+    if world.watchdog is not None:
+        world.watchdog.close()
     gc.collect()  # an error, its frames and their world hold each other
     if together:
         world.barrier()
@@ -170,6 +181,12 @@ def _build_no_op() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def is_lost_peer(problem: Exception) -> bool:
+    """Whether an exchange failed because another rank has gone: gloo and NCCL say so in words only."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "remote process exited", "NCCL")
+    return isinstance(problem, torch_dist.DistError) or any(sign in str(problem) for sign in signs)
 
 
 def _free_port() -> int:

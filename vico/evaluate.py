@@ -75,6 +75,7 @@ def evaluate(engine: Engine, inputs: Inputs, split: str, config: RunConfig, worl
     done: list[tuple[Chunk, torch.Tensor]] = []
     with torch.no_grad(), Progress(f"evaluating {len(questions)} {split} questions", len(chunks), "batch", world.is_main) as progress:
         for number, chunk in enumerate(batches, start=1):
+            world.doing(f"batch {number} of the {split} evaluation")
             error = error or chunk.error
             spare = chunk.batch or spare  # after an error a rank goes on with some batch: the others count on its forwards
             if spare is None:

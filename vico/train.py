@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vico import checkpoint as checkpoints
-from vico import fingerprint, stopping
+from vico import fingerprint, lock, stopping
 from vico.assembly import Inputs, build_engine, read_inputs
 from vico.checkpoint import Checkpoint, Progress
 from vico.config import RunConfig
@@ -52,6 +52,7 @@ def train(config: RunConfig, world: World) -> None:
     Raises Stopped when a signal has asked for it; what was trained is saved then.
     """
     require_same_files(world, config)
+    world.doing("reading the inputs")
     with world.agreeing():
         found = find_start(config)
         start = found.checkpoint
@@ -142,6 +143,7 @@ def _run_steps(run: _Run, steps: TrainingSteps, last_step: int) -> None:
             report = train_step(run.engine, batch, number, config.task_weights, lr, world, run.log.error if run.log else None)
             seconds, step_start = time.perf_counter() - step_start, time.perf_counter()  # waiting for data included
             _advance(progress, report)
+            world.doing(f"waiting for the data of step {number + 1}")
             loss = _log_step(run.log, config, progress.step, epoch, report, lr, seconds)
             bar.advance(f"epoch {epoch}  loss {loss:.4f}  lr {lr:.2e}  {seconds:.2f} s/step")
             progress.evaluation_due = place + 1 == steps.steps_per_epoch or progress.step == last_step
@@ -162,6 +164,7 @@ def train_step(
     The loss is the weighted sum over tasks of the mean over the task's targets in the whole step (METHOD section 3), so
     each micro-batch adds its sum of losses divided by the step's count. `number` is the step's, for messages.
     """
+    world.doing(f"agreeing on step {number}")
     error = step.error or error
     numbers = torch.tensor([len(step.micro_batches), step.num_real_tokens, error is not None])
     totals = world.gather(torch.cat([step.target_counts, numbers]))
@@ -177,11 +180,13 @@ def train_step(
     for i in range(num_micro_batches):
         micro_batch = step.micro_batches[i] if i < len(step.micro_batches) else step.dummy
         assert micro_batch is not None
+        world.doing(f"micro-batch {i + 1} of {num_micro_batches} of step {number}")
         micro_batch = micro_batch.to(world.device)
         losses = engine.forward(micro_batch)
         sums = sums_by_task(losses, micro_batch, len(counts))
         loss_sums += sums.detach()
         engine.backward((sums.float() * weights).sum(), last=i + 1 == num_micro_batches)
+    world.doing(f"updating in step {number}")
     # Waits for the device: the losses of all ranks must be known good before the update.
     found_RT = world.gather(torch.cat([loss_sums.cpu(), torch.tensor([stopping.wish()], dtype=torch.float64)]))
     _require_finite(~found_RT.isfinite().all(dim=1), "loss", number, step, world)
@@ -224,6 +229,8 @@ def _open_log(config: RunConfig, world: World, progress: Progress, steps: Traini
     if not world.is_main:
         return None
     make_folder(config.output_dir)
+    if note := lock.take(config.output_dir):
+        print(note, flush=True)
     mend_folders(config.output_dir)
     if config.resume is None and os.path.exists(config.output_dir / "args.json"):  # what this run started from stays known
         resumed = read_args(config.output_dir / "args.json").get("resume")
@@ -284,6 +291,7 @@ def _end_epoch(run: _Run) -> None:
 
 def _save(run: _Run, progress: Progress, best: bool = False, first: Callable[[dict[str, Tensor]], None] | None = None) -> None:
     """Write the checkpoint of this step, on the main rank, after what comes `first`. A collective of all ranks."""
+    run.world.doing(f"saving step {progress.step}")
     weights, moments = run.engine.state()
     output_dir, keep = run.config.output_dir, run.config.save_total_limit
     with run.world.agreeing():

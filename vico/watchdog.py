@@ -1,0 +1,105 @@
+"""Ends a run in which nothing moves any more, and says whose fault it is.
+
+A rank that is stopped, or waits for what never comes, leaves the others in an exchange that has no end, or one after half
+an hour without a name. Each rank's main thread says what it is doing; a thread beside it tells the others that the
+process lives, and ends it when its main thread has been doing the same for too long.
+"""
+
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+
+from torch._C._distributed_c10d import Store
+
+from vico.errors import PeerLost
+
+
+@dataclass(frozen=True)
+class _Word:
+    """What a rank last said of itself. `tick` counts up as long as the process runs at all."""
+
+    tick: int
+    seconds: float  # since its main thread last moved
+    doing: str
+    host: str
+    pid: int
+
+
+class Watchdog:
+    """`doing` is called by the main thread at every move; between two calls `seconds` may pass."""
+
+    def __init__(self, rank: int, size: int, store: Store, seconds: float) -> None:
+        self._rank, self._size, self._store, self._seconds = rank, size, store, seconds
+        self._interval = min(5.0, seconds / 8)
+        self._doing, self._moved, self._tick = "starting", time.monotonic(), 0
+        self._words: dict[int, _Word] = {}
+        self._last_new: dict[int, float] = {}  # when a rank's tick was last seen to change
+        self._talked = self._moved  # the end of the last round of talk
+        self._over = threading.Event()
+        for work in (self._talk, self._judge):
+            threading.Thread(target=work, daemon=True, name=f"vico watchdog {work.__name__}").start()
+
+    def doing(self, what: str) -> None:
+        self._doing, self._moved = what, time.monotonic()
+
+    def close(self) -> None:
+        self._over.set()
+
+    def _talk(self) -> None:
+        """Leave word in the store and read the others'. Hangs with the store's keeper, which is why another thread judges."""
+        host = socket.gethostname()
+        while not self._over.wait(self._interval):
+            self._tick += 1
+            word = [self._tick, time.monotonic() - self._moved, self._doing, host, os.getpid()]
+            with suppress(RuntimeError):  # the keeper has gone: silence says the same
+                self._store.set(f"watchdog {self._rank}", json.dumps(word))
+                for other in range(self._size):
+                    if self._store.check([f"watchdog {other}"]):
+                        self._hear(other, _Word(*json.loads(self._store.get(f"watchdog {other}"))))
+                self._talked = time.monotonic()
+
+    def _hear(self, rank: int, word: _Word) -> None:
+        if rank not in self._words or self._words[rank].tick != word.tick:
+            self._last_new[rank] = time.monotonic()
+        self._words[rank] = word
+
+    def _judge(self) -> None:
+        while not self._over.wait(self._interval / 2):
+            if time.monotonic() - self._moved > self._seconds:
+                self._end()
+
+    def _end(self) -> None:
+        """All stacks, the line by the lowest rank that lives, and out: what the main thread waits for cannot be interrupted."""
+        now = time.monotonic()
+        long_ago = now - 3 * self._interval - 1
+        silent = {r for r, at in self._last_new.items() if at < long_ago} - {self._rank}
+        if self._talked < long_ago:
+            silent = {0}  # the store's keeper does not answer, and of the others nothing is known
+        alive = [r for r in self._words if r not in silent] or [self._rank]
+        faulthandler.dump_traceback(all_threads=True)
+        if self._rank == min(alive):
+            print(f"vico: error: {self.verdict(silent)}", file=sys.stderr, flush=True)
+        time.sleep(min(1.0, self._interval))  # the others see the same, and say theirs
+        for rank in silent:
+            word = self._words[rank]
+            if word.host == socket.gethostname():  # stopped, it would not hear its launcher either
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(word.pid, signal.SIGKILL)
+        os._exit(PeerLost.exit_code)
+
+    def verdict(self, silent: set[int]) -> str:
+        """Who is to blame, as far as can be told."""
+        states = [f"rank {r} ({word.host}): {word.doing}, for {word.seconds:.0f} s" for r, word in sorted(self._words.items())][:16]
+        guilty = [f"rank {r} on {self._words[r].host} (process {self._words[r].pid})" for r in sorted(silent)]
+        who = f"{', '.join(guilty)} no longer runs" if guilty else "every process runs, none gets on"
+        return (
+            f"nothing has moved for {self._seconds:.0f} s (--hang_timeout): {who}; last heard: {'; '.join(states)}; "
+            "stacks are above; the same command goes on at the last checkpoint"
+        )
