@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
@@ -25,33 +25,38 @@ def meet(rank: int, size: int, timeout: timedelta, word: str) -> tuple[Store, li
     """The store, and the words that all ranks left there. Raises UserError naming those who did not come."""
     end = time.monotonic() + timeout.total_seconds()
     store = PrefixStore(f"vico/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", _open_store(rank, size, timeout))
-    store.set(f"rank {rank}", word)
     names = [f"rank {other}" for other in range(size)]
+    try:
+        store.set(names[rank], word)
+        _wait_for(names, store, rank, timeout, end)
+        words = [store.get(name).decode() for name in names]
+        store.set(f"{names[rank]} has read", "")
+    except torch_dist.DistError as problem:
+        raise UserError(f"rank 0 has left {_place()} ({gist(problem)}); its log says why") from None
+    if rank == 0:  # which may refuse the world and end, and the store with it
+        with suppress(torch_dist.DistError):
+            store.wait([f"{name} has read" for name in names], timedelta(seconds=SECONDS_OF_SILENCE))
+    return store, words
 
+
+def _wait_for(names: Sequence[str], store: Store, rank: int, timeout: timedelta, end: float) -> None:
     def come(seconds: float) -> bool:
         try:
-            store.wait(names, timedelta(seconds=max(seconds, 0.01)))
-        except torch_dist.DistError:
+            store.wait(list(names), timedelta(seconds=max(seconds, 0.01)))
+        except torch_dist.DistStoreError:
             return False
         return True
 
     def missing() -> str:
         absent = [str(other) for other, name in enumerate(names) if not store.check([name])]
-        return f"rank(s) {', '.join(absent[:8])}{', ...' if len(absent) > 8 else ''} of {size} ({len(absent)} in all)"
+        return f"rank(s) {', '.join(absent[:8])}{', ...' if len(absent) > 8 else ''} of {len(names)} ({len(absent)} in all)"
 
-    if not come(min(SECONDS_OF_SILENCE, timeout.total_seconds())):
-        if rank == 0:
-            _say(f"waiting at {_place()} for {missing()}; at most {timeout}")
-        if not come(end - time.monotonic()):
-            raise UserError(
-                f"{missing()} did not come to {_place()} within {timeout}; their logs say why, --collective_timeout waits longer"
-            )
-    words = [store.get(name).decode() for name in names]
-    store.set(f"rank {rank} has read", "")
-    if rank == 0:  # which may refuse the world and end, and the store with it
-        with suppress(torch_dist.DistError):
-            store.wait([f"{name} has read" for name in names], timedelta(seconds=SECONDS_OF_SILENCE))
-    return store, words
+    if come(min(SECONDS_OF_SILENCE, timeout.total_seconds())):
+        return
+    if rank == 0:
+        _say(f"waiting at {_place()} for {missing()}; at most {timeout}")
+    if not come(end - time.monotonic()):
+        raise UserError(f"{missing()} did not come to {_place()} within {timeout}; their logs say why, --collective_timeout waits longer")
 
 
 def _open_store(rank: int, size: int, timeout: timedelta) -> TCPStore:

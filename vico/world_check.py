@@ -37,7 +37,7 @@ def require_same_code(world: World, settings: Mapping[str, Any]) -> None:
 
 def require_same_files(world: World, config: RunConfig) -> None:
     """Raises UserError, on every rank, naming the hosts whose input files, or whose output folder, are not rank 0's."""
-    files = {str(path): _fingerprint(path) for path in _inputs(config)}
+    files = {f"{path.parent.name}/{path.name}": _fingerprint(path) for path in _inputs(config)}
     _require_same(world, "files", files, "copy them anew, or name a folder that all hosts share")
     stands = {str(config.output_dir): next((folder.name for folder in step_folders(config.output_dir)), "no checkpoint")}
     _require_same(world, "checkpoints", stands, "--output_dir must be a folder that all hosts share")
