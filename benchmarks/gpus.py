@@ -1,6 +1,30 @@
-"""Peak rates of known GPUs, the denominators of MFU and HFU. A device that is not listed exactly has none: "n/a", never a guess."""
+"""Where the peak rates of MFU and HFU come from. The rates themselves stand in vico/hardware.py, for the planner too.
+
+A device whose exact name is not there has no peak: "n/a", never a guess.
+"""
 
 from dataclasses import dataclass
+
+from vico.hardware import GPUS
+
+_HALF = "; half of the rate printed with sparsity"
+# By the short name of vico/hardware.py.
+SOURCES = {
+    "H200": "NVIDIA H200 Tensor Core GPU datasheet (SXM)" + _HALF,
+    "H100": "NVIDIA H100 Tensor Core GPU datasheet (SXM)" + _HALF,
+    "H100-PCIe": "NVIDIA H100 Tensor Core GPU datasheet (PCIe)" + _HALF,
+    "A100-80": "NVIDIA A100 Tensor Core GPU datasheet",
+    "A100-40": "NVIDIA A100 Tensor Core GPU datasheet",
+    "A100-80-PCIe": "NVIDIA A100 Tensor Core GPU datasheet",
+    "A100-40-PCIe": "NVIDIA A100 Tensor Core GPU datasheet",
+    "L40S": "NVIDIA L40S datasheet",
+    "A40": "NVIDIA A40 datasheet",
+    "A10": "NVIDIA A10 datasheet",
+    "RTX4090": "NVIDIA Ada GPU architecture whitepaper, appendix A",
+    "RTX3090": "NVIDIA Ampere GA102 GPU architecture whitepaper, appendix A",
+    "V100-16": "NVIDIA V100 Tensor Core GPU datasheet (SXM2)",
+    "V100-32": "NVIDIA V100 Tensor Core GPU datasheet (SXM2)",
+}
 
 
 @dataclass(frozen=True)
@@ -12,38 +36,9 @@ class Peak:
     source: str
 
 
-_H100 = "NVIDIA H100 Tensor Core GPU datasheet"
-_A100 = "NVIDIA A100 Tensor Core GPU datasheet"
-_V100 = "NVIDIA V100 Tensor Core GPU datasheet"
-_ADA = "NVIDIA Ada GPU architecture whitepaper, appendix A"
-_GA102 = "NVIDIA Ampere GA102 GPU architecture whitepaper, appendix A"
-_HALF = "; half of the rate printed with sparsity"
-
-# By the name that torch.cuda.get_device_name gives, whole: a MIG slice, a laptop's or an export version is another GPU.
-PEAKS: dict[str, Peak] = {
-    "NVIDIA H200": Peak(989.0, "bf16", "NVIDIA H200 Tensor Core GPU datasheet (SXM)" + _HALF),
-    "NVIDIA H100 80GB HBM3": Peak(989.0, "bf16", _H100 + " (SXM)" + _HALF),
-    "NVIDIA H100 PCIe": Peak(756.0, "bf16", _H100 + " (PCIe)" + _HALF),
-    "NVIDIA H100 NVL": Peak(835.0, "bf16", _H100 + " (NVL)" + _HALF),
-    "NVIDIA A100-SXM4-80GB": Peak(312.0, "bf16", _A100),
-    "NVIDIA A100-SXM4-40GB": Peak(312.0, "bf16", _A100),
-    "NVIDIA A100 80GB PCIe": Peak(312.0, "bf16", _A100),
-    "NVIDIA A100-PCIE-40GB": Peak(312.0, "bf16", _A100),
-    "NVIDIA L40S": Peak(362.0, "bf16", "NVIDIA L40S datasheet"),
-    "NVIDIA A40": Peak(149.7, "bf16", "NVIDIA A40 datasheet"),
-    "NVIDIA A10": Peak(125.0, "bf16", "NVIDIA A10 datasheet"),
-    "NVIDIA GeForce RTX 4090": Peak(165.2, "bf16", _ADA),
-    "NVIDIA GeForce RTX 3090": Peak(71.0, "bf16", _GA102),
-    "Tesla V100-SXM2-16GB": Peak(125.0, "fp16", _V100),
-    "Tesla V100-SXM2-32GB": Peak(125.0, "fp16", _V100),
-    "Tesla V100-PCIE-16GB": Peak(112.0, "fp16", _V100),
-    "Tesla V100-PCIE-32GB": Peak(112.0, "fp16", _V100),
-}
-
-
 def peak_of(device_name: str, precision: str) -> Peak | None:
-    """The peak for products in `precision`, or None where it is not known."""
-    found = PEAKS.get(device_name)
-    if found is None or precision == "fp32" or (found.dtype == "fp16" and precision == "bf16"):
-        return None
-    return found
+    """The peak for products in `precision`, or None where it is not known. A MIG slice or a laptop's GPU is another device."""
+    for gpu in GPUS.values():
+        if device_name in gpu.torch_names and (rate := gpu.peak(precision)) is not None:
+            return Peak(rate, gpu.peak_precision, SOURCES[gpu.name])
+    return None

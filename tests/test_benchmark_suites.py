@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from benchmarks import correctness, figures, node, run
-from benchmarks.gpus import PEAKS, peak_of
+from benchmarks.gpus import SOURCES, peak_of
 from benchmarks.measure import Clock, device_ceilings
 from benchmarks.record import ROOT
 from benchmarks.variants import MODELS, Packed, make_shared_pair, scoring_batches, training_batch
 from benchmarks.workload import SyntheticWorkload
 from vico.errors import UserError
+from vico.hardware import GPUS
 from vico.model import attention_packed
 from vico.model.attention import attend_plain, narrowed, visibility
 from vico.records import PackedBatch
@@ -130,7 +131,7 @@ def test_unknown_hardware_has_no_peak() -> None:
     assert known is not None and known.tflops == 989
     assert peak_of("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16") is None and peak_of("NVIDIA H100 80GB HBM3", "fp32") is None
     assert peak_of("Tesla V100-SXM2-16GB", "bf16") is None and peak_of("Tesla V100-SXM2-16GB", "fp16") is not None
-    assert all(peak.source for peak in PEAKS.values())
+    assert set(SOURCES) == {gpu.name for gpu in GPUS.values() if gpu.tflops is not None}
 
 
 def test_clock_and_ceilings() -> None:
