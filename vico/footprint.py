@@ -7,9 +7,10 @@ the meta device. If a layer keeps something else one day, they fail.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 FEATURE_WIDTH = 768  # CLIP ViT-L/14
+LLAMA_PIECES = 32000  # of the tokenizer of LLaMA-1 and 2
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEAD_CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}  # of fp32 logits at a time, as in model/functions.py
 
@@ -25,7 +26,7 @@ class ModelSize:
     n_layers: int
     n_heads: int
     hidden_dim: int
-    vocab_size: int = 32000
+    vocab_size: int = LLAMA_PIECES
     kv_heads: int = 0  # 0: as many as n_heads
     adapter_len: int = 10
     num_slots: int = 10
@@ -61,6 +62,30 @@ class ModelSize:
     def trainables(self) -> int:
         """adapter_query, visual_proj, temporal_emb and two gates per layer; fp32 always."""
         return self.prompts + (FEATURE_WIDTH + self.num_slots) * self.dim + 2 * self.n_layers * self.n_heads
+
+
+class Shape(Protocol):
+    """model/llama.py's LlamaShape, as far as it matters here."""
+
+    @property
+    def dim(self) -> int: ...
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def n_heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def hidden_dim(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+
+
+def size_of(name: str, shape: Shape, adapter_len: int = 10, num_slots: int = 10) -> ModelSize:
+    """Of a model whose params.json leaves the vocabulary to the tokenizer (-1): LLaMA-1's and 2's."""
+    vocabulary = LLAMA_PIECES if shape.vocab_size == -1 else shape.vocab_size
+    numbers = (shape.dim, shape.n_layers, shape.n_heads, shape.hidden_dim, vocabulary, shape.kv_heads)
+    return ModelSize(name, *numbers, adapter_len, num_slots)
 
 
 @dataclass(frozen=True)
@@ -144,10 +169,11 @@ def _head(size: ModelSize, work: Work, setting: Setting) -> int:
     width, row = setting.width, size.dim * setting.width
     row_logits = 4 * size.vocab_size
     chunk = min(work.wanted, max(1, setting.head_chunk_bytes // row_logits))
-    logits, half = chunk * row_logits, chunk * row_logits * width // 4 if width < 4 else 0
-    previous = logits if work.wanted > chunk else 0  # still held while the next chunk's product is made
-    in_loop = logits + max(previous + half, half + chunk * row)
-    behind = (logits if previous == 0 else (work.wanted % chunk or chunk) * row_logits) + work.targets * (row + 12 * size.dim)
+    following = min(chunk, work.wanted - chunk)  # rows of the second chunk, 0: there is none
+    half = row_logits * width // 4 if width < 4 else 0  # of a row, where the product is narrower than fp32
+    # The logits of one chunk are still held while those of the next are made.
+    in_loop = max(chunk * (row_logits + half + row), chunk * row_logits + following * (row_logits + half))
+    behind = (work.wanted % chunk or chunk) * row_logits + work.targets * (row + 12 * size.dim)
     prompts = size.prompts * width
     frames = work.clips * size.num_slots * size.dim * 8
     return 2 * work.wanted * row + prompts + frames + max(in_loop, behind)  # 2: h, and what the softmax expects of the weights

@@ -1,6 +1,6 @@
 """What is known of GPUs: memory that a program sees, peak rates, links. What is not listed is None and prints "n/a", never a guess."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vico.errors import UserError, nearest
 
@@ -72,6 +72,12 @@ def gpu_named(name: str) -> Gpu:
         if wanted in (gpu.name.lower(), *(full.lower().replace(" ", "") for full in gpu.torch_names)):
             return gpu
     raise UserError(f"--gpu {name}: not in the table ({', '.join(GPUS)}){nearest(name, GPUS)}; give --gpu_memory GIB instead")
+
+
+def gpu_found(full_name: str, memory_bytes: int) -> Gpu:
+    """The GPU that torch found, with the memory that it shows; its rates, where the name is known."""
+    known = next((gpu for gpu in GPUS.values() if full_name in gpu.torch_names), Gpu(full_name, 0.0))
+    return replace(known, memory_gib=memory_bytes / GIB)
 
 
 def gpu_of_size(gib: float) -> Gpu:

@@ -243,7 +243,7 @@ def plan(task: Task) -> Plan:
 
 
 def choose_stage(task: Task) -> Stage:
-    """The stage to train with when none is named. Raises UserError where none fits."""
+    """The stage to train with when none is named (footprint.size_of, hardware.gpu_found). Raises UserError where none fits."""
     return plan(task).stage
 
 

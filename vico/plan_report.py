@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from vico import plan as planner
 from vico.errors import UserError, nearest
 from vico.files import write_json
-from vico.footprint import BYTES, ModelSize
+from vico.footprint import BYTES, ModelSize, size_of
 from vico.hardware import GIB, GPUS, Gpu, Hardware, gpu_named, gpu_of_size
 from vico.plan import Lengths, Plan, Task
 
@@ -146,10 +146,7 @@ def model_size(model: str) -> ModelSize:
         raise UserError(f"--model {model}: must be {', '.join(planner.SIZES)} or a folder with params.json{nearest(model, planner.SIZES)}")
     from vico.model.backbone import read_shape
 
-    shape = read_shape(folder)
-    vocabulary = 32000 if shape.vocab_size == -1 else shape.vocab_size  # LLaMA-1 and 2, which leave it to the tokenizer
-    name = folder.resolve().name
-    return ModelSize(name, shape.dim, shape.n_layers, shape.n_heads, shape.hidden_dim, vocabulary, shape.kv_heads)
+    return size_of(folder.resolve().name, read_shape(folder))
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
