@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import oracle
-from vico import dist
+from vico import dist, lock
 from vico.cli import main
 from world import Ended, World, end, make_rows, make_tokenizer, start, write_csv
 
@@ -51,7 +51,7 @@ class Home:
         return [*where, *how, "--output_dir", str(self.folder / "out")]
 
     def contents(self) -> dict[str, str]:
-        files = sorted(path for path in self.folder.rglob("*"))
+        files = sorted(path for path in self.folder.rglob("*") if path.name != lock.NAME)
         return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "not a file" for p in files}
 
 
@@ -231,7 +231,7 @@ CASES: dict[str, Case] = {
     ),
     # DeepSpeed's config
     "no ds_config": (None, DS, 2, ["{home}/ds.json: no such file; the DeepSpeed config (--deepspeed) should be there"]),
-    "no such stage by name": (None, "--deepspeed zero4", 2, ["--deepspeed zero4: must be zero2, zero3 or the path of a JSON file"]),
+    "no such stage by name": (None, "--deepspeed zero4", 2, ["--deepspeed zero4: must be zero2, zero3, zero3_offload or the path of a JSON file"]),
     "ds_config, no JSON": (put("ds.json", '{"a": 1,}'), DS, 2, ["ds.json:1: column 9: ", "correct {home}/ds.json"]),
     "ds_config, key twice": (
         put("ds.json", '{"zero_optimization": {"stage": 2,\n"stage": 3}}'), DS, 2, ["ds.json:2: column 1: key 'stage' stands twice in one object"],
@@ -357,7 +357,7 @@ CASES: dict[str, Case] = {
     "own, moments missing": (gone(OPTIMIZER), EVAL + CHECKPOINT, 3, ["optimizer.safetensors: damaged (No such file or directory); use another"]),
     "own, other settings": (
         None, f"--seed 9 --resume {{home}}/{CHECKPOINT}", 2,
-        ["checkpoint-1: was written by a run with other settings (seed: 0 -> 9); give the same flags, or start a new run from its weights by --resume"],
+        ["checkpoint-1: was written by a run with other settings or files (seed: 0 -> 9); give the same, or allow it by --allow_change NAME"],
     ),
     "own, other shape": (
         None, f"--adapter_len 4 --resume {{home}}/{CHECKPOINT}", 3,
@@ -408,7 +408,7 @@ CASES: dict[str, Case] = {
     ),
     "output_dir with a damaged checkpoint": (
         lambda home: (copy("run", "out")(home), cut("out/checkpoint-1/optimizer.safetensors", 0)(home)), "", 3,
-        ["{home}/out/checkpoint-1/optimizer.safetensors: damaged (0 of ", "a run goes on from an older one of its own when this is removed"],
+        ["{home}/out: none of its 1 checkpoints can be used ({home}/out/checkpoint-1/optimizer.safetensors: damaged (0 of ", "to start anew"],
     ),
 }  # fmt: skip
 
@@ -475,7 +475,7 @@ def test_a_full_disk_ends_the_run_and_leaves_nothing_half_written(
     err = capfd.readouterr().err.splitlines()
     assert code == 6 and len(err) == 1
     assert err[0].startswith(f"vico: error: {home.folder}/out") and f"({os.strerror(errno.EFBIG)}); free space" in err[0]
-    assert not [p.name for p in (home.folder / "out").iterdir() if p.name.startswith((".", "checkpoint"))]
+    assert not [p.name for p in (home.folder / "out").iterdir() if p.name.startswith((".", "checkpoint")) and p.name != lock.NAME]
     assert main(["train", *home.flags]) == 0, "the same command goes on when there is space"
 
 

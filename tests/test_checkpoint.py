@@ -340,7 +340,7 @@ def test_what_lineage_files_may_hold(tmp_path: Path, change: Callable[[Any], Any
     found = fitted(read(changed(tmp_path / "a.pth", change)), SHAPES, LLAMA.n_layers)
     assert all(torch.allclose(found.weights[n], t, atol=1e-2) and found.weights[n].dtype == torch.float32 for n, t in weights.items())
     assert same(found.moments, moments)
-    assert found.settings.keys() <= {"batch_size", "epochs", "dataset"}
+    assert found.settings.keys() <= {"batch_size", "epochs", "dataset", "max_feats"}
     parse([], "vico eval", "").resolve(found.settings)
 
 

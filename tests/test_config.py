@@ -216,7 +216,10 @@ def values_of(annotation: Any) -> st.SearchStrategy[Any]:
     }[kind] | (st.none() if type(None) in getattr(annotation, "__args__", ()) else st.nothing())  # fmt: skip
 
 
-HINTS = {name: values_of(hint) for name, hint in configs.typing.get_type_hints(RunConfig).items()}
+HINTS = {name: values_of(hint) for name, hint in configs.typing.get_type_hints(RunConfig).items()} | {
+    "allow_change": st.sampled_from([None, "lr", "data, backbone"]),
+    "checkpoint_activations": st.sampled_from(["none", "full", "7"]),
+}
 
 
 @RULES

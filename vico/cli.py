@@ -68,8 +68,8 @@ def _train(argv: list[str]) -> int:
     config = line.resolve()
 
     writes = not (config.init_eval and config.resume is not None)
-    if writes and os.environ.get("RANK", "0") == "0" and os.path.isdir(config.output_dir):
-        lock.take(config.output_dir)  # a folder that is not there yet is locked as soon as it is
+    if writes and os.environ.get("RANK", "0") == "0" and os.path.exists(config.output_dir / "args.json"):
+        lock.take(config.output_dir)  # a folder without a run is locked when it gets one
 
     def run(world: "World") -> None:
         from vico.train import train

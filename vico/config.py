@@ -117,7 +117,8 @@ class RunConfig:
             _require(0 <= getattr(self, name) <= LARGEST_FLOAT, name, self, "0 or more, and finite")
         for name in ("lr", "tau"):
             _require(getattr(self, name) is None or 0 < getattr(self, name) <= LARGEST_FLOAT, name, self, "above 0, and finite")
-        _require(0 < self.collective_timeout <= 10080, "collective_timeout", self, "minutes above 0, at most a week's")
+        for name in ("collective_timeout", "hang_timeout"):
+            _require(0 < getattr(self, name) <= 1e6, name, self, "minutes above 0, at most a million")
         _require(abs(self.bias) <= LARGEST_FLOAT, "bias", self, "finite")
         _require(0 <= self.seed <= LARGEST_SEED, "seed", self, f"a whole number from 0 to {LARGEST_SEED}")
         _require(self.max_feats < self.max_seq_len, "max_feats", self, f"below --max_seq_len {self.max_seq_len}")
