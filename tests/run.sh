@@ -7,4 +7,4 @@ bash "$root/launch/environment.sh" --dev
 export PYTHON=$venv/bin/python # for the scripts that tests start
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 cd "$root"
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest -rs "$@" # with the reasons of what is skipped: no GPU, no SLURM
