@@ -19,17 +19,7 @@ from types import SimpleNamespace
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted(
-    [*ROOT.glob("launch/**/*.sh"), *ROOT.glob("launch/slurm/*.sbatch"), *ROOT.glob("tests/**/*.sh"), ROOT / ".ci" / "run"]
-)
-    [
-        *ROOT.glob("launch/*.sh"),
-        *ROOT.glob("launch/slurm/*s*"),
-        *ROOT.glob("tests/slurm/*.sh"),
-        ROOT / "tests" / "run.sh",
-        ROOT / ".ci" / "run",
-    ]
-)
+SCRIPTS = sorted([*ROOT.glob("launch/**/*.sh"), *ROOT.glob("launch/slurm/*.sbatch"), *ROOT.glob("tests/**/*.sh"), ROOT / ".ci" / "run"])
 START_SECONDS = 120  # 10 on an idle machine
 
 STAND_IN = """
