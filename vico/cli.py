@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
         launched.adopt()
         command, *rest = argv or [""]
         if command in ("-h", "--help", ""):
-            print("usage: vico COMMAND FLAGS\n" + "\n".join(f"  {name:<8}{text}" for name, (text, _) in COMMANDS.items()))
+            print("usage: vico COMMAND FLAGS\n" + "\n".join(f"  {name:<10}{text}" for name, (text, _) in COMMANDS.items()))
             return 0 if command else 2
         if command not in COMMANDS:
             raise UserError(f"unknown command '{command}'; use one of {', '.join(COMMANDS)}")
@@ -148,6 +148,12 @@ def _plan(argv: list[str]) -> int:
     return plan_main(argv)
 
 
+def _selftest(argv: list[str]) -> int:
+    from vico.selftest.main import main as selftest_main
+
+    return selftest_main(argv)
+
+
 def _convert(argv: list[str]) -> int:
     from vico.convert import main as convert_main
 
@@ -160,6 +166,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "eval": (EVAL, _evaluate),
     "plan": ("What a run will need (memory, ZeRO stage, token budget) and how fast it can be; no weights are loaded.", _plan),
     "demo": ("Make a small world to try everything on: tokenizer, trained tiny LLaMA, videos, questions, captions.", _demo),
+    "selftest": ("Breaks runs, files and disks on purpose and counts what must hold then; its last line is one JSON object.", _selftest),
     "convert": ("Weights between Meta's layout and Hugging Face's, adapters between ours and the lineage's.", _convert),
 }
 
