@@ -24,7 +24,8 @@ from vico.data.tokenizer import Tokenizer
 from vico.demo_world import CONCEPTS, PARTS, TYPES, Camera, Video, ask, caption, make_video, part
 from vico.errors import UserError
 from vico.files import make_folder, write_json
-from vico.model.llama import LlamaShape, rotary_angles, rotate
+from vico.model.functions import rotate
+from vico.model.llama import LlamaShape, rotary_angles
 from vico.model.vico import FEATURE_WIDTH
 from vico.model.weights import backbone_shapes
 from vico.records import Question, Sequence

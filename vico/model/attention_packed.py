@@ -10,15 +10,20 @@ percent of a step's products and keeps q, k and v alone, instead of another copy
 import importlib.util
 import math
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd import Function
 
 from vico.errors import UserError
 from vico.model.attention import Attend, Visibility, attend_blocks, attend_plain
+from vico.model.chains import chain
+from vico.records import Segment
 
 # (q, k, v, q_starts, k_starts, longest q, longest k, scale) -> out; k_starts etc. as cumulative row numbers, int32.
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float], Tensor]
@@ -26,9 +31,13 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float], Ten
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """A stream's segments as the kernels want them, on the device."""
+    """A stream's segments as the kernels want them, on the device. K: keys of all segments, ancestors' rows again for each."""
 
-    key_rows: Tensor  # int64: of each segment in turn, its ancestors' rows and its own
+    key_rows_K: Tensor  # int64: of each segment in turn, its ancestors' rows and its own
+    own_keys_T: Tensor  # int64: where in K each row stands as a row of its own segment
+    shared_rows_S: Tensor  # int64: the rows that stand in K more than once
+    shared_keys_SM: Tensor  # int64: where; padded
+    shared_mask_SM: Tensor  # fp32: 1, and 0 where padded
     q_starts: Tensor  # int32 [segments + 1]
     k_starts: Tensor
     longest_q: int
@@ -52,55 +61,119 @@ class PackedAttention:
             return self(q_THd, k_THd, v_THd, gate2_H, Visibility(seen.segments, ())).index_select(0, rows)
         if self._made_for is None or self._made_for.segments is not seen.segments:
             self._made_for, self._layout = seen, _layout(seen, q_QHd.device)
-        out: Tensor = checkpoint(self._attend, q_QHd, k_THd, v_THd, gate2_H, self._layout, use_reentrant=False, preserve_rng_state=False)
+        out: Tensor = _PackedAttention.apply(q_QHd, k_THd, v_THd, gate2_H, self._layout, self._kernel)
         return out
 
-    def _attend(self, q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, layout: _Layout) -> Tensor:
-        width = q_THd.shape[-1]
+
+class _PackedAttention(Function):
+    """A kernel between widening and gathering, all of which backward makes again, so that q, k and v alone are kept.
+
+    A row that several segments see gets its gradient as one sum in fp32, in a fixed order, where autograd would add in half
+    precision and as they come.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, layout: _Layout, kernel: Kernel) -> Tensor:
+        ctx.save_for_backward(q_THd, k_THd, v_THd, gate2_H)
+        ctx.layout, ctx.kernel = layout, kernel
+        out = _call(kernel, _kernel_inputs(q_THd, k_THd, v_THd, gate2_H, layout), layout, q_THd.shape[-1])
+        return out[..., : q_THd.shape[-1]]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q_THd, k_THd, v_THd, gate2_H = ctx.saved_tensors
+        layout, width = ctx.layout, q_THd.shape[-1]
+        inputs = [x.requires_grad_() for x in _kernel_inputs(q_THd, k_THd, v_THd, gate2_H, layout)]
+        with torch.enable_grad():
+            out = _call(ctx.kernel, inputs, layout, width)[..., :width]
+        dq, dk, dv = torch.autograd.grad(out, inputs, gradients[0])
+        del out, inputs  # six widened tensors, in the worst moment of a step's memory
+        gate2_gradient = None
         if gate2_H is not None:
-            q_THd, k_THd, v_THd = _with_gate_dimensions(q_THd, k_THd, v_THd, gate2_H, layout)
-        keys, values = k_THd.index_select(0, layout.key_rows), v_THd.index_select(0, layout.key_rows)
-        # The scale is that of the real head width, not of the widened one.
-        scale = 1 / math.sqrt(width)
-        out = self._kernel(q_THd, keys, values, layout.q_starts, layout.k_starts, layout.longest_q, layout.longest_k, scale)
-        return out[..., :width]
+            # hi and lo are parts of one number, of which each row's score takes hi's share once and lo's correction of it.
+            gate2_gradient = dq[..., width].float().mul_(layout.after_video_T[:, None]).sum(dim=0).mul_(math.sqrt(width) / _unit(width))
+        return dq[..., :width], _by_row(dk[..., :width], layout), _by_row(dv[..., :width], layout), gate2_gradient, None, None
 
 
-def _layout(seen: Visibility, device: torch.device) -> _Layout:
-    key_rows: list[Tensor] = []
-    for segment in seen.segments:
-        chain = [segment]
-        while chain[0].parent is not None:
-            chain.insert(0, seen.segments[chain[0].parent])
-        key_rows.append(torch.cat([torch.arange(s.start, s.stop) for s in chain]))
-    q_lengths = [s.stop - s.start for s in seen.segments]
-    k_lengths = [len(rows) for rows in key_rows]
-    starts = [torch.tensor([0, *lengths]).cumsum(0).int().to(device, non_blocking=True) for lengths in (q_lengths, k_lengths)]
-    repeats = torch.tensor(q_lengths)
-    flags = [torch.tensor([getattr(s, name) for s in seen.segments]).repeat_interleave(repeats) for name in ("after_video", "is_video")]
-    # Rounded up: kernels are chosen by these, and a new value for every batch would mean a new compilation.
-    longest = [-(-max(lengths) // 64) * 64 for lengths in (q_lengths, k_lengths)]
-    on_device = [t.to(device, non_blocking=True) for t in (torch.cat(key_rows), *flags)]
-    return _Layout(on_device[0], starts[0], starts[1], longest[0], longest[1], on_device[1], on_device[2])
+def _call(kernel: Kernel, inputs: Items[Tensor], layout: _Layout, width: int) -> Tensor:
+    # The scale is that of the real head width, not of the widened one.
+    q, k, v = inputs
+    return kernel(q, k, v, layout.q_starts, layout.k_starts, layout.longest_q, layout.longest_k, 1 / math.sqrt(width))
 
 
-def _with_gate_dimensions(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor, layout: _Layout) -> tuple[Tensor, Tensor, Tensor]:
+def _kernel_inputs(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, layout: _Layout) -> list[Tensor]:
+    """q [T, H, d'], k and v [K, H, d'], as the kernels want them."""
+    if gate2_H is None:
+        return [q_THd.detach(), k_THd.detach().index_select(0, layout.key_rows_K), v_THd.detach().index_select(0, layout.key_rows_K)]
+    return list(_widened(q_THd, k_THd, v_THd, gate2_H, layout.after_video_T, layout.is_video_T, layout.key_rows_K))
+
+
+def _unit(width: int) -> float:
+    """A power of two near sqrt(d)."""
+    return 2.0 ** round(math.log2(math.sqrt(width)))
+
+
+@chain
+def _widened(
+    q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor, after_video_T: Tensor, is_video_T: Tensor, key_rows_K: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """q and k widened so that q'.k' = q.k + sqrt(d) gate2 where a row behind the video meets a video key; v by zeros.
 
-    With c a power of two near sqrt(d), q gets [hi, lo] = gate2 sqrt(d) / c in two parts of the arithmetic's precision
-    (together about 16 bits in bf16) and k gets [c, c]. hi is not detached in lo: its gradient cancels there, so that
-    gate2 receives each row's gradient once.
+    With c = _unit(d), q gets [hi, lo] = gate2 sqrt(d) / c in two parts of the arithmetic's precision (together about 16 bits
+    in bf16) and k gets [c, c].
     """
-    num_rows, num_heads, width = q_THd.shape
-    c = 2.0 ** round(math.log2(math.sqrt(width)))
+    num_rows, num_heads, width = k_THd.shape
+    extra = 2 + -(width + 2) % 8  # CUDA's kernels want head widths that are multiples of 8
+    c = _unit(width)
     x_H = gate2_H.float() * (math.sqrt(width) / c)
     hi_H = x_H.to(q_THd.dtype)
     lo_H = (x_H - hi_H.float()).to(q_THd.dtype)
-    extra = 2 + -(width + 2) % 8  # CUDA's kernels want head widths that are multiples of 8
     q_extra_HE = torch.cat([hi_H[:, None], lo_H[:, None], q_THd.new_zeros(num_heads, extra - 2)], dim=1)
-    q_extra_THE = layout.after_video_T[:, None, None] * q_extra_HE
-    k_extra_THE = (layout.is_video_T.to(k_THd.dtype) * c)[:, None, None].expand(num_rows, num_heads, extra)
-    return torch.cat([q_THd, q_extra_THE], dim=-1), torch.cat([k_THd, k_extra_THE], dim=-1), F.pad(v_THd, (0, extra))
+    q_extra_THE = after_video_T[:, None, None] * q_extra_HE
+    k_extra_THE = (is_video_T.to(k_THd.dtype) * c)[:, None, None].expand(num_rows, num_heads, extra)
+    wide_q, wide_k = torch.cat([q_THd, q_extra_THE], dim=-1), torch.cat([k_THd, k_extra_THE], dim=-1)
+    return wide_q, wide_k.index_select(0, key_rows_K), F.pad(v_THd, (0, extra)).index_select(0, key_rows_K)
+
+
+def _by_row(gradient_KHd: Tensor, layout: _Layout) -> Tensor:
+    """[T, H, d]: of each row, the sum over the places where it stands among the keys."""
+    out_THd = gradient_KHd.index_select(0, layout.own_keys_T)
+    if len(layout.shared_rows_S):
+        many = gradient_KHd.index_select(0, layout.shared_keys_SM.flatten()).unflatten(0, layout.shared_keys_SM.shape).float()
+        out_THd.index_copy_(0, layout.shared_rows_S, many.mul_(layout.shared_mask_SM[..., None, None]).sum(dim=1).to(out_THd.dtype))
+    return out_THd
+
+
+def _layout(seen: Visibility, device: torch.device) -> _Layout:
+    """Host work in numpy, once per micro-batch, and copies that nobody waits for."""
+    chains: list[list[Segment]] = []
+    for segment in seen.segments:  # parents stand before their children
+        above = [] if segment.parent is None else chains[segment.parent]
+        chains.append([*above, segment])
+    key_rows = np.concatenate([np.arange(s.start, s.stop) for line in chains for s in line])
+    q_lengths = np.array([s.stop - s.start for s in seen.segments])
+    k_lengths = np.array([sum(s.stop - s.start for s in line) for line in chains])
+    q_starts, k_starts = (np.concatenate([[0], lengths.cumsum()]) for lengths in (q_lengths, k_lengths))
+    # A segment's own rows are the last of its keys, and rows stand in the order of segments.
+    own_keys = np.concatenate([np.arange(stop - n, stop) for stop, n in zip(k_starts[1:], q_lengths, strict=True)])
+    counts = np.bincount(key_rows, minlength=len(own_keys))
+    shared_rows = np.flatnonzero(counts > 1)
+    by_row, firsts = np.argsort(key_rows, kind="stable"), np.concatenate([[0], counts.cumsum()])[shared_rows]
+    turns = np.arange(counts.max())
+    mask = turns < counts[shared_rows, None]
+    shared_keys = by_row[np.where(mask, firsts[:, None] + turns, 0)]
+    flags = [np.repeat([getattr(s, name) for s in seen.segments], q_lengths) for name in ("after_video", "is_video")]
+    # Rounded up: kernels are chosen by these, and a new value for every batch would mean a new compilation.
+    longest = [-(-int(lengths.max()) // 64) * 64 for lengths in (q_lengths, k_lengths)]
+
+    def to_device(values: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(values)
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+    return _Layout(
+        to_device(key_rows), to_device(own_keys), to_device(shared_rows), to_device(shared_keys), to_device(mask.astype(np.float32)),
+        to_device(q_starts.astype(np.int32)), to_device(k_starts.astype(np.int32)), longest[0], longest[1], *map(to_device, flags),
+    )  # fmt: skip
 
 
 def sdpa_kernel(

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from vico.model.chains import chain, compiling
+
 HEAD_CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}  # of fp32 logits at a time
 # oneDNN's fp32 product, which torch.compile uses too: 10 % faster than MKL's, the default, at these shapes. Private: guarded.
 _ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
@@ -36,25 +38,49 @@ class FrozenProduct(Function):
         return product(gradients[0], ctx.weight.t()) if ctx.needs_input_grad[0] else None, None
 
 
+@chain
+def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(w x / rms(x), 1 / rms(x) of each row)."""
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(x.shape[-1])
+    scale = mean_square.add_(eps).rsqrt_()
+    return (x.float() * scale).to(x.dtype).mul_(weight), scale
+
+
+@chain
+def _norm_backward(gradient: Tensor, x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+    gradient, x_hat = (gradient * weight).float(), x.float() * scale
+    along = (gradient * x_hat).mean(dim=-1, keepdim=True)
+    return gradient.addcmul_(x_hat, along, value=-1).mul_(scale).to(x.dtype)
+
+
 class FrozenRMSNorm(Function):
     """w x / rms(x) over the last dimension, in fp32; keeps x and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        width = x.shape[-1]
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(width)
-        scale = mean_square.add_(eps).rsqrt_()
+        out, scale = _norm(x, weight, eps)
         ctx.save_for_backward(x, scale)
         ctx.weight = weight
-        return (x.float() * scale).to(x.dtype).mul_(weight)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         x, scale = ctx.saved_tensors
-        gradient = (gradients[0] * ctx.weight).float()
-        x_hat = x.float() * scale
-        along = (gradient * x_hat).mean(dim=-1, keepdim=True)
-        return gradient.addcmul_(x_hat, along, value=-1).mul_(scale).to(x.dtype), None, None
+        return _norm_backward(gradients[0], x, scale, ctx.weight), None, None
+
+
+@chain
+def _swiglu(a: Tensor, b: Tensor) -> Tensor:
+    return F.silu(a).mul_(b)
+
+
+@chain
+def _swiglu_backward(gradient: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    sigmoid = a.sigmoid()
+    silu = a * sigmoid
+    # d silu / da = sigmoid + silu (1 - sigmoid)
+    slope = sigmoid.addcmul(silu, 1 - sigmoid)
+    return slope.mul_(gradient).mul_(b), silu.mul_(gradient)
 
 
 class SwiGLU(Function):
@@ -63,17 +89,41 @@ class SwiGLU(Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
-        return F.silu(a).mul_(b)
+        return _swiglu(a, b)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = ctx.saved_tensors
-        gradient = gradients[0]
-        sigmoid = a.sigmoid()
-        silu = a * sigmoid
-        # d silu / da = sigmoid + silu (1 - sigmoid)
-        slope = sigmoid.addcmul(silu, 1 - sigmoid)
-        return slope.mul_(gradient).mul_(b), silu.mul_(gradient)
+        return _swiglu_backward(gradients[0], *ctx.saved_tensors)
+
+
+@chain
+def _turn(x_THd: Tensor, angles_T1h2: Tensor, sign: float) -> Tensor:
+    pairs = x_THd.float().unflatten(-1, (-1, 2))
+    first, second = pairs.unbind(-1)
+    cosine, sine = angles_T1h2.unbind(-1)
+    sine = sine * sign
+    return torch.stack((first * cosine - second * sine, first * sine + second * cosine), dim=-1).flatten(-2).to(x_THd.dtype)
+
+
+def rotate(x_THd: Tensor, rotary_T1h: Tensor) -> Tensor:
+    """Rotary embedding by complex numbers, which no compiler takes: in eager operations one pass instead of `_turn`'s six."""
+    pairs = torch.view_as_complex(x_THd.float().contiguous().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotary_T1h).flatten(-2).to(x_THd.dtype)
+
+
+class Rotate(Function):
+    """Each pair (x0, x1), (x2, x3), ... of a row as a complex number, times that row's exp(i angle), in fp32; keeps nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x_THd: Tensor, rotary_T1h: Tensor) -> Tensor:
+        ctx.rotary = rotary_T1h  # the stream's, made once for all layers
+        return _turn(x_THd, torch.view_as_real(rotary_T1h), 1.0) if compiling() else rotate(x_THd, rotary_T1h)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        if compiling():
+            return _turn(gradients[0], torch.view_as_real(ctx.rotary), -1.0), None
+        return rotate(gradients[0], ctx.rotary.conj()), None
 
 
 class AdapterAttention(Function):

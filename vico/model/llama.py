@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vico.model.attention import Attend, Visibility, narrowed
-from vico.model.functions import AdapterAttention, FrozenProduct, FrozenRMSNorm, SwiGLU, TargetCrossEntropy
+from vico.model.functions import AdapterAttention, FrozenProduct, FrozenRMSNorm, Rotate, SwiGLU, TargetCrossEntropy
 
 
 @dataclass(frozen=True)
@@ -118,12 +118,6 @@ def _stretched(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
-def rotate(x_THd: Tensor, rotary_T: Tensor) -> Tensor:
-    """Rotary embedding of interleaved pairs (x0, x1), (x2, x3), ..., in fp32: each pair is a complex number that turns."""
-    pairs = torch.view_as_complex(x_THd.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotary_T).flatten(-2).to(x_THd.dtype)
-
-
 @dataclass(frozen=True, slots=True)
 class Context:
     """What every layer sees besides the stream: rotary of each row, who sees whom, and the function that attends."""
@@ -157,7 +151,7 @@ class Attention(nn.Module):
         asking = None if queries is None else queries.to(x_TD.device, non_blocking=True)
         x_QD, rotary_Q = (x_TD, context.rotary_T) if asking is None else (x_TD[asking], context.rotary_T[asking])
         q_QHd, k_THd, v_THd = (w(x).unflatten(-1, (-1, self.head_dim)) for w, x in ((self.wq, x_QD), (self.wk, x_TD), (self.wv, x_TD)))
-        q_QHd, k_THd = rotate(q_QHd, rotary_Q), rotate(k_THd, context.rotary_T)
+        q_QHd, k_THd = Rotate.apply(q_QHd, rotary_Q), Rotate.apply(k_THd, context.rotary_T)
         k_THd, v_THd = self._for_every_head(k_THd), self._for_every_head(v_THd)
         if prompt_AD is None:
             return self.wo(context.attend(q_QHd, k_THd, v_THd, None, context.seen).flatten(-2))
