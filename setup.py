@@ -48,6 +48,8 @@ setup(
         "dev": [
             *LLAMA_3,
             "transformers>=5.20,<6",  # what the backbone's logits are held against
+            # Its interpreter runs the GPU's kernels in tests without one. With a GPU torch brings its own.
+            "triton>=3.6,<4; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "pytest>=9,<10",
             "hypothesis>=6.100,<7",
             "ruff==0.17.6",  # exactly: the formatter's taste changes between versions

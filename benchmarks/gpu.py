@@ -27,7 +27,7 @@ from benchmarks.workload import ScoringWork, SyntheticWorkload, TrainingWork
 from vico.assembly import DTYPES
 from vico.data.batches import EVALUATION_TOKENS
 from vico.errors import UserError
-from vico.model import chains
+from vico.model import kernels
 from vico.model.attention_packed import choose
 from vico.model.llama import LlamaShape
 from vico.optim import make_optimizer
@@ -45,7 +45,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=[name for name in MODELS if name != "toy"], default="7B")
     parser.add_argument("--precision", choices=["bf16", "fp16"], default="bf16")
     parser.add_argument("--attention", default="auto", help="of the fast variant")
-    parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="of the fast variant; auto: on a GPU")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--steps", type=int, default=30, help="timed steps of each variant")
     parser.add_argument("--warmup", type=int, default=5, help="steps before them")
@@ -311,7 +310,7 @@ def _bench(args: argparse.Namespace, shape: LlamaShape, device: torch.device, pe
     dtype = DTYPES[args.precision]
     plain, fast = make_shared_pair(shape, dtype, device, args.seed)
     fast.attend, why = choose(args.attention, device, dtype)
-    print(f"fast: {why}; {chains.choose(args.compile, device, num_steps=chains.MANY_STEPS)}", flush=True)
+    print(f"fast: {why}, {kernels.describe(device)}", flush=True)
     optimizer = make_optimizer([p for p in fast.parameters() if p.requires_grad], weight_decay=0.14)
     pair = Plain(plain, device), Packed(fast, device, score_tokens=args.score_tokens)
     return Bench(*pair, optimizer, shape, SyntheticWorkload(shape.vocab_size, seed=args.seed), device, args, peak, ceiling)

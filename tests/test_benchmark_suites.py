@@ -79,8 +79,8 @@ def test_gpu_suite_refuses_another_loss(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_backend_with_another_scale_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = attention_packed.sdpa_kernel
-    monkeypatch.setitem(attention_packed.KERNELS, "sdpa", lambda *a: right(*a[:-1], a[-1] * math.sqrt(64 / 72)))
+    wrong = attention_packed.Differentiated(lambda *a: attention_packed.sdpa(*a[:-1], a[-1] * math.sqrt(64 / 72)))
+    monkeypatch.setitem(attention_packed.KERNELS, "sdpa", wrong)
     found = correctness.attention_backends(MODELS["toy"], CPU, torch.float32, repeats=1)
     assert found["backends"]["blocks"]["equal"] and not found["backends"]["sdpa"]["equal"] and not found["equal"]
 

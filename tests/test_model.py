@@ -9,7 +9,7 @@ from vico.data.packing import Example, pack
 from vico.data.prompts import Prompts
 from vico.data.tokenizer import Tokenizer
 from vico.model.attention import Attend, attend_blocks, attend_plain
-from vico.model.attention_packed import PackedAttention, sdpa_kernel
+from vico.model.attention_packed import KERNELS, PackedAttention
 from vico.model.vico import ViCo, initial_trainables, trainable_shapes
 from vico.model.weights import MetaWeights
 from vico.records import PackedBatch, Question
@@ -78,7 +78,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["tree", "apart"])
-@pytest.mark.parametrize("attend", [attend_blocks, attend_plain, PackedAttention(sdpa_kernel)], ids=["blocks", "plain", "packed"])
+@pytest.mark.parametrize("attend", [attend_blocks, attend_plain, PackedAttention(KERNELS["sdpa"])], ids=["blocks", "plain", "packed"])
 def test_losses_and_every_gradient(setup: Setup, attend: Attend, share: bool) -> None:
     model = make_model(setup, torch.float32, attend)
     losses, gradients = losses_and_gradients(model, make_batch(setup, 6, share, scoring=False))
@@ -90,7 +90,7 @@ def test_losses_and_every_gradient(setup: Setup, attend: Attend, share: bool) ->
         assert distance(gradient, expected_gradients[name]) < GRAD_RTOL, name
 
 
-@pytest.mark.parametrize("attend", [attend_blocks, attend_plain, PackedAttention(sdpa_kernel)], ids=["blocks", "plain", "packed"])
+@pytest.mark.parametrize("attend", [attend_blocks, attend_plain, PackedAttention(KERNELS["sdpa"])], ids=["blocks", "plain", "packed"])
 def test_bf16_stays_near_fp32(setup: Setup, attend: Attend) -> None:
     model = make_model(setup, torch.bfloat16, attend)
     losses, gradients = losses_and_gradients(model, make_batch(setup, 6, True, scoring=False))

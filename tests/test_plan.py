@@ -28,7 +28,7 @@ from vico.gathered import BLOCK, gathered_modules, live_bytes
 from vico.hardware import GIB, GPUS, Hardware, gpu_found, gpu_named, gpu_of_size
 from vico.model import functions
 from vico.model.attention import attend_blocks, visibility
-from vico.model.attention_packed import PackedAttention, _layout, varlen_kernel
+from vico.model.attention_packed import KERNELS, PackedAttention, _layout
 from vico.model.llama import LlamaShape
 from vico.model.vico import ViCo, trainable_shapes
 from vico.model.weights import backbone_shapes
@@ -59,7 +59,7 @@ def batch_of(num_questions: int, vocab_size: int = 32000, place: int = 1, seed: 
 
 
 def work_of(batch: PackedBatch) -> Work:
-    keys = len(_layout(visibility(batch.segments), torch.device("cpu")).key_rows_K)
+    keys = len(_layout(visibility(batch.segments), torch.device("cpu"), torch.float32).key_rows_K)
     return Work(batch.num_rows, len(batch.wanted_rows_R), len(batch.token_targets_N), len(batch.features_VFC), keys)
 
 
@@ -71,7 +71,7 @@ def on_meta(batch: PackedBatch) -> PackedBatch:
 def meta_model(shape: LlamaShape, kernel: str, dtype: torch.dtype) -> ViCo:
     with torch.device("meta"):
         model = ViCo(shape, shape.n_layers, 10, 10, 100.0, dtype)
-    model.attend = PackedAttention(varlen_kernel) if kernel == "packed" else attend_blocks
+    model.attend = PackedAttention(KERNELS["varlen"]) if kernel == "packed" else attend_blocks
     return model
 
 

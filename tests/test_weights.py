@@ -20,7 +20,7 @@ from vico.data.packing import Example, pack
 from vico.dist import World as Ranks
 from vico.errors import UserError
 from vico.model.attention import Attend, attend_blocks, attend_plain
-from vico.model.attention_packed import PackedAttention, sdpa_kernel
+from vico.model.attention_packed import KERNELS, PackedAttention
 from vico.model.backbone import Weights, open_weights
 from vico.model.llama import LlamaShape, RopeScaling, rotary_angles
 from vico.model.vico import trainable_shapes
@@ -32,7 +32,7 @@ from world import World, records, succeeds
 GRADIENT_RTOL = 1e-5  # likewise
 
 
-@pytest.mark.parametrize("attend", [attend_blocks, attend_plain, PackedAttention(sdpa_kernel)], ids=["blocks", "plain", "packed"])
+@pytest.mark.parametrize("attend", [attend_blocks, attend_plain, PackedAttention(KERNELS["sdpa"])], ids=["blocks", "plain", "packed"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_transformers(kind: str, attend: Attend, tmp_path: Path) -> None:
     reference = make_hugging_face(tmp_path, KINDS[kind])
@@ -101,7 +101,7 @@ def video_batch(vocabulary: int) -> PackedBatch:
     return pack(examples, torch.randn(2, 10, 768, generator=generator), share=True)
 
 
-@pytest.mark.parametrize("attend", [attend_blocks, attend_plain, PackedAttention(sdpa_kernel)], ids=["blocks", "plain", "packed"])
+@pytest.mark.parametrize("attend", [attend_blocks, attend_plain, PackedAttention(KERNELS["sdpa"])], ids=["blocks", "plain", "packed"])
 def test_gradients_of_every_trainable_under_grouped_queries(attend: Attend, tmp_path: Path) -> None:
     make_hugging_face(tmp_path, KINDS["LLaMA-2-70B"])
     weights = open_weights(tmp_path, None)

@@ -148,11 +148,12 @@ def start(*args: str, ranks: int, cwd: Path | None = None, program: tuple[str, .
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     launched = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
             [sys.executable, *program, *args], cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, **launched, "PYTHONPATH": str(ROOT), "RANK": str(rank), "LOCAL_RANK": str(rank)}, start_new_session=True,
+            env={**os.environ, **launched, "PYTHONPATH": path, "RANK": str(rank), "LOCAL_RANK": str(rank)}, start_new_session=True,
         )
         for rank in range(ranks)
     ]  # fmt: skip

@@ -20,6 +20,7 @@ from vico.dist import World, limit_waiting
 from vico.engine import Engine, construction, fill, read_config
 from vico.errors import UserError
 from vico.files import require_writable
+from vico.model import kernels
 from vico.model.attention_packed import choose
 from vico.model.backbone import Weights, holds_weights, open_weights
 from vico.model.vico import ViCo, trainable_shapes
@@ -95,6 +96,7 @@ def build_engine(config: RunConfig, inputs: Inputs, trainables: dict[str, Tensor
     with world.agreeing():
         dtype = DTYPES[config.precision]
         attend, description = choose(config.attention, world.device, dtype)
+        description += f", {kernels.describe(world.device)}"
     with construction(inputs.ds_config, world.device):
         model = ViCo(inputs.weights.shape, inputs.num_adapted, config.adapter_len, config.max_feats, config.tau, dtype)
     for name, parameter in model.named_parameters():

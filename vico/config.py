@@ -40,9 +40,6 @@ class RunConfig:
     attention: Literal["auto", "plain", "blocks", "sdpa", "varlen", "flash_attn"] = _flag(
         "auto", MODEL, "how attention is computed; all compute the same"
     )
-    compile: Literal["auto", "on", "off"] = _flag(
-        "auto", MODEL, "make one kernel each of norm, rotary and SwiGLU by torch.compile; auto: on a GPU, in a run that is long enough"
-    )
     checkpoint_activations: str = _flag(
         "none",
         MODEL,
@@ -165,7 +162,7 @@ class RunConfig:
 # is computed (the questions of a step must stay as many; resuming checks their number).
 NOT_IDENTITY = frozenset((
     "model", "llama_model_path", "data_path", "captions", "output_dir", "resume", "init_eval", "split", "max_steps", "num_workers",
-    "deepspeed", "attention", "compile", "checkpoint_activations", "batch_size", "accum_iter", "max_tokens", "save_steps", "save_total_limit", "save_legacy", "allow_change",
+    "deepspeed", "attention", "checkpoint_activations", "batch_size", "accum_iter", "max_tokens", "save_steps", "save_total_limit", "save_legacy", "allow_change",
     "collective_timeout", "hang_timeout", "expect_world_size",
 ))  # fmt: skip
 FINGERPRINTED = ("data", "backbone")  # besides settings, what a run must keep (fingerprint.py)

@@ -113,7 +113,7 @@ class Setting:
 class Layer:
     """What one layer keeps for backward, by the part whose backward frees it."""
 
-    attention: int  # its norm's input, q, k, v
+    attention: int  # its norm's input, q, k, v, and of packed kernels the output
     feed_forward: int  # its norm's input, w1 x, w3 x
 
     @property
@@ -141,7 +141,7 @@ def layer(size: ModelSize, work: Work, setting: Setting, last: bool) -> Layer:
     asking = work.wanted if last else rows
     prompt = 2 * size.adapter_len * size.dim * width  # its keys and values
     if setting.kernel == "packed":  # where few ask, q is spread over all rows, and kept twice
-        heads = (3 * rows + (asking if last else 0)) * size.dim * width
+        heads = (3 * rows + (asking if last else 0)) * size.dim * width + rows * size.n_heads * (_widened(size) * width + 4)
     else:
         heads = (2 * rows + 2 * asking) * size.dim * width + asking * size.n_heads * 4
     rotary = asking * size.head_dim * 4 if last else 0  # of the rows that ask, its own copy
@@ -197,7 +197,11 @@ def _attention_backward(size: ModelSize, work: Work, setting: Setting, asking: i
     if setting.kernel == "blocks":  # fp32 throughout: gradients, and copies where the stream is narrower
         copies = 0 if setting.width == 4 else 2 * work.rows + 3 * asking
         return (2 * work.rows + asking + copies) * size.dim * 4
-    widened = size.head_dim + 2 + -(size.head_dim + 2) % 8
-    made_again = 4 * (work.rows + work.keys) * size.n_heads * widened * setting.width  # q, k, v, out and their gradients
-    accumulator = work.rows * size.n_heads * (-(-widened // 32) * 32) * 4  # FlashAttention's fp32 sum of q's gradient
+    made_again = (3 * work.rows + 4 * work.keys) * size.n_heads * _widened(size) * setting.width  # q, k, v, all gradients
+    accumulator = work.rows * size.n_heads * (-(-_widened(size) // 32) * 32) * 4  # FlashAttention's fp32 sum of q's gradient
     return made_again + accumulator
+
+
+def _widened(size: ModelSize) -> int:
+    """Head width with the dimensions that hold gate2."""
+    return size.head_dim + 2 + -(size.head_dim + 2) % 8

@@ -25,7 +25,6 @@ from vico.evaluate import Evaluation, evaluate, report
 from vico.files import make_folder, mend_folders, write_json
 from vico.meters import Progress as ProgressBar
 from vico.meters import RunLog, memory_curves
-from vico.model import chains
 from vico.model.vico import initial_trainables
 from vico.optim import learning_rate, peak_learning_rate
 from vico.records import PackedBatch
@@ -92,9 +91,7 @@ def _train(config: RunConfig, world: World, inputs: Inputs, engine: Engine, star
     with world.agreeing():
         log = _open_log(config, world, progress, steps, peak_lr)
     run = _Run(config, world, inputs, engine, prints, log, progress, steps.steps_per_epoch, peak_lr)
-    with world.agreeing():
-        kernels = chains.choose(config.compile, world.device, last_step - progress.step)
-    where = f"{world.size} rank(s) on {world.device.type}, ZeRO-{engine.stage}, {config.precision}, {engine.attention}, {kernels}"
+    where = f"{world.size} rank(s) on {world.device.type}, ZeRO-{engine.stage}, {config.precision}, {engine.attention}"
     world.say(
         f"training steps {progress.step + 1} to {last_step}, {steps.steps_per_epoch} per epoch, {steps.questions_per_step} questions each; {where}"
     )

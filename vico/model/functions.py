@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from vico.model.chains import chain, compiling
+from vico.model import kernels
 
 HEAD_CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}  # of fp32 logits at a time
 # oneDNN's fp32 product, which torch.compile uses too: 10 % faster than MKL's, the default, at these shapes. Private: guarded.
@@ -38,27 +38,12 @@ class FrozenProduct(Function):
         return product(gradients[0], ctx.weight.t()) if ctx.needs_input_grad[0] else None, None
 
 
-@chain
-def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(w x / rms(x), 1 / rms(x) of each row)."""
-    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(x.shape[-1])
-    scale = mean_square.add_(eps).rsqrt_()
-    return (x.float() * scale).to(x.dtype).mul_(weight), scale
-
-
-@chain
-def _norm_backward(gradient: Tensor, x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
-    gradient, x_hat = (gradient * weight).float(), x.float() * scale
-    along = (gradient * x_hat).mean(dim=-1, keepdim=True)
-    return gradient.addcmul_(x_hat, along, value=-1).mul_(scale).to(x.dtype)
-
-
 class FrozenRMSNorm(Function):
     """w x / rms(x) over the last dimension, in fp32; keeps x and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        out, scale = _norm(x, weight, eps)
+        out, scale = (kernels.norm if kernels.serve(x) else _norm)(x, weight, eps)
         ctx.save_for_backward(x, scale)
         ctx.weight = weight
         return out
@@ -66,21 +51,19 @@ class FrozenRMSNorm(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         x, scale = ctx.saved_tensors
-        return _norm_backward(gradients[0], x, scale, ctx.weight), None, None
+        return (kernels.norm_backward if kernels.serve(x) else _norm_backward)(gradients[0], x, scale, ctx.weight), None, None
 
 
-@chain
-def _swiglu(a: Tensor, b: Tensor) -> Tensor:
-    return F.silu(a).mul_(b)
+def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(x.shape[-1])
+    scale = mean_square.add_(eps).rsqrt_()
+    return (x.float() * scale).to(x.dtype).mul_(weight), scale
 
 
-@chain
-def _swiglu_backward(gradient: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    sigmoid = a.sigmoid()
-    silu = a * sigmoid
-    # d silu / da = sigmoid + silu (1 - sigmoid)
-    slope = sigmoid.addcmul(silu, 1 - sigmoid)
-    return slope.mul_(gradient).mul_(b), silu.mul_(gradient)
+def _norm_backward(gradient: Tensor, x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+    gradient, x_hat = (gradient * weight).float(), x.float() * scale
+    along = (gradient * x_hat).mean(dim=-1, keepdim=True)
+    return gradient.addcmul_(x_hat, along, value=-1).mul_(scale).to(x.dtype)
 
 
 class SwiGLU(Function):
@@ -89,67 +72,79 @@ class SwiGLU(Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
-        return _swiglu(a, b)
+        return kernels.swiglu(a, b) if kernels.serve(a) else F.silu(a).mul_(b)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        return _swiglu_backward(gradients[0], *ctx.saved_tensors)
+        a, b = ctx.saved_tensors
+        return (kernels.swiglu_backward if kernels.serve(a) else _swiglu_backward)(gradients[0], a, b)
 
 
-@chain
-def _turn(x_THd: Tensor, angles_T1h2: Tensor, sign: float) -> Tensor:
-    pairs = x_THd.float().unflatten(-1, (-1, 2))
-    first, second = pairs.unbind(-1)
-    cosine, sine = angles_T1h2.unbind(-1)
-    sine = sine * sign
-    return torch.stack((first * cosine - second * sine, first * sine + second * cosine), dim=-1).flatten(-2).to(x_THd.dtype)
+def _swiglu_backward(gradient: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    sigmoid = a.sigmoid()
+    silu = a * sigmoid
+    # d silu / da = sigmoid + silu (1 - sigmoid)
+    slope = sigmoid.addcmul(silu, 1 - sigmoid)
+    return slope.mul_(gradient).mul_(b), silu.mul_(gradient)
 
 
 def rotate(x_THd: Tensor, rotary_T1h: Tensor) -> Tensor:
-    """Rotary embedding by complex numbers, which no compiler takes: in eager operations one pass instead of `_turn`'s six."""
+    """Rotary embedding of interleaved pairs (x0, x1), (x2, x3), ..., in fp32: each pair is a complex number that turns."""
     pairs = torch.view_as_complex(x_THd.float().contiguous().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotary_T1h).flatten(-2).to(x_THd.dtype)
 
 
 class Rotate(Function):
-    """Each pair (x0, x1), (x2, x3), ... of a row as a complex number, times that row's exp(i angle), in fp32; keeps nothing."""
+    """`rotate`, keeping nothing but the angles, which all layers share; its gradient turns back."""
 
     @staticmethod
     def forward(ctx: Any, x_THd: Tensor, rotary_T1h: Tensor) -> Tensor:
-        ctx.rotary = rotary_T1h  # the stream's, made once for all layers
-        return _turn(x_THd, torch.view_as_real(rotary_T1h), 1.0) if compiling() else rotate(x_THd, rotary_T1h)
+        ctx.rotary = rotary_T1h
+        return _turn(x_THd, rotary_T1h, 1.0)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        if compiling():
-            return _turn(gradients[0], torch.view_as_real(ctx.rotary), -1.0), None
-        return rotate(gradients[0], ctx.rotary.conj()), None
+        return _turn(gradients[0], ctx.rotary, -1.0), None
+
+
+def _turn(x_THd: Tensor, rotary_T1h: Tensor, sign: float) -> Tensor:
+    if kernels.serve_heads(x_THd):
+        return kernels.rotate(x_THd, torch.view_as_real(rotary_T1h), sign)
+    return rotate(x_THd, rotary_T1h if sign > 0 else rotary_T1h.conj())
 
 
 class AdapterAttention(Function):
-    """tanh(gate1_h) softmax_a(q.K_a / sqrt d) V, the same few keys for every row; keeps q and recomputes the rest."""
+    """base + tanh(gate1_h) softmax_a(q.K_a / sqrt d) V, the same few keys for every row; keeps q and recomputes the rest."""
 
     @staticmethod
-    def forward(ctx: Any, q_THd: Tensor, k_AHd: Tensor, v_AHd: Tensor, gate1_H: Tensor) -> Tensor:
+    def forward(ctx: Any, base_THd: Tensor, q_THd: Tensor, k_AHd: Tensor, v_AHd: Tensor, gate1_H: Tensor) -> Tensor:
         ctx.save_for_backward(q_THd, k_AHd, v_AHd, gate1_H)
+        if kernels.serve_heads(q_THd):
+            return kernels.adapter(base_THd, q_THd, k_AHd, v_AHd, gate1_H.tanh())
         weights_HTA = _adapter_weights(q_THd, k_AHd) * gate1_H.tanh()[:, None, None]
-        return torch.matmul(weights_HTA.to(v_AHd.dtype), v_AHd.transpose(0, 1)).transpose(0, 1)
+        return base_THd + torch.matmul(weights_HTA.to(v_AHd.dtype), v_AHd.transpose(0, 1)).transpose(0, 1)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         q_THd, k_AHd, v_AHd, gate1_H = ctx.saved_tensors
-        g_HTd = gradients[0].transpose(0, 1)
-        gate_H11 = gate1_H.tanh()[:, None, None]
-        weights_HTA = _adapter_weights(q_THd, k_AHd)
-        # Gradient with respect to the softmax's output, before the gate.
-        along_HTA = torch.matmul(g_HTd, v_AHd.permute(1, 2, 0)).float()
-        mean_HT1 = (weights_HTA * along_HTA).sum(dim=-1, keepdim=True)
-        gate1_gradient = mean_HT1.sum(dim=(1, 2)) * (1 - gate_H11.flatten().square())
-        scores_HTA = (weights_HTA * (along_HTA - mean_HT1) * (gate_H11 / q_THd.shape[-1] ** 0.5)).to(q_THd.dtype)
-        q_gradient = torch.matmul(scores_HTA, k_AHd.transpose(0, 1)).transpose(0, 1)
-        k_gradient = torch.matmul(scores_HTA.transpose(1, 2), q_THd.transpose(0, 1)).transpose(0, 1)
-        v_gradient = torch.matmul((weights_HTA * gate_H11).to(g_HTd.dtype).transpose(1, 2), g_HTd).transpose(0, 1)
-        return q_gradient, k_gradient, v_gradient, gate1_gradient
+        gate_H = gate1_H.tanh()
+        backward = kernels.adapter_backward if kernels.serve_heads(q_THd) else _adapter_backward
+        q_gradient, k_gradient, v_gradient, gate_gradient = backward(gradients[0], q_THd, k_AHd, v_AHd, gate_H)
+        return gradients[0], q_gradient, k_gradient, v_gradient, gate_gradient * (1 - gate_H.square())
+
+
+def _adapter_backward(g_THd: Tensor, q_THd: Tensor, k_AHd: Tensor, v_AHd: Tensor, gate_H: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and of the gate, tanh(gate1)."""
+    g_HTd, gate_H11 = g_THd.transpose(0, 1), gate_H[:, None, None]
+    weights_HTA = _adapter_weights(q_THd, k_AHd)
+    # Gradient with respect to the softmax's output, before the gate.
+    along_HTA = torch.matmul(g_HTd, v_AHd.permute(1, 2, 0)).float()
+    mean_HT1 = (weights_HTA * along_HTA).sum(dim=-1, keepdim=True)
+    scores_HTA = (weights_HTA * (along_HTA - mean_HT1) * (gate_H11 / q_THd.shape[-1] ** 0.5)).to(q_THd.dtype)
+    q_gradient = torch.matmul(scores_HTA, k_AHd.transpose(0, 1)).transpose(0, 1)
+    k_gradient = torch.matmul(scores_HTA.transpose(1, 2), q_THd.transpose(0, 1)).transpose(0, 1)
+    v_gradient = torch.matmul((weights_HTA * gate_H11).to(g_HTd.dtype).transpose(1, 2), g_HTd).transpose(0, 1)
+    return q_gradient, k_gradient, v_gradient, mean_HT1.sum(dim=(1, 2))
 
 
 def _adapter_weights(q_THd: Tensor, k_AHd: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ class Attention(nn.Module):
             return self.wo(context.attend(q_QHd, k_THd, v_THd, None, context.seen).flatten(-2))
         out_QHd = context.attend(q_QHd, k_THd, v_THd, self.gate2.flatten(), context.seen)
         k_AHd, v_AHd = (self._for_every_head(w(prompt_AD).unflatten(-1, (-1, self.head_dim))) for w in (self.wk, self.wv))
-        out_QHd = out_QHd + AdapterAttention.apply(q_QHd, k_AHd, v_AHd, self.gate1.flatten())
+        out_QHd = AdapterAttention.apply(out_QHd, q_QHd, k_AHd, v_AHd, self.gate1.flatten())
         return self.wo(out_QHd.flatten(-2))
 
     def _for_every_head(self, x_TKd: Tensor) -> Tensor:

@@ -1,0 +1,132 @@
+"""Triton kernels of what is done element by element, each beside the Function (functions.py) whose plain operations it replaces.
+
+On a GPU the products of a 7B take half of an eager step: the rest is intermediate results that are written and read again,
+and starting thousands of small kernels. torch.compile makes the same kernels, but its checks before every call take 0.1 ms of
+the host's time, 40 ms of a step (benchmarks/LOG.md). Rows differ from batch to batch: no kernel is compiled for their number.
+
+Tests run these on a CPU through Triton's interpreter, against the plain operations.
+"""
+
+import importlib.util
+import math
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+USED = os.environ.get("VICO_KERNELS", "triton") != "plain"  # the one switch, for comparisons
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # tests: kernels run on the CPU
+_FOUND = importlib.util.find_spec("triton") is not None
+ROWS = 64  # of queries that a program of the adapter's attention takes
+HEADS = 8  # that a program of the rotary embedding, or of widening, takes
+
+
+def serve(x: Tensor) -> bool:
+    """Whether kernels take `x`, whose last dimension is a model's or a head's width."""
+    return USED and _FOUND and (x.is_cuda or INTERPRETED) and x.stride(-1) == 1
+
+
+def describe(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "plain elementwise operations (a CPU)"
+    return "Triton kernels" if USED and _FOUND else f"plain elementwise operations ({'VICO_KERNELS' if _FOUND else 'no Triton here'})"
+
+
+def serve_heads(x_THd: Tensor) -> bool:
+    """Of the kernels that work on heads: their width is a tile's, 16 (what a product takes) or more."""
+    width = x_THd.shape[-1]
+    return serve(x_THd) and width >= 16 and width & (width - 1) == 0
+
+
+if _FOUND and (INTERPRETED or torch.cuda.is_available()):  # importing it takes a second
+    import triton
+
+    from vico.model import triton_programs as programs
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(w x / rms(x) [T, D], 1 / rms(x) [T, 1])."""
+    x, dim = x.contiguous(), x.shape[-1]
+    out, scale = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    programs.norm_kernel[(x.numel() // dim,)](x, weight, out, scale, eps, dim, BLOCK=triton.next_power_of_2(dim), num_warps=8)
+    return out, scale
+
+
+def norm_backward(gradient: Tensor, x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+    x, dim = x.contiguous(), x.shape[-1]
+    out = torch.empty_like(x)
+    programs.norm_backward_kernel[(x.numel() // dim,)](
+        gradient.contiguous(), x, scale, weight, out, dim, BLOCK=triton.next_power_of_2(dim), num_warps=8
+    )
+    return out
+
+
+def swiglu(a: Tensor, b: Tensor) -> Tensor:
+    a, out = a.contiguous(), torch.empty_like(a, memory_format=torch.contiguous_format)
+    programs.swiglu_kernel[(triton.cdiv(a.numel(), 1024),)](a, b.contiguous(), out, a.numel(), BLOCK=1024)
+    return out
+
+
+def swiglu_backward(gradient: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    a, b = a.contiguous(), b.contiguous()
+    da, db = torch.empty_like(a), torch.empty_like(b)
+    programs.swiglu_backward_kernel[(triton.cdiv(a.numel(), 1024),)](gradient.contiguous(), a, b, da, db, a.numel(), BLOCK=1024)
+    return da, db
+
+
+def rotate(x_THd: Tensor, angles_Th2: Tensor, sign: float) -> Tensor:
+    """Pairs turned by sign times their angle; angles as (cosine, sine). Rows and heads of x may lie apart."""
+    rows, heads, width = x_THd.shape
+    out = torch.empty((rows, heads, width), dtype=x_THd.dtype, device=x_THd.device)
+    grid = (rows, triton.cdiv(heads, HEADS))
+    programs.rotate_kernel[grid](
+        x_THd, angles_Th2.contiguous(), out, x_THd.stride(0), x_THd.stride(1), sign, heads, WIDTH=width, HEADS=HEADS
+    )
+    return out
+
+
+def widen(
+    q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor, after_T: Tensor, video_T: Tensor, rows_K: Tensor, unit: float, extra: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """attention_packed._widened."""
+    q_THd, k_THd, v_THd = q_THd.contiguous(), k_THd.contiguous(), v_THd.contiguous()
+    num_rows, heads, width = k_THd.shape
+    outs = [q_THd.new_empty((num, heads, width + extra)) for num in (num_rows, len(rows_K), len(rows_K))]
+    gates, factor = gate2_H.float().contiguous(), math.sqrt(width) / unit
+    for kind, x, flags, out in ((1, q_THd, after_T, outs[0]), (2, k_THd, video_T, outs[1]), (0, v_THd, video_T, outs[2])):
+        grid = (len(out), triton.cdiv(heads, HEADS))
+        programs.widen_kernel[grid](
+            x, rows_K, flags.view(torch.uint8), gates, out, factor, unit, kind, heads, WIDTH=width, EXTRA=extra, HEADS=HEADS
+        )
+    return outs[0], outs[1], outs[2]
+
+
+def _keys(k_AHd: Tensor) -> int:
+    return max(16, triton.next_power_of_2(len(k_AHd)))
+
+
+def adapter(base_THd: Tensor, q_THd: Tensor, k_AHd: Tensor, v_AHd: Tensor, gate_H: Tensor) -> Tensor:
+    """base + gate softmax(q.K / sqrt d) V; the gate is tanh(gate1) already. Rows and heads of `base` may lie apart."""
+    q_THd, (rows, heads, width) = q_THd.contiguous(), q_THd.shape
+    out = torch.empty_like(q_THd)
+    sizes: dict[str, Any] = {"heads": heads, "length": len(k_AHd), "WIDTH": width, "KEYS": _keys(k_AHd), "ROWS": ROWS}
+    programs.adapter_kernel[(triton.cdiv(rows, ROWS), heads)](
+        base_THd, q_THd, k_AHd.contiguous(), v_AHd.contiguous(), gate_H, out, rows, base_THd.stride(0), base_THd.stride(1), width**-0.5,
+        **sizes,
+    )  # fmt: skip
+    return out
+
+
+def adapter_backward(g_THd: Tensor, q_THd: Tensor, k_AHd: Tensor, v_AHd: Tensor, gate_H: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, and of tanh(gate1). Sums over rows are sums of blocks' sums, in a fixed order."""
+    q_THd, (rows, heads, width) = q_THd.contiguous(), q_THd.shape
+    blocks, keys, length = triton.cdiv(rows, ROWS), _keys(k_AHd), len(k_AHd)
+    dq, gate_parts = torch.empty_like(q_THd), gate_H.new_empty((blocks, heads))
+    parts = gate_H.new_empty((blocks, heads, 2, keys, width))
+    programs.adapter_backward_kernel[(blocks, heads)](
+        g_THd.contiguous(), q_THd, k_AHd.contiguous(), v_AHd.contiguous(), gate_H, dq, parts, gate_parts, rows, width**-0.5,
+        heads=heads, length=length, WIDTH=width, KEYS=keys, ROWS=ROWS,
+    )  # fmt: skip
+    dk, dv = parts.sum(dim=0)[:, :, :length].permute(1, 2, 0, 3).to(k_AHd.dtype).unbind(0)
+    return dq, dk, dv, gate_parts.sum(dim=0)
