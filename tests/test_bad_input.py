@@ -56,11 +56,6 @@ class Home:
 
 
 @pytest.fixture(scope="module")
-def alone() -> dist.World:
-    return dist.connect()
-
-
-@pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory, alone: dist.World) -> Home:
     """What every case gets a copy of: a world, `run` (an output_dir of this very command after a step), `lineage.pth`."""
     home = Home(tmp_path_factory.mktemp("original"))
@@ -193,7 +188,7 @@ ROWS = make_rows(3, 3, 2, "w")
 Case = tuple[Damage | None, str, int, list[str]]
 CASES: dict[str, Case] = {
     # flags
-    "unknown command": (None, "trian", 2, ["unknown command 'trian'; use one of train, eval, plan, demo, convert"]),
+    "unknown command": (None, "trian", 2, ["unknown command 'trian'; use one of train, eval, "]),
     "unknown flag": (None, "--batchsize 4", 2, ["unknown flag --batchsize; did you mean '--batch_size'?"]),
     "dashes in a flag": (None, "--max-steps=4", 2, ["unknown flag --max-steps; did you mean '--max_steps'?"]),
     "not a number": (None, "--batch_size 1e3", 2, ["--batch_size: '1e3' is not a whole number"]),

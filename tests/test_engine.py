@@ -21,11 +21,6 @@ from vico.train import train_step
 from world import ROOT, World
 
 
-@pytest.fixture(scope="module")
-def alone() -> dist.World:
-    return dist.connect()
-
-
 def config_of(world: World, *flags: str) -> RunConfig:
     return parse([*world.flags, "--batch_size", "4", *flags], "vico train", "").resolve()
 

@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.memory import measured
 from benchmarks.workload import SyntheticWorkload
-from vico import dist
 from vico import plan as planner
 from vico.data.packing import Example, pack
 from vico.engine import Engine, construction, read_config
@@ -212,17 +211,6 @@ def fetched(parameters: list[Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[
     with monkeypatch.context() as patch:
         patch.setattr(Coordinator, "_fetch_sub_module_impl", watched)
         yield seen
-
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[None]:
-    """A world of one rank, unless another module left one."""
-    if torch.distributed.is_initialized():
-        yield
-        return
-    dist.connect()
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("alone")

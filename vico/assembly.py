@@ -1,31 +1,27 @@
 """Putting the rooms together: what a run reads, checked before anything is built, and the engine it runs on."""
 
-import os
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vico import gate
 from vico.config import RunConfig
-from vico.data import captions as caption_files
-from vico.data.batches import count_shortened
-from vico.data.datasets import DATASETS, count_equal_options, read_questions
+from vico.data.datasets import read_questions
 from vico.data.features import Features
 from vico.data.prompts import Prompts
-from vico.data.tokenizer import Tokenizer, find_tokenizer
 from vico.dist import World, limit_waiting
 from vico.engine import Engine, construction, fill, read_config
-from vico.errors import UserError
 from vico.files import require_writable
 from vico.model import kernels
 from vico.model.attention_packed import choose
-from vico.model.backbone import Weights, holds_weights, open_weights
+from vico.model.backbone import Weights
 from vico.model.vico import ViCo, trainable_shapes
 from vico.optim import make_optimizer
 from vico.records import Question
+from vico.remembered import Memory
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -36,59 +32,42 @@ class Inputs:
     prompts: Prompts
     features: Features
     questions: dict[str, list[Question]]  # by split
+    dropped: dict[str, list[Question]]  # by split: those that are not used, because of --missing_features drop
     captions: dict[str, str]  # empty without the caption task
     num_adapted: int  # adapted layers
     trainable_shapes: dict[str, tuple[int, ...]]
     ds_config: dict[str, Any]
     notes: tuple[str, ...]
+    memory: Memory  # what was found out, to be kept when all ranks agree that nothing is wrong
 
 
 def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inputs:
     """Open and check every file of a run; nothing is computed yet. Raises UserError. No collectives: ranks agree after it."""
     require_writable(config.output_dir)
     ds_config = read_config(config.deepspeed, config.precision, config.batch_size, config.accum_iter, world.size)
-    model_folder = _model_folder(config)
-    tokenizer = Tokenizer(find_tokenizer(config.llama_model_path, model_folder))
-    weights = open_weights(model_folder, tokenizer.num_pieces)
-    num_adapted = config.adapter_layer or weights.shape.n_layers
-    if num_adapted > weights.shape.n_layers:
-        raise UserError(f"--adapter_layer {num_adapted}: the model has {weights.shape.n_layers} layers; leave it out to adapt all")
-    dataset, folder = DATASETS[config.dataset], config.dataset_folder
-    prompts = Prompts(tokenizer, config.max_feats, config.max_seq_len, config.max_cap_len, dialogue=dataset.has_dialogue)
-    questions = {split: read_questions(config.dataset, folder, split, subtitles=config.sub) for split in splits}
+    memory = Memory()
+    backbone = gate.open_backbone(config)
+    prompts = backbone.prompts(config)
+    folder = config.dataset_folder
+    asked = {split: read_questions(config.dataset, folder, split, subtitles=config.sub) for split in splits}
     features = Features(folder / "clipvitl14.pth")
+    questions, dropped, notes = {}, {}, []
+    for split in splits:
+        questions[split], dropped[split] = gate.with_features(config, split, asked[split], features)
     captions: dict[str, str] = {}
     if config.cap and "train" in splits:
-        captions = caption_files.read(folder, config.captions)
-        caption_files.check(captions, questions["train"], caption_files.find(folder, config.captions))
-        prompts.caption(captions[questions["train"][0].video])  # a --max_cap_len below any caption is known at once
-    notes = []
-    for split, asked in questions.items():
-        notes += _split_notes(config, split, asked, features, prompts, world)
-    shapes = trainable_shapes(weights.shape, num_adapted, config.adapter_len, config.max_feats)
-    return Inputs(weights, prompts, features, questions, captions, num_adapted, shapes, ds_config, tuple(notes))
-
-
-def _model_folder(config: RunConfig) -> Path:
-    folder = config.llama_model_path / config.model
-    if not os.path.isdir(folder):
-        there = sorted(p.name for p in config.llama_model_path.glob("*/") if holds_weights(p))
-        hint = f"--model can be {', '.join(there)}" if there else "it must hold LLaMA weights of Meta or Hugging Face"
-        raise UserError(f"{folder}: no such folder of weights; {hint}")
-    return folder
-
-
-def _split_notes(config: RunConfig, split: str, asked: list[Question], features: Features, prompts: Prompts, world: World) -> list[str]:
-    """What a user should know about a split. Raises UserError for questions without features, or too long for any prompt."""
-    past_end = features.check(asked)
-    features.check_finite(asked[world.rank :: world.size], config.max_feats)
-    shortened = count_shortened(asked, prompts, config.tasks if split == "train" else ("vqa",))
-    counts = {
-        f"shortened to fit --max_seq_len {config.max_seq_len} (dialogue first, then options; answers never)": shortened,
-        "about a clip that lies past the end of its video's features: zeros in its slots": past_end,
-        "with two equal options": count_equal_options(asked),
-    }
-    return [f"{split}: {len(asked)} questions"] + [f"{split}: {n} of {len(asked)} questions {what}" for what, n in counts.items() if n]
+        captions = gate.read_captions(config, questions["train"], prompts)
+    for split in splits:
+        past_end = gate.check_features(config, questions[split], features, memory, world.rank, world.size)
+        measured = gate.measure_questions(config, split, questions[split], backbone, prompts, memory)
+        notes += gate.split_notes(config, split, questions[split], dropped[split], past_end, measured)
+    if captions:
+        notes += gate.caption_notes(config, gate.measure_captions(config, captions, questions["train"], backbone, prompts, memory))
+    notes += gate.shared_videos(questions)
+    shapes = trainable_shapes(backbone.weights.shape, backbone.num_adapted, config.adapter_len, config.max_feats)
+    return Inputs(
+        backbone.weights, prompts, features, questions, dropped, captions, backbone.num_adapted, shapes, ds_config, tuple(notes), memory
+    )
 
 
 def build_engine(config: RunConfig, inputs: Inputs, trainables: dict[str, Tensor], world: World) -> Engine:

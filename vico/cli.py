@@ -154,6 +154,12 @@ def _selftest(argv: list[str]) -> int:
     return selftest_main(argv)
 
 
+def _check(argv: list[str]) -> int:
+    from vico.check import main as check_main
+
+    return check_main(argv)
+
+
 def _convert(argv: list[str]) -> int:
     from vico.convert import main as convert_main
 
@@ -164,6 +170,7 @@ def _convert(argv: list[str]) -> int:
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "train": (TRAIN, _train),
     "eval": (EVAL, _evaluate),
+    "check": ("Find what is wrong with a run's files before it starts: the flags of train, nothing is trained.", _check),
     "plan": ("What a run will need (memory, ZeRO stage, token budget) and how fast it can be; no weights are loaded.", _plan),
     "demo": ("Make a small world to try everything on: tokenizer, trained tiny LLaMA, videos, questions, captions.", _demo),
     "selftest": ("Breaks runs, files and disks on purpose and counts what must hold then; its last line is one JSON object.", _selftest),

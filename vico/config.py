@@ -58,6 +58,9 @@ class RunConfig:
     )
     data_path: Path = _flag(Path("data"), DATA, "folder that holds one folder per data set")
     captions: Path | None = _flag(None, DATA, "caption JSON, where the data set's folder holds none or several of the known ones")
+    missing_features: Literal["error", "drop"] = _flag(
+        "error", DATA, "questions whose video has no features: end with an error, or drop them and say how many with every result"
+    )
     sub: bool = _flag(False, DATA, "TVQA: put the subtitles of the clip into the prompt")
     max_seq_len: int = _flag(
         512, DATA, "most tokens of a question's sequence; longer ones are shortened (dialogue, then options), never the answer"
@@ -161,7 +164,7 @@ class RunConfig:
 # What may differ between a run and its continuation: where things lie, how they are shown and how a step is divided, never what
 # is computed (the questions of a step must stay as many; resuming checks their number).
 NOT_IDENTITY = frozenset((
-    "model", "llama_model_path", "data_path", "captions", "output_dir", "resume", "init_eval", "split", "max_steps", "num_workers",
+    "model", "llama_model_path", "data_path", "captions", "missing_features", "output_dir", "resume", "init_eval", "split", "max_steps", "num_workers",
     "deepspeed", "attention", "checkpoint_activations", "batch_size", "accum_iter", "max_tokens", "save_steps", "save_total_limit", "save_legacy", "allow_change",
     "collective_timeout", "hang_timeout", "expect_world_size",
 ))  # fmt: skip

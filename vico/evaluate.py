@@ -5,7 +5,7 @@ An option's score is the mean cross-entropy of its target tokens; the lowest win
 
 import json
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from vico.data.batches import Chunk, EvaluationChunks, loader
 from vico.data.datasets import DATASETS, accuracy_groups
 from vico.dist import World
 from vico.engine import Engine
-from vico.errors import TrainingFault, UserError
+from vico.errors import TrainingFault, UserError, one_line
 from vico.files import make_folder, write_lines
 from vico.meters import Progress
 from vico.records import PackedBatch, Question
@@ -36,6 +36,22 @@ class Evaluation:
     scores: list[list[float]]  # per question, per option
     accuracies: dict[str, float]  # "acc" and one per group; empty where the split has no answers
     counts: dict[str, tuple[int, int]]  # group -> (right, asked)
+    dropped: dict[str, int] = field(default_factory=dict)  # group -> questions of the file that were not asked (--missing_features drop)
+
+    @property
+    def num_total(self) -> int:
+        """Questions of the file, the dropped ones included."""
+        return len(self.scores) + sum(self.dropped.values())
+
+    @property
+    def used(self) -> str:
+        """For every figure that is shown: of how many questions it is."""
+        n = len(self.scores)
+        return f"{n} used / {self.num_total} total questions" if self.dropped else f"{n} questions"
+
+    def results(self) -> dict[str, float]:
+        """What is kept of it beside the predictions: how many questions, then the accuracies."""
+        return {"n": len(self.scores), "n_total": self.num_total, **self.accuracies}
 
     @property
     def predictions(self) -> list[int]:
@@ -55,11 +71,16 @@ class Evaluation:
     def table(self) -> str:
         """Accuracy by group, as text."""
         if not self.accuracies:
-            return f"{len(self.scores)} questions without answers: predictions only"
-        rows = [f"  {group:<16}{right:>6} / {asked:<6}{right / asked:8.2%}" for group, (right, asked) in self.counts.items()]
+            return f"{self.used} without answers: predictions only"
+        rows = [self._row(group, *counts, self.dropped.get(group, 0)) for group, counts in self.counts.items()]
+        rows += [f"  {one_line(group):<16}{0:>6} used / {n} total" for group, n in self.dropped.items() if group not in self.counts]
         right, asked = (sum(c[i] for c in self.counts.values()) for i in (0, 1))
         extra = [f"  {name:<16}{'':>15}{value:8.2%}" for name, value in self.accuracies.items() if name == "Mean"]
-        return "\n".join([*rows, f"  {'all':<16}{right:>6} / {asked:<6}{right / asked:8.2%}", *extra])
+        return "\n".join([*rows, self._row("all", right, asked, sum(self.dropped.values())), *extra])
+
+    def _row(self, group: str, right: int, asked: int, dropped: int) -> str:
+        of = f"   {asked} used / {asked + dropped} total" if self.dropped else ""
+        return f"  {one_line(group):<16}{right:>6} / {asked:<6}{right / asked:8.2%}{of}"
 
 
 def evaluate(engine: Engine, inputs: Inputs, split: str, config: RunConfig, world: World) -> Evaluation:
@@ -91,7 +112,7 @@ def evaluate(engine: Engine, inputs: Inputs, split: str, config: RunConfig, worl
             raise error
     scores = _gather(done, questions, world)
     _require_finite(scores, questions)
-    return summarize(questions, scores, config.dataset)
+    return summarize(questions, scores, config.dataset, inputs.dropped[split])
 
 
 def _gather(done: list[tuple[Chunk, torch.Tensor]], questions: Items[Question], world: World) -> list[list[float]]:
@@ -123,10 +144,12 @@ def _require_finite(scores: list[list[float]], questions: Items[Question]) -> No
         )
 
 
-def summarize(questions: Items[Question], scores: list[list[float]], dataset: str) -> Evaluation:
-    """Accuracies as counts over questions: in all, and by the data set's groups of types."""
+def summarize(questions: Items[Question], scores: list[list[float]], dataset: str, dropped: Items[Question] = ()) -> Evaluation:
+    """Accuracies as counts over questions: in all, and by the data set's groups of types. `dropped` were not asked."""
+    groups = accuracy_groups(dataset, [q.type for q in dropped])
+    left_out = {group: sum(q.type in members for q in dropped) for group, members in groups.items()}
     if any(q.answer is None for q in questions):
-        return Evaluation(questions, scores, {}, {})
+        return Evaluation(questions, scores, {}, {}, left_out)
     right = np.array([int(np.argmin(s)) == q.answer for s, q in zip(scores, questions, strict=True)])
     types = np.array([q.type for q in questions])
     counts = {}
@@ -137,7 +160,7 @@ def summarize(questions: Items[Question], scores: list[list[float]], dataset: st
     accuracies = {"acc": float(right.sum() / len(right)), **{group: r / n for group, (r, n) in counts.items()}}
     if mean_of := [accuracies[group] for group in DATASETS[dataset].mean_of if group in counts]:
         accuracies["Mean"] = float(np.mean(mean_of))
-    return Evaluation(questions, scores, accuracies, counts)
+    return Evaluation(questions, scores, accuracies, counts, left_out)
 
 
 def report(evaluation: Evaluation, split: str, config: RunConfig, world: World) -> None:
@@ -146,8 +169,8 @@ def report(evaluation: Evaluation, split: str, config: RunConfig, world: World) 
         if world.is_main:
             make_folder(config.output_dir)
             path = evaluation.write(config.output_dir, split)
-            print(f"{split} accuracy of {len(evaluation.scores)} questions ({path}):\n{evaluation.table()}", flush=True)
-            print(json.dumps({"split": split, "n": len(evaluation.scores), **evaluation.accuracies}), flush=True)
+            print(f"{split} accuracy of {evaluation.used} ({path}):\n{evaluation.table()}", flush=True)
+            print(json.dumps({"split": split, **evaluation.results()}), flush=True)
 
 
 def evaluate_checkpoint(line: CommandLine, world: World) -> None:
@@ -159,6 +182,8 @@ def evaluate_checkpoint(line: CommandLine, world: World) -> None:
     with world.agreeing():
         inputs = read_inputs(config, (config.split,), world)
         found = checkpoints.fitted(found, inputs.trainable_shapes, inputs.weights.shape.n_layers)
+    if world.is_main:
+        inputs.memory.keep()
     for note in (*notes, *found.notes, *inputs.notes):
         world.say(note)
     engine = build_engine(config, inputs, found.weights, world)

@@ -42,14 +42,30 @@ def of_backbone(weights: Weights) -> str:
     return _digest(parts())
 
 
+def of_run(
+    weights: Weights, questions: Mapping[str, Items[Question]], captions: Mapping[str, str], features: Features
+) -> dict[str, str]:  # fmt: skip
+    """Of all that a run must keep, by what it is called in messages."""
+    trained_on = {split: questions[split] for split in ("train", "val")}
+    return {"backbone": of_backbone(weights), **of_data(trained_on, captions, features)}
+
+
 def of_data(questions: Mapping[str, Items[Question]], captions: Mapping[str, str], features: Features) -> dict[str, str]:
     """One digest for each split's questions, for the captions of those videos, and for their features' first and last frames."""
     videos = sorted({q.video for asked in questions.values() for q in asked})
     return {
-        **{f"data {split} questions": _digest(map(_question, asked)) for split, asked in questions.items()},
-        "data captions": _digest(captions[v].encode() for v in videos if v in captions),
+        **{f"data {split} questions": of_questions(asked) for split, asked in questions.items()},
+        "data captions": of_captions({v: captions[v] for v in videos if v in captions}),
         "data features": _digest(_bytes(features.ends(v)) for v in videos),
     }
+
+
+def of_questions(questions: Items[Question]) -> str:
+    return _digest(map(_question, questions))
+
+
+def of_captions(captions: Mapping[str, str]) -> str:
+    return _digest(text.encode() for text in captions.values())
 
 
 def _question(q: Question) -> bytes:

@@ -62,6 +62,8 @@ def train(config: RunConfig, world: World) -> None:
         inputs = read_inputs(config, splits, world)
         if start is not None:
             start = checkpoints.fitted(start, inputs.trainable_shapes, inputs.weights.shape.n_layers)
+    if world.is_main:
+        inputs.memory.keep()
     for note in (*found.notes, *inputs.notes, *(start.notes if start else ())):
         world.say(note)
     trainables = start.weights if start else initial_trainables(inputs.trainable_shapes, config.bias, config.seed)
@@ -79,7 +81,7 @@ def _train(config: RunConfig, world: World, inputs: Inputs, engine: Engine, star
         shuffle=not config.no_shuffle, crop=config.caption_crop == "sentence", max_tokens=config.max_tokens,
     )  # fmt: skip
     with world.agreeing():
-        prints = fingerprints(inputs)
+        prints = fingerprint.of_run(inputs.weights, inputs.questions, inputs.captions, inputs.features)
         progress = start_progress(start, steps.steps_per_epoch, steps.questions_per_step, config, prints)
     if start is not None and start.moments is not None:
         engine.set_moments(start.moments, progress.num_updates)
@@ -104,11 +106,6 @@ def _train(config: RunConfig, world: World, inputs: Inputs, engine: Engine, star
     if log is not None:
         log.close()
     world.say(f"done: {config.output_dir}; curves: tensorboard --logdir {config.output_dir / 'runs'}")
-
-
-def fingerprints(inputs: Inputs) -> dict[str, str]:
-    trained_on = {split: inputs.questions[split] for split in ("train", "val")}
-    return {"backbone": fingerprint.of_backbone(inputs.weights), **fingerprint.of_data(trained_on, inputs.captions, inputs.features)}
 
 
 @dataclass(frozen=True)
@@ -313,7 +310,7 @@ def _log_epoch(
     assert log is not None
     by_task = {f"train_{task}_loss": loss for task, loss in zip(config.tasks, losses, strict=True)}
     train = {"train_loss": _total_loss(config, losses), "train_vqa_loss": None, "train_cap_loss": None, **by_task}
-    record = {**train, "train_lr": lr, "epoch": epoch, "step": step, **{f"val_{k}": v for k, v in evaluation.accuracies.items()}}
+    record = {**train, "train_lr": lr, "epoch": epoch, "step": step, **{f"val_{k}": v for k, v in evaluation.results().items()}}
     gates = {f"gates/{n.replace('.attention', '')}": v for n, v in weights.items() if "gate" in n}
     curves = {
         **{f"eval/{name}": value for name, value in evaluation.accuracies.items()},

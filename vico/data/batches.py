@@ -243,9 +243,3 @@ def loader(dataset: TrainingSteps | EvaluationChunks, items: Any, num_workers: i
 
 def _begin_worker(worker: int) -> None:
     stopping.ignore()
-
-
-def count_shortened(questions: Items[Question], prompts: Prompts, tasks: Items[str]) -> int:
-    """Questions whose texts must be shortened to fit; raises UserError for one that cannot."""
-    asked = [task for task in tasks if task != "cap"]
-    return sum(any(prompts.fit(q, task) is not q for task in asked) for q in questions)

@@ -34,7 +34,7 @@ def read(folder: Path, path: Path | None) -> dict[str, str]:
         except tables.BadRow as problem:
             bad.append(f"{path.name}: caption of video {problem}")
     tables.refuse(path, bad, len(captions))
-    return captions
+    return tables.unblanked(captions, path)
 
 
 def check(captions: Mapping[str, str], questions: Sequence[Question], path: Path) -> None:

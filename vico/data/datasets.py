@@ -12,6 +12,7 @@ from vico.records import Question
 
 @dataclass(frozen=True)
 class Dataset:
+    file_of: Callable[[Path, str], Path]  # (folder, split): the annotations
     read: Callable[..., list[Question]]  # (folder, split), and `subtitles` where there is dialogue
     groups: Mapping[str, str] | None  # question type -> group an accuracy is reported for; None: each type is one
     mean_of: tuple[str, ...] = ()  # groups whose accuracies are also averaged
@@ -19,10 +20,10 @@ class Dataset:
 
 
 DATASETS = {
-    "nextqa": Dataset(nextqa.read, nextqa.GROUPS),
-    "intentqa": Dataset(intentqa.read, intentqa.GROUPS),
-    "star": Dataset(star.read, star.GROUPS, mean_of=star.MEAN_OF),
-    "tvqa": Dataset(tvqa.read, None, has_dialogue=True),
+    "nextqa": Dataset(nextqa.file_of, nextqa.read, nextqa.GROUPS),
+    "intentqa": Dataset(intentqa.file_of, intentqa.read, intentqa.GROUPS),
+    "star": Dataset(star.file_of, star.read, star.GROUPS, mean_of=star.MEAN_OF),
+    "tvqa": Dataset(tvqa.file_of, tvqa.read, None, has_dialogue=True),
 }
 
 
@@ -35,12 +36,16 @@ def read_questions(dataset: str, folder: Path, split: str, subtitles: bool = Fal
     return entry.read(folder, split, subtitles)
 
 
+NOT_GROUPS = frozenset(("split", "n", "n_total", "acc", "Mean", "all"))  # what else stands where accuracies by group do
+
+
 def accuracy_groups(dataset: str, types: Iterable[str]) -> dict[str, list[str]]:
     """Group -> those of `types` it sums up, in the order they are reported; each type is in exactly one group."""
     table = DATASETS[dataset].groups
     found: dict[str, list[str]] = {group: [] for group in table.values()} if table else {}
     for name in sorted(set(types)):
-        found.setdefault(name if table is None else table.get(name, UNKNOWN), []).append(name)
+        group = (f"'{name}'" if name in NOT_GROUPS else name) if table is None else table.get(name, UNKNOWN)
+        found.setdefault(group, []).append(name)
     return {group: names for group, names in found.items() if names}
 
 

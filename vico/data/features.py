@@ -4,19 +4,29 @@ A missing or empty video was a silent row of zeros in the lineage; here everythi
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vico.data.tables import NUM_SHOWN
+from vico.data.tables import NUM_SHOWN, unblanked
 from vico.errors import UserError, fail, show
 from vico.records import Question
 from vico.safeload import is_numbers, load_tensors
 
 WIDTH = 768  # CLIP ViT-L/14
 Rows = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Videos of a feature file, by what reading all of it showed."""
+
+    odd: tuple[str, ...]  # no [frames, 768] of floating-point numbers
+    not_finite: tuple[str, ...]
+    with_zeros: tuple[str, ...]  # with a frame that is all zeros: an extraction that failed there
 
 
 class Features:
@@ -30,6 +40,7 @@ class Features:
             fail(f"{path}: holds {_describe(self._videos)}, not a dict from video id to features; fetch the right file")
         if odd := [key for key in self._videos if not isinstance(key, str)]:
             fail(f"{path}: {len(odd)} of {len(self._videos)} keys are no text, e.g. {show(odd[0])}; save it with str(video id) as keys")
+        self._videos = unblanked(self._videos, path)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "stamp": self._stamp}
@@ -37,7 +48,13 @@ class Features:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.path, self._stamp = state["path"], state["stamp"]
         self.check_unchanged()
-        self._videos = load_tensors(self.path, "the video feature file")
+        self._videos = unblanked(load_tensors(self.path, "the video feature file"), self.path)
+
+    def __contains__(self, video: str) -> bool:
+        return video in self._videos
+
+    def __len__(self) -> int:
+        return len(self._videos)
 
     def check_unchanged(self) -> None:
         """Cheap (one stat): a file overwritten under its mapping turns into noise, or kills the process."""
@@ -53,7 +70,7 @@ class Features:
         odd = {}
         for video in dict.fromkeys(q.video for q in questions):
             value = self._videos[video]
-            if not is_numbers(value) or value.ndim != 2 or value.shape[0] < 1 or value.shape[1] != WIDTH:
+            if not _is_clip(value):
                 odd[video] = _describe(value)
         self._refuse(questions, odd.keys(), f"have features that are no floating-point tensor [frames >= 1, {WIDTH}]", odd)
         return sum(q.feature_rows is not None and q.feature_rows[0] >= len(self._videos[q.video]) for q in questions)
@@ -62,7 +79,26 @@ class Features:
         """No NaN or infinity in the rows that will be used (each is read once: minutes for a large set on a cold disk)."""
         clips = dict.fromkeys((q.video, q.feature_rows) for q in questions)
         bad = {video for video, rows in clips if not torch.isfinite(self.sample(video, rows, num_frames)).all()}
-        self._refuse(questions, bad, "have features with NaN or infinite values")
+        self.refuse_not_finite(questions, bad)
+
+    def refuse_not_finite(self, questions: Sequence[Question], bad: Iterable[str]) -> None:
+        """`bad`: videos that hold NaN or infinite values, asked about or not."""
+        self._refuse(questions, {q.video for q in questions} & set(bad), "have features with NaN or infinite values")
+
+    def scan(self) -> Scan:
+        """All of the file is read: seconds per GB."""
+        odd, not_finite, with_zeros = [], [], []
+        for video, value in self._videos.items():
+            if not _is_clip(value):
+                odd.append(video)
+                continue
+            clip = value.detach()
+            lowest_T, highest_T = clip.amin(1).float(), clip.amax(1).float()  # both keep NaN; ten times as fast as isfinite
+            if not (lowest_T.isfinite().all() and highest_T.isfinite().all()):
+                not_finite.append(video)
+            if ((lowest_T == 0) & (highest_T == 0)).any():
+                with_zeros.append(video)
+        return Scan(tuple(odd), tuple(not_finite), tuple(with_zeros))
 
     def _refuse(self, questions: Sequence[Question], videos: Iterable[str], what: str, notes: dict[str, str] | None = None) -> None:
         bad = set(videos)
@@ -101,6 +137,10 @@ def _stamp(path: Path) -> tuple[int, int]:
     except OSError as problem:
         raise UserError(f"{path}: the video feature file cannot be opened ({problem.strerror})") from None
     return status.st_size, status.st_mtime_ns
+
+
+def _is_clip(value: Any) -> bool:
+    return is_numbers(value) and value.ndim == 2 and value.shape[0] >= 1 and value.shape[1] == WIDTH
 
 
 def _describe(value: object) -> str:

@@ -4,4 +4,4 @@ from vico.data import nextqa
 
 GROUPS = {"CW": "CW", "CH": "CH", "TP": "TP&TN", "TN": "TP&TN"}
 
-read = nextqa.read
+file_of, read = nextqa.file_of, nextqa.read

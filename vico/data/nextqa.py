@@ -10,8 +10,12 @@ GROUPS = {"CW": "C", "CH": "C", "TN": "T", "TC": "T", "TP": "T", "DL": "D", "DC"
 _OPTIONS = ("a0", "a1", "a2", "a3", "a4")
 
 
+def file_of(folder: Path, split: str) -> Path:
+    return folder / f"{split}.csv"
+
+
 def read(folder: Path, split: str) -> list[Question]:
-    path = folder / f"{split}.csv"
+    path = file_of(folder, split)
     required = ["video", "question", "qid", *_OPTIONS] + ([] if split == "test" else ["answer"])
     rows = tables.read_csv(path, f"the CSV of the {split} questions", required, aliases={"video_id": "video"})
 

@@ -86,7 +86,7 @@ class Prompts:
         The question itself and the answer are never cut: what does not fit even so is a UserError. The same text
         results whatever the answer, so that all options are scored after one prompt.
         """
-        fitted, excess = question, self._excess(question, task)
+        fitted, excess = question, self.length(question, task) - self._max_seq_len
         while excess > 0:
             if fitted.dialogue:
                 fitted = replace(fitted, dialogue=_without_last_words(fitted.dialogue, excess))
@@ -99,15 +99,19 @@ class Prompts:
                 raise UserError(
                     f"{question.place}: the question alone is {excess} tokens above --max_seq_len {self._max_seq_len}; raise it"
                 )
-            excess = self._excess(fitted, task)
+            excess = self.length(fitted, task) - self._max_seq_len
         return fitted
 
-    def _excess(self, question: Question, task: str) -> int:
-        """Tokens above the limit of the longest of the question's sequences, over its possible answers."""
+    def length(self, question: Question, task: str) -> int:
+        """Tokens of the longest of the question's sequences, over its possible answers; far below the limit, of the first."""
         length = len(self.question_sequence(task, question, 0).tokens)
         if length + LETTER_SPREAD <= self._max_seq_len:
-            return 0
-        return max(len(self.question_sequence(task, question, a).tokens) for a in range(len(question.options))) - self._max_seq_len
+            return length
+        return max(len(self.question_sequence(task, question, a).tokens) for a in range(len(question.options)))
+
+    def caption_length(self, text: str) -> int:
+        """Tokens of a caption's sequence, before it is cut."""
+        return len(self._behind_video("cap", "", f"Description: {text}\n", len("Description:")).tokens)
 
     def question_sequence(self, task: str, question: Question, answer: int) -> Sequence:
         build = {"vqa": self.vqa, "vaq": self.vaq, "qav": self.qav}[task]

@@ -13,8 +13,12 @@ GROUPS = {name: name for name in ("Interaction", "Sequence", "Prediction", "Feas
 MEAN_OF = tuple(GROUPS)  # published next to the total: the mean of these four accuracies
 
 
+def file_of(folder: Path, split: str) -> Path:
+    return folder / f"STAR_{split}.json"
+
+
 def read(folder: Path, split: str) -> list[Question]:
-    path = folder / f"STAR_{split}.json"
+    path = file_of(folder, split)
     rows = tables.read_json_list(path, f"the JSON list of the {split} questions")
 
     def question(index: int, place: str, row: Row) -> Question:

@@ -7,6 +7,7 @@ columns after one field too many; `json` takes NaN and repeated keys. Here such 
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,15 @@ def id_field(row: Row, key: str) -> str:
     if not name:
         raise BadRow(f"'{key}' is empty")
     return name
+
+
+def unblanked(entries: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What a file holds by id, the ids without blanks around them, as those of the questions are."""
+    found = {name.strip(): value for name, value in entries.items()}
+    if len(found) < len(entries):
+        times = Counter(name.strip() for name in entries)
+        fail(f"{path}: two entries are called {show(max(times, key=lambda name: times[name]))} but for blanks around it; keep one")
+    return found
 
 
 def type_field(row: Row, key: str) -> str:

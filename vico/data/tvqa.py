@@ -19,10 +19,13 @@ _SPOKEN = re.compile(r"\s*(\d+):(\d+):(\d+)[,.:]?\d*\s*-->\s*(\d+):(\d+):(\d+)",
 Lines = list[tuple[int, int, str]]  # subtitles: start and end in whole seconds, text
 
 
+def file_of(folder: Path, split: str) -> Path:
+    path, public = folder / f"tvqa_{split}.jsonl", folder / "tvqa_test_public.jsonl"
+    return public if split == "test" and not os.path.exists(path) and os.path.exists(public) else path
+
+
 def read(folder: Path, split: str, subtitles: bool = False) -> list[Question]:
-    path = folder / f"tvqa_{split}.jsonl"
-    if split == "test" and not os.path.exists(path) and os.path.exists(public := folder / "tvqa_test_public.jsonl"):
-        path = public
+    path = file_of(folder, split)
     rows = tables.read_jsonl(path, f"the JSON lines of the {split} questions")
 
     def question(index: int, place: str, row: Row) -> Question:
