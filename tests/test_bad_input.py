@@ -352,7 +352,7 @@ CASES: dict[str, Case] = {
     "own, moments missing": (gone(OPTIMIZER), EVAL + CHECKPOINT, 3, ["optimizer.safetensors: damaged (No such file or directory); use another"]),
     "own, other settings": (
         None, f"--seed 9 --resume {{home}}/{CHECKPOINT}", 2,
-        ["checkpoint-1: was written by a run with other settings or files (seed: 0 -> 9); give the same, or allow it by --allow_change NAME"],
+        ["checkpoint-1: was written by a run with other settings or files (seed; table below); give the same, or", "--allow_change seed", "seed     0    9"],
     ),
     "own, other shape": (
         None, f"--adapter_len 4 --resume {{home}}/{CHECKPOINT}", 3,
@@ -394,7 +394,7 @@ CASES: dict[str, Case] = {
     "output_dir with a name too long": (None, "--output_dir {home}/" + "x" * 300, 2, ["File name too long; choose another"]),
     "output_dir of another run": (
         copy("run", "out"), "--blr 1 --vaq", 2,
-        ["{home}/out: holds a run with other settings (vaq: false -> true; blr: 0.001 -> 1.0); choose another --output_dir"],
+        ["{home}/out: holds a run with other settings (vaq, blr; table below); choose another --output_dir", "\n  vaq      false  true\n  blr      0.001  1.0\n"],
     ),
     "output_dir of a run that cannot be told": (put("out/args.json", "{"), "", 2, ["args.json:1: column 2: ", "choose another --output_dir"]),
     "output_dir of the lineage": (
@@ -422,7 +422,9 @@ def test_one_line_says_where_and_what_to_do(
     capfd.readouterr()
     ended = main([command, *home.flags, *(flag.format(home=home.folder) for flag in flags)])
     out, err = capfd.readouterr()
-    assert err.startswith("vico: error: ") and err.count("\n") == 1 and err.endswith("\n") and err[:-1].isprintable(), err
+    line, *table = err.splitlines()
+    assert line.startswith("vico: error: ") and err.endswith("\n") and err.replace("\n", "").isprintable(), err
+    assert all(row.startswith("  ") for row in table) and ("table below" in line or not table), err
     assert all(part.replace("{home}", str(home.folder)) in err for part in parts), err
     assert ended == code
     assert "Traceback" not in out and len(err) < 1000

@@ -100,19 +100,14 @@ def test_weights_alone_are_a_new_start(own: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, OPTIMIZER, STATE])
-def test_a_flipped_bit_is_found_or_harmless(own: Path, name: str) -> None:
-    whole, before = (own / name).read_bytes(), read(own)
+def test_a_flipped_bit_is_found(own: Path, name: str) -> None:
+    whole = (own / name).read_bytes()
     rng = random.Random(name)
     for _ in range(120):
         damaged = bytearray(whole)
         damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
         (own / name).write_bytes(damaged)
-        try:
-            found = read(own)
-        except CheckpointError as problem:
-            assert name in str(problem)
-        else:  # a newline that became a blank, in the one file that is text
-            assert name == STATE and (found.progress, found.settings) == (before.progress, before.settings)
+        assert name in refusal(own)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, OPTIMIZER, STATE])

@@ -250,7 +250,7 @@ def test_differences_are_those_that_change_the_numbers() -> None:
     now = RunConfig(
         seed=1, lr=0.5, num_workers=9, data_path=Path("else"), output_dir=Path("else"), max_steps=3, deepspeed="zero3", split="test"
     )
-    assert differences(saved, now) == ["lr: null -> 0.5", "seed: 0 -> 1"]
+    assert differences(saved, now) == [("lr", "null", "0.5"), ("seed", "0", "1")]
     assert differences({}, RunConfig()), "settings that are not there differ"
 
 

@@ -22,12 +22,14 @@ from torch import Tensor
 
 from vico.config import RunConfig, settings_from
 from vico.errors import CheckpointError, DiskError, UserError, show
-from vico.files import remove_folder, write_folder
+from vico.failpoints import reached
+from vico.files import remove_folder, write_folder, write_json
 from vico.optim import MOMENTS
 from vico.safeload import is_numbers, load_tensors
-from vico.textfiles import read_json_object
+from vico.textfiles import as_object, parse_json, read_json_object, read_text
 
 WEIGHTS, OPTIMIZER, STATE = "adapter_model.safetensors", "optimizer.safetensors", "state.json"
+LATEST = "latest.json"  # beside the checkpoints: which step was saved last, so that one that is gone is missed
 FORMAT = 1
 STEP_FOLDER = re.compile(r"checkpoint-(\d+)")
 GATE = re.compile(r"layers\.(\d+)\.attention\.gate[12]")
@@ -62,9 +64,12 @@ class Checkpoint:
 
 def save(
     target: Path, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], progress: Progress, config: RunConfig,
-    fingerprints: Mapping[str, str] | None = None,
+    fingerprints: Mapping[str, str] | None = None, run: str = "",
 ) -> None:  # fmt: skip
-    """Written aside, flushed, renamed, and read back: what is there under its name is whole. Raises DiskError."""
+    """Written aside, flushed, renamed, and read back: what is there under its name is whole. Raises DiskError.
+
+    state.json is written last, and binds the other files to one step of one `run` by their sha256.
+    """
 
     def fill(folder: Path) -> None:
         files = {}
@@ -72,15 +77,43 @@ def save(
             data = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()})
             (folder / name).write_bytes(data)
             files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        state = {"format": FORMAT, "progress": asdict(progress), "settings": config.to_json()}
+            reached("save:file")
+        state = {"format": FORMAT, "run": run, "progress": asdict(progress), "settings": config.to_json()}
         state |= {"fingerprints": dict(fingerprints or {}), "files": files}
-        (folder / STATE).write_text(json.dumps({**state, "sha256": _seal(state)}, indent=1), encoding="utf-8")
+        (folder / STATE).write_text(_sealed(state), encoding="utf-8")
 
-    write_folder(target, fill)
+    def check(folder: Path) -> None:
+        try:
+            read(folder)
+        except CheckpointError as fault:
+            raise DiskError(f"{fault}; it was written a moment ago, so the disk does not keep what it is given") from None
+
+    write_folder(target, fill, check)
+    reached("save:verified")
+
+
+def save_step(
+    output_dir: Path, keep: int | None, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], progress: Progress, config: RunConfig,
+    fingerprints: Mapping[str, str], run: str,
+) -> None:  # fmt: skip
+    """The checkpoint of a step under its name, noted as the latest one; only then the older ones go, but for the newest `keep`."""
+    save(output_dir / f"checkpoint-{progress.step}", weights, moments, progress, config, fingerprints, run)
+    write_json(output_dir / LATEST, {"step": progress.step})
+    reached("save:noted")
+    if keep is not None:
+        prune(output_dir, keep)
+    reached("save:pruned")
+
+
+def latest_step(output_dir: Path) -> int | None:
+    """The step that was saved last. Only a hint: what is there counts, whatever this says or does not."""
+    if not os.path.exists(output_dir / LATEST):
+        return None
     try:
-        read(target)
-    except CheckpointError as fault:
-        raise DiskError(f"{fault}; it was written a moment ago, so the disk does not keep what it is given") from None
+        step = read_json_object(output_dir / LATEST, LATEST).get("step")
+    except UserError:
+        return None
+    return step if isinstance(step, int) and not isinstance(step, bool) else None
 
 
 def prune(output_dir: Path, keep: int) -> None:
@@ -89,9 +122,10 @@ def prune(output_dir: Path, keep: int) -> None:
         remove_folder(folder)
 
 
-def _seal(state: Mapping[str, Any]) -> str:
-    """What a state.json says of itself: it counts the steps and vouches for the other files."""
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+def _sealed(state: Mapping[str, Any]) -> str:
+    """The text of a state.json: it counts the steps, vouches for the other files and, by its last entry, for itself."""
+    seal = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**state, "sha256": seal}, indent=1)
 
 
 def step_folders(output_dir: Path) -> list[Path]:
@@ -102,28 +136,32 @@ def step_folders(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def read(path: Path) -> Checkpoint:
-    """A checkpoint of ours or of the lineage. Raises CheckpointError when it cannot be used; never runs code from it."""
+def read(path: Path, run: str = "") -> Checkpoint:
+    """A checkpoint of ours or of the lineage; with `run`, only one that this run has written (or one that says no run).
+
+    Raises CheckpointError when it cannot be used; never runs code from it.
+    """
     if not os.path.exists(path):
         raise CheckpointError(f"{path}: no such checkpoint; --resume takes a checkpoint folder or a .pth file")
     if path.is_dir():
-        return _read_folder(path)
+        return _read_folder(path, run)
     if path.suffix == ".safetensors":
         return Checkpoint(path, _read_safetensors(path), None, Progress(), {})
     return _read_lineage(path)
 
 
-def _read_folder(path: Path) -> Checkpoint:
+def _read_folder(path: Path, run: str) -> Checkpoint:
     where = path / STATE
     if not os.path.exists(where):
         inner = step_folders(path)
         hint = f"did you mean {inner[0]}?" if inner else "a checkpoint is a folder with state.json"
         raise CheckpointError(f"{where}: no such file; {hint}")
-    state = read_json_object(where, "the state of the checkpoint", CheckpointError)
-    seal = state.pop("sha256", None)
+    text = read_text(where, "the state of the checkpoint", CheckpointError)
+    state = as_object(parse_json(text, where, 1, CheckpointError), where, CheckpointError)
+    state.pop("sha256", None)
     if state.get("format") != FORMAT:
         raise CheckpointError(f"{where}: 'format' is {show(state.get('format'))} and not {FORMAT}, so another version wrote it; {REMEDY}")
-    if seal != _seal(state):
+    if text != _sealed(state):
         raise CheckpointError(f"{where}: damaged (its sha256 is not the recorded one); {REMEDY}")
     try:
         settings = settings_from(state["settings"], str(where))
@@ -133,6 +171,8 @@ def _read_folder(path: Path) -> Checkpoint:
     named = STEP_FOLDER.fullmatch(path.name)
     if named and int(named[1]) != progress.step:
         raise CheckpointError(f"{path}: holds the checkpoint of step {progress.step}, so it was renamed or copied over; {REMEDY}")
+    if run and state.get("run", run) != run:
+        raise CheckpointError(f"{path}: is of another run ({show(state['run'])} and not {run}), so it was copied here; move it away")
     if extra := sorted({entry.name for entry in path.iterdir()} - {WEIGHTS, OPTIMIZER, STATE}):
         raise CheckpointError(f"{path}: holds '{extra[0]}', which is no part of a checkpoint; move it away")
     weights, moments = (_read_safetensors(path / name, state["files"][name]) for name in (WEIGHTS, OPTIMIZER))

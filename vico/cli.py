@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from vico import config as configs
 from vico import launched, lock, stopping
-from vico.errors import PeerLost, Unreachable, UserError, one_line
+from vico.errors import Unreachable, UserError, one_line
 
 if TYPE_CHECKING:
     from vico.dist import World
@@ -24,7 +24,6 @@ EVAL = (
 )
 
 SECONDS_FOR_RANK_0 = 10.0
-SECONDS_FOR_THE_CAUSE = 2.0  # the rank that failed speaks before those that lost it
 
 
 def main(argv: Sequence[str]) -> int:
@@ -56,7 +55,7 @@ def _fail(error: UserError, debug: bool) -> int:
     if os.environ.get("RANK", "0") == "0" or first_of_host:
         if debug:
             traceback.print_exception(error)
-        print(f"vico: error: {one_line(str(error))}", file=sys.stderr, flush=True)
+        print("\n  ".join(one_line(line) for line in (f"vico: error: {error}", *error.rows)), file=sys.stderr, flush=True)
     else:
         time.sleep(SECONDS_FOR_RANK_0)
     return error.exit_code
@@ -100,7 +99,7 @@ def _with_world(line: configs.CommandLine, run: Callable[["World"], None]) -> in
     launched.check(meeting.expect_world_size)
     cores, ranks = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))  # launchers differ in what they set
-    from vico import dist
+    from vico import causes, dist
     from vico.world_check import require_same_code
 
     world = dist.connect(timedelta(minutes=meeting.collective_timeout), meeting.expect_world_size, 60 * meeting.hang_timeout)
@@ -116,14 +115,9 @@ def _with_world(line: configs.CommandLine, run: Callable[["World"], None]) -> in
         code = stop.exit_code
     except UserError as error:
         code, together = _fail(error, line.debug), False
-    except RuntimeError as problem:
-        if line.debug or not dist.is_lost_peer(problem):
-            raise
-        time.sleep(SECONDS_FOR_THE_CAUSE)
-        lost = PeerLost(
-            "an exchange with another rank broke off; what ended that rank stands above or in its log; the same command goes on"
-        )
-        code, together = _fail(lost, line.debug), False
+    except Exception as problem:  # of this rank alone
+        stopping.end_at_once()
+        code, together = causes.end(world, problem, line.debug), False
     dist.disconnect(world, together)  # behind `except`, where the error is gone and holds nothing any more
     return code
 

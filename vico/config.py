@@ -354,8 +354,21 @@ def _absolute(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, **paths)
 
 
-def differences(saved: dict[str, Any], now: RunConfig) -> list[str]:
-    """`name: saved -> now` for every setting that defines a run, is not what it was, and may not differ by --allow_change."""
+Change = tuple[str, str, str]  # of a setting or file: (name, what it was, what it is)
+
+
+def differences(saved: dict[str, Any], now: RunConfig) -> list[Change]:
+    """Every setting that defines a run, is not what it was, and may not differ by --allow_change."""
     current = now.to_json()
-    return [f"{name}: {json.dumps(saved.get(name))} -> {json.dumps(current[name])}" for name in current
+    return [(name, json.dumps(saved.get(name)), json.dumps(current[name])) for name in current
             if name not in NOT_IDENTITY and name not in now.allowed_changes and saved.get(name) != current[name]]  # fmt: skip
+
+
+def refuse_changes(where: str, changes: Sequence[Change], remedy: str) -> None:
+    """Raises UserError with a table of what changed, if anything did."""
+    if changes:
+        names = list(dict.fromkeys(name.split()[0] for name, _, _ in changes))
+        raise UserError(
+            f"{where} ({', '.join(names)}; table below); {remedy}, or allow it by --allow_change {','.join(names)}",
+            [("changed", "was", "is"), *changes],
+        )

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store
 
 from vico import hosts, launched
 from vico.errors import UserError
 from vico.meeting import meet, own_store, speaking_up
-from vico.watchdog import Watchdog
+from vico.watchdog import WAITING, Watchdog
 
 TIMEOUT = timedelta(minutes=30)  # for every collective, unless --collective_timeout says another
 
@@ -33,6 +34,7 @@ class World:
     host_group: Any  # gloo, for tensors and objects on the host
     timeout: timedelta = TIMEOUT
     watchdog: Watchdog | None = None
+    store: Store | None = None
 
     def doing(self, what: str) -> None:
         """Tell the watchdog that this rank has got on, and with what."""
@@ -40,28 +42,45 @@ class World:
             self.watchdog.doing(what)
 
     @property
+    def phase(self) -> str:
+        """What this rank is doing, as far as it said."""
+        return "starting" if self.watchdog is None else self.watchdog.phase
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Around every exchange on the host: who waits in one is not the rank that does not get on."""
+        phase = self.phase
+        self.doing(WAITING + phase)
+        yield
+        self.doing(phase)
+
+    @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise sum of a host tensor over the ranks."""
-        torch_dist.all_reduce(values, group=self.host_group)
+        with self._waiting():
+            torch_dist.all_reduce(values, group=self.host_group)
         return values
 
     def gather(self, values: Tensor) -> Tensor:
         """[ranks, ...]: every rank's host tensor, in the order of ranks."""
         found = [torch.empty_like(values) for _ in range(self.size)]
-        torch_dist.all_gather(found, values, group=self.host_group)
+        with self._waiting():
+            torch_dist.all_gather(found, values, group=self.host_group)
         return torch.stack(found)
 
     def most(self, value: int) -> int:
         """The largest of the ranks' values."""
         held = torch.tensor([value])
-        torch_dist.all_reduce(held, torch_dist.ReduceOp.MAX, group=self.host_group)
+        with self._waiting():
+            torch_dist.all_reduce(held, torch_dist.ReduceOp.MAX, group=self.host_group)
         return int(held)
 
     def barrier(self) -> None:
-        torch_dist.barrier(group=self.host_group)
+        with self._waiting():
+            torch_dist.barrier(group=self.host_group)
 
     def say(self, message: str) -> None:
         if self.is_main:
@@ -79,7 +98,8 @@ class World:
         except UserError as problem:
             error = problem
         errors: list[UserError | None] = [None] * self.size
-        torch_dist.all_gather_object(errors, error, group=self.host_group)
+        with self._waiting():
+            torch_dist.all_gather_object(errors, error, group=self.host_group)
         for found in errors:
             if found is not None:
                 raise found from None
@@ -116,7 +136,7 @@ def connect(timeout: timedelta = TIMEOUT, expected: int | None = None, hang_seco
         host_group = torch_dist.new_group(backend="gloo", timeout=timeout)
         _check_sum(rank, size, device)
     watchdog = None if hang_seconds is None else Watchdog(rank, size, own_store(store), hang_seconds)
-    return World(rank, size, device, host_group, timeout, watchdog)
+    return World(rank, size, device, host_group, timeout, watchdog, store)
 
 
 def _choose_device() -> torch.device:
@@ -181,12 +201,6 @@ def _build_no_op() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def is_lost_peer(problem: Exception) -> bool:
-    """Whether an exchange failed because another rank has gone: gloo and NCCL say so in words only."""
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "remote process exited", "NCCL")
-    return isinstance(problem, torch_dist.DistError) or any(sign in str(problem) for sign in signs)
 
 
 def _free_port() -> int:

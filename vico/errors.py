@@ -6,7 +6,7 @@ do, and the command ends with its exit code and without a traceback. Mistakes of
 
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 _SHORT = reprlib.Repr()
@@ -14,9 +14,19 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 100, 100
 
 
 class UserError(ValueError):
-    """Bad input or configuration; nothing was trained. Exit code 2."""
+    """Bad input or configuration; nothing was trained. Exit code 2. `table`: rows that are shown below the line."""
 
     exit_code = 2
+
+    def __init__(self, message: str, table: Sequence[Sequence[str]] = ()) -> None:
+        super().__init__(message)
+        self.table = tuple(tuple(row) for row in table)
+
+    @property
+    def rows(self) -> list[str]:
+        """The table as text, in columns."""
+        widths = [max(map(len, column)) for column in zip(*self.table, strict=True)]
+        return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in self.table]
 
 
 class Unreachable(UserError):
@@ -41,8 +51,14 @@ class PeerLost(UserError):
     exit_code = 5
 
 
+class InUse(UserError):
+    """An output_dir or a port that another run holds. Exit code 6."""
+
+    exit_code = 6
+
+
 class DiskError(UserError):
-    """A disk that is full or refuses to be written in the middle of a run, or an output_dir that another run uses. Exit code 6."""
+    """A disk that is full or refuses to be written in the middle of a run. Exit code 6."""
 
     exit_code = 6
 

@@ -22,6 +22,7 @@ from vico.data.datasets import DATASETS, accuracy_groups
 from vico.dist import World
 from vico.engine import Engine
 from vico.errors import TrainingFault, UserError, one_line
+from vico.failpoints import reached
 from vico.files import make_folder, write_lines
 from vico.meters import Progress
 from vico.records import PackedBatch, Question
@@ -97,6 +98,7 @@ def evaluate(engine: Engine, inputs: Inputs, split: str, config: RunConfig, worl
     with torch.no_grad(), Progress(f"evaluating {len(questions)} {split} questions", len(chunks), "batch", world.is_main) as progress:
         for number, chunk in enumerate(batches, start=1):
             world.doing(f"batch {number} of the {split} evaluation")
+            reached("evaluation")
             error = error or chunk.error
             spare = chunk.batch or spare  # after an error a rank goes on with some batch: the others count on its forwards
             if spare is None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vico.errors import DiskError, UserError
+from vico.failpoints import reached
 
 TEMPORARY, REPLACED = ".vico-tmp", ".vico-old"  # no other program's, for `mend_folders` removes what bears them
 REMEDY = "free space or mend the permissions, then start again"
@@ -69,25 +70,34 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """`fill` writes files into a new folder, which then takes the place of `target` (an older one is removed after)."""
+def write_folder(target: Path, fill: Callable[[Path], None], check: Callable[[Path], None] = lambda folder: None) -> None:
+    """`fill` writes files into a new folder, which then takes the place of `target`.
+
+    `check` may refuse what came to lie there, by an error: an older `target` goes for good only behind it.
+    """
     temporary, old = (target.with_name(f".{target.name}{suffix}") for suffix in (TEMPORARY, REPLACED))
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+        reached("save:begun")
         fill(temporary)
+        reached("save:written")
         for path in temporary.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         _flush_folder(temporary)
+        reached("save:flushed")
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
+        reached("save:aside")
         temporary.rename(target)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise DiskError(f"{target}: cannot be written ({error.strerror}); {REMEDY}") from None
     _flush_folder(target.parent)
+    reached("save:renamed")
+    check(target)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -99,22 +109,31 @@ def remove_folder(target: Path) -> None:
         target.rename(doomed)
     except OSError as error:
         raise DiskError(f"{target}: cannot be removed ({error.strerror}); {REMEDY}") from None
+    reached("save:doomed")
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def mend_folders(parent: Path) -> None:
-    """Undo what a run that was killed while it wrote left: half-written files and folders go, a replaced folder comes back."""
-    for old in parent.glob(f".*{REPLACED}"):
+def mend_folders(parent: Path) -> list[str]:
+    """Undo what a run that was killed while it wrote left: half-written files and folders go, a replaced folder comes back.
+
+    Returns what was found, for the user to read.
+    """
+    found = []
+    for old in sorted(parent.glob(f".*{REPLACED}")):
         target = parent / old.name[1 : -len(REPLACED)]
         if not target.exists():
             old.rename(target)
+            found.append(f"{target.name} put back")
         else:
             shutil.rmtree(old, ignore_errors=True)
-    for temporary in parent.glob(f".*{TEMPORARY}"):
+            found.append(f"{old.name} removed")
+    for temporary in sorted(parent.glob(f".*{TEMPORARY}")):
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink()
+        found.append(f"{temporary.name} removed")
+    return found
 
 
 def _flush_folder(folder: Path) -> None:

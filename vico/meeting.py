@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch.distributed as torch_dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from vico.errors import Unreachable, UserError
+from vico.errors import InUse, Unreachable, UserError
 
 SECONDS_OF_SILENCE = 15.0  # then a start that waits says for what
 INTERFACES = "name the network interface that the hosts share by GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (eth0, ib0, ...)"
@@ -72,7 +72,7 @@ def _open_store(rank: int, size: int, timeout: timedelta) -> TCPStore:
             return store
         except torch_dist.DistError as problem:
             if keeps:
-                raise UserError(f"MASTER_PORT={port}: cannot be opened on {host} ({gist(problem)}); choose another") from None
+                raise InUse(f"MASTER_PORT={port}: cannot be opened on {host} ({gist(problem)}); choose another") from None
         if time.monotonic() >= end:
             raise Unreachable(f"{host}: nobody answers at {_place()}, where rank 0 should be, for {timeout}; its log says why")
         if os.environ.get("LOCAL_RANK", "0") == "0":

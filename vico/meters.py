@@ -76,6 +76,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         with _writing(output_dir):
+            self.num_dropped = max(0, last_step(output_dir) - step)  # steps that are done again
             for path, last in ((self._steps, step), (self._epochs, step - evaluation_due)):
                 write_lines(path, [record for record in read_records(path) if record["step"] <= last])
             self._board = SummaryWriter(str(output_dir / "runs"), purge_step=step + 1 if step else None)
@@ -128,6 +129,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 records.append(record)
     return records
+
+
+def last_step(output_dir: Path) -> int:
+    """The last step that the run there has logged; 0: none."""
+    return max((record["step"] for record in read_records(output_dir / "steps.jsonl")), default=0)
 
 
 def memory_curves(device: torch.device) -> dict[str, float]:

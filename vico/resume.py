@@ -1,14 +1,15 @@
 """Where a run starts: from nothing, from --resume, or from what its own output_dir holds; and whether it still is that run."""
 
 import os
+import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from vico import checkpoint as checkpoints
 from vico.checkpoint import Checkpoint, Progress
-from vico.config import RunConfig, differences
+from vico.config import RunConfig, differences, refuse_changes
 from vico.errors import CheckpointError, UserError
 from vico.textfiles import read_json_object
 
@@ -19,6 +20,7 @@ class Start:
 
     checkpoint: Checkpoint | None = None
     notes: tuple[str, ...] = ()
+    run: str = field(default_factory=lambda: uuid.uuid4().hex[:12])  # which run this is, for its checkpoints to say
 
 
 def find_start(config: RunConfig) -> Start:
@@ -35,34 +37,39 @@ def find_start(config: RunConfig) -> Start:
         _refuse_foreign(output_dir)
         return Start() if named is None else Start(checkpoints.read(named))
     saved = read_args(output_dir / "args.json")
-    if changed := differences(saved, config):
-        raise UserError(
-            f"{output_dir}: holds a run with other settings ({'; '.join(changed)}); choose another --output_dir, or allow it by "
-            "--allow_change NAME,..."
+    refuse_changes(f"{output_dir}: holds a run with other settings", differences(saved, config), "choose another --output_dir")
+    run = str(saved.get("run", ""))
+    own, latest = checkpoints.step_folders(output_dir), checkpoints.latest_step(output_dir)
+    if not own and latest is not None:
+        raise CheckpointError(
+            f"{output_dir}: its checkpoints are gone, up to checkpoint-{latest}, which was saved last; put one back, or choose another "
+            f"--output_dir, or remove {output_dir / 'args.json'} and the logs beside it to start anew"
         )
-    own = checkpoints.step_folders(output_dir)
-    if not own:
-        return Start() if named is None else Start(checkpoints.read(named))
+    if not own:  # ended before its first save
+        return Start(None if named is None else checkpoints.read(named), run=run)
     if named is not None and named not in own[:1] and str(named) != saved.get("resume"):
         raise UserError(
             f"{output_dir}: holds a run that stands at {own[0].name} and did not start from --resume {named}; leave --resume out to go on "
             "there, or choose another --output_dir"
         )
-    return Start(checkpoints.read(own[0])) if named == own[0] else newest_usable(own, output_dir)
+    return Start(checkpoints.read(own[0], run), run=run) if named == own[0] else newest_usable(own, output_dir, run)
 
 
-def newest_usable(folders: list[Path], output_dir: Path) -> Start:
-    """The first of `folders` (newest first) that is whole, every file of it checked."""
+def newest_usable(folders: list[Path], output_dir: Path, run: str = "") -> Start:
+    """The first of `folders` (newest first) that is whole and of this `run`, every file of it checked."""
     faults: list[str] = []
+    latest = checkpoints.latest_step(output_dir)
+    if latest is not None and f"checkpoint-{latest}" not in {folder.name for folder in folders}:
+        faults.append(f"{output_dir / f'checkpoint-{latest}'}: is gone, though it was saved last")
     for folder in folders:
         try:
-            found = checkpoints.read(folder)
+            found = checkpoints.read(folder, run)
         except CheckpointError as fault:
             faults.append(str(fault).removesuffix(f"; {checkpoints.REMEDY}"))
             continue
-        return Start(found, tuple(f"passed over: {fault}" for fault in faults) + ((f"using {found.path}",) if faults else ()))
+        return Start(found, tuple(f"passed over: {fault}" for fault in faults) + ((f"using {found.path}",) if faults else ()), run)
     raise CheckpointError(
-        f"{output_dir}: none of its {len(faults)} checkpoints can be used ({'; '.join(faults)}); choose another --output_dir to start anew"
+        f"{output_dir}: none of its {len(folders)} checkpoints can be used ({'; '.join(faults)}); choose another --output_dir to start anew"
     )
 
 
@@ -96,15 +103,12 @@ def start_progress(
         return with_empty_sums(done, config)
     saved = {name: str(value) if isinstance(value, Path) else value for name, value in start.settings.items()}
     changed = differences(saved, config) + [
-        f"{name}: {start.fingerprints.get(name)} -> {value}"
+        (name, start.fingerprints.get(name, "none"), value)
         for name, value in prints.items()
         if start.fingerprints.get(name) != value and name.split()[0] not in config.allowed_changes
     ]
-    if changed:
-        raise UserError(
-            f"{start.path}: was written by a run with other settings or files ({'; '.join(changed)}); give the same, or allow it by "
-            f"--allow_change NAME,..., or start a new run from its weights by --resume {start.path / checkpoints.WEIGHTS}"
-        )
+    remedy = f"give the same, or start a new run from its weights by --resume {start.path / checkpoints.WEIGHTS}"
+    refuse_changes(f"{start.path}: was written by a run with other settings or files", changed, remedy)
     if start.progress.questions_per_step != questions_per_step:
         raise UserError(
             f"{start.path}: its steps took {start.progress.questions_per_step} questions and these would take {questions_per_step}; "

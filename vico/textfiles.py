@@ -45,7 +45,11 @@ def _line(data: bytes, at: int) -> int:
 
 
 def read_json_object(path: Path, what: str, error: type[UserError] = UserError) -> dict[str, Any]:
-    value = parse_json(read_text(path, what, error), path, 1, error)
+    return as_object(parse_json(read_text(path, what, error), path, 1, error), path, error)
+
+
+def as_object(value: object, path: Path, error: type[UserError] = UserError) -> dict[str, Any]:
+    """`value`, which is all of `path`, if it is a JSON object."""
     if not isinstance(value, dict):
         fail(f"{path.name}:1: column 1: {json_kind(value)} where a JSON object is expected; correct {path}", error)
     return value

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vico import attempts, fingerprint, lock, stopping
 from vico import checkpoint as checkpoints
-from vico import fingerprint, lock, stopping
 from vico.assembly import Inputs, build_engine, read_inputs
 from vico.checkpoint import Checkpoint, Progress
 from vico.config import RunConfig
@@ -22,6 +22,7 @@ from vico.dist import World
 from vico.engine import Engine
 from vico.errors import TrainingFault, UserError
 from vico.evaluate import Evaluation, evaluate, report
+from vico.failpoints import reached
 from vico.files import make_folder, mend_folders, write_json
 from vico.meters import Progress as ProgressBar
 from vico.meters import RunLog, memory_curves
@@ -51,15 +52,19 @@ def train(config: RunConfig, world: World) -> None:
 
     Raises Stopped when a signal has asked for it; what was trained is saved then.
     """
+    evaluation_split = config.split if config.init_eval else "val"
+    only_evaluate = config.init_eval and config.resume is not None
+    with world.agreeing():
+        if world.is_main and not only_evaluate and os.path.exists(config.output_dir / "args.json"):
+            _take_over(config.output_dir)
     require_same_files(world, config)
     world.doing("reading the inputs")
     with world.agreeing():
         found = find_start(config)
         start = found.checkpoint
-        evaluation_split = config.split if config.init_eval else "val"
-        only_evaluate = config.init_eval and config.resume is not None
         splits = (evaluation_split,) if only_evaluate else tuple(dict.fromkeys(("train", "val", evaluation_split)))
         inputs = read_inputs(config, splits, world)
+        reached("inputs")
         if start is not None:
             start = checkpoints.fitted(start, inputs.trainable_shapes, inputs.weights.shape.n_layers)
     if world.is_main:
@@ -71,10 +76,18 @@ def train(config: RunConfig, world: World) -> None:
     if config.init_eval and (only_evaluate or start is None):
         report(evaluate(engine, inputs, evaluation_split, config, world), evaluation_split, config, world)
     if not only_evaluate:
-        _train(config, world, inputs, engine, start)
+        _train(config, world, inputs, engine, found.run, start)
 
 
-def _train(config: RunConfig, world: World, inputs: Inputs, engine: Engine, start: Checkpoint | None) -> None:
+def _take_over(output_dir: Path) -> None:
+    """Nobody else writes here from now on, and what a killed run left half-written is gone before checkpoints are looked for."""
+    if note := lock.take(output_dir):
+        print(note, flush=True)
+    if mended := mend_folders(output_dir):
+        print(f"{output_dir}: a run was killed while it wrote; {', '.join(mended)}", flush=True)
+
+
+def _train(config: RunConfig, world: World, inputs: Inputs, engine: Engine, run_id: str, start: Checkpoint | None) -> None:
     steps = TrainingSteps(
         inputs.questions["train"], inputs.captions, inputs.features, inputs.prompts, num_slots=config.max_feats, tasks=config.tasks,
         micro_batch_size=config.batch_size, accumulation=config.accum_iter, rank=world.rank, world_size=world.size, seed=config.seed,
@@ -91,8 +104,8 @@ def _train(config: RunConfig, world: World, inputs: Inputs, engine: Engine, star
         return
     peak_lr = peak_learning_rate(config.lr, config.blr, steps.questions_per_step)
     with world.agreeing():
-        log = _open_log(config, world, progress, steps, peak_lr)
-    run = _Run(config, world, inputs, engine, prints, log, progress, steps.steps_per_epoch, peak_lr)
+        log = _open_log(config, world, run_id, progress, steps, peak_lr)
+    run = _Run(config, world, inputs, engine, run_id, prints, log, progress, steps.steps_per_epoch, peak_lr)
     where = f"{world.size} rank(s) on {world.device.type}, ZeRO-{engine.stage}, {config.precision}, {engine.attention}"
     world.say(
         f"training steps {progress.step + 1} to {last_step}, {steps.steps_per_epoch} per epoch, {steps.questions_per_step} questions each; {where}"
@@ -101,10 +114,13 @@ def _train(config: RunConfig, world: World, inputs: Inputs, engine: Engine, star
         _run_steps(run, steps, last_step)
     except stopping.Stopped as stop:
         _save(run, progress)
+        if world.is_main:
+            attempts.end(config.output_dir)
         name, place = signal.Signals(stop.number).name, config.output_dir / f"checkpoint-{progress.step}"
         raise stopping.Stopped(stop.number, f"stopped by {name}; saved {place}; the same command goes on there") from None
     if log is not None:
         log.close()
+        attempts.end(config.output_dir)
     world.say(f"done: {config.output_dir}; curves: tensorboard --logdir {config.output_dir / 'runs'}")
 
 
@@ -116,6 +132,7 @@ class _Run:
     world: World
     inputs: Inputs
     engine: Engine
+    id: str
     fingerprints: dict[str, str]
     log: RunLog | None  # of the main rank
     progress: Progress
@@ -180,6 +197,7 @@ def train_step(
         world.doing(f"micro-batch {i + 1} of {num_micro_batches} of step {number}")
         micro_batch = micro_batch.to(world.device)
         losses = engine.forward(micro_batch)
+        reached("step")
         sums = sums_by_task(losses, micro_batch, len(counts))
         loss_sums += sums.detach()
         engine.backward((sums.float() * weights).sum(), last=i + 1 == num_micro_batches)
@@ -222,21 +240,26 @@ def _advance(progress: Progress, report: StepReport) -> None:
     progress.epoch_target_counts = [a + b for a, b in zip(progress.epoch_target_counts, report.target_counts, strict=True)]
 
 
-def _open_log(config: RunConfig, world: World, progress: Progress, steps: TrainingSteps, peak_lr: float) -> RunLog | None:
+def _open_log(
+    config: RunConfig, world: World, run_id: str, progress: Progress, steps: TrainingSteps, peak_lr: float
+) -> RunLog | None:  # fmt: skip
     if not world.is_main:
         return None
     make_folder(config.output_dir)
-    if note := lock.take(config.output_dir):
-        print(note, flush=True)
-    mend_folders(config.output_dir)
+    _take_over(config.output_dir)
+    attempts.begin(config.output_dir, config)
     if config.resume is None and os.path.exists(config.output_dir / "args.json"):  # what this run started from stays known
         resumed = read_args(config.output_dir / "args.json").get("resume")
         config = replace(config, resume=None if resumed is None else Path(resumed))
-    facts = {"world_size": world.size, "steps_per_epoch": steps.steps_per_epoch, "peak_lr": peak_lr}
+    facts = {"world_size": world.size, "steps_per_epoch": steps.steps_per_epoch, "peak_lr": peak_lr, "run": run_id}
     write_json(config.output_dir / "args.json", {**config.to_json(), **facts})
+    log = RunLog(config.output_dir, progress.step, progress.evaluation_due)
+    again = f" ({log.num_dropped} step(s) to redo)" if log.num_dropped else ""
     if progress.step:
-        print(f"resuming from step {progress.step}", flush=True)
-    return RunLog(config.output_dir, progress.step, progress.evaluation_due)
+        print(f"resuming from step {progress.step}{again}", flush=True)
+    elif again:
+        print(f"no checkpoint had been saved yet: starting at step 1 again{again}; --save_steps saves more often", flush=True)
+    return log
 
 
 def _total_loss(config: RunConfig, losses: list[float | None]) -> float:
@@ -297,10 +320,8 @@ def _save(run: _Run, progress: Progress, best: bool = False, first: Callable[[di
         if first is not None:
             first(weights)
         if best:  # before the other one, which already says that this accuracy is the best
-            checkpoints.save(output_dir / "checkpoint_best", weights, moments, progress, run.config, run.fingerprints)
-        checkpoints.save(output_dir / f"checkpoint-{progress.step}", weights, moments, progress, run.config, run.fingerprints)
-        if keep is not None:
-            checkpoints.prune(output_dir, keep)
+            checkpoints.save(output_dir / "checkpoint_best", weights, moments, progress, run.config, run.fingerprints, run.id)
+        checkpoints.save_step(output_dir, keep, weights, moments, progress, run.config, run.fingerprints, run.id)
 
 
 def _log_epoch(

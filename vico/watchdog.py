@@ -16,9 +16,12 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
+import psutil
 from torch._C._distributed_c10d import Store
 
 from vico.errors import PeerLost
+
+WAITING = "waiting for the others, after: "  # how what a rank does begins where it can be told that it waits
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,19 @@ class _Word:
     doing: str
     host: str
     pid: int
+
+    @property
+    def name(self) -> str:
+        return f"on {self.host} (process {self.pid})"
+
+    def is_gone(self) -> bool:
+        """Whether the process has ended, as far as this host can tell; one that its launcher has not asked after yet included."""
+        if self.host != socket.gethostname():
+            return False
+        try:
+            return psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
 
 
 class Watchdog:
@@ -49,13 +65,22 @@ class Watchdog:
     def doing(self, what: str) -> None:
         self._doing, self._moved = what, time.monotonic()
 
+    @property
+    def phase(self) -> str:
+        return self._doing.removeprefix(WAITING)
+
+    def gone(self) -> list[str]:
+        """The ranks of this host whose processes have ended, in words."""
+        return [f"rank {rank} {word.name}" for rank, word in sorted(self._words.items()) if word.is_gone()]
+
     def close(self) -> None:
         self._over.set()
 
     def _talk(self) -> None:
         """Leave word in the store and read the others'. Hangs with the store's keeper, which is why another thread judges."""
-        host = socket.gethostname()
-        while not self._over.wait(self._interval):
+        host, pause = socket.gethostname(), 0.0  # the first word at once: who is where is known when a rank is lost early
+        while not self._over.wait(pause):
+            pause = self._interval if len(self._words) == self._size else min(0.2, self._interval)
             self._tick += 1
             word = [self._tick, time.monotonic() - self._moved, self._doing, host, os.getpid()]
             with suppress(RuntimeError):  # the keeper has gone: silence says the same
@@ -97,8 +122,13 @@ class Watchdog:
     def verdict(self, silent: set[int]) -> str:
         """Who is to blame, as far as can be told."""
         states = [f"rank {r} ({word.host}): {word.doing}, for {word.seconds:.0f} s" for r, word in sorted(self._words.items())][:16]
-        guilty = [f"rank {r} on {self._words[r].host} (process {self._words[r].pid})" for r in sorted(silent)]
-        who = f"{', '.join(guilty)} no longer runs" if guilty else "every process runs, none gets on"
+        stuck = [r for r, word in sorted(self._words.items()) if not word.doing.startswith(WAITING)]
+        if silent:
+            who = f"{', '.join(f'rank {r} {self._words[r].name}' for r in sorted(silent))} no longer runs"
+        elif stuck and len(stuck) < self._size:
+            who = f"{', '.join(f'rank {r} {self._words[r].name}' for r in stuck)} does not get on, and the others wait for it"
+        else:
+            who = "every process runs, none gets on"
         return (
             f"nothing has moved for {self._seconds:.0f} s (--hang_timeout): {who}; last heard: {'; '.join(states)}; "
             "stacks are above; the same command goes on at the last checkpoint"

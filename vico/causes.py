@@ -1,0 +1,115 @@
+"""What ended a run that no UserError ended: a lost rank, no more memory, a killed data worker, or a mistake of ours.
+
+Such an end comes to one rank alone, while the others wait for it. It says its cause at once and leaves it in the store;
+the others read it there instead of adding a line about the exchange that broke off.
+"""
+
+import json
+import os
+import re
+import resource
+import socket
+import sys
+import time
+import traceback
+from contextlib import suppress
+
+import torch
+import torch.distributed as torch_dist
+
+from vico.dist import World
+from vico.errors import PeerLost, TrainingFault, UserError, one_line
+from vico.meeting import gist
+
+SECONDS_FOR_THE_CAUSE = 2.0  # the rank that failed speaks before those that lost it
+MISTAKE = 1  # the exit code of a mistake of ours, whose traceback is shown
+KEY = "vico cause"
+WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\) (?:is killed by signal: ([^.]*)|exited unexpectedly)")
+# What to do against too little memory, by the phase that a rank says it is in.
+KNOBS = {
+    "loading": "use --deepspeed zero3 or zero3_offload, more GPUs, or fewer ranks on this host",
+    "reading": "use fewer ranks on this host, or a host with more memory",
+    "saving": "use fewer ranks on this host, or a host with more memory",
+    "batch": "use --deepspeed zero3 or zero3_offload, or fewer ranks on this host",
+}
+KNOB_OF_A_STEP = "lower --batch_size and raise --accum_iter, or use --max_tokens or --checkpoint_activations full"
+
+
+def end(world: World, problem: Exception, debug: bool) -> int:
+    """Say what ended this rank, or leave it to the rank that knows; returns the exit code. Called on this rank alone."""
+    if is_lost_peer(problem) and not debug:
+        return _lost(world)
+    fault = _known(problem, world)
+    if fault is None or debug:
+        traceback.print_exception(problem)
+    if fault is None:
+        _leave(
+            world, f"rank {world.rank} ended with {type(problem).__name__}: {one_line(gist(problem))}; its traceback is in its log", MISTAKE
+        )
+        return MISTAKE
+    _say(str(fault))
+    _leave(world, str(fault), fault.exit_code)
+    return fault.exit_code
+
+
+def _known(problem: Exception, world: World) -> UserError | None:
+    """The line for what is not ours to mend."""
+    text = str(problem)
+    if found := WORKER.search(text):
+        pids, signal_name = found[1], found[2]
+        how = f"was killed ({signal_name.strip()})" if signal_name else "ended unexpectedly"
+        return TrainingFault(
+            f"a data worker of rank {world.rank} on {socket.gethostname()} (process {pids}) {how} while {world.phase}; the kernel does that "
+            "when memory or /dev/shm runs out: lower --num_workers, or give the job more of it"
+        )
+    if isinstance(problem, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        where = "GPU" if isinstance(problem, torch.OutOfMemoryError) else "host"
+        knob = next((advice for word, advice in KNOBS.items() if word in world.phase and "micro-batch" not in world.phase), KNOB_OF_A_STEP)
+        return TrainingFault(
+            f"rank {world.rank} on {socket.gethostname()} is out of {where} memory while {world.phase} (peak {_peak(where)}); {knob}; "
+            "`vico plan` says what fits"
+        )
+    return None
+
+
+def _peak(where: str) -> str:
+    used = torch.cuda.max_memory_reserved() if where == "GPU" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f"{used / 2**30:.2f} GiB"
+
+
+def is_lost_peer(problem: Exception) -> bool:
+    """Whether an exchange failed because another rank has gone: gloo and NCCL say so in words only."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "remote process exited", "NCCL")
+    return isinstance(problem, torch_dist.DistError) or (isinstance(problem, RuntimeError) and any(sign in str(problem) for sign in signs))
+
+
+def _lost(world: World) -> int:
+    """Another rank has ended. Rank 0 says so, or why; where it is the one that has gone, and the store with it, rank 1 does."""
+    time.sleep(SECONDS_FOR_THE_CAUSE)
+    speaks, cause = world.is_main, None
+    try:
+        assert world.store is not None
+        if world.store.check([KEY]):
+            cause = json.loads(world.store.get(KEY))
+    except RuntimeError:
+        speaks = world.rank == 1
+    if cause is not None:
+        if speaks and cause["host"] != socket.gethostname():  # there it stands in another log, or on another terminal
+            _say(f"{cause['host']}: {cause['line']}")
+        return int(cause["code"])
+    gone = world.watchdog.gone() if world.watchdog is not None else []
+    if speaks:
+        who = f"{', '.join(gone)} has ended" if gone else "another rank has ended"
+        _say(f"{who} while {world.phase}, and this run with it; a line above, or the log of that rank, may say why; "
+             "the same command goes on at the last checkpoint")  # fmt: skip
+    return PeerLost.exit_code
+
+
+def _leave(world: World, line: str, code: int) -> None:
+    with suppress(RuntimeError):  # the keeper of the store has gone
+        if world.store is not None and not world.store.check([KEY]):
+            world.store.set(KEY, json.dumps({"host": socket.gethostname(), "line": line, "code": code, "pid": os.getpid()}))
+
+
+def _say(line: str) -> None:
+    print(f"vico: error: {one_line(line)}", file=sys.stderr, flush=True)
