@@ -167,8 +167,8 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "check": ("Find what is wrong with a run's files before it starts: the flags of train, nothing is trained.", _check),
     "plan": ("What a run will need (memory, ZeRO stage, token budget) and how fast it can be; no weights are loaded.", _plan),
     "demo": ("Make a small world to try everything on: tokenizer, trained tiny LLaMA, videos, questions, captions.", _demo),
-    "selftest": ("Breaks runs, files and disks on purpose and counts what must hold then; its last line is one JSON object.", _selftest),
     "convert": ("Weights between Meta's layout and Hugging Face's, adapters between ours and the lineage's.", _convert),
+    "selftest": ("Breaks runs, files and disks on purpose and counts what must hold then; its last line is one JSON object.", _selftest),
 }
 
 
