@@ -145,6 +145,7 @@ def test_outputs(world: World, reference: Run) -> None:
         "checkpoint-6",
         "checkpoint_best",
         "latest.json",
+        ".vico-lock",
     }
     keys = "step epoch loss vqa_loss cap_loss vaq_loss qav_loss lr grad_norm vqa_targets cap_targets vaq_targets qav_targets"
     assert [set(line) for line in reference.steps] == [{*keys.split(), "real_tokens", "step_seconds"}] * 6
