@@ -23,7 +23,7 @@ from torch import Tensor
 from vico.config import RunConfig, settings_from
 from vico.errors import CheckpointError, DiskError, UserError, show
 from vico.failpoints import reached
-from vico.files import remove_folder, write_folder, write_json
+from vico.files import read_bytes, remove_folder, write_folder, write_json
 from vico.optim import MOMENTS
 from vico.safeload import is_numbers, load_tensors
 from vico.textfiles import as_object, parse_json, read_json_object, read_text
@@ -182,7 +182,7 @@ def _read_folder(path: Path, run: str) -> Checkpoint:
 def _read_safetensors(path: Path, recorded: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
     """The tensors of a file; `recorded`: its size and sha256, checked on the very bytes that are then taken."""
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except OSError as error:
         raise CheckpointError(f"{path}: damaged ({error.strerror}); {REMEDY}") from None
     fault = ""

@@ -1,9 +1,11 @@
 """Writing files that are whole or not there: a temporary name beside the target, flushed to the disk, then renamed."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,19 @@ def require_writable(folder: Path, called: str = "--output_dir") -> None:
             raise PermissionError(0, f"'{there}' may not be written to")
     except OSError as problem:
         raise UserError(f"{called} {folder}: {problem.strerror}; choose another") from None
+
+
+def read_bytes(path: Path) -> bytes:
+    """All of a file; an OSError also where it is none."""
+    require_file(path)
+    return path.read_bytes()
+
+
+def require_file(path: Path) -> None:
+    """Raises OSError for a device or a pipe: it would be read without end, or waited for."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "a device or a pipe, not a file")
 
 
 def _exists(path: Path) -> bool:

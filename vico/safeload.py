@@ -4,14 +4,21 @@
 the file nor the cause, so the format is looked at first.
 """
 
+import io
 import pickle
+import pickletools
 import re
 import zipfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vico.errors import UserError, one_line
+from vico.files import read_bytes, require_file
+
+if TYPE_CHECKING:
+    pass
 
 _OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled magic number of torch < 1.6
 _DAMAGED = "is cut off or damaged; fetch or copy it again and compare the sizes"
@@ -50,7 +57,16 @@ def load_tensors(
         raise error(one_line(fault))
     try:
         with torch.serialization.safe_globals(list(allow)):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            if is_zip:
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                fault = _stored_otherwise(path, content)
+            else:
+                # Not by its path: torch would look for its still older format first, a tar archive, and unpack it.
+                data = read_bytes(path)
+                fault = _old_format_fault(data)
+                content = None if fault else torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if not fault:
+            return content
     except pickle.UnpicklingError as problem:
         named = re.search(r"GLOBAL (\S+)", str(problem))
         fault = f"holds the Python object {named[1]}" if named else "holds more than tensors and plain containers"
@@ -65,6 +81,7 @@ def _format_fault(path: Path, what: str, legacy: bool, whole: bool) -> tuple[str
     """(the message when this is no file that can be loaded, whether it is a zip and can be mapped)."""
     try:
         num_bytes = path.stat().st_size
+        require_file(path)
         with path.open("rb") as file:
             head = file.read(512)
     except FileNotFoundError:
@@ -101,4 +118,75 @@ def _zip_fault(path: Path, whole: bool) -> str | None:
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         # torch maps the stored bytes as they are: compressed ones would be taken for numbers without a complaint.
         return "was packed again by another program and cannot be memory-mapped; fetch the original"
+    return None
+
+
+def _stored_otherwise(path: Path, content: Any) -> str | None:
+    """A tensor of a zip file is as large as its record: torch does not look, and maps what lies behind it as numbers."""
+    with zipfile.ZipFile(path) as archive:
+        records = Counter(e.file_size for e in archive.infolist() if e.filename.rpartition("/")[0].endswith("/data"))
+    found = Counter(_storages(content).values())
+    return "claims tensors of other sizes than it holds; fetch or copy it again" if found - records else None
+
+
+def _storages(content: Any) -> dict[int, int]:
+    """Bytes of each storage that the content refers to, by address."""
+    import torch
+
+    found: dict[int, int] = {}
+    for value in _walk(content):
+        if (
+            isinstance(value, torch.Tensor)
+            and value.layout is torch.strided
+            and not (value.is_meta or value.is_nested or value.is_quantized)
+        ):
+            storage = value.untyped_storage()
+            if storage.nbytes():
+                found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def _walk(content: Any) -> Iterator[Any]:
+    """All that lies in nested containers, each object once: a pickle can make a list that holds itself."""
+    waiting, seen = [content], set[int]()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        yield value
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list | tuple | set | frozenset):
+            waiting += value
+        elif type(value).__name__ == "Namespace":
+            waiting += vars(value).values()
+
+
+def _old_format_fault(data: bytes) -> str | None:
+    """Why a file of torch's old format is not to be loaded: memory would be reserved that the file cannot fill, or would not.
+
+    It is five pickles (magic number, version, system, content, keys of the storages), then the storages' bytes. They are read
+    as opcodes, which builds nothing. torch.save writes a storage as a tuple that ends in key, place, size and None.
+    """
+    stream, sizes, listed = io.BytesIO(data), dict[Any, int](), set[Any]()
+    for number in range(5):
+        memo: dict[Any, Any] = {}
+        recent: list[Any] = [None] * 5
+        for opcode, argument, _ in pickletools.genops(stream):
+            if opcode.name in ("BINPUT", "LONG_BINPUT"):
+                memo[argument] = recent[-1]
+            elif opcode.name == "BINPERSID":
+                key, _, size, nothing, closed = recent[-5:]
+                if not isinstance(key, str) or not isinstance(size, int) or size < 0 or (nothing, closed) != ("NONE", "TUPLE"):
+                    return "was not written by torch.save as it is; save it again where you trust it"
+                sizes[key] = max(size, sizes.get(key, 0))
+            else:
+                value = memo.get(argument) if opcode.name.endswith("BINGET") else argument
+                recent = [*recent[-4:], opcode.name if value is None else value]
+                if number == 4 and isinstance(value, str):
+                    listed.add(value)
+    there = len(data) - stream.tell()
+    if sum(sizes.values()) > there or sizes.keys() - listed:
+        return f"claims {sum(sizes.values()):,} numbers that are not all among its {there:,} bytes of them; fetch or copy it again"
     return None

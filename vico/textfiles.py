@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vico.errors import UserError, fail, show
+from vico.files import read_bytes
 from vico.safeload import disguise
 
 
 def read_text(path: Path, what: str, error: type[UserError] = UserError) -> str:
     """The file as text, UTF-8 with or without a byte order mark. `what` says in messages what should be there."""
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except FileNotFoundError:
         fail(f"{path}: no such file; {what} should be there", error)
     except (OSError, ValueError) as problem:

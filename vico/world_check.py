@@ -20,6 +20,7 @@ from vico.checkpoint import step_folders
 from vico.config import RunConfig, is_path
 from vico.dist import World
 from vico.errors import UserError
+from vico.files import require_file
 
 END_BYTES = 1 << 18  # read at each end of a large file: .pth files are zip archives, whose end has the checksums of all of it
 DATA_SUFFIXES = (".csv", ".json", ".jsonl", ".pth")
@@ -58,6 +59,7 @@ def _fingerprint(path: Path) -> str:
     try:
         if path.is_dir():
             return "a folder"
+        require_file(path)
         size = path.stat().st_size
         with path.open("rb") as file:
             digest = hashlib.sha256(file.read(END_BYTES))

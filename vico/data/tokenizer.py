@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vico.errors import UserError
+from vico.files import read_bytes
 from vico.safeload import disguise
 from vico.textfiles import parse_json
 
@@ -43,7 +44,7 @@ class Tokenizer:
 
     def __init__(self, path: Path) -> None:
         try:
-            data = path.read_bytes()
+            data = read_bytes(path)
         except OSError as problem:
             raise UserError(f"{path}: {problem.strerror}; --llama_model_path must name the folder that holds tokenizer.model") from None
         if found := disguise(data[:512], len(data)):
@@ -85,7 +86,7 @@ def find_tokenizer(llama_folder: Path, model_folder: Path) -> Path:
     if shared is None or own is None:
         return shared or own or llama_folder / NAMES[0]
     try:
-        same = shared.read_bytes() == own.read_bytes()
+        same = read_bytes(shared) == read_bytes(own)
     except OSError as problem:
         raise UserError(f"{problem.filename}: {problem.strerror}; the tokenizer must be a readable file") from None
     if not same:

@@ -10,6 +10,7 @@ from pathlib import Path
 from vico.data import tables
 from vico.data.tables import BadRow, Row, Rows
 from vico.errors import fail, show
+from vico.files import read_bytes
 from vico.records import Question
 
 FEATURES_PER_SECOND = 3
@@ -97,7 +98,7 @@ def _read_srt(folder: Path, video: str) -> Lines:
         raise BadRow(f"vid_name {show(video)} is no file name")
     path = folder / f"{video}.srt"
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except (OSError, ValueError) as problem:
         raise BadRow(f"{path} ({getattr(problem, 'strerror', None) or problem})") from None
     data = data.removeprefix(codecs.BOM_UTF8)

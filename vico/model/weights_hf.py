@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vico.errors import CheckpointError, UserError, show
+from vico.files import require_file
 from vico.model.llama import LlamaShape, RopeScaling
 from vico.model.weights import (
     EMBEDDINGS,
@@ -146,6 +147,7 @@ def _open_files(folder: Path) -> dict[str, tuple[Path, Any]]:
 def _open(path: Path) -> Any:
     """safetensors checks the header, and that the tensors fill the file."""
     try:
+        require_file(path)
         with path.open("rb") as file:
             if found := disguise(file.read(512), path.stat().st_size):
                 raise CheckpointError(f"{path}: {WHAT} is {found}")
