@@ -134,7 +134,8 @@ def pth(name: str, change: Callable[[Any], Any]) -> Damage:
     """A torch file changed in place, or replaced by what `change` returns."""
 
     def damage(home: Home) -> None:
-        content = torch.load(home.folder / name, weights_only=False)
+        with torch.serialization.safe_globals([argparse.Namespace, type(Path())]):
+            content = torch.load(home.folder / name, weights_only=True)
         changed = change(content)
         torch.save(content if changed is None else changed, home.folder / name)
 

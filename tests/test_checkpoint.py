@@ -240,7 +240,8 @@ def lineage(path: Path, steps: int = 0, adapted: int = 3, **more: Any) -> tuple[
 
 
 def changed(path: Path, change: Callable[[Any], Any], **how: Any) -> Path:
-    content = torch.load(path, weights_only=False)
+    with torch.serialization.safe_globals([argparse.Namespace, type(Path())]):
+        content = torch.load(path, weights_only=True)
     result = change(content)
     torch.save(content if result is None else result, path, **how)
     return path

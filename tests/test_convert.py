@@ -1,5 +1,6 @@
 """`vico convert`: there and back are the same bits, transformers reads what it should, and nothing half-done is left behind."""
 
+import argparse
 import json
 import os
 import resource
@@ -143,7 +144,8 @@ def nan(path: Path) -> None:
 
 
 def drop(path: Path) -> None:
-    content = torch.load(path, weights_only=False)
+    with torch.serialization.safe_globals([argparse.Namespace, type(Path())]):
+        content = torch.load(path, weights_only=True)
     del content["model"]["layers.1.attention.gate2"]
     torch.save(content, path)
 

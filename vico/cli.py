@@ -31,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
     6 disk, 75 stopped by a signal and resumable, 130 stopped by Ctrl-C."""
     debug = "--debug" in argv
     stopping.let_through()
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # for libraries, DeepSpeed above all: nobody runs a pickle here
     try:
         launched.adopt()
         command, *rest = argv or [""]
