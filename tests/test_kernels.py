@@ -85,6 +85,9 @@ else:
         turned = Rotate.apply(wide[..., :WIDTH], angles)
         kernels.USED = False
         assert distance(turned, Rotate.apply(wide[..., :WIDTH].contiguous(), angles)) <= RTOL[dtype]
+        pair = [made(7, HEADS, WIDTH, dtype=dtype, seed=i) for i in range(2)]
+        for mine, x in zip(kernels.rotate_both(pair[0], pair[1], torch.view_as_real(angles), -1.0), pair, strict=True):
+            assert torch.equal(mine, kernels.rotate(x, torch.view_as_real(angles), -1.0))
 
     @pytest.mark.parametrize("rows", [1, 64, 150])
     def test_adapter(rows: int, dtype: torch.dtype) -> None:
@@ -94,7 +97,7 @@ else:
 
     def test_widening_is_exact(dtype: torch.dtype) -> None:
         segments = (Segment(0, 3, None, False, False), Segment(3, 7, 0, True, False), Segment(7, 12, 1, False, True))
-        layout = _layout(visibility(segments), DEVICE, dtype)
+        layout = _layout(visibility(segments), DEVICE, dtype, True)
         inputs = [made(12, HEADS, WIDTH, dtype=dtype, seed=i) for i in range(3)]
         flags = (layout.after_video_T, layout.is_video_T, layout.key_rows_K, _unit(WIDTH), 8)
         gates = made(HEADS, dtype=torch.float32, seed=4)

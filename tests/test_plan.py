@@ -58,7 +58,7 @@ def batch_of(num_questions: int, vocab_size: int = 32000, place: int = 1, seed: 
 
 
 def work_of(batch: PackedBatch) -> Work:
-    keys = len(_layout(visibility(batch.segments), torch.device("cpu"), torch.float32).key_rows_K)
+    keys = len(_layout(visibility(batch.segments), torch.device("cpu"), torch.float32, False).key_rows_K)
     return Work(batch.num_rows, len(batch.wanted_rows_R), len(batch.token_targets_N), len(batch.features_VFC), keys)
 
 

@@ -189,7 +189,9 @@ def _backward(size: ModelSize, work: Work, setting: Setting, layers: list[Layer]
         again = work.rows * size.dim * width if i < setting.num_checkpointed else 0  # a recomputed layer's input, besides
         # SwiGLU: the gradient that comes in, sigmoid, silu and two of its slope; the residual's gradient waits.
         yield below, again + each.kept + stream + 5 * asking * size.hidden_dim * width + small
-        yield below, again + each.attention + 2 * stream + _attention_backward(size, work, setting, asking) + small
+        # Attention: where a block is one Function (packed kernels), what its feed-forward kept is still there.
+        kept_here = each.kept if setting.kernel == "packed" and i + 1 < size.n_layers else each.attention
+        yield below, again + kept_here + 2 * stream + _attention_backward(size, work, setting, asking) + small
         below += kept[i]
 
 

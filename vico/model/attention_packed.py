@@ -25,7 +25,7 @@ from vico.records import Segment
 
 
 @dataclass(frozen=True, slots=True)
-class _Layout:
+class Layout:
     """A stream's segments as the kernels want them, on the device. K: keys of all segments, ancestors' rows again for each."""
 
     key_rows_K: Tensor  # int64: of each segment in turn, its ancestors' rows and its own
@@ -43,66 +43,85 @@ class _Layout:
 class Kernel(Protocol):
     """Attention of each segment's queries [T, H, d'] to its own keys [K, H, d'], causal at the bottom right."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: _Layout, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(out, what backward wants to be kept)."""
         ...
 
     def backward(
-        self, gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: tuple[Tensor, ...], layout: _Layout, scale: float
+        self, gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: tuple[Tensor, ...], layout: Layout, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 class PackedAttention:
-    """`attend` by a kernel; remembers the layout of the micro-batch under way, which every layer asks for."""
+    """`attend` by a kernel; remembers the layout of the micro-batch under way, which every layer asks for.
+
+    `forward` and `backward` are for who writes a gradient out (block.py); a call is for autograd.
+    """
 
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
-        self._made_for: Visibility | None = None
-        self._layout: _Layout | None = None
+        self._made_for: tuple[Segment, ...] | None = None
+        self._layout: Layout | None = None
 
     def __call__(self, q_QHd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, seen: Visibility) -> Tensor:
         if seen.queries is not None:  # one layer of many: asking for all rows costs less than a layout of its own
             rows = seen.queries.to(q_QHd.device)
             q_THd = k_THd.new_zeros(k_THd.shape).index_copy(0, rows, q_QHd)
             return self(q_THd, k_THd, v_THd, gate2_H, Visibility(seen.segments, ())).index_select(0, rows)
-        if self._made_for is None or self._made_for.segments is not seen.segments:
-            self._made_for, self._layout = seen, _layout(seen, q_QHd.device, q_QHd.dtype)
-        out: Tensor = _PackedAttention.apply(q_QHd, k_THd, v_THd, gate2_H, self._layout, self._kernel)
+        out: Tensor = _PackedAttention.apply(q_QHd, k_THd, v_THd, gate2_H, self, self.layout(seen, q_QHd))
         return out
 
+    def layout(self, seen: Visibility, like: Tensor) -> Layout:
+        """On the device and in the type of `like`; ready for `backward` where autograd is on."""
+        made, gradient = self._layout, torch.is_grad_enabled()
+        if made is None or self._made_for is not seen.segments or (gradient and made.sharing_SK is None):
+            made = _layout(seen, like.device, like.dtype, gradient)
+            self._made_for, self._layout = seen.segments, made
+        return made
 
-class _PackedAttention(Function):
-    """A kernel between widening and gathering, which backward makes again: what is kept is q, k, v and the kernel's own.
-
-    A row that several segments see gets its gradient as one sum in fp32, in a fixed order, where autograd would add in half
-    precision and as they come.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, layout: _Layout, kernel: Kernel) -> Tensor:
+    def forward(
+        self, q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, layout: Layout
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(out [T, H, d], what `backward` wants to be kept besides the inputs)."""
         width = q_THd.shape[-1]
         # The scale is that of the real head width, not of the widened one.
-        out, kept = kernel.forward(*_kernel_inputs(q_THd, k_THd, v_THd, gate2_H, layout), layout, width**-0.5)
-        ctx.save_for_backward(q_THd, k_THd, v_THd, gate2_H, *kept)
-        ctx.layout, ctx.kernel = layout, kernel
-        return out[..., :width]
+        out, kept = self._kernel.forward(*_kernel_inputs(q_THd, k_THd, v_THd, gate2_H, layout), layout, width**-0.5)
+        return out[..., :width], kept
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (q_THd, k_THd, v_THd, gate2_H, *kept), layout = ctx.saved_tensors, ctx.layout
+    def backward(
+        self, g_THd: Tensor, q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, kept: tuple[Tensor, ...], layout: Layout
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Gradients of q, k, v and gate2. Rows that several segments see get one sum in fp32, in a fixed order."""
         width = q_THd.shape[-1]
         q, k, v = _kernel_inputs(q_THd, k_THd, v_THd, gate2_H, layout)
-        gradient = F.pad(gradients[0], (0, q.shape[-1] - width))
-        dq, dk, dv = ctx.kernel.backward(gradient, q, k, v, tuple(kept), layout, width**-0.5)
-        del q, k, v, gradient, kept  # widened tensors, in the worst moment of a step's memory
+        dq, dk, dv = self._kernel.backward(F.pad(g_THd, (0, q.shape[-1] - width)), q, k, v, kept, layout, width**-0.5)
+        del q, k, v  # widened tensors, in the worst moment of a step's memory
         gate2_gradient = None
         if gate2_H is not None:
             # hi and lo are parts of one number: each row's score moves with hi alone, of which lo is but the rounding.
             gate2_gradient = (dq[..., width].float() * layout.after_video_T[:, None]).sum(dim=0) * (math.sqrt(width) / _unit(width))
-        return dq[..., :width], _by_row(dk, layout, width), _by_row(dv, layout, width), gate2_gradient, None, None
+        return dq[..., :width], _by_row(dk, layout, width), _by_row(dv, layout, width), gate2_gradient
 
 
-def _kernel_inputs(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, layout: _Layout) -> tuple[Tensor, Tensor, Tensor]:
+class _PackedAttention(Function):
+    """Keeps q, k, v and the kernel's own; what is gathered and widened is made again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, attend: PackedAttention, layout: Layout
+    ) -> Tensor:
+        out, kept = attend.forward(q_THd, k_THd, v_THd, gate2_H, layout)
+        ctx.save_for_backward(q_THd, k_THd, v_THd, gate2_H, *kept)
+        ctx.attend, ctx.layout = attend, layout
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q_THd, k_THd, v_THd, gate2_H, *kept = ctx.saved_tensors
+        return *ctx.attend.backward(gradients[0], q_THd, k_THd, v_THd, gate2_H, tuple(kept), ctx.layout), None, None
+
+
+def _kernel_inputs(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     """q [T, H, d'], k and v [K, H, d'], as the kernels want them."""
     rows = layout.key_rows_K
     if gate2_H is None:
@@ -137,7 +156,7 @@ def _widened(
     return wide_q, wide_k.index_select(0, rows_K), F.pad(v_THd, (0, extra)).index_select(0, rows_K)
 
 
-def _by_row(gradient_KHd: Tensor, layout: _Layout, width: int) -> Tensor:
+def _by_row(gradient_KHd: Tensor, layout: Layout, width: int) -> Tensor:
     """[T, H, width]: of each row, the sum over the places where it stands among the keys."""
     out_THd = gradient_KHd[..., :width].index_select(0, layout.own_keys_T)
     if layout.sharing_SK is not None and len(layout.sharing_SK):
@@ -147,7 +166,7 @@ def _by_row(gradient_KHd: Tensor, layout: _Layout, width: int) -> Tensor:
     return out_THd
 
 
-def _layout(seen: Visibility, device: torch.device, dtype: torch.dtype) -> _Layout:
+def _layout(seen: Visibility, device: torch.device, dtype: torch.dtype, gradient: bool) -> Layout:
     """Host work in numpy, once per micro-batch, and copies that nobody waits for."""
     lines: list[list[Segment]] = []  # of each segment, its ancestors and itself
     for segment in seen.segments:  # parents stand before their children
@@ -168,22 +187,22 @@ def _layout(seen: Visibility, device: torch.device, dtype: torch.dtype) -> _Layo
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
     rows_K, rows_S = to_device(key_rows), to_device(shared_rows)
-    sharing_SK = (rows_S[:, None] == rows_K).to(dtype) if torch.is_grad_enabled() else None
+    sharing_SK = (rows_S[:, None] == rows_K).to(dtype) if gradient else None
     of_q, of_k = (to_device(x.astype(np.int32)) for x in (q_starts, k_starts))
-    return _Layout(rows_K, to_device(own_keys), rows_S, sharing_SK, of_q, of_k, longest[0], longest[1], *map(to_device, flags))
+    return Layout(rows_K, to_device(own_keys), rows_S, sharing_SK, of_q, of_k, longest[0], longest[1], *map(to_device, flags))
 
 
 class Differentiated:
     """A kernel with a gradient of its own, for which its forward runs again: half a percent of a step, and nothing is kept."""
 
-    def __init__(self, function: Callable[[Tensor, Tensor, Tensor, _Layout, float], Tensor]) -> None:
+    def __init__(self, function: Callable[[Tensor, Tensor, Tensor, Layout, float], Tensor]) -> None:
         self._function = function
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: _Layout, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
         return self._function(q, k, v, layout, scale), ()
 
     def backward(
-        self, gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: tuple[Tensor, ...], layout: _Layout, scale: float
+        self, gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: tuple[Tensor, ...], layout: Layout, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         with torch.enable_grad():
@@ -192,7 +211,7 @@ class Differentiated:
         return dq, dk, dv
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, layout: _Layout, scale: float) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
     """A call of scaled_dot_product_attention per segment: slow on a GPU (it waits for the device), right everywhere."""
     outs = []
     starts = (layout.q_starts, layout.k_starts, layout.k_starts)
@@ -204,7 +223,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, layout: _Layout, scale: float) -> Tens
     return torch.cat(outs)
 
 
-def flash_attn(q: Tensor, k: Tensor, v: Tensor, layout: _Layout, scale: float) -> Tensor:
+def flash_attn(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
     """The flash-attn package (extra `flash`)."""
     from flash_attn import flash_attn_varlen_func
 
@@ -220,13 +239,13 @@ class Varlen:
     that is written out, and takes 0.1 ms of the host's time per call. Their schemas are the same from torch 2.11 on.
     """
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: _Layout, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
         lengths = (layout.q_starts, layout.k_starts, layout.longest_q, layout.longest_k)
         out, log_sum_exp, state, unused, _ = torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, True, False, scale=scale)
         return out, (out, log_sum_exp, state, unused)
 
     def backward(
-        self, gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: tuple[Tensor, ...], layout: _Layout, scale: float
+        self, gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: tuple[Tensor, ...], layout: Layout, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         lengths = (layout.q_starts, layout.k_starts, layout.longest_q, layout.longest_k)
         out, log_sum_exp, state, unused = kept

@@ -25,6 +25,11 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return x @ weight.t()
 
 
+def product_added(base: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """base + x W^T; on a GPU as one kernel, which rounds once."""
+    return torch.addmm(base, x, weight.t()) if x.is_cuda else product(x, weight).add_(base)
+
+
 class FrozenProduct(Function):
     """x W^T. Keeps a reference to the parameter, not its value: under ZeRO-3 the value is gathered again for backward."""
 
@@ -38,12 +43,29 @@ class FrozenProduct(Function):
         return product(gradients[0], ctx.weight.t()) if ctx.needs_input_grad[0] else None, None
 
 
+def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(w x / rms(x) over the last dimension, 1 / rms(x)), in fp32."""
+    if kernels.serve(x):
+        return kernels.norm(x, weight, eps)
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(x.shape[-1])
+    scale = mean_square.add_(eps).rsqrt_()
+    return (x.float() * scale).to(x.dtype).mul_(weight), scale
+
+
+def norm_backward(gradient: Tensor, x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+    if kernels.serve(x):
+        return kernels.norm_backward(gradient, x, scale, weight)
+    gradient, x_hat = (gradient * weight).float(), x.float() * scale
+    along = (gradient * x_hat).mean(dim=-1, keepdim=True)
+    return gradient.addcmul_(x_hat, along, value=-1).mul_(scale).to(x.dtype)
+
+
 class FrozenRMSNorm(Function):
-    """w x / rms(x) over the last dimension, in fp32; keeps x and one number per row."""
+    """w x / rms(x); keeps x and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        out, scale = (kernels.norm if kernels.serve(x) else _norm)(x, weight, eps)
+        out, scale = norm(x, weight, eps)
         ctx.save_for_backward(x, scale)
         ctx.weight = weight
         return out
@@ -51,19 +73,22 @@ class FrozenRMSNorm(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         x, scale = ctx.saved_tensors
-        return (kernels.norm_backward if kernels.serve(x) else _norm_backward)(gradients[0], x, scale, ctx.weight), None, None
+        return norm_backward(gradients[0], x, scale, ctx.weight), None, None
 
 
-def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(x.shape[-1])
-    scale = mean_square.add_(eps).rsqrt_()
-    return (x.float() * scale).to(x.dtype).mul_(weight), scale
+def swiglu(a: Tensor, b: Tensor) -> Tensor:
+    """silu(a) * b."""
+    return kernels.swiglu(a, b) if kernels.serve(a) else F.silu(a).mul_(b)
 
 
-def _norm_backward(gradient: Tensor, x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
-    gradient, x_hat = (gradient * weight).float(), x.float() * scale
-    along = (gradient * x_hat).mean(dim=-1, keepdim=True)
-    return gradient.addcmul_(x_hat, along, value=-1).mul_(scale).to(x.dtype)
+def swiglu_backward(gradient: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    if kernels.serve(a):
+        return kernels.swiglu_backward(gradient, a, b)
+    sigmoid = a.sigmoid()
+    silu = a * sigmoid
+    # d silu / da = sigmoid + silu (1 - sigmoid)
+    slope = sigmoid.addcmul(silu, 1 - sigmoid)
+    return slope.mul_(gradient).mul_(b), silu.mul_(gradient)
 
 
 class SwiGLU(Function):
@@ -72,20 +97,12 @@ class SwiGLU(Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
-        return kernels.swiglu(a, b) if kernels.serve(a) else F.silu(a).mul_(b)
+        return swiglu(a, b)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         a, b = ctx.saved_tensors
-        return (kernels.swiglu_backward if kernels.serve(a) else _swiglu_backward)(gradients[0], a, b)
-
-
-def _swiglu_backward(gradient: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    sigmoid = a.sigmoid()
-    silu = a * sigmoid
-    # d silu / da = sigmoid + silu (1 - sigmoid)
-    slope = sigmoid.addcmul(silu, 1 - sigmoid)
-    return slope.mul_(gradient).mul_(b), silu.mul_(gradient)
+        return swiglu_backward(gradients[0], a, b)
 
 
 def rotate(x_THd: Tensor, rotary_T1h: Tensor) -> Tensor:
@@ -94,47 +111,50 @@ def rotate(x_THd: Tensor, rotary_T1h: Tensor) -> Tensor:
     return torch.view_as_real(pairs * rotary_T1h).flatten(-2).to(x_THd.dtype)
 
 
-class Rotate(Function):
-    """`rotate`, keeping nothing but the angles, which all layers share; its gradient turns back."""
-
-    @staticmethod
-    def forward(ctx: Any, x_THd: Tensor, rotary_T1h: Tensor) -> Tensor:
-        ctx.rotary = rotary_T1h
-        return _turn(x_THd, rotary_T1h, 1.0)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _turn(gradients[0], ctx.rotary, -1.0), None
-
-
-def _turn(x_THd: Tensor, rotary_T1h: Tensor, sign: float) -> Tensor:
+def turn(x_THd: Tensor, rotary_T1h: Tensor, sign: float) -> Tensor:
+    """`rotate` (sign 1), or back (-1), which is its gradient."""
     if kernels.serve_heads(x_THd):
         return kernels.rotate(x_THd, torch.view_as_real(rotary_T1h), sign)
     return rotate(x_THd, rotary_T1h if sign > 0 else rotary_T1h.conj())
 
 
-class AdapterAttention(Function):
-    """base + tanh(gate1_h) softmax_a(q.K_a / sqrt d) V, the same few keys for every row; keeps q and recomputes the rest."""
+def turn_both(q_THd: Tensor, k_THd: Tensor, rotary_T1h: Tensor, sign: float) -> tuple[Tensor, Tensor]:
+    if kernels.serve_heads(q_THd):
+        return kernels.rotate_both(q_THd, k_THd, torch.view_as_real(rotary_T1h), sign)
+    return turn(q_THd, rotary_T1h, sign), turn(k_THd, rotary_T1h, sign)
+
+
+class Rotate(Function):
+    """`rotate`, keeping nothing but the angles, which all layers share."""
 
     @staticmethod
-    def forward(ctx: Any, base_THd: Tensor, q_THd: Tensor, k_AHd: Tensor, v_AHd: Tensor, gate1_H: Tensor) -> Tensor:
-        ctx.save_for_backward(q_THd, k_AHd, v_AHd, gate1_H)
-        if kernels.serve_heads(q_THd):
-            return kernels.adapter(base_THd, q_THd, k_AHd, v_AHd, gate1_H.tanh())
-        weights_HTA = _adapter_weights(q_THd, k_AHd) * gate1_H.tanh()[:, None, None]
-        return base_THd + torch.matmul(weights_HTA.to(v_AHd.dtype), v_AHd.transpose(0, 1)).transpose(0, 1)
+    def forward(ctx: Any, x_THd: Tensor, rotary_T1h: Tensor) -> Tensor:
+        ctx.rotary = rotary_T1h
+        return turn(x_THd, rotary_T1h, 1.0)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        q_THd, k_AHd, v_AHd, gate1_H = ctx.saved_tensors
-        gate_H = gate1_H.tanh()
-        backward = kernels.adapter_backward if kernels.serve_heads(q_THd) else _adapter_backward
-        q_gradient, k_gradient, v_gradient, gate_gradient = backward(gradients[0], q_THd, k_AHd, v_AHd, gate_H)
-        return gradients[0], q_gradient, k_gradient, v_gradient, gate_gradient * (1 - gate_H.square())
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return turn(gradients[0], ctx.rotary, -1.0), None
+
+
+def adapter(base_THd: Tensor, q_THd: Tensor, k_AHd: Tensor, v_AHd: Tensor, gate1_H: Tensor) -> Tensor:
+    """base + tanh(gate1_h) softmax_a(q.K_a / sqrt d) V, the same few keys for every row."""
+    if kernels.serve_heads(q_THd):
+        return kernels.adapter(base_THd, q_THd, k_AHd, v_AHd, gate1_H.tanh())
+    weights_HTA = _adapter_weights(q_THd, k_AHd) * gate1_H.tanh()[:, None, None]
+    return base_THd + torch.matmul(weights_HTA.to(v_AHd.dtype), v_AHd.transpose(0, 1)).transpose(0, 1)
+
+
+def adapter_backward(g_THd: Tensor, q_THd: Tensor, k_AHd: Tensor, v_AHd: Tensor, gate1_H: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, K, V and gate1; that of `base` is the gradient itself."""
+    gate_H = gate1_H.tanh()
+    backward = kernels.adapter_backward if kernels.serve_heads(q_THd) else _adapter_backward
+    q_gradient, k_gradient, v_gradient, gate_gradient = backward(g_THd, q_THd, k_AHd, v_AHd, gate_H)
+    return q_gradient, k_gradient, v_gradient, gate_gradient * (1 - gate_H.square())
 
 
 def _adapter_backward(g_THd: Tensor, q_THd: Tensor, k_AHd: Tensor, v_AHd: Tensor, gate_H: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and of the gate, tanh(gate1)."""
+    """Gradients of q, K, V and of the gate, tanh(gate1)."""
     g_HTd, gate_H11 = g_THd.transpose(0, 1), gate_H[:, None, None]
     weights_HTA = _adapter_weights(q_THd, k_AHd)
     # Gradient with respect to the softmax's output, before the gate.
@@ -150,6 +170,19 @@ def _adapter_backward(g_THd: Tensor, q_THd: Tensor, k_AHd: Tensor, v_AHd: Tensor
 def _adapter_weights(q_THd: Tensor, k_AHd: Tensor) -> Tensor:
     scores_HTA = torch.matmul(q_THd.transpose(0, 1), k_AHd.permute(1, 2, 0)).float()
     return scores_HTA.mul_(q_THd.shape[-1] ** -0.5).softmax(dim=-1)
+
+
+class AdapterAttention(Function):
+    """`adapter`; keeps q and recomputes the rest."""
+
+    @staticmethod
+    def forward(ctx: Any, base_THd: Tensor, q_THd: Tensor, k_AHd: Tensor, v_AHd: Tensor, gate1_H: Tensor) -> Tensor:
+        ctx.save_for_backward(q_THd, k_AHd, v_AHd, gate1_H)
+        return adapter(base_THd, q_THd, k_AHd, v_AHd, gate1_H)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients[0], *adapter_backward(gradients[0], *ctx.saved_tensors)
 
 
 class TargetCrossEntropy(Function):

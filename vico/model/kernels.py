@@ -79,11 +79,20 @@ def rotate(x_THd: Tensor, angles_Th2: Tensor, sign: float) -> Tensor:
     """Pairs turned by sign times their angle; angles as (cosine, sine). Rows and heads of x may lie apart."""
     rows, heads, width = x_THd.shape
     out = torch.empty((rows, heads, width), dtype=x_THd.dtype, device=x_THd.device)
-    grid = (rows, triton.cdiv(heads, HEADS))
-    programs.rotate_kernel[grid](
-        x_THd, angles_Th2.contiguous(), out, x_THd.stride(0), x_THd.stride(1), sign, heads, WIDTH=width, HEADS=HEADS
+    programs.rotate_kernel[(rows, triton.cdiv(heads, HEADS), 1)](
+        x_THd, x_THd, angles_Th2, out, out, x_THd.stride(0), x_THd.stride(1), sign, heads, WIDTH=width, HEADS=HEADS
     )
     return out
+
+
+def rotate_both(x_THd: Tensor, y_THd: Tensor, angles_Th2: Tensor, sign: float) -> tuple[Tensor, Tensor]:
+    """Two tensors of one shape in one start."""
+    x_THd, y_THd, (rows, heads, width) = x_THd.contiguous(), y_THd.contiguous(), x_THd.shape
+    outs = torch.empty_like(x_THd), torch.empty_like(y_THd)
+    programs.rotate_kernel[(rows, triton.cdiv(heads, HEADS), 2)](
+        x_THd, y_THd, angles_Th2, *outs, heads * width, width, sign, heads, WIDTH=width, HEADS=HEADS
+    )
+    return outs
 
 
 def widen(
@@ -91,15 +100,14 @@ def widen(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """attention_packed._widened."""
     q_THd, k_THd, v_THd = q_THd.contiguous(), k_THd.contiguous(), v_THd.contiguous()
-    num_rows, heads, width = k_THd.shape
-    outs = [q_THd.new_empty((num, heads, width + extra)) for num in (num_rows, len(rows_K), len(rows_K))]
-    gates, factor = gate2_H.float().contiguous(), math.sqrt(width) / unit
-    for kind, x, flags, out in ((1, q_THd, after_T, outs[0]), (2, k_THd, video_T, outs[1]), (0, v_THd, video_T, outs[2])):
-        grid = (len(out), triton.cdiv(heads, HEADS))
-        programs.widen_kernel[grid](
-            x, rows_K, flags.view(torch.uint8), gates, out, factor, unit, kind, heads, WIDTH=width, EXTRA=extra, HEADS=HEADS
-        )
-    return outs[0], outs[1], outs[2]
+    (rows, heads, width), keys = k_THd.shape, len(rows_K)
+    out_q, out_k, out_v = (q_THd.new_empty((num, heads, width + extra)) for num in (rows, keys, keys))
+    flags = after_T.view(torch.uint8), video_T.view(torch.uint8)
+    programs.widen_kernel[(max(rows, keys), triton.cdiv(heads, HEADS), 3)](
+        q_THd, k_THd, v_THd, rows_K, *flags, gate2_H.float().contiguous(), out_q, out_k, out_v, rows, keys, math.sqrt(width) / unit, unit,
+        heads=heads, WIDTH=width, EXTRA=extra, HEADS=HEADS,
+    )  # fmt: skip
+    return out_q, out_k, out_v
 
 
 def _keys(k_AHd: Tensor) -> int:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vico.model import block
 from vico.model.attention import Attend, Visibility, narrowed
 from vico.model.functions import AdapterAttention, FrozenProduct, FrozenRMSNorm, Rotate, SwiGLU, TargetCrossEntropy
 
@@ -150,15 +151,18 @@ class Attention(nn.Module):
         queries = context.seen.queries
         asking = None if queries is None else queries.to(x_TD.device, non_blocking=True)
         x_QD, rotary_Q = (x_TD, context.rotary_T) if asking is None else (x_TD[asking], context.rotary_T[asking])
-        q_QHd, k_THd, v_THd = (w(x).unflatten(-1, (-1, self.head_dim)) for w, x in ((self.wq, x_QD), (self.wk, x_TD), (self.wv, x_TD)))
+        q_QHd, k_THd, v_THd = (self.heads(w(x)) for w, x in ((self.wq, x_QD), (self.wk, x_TD), (self.wv, x_TD)))
         q_QHd, k_THd = Rotate.apply(q_QHd, rotary_Q), Rotate.apply(k_THd, context.rotary_T)
         k_THd, v_THd = self._for_every_head(k_THd), self._for_every_head(v_THd)
         if prompt_AD is None:
             return self.wo(context.attend(q_QHd, k_THd, v_THd, None, context.seen).flatten(-2))
         out_QHd = context.attend(q_QHd, k_THd, v_THd, self.gate2.flatten(), context.seen)
-        k_AHd, v_AHd = (self._for_every_head(w(prompt_AD).unflatten(-1, (-1, self.head_dim))) for w in (self.wk, self.wv))
+        k_AHd, v_AHd = (self._for_every_head(self.heads(w(prompt_AD))) for w in (self.wk, self.wv))
         out_QHd = AdapterAttention.apply(out_QHd, q_QHd, k_AHd, v_AHd, self.gate1.flatten())
         return self.wo(out_QHd.flatten(-2))
+
+    def heads(self, x_TD: Tensor) -> Tensor:
+        return x_TD.unflatten(-1, (-1, self.head_dim))
 
     def _for_every_head(self, x_TKd: Tensor) -> Tensor:
         """Grouped keys or values, one for each query head; nothing is copied where every head has its own."""
@@ -186,6 +190,8 @@ class Block(nn.Module):
 
     def forward(self, x_TD: Tensor, prompt_AD: Tensor | None, context: Context) -> Tensor:
         """The rows that ask, [Q, D]; where only some do, the others end here."""
+        if (out_TD := block.run(self, x_TD, prompt_AD, context)) is not None:
+            return out_TD
         queries = context.seen.queries
         residual = x_TD if queries is None else x_TD[queries.to(x_TD.device, non_blocking=True)]
         h_QD = residual + self.attention(self.attention_norm(x_TD), prompt_AD, context)

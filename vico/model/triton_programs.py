@@ -57,55 +57,65 @@ def swiglu_backward_kernel(gradient, a, b, da, db, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _turned(value, angles, row, sign: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr):
+    first, second = tl.split(tl.reshape(value, (HEADS, WIDTH // 2, 2)))
+    cosine, sine = tl.split(tl.reshape(tl.load(angles + row * WIDTH + tl.arange(0, WIDTH)), (WIDTH // 2, 2)))
+    cosine, sine = cosine[None, :], sine[None, :] * sign
+    return tl.reshape(tl.join(first * cosine - second * sine, first * sine + second * cosine), (HEADS, WIDTH))
+
+
+@triton.jit
 def rotate_kernel(
-    x, angles, out, row_stride, head_stride, sign: tl.constexpr, heads: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr
+    x, y, angles, out_x, out_y, row_stride, head_stride, sign: tl.constexpr, heads: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr
 ):
+    """x, and in a grid that has a third dimension y, whose strides are the same."""
     row = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     inside = head < heads
-    value = tl.load(x + row * row_stride + head * head_stride + column, mask=inside, other=0.0).to(tl.float32)
-    first, second = tl.split(tl.reshape(value, (HEADS, WIDTH // 2, 2)))
-    cosine, sine = tl.split(tl.reshape(tl.load(angles + row * WIDTH + tl.arange(0, WIDTH)), (WIDTH // 2, 2)))
-    cosine, sine = cosine[None, :], sine[None, :] * sign
-    turned = tl.reshape(tl.join(first * cosine - second * sine, first * sine + second * cosine), (HEADS, WIDTH))
-    tl.store(out + (row * heads + head) * WIDTH + column, turned.to(out.dtype.element_ty), mask=inside)
+    at, to = row * row_stride + head * head_stride + column, (row * heads + head) * WIDTH + column
+    if tl.program_id(2) == 0:
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out_x + to, _turned(value, angles, row, sign, WIDTH, HEADS).to(out_x.dtype.element_ty), mask=inside)
+    else:
+        value = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out_y + to, _turned(value, angles, row, sign, WIDTH, HEADS).to(out_y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def widen_kernel(
-    x,
-    rows,
-    flags,
-    gates,
-    out,
-    factor,
-    unit,
-    kind: tl.constexpr,
-    heads: tl.constexpr,
-    WIDTH: tl.constexpr,
-    EXTRA: tl.constexpr,
-    HEADS: tl.constexpr,
-):
-    """`kind` 0: behind each head's numbers zeros; 1: gates' two parts where the row is flagged; 2: `unit` twice likewise."""
-    place = tl.program_id(0).to(tl.int64)
-    row = place if kind == 1 else tl.load(rows + place)
-    head_1 = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    head = head_1[:, None]
-    inside = head < heads
+def _widened(x, row, extra, out, place, head, heads: tl.constexpr, WIDTH: tl.constexpr, EXTRA: tl.constexpr):
+    """Each head's numbers, and `extra` behind them."""
     column, more = tl.arange(0, WIDTH)[None, :], tl.arange(0, EXTRA)[None, :]
+    inside = head < heads
     to = out + (place * heads + head) * (WIDTH + EXTRA)
     tl.store(to + column, tl.load(x + (row * heads + head) * WIDTH + column, mask=inside, other=0.0), mask=inside)
-    extra = tl.zeros((HEADS, EXTRA), dtype=tl.float32)
-    if kind > 0:
-        flag = tl.load(flags + row).to(tl.float32)
-        if kind == 1:
-            gate = tl.load(gates + head_1, mask=head_1 < heads, other=0.0)[:, None] * factor
-            high = gate.to(out.dtype.element_ty).to(tl.float32)
-            extra = tl.where(more == 0, high, tl.where(more == 1, gate - high, 0.0)) * flag
-        else:
-            extra = tl.where(more < 2, unit, 0.0) * flag + extra
     tl.store(to + WIDTH + more, extra.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_keys"])
+def widen_kernel(
+    q, k, v, rows, after, video, gates, out_q, out_k, out_v, num_rows, num_keys, factor, unit,
+    heads: tl.constexpr, WIDTH: tl.constexpr, EXTRA: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """The grid's third dimension: q with the gates' two parts where its row is behind the video, k with `unit` twice where its
+    row is the video's, v with zeros; k and v gathered by `rows`."""
+    place = tl.program_id(0).to(tl.int64)
+    head_1 = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    head, more = head_1[:, None], tl.arange(0, EXTRA)[None, :]
+    nothing = tl.zeros((HEADS, EXTRA), dtype=tl.float32)
+    if tl.program_id(2) == 0:
+        if place < num_rows:
+            gate = tl.load(gates + head_1, mask=head_1 < heads, other=0.0)[:, None] * factor
+            high = gate.to(out_q.dtype.element_ty).to(tl.float32)
+            extra = tl.where(more == 0, high, tl.where(more == 1, gate - high, 0.0)) * tl.load(after + place).to(tl.float32)
+            _widened(q, place, nothing + extra, out_q, place, head, heads, WIDTH, EXTRA)
+    elif place < num_keys:
+        row = tl.load(rows + place)
+        if tl.program_id(2) == 1:
+            extra = tl.where(more < 2, unit, 0.0) * tl.load(video + row).to(tl.float32)
+            _widened(k, row, nothing + extra, out_k, place, head, heads, WIDTH, EXTRA)
+        else:
+            _widened(v, row, nothing, out_v, place, head, heads, WIDTH, EXTRA)
 
 
 @triton.jit
