@@ -10,6 +10,9 @@ LLAMA_3 = [
     "tiktoken>=0.9,<1",  # Meta's tokenizer.model of LLaMA-3
     "tokenizers>=0.21,<1",  # Hugging Face's tokenizer.json
 ]
+QUANTIZED = [
+    "bitsandbytes>=0.50,<0.51",  # --quantize: packs and unpacks on GPUs and CPUs; what its 0.x versions make of a weight may differ
+]
 
 setup(
     name="vico",
@@ -43,10 +46,12 @@ setup(
         # Source only: needs nvcc and `pip install --no-build-isolation`. Without it torch's own kernels run.
         "flash": ["flash-attn>=2.8,<3"],
         "llama3": LLAMA_3,
+        "quantized": QUANTIZED,
         # The plots of `bash benchmarks/run.sh report`.
         "benchmarks": ["matplotlib>=3.9,<4"],
         "dev": [
             *LLAMA_3,
+            *QUANTIZED,
             "transformers>=5.20,<6",  # what the backbone's logits are held against
             # Its interpreter runs the GPU's kernels in tests without one. With a GPU torch brings its own.
             "triton>=3.6,<4; platform_system == 'Linux' and platform_machine == 'x86_64'",

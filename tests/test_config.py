@@ -242,7 +242,7 @@ def test_paths_mean_the_users_directory_for_good(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     config = parse(["--data_path", "d", "--deepspeed", "my/ds.json", "--output_dir", "/abs"], "vico train", "").resolve()
     assert (config.data_path, config.deepspeed, config.output_dir) == (tmp_path / "d", f"{tmp_path}/my/ds.json", Path("/abs"))
-    assert parse([], "vico train", "").resolve().deepspeed == "zero2"
+    assert parse([], "vico train", "").resolve().deepspeed == "auto"
 
 
 def test_differences_are_those_that_change_the_numbers() -> None:

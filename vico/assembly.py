@@ -7,17 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vico import gate
+from vico import gate, stage
 from vico.config import RunConfig
 from vico.data.datasets import read_questions
 from vico.data.features import Features
 from vico.data.prompts import Prompts
 from vico.dist import World, limit_waiting
-from vico.engine import Engine, construction, fill, read_config
+from vico.engine import Engine, construction, fill
 from vico.files import require_writable
 from vico.model import kernels
 from vico.model.attention_packed import choose
 from vico.model.backbone import Weights
+from vico.model.llama import FrozenLinear, Linear
+from vico.model.quantized import QuantizedLinear
 from vico.model.vico import ViCo, trainable_shapes
 from vico.optim import make_optimizer
 from vico.records import Question
@@ -37,6 +39,7 @@ class Inputs:
     num_adapted: int  # adapted layers
     trainable_shapes: dict[str, tuple[int, ...]]
     ds_config: dict[str, Any]
+    stage: str  # which ZeRO stage, and why
     notes: tuple[str, ...]
     memory: Memory  # what was found out, to be kept when all ranks agree that nothing is wrong
 
@@ -44,14 +47,14 @@ class Inputs:
 def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inputs:
     """Open and check every file of a run; nothing is computed yet. Raises UserError. No collectives: ranks agree after it."""
     require_writable(config.output_dir)
-    ds_config = read_config(config.deepspeed, config.precision, config.batch_size, config.accum_iter, world.size)
     memory = Memory()
     backbone = gate.open_backbone(config)
+    chosen = stage.choose(config, backbone.weights.shape, world.size, world.hardware, training="train" in splits)
     prompts = backbone.prompts(config)
     folder = config.dataset_folder
     asked = {split: read_questions(config.dataset, folder, split, subtitles=config.sub) for split in splits}
     features = Features(folder / "clipvitl14.pth")
-    questions, dropped, notes = {}, {}, []
+    questions, dropped, notes = {}, {}, [*chosen.notes]
     for split in splits:
         questions[split], dropped[split] = gate.with_features(config, split, asked[split], features)
     captions: dict[str, str] = {}
@@ -66,7 +69,18 @@ def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inp
     notes += gate.shared_videos(questions)
     shapes = trainable_shapes(backbone.weights.shape, backbone.num_adapted, config.adapter_len, config.max_feats)
     return Inputs(
-        backbone.weights, prompts, features, questions, dropped, captions, backbone.num_adapted, shapes, ds_config, tuple(notes), memory
+        backbone.weights,
+        prompts,
+        features,
+        questions,
+        dropped,
+        captions,
+        backbone.num_adapted,
+        shapes,
+        chosen.ds_config,
+        chosen.name,
+        tuple(notes),
+        memory,
     )
 
 
@@ -76,12 +90,17 @@ def build_engine(config: RunConfig, inputs: Inputs, trainables: dict[str, Tensor
         dtype = DTYPES[config.precision]
         attend, description = choose(config.attention, world.device, dtype)
         description += f", {kernels.describe(world.device)}"
+    linear: Linear = FrozenLinear if config.quantize is None else partial(QuantizedLinear, kind=config.quantize)
     with construction(inputs.ds_config, world.device):
-        model = ViCo(inputs.weights.shape, inputs.num_adapted, config.adapter_len, config.max_feats, config.tau, dtype)
+        model = ViCo(inputs.weights.shape, inputs.num_adapted, config.adapter_len, config.max_feats, config.tau, dtype, linear)
     for name, parameter in model.named_parameters():
         world.doing(f"loading {name}")
         value = trainables.get(name)
         fill(parameter, partial(inputs.weights.read_slice, name) if value is None else partial(_slice, value))
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            world.doing(f"loading {name}")
+            module.fill(inputs.weights.read(f"{name}.weight").to(world.device, dtype))
     model.attend = attend
     model.num_checkpointed = len(model.layers) if config.num_checkpointed is None else config.num_checkpointed
     _require_declared(model, inputs.trainable_shapes)

@@ -15,13 +15,12 @@ import torch
 
 from vico import checkpoint as checkpoints
 from vico import config as configs
-from vico import fingerprint, gate
+from vico import fingerprint, gate, stage
 from vico.check_view import samples, shared_with_other_sets
 from vico.config import RunConfig
 from vico.data.datasets import DATASETS, accuracy_groups, read_questions
 from vico.data.features import WIDTH, Features, Scan
 from vico.data.prompts import Prompts, letter
-from vico.engine import read_config
 from vico.errors import UserError, fail, one_line, show
 from vico.files import require_writable
 from vico.gate import Backbone
@@ -67,7 +66,7 @@ class Check:
         config, start = self.config, time.monotonic()
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else DeepSpeed warns of its guess
         self._try(require_writable, config.output_dir)
-        self._try(read_config, config.deepspeed, config.precision, config.batch_size, config.accum_iter, config.expect_world_size or 1)
+        self._try(stage.named, config, config.expect_world_size or 1)
         self._open_backbone()
         asked = {split: self._try(_read, config, split) for split in splits_of(config)}
         self._features = self._try(Features, config.dataset_folder / "clipvitl14.pth")

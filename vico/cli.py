@@ -23,6 +23,11 @@ EVAL = (
     "(adapter_layer, adapter_len, max_feats), which are the checkpoint's."
 )
 
+COST = (
+    "What --quantize costs on --split: how far scores and answers of a checkpoint (--resume) are from those of the backbone as it is, "
+    "which must fit as well. Settings come from the checkpoint, as for `vico eval`."
+)
+
 SECONDS_FOR_RANK_0 = 10.0
 
 
@@ -79,10 +84,26 @@ def _train(argv: list[str]) -> int:
     return _with_world(line, run)
 
 
-def _evaluate(argv: list[str]) -> int:
-    line = configs.parse(argv, "vico eval", EVAL)
+def _line_with_checkpoint(argv: list[str], command: str, description: str) -> configs.CommandLine:
+    line = configs.parse(argv, command, description)
     if line.given.get("resume") is None:
         raise UserError("--resume is missing: name the checkpoint folder or .pth file to evaluate")
+    return line
+
+
+def _cost(argv: list[str]) -> int:
+    line = _line_with_checkpoint(argv, "vico cost", COST)
+
+    def run(world: "World") -> None:
+        from vico.cost import measure
+
+        measure(line, world)
+
+    return _with_world(line, run)
+
+
+def _evaluate(argv: list[str]) -> int:
+    line = _line_with_checkpoint(argv, "vico eval", EVAL)
 
     def run(world: "World") -> None:
         from vico.evaluate import evaluate_checkpoint
@@ -166,6 +187,10 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "train": (TRAIN, _train),
     "eval": (EVAL, _evaluate),
     "check": ("Find what is wrong with a run's files before it starts: the flags of train, nothing is trained.", _check),
+    "cost": (
+        "What --quantize costs: scores and answers of a checkpoint on packed weights against those on the weights as they are.",
+        _cost,
+    ),
     "plan": ("What a run will need (memory, ZeRO stage, token budget) and how fast it can be; no weights are loaded.", _plan),
     "demo": ("Make a small world to try everything on: tokenizer, trained tiny LLaMA, videos, questions, captions.", _demo),
     "convert": ("Weights between Meta's layout and Hugging Face's, adapters between ours and the lineage's.", _convert),

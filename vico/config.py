@@ -53,6 +53,13 @@ class RunConfig:
         "bf16", MODEL, "type of the frozen weights and of the arithmetic; trainables are always fp32"
     )
 
+    quantize: Literal["8bit", "nf4"] | None = _flag(
+        None,
+        MODEL,
+        "keep the products' frozen weights in 8 or 4 bits, for cards of 8 to 12 GB; ZeRO-2 only, needs the extra 'quantized'; "
+        "`vico cost` says what it costs",
+    )
+
     dataset: Literal["nextqa", "star", "tvqa", "intentqa"] = _flag(
         "nextqa", DATA, "which annotation format to read, from DATA_PATH/DATASET"
     )
@@ -99,7 +106,12 @@ class RunConfig:
     allow_change: str | None = _flag(
         None, RUN, "settings, 'data' or 'backbone' (separated by commas) that may differ from those of the run that is resumed"
     )
-    deepspeed: str = _flag("zero2", RUN, "zero2, zero3 (files of ds_configs/) or the path of a DeepSpeed config")
+    deepspeed: str = _flag(
+        "auto",
+        RUN,
+        "zero2, zero3, zero3_nodes, zero3_offload (files of ds_configs/) or the path of a DeepSpeed config; auto: what `vico plan` "
+        "finds best for the model on the GPUs that are there (without one: zero2)",
+    )
     seed: int = _flag(0, RUN, "order of the questions, caption crops and initial trainables follow from it")
     collective_timeout: float = _flag(
         30.0, RUN, "minutes that a rank waits for the others, at the start and in every exchange, before it ends"
@@ -235,10 +247,10 @@ def _parser_of(kind: type) -> Callable[[str], Any]:
 
 def _value_type(annotation: Any) -> tuple[Any, tuple[str, ...] | None]:
     """(parser of one flag value, allowed values or None) of a field's annotation."""
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
     if typing.get_origin(annotation) is Literal:
         return str, typing.get_args(annotation)
-    if isinstance(annotation, types.UnionType):
-        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
     return annotation, None
 
 

@@ -20,6 +20,7 @@ from torch._C._distributed_c10d import Store
 
 from vico import hosts, launched
 from vico.errors import UserError
+from vico.hardware import Hardware
 from vico.meeting import meet, own_store, speaking_up
 from vico.watchdog import WAITING, Watchdog
 
@@ -35,6 +36,7 @@ class World:
     timeout: timedelta = TIMEOUT
     watchdog: Watchdog | None = None
     store: Store | None = None
+    hardware: Hardware | None = None  # the ranks' GPUs, the same word on every rank; None: there are none
 
     def doing(self, what: str) -> None:
         """Tell the watchdog that this rank has got on, and with what."""
@@ -136,7 +138,7 @@ def connect(timeout: timedelta = TIMEOUT, expected: int | None = None, hang_seco
         host_group = torch_dist.new_group(backend="gloo", timeout=timeout)
         _check_sum(rank, size, device)
     watchdog = None if hang_seconds is None else Watchdog(rank, size, own_store(store), hang_seconds)
-    return World(rank, size, device, host_group, timeout, watchdog, store)
+    return World(rank, size, device, host_group, timeout, watchdog, store, hosts.hardware(members))
 
 
 def _choose_device() -> torch.device:

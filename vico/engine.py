@@ -49,17 +49,25 @@ GRADIENT_SCALE = {torch.float16: 2.0**10, torch.bfloat16: 1.0, torch.float32: 1.
 
 
 def read_config(name: str, precision: str, micro_batch_size: int, accumulation: int, world_size: int) -> dict[str, Any]:
-    """The ds_config of a run with every "auto" decided. `name`: zero2, zero3, or a path. Raises UserError for what does not fit."""
+    """The ds_config of this name (of ds_configs/) or path, as `decided` makes it. Raises UserError for what does not fit."""
     path = Path(name)
     if not is_path(name):
         path = SHIPPED_CONFIGS / f"{name}.json"
         shipped = sorted(p.stem for p in SHIPPED_CONFIGS.glob("*.json"))
         if name not in shipped:
-            raise UserError(f"--deepspeed {name}: must be {', '.join(shipped)} or the path of a JSON file{nearest(name, shipped)}")
+            names = ["auto", *shipped]
+            raise UserError(f"--deepspeed {name}: must be {', '.join(names)} or the path of a JSON file{nearest(name, names)}")
     config = read_json_object(path, "the DeepSpeed config (--deepspeed)")
+    return decided(config, path, precision, micro_batch_size, accumulation, world_size)
+
+
+def decided(
+    config: dict[str, Any], path: Path, precision: str, micro_batch_size: int, accumulation: int, world_size: int
+) -> dict[str, Any]:  # fmt: skip
+    """The ds_config of a run with every "auto" decided. Raises UserError, naming `path`, for what does not fit."""
     _check_keys(config, path)
-    decided = dict(zip(DECIDED, (micro_batch_size, accumulation, micro_batch_size * accumulation * world_size), strict=True))
-    for key, value in decided.items():
+    numbers = dict(zip(DECIDED, (micro_batch_size, accumulation, micro_batch_size * accumulation * world_size), strict=True))
+    for key, value in numbers.items():
         given = config.get(key, "auto")
         if given != "auto" and (given != value or isinstance(given, bool)):
             flags = f"--batch_size {micro_batch_size} --accum_iter {accumulation} on {world_size} rank(s)"
@@ -72,7 +80,7 @@ def read_config(name: str, precision: str, micro_batch_size: int, accumulation: 
     config["zero_optimization"] = {key: value for key, value in config["zero_optimization"].items() if value != "auto"}
     # The method does not clip, and DeepSpeed does, at 1.0, unless told otherwise; its own step lines come only when asked for.
     # Our AdamW is torch's, also where its state is offloaded.
-    config = {"gradient_clipping": 0.0, "steps_per_print": 10**9, **config, **decided}
+    config = {"gradient_clipping": 0.0, "steps_per_print": 10**9, **config, **numbers}
     config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     _let_deepspeed_check(config, path)
     return {key: value for key, value in config.items() if key not in ("bf16", "fp16")}

@@ -179,7 +179,7 @@ def evaluate_checkpoint(line: CommandLine, world: World) -> None:
     """`vico eval`: evaluate --resume on --split, by the checkpoint's own settings where no flag is given."""
     with world.agreeing():
         found = checkpoints.read(line.given["resume"])
-        config, notes = _settings_of(found, line)
+        config, notes = settings_of(found, line)
     require_same_files(world, config)
     with world.agreeing():
         inputs = read_inputs(config, (config.split,), world)
@@ -192,7 +192,7 @@ def evaluate_checkpoint(line: CommandLine, world: World) -> None:
     report(evaluate(engine, inputs, config.split, config, world), config.split, config, world)
 
 
-def _settings_of(found: Checkpoint, line: CommandLine) -> tuple[RunConfig, list[str]]:
+def settings_of(found: Checkpoint, line: CommandLine) -> tuple[RunConfig, list[str]]:
     """(settings, what the user should know): the checkpoint's, then the flags', its tensors' shapes always its own."""
     kept = {name: found.settings[name] for name in SHAPES if name in found.settings}
     notes = [

@@ -5,6 +5,7 @@ hold it against the tensors that autograd saves, and against the largest sum of 
 the meta device. If a layer keeps something else one day, they fail.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -13,6 +14,10 @@ FEATURE_WIDTH = 768  # CLIP ViT-L/14
 LLAMA_PIECES = 32000  # of the tokenizer of LLaMA-1 and 2
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEAD_CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}  # of fp32 logits at a time, as in model/functions.py
+
+# Per number of a packed weight, its share of the scales included: one of 4 bytes for each 256; one of a byte for each 64, and of 4
+# bytes for each 256 of those. Whole blocks; model/quantized.py.
+PACKED_BYTES = {"8bit": 1 + 4 / 256, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
 
 Kernel = Literal["packed", "blocks"]  # attention_packed.py (GPUs), attention.py (CPUs)
 
@@ -49,6 +54,12 @@ class ModelSize:
     @property
     def frozen(self) -> int:
         return self.n_layers * self.block + 2 * self.head + self.norms
+
+    def frozen_bytes(self, width: int, quantize: str | None = None) -> int:
+        """Of the backbone; --quantize packs the blocks' products."""
+        if quantize is None:
+            return self.frozen * width
+        return math.ceil(self.n_layers * self.block * PACKED_BYTES[quantize]) + (2 * self.head + self.norms) * width
 
     @property
     def norms(self) -> int:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from vico.errors import UserError
+from vico.hardware import GIB, Hardware, gpu_found
 from vico.launched import HOW, Given, number
 
 OF_SLURM = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS")  # there when SLURM, and not a person, chose CUDA_VISIBLE_DEVICES
@@ -29,6 +30,8 @@ class Member:
     num_visible: int  # GPUs that its process sees
     chosen: bool  # that these are visible is somebody's word, and not the host's default
     local_size: int | None  # ranks on its host, as its launcher says
+    gpu_bytes: int = 0  # of its GPU's memory
+    host_bytes: int = 0  # of its host's memory
 
     @classmethod
     def of_this_process(cls, rank: int, device: torch.device, environment: Mapping[str, str] = os.environ) -> "Member":
@@ -38,7 +41,9 @@ class Member:
             return cls(rank, host, "cpu", None, 0, True, local_size)
         about = torch.cuda.get_device_properties(device)
         chosen = "CUDA_VISIBLE_DEVICES" in environment and not any(name in environment for name in OF_SLURM)
-        return cls(rank, host, about.name, str(about.uuid), torch.cuda.device_count(), chosen, local_size)
+        host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        count = torch.cuda.device_count()
+        return cls(rank, host, about.name, str(about.uuid), count, chosen, local_size, about.total_memory, host_bytes)
 
     def to_text(self) -> str:
         return json.dumps(asdict(self))
@@ -61,6 +66,15 @@ def describe(members: Sequence[Member]) -> str:
     where = [f"{host}: {_ranks(there)} on {', '.join(dict.fromkeys(m.device for m in there))}" for host, there in hosts.items()]
     count = f"{len(members)} rank{'s' if len(members) > 1 else ''}"
     return f"world: {count}, {where[0]}" if len(hosts) == 1 else "\n  ".join([f"world: {count} on {len(hosts)} hosts", *where])
+
+
+def hardware(members: Sequence[Member]) -> Hardware | None:
+    """Their machines as the planner sees them: equal ones, each the smallest that came. None where a rank has no GPU."""
+    if not all(m.gpu_bytes for m in members):
+        return None
+    hosts, smallest = by_host(members), min(members, key=lambda m: m.gpu_bytes)
+    gpu, host_gib = gpu_found(smallest.device, smallest.gpu_bytes), min(m.host_bytes for m in members) / GIB
+    return Hardware(gpu, min(map(len, hosts.values())), len(hosts), host_gib=host_gib)
 
 
 def _ranks(members: Sequence[Member]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vico.errors import UserError
-from vico.footprint import BYTES, Activations, ModelSize, Setting, Work, activations
+from vico.footprint import BYTES, PACKED_BYTES, Activations, ModelSize, Setting, Work, activations
 from vico.gathered import BLOCK, gathered_modules, live_bytes
 from vico.hardware import GIB, SEEN, Hardware, gpu_of_size
 
@@ -82,11 +82,17 @@ class Task:
     stage: Stage | None = None
     checkpointed: int | None = None  # layers
     max_tokens: int | None = None
+    quantize: str | None = None  # --quantize
 
     @property
     def batch_tokens(self) -> int:
         """Of a micro-batch of --batch_size questions, on average, up to the next possible budget."""
         return min(MOST_TOKENS, math.ceil(self.batch_size * self.lengths.both / TOKEN_STEP) * TOKEN_STEP)
+
+    @property
+    def longest_tokens(self) -> int:
+        """Of the longest question with its caption, up to the next possible budget."""
+        return math.ceil(self.lengths.longest / TOKEN_STEP) * TOKEN_STEP
 
     @property
     def step_tokens(self) -> float:
@@ -142,6 +148,11 @@ class Plan:
     unknown: str  # what the speed would need
     ds_config: dict[str, Any]
 
+    @property
+    def checkpointing(self) -> str:
+        """The value of --checkpoint_activations."""
+        return {0: "none", self.task.size.n_layers: "full"}.get(self.checkpointed, str(self.checkpointed))
+
 
 def work_of(tokens: int, lengths: Lengths) -> Work:
     """A micro-batch of so many tokens, none of them shared: an upper bound of its rows."""
@@ -178,8 +189,10 @@ def memory(task: Task, stage: Stage, checkpointed: int, tokens: int) -> Memory:
     size, ranks, width = task.size, task.hardware.ranks, BYTES[task.precision]
     acts: Activations = activations(size, work_of(tokens, task.lengths), Setting(width, num_checkpointed=checkpointed))
     small = size.norms * width if stage != "zero2" else 0
-    share = {"zero2": size.frozen * width, "zero3": math.ceil(size.frozen * width / ranks) + small, "zero3_offload": small}[stage]
-    gathered = 0 if stage == "zero2" else _gathered(stage, size, width)
+    whole = size.frozen_bytes(width, task.quantize)
+    share = {"zero2": whole, "zero3": math.ceil(size.frozen * width / ranks) + small, "zero3_offload": small}[stage]
+    unpacked = size.dim * max(size.dim, size.hidden_dim) * width if task.quantize else 0  # one weight at a time
+    gathered = unpacked if stage == "zero2" else _gathered(stage, size, width)
     trained = size.trainables * 4
     # Weights and gradients whole below stage 3; the optimizer's copy, its two moments and the summed gradient by ranks.
     optimizer = 2 * trained + math.ceil(4 * trained / ranks) if stage == "zero2" else trained + math.ceil(6 * trained / ranks)
@@ -204,6 +217,8 @@ def speed(task: Task, stage: Stage, checkpointed: int, max_tokens: int) -> tuple
     """(modelled speed, "") or (None, what is not known). Per micro-batch: the slower of products and gathers, which overlap."""
     hardware, size = task.hardware, task.size
     tflops = hardware.gpu.peak(task.precision)
+    if task.quantize is not None:
+        return None, f"how fast {hardware.gpu.name} unpacks weights"
     if tflops is None:
         return None, f"the rate of {hardware.gpu.name} in {task.precision}"
     pieces = math.ceil(task.step_tokens / max_tokens)
@@ -242,14 +257,10 @@ def plan(task: Task) -> Plan:
     return roomy[0]
 
 
-def choose_stage(task: Task) -> Stage:
-    """The stage to train with when none is named (footprint.size_of, hardware.gpu_found). Raises UserError where none fits."""
-    return plan(task).stage
-
-
 def _candidates(task: Task) -> list[tuple[Stage, int | None]]:
     """Ways to run, the simplest first; None: as many recomputed layers as are needed."""
-    stages = [task.stage] if task.stage else [s for s in STAGES if s != "zero3" or task.hardware.ranks > 1]
+    possible = STAGES if task.quantize is None else STAGES[:1]
+    stages = [task.stage] if task.stage else [s for s in possible if s != "zero3" or task.hardware.ranks > 1]
     counts = [task.checkpointed] if task.checkpointed is not None else [0, None]
     on_gpu: list[tuple[Stage, int | None]] = [(s, n) for n in counts for s in stages if s != "zero3_offload"]
     return on_gpu + [("zero3_offload", n) for n in counts if "zero3_offload" in stages]
@@ -259,13 +270,15 @@ def _way(task: Task, stage: Stage, checkpointed: int | None) -> Plan | None:
     """The plan of this stage, or None where it does not fit."""
     layers = task.size.n_layers
     if checkpointed is None:
-        wanted = task.max_tokens or task.batch_tokens
+        wanted = task.max_tokens or max(task.batch_tokens, task.longest_tokens)
         low, high = 0, layers  # the fewest layers with which the batch fits in one piece; all of them where none does
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if memory(task, stage, middle, wanted).spare >= 0 else (middle, high)
         checkpointed = high
     largest = largest_budget(task, stage, checkpointed)
+    if task.max_tokens and memory(task, stage, checkpointed, task.max_tokens).spare >= 0:
+        largest = max(largest, task.max_tokens)  # which need not be a multiple
     used = task.max_tokens or min(largest, MOST_TOKENS)
     if largest < used or used < min(task.lengths.longest, task.max_tokens or CUT_SHORT):
         return None
@@ -278,7 +291,7 @@ def _way(task: Task, stage: Stage, checkpointed: int | None) -> Plan | None:
 
 def _what_is_short(task: Task) -> str:
     """One line: the way that comes nearest, by how much it fails, and what would help."""
-    tokens = task.max_tokens or task.lengths.longest
+    tokens = task.max_tokens or task.longest_tokens
     named = [(stage, task.size.n_layers if n is None else n) for stage, n in _candidates(task)]
     nearest = [(memory(task, stage, n, tokens), stage, n) for stage, n in named]
     best, stage, layers = max(nearest, key=lambda each: each[0].spare)
@@ -304,6 +317,8 @@ def _what_helps(task: Task) -> str:
     if not helps:
         found = (next((machine for machine in machines if _fits(replace(task, hardware=machine))), None) for machines in (more, larger))
         helps = [str(machine) for machine in found if machine is not None]
+    if task.quantize is None and task.stage in (None, "zero2"):
+        helps += [f"--quantize {kind}" for kind in list(PACKED_BYTES) if _fits(replace(task, quantize=kind))][:1]
     forced = {"--deepspeed": task.stage, "--checkpoint_activations": task.checkpointed, "--max_tokens": task.max_tokens}
     given = [flag for flag, value in forced.items() if value is not None]
     helps.append(f"leaving {' and '.join(given)} out" if given else "a shorter --max_cap_len or --max_seq_len")

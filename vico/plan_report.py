@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from vico import plan as planner
 from vico.errors import UserError, nearest
 from vico.files import write_json
-from vico.footprint import BYTES, ModelSize, size_of
+from vico.footprint import BYTES, PACKED_BYTES, ModelSize, size_of
 from vico.hardware import GIB, GPUS, Gpu, Hardware, gpu_named, gpu_of_size
 from vico.plan import Lengths, Plan, Task
 
@@ -23,6 +23,13 @@ CASES: tuple[tuple[str, int, int, float | str], ...] = (
     ("33B", 1, 8, "A100-40"), ("33B", 1, 8, "H100"),
     ("65B", 1, 8, 48), ("65B", 1, 8, "H100"), ("65B", 2, 8, "H100"),
 )  # fmt: skip
+PACKED_CASES: tuple[tuple[str, int, int, float | str, str], ...] = (
+    ("7B", 1, 1, 8, "nf4"),
+    ("7B", 1, 1, 10, "nf4"),
+    ("7B", 1, 1, 12, "nf4"),
+    ("7B", 1, 1, 12, "8bit"),
+    ("13B", 1, 1, 16, "nf4"),
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -76,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--max_tokens", type=_count, help="plan with this budget")
     add("--checkpoint_activations", metavar="none|full|N", help="recompute no layer, all, or the first N")
+    add("--quantize", choices=list(PACKED_BYTES), help="the products' weights in 8 or 4 bits; under ZeRO-2 only")
     add("--deepspeed", choices=planner.STAGES, help="plan with this stage")
     add("--write", type=Path, metavar="FILE", help="write the ds_config")
     add("--json", action="store_true", help="all figures, in bytes and seconds, as one JSON object")
@@ -119,6 +127,8 @@ def _task(flags: argparse.Namespace) -> Task:
     gpu = gpu_named(flags.gpu) if flags.gpu is not None else gpu_of_size(flags.gpu_memory)
     if flags.link is not None:
         gpu = dataclasses.replace(gpu, link_gb=flags.link)
+    if flags.quantize and flags.deepspeed not in (None, "zero2"):
+        raise UserError(f"--quantize {flags.quantize}: is for ZeRO-2, and --deepspeed is {flags.deepspeed}; leave one out")
     size = model_size(flags.model)
     tokens, questions = planner.DATASETS[flags.dataset]
     longest = flags.max_seq_len + (flags.max_cap_len if flags.caption_tokens else 0)
@@ -126,6 +136,7 @@ def _task(flags: argparse.Namespace) -> Task:
     return Task(
         size, Hardware(gpu, flags.gpus, flags.nodes, flags.network, flags.host_memory), lengths, flags.precision, flags.batch_size,
         flags.accum_iter, flags.efficiency, flags.deepspeed, _layers(flags.checkpoint_activations, size), flags.max_tokens,
+        flags.quantize,
     )  # fmt: skip
 
 
@@ -155,29 +166,25 @@ def as_json(plan: Plan) -> dict[str, Any]:
     memory = {**dataclasses.asdict(plan.memory), "total": plan.memory.total}
     return {
         "model": size, "hardware": dataclasses.asdict(task.hardware), "lengths": dataclasses.asdict(task.lengths),
-        "precision": task.precision, "batch_size": task.batch_size, "accum_iter": task.accum_iter, "efficiency": task.efficiency,
+        "precision": task.precision, "quantize": task.quantize, "batch_size": task.batch_size, "accum_iter": task.accum_iter, "efficiency": task.efficiency,
         "stage": plan.stage, "checkpointed_layers": plan.checkpointed, "max_tokens": plan.max_tokens, "largest_tokens": plan.largest_tokens,
         "memory_bytes": memory, "speed": plan.speed and dataclasses.asdict(plan.speed), "speed_lacks": plan.unknown,
         "ds_config": plan.ds_config,
     }  # fmt: skip
 
 
-def checkpointing(plan: Plan) -> str:
-    """The value of --checkpoint_activations."""
-    return {0: "none", plan.task.size.n_layers: "full"}.get(plan.checkpointed, str(plan.checkpointed))
-
-
 def text(plan: Plan, written: Path | None) -> str:
     task, memory = plan.task, plan.memory
     recomputed = planner.layers_named(plan.checkpointed, task.size)
+    kept = f"{task.precision}, products in {task.quantize}" if task.quantize else task.precision
     lines = [
-        f"{task.size.name} ({task.size.frozen / 1e9:.2f} G frozen parameters, {task.precision}) on {task.hardware}",
+        f"{task.size.name} ({task.size.frozen / 1e9:.2f} G frozen parameters, {kept}) on {task.hardware}",
         "",
         f"stage             {plan.stage}",
-        f"checkpointing     {checkpointing(plan)}: {recomputed} recomputed in backward",
+        f"checkpointing     {plan.checkpointing}: {recomputed} recomputed in backward",
         f"token budget      {plan.max_tokens} per micro-batch to use; {plan.largest_tokens} would fit",
         f"flags             --deepspeed {_config_named(plan, written)} --max_tokens {plan.max_tokens} "
-        f"--checkpoint_activations {checkpointing(plan)}",
+        f"--checkpoint_activations {plan.checkpointing}" + (f" --quantize {task.quantize}" if task.quantize else ""),
         "",
         f"memory per GPU in GiB, {memory.total / GIB:.2f} of {memory.available / GIB:.2f}",
         *(f"  {value / GIB:8.2f}  {name}" for name, value in _categories(plan)),
@@ -203,7 +210,7 @@ def _categories(plan: Plan) -> list[tuple[str, int]]:
     head_counts = memory.head >= memory.backward
     return [
         ("frozen weights", memory.weights),
-        ("gathered layers, prefetch and their buffers", memory.gathered),
+        ("a weight unpacked for a product" if plan.task.quantize else "gathered layers, prefetch and their buffers", memory.gathered),
         (f"activations of {plan.max_tokens} tokens", memory.activations),
         ("output head, at the end of forward" + ("" if head_counts else " (not counted: before backward)"), memory.head),
         ("backward of a layer: attention, SwiGLU" + (" (not counted: after the head)" if head_counts else ""), memory.backward),
@@ -241,7 +248,7 @@ def duration(seconds: float) -> str:
 
 def table() -> str:
     """The README's table: each model and machine, and the way that fits."""
-    rows = [_row(*case) for case in CASES]
+    rows = [_row(*case) for case in CASES] + [_row(*case) for case in PACKED_CASES]
     heads = (
         "model",
         "GPUs",
@@ -257,20 +264,20 @@ def table() -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (heads, ("---",) * len(heads), *rows))
 
 
-def plan_case(model: str, nodes: int, gpus: int, gpu: float | str) -> Plan:
+def plan_case(model: str, nodes: int, gpus: int, gpu: float | str, quantize: str | None = None) -> Plan:
     found: Gpu = gpu_named(gpu) if isinstance(gpu, str) else gpu_of_size(gpu)
     tokens, questions = planner.DATASETS["nextqa"]
     lengths = Lengths(tokens, planner.CAPTION_TOKENS, sum(PUBLISHED_LIMITS), questions)
     network = NETWORK_OF_TABLE if nodes > 1 else None
-    return planner.plan(Task(planner.SIZES[model], Hardware(found, gpus, nodes, network), lengths))
+    return planner.plan(Task(planner.SIZES[model], Hardware(found, gpus, nodes, network), lengths, quantize=quantize))
 
 
-def _row(model: str, nodes: int, gpus: int, gpu: float | str) -> tuple[str, ...]:
-    plan = plan_case(model, nodes, gpus, gpu)
+def _row(model: str, nodes: int, gpus: int, gpu: float | str, quantize: str | None = None) -> tuple[str, ...]:
+    plan = plan_case(model, nodes, gpus, gpu, quantize)
     memory, speed = plan.memory, plan.speed
     recomputed = {0: "none", plan.task.size.n_layers: "all"}.get(plan.checkpointed, f"{plan.checkpointed} of {plan.task.size.n_layers}")
     return (
-        model,
+        f"{model}, {quantize}" if quantize else model,
         str(plan.task.hardware),
         plan.stage,
         recomputed,

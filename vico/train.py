@@ -106,7 +106,7 @@ def _train(config: RunConfig, world: World, inputs: Inputs, engine: Engine, run_
     with world.agreeing():
         log = _open_log(config, world, run_id, progress, steps, peak_lr)
     run = _Run(config, world, inputs, engine, run_id, prints, log, progress, steps.steps_per_epoch, peak_lr)
-    where = f"{world.size} rank(s) on {world.device.type}, ZeRO-{engine.stage}, {config.precision}, {engine.attention}"
+    where = f"{world.size} rank(s) on {world.device.type}, {inputs.stage}, {config.precision}, {engine.attention}"
     world.say(
         f"training steps {progress.step + 1} to {last_step}, {steps.steps_per_epoch} per epoch, {steps.questions_per_step} questions each; {where}"
     )

@@ -5,6 +5,7 @@ A layer that is adapted owns two gates; what flows to it besides the stream is i
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,9 @@ class FrozenLinear(nn.Module):
         return FrozenProduct.apply(x, self.weight)
 
 
+Linear = Callable[[int, int, torch.dtype], nn.Module]  # FrozenLinear, or one that keeps its weight otherwise (quantized.py)
+
+
 class FrozenEmbedding(nn.Module):
     def __init__(self, num: int, dim: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -135,13 +139,13 @@ class Context:
 class Attention(nn.Module):
     """wo(softmax over the visible rows, plus tanh(gate1) times the softmax over the prompt)."""
 
-    def __init__(self, shape: LlamaShape, adapted: bool, dtype: torch.dtype) -> None:
+    def __init__(self, shape: LlamaShape, adapted: bool, dtype: torch.dtype, linear: Linear) -> None:
         super().__init__()
         self.head_dim, self.group = shape.head_dim, shape.n_heads // shape.kv_heads
-        self.wq = FrozenLinear(shape.dim, shape.dim, dtype)
-        self.wk = FrozenLinear(shape.dim, shape.kv_heads * shape.head_dim, dtype)
-        self.wv = FrozenLinear(shape.dim, shape.kv_heads * shape.head_dim, dtype)
-        self.wo = FrozenLinear(shape.dim, shape.dim, dtype)
+        self.wq = linear(shape.dim, shape.dim, dtype)
+        self.wk = linear(shape.dim, shape.kv_heads * shape.head_dim, dtype)
+        self.wv = linear(shape.dim, shape.kv_heads * shape.head_dim, dtype)
+        self.wo = linear(shape.dim, shape.dim, dtype)
         if adapted:
             self.gate1 = nn.Parameter(torch.empty(1, shape.n_heads, 1, 1, dtype=torch.float32))
             self.gate2 = nn.Parameter(torch.empty(1, shape.n_heads, 1, 1, dtype=torch.float32))
@@ -170,21 +174,21 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, shape: LlamaShape, dtype: torch.dtype) -> None:
+    def __init__(self, shape: LlamaShape, dtype: torch.dtype, linear: Linear) -> None:
         super().__init__()
-        self.w1 = FrozenLinear(shape.dim, shape.hidden_dim, dtype)
-        self.w2 = FrozenLinear(shape.hidden_dim, shape.dim, dtype)
-        self.w3 = FrozenLinear(shape.dim, shape.hidden_dim, dtype)
+        self.w1 = linear(shape.dim, shape.hidden_dim, dtype)
+        self.w2 = linear(shape.hidden_dim, shape.dim, dtype)
+        self.w3 = linear(shape.dim, shape.hidden_dim, dtype)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.w2(SwiGLU.apply(self.w1(x_TD), self.w3(x_TD)))
 
 
 class Block(nn.Module):
-    def __init__(self, shape: LlamaShape, adapted: bool, dtype: torch.dtype) -> None:
+    def __init__(self, shape: LlamaShape, adapted: bool, dtype: torch.dtype, linear: Linear) -> None:
         super().__init__()
-        self.attention = Attention(shape, adapted, dtype)
-        self.feed_forward = FeedForward(shape, dtype)
+        self.attention = Attention(shape, adapted, dtype, linear)
+        self.feed_forward = FeedForward(shape, dtype, linear)
         self.attention_norm = RMSNorm(shape.dim, shape.norm_eps, dtype)
         self.ffn_norm = RMSNorm(shape.dim, shape.norm_eps, dtype)
 
@@ -216,12 +220,12 @@ def _run_twice(layer: nn.Module, x_TD: Tensor, prompt_AD: Tensor | None, context
 class Llama(nn.Module):
     """Embeddings, blocks, final norm and output head; the top `num_adapted` blocks carry gates."""
 
-    def __init__(self, shape: LlamaShape, num_adapted: int, dtype: torch.dtype) -> None:
+    def __init__(self, shape: LlamaShape, num_adapted: int, dtype: torch.dtype, linear: Linear = FrozenLinear) -> None:
         super().__init__()
         self.shape, self.dtype, self.num_adapted = shape, dtype, num_adapted
         self.num_checkpointed = 0  # so many of the lower layers keep only their input, and run again in backward
         self.tok_embeddings = FrozenEmbedding(shape.vocab_size, shape.dim, dtype)
-        self.layers = nn.ModuleList(Block(shape, i >= shape.n_layers - num_adapted, dtype) for i in range(shape.n_layers))
+        self.layers = nn.ModuleList(Block(shape, i >= shape.n_layers - num_adapted, dtype, linear) for i in range(shape.n_layers))
         self.norm = RMSNorm(shape.dim, shape.norm_eps, dtype)
         self.output = OutputHead(shape.dim, shape.vocab_size, dtype)
 

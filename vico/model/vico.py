@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vico.model.attention import Attend, attend_blocks, visibility
-from vico.model.llama import Context, Llama, LlamaShape, rotary_angles
+from vico.model.llama import Context, FrozenLinear, Linear, Llama, LlamaShape, rotary_angles
 from vico.records import PackedBatch
 
 FEATURE_WIDTH = 768  # CLIP ViT-L/14
@@ -19,8 +19,11 @@ FEATURE_WIDTH = 768  # CLIP ViT-L/14
 class ViCo(Llama):
     """The backbone with its trainables, under the lineage's names: adapter_query, visual_proj, temporal_emb, gate1, gate2."""
 
-    def __init__(self, shape: LlamaShape, num_adapted: int, adapter_len: int, num_slots: int, tau: float, dtype: torch.dtype) -> None:
-        super().__init__(shape, num_adapted, dtype)
+    def __init__(
+        self, shape: LlamaShape, num_adapted: int, adapter_len: int, num_slots: int, tau: float, dtype: torch.dtype,
+        linear: Linear = FrozenLinear,
+    ) -> None:  # fmt: skip
+        super().__init__(shape, num_adapted, dtype, linear)
         self.adapter_len, self.tau = adapter_len, tau
         self.attend: Attend = attend_blocks
         self.adapter_query = nn.Embedding(num_adapted * adapter_len, shape.dim, dtype=torch.float32)
