@@ -191,7 +191,7 @@ def memory(task: Task, stage: Stage, checkpointed: int, tokens: int) -> Memory:
     small = size.norms * width if stage != "zero2" else 0
     whole = size.frozen_bytes(width, task.quantize)
     share = {"zero2": whole, "zero3": math.ceil(size.frozen * width / ranks) + small, "zero3_offload": small}[stage]
-    unpacked = size.dim * max(size.dim, size.hidden_dim) * width if task.quantize else 0  # one weight at a time
+    unpacked = size.dim * max(3 * size.dim, size.hidden_dim) * width if task.quantize else 0  # w1 alone; wq, wk and wv together
     gathered = unpacked if stage == "zero2" else _gathered(stage, size, width)
     trained = size.trainables * 4
     # Weights and gradients whole below stage 3; the optimizer's copy, its two moments and the summed gradient by ranks.

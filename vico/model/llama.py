@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,16 @@ class FrozenLinear(nn.Module):
         return FrozenProduct.apply(x, self.weight)
 
 
-Linear = Callable[[int, int, torch.dtype], nn.Module]  # FrozenLinear, or one that keeps its weight otherwise (quantized.py)
+class Product(Protocol):
+    """x W^T: FrozenLinear, or quantized.py's, which makes its weight at every look at it."""
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    def __call__(self, x: Tensor) -> Any: ...
+
+
+Linear = Callable[[int, int, torch.dtype], Product]
 
 
 class FrozenEmbedding(nn.Module):

@@ -46,7 +46,9 @@ class QuantizedLinear(nn.Module):
         else:
             self._packed = functions.quantize_blockwise(weight.contiguous(), blocksize=size)
 
+    @property
     def weight(self) -> Tensor:
+        """Unpacked, anew at every look."""
         assert self._packed is not None, "filled before it is used"
         numbers, scales = self._packed
         return library().dequantize_4bit(numbers, scales) if self.kind == "nf4" else library().dequantize_blockwise(numbers, scales)
@@ -67,8 +69,8 @@ class QuantizedProduct(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: QuantizedLinear) -> Tensor:
         ctx.linear = linear
-        return product(x, linear.weight())
+        return product(x, linear.weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
-        return product(gradients[0], ctx.linear.weight().t()) if ctx.needs_input_grad[0] else None, None
+        return product(gradients[0], ctx.linear.weight.t()) if ctx.needs_input_grad[0] else None, None
