@@ -4,6 +4,7 @@ Distances are relative in the L2 norm, |a - b| / |b|. The bounds are those of ro
 """
 
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -48,10 +49,26 @@ def backend_names() -> list[str]:
     return [*names, "plain"]
 
 
+@dataclass(frozen=True)
+class _Case:
+    """A stream, who asks in it, random q, k, v, gate2 and gradient of the output, and what the definition makes of them in fp32."""
+
+    name: str
+    seen: Visibility
+    inputs: list[Tensor]
+    upstream: Tensor
+    expected: list[Tensor | None]  # the output, then the inputs' gradients
+
+
 def attention_backends(shape: LlamaShape, device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
     """Every backend against the definition in fp32, on real streams: training, scoring's tree, and the last layer's few rows."""
     work = SyntheticWorkload(shape.vocab_size)
     streams = {"training": training_batch(work.training(0, 8)), "scoring": scoring_batches(work.scoring(0, 2))[0]}
+    cases = []
+    for stream, batch in streams.items():
+        seen = visibility(batch.segments)
+        for rows, visible in (("all rows", seen), ("asked rows", narrowed(seen, batch.wanted_rows_R))):
+            cases.append(_case(f"{stream}, {rows}", visible, batch.num_rows, shape, device, dtype))
     bound = ATTENTION_BOUNDS[dtype]
     found: dict[str, Any] = {"bound": bound, "head_dim": shape.head_dim, "heads": shape.n_heads, "backends": {}}
     for name in backend_names():
@@ -60,12 +77,8 @@ def attention_backends(shape: LlamaShape, device: torch.device, dtype: torch.dty
         except UserError as problem:
             found["backends"][name] = {"runs": False, "why": str(problem)}
             continue
-        entry: dict[str, Any] = {"runs": True, "why": why, "distances": {}, "seconds": {}}
-        for stream, batch in streams.items():
-            seen = visibility(batch.segments)
-            for rows, visible in (("all rows", seen), ("asked rows", narrowed(seen, batch.wanted_rows_R))):
-                entry["distances"][f"{stream}, {rows}"] = _attention_distances(attend, visible, batch.num_rows, shape, device, dtype)
-            entry["seconds"][stream] = _attention_seconds(attend, seen, batch.num_rows, shape, device, dtype, repeats)
+        entry: dict[str, Any] = {"runs": True, "why": why, "distances": {case.name: _attention_distances(attend, case) for case in cases}}
+        entry["seconds"] = {stream: _attention_seconds(attend, cases[2 * i], device, repeats) for i, stream in enumerate(streams)}
         entry["worst"] = max(d for by in entry["distances"].values() for d in by.values())
         entry["equal"] = entry["worst"] <= bound
         found["backends"][name] = entry
@@ -73,51 +86,41 @@ def attention_backends(shape: LlamaShape, device: torch.device, dtype: torch.dty
     return found
 
 
-def _inputs(seen: Visibility, rows: int, shape: LlamaShape, device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """(q, k, v, gate2 with gradients, the gradient of the output), made on the host: the same on every device."""
+def _case(name: str, seen: Visibility, rows: int, shape: LlamaShape, device: torch.device, dtype: torch.dtype) -> _Case:
+    """Made on the host: the same on every device."""
     generator = torch.Generator().manual_seed(rows)
     asking = rows if seen.queries is None else len(seen.queries)
     sizes = [(asking, shape.n_heads, shape.head_dim), *[(rows, shape.n_heads, shape.head_dim)] * 2]
-    made = [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
-    made.append(torch.randn(shape.n_heads, generator=generator).to(device))
+    inputs = [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
+    inputs.append(torch.randn(shape.n_heads, generator=generator).to(device))
     upstream = torch.randn(sizes[0], generator=generator).to(device, dtype)
-    return [t.requires_grad_() for t in made], upstream
+    return _Case(name, seen, inputs, upstream, _results(attend_plain, [x.float() for x in inputs], upstream.float(), seen))
 
 
-def _attention_distances(
-    attend: Attend, seen: Visibility, rows: int, shape: LlamaShape, device: torch.device, dtype: torch.dtype
-) -> dict[str, float]:
-    inputs, upstream = _inputs(seen, rows, shape, device, dtype)
-    exact = [t.detach().float().requires_grad_() for t in inputs]
-    out = attend(inputs[0], inputs[1], inputs[2], inputs[3], seen)
+def _results(attend: Attend, inputs: list[Tensor], upstream: Tensor, seen: Visibility) -> list[Tensor | None]:
+    q, k, v, gate2 = (x.detach().requires_grad_() for x in inputs)
+    out = attend(q, k, v, gate2, seen)
     out.backward(upstream)
-    expected = attend_plain(exact[0], exact[1], exact[2], exact[3], seen)
-    expected.backward(upstream.float())
-    pairs = [(out, expected), *((a.grad, b.grad) for a, b in zip(inputs, exact, strict=True))]
-    return {name: distance(a, b) for name, (a, b) in zip(("output", "q", "k", "v", "gate2"), pairs, strict=True)}
+    return [out.detach(), q.grad, k.grad, v.grad, gate2.grad]
+
+
+def _attention_distances(attend: Attend, case: _Case) -> dict[str, float]:
+    found = _results(attend, case.inputs, case.upstream, case.seen)
+    return {name: distance(a, b) for name, a, b in zip(("output", "q", "k", "v", "gate2"), found, case.expected, strict=True)}
+
+
+def _attention_seconds(attend: Attend, case: _Case, device: torch.device, repeats: int) -> dict[str, float]:
+    """Forward and backward of one layer."""
+    clock = Clock(device)
+    for _ in range(2):
+        _results(attend, case.inputs, case.upstream, case.seen)
+    return spread([clock.time(lambda: _results(attend, case.inputs, case.upstream, case.seen)) for _ in range(repeats)])
 
 
 def distance(found: Tensor | None, expected: Tensor | None) -> float:
     assert found is not None and expected is not None
     value = float((found.detach().double() - expected.detach().double()).norm() / expected.detach().double().norm())
     return value if value == value else float("inf")  # nan is no agreement
-
-
-def _attention_seconds(
-    attend: Attend, seen: Visibility, rows: int, shape: LlamaShape, device: torch.device, dtype: torch.dtype, repeats: int
-) -> dict[str, float]:
-    """Forward and backward of one layer."""
-    inputs, upstream = _inputs(seen, rows, shape, device, dtype)
-    clock = Clock(device)
-
-    def run() -> None:
-        attend(inputs[0], inputs[1], inputs[2], inputs[3], seen).backward(upstream)
-        for tensor in inputs:
-            tensor.grad = None
-
-    for _ in range(2):
-        run()
-    return spread([clock.time(run) for _ in range(repeats)])
 
 
 def _toy(shape: LlamaShape, device: torch.device, dtype: torch.dtype, plain: bool, seed: int = 0) -> Variant:

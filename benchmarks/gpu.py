@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import correctness, figures
 from benchmarks.gpus import peak_of
-from benchmarks.measure import Clock, device_ceilings, device_peak, ratio_spread, spread
+from benchmarks.measure import GIB, Clock, device_ceilings, device_peak, ratio_spread, spread
 from benchmarks.record import new_record, settings, write
 from benchmarks.timesplit import time_split
 from benchmarks.variants import MAX_CAP_LEN, MAX_SEQ_LEN, MODELS, Packed, Plain, make_shared_pair, scoring_batches, training_batch
@@ -35,6 +35,8 @@ from vico.records import PackedBatch
 
 LIMITS = (MAX_SEQ_LEN, MAX_CAP_LEN)
 TASKS = ("vqa", "cap", "both")
+# (nominal size, GiB that a process's tensors can have there, layers that are recomputed): cards a 7B must fit on.
+SMALL_CARDS = (("24 GB", 22.5, 0), ("16 GB", 14.9, 32))
 # Of the two models in half precision on the same samples. Losses are means over hundreds of targets; scores are means over four,
 # and the baseline's logits in bf16 stand on a grid of 0.06. The bounds find another computation, not another rounding.
 BOUNDS = {"loss_relative": 1e-2, "score_mean_absolute": 0.1}
@@ -190,6 +192,18 @@ def say(kind: str, place: int, round_: dict[str, Any]) -> None:
             print(f"{name} {variant:6s} " + "".join("ABCDE"[p] for p in round_["predictions"][variant]), flush=True)
 
 
+def say_figures(key: str, by_variant: dict[str, Any], ratio: dict[str, float]) -> None:
+    for name, found in by_variant.items():
+        mfu = found["mfu"]["median"] if isinstance(found["mfu"], dict) else None
+        share = figures.UNKNOWN if mfu is None else f"{mfu:.1%}"
+        print(
+            f"{key} {name}: {found['seconds']['median']:.4f} s, {found['real_tokens_per_second']['median']:.0f} real tokens/s, "
+            f"{found['questions_per_second']['median']:.1f} questions/s, MFU {share}",
+            flush=True,
+        )
+    print(f"{key}: plain over fast {ratio['median']:.2f} ({ratio['p10']:.2f} to {ratio['p90']:.2f})", flush=True)
+
+
 def memory(bench: Bench) -> dict[str, Any]:
     """Of a training step with both tasks and of scoring, for each variant; both share one copy of the weights."""
     found: dict[str, Any] = {}
@@ -227,7 +241,32 @@ def _alone(bench: Bench, questions: int) -> dict[str, Any]:
         amounts.append(bench.amount("fast", item))
     seconds = [clock.between(*pair) for pair in marks[args.warmup :]]
     peak = device_peak(lambda: bench.run("fast", item), bench.device)
-    return {"questions": questions, "seconds": seconds, "figures": bench.rates(seconds, amounts[args.warmup :]), "memory": peak}
+    rates = bench.rates(seconds, amounts[args.warmup :])
+    rate = rates["real_tokens_per_second"]["median"]
+    print(f"{questions} questions a step: {rate:.0f} real tokens/s, peak {peak['allocated_gib']:.1f} GiB", flush=True)
+    return {"questions": questions, "seconds": seconds, "figures": rates, "memory": peak}
+
+
+def small_cards(bench: Bench) -> dict[str, Any]:
+    """A training step where the allocator may take no more than a smaller card has, as `vico plan` says it fits."""
+    if bench.device.type != "cuda":
+        return {}
+    found: dict[str, Any] = {}
+    item = Items(bench.workload, "both", bench.args.questions, True, bench.args.score_tokens)[0]
+    for nominal, allowed, recomputed in SMALL_CARDS:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(allowed * GIB / torch.cuda.get_device_properties(bench.device).total_memory)
+        bench.fast.model.num_checkpointed = recomputed
+        found[nominal] = {"allowed_gib": allowed, "recomputed_layers": recomputed} | _until_memory_ends(partial(_step_memory, bench, item))
+        print(f"a card of {nominal}: {found[nominal]}", flush=True)
+    bench.fast.model.num_checkpointed = 0
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    return found
+
+
+def _step_memory(bench: Bench, item: Item) -> dict[str, Any]:
+    return device_peak(partial(bench.run, "fast", item), bench.device)
 
 
 def splits(bench: Bench) -> dict[str, Any]:
@@ -328,9 +367,11 @@ def measure(record: dict[str, Any], bench: Bench) -> None:
             return
         key = kind if kind == "score" else f"train_{kind}"
         record["ratios"][key], record["ratio_spreads"][key] = found["ratio"]["median"], found["ratio"]
+        say_figures(key, found["figures"], found["ratio"])
     record["memory"] = memory(bench)
     for what, by in record["memory"].items():
         record["ratios"][f"peak_memory_{what}"] = by["plain"]["allocated_gib"] / max(by["fast"]["allocated_gib"], 1e-9)
     record["budgets"] = budgets(bench)
+    record["small_cards"] = small_cards(bench)
     record["time_split"] = splits(bench)
     print("plain over fast: " + ", ".join(f"{key} {value:.2f}" for key, value in record["ratios"].items()), flush=True)

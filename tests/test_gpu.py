@@ -9,7 +9,7 @@ import torch
 import oracle
 from benchmarks import correctness
 from vico.model.llama import LlamaShape
-from world import World, records, succeeds
+from world import World, end, records, start
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 CUDA = torch.device("cuda")
@@ -38,11 +38,6 @@ def test_no_farther_from_fp32_than_the_published_way() -> None:
     assert found["equal"], found["fast_over_plain"]
 
 
-def run(world: World, folder: Path, *flags: str) -> Path:
-    succeeds("train", *world.flags, *FLAGS, *flags, "--output_dir", str(folder))
-    return folder
-
-
 def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in records(folder / "steps.jsonl")]
 
@@ -52,23 +47,32 @@ def digest(folder: Path, step: int) -> str:
 
 
 def test_whole_runs(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real runs under DeepSpeed: stages 2 and 3, compiled or not, against fp32 on the CPU; a resumed run against one that never stopped."""
-    start = tmp_path / "start.pth"
-    params, _ = oracle.load_meta(world.llama / "tiny")
-    oracle.save_lineage(start, oracle.init_trainables(params, oracle.Hyper(bias=0.7), seed=5, random_gates=True))
-    flags = ["--resume", str(start), "--no_shuffle", "--caption_crop", "none"]
-    runs = {
-        "zero2": run(world, tmp_path / "zero2", *flags, "--precision", "bf16"),
-        "zero3": run(world, tmp_path / "zero3", *flags, "--precision", "bf16", "--deepspeed", "zero3"),
-        "fp32": run(world, tmp_path / "fp32", *flags, "--precision", "fp32"),
-    }
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    exact = losses(run(world, tmp_path / "cpu", *flags, "--precision", "fp32"))
+    """Real runs under DeepSpeed, side by side: stages 2 and 3, recomputed layers, fp32; and one that was cut and goes on."""
+    first = tmp_path / "start.pth"
+    oracle.write_tiny_meta(world.llama / "wide", world.tokenizer.vocab_size(), dim=128, n_layers=3, n_heads=2, shards=1)
+    params, _ = oracle.load_meta(world.llama / "wide")
+    oracle.save_lineage(first, oracle.init_trainables(params, oracle.Hyper(bias=0.7), seed=5, random_gates=True))
+    common = ["train", *world.flags, "--model", "wide", *FLAGS, "--resume", str(first), "--no_shuffle", "--caption_crop", "none"]
+    kinds = {
+        "bf16": [], "zero3": ["--deepspeed", "zero3"], "recomputed": ["--deepspeed", "zero3", "--checkpoint_activations", "full"],
+        "sdpa": ["--attention", "sdpa"], "cut": ["--max_steps", "7"], "fp32": ["--precision", "fp32"], "cpu": ["--precision", "fp32"],
+    }  # fmt: skip
+    begun = {}
+    for name, flags in kinds.items():
+        if name == "cpu":
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        begun[name] = start(*common, *flags, "--output_dir", str(tmp_path / name), ranks=1)
     monkeypatch.undo()
-    for name, folder in runs.items():
-        assert losses(folder) == pytest.approx(exact, rel=1e-5 if name == "fp32" else HALF_LOSS_RTOL), name
-    assert losses(runs["zero2"]) == pytest.approx(losses(runs["zero3"]), rel=1e-6)
+    for name, processes in begun.items():
+        ended = end(processes, 240)
+        assert ended.codes == [0], (name, ended.output)
+        assert ("Triton kernels" in ended.output) == (name != "cpu")
+    exact = losses(tmp_path / "cpu")
+    assert len(exact) == 10
+    for name in ("bf16", "zero3", "recomputed", "sdpa", "fp32"):
+        assert losses(tmp_path / name) == pytest.approx(exact, rel=1e-5 if name == "fp32" else HALF_LOSS_RTOL), name
+    assert losses(tmp_path / "zero3") == pytest.approx(losses(tmp_path / "recomputed"), rel=1e-6)
 
-    stopped = run(world, tmp_path / "stopped", *flags, "--precision", "bf16", "--max_steps", "7")
-    run(world, stopped, *flags, "--precision", "bf16")
-    assert digest(stopped, 10) == digest(runs["zero2"], 10)
+    ended = end(start(*common, "--output_dir", str(tmp_path / "cut"), ranks=1), 240)
+    assert ended.codes == [0], ended.output
+    assert digest(tmp_path / "cut", 10) == digest(tmp_path / "bf16", 10)
