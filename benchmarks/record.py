@@ -40,14 +40,16 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def git_commit() -> str:
-    """The commit, "-dirty" behind it where tracked files of the code differ from it; in a copy without git, $VICO_COMMIT."""
+    """The commit, "-dirty" behind it where tracked files of the code differ from it; where the code is a copy, $VICO_COMMIT says it."""
+    if "VICO_COMMIT" in os.environ:
+        return os.environ["VICO_COMMIT"]
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run(
             ["git", "status", "--porcelain", "--", "vico", "benchmarks/*.py"], cwd=ROOT, capture_output=True, text=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("VICO_COMMIT", "n/a")
+        return "n/a"
     return head + ("-dirty" if changed.stdout.strip() else "")
 
 

@@ -143,12 +143,33 @@ def _gpu(record: dict[str, Any], folder: Path) -> tuple[list[str], list[Path]]:
     if rows:
         names = [c.replace("_per_second", "/s").replace("_", " ") for c in columns]
         lines += table(["step", "variant", *names, "MFU", "HFU", "of measured ceiling"], rows)
+    lines += _busy(record) + _small_cards(record)
     drawn = _plot(lines, plots.draw_memory(plots.memory_bars(record), folder / "memory.png"), "memory", "the record has no memory")
     budgets = plots.draw_budgets(record.get("budgets", {}), folder / "budgets.png")
     drawn += _plot(lines, budgets, "speed by token budget", "the record has fewer than two budgets")
     lines += ["No plot of the ratio's waterfall: the gpu suite measures plain and fast alone.", ""]
     splits = plots.draw_time_split(plots.time_splits(record), folder / "time-split.png")
     return lines, drawn + _plot(lines, splits, "the time split", "the record has no profile")
+
+
+def _busy(record: dict[str, Any]) -> list[str]:
+    """How much of a step the device computes: for the rest it waits for the host, which starts the kernels one by one."""
+    steps = {"train": record.get("training", {}).get("both"), "score": record.get("scoring", {}).get("score")}
+    rows = []
+    for key, measured in steps.items():
+        for variant, split in (record.get("time_split") or {}).items():
+            if measured and "figures" in measured:
+                kernels, seconds = sum(split[key].values()), measured["figures"][variant]["seconds"]["median"]
+                rows.append([key, variant, show(kernels, 3), show(seconds, 3), f"{kernels / seconds:.0%}"])
+    return table(["step", "variant", "its kernels, s", "the step, s", "share"], rows) if rows else []
+
+
+def _small_cards(record: dict[str, Any]) -> list[str]:
+    rows = []
+    for nominal, found in record.get("small_cards", {}).items():
+        peak = "memory ended" if "out_of_memory" in found else show(found["allocated_gib"], 3)
+        rows.append([nominal, show(found["allowed_gib"], 3), str(found["recomputed_layers"]), peak])
+    return table(["card (its memory capped)", "GiB allowed", "layers recomputed", "peak of a training step, GiB"], rows) if rows else []
 
 
 def _percent(figure: Any) -> str:

@@ -99,15 +99,20 @@ def test_six_steps_of_the_oracle(world: World, start: Path, reference: Run) -> N
 
 
 @pytest.mark.parametrize(
-    ("ranks", "batch", "accumulation", "stage", "checkpointed"),
-    [(2, 4, 1, 2, "none"), (1, 2, 4, 2, "2"), (1, 1, 8, 3, "none"), (2, 2, 2, 3, "full"), (4, 1, 2, 3, "2")],
-    ids=["two-ranks", "accumulation", "zero3", "zero3-two-ranks-checkpointed", "zero3-four-ranks-checkpointed"],
-)
+    ("ranks", "batch", "accumulation", "stage", "checkpointed", "attention"),
+    [
+        (2, 4, 1, 2, "none", "auto"), (1, 2, 4, 2, "2", "sdpa"), (1, 1, 8, 3, "none", "sdpa"), (2, 2, 2, 3, "full", "sdpa"),
+        (4, 1, 2, 3, "2", "auto"),
+    ],
+    ids=["two-ranks", "accumulation-packed", "zero3-packed", "zero3-two-ranks-checkpointed-packed", "zero3-four-ranks-checkpointed"],
+)  # fmt: skip
 def test_twins(
-    world: World, start: Path, reference: Run, zero3: str, tmp_path: Path, ranks: int, batch: int, accumulation: int, stage: int, checkpointed: str
+    world: World, start: Path, reference: Run, zero3: str, tmp_path: Path, ranks: int, batch: int, accumulation: int, stage: int,
+    checkpointed: str, attention: str,
 ) -> None:  # fmt: skip
+    """`sdpa` is packed attention, whose blocks are one Function each, as on a GPU."""
     how = ["--batch_size", str(batch), "--accum_iter", str(accumulation), "--deepspeed", zero3 if stage == 3 else "zero2"]
-    how += ["--checkpoint_activations", checkpointed]
+    how += ["--checkpoint_activations", checkpointed, "--attention", attention]
     twin = train(world, tmp_path / "out", "--resume", str(start), *how, ranks=ranks)
     for a, b in zip(reference.steps, twin.steps, strict=True):
         for key in a:
