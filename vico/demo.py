@@ -77,7 +77,7 @@ def make_world(out: Path, seed: int = 0, steps: int = PRETRAINING_STEPS, splits:
         llama = temporary / "pretrained" / "llama"
         (llama / "tiny").mkdir(parents=True)
         _make_data(temporary, seed, splits or SPLITS)
-        _make_tokenizer(llama / "tokenizer.model", seed)
+        make_tokenizer(llama / "tokenizer.model", seed)
         _make_llama(llama, seed, steps)
         for part_name in ("data", "data_swapped", "pretrained"):
             shutil.rmtree(out / part_name, ignore_errors=True)
@@ -134,7 +134,7 @@ def _rows(rng: random.Random, name: str, video: Video) -> list[dict[str, object]
 # The tokenizer
 
 
-def _make_tokenizer(path: Path, seed: int) -> None:
+def make_tokenizer(path: Path, seed: int, num_pieces: int = 560) -> None:
     """LLaMA's kind of tokenizer (BPE, byte fallback, no normalisation) over the language of the prompts."""
     from sentencepiece import SentencePieceTrainer
 
@@ -148,7 +148,7 @@ def _make_tokenizer(path: Path, seed: int) -> None:
         lines.append(f"Description: {caption(video)}")
     model = io.BytesIO()
     SentencePieceTrainer.train(
-        sentence_iterator=iter(line for line in lines if line), model_writer=model, vocab_size=560, model_type="bpe", byte_fallback=True,
+        sentence_iterator=iter(line for line in lines if line), model_writer=model, vocab_size=num_pieces, model_type="bpe", byte_fallback=True,
         normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, hard_vocab_limit=False, num_threads=1,
         minloglevel=2,
     )  # fmt: skip

@@ -87,6 +87,8 @@ class Evaluation:
 def evaluate(engine: Engine, inputs: Inputs, split: str, config: RunConfig, world: World) -> Evaluation:
     """Score the split's questions. A collective: every rank runs as many forwards, and every rank gets the result."""
     questions = inputs.questions[split]
+    if not questions:
+        raise UserError(f"{split}: there are no questions to evaluate; name a split that has some")
     chunks = EvaluationChunks(
         questions, inputs.features, inputs.prompts, num_slots=config.max_feats, rank=world.rank, world_size=world.size
     )
