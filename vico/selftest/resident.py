@@ -61,6 +61,8 @@ class Resident:
             self._process.wait(timeout=20)
         except subprocess.TimeoutExpired:
             self._process.kill()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
         self._folder.cleanup()
 
 
