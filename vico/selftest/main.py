@@ -22,7 +22,10 @@ from vico.files import make_folder, write_json
 from vico.selftest.outcome import Outcome, Scale
 from vico.textfiles import read_json_object
 
-FIGURES: tuple[str, ...] = ("inputs", "legal", "evaluation")
+FIGURES: tuple[str, ...] = (
+    "kill", "store", "damage", "signals", "disk_full", "hangs", "writers", "nan", "save_cost",
+    "inputs", "legal", "evaluation",
+)  # fmt: skip
 FAILED = 1  # the exit code when a figure did not pass
 ROOT = Path(__file__).resolve().parent.parent.parent
 

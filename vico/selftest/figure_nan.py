@@ -1,0 +1,72 @@
+"""Features whose numbers overflow in one question of one rank: every rank stops in that step, before its update."""
+
+import csv
+import random
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+from vico.checkpoint import read, step_folders
+from vico.data.features import Features
+from vico.selftest.outcome import Outcome, Scale
+from vico.selftest.runs import RANKS, TinyWorld, first_line, newest, start_ranks, steps_logged
+
+NAME = "nan"
+TITLE = "a loss or score that is not finite on one rank: all ranks stop in that step, naming rank, step and question"
+MINUTES = (0.6, 3.5)
+CASES = (2, 10)
+HUGE = 1e30  # finite in the file and in the projection, and no longer so in fp16
+
+
+def run(scale: Scale) -> Outcome:
+    world, rng, failures = TinyWorld.make(scale.folder / "world"), random.Random(scale.seed), []
+    num, ranks, steps = CASES[not scale.quick], [], []
+    for number in range(num):
+        score = number % 5 == 4  # of an evaluation; otherwise the loss of a step
+        problem, rank, step = _case(world, (2, 3)[number % 2], score, scale.folder / f"case{number}", rng)
+        ranks.append(rank)
+        steps.append(step)
+        if problem:
+            failures.append(f"case {number}, {'score' if score else 'loss'}: {problem}")
+    return Outcome(num - len(failures), num, {"failures": failures, "ranks": ranks, "steps": steps})
+
+
+def _case(world: TinyWorld, stage: int, score: bool, folder: Path, rng: random.Random) -> tuple[str, int, int]:
+    """(what is wrong, the rank and the step that were named)."""
+    spoilt = TinyWorld(Path(shutil.copytree(world.folder, folder)))
+    data = folder / "data" / "nextqa"
+    with (data / ("val.csv" if score else "train.csv")).open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    row = rng.choice(rows)
+    if not score:  # one question alone is about the spoilt video
+        rows[rows.index(row)] = row = {**row, "video": "spoilt"}
+        with (data / "train.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, row.keys())
+            writer.writeheader()
+            writer.writerows(rows)
+        captions = (data / "llava_v15_13b_n6.json").read_text(encoding="utf-8")
+        (data / "llava_v15_13b_n6.json").write_text('{"spoilt": "The boy is happy.", ' + captions[1:], encoding="utf-8")
+    path = data / "clipvitl14.pth"
+    features = {**torch.load(path, weights_only=True), row["video"]: torch.full((12, 768), HUGE)}
+    torch.save(features, path)
+    Features(path)  # as far as the files go, nothing is wrong
+    out = folder / "out"
+    ended = start_ranks([*spoilt.flags(stage, out), "--precision", "fp16", "--seed", str(rng.randrange(1000))], folder / "logs")
+    codes = ended.end()
+    if codes != [4] * RANKS or len(ended.errors) != 1:
+        return f"ended with {codes}: {ended.errors or first_line(ended.said)}", -1, -1
+    for checkpoint in step_folders(out):
+        read_back = read(checkpoint)
+        if not all(value.isfinite().all() for value in (*read_back.weights.values(), *(read_back.moments or {}).values())):
+            return f"{checkpoint.name} holds a number that is not finite", -1, -1
+    if score:
+        named = f"question {row['qid']} of video '{row['video']}'" in ended.errors[0] or f"of video '{row['video']}'" in ended.errors[0]
+        return "" if named else f"the question is not named: {ended.errors}", -1, newest(out)
+    said = re.search(r"the loss is not finite on rank (\d) in step (\d+) \(questions ([^)]*)\); the update was not made", ended.errors[0])
+    if said is None or f"{row['video']}/{row['qid']}" not in said[3]:
+        return f"rank, step or question is not named: {ended.errors}", -1, -1
+    if steps_logged(out) != int(said[2]) - 1:
+        return f"step {said[2]} was named, and {steps_logged(out)} steps were done", int(said[1]), int(said[2])
+    return "", int(said[1]), int(said[2])
