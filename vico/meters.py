@@ -97,6 +97,11 @@ class RunLog:
             self._curves(curves, record["step"])
             self._board.flush()
 
+    def saved(self, step: int, seconds: float) -> None:
+        """For so long the ranks did nothing but save."""
+        with _writing(self._steps.parent):
+            self._curves({"perf/save_seconds": seconds}, step)
+
     def close(self) -> None:
         self._board.close()
 

@@ -312,6 +312,7 @@ def _end_epoch(run: _Run) -> None:
 def _save(run: _Run, progress: Progress, best: bool = False, first: Callable[[dict[str, Tensor]], None] | None = None) -> None:
     """Write the checkpoint of this step, on the main rank, after what comes `first`. A collective of all ranks."""
     run.world.doing(f"saving step {progress.step}")
+    start = time.perf_counter()
     weights, moments = run.engine.state()
     output_dir, keep = run.config.output_dir, run.config.save_total_limit
     with run.world.agreeing():
@@ -322,6 +323,8 @@ def _save(run: _Run, progress: Progress, best: bool = False, first: Callable[[di
         if best:  # before the other one, which already says that this accuracy is the best
             checkpoints.save(output_dir / "checkpoint_best", weights, moments, progress, run.config, run.fingerprints, run.id)
         checkpoints.save_step(output_dir, keep, weights, moments, progress, run.config, run.fingerprints, run.id)
+        if run.log is not None:
+            run.log.saved(progress.step, time.perf_counter() - start)
 
 
 def _log_epoch(

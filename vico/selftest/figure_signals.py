@@ -13,7 +13,7 @@ MINUTES = (1.2, 7.0)
 RUNS = (1, 5)
 # What a life is doing when it is asked to stop. The failpoint holds that moment until the signal has come.
 LIVES = {
-    "a step": "step@3=sleep 1",
+    "a step": "step@2=sleep 1",
     "a save": "save:written@1=sleep 1",
     "an evaluation": "evaluation@1=sleep 1",
     "the start": "inputs@1=sleep 1",
