@@ -1,0 +1,161 @@
+"""The order of a save, what a start makes of what it finds, and who says what ended a run."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from vico import attempts, failpoints
+from vico import checkpoint as checkpoints
+from vico.config import RunConfig
+from vico.errors import CheckpointError, DiskError, TrainingFault
+from vico.evaluate import summarize
+from vico.meters import last_step
+from vico.records import Question
+from vico.resume import newest_usable
+from vico.selftest.small_store import RUN, save_both
+from world import World, end, refusal, start
+
+
+def found(out: Path) -> tuple[str, str]:
+    """(what a start goes on from, what it says)."""
+    start = newest_usable(checkpoints.step_folders(out), out, RUN)
+    assert start.checkpoint is not None
+    return start.checkpoint.path.name, "; ".join(start.notes)
+
+
+# ---- a save ----------------------------------------------------------------------------------------------------------
+
+
+def test_all_is_on_the_disk_before_it_bears_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def flush(descriptor: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def move(path: Path, target: Path) -> Path:
+        events.append(f"{path.name} -> {target.name}")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(Path, "rename", move)
+    save_both(tmp_path, 1)
+    events = events[events.index(next(e for e in events if "checkpoint-1" in e or e == checkpoints.WEIGHTS)) :]
+    named = events.index(".checkpoint-1.vico-tmp -> checkpoint-1")
+    assert {checkpoints.WEIGHTS, checkpoints.OPTIMIZER, checkpoints.STATE, ".checkpoint-1.vico-tmp"} <= set(events[:named])
+    assert events[named + 1] == tmp_path.name
+
+
+def test_nothing_goes_before_what_replaces_it_was_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_both(tmp_path, 1, keep=1)
+    read = checkpoints.read
+
+    def forgetful(path: Path, run: str = "") -> checkpoints.Checkpoint:
+        if path.name == "checkpoint-2":
+            raise CheckpointError(f"{path}: damaged")
+        return read(path, run)
+
+    monkeypatch.setattr(checkpoints, "read", forgetful)
+    with pytest.raises(DiskError, match="the disk does not keep what it is given"):
+        save_both(tmp_path, 2, keep=1)
+    assert (tmp_path / "checkpoint-1").is_dir()
+    assert found(tmp_path)[0] == "checkpoint-1"
+
+
+# ---- a start ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_another_run_is_not_this_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_both(tmp_path, 1)
+    monkeypatch.setattr("vico.selftest.small_store.RUN", "another")
+    save_both(tmp_path, 2)
+    name, said = found(tmp_path)
+    assert name == "checkpoint-1" and "checkpoint-2: is of another run ('another' and not selftest)" in said
+
+
+def test_a_checkpoint_that_is_gone_is_missed(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_both(tmp_path, step)
+    for path in (tmp_path / "checkpoint-2").iterdir():
+        path.unlink()
+    (tmp_path / "checkpoint-2").rmdir()
+    name, said = found(tmp_path)
+    assert name == "checkpoint-1" and "checkpoint-2: is gone, though it was saved last" in said
+    for hint in ("", "{}", '{"step": "../../x"}', '{"step": 1}', "\0\xff"):  # only a hint
+        (tmp_path / checkpoints.LATEST).write_text(hint)
+        assert found(tmp_path) == ("checkpoint-1", "")
+
+
+def test_three_failures_at_one_step_are_enough(tmp_path: Path) -> None:
+    (tmp_path / "steps.jsonl").write_text('{"step": 7}\n')
+    assert last_step(tmp_path) == 7
+    for _ in range(3):
+        attempts.begin(tmp_path, RunConfig())
+    for _ in range(2):
+        assert "step 8 has failed 3 times in a row" in refusal(attempts.begin, tmp_path, RunConfig())
+    attempts.begin(tmp_path, RunConfig(batch_size=1))  # another try
+    (tmp_path / "steps.jsonl").write_text('{"step": 8}\n')
+    for _ in range(2):
+        attempts.begin(tmp_path, RunConfig(batch_size=1))
+    attempts.end(tmp_path)
+    for _ in range(3):
+        attempts.begin(tmp_path, RunConfig(batch_size=1))
+    with pytest.raises(TrainingFault):
+        attempts.begin(tmp_path, RunConfig(batch_size=1))
+
+
+def test_failpoints_are_off_and_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    failpoints.reached("save:file")
+    monkeypatch.setenv("RANK", "1")
+    for plan, passings in (("save:file@3=raise KeyError", 3), ("save:file#1=raise KeyError", 1), ("save:file#0=raise KeyError", None)):
+        failpoints.arm(plan)
+        for passing in range(1, 5):
+            if passing == passings:
+                with pytest.raises(KeyError):
+                    failpoints.reached("save:file")
+            else:
+                failpoints.reached("save:file")
+    failpoints.arm(None)
+
+
+# ---- counting --------------------------------------------------------------------------------------------------------
+
+
+def test_an_accuracy_is_a_count_of_questions() -> None:
+    """Not the mean over groups or batches, which here would be another number."""
+    asked = [Question(i, str(i), "v", kind, "q", ("a", "b"), 0) for i, kind in enumerate(["CW"] * 5 + ["TN"])]
+    evaluation = summarize(asked, [[0.0, 1.0]] * 5 + [[1.0, 0.0]], "nextqa")
+    assert evaluation.accuracies["acc"] == 5 / 6 and evaluation.counts["C"] == (5, 5) and evaluation.counts["T"] == (0, 1)
+
+
+# ---- who says what ended a run ---------------------------------------------------------------------------------------
+
+LONG = ["--epochs", "200", "--lr", "0.01", "--batch_size", "4"]
+
+
+def test_the_rank_that_ends_says_why_and_the_others_nothing(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VICO_FAILPOINT", "step@2#1=raise MemoryError")
+    ended = end(start("train", *world.flags, *LONG, "--output_dir", str(tmp_path / "out"), ranks=2), 120)
+    assert ended.codes == [4, 4] and ended.stderrs[0] == "", ended.output
+    _, line = ended.stderrs[1].splitlines()  # behind the failpoint's own
+    assert line.startswith("vico: error: rank 1 on ") and "is out of host memory while micro-batch 1 of 1 of step 2" in line
+    assert "lower --batch_size and raise --accum_iter" in line
+
+
+def test_a_killed_data_worker_is_one_line(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = [*world.flags, *LONG, "--num_workers", "1", "--output_dir", str(out)]
+    ranks = start("train", *flags, ranks=1)
+    while last_step(out) < 2:
+        time.sleep(0.02)
+        assert ranks[0].poll() is None
+    worker = psutil.Process(ranks[0].pid).children()[0]
+    worker.send_signal(signal.SIGKILL)
+    ended = end(ranks, 60)
+    assert ended.codes == [4] and ended.stderrs[0].count("\n") == 1, ended.output
+    assert f"a data worker of rank 0 on {os.uname().nodename} (process {worker.pid}) was killed" in ended.stderrs[0]
