@@ -23,7 +23,7 @@ from vico.selftest.outcome import Outcome, Scale
 from vico.textfiles import read_json_object
 
 FIGURES: tuple[str, ...] = (
-    "kill", "store", "damage", "signals", "disk_full", "hangs", "writers", "nan", "save_cost",
+    "kill", "store", "damage", "signals", "disk_full", "hangs", "writers", "nan", "mutations", "save_cost",
     "inputs", "legal", "evaluation",
 )  # fmt: skip
 FAILED = 1  # the exit code when a figure did not pass
