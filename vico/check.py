@@ -213,7 +213,7 @@ class Check:
         if config.init_eval and config.resume is not None:
             self._say(f"start: {start.path} is evaluated on {config.split}")
             return
-        prints = fingerprint.of_run(backbone.weights, self._questions, self._captions, features)
+        prints = fingerprint.of_run(backbone.weights, self._questions, self._captions, features, self._memory)
         progress = start_progress(start, 1, start.progress.questions_per_step, config, prints)
         self._say(f"start: {start.path}, " + (f"goes on from step {progress.step}" if start.moments else "a new run from its weights"))
 

@@ -1,21 +1,26 @@
 """Short digests of what a run is trained on, kept in its checkpoints: another LLaMA or other data is noticed at resume.
 
-They follow from content alone, not from paths, shards or file formats. Of tensors only samples are read, so that a 65B
-model costs a second: another model or another extraction differs everywhere, a single changed number may be missed.
+They follow from content alone, not from paths, shards or file formats, and every number counts. What has been read once is
+remembered by the marks of its files: a 7B backbone takes some seconds the first time, and none after that.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Items
+from concurrent.futures import ThreadPoolExecutor
 
+import torch
 from torch import Tensor
 
 from vico.data.features import Features
 from vico.model.backbone import Weights
 from vico.model.weights import backbone_shapes
 from vico.records import Question
+from vico.remembered import Memory, file_mark, key_of
 
-SAMPLES, SAMPLE_LENGTH = 4, 256  # per tensor of the backbone: so many runs of so many numbers
+PIECE = 1 << 24  # numbers that a thread reads at a time
+MOST_THREADS = 8
 
 
 def _digest(parts: Iterable[bytes]) -> str:
@@ -25,38 +30,57 @@ def _digest(parts: Iterable[bytes]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _bytes(values: Tensor) -> bytes:
-    return values.float().contiguous().numpy().tobytes()
+def _of_tensors(names: Items[str], pieces: Callable[[str], Iterable[Tensor]]) -> str:
+    """Of named tensors that are given piece by piece; hashing leaves Python's lock, so that threads share the work."""
+
+    def one(name: str) -> bytes:
+        digest = hashlib.sha256(name.encode())
+        for piece in pieces(name):
+            digest.update(str(piece.dtype).encode())
+            digest.update(piece.contiguous().view(torch.uint8).numpy().data)
+        return digest.digest()
+
+    with ThreadPoolExecutor(min(MOST_THREADS, len(os.sched_getaffinity(0)))) as pool:
+        return _digest(pool.map(one, names))
 
 
-def of_backbone(weights: Weights) -> str:
-    def parts() -> Iterable[bytes]:
-        for name, shape in sorted(backbone_shapes(weights.shape).items()):
-            yield f"{name} {shape}".encode()
-            size = shape[0] * shape[-1] if len(shape) == 2 else shape[0]
-            length = min(SAMPLE_LENGTH, size)
-            for i in range(SAMPLES):
-                first = (size - length) * i // (SAMPLES - 1)
-                yield _bytes(weights.read_slice(name, first, first + length))
+def _remembered(key: str | None, memory: Memory, make: Callable[[], str]) -> str:
+    found = memory.find(key)
+    if not isinstance(found, str):
+        found = make()
+        memory.note(key, found)
+    return found
 
-    return _digest(parts())
+
+def of_backbone(weights: Weights, memory: Memory) -> str:
+    shapes = backbone_shapes(weights.shape)
+
+    def pieces(name: str) -> Iterable[Tensor]:
+        size = torch.Size(shapes[name]).numel()
+        return (weights.read_slice(name, first, min(first + PIECE, size)) for first in range(0, size, PIECE))
+
+    marks = [file_mark(path) for path in sorted(weights.folder.iterdir()) if path.is_file()]
+    return _remembered(key_of("backbone", *marks), memory, lambda: _of_tensors(sorted(shapes), pieces))
 
 
 def of_run(
-    weights: Weights, questions: Mapping[str, Items[Question]], captions: Mapping[str, str], features: Features
+    weights: Weights, questions: Mapping[str, Items[Question]], captions: Mapping[str, str], features: Features, memory: Memory
 ) -> dict[str, str]:  # fmt: skip
     """Of all that a run must keep, by what it is called in messages."""
     trained_on = {split: questions[split] for split in ("train", "val")}
-    return {"backbone": of_backbone(weights), **of_data(trained_on, captions, features)}
+    return {"backbone": of_backbone(weights, memory), **of_data(trained_on, captions, features, memory)}
 
 
-def of_data(questions: Mapping[str, Items[Question]], captions: Mapping[str, str], features: Features) -> dict[str, str]:
-    """One digest for each split's questions, for the captions of those videos, and for their features' first and last frames."""
+def of_data(
+    questions: Mapping[str, Items[Question]], captions: Mapping[str, str], features: Features, memory: Memory
+) -> dict[str, str]:  # fmt: skip
+    """One digest for each split's questions, for the captions of those videos, and for their features."""
     videos = sorted({q.video for asked in questions.values() for q in asked})
+    key = key_of("features", file_mark(features.path), _digest(video.encode() for video in videos))
     return {
         **{f"data {split} questions": of_questions(asked) for split, asked in questions.items()},
         "data captions": of_captions({v: captions[v] for v in videos if v in captions}),
-        "data features": _digest(_bytes(features.ends(v)) for v in videos),
+        "data features": _remembered(key, memory, lambda: _of_tensors(videos, lambda video: [features.frames(video)])),
     }
 
 

@@ -94,7 +94,7 @@ def start_progress(
 ) -> Progress:
     """Where the run stands. Raises UserError when `start` is of a run that this one does not continue.
 
-    `prints`: fingerprints of backbone and data now, which must be those of the run that wrote `start`.
+    `prints`: fingerprints of backbone and data now, as far as they are known, which must be those of the run that wrote `start`.
     """
     if start is None or start.moments is None:
         return with_empty_sums(Progress(questions_per_step=questions_per_step), config)

@@ -93,9 +93,15 @@ def _train(config: RunConfig, world: World, inputs: Inputs, engine: Engine, run_
         micro_batch_size=config.batch_size, accumulation=config.accum_iter, rank=world.rank, world_size=world.size, seed=config.seed,
         shuffle=not config.no_shuffle, crop=config.caption_crop == "sentence", max_tokens=config.max_tokens,
     )  # fmt: skip
+    world.doing("taking fingerprints of backbone and data")
     with world.agreeing():
-        prints = fingerprint.of_run(inputs.weights, inputs.questions, inputs.captions, inputs.features)
+        # Rank 0's are enough: that the hosts have the same files is known. It alone writes checkpoints, too.
+        prints = (
+            fingerprint.of_run(inputs.weights, inputs.questions, inputs.captions, inputs.features, inputs.memory) if world.is_main else {}
+        )
         progress = start_progress(start, steps.steps_per_epoch, steps.questions_per_step, config, prints)
+    if world.is_main:
+        inputs.memory.keep()
     if start is not None and start.moments is not None:
         engine.set_moments(start.moments, progress.num_updates)
     last_step = min(config.epochs * steps.steps_per_epoch, config.max_steps or config.epochs * steps.steps_per_epoch)

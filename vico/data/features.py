@@ -111,10 +111,10 @@ class Features:
             "extract them, or fetch the feature file that belongs to these questions"
         )
 
-    def ends(self, video: str) -> Tensor:
-        """[2, 768]: the first and the last row of a whole video."""
+    def frames(self, video: str) -> Tensor:
+        """[frames, 768]: a whole video as it lies in the mapped file; only to be read."""
         rows: Tensor = self._videos[video].detach()
-        return rows[[0, -1]].clone()
+        return rows
 
     def sample(self, video: str, rows: Rows | None, num_frames: int) -> Tensor:
         """[num_frames, 768] fp32: frames spread evenly over the clip, zero rows after a clip that has fewer."""
