@@ -36,7 +36,7 @@ from vico.model.llama import LlamaShape
 CPU = torch.device("cpu")
 WIDE_VOCABULARY, NARROW_VOCABULARY = 32000, 1216  # 1216: 2.2 % of the products are the head's, 7B: 2.0 %
 # Rounding of fp32 in another order, through 8 layers; seen: losses 1e-7, scores 2e-6, gradients 2e-6 of the largest entry.
-LOSS_RTOL, GRADIENT_RTOL, SCORE_ATOL = 1e-5, 1e-4, 1e-4
+LOSS_RTOL, GRADIENT_RTOL, SCORE_ATOL = 1e-5, 1e-4, 1e-5
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

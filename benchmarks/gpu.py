@@ -35,8 +35,8 @@ from vico.records import PackedBatch
 
 LIMITS = (MAX_SEQ_LEN, MAX_CAP_LEN)
 TASKS = ("vqa", "cap", "both")
-# (nominal size, GiB that a process's tensors can have there, layers that are recomputed): cards a 7B must fit on.
-SMALL_CARDS = (("24 GB", 22.5, 0), ("16 GB", 14.9, 32))
+# (nominal size, GiB that a process's tensors can have there, whether all layers are recomputed): cards a 7B must fit on.
+SMALL_CARDS = (("24 GB", 22.5, False), ("16 GB", 14.9, True))
 # Of the two models in half precision on the same samples. Losses are means over hundreds of targets; scores are means over four,
 # and the baseline's logits in bf16 stand on a grid of 0.06. The bounds find another computation, not another rounding.
 BOUNDS = {"loss_relative": 1e-2, "score_mean_absolute": 0.1}
@@ -76,7 +76,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Items(Dataset[Item]):
+class WorkItems(Dataset[Item]):
     workload: SyntheticWorkload
     kind: str  # a task, "both", or "score"
     num: int  # questions, or videos
@@ -107,7 +107,7 @@ class Bench:
     ceiling_tflops: float
 
     def items(self, kind: str, num: int, packed: bool, count: int) -> Iterator[Item]:
-        data = Items(self.workload, kind, num, packed, self.args.score_tokens)
+        data = WorkItems(self.workload, kind, num, packed, self.args.score_tokens)
         return iter(
             DataLoader(
                 data, sampler=range(count), batch_size=None, num_workers=self.args.num_workers, pin_memory=self.device.type == "cuda"
@@ -209,7 +209,7 @@ def memory(bench: Bench) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for kind, num in (("both", bench.args.questions), ("score", bench.args.videos)):
         for name in ("plain", "fast"):
-            item = Items(bench.workload, kind, num, name == "fast", bench.args.score_tokens)[0]
+            item = WorkItems(bench.workload, kind, num, name == "fast", bench.args.score_tokens)[0]
             key = "train" if kind == "both" else kind
             found.setdefault(key, {})[name] = device_peak(partial(bench.run, name, item), bench.device)
     return found
@@ -252,11 +252,15 @@ def small_cards(bench: Bench) -> dict[str, Any]:
     if bench.device.type != "cuda":
         return {}
     found: dict[str, Any] = {}
-    item = Items(bench.workload, "both", bench.args.questions, True, bench.args.score_tokens)[0]
-    for nominal, allowed, recomputed in SMALL_CARDS:
+    item = WorkItems(bench.workload, "both", bench.args.questions, True, bench.args.score_tokens)[0]
+    there = torch.cuda.get_device_properties(bench.device).total_memory
+    for nominal, allowed, recomputes in SMALL_CARDS:
+        if allowed * GIB >= there:
+            continue  # this card is the smaller one
+        recomputed = bench.shape.n_layers if recomputes else 0
         gc.collect()
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(allowed * GIB / torch.cuda.get_device_properties(bench.device).total_memory)
+        torch.cuda.set_per_process_memory_fraction(allowed * GIB / there)
         bench.fast.model.num_checkpointed = recomputed
         found[nominal] = {"allowed_gib": allowed, "recomputed_layers": recomputed} | _until_memory_ends(partial(_step_memory, bench, item))
         print(f"a card of {nominal}: {found[nominal]}", flush=True)
@@ -274,8 +278,9 @@ def splits(bench: Bench) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("plain", "fast"):
         found[name] = {}
-        for key, kind, num in (("train", "both", bench.args.questions), ("score", "score", bench.args.videos)):
-            item = Items(bench.workload, kind, num, name == "fast", bench.args.score_tokens)[0]
+        training = [("train" if task == "both" else f"train_{task}", task, bench.args.questions) for task in bench.args.tasks]
+        for key, kind, num in (*training, ("score", "score", bench.args.videos)):
+            item = WorkItems(bench.workload, kind, num, name == "fast", bench.args.score_tokens)[0]
             found[name][key], found[name][f"{key}_rows"] = time_split(partial(bench.run, name, item), bench.shape, bench.device)
     return found
 

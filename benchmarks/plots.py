@@ -19,6 +19,7 @@ KINDS = 7  # of operators that are told apart; the others are one more
 PALETTE = ("#1b6ca8", "#e08e1b", "#3f8f5b", "#b5473c", "#7a5aa6", "#7f5b3a", "#d177a8", "#c4c7cc")
 REST = "everything else"
 DPI = 150
+STEPS = {"train": "training step", "train_vqa": "questions alone", "train_cap": "captions alone", "score": "scoring step"}
 
 
 def time_splits(record: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
@@ -29,7 +30,8 @@ def time_splits(record: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]
         f"{prefix}{what}": {variant: split[key] for variant, split in found.items()}
         for prefix, found in sources.items()
         if found
-        for key, what in (("train", "training step"), ("score", "scoring step"))
+        for key, what in STEPS.items()
+        if all(key in split for split in found.values())
     }
 
 

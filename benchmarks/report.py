@@ -154,11 +154,12 @@ def _gpu(record: dict[str, Any], folder: Path) -> tuple[list[str], list[Path]]:
 
 def _busy(record: dict[str, Any]) -> list[str]:
     """How much of a step the device computes: for the rest it waits for the host, which starts the kernels one by one."""
-    steps = {"train": record.get("training", {}).get("both"), "score": record.get("scoring", {}).get("score")}
+    training = record.get("training", {})
+    steps = {"train": training.get("both"), "train_vqa": training.get("vqa"), "train_cap": training.get("cap")}
     rows = []
-    for key, measured in steps.items():
+    for key, measured in (steps | {"score": record.get("scoring", {}).get("score")}).items():
         for variant, split in (record.get("time_split") or {}).items():
-            if measured and "figures" in measured:
+            if measured and "figures" in measured and key in split:
                 kernels, seconds = sum(split[key].values()), measured["figures"][variant]["seconds"]["median"]
                 rows.append([key, variant, show(kernels, 3), show(seconds, 3), f"{kernels / seconds:.0%}"])
     return table(["step", "variant", "its kernels, s", "the step, s", "share"], rows) if rows else []

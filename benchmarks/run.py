@@ -16,8 +16,8 @@ from benchmarks.record import RESULTS
 SECONDS_FOR_RANK_0 = 5.0
 SUITES = {
     "cpu": "plain against packed on this machine's CPU, fp32, one thread: speed, peak memory, equality; about 5 minutes",
-    "gpu": "one GPU: attention backends, plain against packed, memory, time split; not yet timed on a GPU, 15 minutes reckoned for a 7B on "
-    "an H100; --tiny --device cpu: 15 seconds",
+    "gpu": "one GPU: attention backends, plain against packed, memory, smaller cards, time split; 4 minutes for a 7B on an H100; "
+    "--tiny --device cpu: 15 seconds",
     "node": "any number of ranks: ZeRO-2 and 3, weak and strong scaling, communication; not yet timed on GPUs, 5 minutes reckoned per size "
     "and number of ranks; --tiny --ranks 1,2 on a CPU: 1 minute",
     "report": "Markdown and plots from records; seconds",

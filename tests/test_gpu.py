@@ -8,6 +8,9 @@ import torch
 
 import oracle
 from benchmarks import correctness
+from benchmarks.variants import fill, make_fast, random_weights, scoring_batches, training_batch
+from benchmarks.workload import SyntheticWorkload
+from vico.model.attention_packed import choose
 from vico.model.llama import LlamaShape
 from world import World, end, records, start
 
@@ -66,7 +69,7 @@ def test_whole_runs(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name, processes in begun.items():
         ended = end(processes, 240)
         assert ended.codes == [0], (name, ended.output)
-        assert ("Triton kernels" in ended.output) == (name != "cpu")
+        assert ("by Triton kernels" in ended.output) == (name != "cpu")
     exact = losses(tmp_path / "cpu")
     assert len(exact) == 10
     for name in ("bf16", "zero3", "recomputed", "sdpa", "fp32"):
@@ -76,3 +79,35 @@ def test_whole_runs(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ended = end(start(*common, "--output_dir", str(tmp_path / "cut"), ranks=1), 240)
     assert ended.codes == [0], ended.output
     assert digest(tmp_path / "cut", 10) == digest(tmp_path / "bf16", 10)
+
+
+def test_nothing_waits_and_nothing_is_compiled_after_the_third_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward of steps of many lengths, and scoring, start their kernels without one wait for the device."""
+    import triton
+
+    compiled: list[object] = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **_: compiled.append(1))
+    fast = make_fast(TOY, torch.bfloat16)
+    fill(fast, random_weights(fast))
+    fast.to(CUDA).attend = choose("auto", CUDA, torch.bfloat16)[0]
+    work = SyntheticWorkload(TOY.vocab_size)
+    counts = []
+    for place in range(8):
+        batch = training_batch(work.training(place, 2 + place)).pin_memory()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if place >= 3 else "default")
+        try:
+            fast(batch.to(CUDA)).sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        counts.append(len(compiled))
+    assert counts[2:] == [counts[2]] * 6, counts
+    scoring = [batch.pin_memory() for batch in scoring_batches(work.scoring(0, 2))]
+    with torch.no_grad():
+        fast(scoring[0].to(CUDA))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for batch in scoring:
+                fast(batch.to(CUDA))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -65,7 +65,7 @@ class PackedAttention:
 
     def __call__(self, q_QHd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, seen: Visibility) -> Tensor:
         if seen.queries is not None:  # one layer of many: asking for all rows costs less than a layout of its own
-            rows = seen.queries.to(q_QHd.device)
+            rows = seen.queries.to(q_QHd.device, non_blocking=True)
             q_THd = k_THd.new_zeros(k_THd.shape).index_copy(0, rows, q_QHd)
             return self(q_THd, k_THd, v_THd, gate2_H, Visibility(seen.segments, ())).index_select(0, rows)
         out: Tensor = _PackedAttention.apply(q_QHd, k_THd, v_THd, gate2_H, self, self.layout(seen, q_QHd))

@@ -10,6 +10,7 @@ Tests run these on a CPU through Triton's interpreter, against the plain operati
 import importlib.util
 import math
 import os
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,13 +25,21 @@ HEADS = 8  # that a program of the rotary embedding, or of widening, takes
 
 def serve(x: Tensor) -> bool:
     """Whether kernels take `x`, whose last dimension is a model's or a head's width."""
-    return USED and _FOUND and (x.is_cuda or INTERPRETED) and x.stride(-1) == 1
+    return USED and _FOUND and ((x.is_cuda and _is_recent(x.device.index)) or INTERPRETED) and x.stride(-1) == 1
+
+
+@lru_cache
+def _is_recent(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def describe(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "plain elementwise operations (a CPU)"
-    return "Triton kernels" if USED and _FOUND else f"plain elementwise operations ({'VICO_KERNELS' if _FOUND else 'no Triton here'})"
+    reasons = (
+        (device.type != "cuda", "a CPU"), (not _FOUND, "no Triton here"), (not USED, "VICO_KERNELS=plain"),
+        (device.type == "cuda" and not _is_recent(device.index or 0), "a GPU before compute capability 8.0"),
+    )  # fmt: skip
+    why = next((why for is_so, why in reasons if is_so), None)
+    return "elementwise work by Triton kernels" if why is None else f"elementwise work by plain operations ({why})"
 
 
 def serve_heads(x_THd: Tensor) -> bool:

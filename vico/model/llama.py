@@ -1,5 +1,7 @@
 """The frozen LLaMA backbone on one page (Meta's layout and names), with the adapter's places in its attention.
 
+This is what is computed; block.py has the same block once more as one Function, for GPUs.
+
 A layer that is adapted owns two gates; what flows to it besides the stream is its prompt and who sees whom.
 """
 
@@ -140,10 +142,11 @@ class Context:
     rotary_T: Tensor
     seen: Visibility
     attend: Attend
+    asking_Q: Tensor | None = None  # seen.queries on the device
 
     def narrowed(self, rows: Tensor) -> "Context":
-        """The same where only `rows` (host int64, ascending) ask."""
-        return Context(self.rotary_T, narrowed(self.seen, rows), self.attend)
+        """The same where only `rows` (host int64, ascending, pinned where a GPU is: nobody waits for the copy) ask."""
+        return Context(self.rotary_T, narrowed(self.seen, rows), self.attend, rows.to(self.rotary_T.device, non_blocking=True))
 
 
 class Attention(nn.Module):
@@ -162,8 +165,7 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, prompt_AD: Tensor | None, context: Context) -> Tensor:
         """[Q, D] for the Q rows that ask: all T, or context.seen.queries."""
-        queries = context.seen.queries
-        asking = None if queries is None else queries.to(x_TD.device, non_blocking=True)
+        asking = context.asking_Q
         x_QD, rotary_Q = (x_TD, context.rotary_T) if asking is None else (x_TD[asking], context.rotary_T[asking])
         q_QHd, k_THd, v_THd = (self.heads(w(x)) for w, x in ((self.wq, x_QD), (self.wk, x_TD), (self.wv, x_TD)))
         q_QHd, k_THd = Rotate.apply(q_QHd, rotary_Q), Rotate.apply(k_THd, context.rotary_T)
@@ -206,8 +208,7 @@ class Block(nn.Module):
         """The rows that ask, [Q, D]; where only some do, the others end here."""
         if (out_TD := block.run(self, x_TD, prompt_AD, context)) is not None:
             return out_TD
-        queries = context.seen.queries
-        residual = x_TD if queries is None else x_TD[queries.to(x_TD.device, non_blocking=True)]
+        residual = x_TD if context.asking_Q is None else x_TD[context.asking_Q]
         h_QD = residual + self.attention(self.attention_norm(x_TD), prompt_AD, context)
         return h_QD + self.feed_forward(self.ffn_norm(h_QD))
 
@@ -245,9 +246,10 @@ class Llama(nn.Module):
         All layers run, the lower ones without prompt and gates; the last one only where its output is wanted.
         """
         num_plain = len(self.layers) - self.num_adapted
+        prompts = prompts_GAD.unbind(0)  # one gradient for all; a slice's would be as large as the whole, for each layer
         for i, layer in enumerate(self.layers):
             last = i + 1 == len(self.layers)
-            prompt_AD = prompts_GAD[i - num_plain] if i >= num_plain else None
+            prompt_AD = prompts[i - num_plain] if i >= num_plain else None
             seen = context.narrowed(wanted_R) if last else context
             if i < self.num_checkpointed and torch.is_grad_enabled():
                 x_TD = _run_twice(layer, x_TD, prompt_AD, seen)
