@@ -16,8 +16,8 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::line
 # First match wins; what the name does not say (products), the shapes do.
 BY_NAME = (
     ("attention kernel", ("scaled_dot_product", "_efficient_attention", "_flash_attention", "varlen_attn", "flash_attn", "fmha")),
-    # What a block's Function starts by itself, its products apart: the Triton kernels.
-    ("Triton kernels", ("packedblock", "packedattention", "frozenrmsnorm", "swiglu", "rotate", "adapterattention", "triton")),
+    # What our own Functions do themselves, products and attention apart: on a GPU the Triton kernels.
+    ("own Functions", ("packedblock", "packedattention", "frozenrmsnorm", "swiglu", "rotate", "adapterattention", "triton")),
     ("cross-entropy", ("nll_loss", "log_softmax", "logsumexp", "cross_entropy")),
     ("softmax", ("softmax",)),
     ("norm", ("rms_norm", "layer_norm", "rsqrt", "native_norm")),
