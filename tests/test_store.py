@@ -11,7 +11,7 @@ import pytest
 from vico import attempts, failpoints
 from vico import checkpoint as checkpoints
 from vico.config import RunConfig
-from vico.errors import CheckpointError, DiskError, TrainingFault
+from vico.errors import EXIT_CODES, CheckpointError, DiskError, TrainingFault
 from vico.evaluate import summarize
 from vico.meters import last_step
 from vico.records import Question
@@ -159,3 +159,9 @@ def test_a_killed_data_worker_is_one_line(world: World, tmp_path: Path) -> None:
     ended = end(ranks, 60)
     assert ended.codes == [4] and ended.stderrs[0].count("\n") == 1, ended.output
     assert f"a data worker of rank 0 on {os.uname().nodename} (process {worker.pid}) was killed" in ended.stderrs[0]
+
+
+def test_exit_codes_are_documented() -> None:
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    for code, meaning in EXIT_CODES.items():
+        assert f"| {code} | {meaning} |" in readme

@@ -18,11 +18,10 @@ import torch
 import torch.distributed as torch_dist
 
 from vico.dist import World
-from vico.errors import PeerLost, TrainingFault, UserError, one_line
+from vico.errors import MISTAKE, PeerLost, TrainingFault, UserError, one_line
 from vico.meeting import gist
 
 SECONDS_FOR_THE_CAUSE = 2.0  # the rank that failed speaks before those that lost it
-MISTAKE = 1  # the exit code of a mistake of ours, whose traceback is shown
 KEY = "vico cause"
 WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\) (?:is killed by signal: ([^.]*)|exited unexpectedly)")
 # What to do against too little memory, by the phase that a rank says it is in.

@@ -1,8 +1,6 @@
 """The doors: `vico train`, `vico eval`, `vico plan`, `vico demo`. Here a mistake becomes one line and an exit code."""
 
-import ctypes
 import os
-import signal
 import sys
 import time
 import traceback
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from vico import config as configs
 from vico import launched, lock, stopping
-from vico.errors import Unreachable, UserError, one_line
+from vico.errors import EXIT_CODES, Unreachable, UserError, one_line
 
 if TYPE_CHECKING:
     from vico.dist import World
@@ -32,8 +30,7 @@ SECONDS_FOR_RANK_0 = 10.0
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one subcommand; returns the exit code: 0 done, 2 bad input, 3 unusable checkpoint, 4 training fault, 5 lost rank,
-    6 disk, 75 stopped by a signal and resumable, 130 stopped by Ctrl-C."""
+    """Run one subcommand; returns the exit code (errors.py, EXIT_CODES)."""
     debug = "--debug" in argv
     stopping.let_through()
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # for libraries, DeepSpeed above all: nobody runs a pickle here
@@ -42,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
         command, *rest = argv or [""]
         if command in ("-h", "--help", ""):
             print("usage: vico COMMAND FLAGS\n" + "\n".join(f"  {name:<10}{text}" for name, (text, _) in COMMANDS.items()))
+            print("exit codes\n" + "\n".join(f"  {code:<10}{meaning}" for code, meaning in EXIT_CODES.items()))
             return 0 if command else 2
         if command not in COMMANDS:
             raise UserError(f"unknown command '{command}'; use one of {', '.join(COMMANDS)}")
@@ -115,7 +113,10 @@ def _evaluate(argv: list[str]) -> int:
 
 def _with_world(line: configs.CommandLine, run: Callable[["World"], None]) -> int:
     """Connect the ranks, run, and leave together. Torch is loaded only here: a mistyped flag is answered before."""
-    _end_with_the_launcher()
+    if (
+        "LOCAL_RANK" in os.environ
+    ):  # a launcher that is killed outright would leave its ranks training, and a second start write beside them
+        stopping.end_with(os.getppid())
     told = {name: line.given[name] for name in ("collective_timeout", "hang_timeout", "expect_world_size") if name in line.given}
     meeting = configs.RunConfig(**told)
     launched.check(meeting.expect_world_size)
@@ -142,13 +143,6 @@ def _with_world(line: configs.CommandLine, run: Callable[["World"], None]) -> in
         code, together = causes.end(world, problem, line.debug), False
     dist.disconnect(world, together)  # behind `except`, where the error is gone and holds nothing any more
     return code
-
-
-def _end_with_the_launcher() -> None:
-    """A launcher that is killed outright leaves its ranks training, and a second start would write beside them."""
-    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _demo(argv: list[str]) -> int:

@@ -9,6 +9,19 @@ import reprlib
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
+DONE, MISTAKE, RESUMABLE, INTERRUPTED = 0, 1, 75, 130
+EXIT_CODES = {
+    DONE: "done",
+    MISTAKE: "a mistake of ViCo's own, with its traceback; a figure of the self-test that did not pass",
+    2: "bad input or settings: nothing was trained",
+    3: "a checkpoint, or weights, that cannot be used",
+    4: "training cannot go on: numbers that are not finite, no more memory, a killed data worker, the same step failing again and again",
+    5: "another rank has ended or hangs",
+    6: "a full disk; an output_dir or a port that another run uses",
+    RESUMABLE: "stopped by SIGTERM or SIGUSR1, and saved: the same command goes on",
+    INTERRUPTED: "stopped by Ctrl-C, and saved: the same command goes on",
+}
+
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 100, 100
 
@@ -40,7 +53,7 @@ class CheckpointError(UserError):
 
 
 class TrainingFault(UserError):
-    """The run cannot go on: a loss, gradient or score that is not finite. Exit code 4."""
+    """The run cannot go on: numbers that are not finite, no more memory, a killed data worker. Exit code 4."""
 
     exit_code = 4
 

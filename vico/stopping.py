@@ -4,13 +4,16 @@ Schedulers send them before a time limit or a preemption, to some or all process
 must be heard from the first moment on.
 """
 
+import ctypes
 import os
 import signal
+import sys
 import time
 from types import FrameType
 
+from vico.errors import INTERRUPTED, RESUMABLE
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-RESUMABLE, INTERRUPTED = 75, 130  # exit codes: the same command goes on (sysexits' EX_TEMPFAIL); Ctrl-C
 # A signal can come twice for one wish: to the whole job and once more through its launcher.
 ECHO_SECONDS = 2.0
 
@@ -54,6 +57,15 @@ def ignore() -> None:
     """In helper processes: they end with the process that they work for, which hears the signals itself."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_with(parent: int) -> None:
+    """From now on this process is killed when its parent ends, however that ends."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent:  # it has ended just before
+            os._exit(128 + signal.SIGKILL)
 
 
 def end_at_once() -> None:

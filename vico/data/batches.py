@@ -4,6 +4,7 @@ Which questions a step takes, and what is random about them, are functions of (s
 save but a counter, and the ranks only divide the work.
 """
 
+import multiprocessing
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from typing import Any
@@ -243,3 +244,6 @@ def loader(dataset: TrainingSteps | EvaluationChunks, items: Any, num_workers: i
 
 def _begin_worker(worker: int) -> None:
     stopping.ignore()
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid is not None:
+        stopping.end_with(parent.pid)

@@ -24,7 +24,7 @@ def run(scale: Scale) -> Outcome:
     for number in range(TAKEOVERS[full]):
         out = scale.folder / f"run{number}"
         # Long enough to be met by all the others; a checkpoint is there soon.
-        flags = [*world.flags((2, 3)[number % 2], out), "--epochs", "2000", "--max_steps", "5000"]
+        flags = [*world.flags((2, 3)[number % 2], out), "--epochs", "2000", "--max_steps", "5000", "--num_workers", "1"]
         owner = launch(flags, world.folder / "logs")
         if not owner.reach(lambda out=out: steps_logged(out) >= 3):  # type: ignore[misc]
             failures.append(f"the owner did not start: {first_line(owner.said)}")
@@ -66,6 +66,6 @@ def _orphans(owner: Started, number: int) -> str:
 
 def _taken_over(world: TinyWorld, flags: list[str], out: Path) -> str:
     before = steps_logged(out)
-    heir = start_ranks([*flags[:-2], "--max_steps", str(before + 2)], world.folder / "logs")
+    heir = start_ranks([*flags, "--max_steps", str(before + 2)], world.folder / "logs")
     codes = heir.end()
     return "" if codes == [0] * RANKS and steps_logged(out) == before + 2 else f"no takeover: {codes}, {first_line(heir.said)}"

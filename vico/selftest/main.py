@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from vico.errors import UserError, nearest
+from vico.errors import DONE, MISTAKE, UserError, nearest
 from vico.files import make_folder, write_json
 from vico.selftest.outcome import Outcome, Scale
 from vico.textfiles import read_json_object
@@ -26,7 +26,6 @@ FIGURES: tuple[str, ...] = (
     "kill", "store", "damage", "signals", "disk_full", "hangs", "writers", "nan", "mutations", "save_cost",
     "inputs", "legal", "evaluation",
 )  # fmt: skip
-FAILED = 1  # the exit code when a figure did not pass
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -50,13 +49,16 @@ def main(argv: list[str]) -> int:
     flags = _parse(argv, figures)
     if unknown := [name for name in flags.only or () if name not in FIGURES]:
         raise UserError(f"--only {unknown[0]}: no such figure{nearest(unknown[0], FIGURES)}; there are {', '.join(FIGURES)}")
+    if flags.table:
+        print(table(flags.out, figures))
+        return DONE
     chosen = [figure for figure in figures if not flags.only or figure.NAME in flags.only]
     make_folder(flags.out)
     minutes = sum(figure.MINUTES[not flags.quick] for figure in chosen)
     print(f"vico selftest: {len(chosen)} figure(s), about {minutes:.0f} minutes on two cores; results go to {flags.out}", flush=True)
     passed = [_run(figure, flags) for figure in chosen]
     print(json.dumps(results(flags.out)), flush=True)
-    return 0 if all(passed) else FAILED
+    return DONE if all(passed) else MISTAKE
 
 
 def _parse(argv: list[str], figures: list[Figure]) -> argparse.Namespace:
@@ -70,6 +72,7 @@ def _parse(argv: list[str], figures: list[Figure]) -> argparse.Namespace:
     size.add_argument("--full", action="store_true", help="all cases (the default); hours in all, so take it in parts by --only")
     parser.add_argument("--only", nargs="+", metavar="FIGURE", help="these figures alone; their results are put to those in --out")
     parser.add_argument("--out", type=Path, default=Path("selftest"), help="folder of the results (default: selftest)")
+    parser.add_argument("--table", action="store_true", help="run nothing: print the results in --out as the table of the README")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is random: where a kill hits, which bit flips")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
@@ -111,6 +114,18 @@ def results(out: Path) -> dict[str, Any]:
         if record.get("code") == code:
             found[name] = {key: record[key] for key in ("passed", "of", "seconds", "date", "scale")}
     return found
+
+
+def table(out: Path, figures: list[Figure]) -> str:
+    """All results in `out`, of whatever code: each says which."""
+    rows = ["| figure | held | scale | time | date, commit |", "| --- | --- | --- | --- | --- |"]
+    for figure in figures:
+        path = out / f"{figure.NAME}.json"
+        if path.exists():
+            r = read_json_object(path, "a result of the self-test")
+            held, when = f"{r['passed']} of {r['of']}", f"{r['date']}, {r['commit']}"
+            rows.append(f"| `{figure.NAME}`: {figure.TITLE} | {held} | {r['scale']} | {r['seconds'] / 60:.1f} min | {when} |")
+    return "\n".join(rows)
 
 
 def version() -> dict[str, str]:
