@@ -22,6 +22,7 @@ from vico.errors import MISTAKE, PeerLost, TrainingFault, UserError, one_line
 from vico.meeting import gist
 
 SECONDS_FOR_THE_CAUSE = 2.0  # the rank that failed speaks before those that lost it
+SECONDS_FOR_A_SIGNAL = 1.0
 KEY = "vico cause"
 WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\) (?:is killed by signal: ([^.]*)|exited unexpectedly)")
 # What to do against too little memory, by the phase that a rank says it is in.
@@ -36,6 +37,7 @@ KNOB_OF_A_STEP = "lower --batch_size and raise --accum_iter, or use --max_tokens
 
 def end(world: World, problem: Exception, debug: bool) -> int:
     """Say what ended this rank, or leave it to the rank that knows; returns the exit code. Called on this rank alone."""
+    problem = _of_a_worker(problem)
     if is_lost_peer(problem) and not debug:
         return _lost(world)
     fault = _known(problem, world)
@@ -49,6 +51,16 @@ def end(world: World, problem: Exception, debug: bool) -> int:
     _say(str(fault))
     _leave(world, str(fault), fault.exit_code)
     return fault.exit_code
+
+
+def _of_a_worker(problem: Exception) -> Exception:
+    """Who takes data from a worker that is being killed can meet its silence before the news, which torch raises by a signal."""
+    if isinstance(problem, EOFError | ConnectionError):
+        try:
+            time.sleep(SECONDS_FOR_A_SIGNAL)
+        except RuntimeError as news:
+            return news
+    return problem
 
 
 def _known(problem: Exception, world: World) -> UserError | None:
