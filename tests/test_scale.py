@@ -109,3 +109,21 @@ def test_a_run_moves(runs: Runs, saved_on: tuple[int, int], resumed_on: tuple[in
 @pytest.mark.parametrize("resumed_on", SETUPS, ids=str)
 def test_a_run_moves_anywhere(runs: Runs, saved_on: tuple[int, int], resumed_on: tuple[int, int], tmp_path: Path) -> None:
     resumes(runs, saved_on, resumed_on, tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setup", [(1, 2), (2, 2), (2, 3)], ids=str)
+def test_from_every_save_point_comes_the_same_end(runs: Runs, setup: tuple[int, int], tmp_path: Path) -> None:
+    """A checkpoint behind each step of two epochs: each of them, alone, leads to the bits of the run that never stopped."""
+    flags = [*runs.flags(*setup), "--epochs", "2", "--save_steps", "1"]
+    whole = tmp_path / "whole"
+    succeeds("train", *flags, "--output_dir", str(whole), ranks=setup[0])
+    last = written(whole / "checkpoint-6")
+    for step in range(1, 6):
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        shutil.copy(whole / "args.json", folder)
+        shutil.copytree(whole / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+        assert f"resuming from step {step}\n" in succeeds("train", *flags, "--output_dir", str(folder), ranks=setup[0]).output
+        assert written(folder / "checkpoint-6") == last, step
+        assert (folder / "predictions_val.jsonl").read_bytes() == (whole / "predictions_val.jsonl").read_bytes()
