@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import oracle
+from vico import checkpoint as checkpoints
 from world import ROOT, World, records, succeeds, vico, write_csv
 
 # The oracle sums in another order: fp32 rounding over six steps. Measured: losses 2e-7, norms 2e-6, scores 4e-6.
@@ -56,13 +57,20 @@ def start(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def zero3(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The shipped stage 3 with threshold 0: toy parameters would otherwise all stay whole."""
-    path = tmp_path_factory.mktemp("ds") / "zero3.json"
-    config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    path.write_text(json.dumps(config))
-    return str(path)
+def threshold_0(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The shipped configs, those of stage 3 with threshold 0: toy parameters would otherwise all stay whole."""
+    folder, paths = tmp_path_factory.mktemp("ds"), {"zero2": "zero2"}
+    for name in ("zero3", "zero3_nodes", "zero3_offload"):
+        config = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        paths[name] = str(folder / f"{name}.json")
+        Path(paths[name]).write_text(json.dumps(config))
+    return paths
+
+
+@pytest.fixture(scope="module")
+def zero3(threshold_0: dict[str, str]) -> str:
+    return threshold_0["zero3"]
 
 
 def train(world: World, folder: Path, *flags: str, ranks: int = 1) -> Run:
@@ -98,20 +106,25 @@ def test_six_steps_of_the_oracle(world: World, start: Path, reference: Run) -> N
     assert [line["index"] for line in reference.predictions] == list(range(10))
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    ("ranks", "batch", "accumulation", "stage", "checkpointed", "attention"),
+    ("ranks", "batch", "accumulation", "zero", "checkpointed", "attention"),
     [
-        (2, 4, 1, 2, "none", "auto"), (1, 2, 4, 2, "2", "sdpa"), (1, 1, 8, 3, "none", "sdpa"), (2, 2, 2, 3, "full", "sdpa"),
-        (4, 1, 2, 3, "2", "auto"),
+        (2, 4, 1, "zero2", "none", "auto"), (1, 2, 4, "zero2", "2", "sdpa"), (1, 1, 8, "zero3_offload", "none", "sdpa"),
+        (2, 2, 2, "zero3", "full", "sdpa"), (4, 1, 2, "zero3", "2", "auto"),
+        pytest.param(2, 4, 1, "zero3", "none", "auto", marks=SLOW), pytest.param(4, 2, 1, "zero3", "none", "sdpa", marks=SLOW),
+        pytest.param(4, 2, 1, "zero3", "full", "auto", marks=SLOW), pytest.param(2, 1, 4, "zero3_offload", "2", "auto", marks=SLOW),
+        pytest.param(4, 2, 1, "zero3_nodes", "none", "sdpa", marks=SLOW),
     ],
-    ids=["two-ranks", "accumulation-packed", "zero3-packed", "zero3-two-ranks-checkpointed-packed", "zero3-four-ranks-checkpointed"],
 )  # fmt: skip
 def test_twins(
-    world: World, start: Path, reference: Run, zero3: str, tmp_path: Path, ranks: int, batch: int, accumulation: int, stage: int,
-    checkpointed: str, attention: str,
+    world: World, start: Path, reference: Run, threshold_0: dict[str, str], tmp_path: Path, ranks: int, batch: int, accumulation: int,
+    zero: str, checkpointed: str, attention: str,
 ) -> None:  # fmt: skip
     """`sdpa` is packed attention, whose blocks are one Function each, as on a GPU."""
-    how = ["--batch_size", str(batch), "--accum_iter", str(accumulation), "--deepspeed", zero3 if stage == 3 else "zero2"]
+    how = ["--batch_size", str(batch), "--accum_iter", str(accumulation), "--deepspeed", threshold_0[zero]]
     how += ["--checkpoint_activations", checkpointed, "--attention", attention]
     twin = train(world, tmp_path / "out", "--resume", str(start), *how, ranks=ranks)
     for a, b in zip(reference.steps, twin.steps, strict=True):
@@ -186,8 +199,9 @@ def test_a_run_cut_in_two_is_the_run(world: World, zero3: str, tmp_path: Path, r
     flags = [*world.flags, *FLAGS, "--batch_size", str(8 // ranks), "--num_workers", "1", "--deepspeed", zero3 if stage == 3 else "zero2"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     succeeds("train", *flags, "--output_dir", str(whole), ranks=ranks)
-    succeeds("train", *flags, "--output_dir", str(cut), "--max_steps", "4", ranks=ranks)
-    said = succeeds("train", *flags, "--output_dir", str(cut), ranks=ranks).stdouts[0]
+    saving = ["--save_steps", "1", "--save_total_limit", "2", "--save_legacy"]  # which changes nothing else
+    succeeds("train", *flags, *saving, "--output_dir", str(cut), "--max_steps", "4", ranks=ranks)
+    said = succeeds("train", *flags, *saving, "--output_dir", str(cut), ranks=ranks).stdouts[0]
     assert "resuming from step 4" in said
     for name, value in Run(whole).tensors(6).items():
         assert torch.equal(Run(cut).tensors(6)[name], value), name
@@ -195,6 +209,15 @@ def test_a_run_cut_in_two_is_the_run(world: World, zero3: str, tmp_path: Path, r
     assert without_time[0] == without_time[1]
     assert (whole / "predictions_val.jsonl").read_bytes() == (cut / "predictions_val.jsonl").read_bytes()
     assert Run(cut).epochs[-1] == Run(whole).epochs[-1]
+    assert sorted(path.name for path in cut.glob("checkpoint*")) == [
+        "checkpoint-5",
+        "checkpoint-6",
+        "checkpoint_best",
+        "checkpoint_best.pth",
+    ]
+    best, legacy = load_file(cut / "checkpoint_best" / "adapter_model.safetensors"), checkpoints.read(cut / "checkpoint_best.pth")
+    assert legacy.weights.keys() == best.keys() and all(torch.equal(legacy.weights[name], value) for name, value in best.items())
+    assert legacy.moments is None and legacy.settings["max_seq_len"] == 256 and not (whole / "checkpoint_best.pth").exists()
     assert "complete at step 6" in succeeds("train", *flags, "--output_dir", str(cut), ranks=ranks).stdouts[0]
 
 

@@ -6,7 +6,6 @@ not there, and never takes the place of anything. Numbers are copied as they are
 
 import argparse
 import errno
-import io
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from vico import checkpoint as checkpoints
+from vico import lineage
 from vico.errors import CheckpointError, UserError
 from vico.files import make_folder, require_writable, write_bytes, write_folder
 from vico.model.backbone import Weights, holds_weights, open_weights
@@ -38,7 +38,6 @@ Memory holds one file of the target at a time. The tokenizer stays where it is."
 FILE_BYTES = 4 * 2**30  # of tensors in one safetensors file; what is larger is split
 # Meta's LLaMA-3 splits its embeddings along the vocabulary, of 128,256; those before it, of 32,000, along the width.
 LARGE_VOCABULARY = 100_000
-ENDS = ("adapter_query.weight", "visual_proj.weight", "temporal_emb.weight")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -222,15 +221,11 @@ def _config(shape: LlamaShape, dtype: str) -> dict[str, Any]:
 def _convert_adapter(source: Path, target: Path) -> str:
     checkpoint = checkpoints.read(source)
     _check_adapter(checkpoint.weights, source)
-    order = [*ENDS, *sorted(checkpoint.weights.keys() - {*ENDS}, key=lambda name: (int(name.split(".")[1]), name))]  # the lineage's
-    weights = {name: checkpoint.weights[name].clone(memory_format=torch.contiguous_format) for name in order}
+    weights = lineage.ordered(checkpoint.weights)
     make_folder(target.parent)
     if source.is_dir() or source.suffix == ".safetensors":
         _require_suffix(target, ".pth")
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in checkpoint.settings.items()}
-        buffer = io.BytesIO()
-        torch.save({"model": weights, "args": settings}, buffer)
-        write_bytes(target, buffer.getvalue())
+        write_bytes(target, lineage.to_bytes(weights, checkpoint.settings))
         return f"{source} as a lineage checkpoint, {len(weights)} tensors, without the optimizer's state"
     _require_suffix(target, ".safetensors")
     write_bytes(target, safetensors.torch.save(weights))
@@ -245,7 +240,7 @@ def _require_suffix(target: Path, suffix: str) -> None:
 def _check_adapter(weights: Mapping[str, Tensor], source: Path) -> None:
     gates = {name for name in weights if checkpoints.GATE.fullmatch(name)}
     pairs = {f"{name[:-1]}{n}" for name in gates for n in (1, 2)}
-    missing, unknown = ({*ENDS} | pairs) - weights.keys(), weights.keys() - {*ENDS} - gates
+    missing, unknown = ({*lineage.ENDS} | pairs) - weights.keys(), weights.keys() - {*lineage.ENDS} - gates
     if missing or unknown or not gates:
         odd = ", ".join(sorted(missing or unknown)[:3]) or "gates"
         raise CheckpointError(f"{source}: {'lacks' if missing or not gates else 'holds unknown'} {odd}; an adapter of ViCo's is expected")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vico import attempts, fingerprint, lock, stopping
+from vico import attempts, fingerprint, lineage, lock, stopping
 from vico import checkpoint as checkpoints
 from vico.assembly import Inputs, build_engine, read_inputs
 from vico.checkpoint import Checkpoint, Progress
@@ -23,7 +23,7 @@ from vico.engine import Engine
 from vico.errors import TrainingFault, UserError
 from vico.evaluate import Evaluation, evaluate, report
 from vico.failpoints import reached
-from vico.files import make_folder, mend_folders, write_json
+from vico.files import make_folder, mend_folders, write_bytes, write_json
 from vico.meters import Progress as ProgressBar
 from vico.meters import RunLog, memory_curves
 from vico.model.vico import initial_trainables
@@ -327,6 +327,8 @@ def _save(run: _Run, progress: Progress, best: bool = False, first: Callable[[di
         if first is not None:
             first(weights)
         if best:  # before the other one, which already says that this accuracy is the best
+            if run.config.save_legacy:
+                write_bytes(output_dir / lineage.BEST, lineage.to_bytes(weights, run.config.to_json()))
             checkpoints.save(output_dir / "checkpoint_best", weights, moments, progress, run.config, run.fingerprints, run.id)
         checkpoints.save_step(output_dir, keep, weights, moments, progress, run.config, run.fingerprints, run.id)
         if run.log is not None:
