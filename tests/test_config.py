@@ -73,6 +73,14 @@ def test_flags_of_launchers_and_of_the_past_are_taken_with_a_note() -> None:
     assert all("does nothing now: " in note for note in line.notes)
 
 
+def test_a_rate_that_another_one_overrules_is_said(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("lr: 1e-2\n")
+    line = parse(["--config", str(tmp_path / "r.yaml"), "--blr", "1e-3"], "vico train", "")
+    assert line.notes == ("--blr 0.001 is not used, since --lr 0.01 is given by the recipe",)
+    assert parse(["--lr", "1", "--blr", "2"], "vico train", "").notes == ("--blr 2 is not used, since --lr 1 is given",)
+    assert parse(["--blr", "2"], "vico train", "").notes == ()
+
+
 @pytest.mark.parametrize("command", ["train", "eval"])
 def test_help_explains_every_flag_in_groups(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -309,7 +309,12 @@ def parse(argv: Sequence[str], command: str, description: str) -> CommandLine:
     names = {f.name for f in dataclasses.fields(RunConfig)}
     recipe = _read_recipe(typed["config"]) if "config" in typed else {}
     notes = tuple(f"--{name} does nothing now: {why}" for name, why in RETIRED.items() if name in typed)
-    return CommandLine({**recipe, **{k: v for k, v in typed.items() if k in names}}, notes, "debug" in typed)
+    given = {**recipe, **{k: v for k, v in typed.items() if k in names}}
+    if given.get("lr") is not None and given.get("blr") is not None:  # a sweep over --blr on a recipe with lr would be one run
+        notes += (
+            f"--blr {given['blr']:g} is not used, since --lr {given['lr']:g} is given{' by the recipe' if 'lr' not in typed else ''}",
+        )
+    return CommandLine(given, notes, "debug" in typed)
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
