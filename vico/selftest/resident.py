@@ -38,7 +38,8 @@ class Resident:
         self._folder = tempfile.TemporaryDirectory(prefix="vico-resident-")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "vico.selftest.resident", self._folder.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**alone, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": self._folder.name}, cwd=Path(__file__).resolve().parents[2],
+            # On the CPU: a process that has touched a GPU cannot be forked.
+            env={**alone, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": self._folder.name, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}, cwd=Path(__file__).resolve().parents[2],
         )  # fmt: skip
         return self
 
@@ -82,12 +83,13 @@ def main(folder: Path) -> None:
     answers = os.fdopen(os.dup(1), "w")
     for descriptor in (1, 2):  # what libraries say while they are loaded
         os.dup2(os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), descriptor)
-    import deepspeed.ops  # noqa: F401  # which tries out the compiler
+    import deepspeed.ops
     import torch
 
     from vico import check, convert, dist, evaluate, plan, train  # noqa: F401
 
     torch.set_num_threads(1)
+    assert deepspeed.ops.__compatible_ops__  # tries out the compiler, at the first look
     for line in sys.stdin:
         order = json.loads(line)
         began = time.monotonic()
