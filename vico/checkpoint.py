@@ -7,11 +7,13 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,7 @@ def save(
             reached("save:file")
         state = {"format": FORMAT, "run": run, "progress": asdict(progress), "settings": config.to_json()}
         state |= {"fingerprints": dict(fingerprints or {}), "files": files}
-        (folder / STATE).write_text(_sealed(state), encoding="utf-8")
+        (folder / STATE).write_text(sealed(state), encoding="utf-8")
 
     def check(folder: Path) -> None:
         try:
@@ -122,7 +124,7 @@ def prune(output_dir: Path, keep: int) -> None:
         remove_folder(folder)
 
 
-def _sealed(state: Mapping[str, Any]) -> str:
+def sealed(state: Mapping[str, Any]) -> str:
     """The text of a state.json: it counts the steps, vouches for the other files and, by its last entry, for itself."""
     seal = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
     return json.dumps({**state, "sha256": seal}, indent=1)
@@ -161,8 +163,9 @@ def _read_folder(path: Path, run: str) -> Checkpoint:
     state.pop("sha256", None)
     if state.get("format") != FORMAT:
         raise CheckpointError(f"{where}: 'format' is {show(state.get('format'))} and not {FORMAT}, so another version wrote it; {REMEDY}")
-    if text != _sealed(state):
+    if text != sealed(state):
         raise CheckpointError(f"{where}: damaged (its sha256 is not the recorded one); {REMEDY}")
+    _check_state(state, where)
     try:
         settings = settings_from(state["settings"], str(where))
     except UserError as error:
@@ -177,6 +180,39 @@ def _read_folder(path: Path, run: str) -> Checkpoint:
         raise CheckpointError(f"{path}: holds '{extra[0]}', which is no part of a checkpoint; move it away")
     weights, moments = (_read_safetensors(path / name, state["files"][name]) for name in (WEIGHTS, OPTIMIZER))
     return Checkpoint(path, weights, moments, progress, settings, fingerprints=dict(state.get("fingerprints", {})))
+
+
+def _check_state(state: Mapping[str, Any], where: Path) -> None:
+    """Whoever wrote it has sealed it too, so that the seal says nothing of what is in it."""
+
+    def is_count(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+    def is_number(value: object) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+    def is_list_of(kind: Callable[[object], bool], value: object) -> bool:
+        return isinstance(value, list) and all(map(kind, value))
+
+    rules: dict[str, Callable[[Any], bool]] = {
+        **dict.fromkeys(("step", "questions_per_step", "num_updates"), is_count),
+        "best_accuracy": lambda value: value is None or is_number(value),
+        "epoch_loss_sums": partial(is_list_of, is_number),
+        "epoch_target_counts": partial(is_list_of, is_count),
+        "evaluation_due": lambda value: isinstance(value, bool),
+    }
+    parts: dict[str, Any] = {name: state.get(name) for name in ("progress", "settings", "files")} | {
+        "fingerprints": state.get("fingerprints", {})
+    }
+    for name, part in parts.items():
+        if not isinstance(part, dict):
+            raise CheckpointError(f"{where}: '{name}' is {show(part)} and must be an object; {REMEDY}")
+    progress, files, prints = parts["progress"], parts["files"], parts["fingerprints"]
+    wrong = [name for name in {**rules, **progress} if name not in rules or name not in progress or not rules[name](progress[name])]
+    wrong += [name for name in (WEIGHTS, OPTIMIZER) if not isinstance(files.get(name), dict)]
+    wrong += [name for name, value in prints.items() if not isinstance(value, str)]
+    if wrong:
+        raise CheckpointError(f"{where}: the entry {show(wrong[0])} is missing, unknown or of another kind; {REMEDY}")
 
 
 def _read_safetensors(path: Path, recorded: Mapping[str, Any] | None = None) -> dict[str, Tensor]:

@@ -341,7 +341,7 @@ def settings_from(values: dict[str, Any], source: str) -> dict[str, Any]:
     settings = {}
     for key, value in values.items():
         if key not in hints:
-            raise UserError(f"{source}: unknown key '{key}'{nearest(str(key), hints)}")
+            raise UserError(f"{source}: unknown key {show(key)}{nearest(str(key)[:60], hints)}")
         settings[key] = _typed(key, value, hints[key], source)
     return settings
 

@@ -71,11 +71,11 @@ def decided(
         given = config.get(key, "auto")
         if given != "auto" and (given != value or isinstance(given, bool)):
             flags = f"--batch_size {micro_batch_size} --accum_iter {accumulation} on {world_size} rank(s)"
-            raise UserError(f'--deepspeed {path}: {key} {json.dumps(given)} does not fit {flags}, which make {value}; write "auto"')
+            raise UserError(f'--deepspeed {path}: {key} {_brief(given)} does not fit {flags}, which make {value}; write "auto"')
     for kind in ("bf16", "fp16"):
         enabled = config.get(kind, {}).get("enabled", "auto")
         if enabled not in ("auto", precision == kind):
-            raise UserError(f'--deepspeed {path}: {kind}.enabled {json.dumps(enabled)} against --precision {precision}; write "auto"')
+            raise UserError(f'--deepspeed {path}: {kind}.enabled {_brief(enabled)} against --precision {precision}; write "auto"')
     config = {key: value for key, value in config.items() if value != "auto" and key not in REFUSED}
     config["zero_optimization"] = {key: value for key, value in config["zero_optimization"].items() if value != "auto"}
     # The method does not clip, and DeepSpeed does, at 1.0, unless told otherwise; its own step lines come only when asked for.
@@ -98,17 +98,23 @@ def _check_keys(config: dict[str, Any], path: Path) -> None:
         if key in SECTIONS and not isinstance(value, dict):
             raise UserError(f"--deepspeed {path}: '{key}' must be a section of its own")
         if key in SWITCHES and not (value == "auto" or isinstance(value, bool)):
-            raise UserError(f"--deepspeed {path}: {key} is {json.dumps(value)} and must be true or false")
+            raise UserError(f"--deepspeed {path}: {key} is {_brief(value)} and must be true or false")
     for key, value in config.get("zero_optimization", {}).items():
         if key not in known_of_zero:
             raise UserError(f"--deepspeed {path}: unknown key {show(f'zero_optimization.{key}')}{nearest(key, known_of_zero)}")
         _refuse(f"zero_optimization.{key}", value, path)
     stage = config.get("zero_optimization", {}).get("stage")
     if stage not in (1, 2, 3) or not isinstance(stage, int) or isinstance(stage, bool):
-        raise UserError(f"--deepspeed {path}: zero_optimization.stage is {json.dumps(stage)}; use 1, 2 or 3")
+        raise UserError(f"--deepspeed {path}: zero_optimization.stage is {_brief(stage)}; use 1, 2 or 3")
     every = config.get("steps_per_print", "auto")
     if every != "auto" and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
-        raise UserError(f"--deepspeed {path}: steps_per_print is {json.dumps(every)} and must be a whole number of at least 1")
+        raise UserError(f"--deepspeed {path}: steps_per_print is {_brief(every)} and must be a whole number of at least 1")
+
+
+def _brief(value: Any) -> str:
+    """A value as JSON writes it, short enough for a message."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _refuse(key: str, value: Any, path: Path) -> None:
@@ -126,9 +132,9 @@ def _let_deepspeed_check(config: dict[str, Any], path: Path) -> None:
     except pydantic.ValidationError as problem:
         first = problem.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise UserError(f"--deepspeed {path}: DeepSpeed refuses {where} {show(first['input'])}: {first['msg']}") from None
+        raise UserError(f"--deepspeed {path}: DeepSpeed refuses {where} {show(first['input'])}: {first['msg'][:300]}") from None
     except Exception as problem:  # whatever a wrong value runs into: the keys are known, the values alone are the user's
-        raise UserError(f"--deepspeed {path}: DeepSpeed refuses a value: {' '.join(str(problem).split())}") from None
+        raise UserError(f"--deepspeed {path}: DeepSpeed refuses a value: {' '.join(str(problem).split())[:300]}") from None
 
 
 @contextmanager

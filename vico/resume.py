@@ -10,7 +10,7 @@ from typing import Any
 from vico import checkpoint as checkpoints
 from vico.checkpoint import Checkpoint, Progress
 from vico.config import RunConfig, differences, refuse_changes
-from vico.errors import CheckpointError, UserError
+from vico.errors import CheckpointError, UserError, fail, show
 from vico.textfiles import read_json_object
 
 
@@ -83,8 +83,12 @@ def _refuse_foreign(output_dir: Path) -> None:
 
 
 def read_args(path: Path) -> dict[str, Any]:
+    """What the run in this folder was started with. `run` and `resume` are texts, whatever a file says."""
     try:
-        return read_json_object(path, "args.json")
+        saved = read_json_object(path, "args.json")
+        if odd := next((name for name in ("run", "resume") if not isinstance(saved.get(name, ""), str | None)), None):
+            fail(f"{path}: '{odd}' is {show(saved[odd])}, not a text; correct it")
+        return saved
     except UserError as error:
         raise UserError(f"{error}, or choose another --output_dir: it cannot be told whose run this folder holds") from None
 

@@ -24,7 +24,7 @@ from vico.textfiles import read_json_object
 
 FIGURES: tuple[str, ...] = (
     "kill", "store", "damage", "signals", "disk_full", "hangs", "writers", "nan", "mutations", "save_cost",
-    "inputs", "legal", "evaluation",
+    "inputs", "legal", "evaluation", "fuzz", "pickles",
 )  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent.parent
 

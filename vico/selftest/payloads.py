@@ -13,6 +13,7 @@ import pickle
 import runpy
 import shelve
 import shutil
+import signal
 import sqlite3
 import subprocess
 import tarfile
@@ -99,6 +100,7 @@ def bites(payload: bytes, canary: Path) -> bool:
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        signal.alarm(20)
         try:
             pickle.loads(payload)
             subprocess.run(["sleep", "0.1"], check=False)  # what it started may still be at it
