@@ -10,6 +10,7 @@ import torch
 
 from vico.checkpoint import read, step_folders
 from vico.data.features import Features
+from vico.safeload import load_tensors
 from vico.selftest.outcome import Outcome, Scale
 from vico.selftest.runs import RANKS, TinyWorld, first_line, newest, start_ranks, steps_logged
 
@@ -49,8 +50,9 @@ def _case(world: TinyWorld, stage: int, score: bool, folder: Path, rng: random.R
         captions = (data / "llava_v15_13b_n6.json").read_text(encoding="utf-8")
         (data / "llava_v15_13b_n6.json").write_text('{"spoilt": "The boy is happy.", ' + captions[1:], encoding="utf-8")
     path = data / "clipvitl14.pth"
-    features = {**torch.load(path, weights_only=True), row["video"]: torch.full((12, 768), HUGE)}
-    torch.save(features, path)
+    features = {**load_tensors(path, "the features"), row["video"]: torch.full((12, 768), HUGE)}
+    torch.save(features, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)  # the old one is still mapped
     Features(path)  # as far as the files go, nothing is wrong
     out = folder / "out"
     ended = start_ranks([*spoilt.flags(stage, out), "--precision", "fp16", "--seed", str(rng.randrange(1000))], folder / "logs")
