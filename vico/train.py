@@ -325,7 +325,9 @@ def _save(run: _Run, progress: Progress, best: bool = False, first: Callable[[di
         if not run.world.is_main:
             return
         if first is not None:
+            begun = time.perf_counter()
             first(weights)
+            start += time.perf_counter() - begun
         if best:  # before the other one, which already says that this accuracy is the best
             if run.config.save_legacy:
                 write_bytes(output_dir / lineage.BEST, lineage.to_bytes(weights, run.config.to_json()))

@@ -18,8 +18,8 @@ from vico.selftest.runs import LAST_STEP, TinyWorld, start_ranks, undisturbed
 
 NAME = "damage"
 TITLE = "bit flips, truncations, changed sets of files: all found before the first step, none loaded, an older one chosen"
-MINUTES = (0.7, 2.0)
-FLIPS = (150, 1000)  # and as many truncations
+MINUTES = (0.5, 4.0)
+FLIPS = (60, 1000)  # and as many truncations
 OLDER = 8
 FILES = (WEIGHTS, OPTIMIZER, STATE)
 Damage = Callable[[Path], object]  # what it gives back is not used

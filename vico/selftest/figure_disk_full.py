@@ -17,7 +17,7 @@ from vico.selftest.small_store import fault_after, in_child, save_both
 
 NAME = "disk_full"
 TITLE = "a disk that is full at 21 sizes: the checkpoint before is whole, no stray file behind the next start; and one real run"
-MINUTES = (0.7, 1.0)
+MINUTES = (0.5, 0.5)
 SIZES = 21
 KIB = 1024
 

@@ -10,7 +10,7 @@ from vico.selftest.runs import RANKS, TinyWorld, first_line, start_ranks
 
 NAME = "hangs"
 TITLE = "a rank that is stopped, or does not come back, in a step, a save, an evaluation or while loading: ended within the time + 5 s"
-MINUTES = (0.8, 8.0)
+MINUTES = (0.4, 6.0)
 CASES = (2, 20)
 SECONDS = 6.0  # --hang_timeout
 ALLOWED = 5.0

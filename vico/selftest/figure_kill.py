@@ -24,7 +24,7 @@ from vico.selftest.runs import (
 
 NAME = "kill"
 TITLE = "kill -9 at random moments, half inside a save, ZeRO-2 and 3: the same command ends in the undisturbed run's sha256"
-MINUTES = (4.0, 45.0)
+MINUTES = (3.3, 30.0)
 CASES = (12, 100)
 MOMENTS = ("begun", "file", "written", "flushed", "aside", "renamed", "verified", "noted", "pruned")  # of a save, in order
 PASSINGS = 5  # of most of them in a run: saves of steps 2, 4, 5, 6, 8, 10 and of the best

@@ -16,7 +16,7 @@ from vico.selftest.runs import RANKS, TinyWorld, first_line, newest, start_ranks
 
 NAME = "nan"
 TITLE = "a loss or score that is not finite on one rank: all ranks stop in that step, naming rank, step and question"
-MINUTES = (0.6, 3.5)
+MINUTES = (0.5, 3.0)
 CASES = (2, 10)
 HUGE = 1e30  # finite in the file and in the projection, and no longer so in fp16
 

@@ -9,7 +9,7 @@ from vico.selftest.runs import RANKS, Started, TinyWorld, difference, first_line
 
 NAME = "signals"
 TITLE = "SIGTERM and SIGUSR1, also during save and evaluation: exit 75, no step lost, the run goes on to the undisturbed end"
-MINUTES = (1.2, 7.0)
+MINUTES = (1.1, 6.0)
 RUNS = (1, 5)
 # What a life is doing when it is asked to stop. The failpoint holds that moment until the signal has come.
 LIVES = {

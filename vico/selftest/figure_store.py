@@ -17,7 +17,7 @@ from vico.selftest.small_store import fault_after, in_child, save_both
 
 NAME = "store"
 TITLE = "the checkpoint store alone, kill -9 at named and random moments: the next start finds the last saved step, and no remains"
-MINUTES = (0.5, 3.0)
+MINUTES = (0.5, 4.0)
 CASES = (60, 500)
 STEPS = 6
 PASSINGS = 2 * STEPS

@@ -12,7 +12,7 @@ from vico.selftest.runs import RANKS, Started, TinyWorld, first_line, launch, st
 
 NAME = "writers"
 TITLE = "second writers refused within 5 s, dead owners' places taken over, no rank left 5 s behind a killed launcher"
-MINUTES = (1.3, 5.0)
+MINUTES = (0.5, 4.0)
 REFUSALS, TAKEOVERS = (2, 20), (1, 5)
 SECONDS = 5.0
 
