@@ -3,6 +3,7 @@
 The figures are the self-test's, on fewer cases.
 """
 
+import os
 import random
 import re
 import signal
@@ -13,11 +14,11 @@ import pytest
 
 from vico import checkpoint as checkpoints
 from vico.data.features import Features
-from vico.selftest import figure_evaluation, figure_fuzz, figure_legal
+from vico.errors import UserError
+from vico.selftest import figure_evaluation, figure_fuzz
 from vico.selftest.damage import claims, old_format
 from vico.selftest.figure_pickles import DOORS, try_payload
 from vico.selftest.home import FEATURES, Home, make_home
-from vico.selftest.outcome import Scale
 from vico.selftest.payloads import bites, payloads
 from vico.selftest.resident import Resident
 from world import ROOT, refusal
@@ -72,17 +73,16 @@ def test_tensors_are_as_large_as_their_files(home: Home, tmp_path: Path, numbers
     assert "numbers that are not all among its" in refusal(checkpoints.read, mine.folder / "lineage.pth")
 
 
-def test_legal_twins_are_the_same_samples(tmp_path: Path) -> None:
-    outcome = figure_legal.run(Scale(quick=True, seed=0, folder=tmp_path))
-    assert outcome.passed == outcome.of > 35, outcome.facts
+def test_evaluation_is_exact(home: Home) -> None:
+    assert not figure_evaluation.emulate(home, [(n, batch, ranks) for n in (0, 1, 9) for batch in (1, 3) for ranks in (1, 2, 5)])
 
 
-def test_evaluation_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figure_evaluation, "QUICK_NUMBERS", (0, 1, 9))
-    monkeypatch.setattr(figure_evaluation, "REAL", {True: []})
-    monkeypatch.setattr(figure_evaluation, "RANKS", (1, 2, 5))
-    outcome = figure_evaluation.run(Scale(quick=True, seed=0, folder=tmp_path))
-    assert outcome.passed == outcome.of == 45, outcome.facts
+def test_features_that_change_during_a_run_end_it(home: Home, tmp_path: Path) -> None:
+    mine = home.copy(tmp_path / "home")
+    config, inputs = figure_evaluation.open_home(mine)
+    os.utime(mine.folder / FEATURES, ns=(1, 1))
+    for problem in figure_evaluation.on_ranks(config, inputs, figure_evaluation.make_questions(), 2):
+        assert isinstance(problem, UserError) and "the video feature file changed during the run; start again" in str(problem)
 
 
 def test_changed_files_are_taken_or_refused(home: Home, tmp_path: Path) -> None:

@@ -89,6 +89,8 @@ def evaluate(engine: Engine, inputs: Inputs, split: str, config: RunConfig, worl
     questions = inputs.questions[split]
     if not questions:
         raise UserError(f"{split}: there are no questions to evaluate; name a split that has some")
+    with world.agreeing():
+        inputs.features.check_unchanged()
     chunks = EvaluationChunks(
         questions, inputs.features, inputs.prompts, num_slots=config.max_feats, rank=world.rank, world_size=world.size
     )

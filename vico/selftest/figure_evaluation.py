@@ -17,6 +17,7 @@ import subprocess
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from collections.abc import Sequence as Items
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,30 +127,37 @@ def _loss(digest: bytes) -> float:
 
 
 def run(scale: Scale) -> Outcome:
-    faults: list[str] = []
     with Resident() as resident:
         home = make_home(scale.folder / "home", resident)
-        questions = make_questions()
-        flags = home.flags
-        config = parse(flags, "vico eval", "").resolve()
-        inputs = read_inputs(config, ("val",), World(0, 1, torch.device("cpu"), None))
-        numbers = QUICK_NUMBERS if scale.quick else range(MOST + 1)
-        size = 32 + question_characters(questions[0]) // 4  # by which chunks are cut: all questions are equally long
-        was = batches.EVALUATION_TOKENS
-        cases = list(itertools.product(numbers, BATCHES, RANKS))
-        try:
-            for n, batch, ranks in cases:
-                batches.EVALUATION_TOKENS = batch * size
-                if fault := try_case(config, inputs, questions[:n], batch, ranks):
-                    faults.append(f"{n} questions, {batch} per batch, {ranks} ranks: {fault}")
-        finally:
-            batches.EVALUATION_TOKENS = was
+        cases = list(itertools.product(QUICK_NUMBERS if scale.quick else range(MOST + 1), BATCHES, RANKS))
+        faults = emulate(home, cases)
         real = REAL[scale.quick]
         for n, stage in real:
             if fault := try_real(home, n, stage, resident):
                 faults.append(f"{n} questions, {stage}, 1 and 2 real ranks: {fault}")
     total = len(cases) + len(real)
     return Outcome(total - len(faults), total, {"emulated": len(cases), "real": len(real), "failures": faults})
+
+
+def emulate(home: Home, cases: Items[tuple[int, int, int]]) -> list[str]:
+    """The faults of these (number of questions, questions per batch, ranks)."""
+    config, inputs = open_home(home)
+    questions, faults = make_questions(), []
+    size = 32 + question_characters(questions[0]) // 4  # by which chunks are cut: all questions are equally long
+    was = batches.EVALUATION_TOKENS
+    try:
+        for n, batch, ranks in cases:
+            batches.EVALUATION_TOKENS = batch * size
+            if fault := try_case(config, inputs, questions[:n], ranks):
+                faults.append(f"{n} questions, {batch} per batch, {ranks} ranks: {fault}")
+    finally:
+        batches.EVALUATION_TOKENS = was
+    return faults
+
+
+def open_home(home: Home) -> tuple[RunConfig, Inputs]:
+    config = parse(home.flags, "vico eval", "").resolve()
+    return config, read_inputs(config, ("val",), World(0, 1, torch.device("cpu"), None))
 
 
 def make_questions() -> list[Question]:
@@ -161,7 +169,7 @@ def make_questions() -> list[Question]:
     return made
 
 
-def try_case(config: RunConfig, inputs: Inputs, questions: list[Question], batch: int, ranks: int) -> str | None:
+def try_case(config: RunConfig, inputs: Inputs, questions: list[Question], ranks: int) -> str | None:
     found = on_ranks(config, inputs, questions, ranks)
     if not questions:
         return None if all(isinstance(f, UserError) for f in found) else f"no question, and no clear answer: {found}"
@@ -182,6 +190,8 @@ def on_ranks(config: RunConfig, inputs: Inputs, questions: list[Question], ranks
         world = EmulatedWorld(rank, ranks, torch.device("cpu"), None, meeting=meeting)
         try:
             return evaluate(Scorer(), asked, "val", config, world)  # type: ignore[arg-type]
+        except UserError as problem:  # on which the ranks have agreed
+            return problem
         except Exception as problem:
             meeting.barrier.abort()
             return problem
