@@ -18,6 +18,7 @@ from vico.errors import UserError
 from vico.hardware import GIB, GPUS, Hardware, gpu_named, gpu_of_size
 from vico.plan_report import CASES
 from vico.stage import Choice, choose
+from world import refusal
 
 PUBLISHED: dict[str, Any] = {"batch_size": 8, "accum_iter": 2, "max_seq_len": 160, "max_cap_len": 384}
 
@@ -56,6 +57,12 @@ def test_what_seems_too_large_is_tried_and_said() -> None:
     assert len(large.notes) == 1 and large.notes[0].startswith("warning: memory may run out: 65B on 8 x H100: does not fit; ")
     assert re.search(r"; what fits: --checkpoint_activations \d+ --max_tokens 8192 \(under zero3\)$", large.notes[0])
     assert "offload_param" in chosen("65B", Hardware(gpu_of_size(8))).ds_config["zero_optimization"]
+
+
+def test_more_layers_than_there_are_is_refused() -> None:
+    assert (
+        refusal(chosen, "7B", None, checkpoint_activations="33") == "--checkpoint_activations 33: the model has 32 layers; full means all"
+    )
 
 
 def test_a_cpu_gets_zero2_and_a_name_is_kept() -> None:

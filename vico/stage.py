@@ -41,7 +41,9 @@ def named(config: RunConfig, num_ranks: int) -> dict[str, Any] | None:
 
 
 def choose(config: RunConfig, shape: Shape, num_ranks: int, hardware: Hardware | None, training: bool) -> Choice:
-    """`hardware`: None where the ranks have no GPUs. Raises UserError as `named` does."""
+    """`hardware`: None where the ranks have no GPUs. Raises UserError as `named` does, or for more recomputed layers than there are."""
+    if (config.num_checkpointed or 0) > shape.n_layers:
+        raise UserError(f"--checkpoint_activations {config.checkpoint_activations}: the model has {shape.n_layers} layers; full means all")
     if (given := named(config, num_ranks)) is not None:
         return Choice(given, f"ZeRO-{given['zero_optimization']['stage']}")
     how = (config.precision, config.batch_size, config.accum_iter, num_ranks)

@@ -10,7 +10,7 @@ import os
 import platform
 import socket
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,18 @@ def require_same_code(world: World, settings: Mapping[str, Any]) -> None:
     """Raises UserError, on every rank, naming the hosts whose code, libraries or settings are not rank 0's."""
     here = Path(__file__).resolve().parent
     code = {f"vico/{path.relative_to(here)}": _digest(path) for path in sorted(here.rglob("*.py"))}
-    code |= {name: version(name) for name in ("torch", "deepspeed", "numpy", "safetensors")} | {"Python": platform.python_version()}
+    code |= {name: _version(name) for name in ("torch", "deepspeed", "numpy", "safetensors")} | {"Python": platform.python_version()}
+    if "quantize" in settings:
+        code["bitsandbytes"] = _version("bitsandbytes")  # another one may pack otherwise
     _require_same(world, "code", code, "bring all hosts to the same checkout and environment")
     _require_same(world, "settings", {f"--{k}": json.dumps(v, default=str) for k, v in settings.items()}, "give every rank the same flags")
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
 
 
 def require_same_files(world: World, config: RunConfig) -> None:
