@@ -4,6 +4,7 @@ import csv
 import random
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -22,16 +23,19 @@ HUGE = 1e30  # finite in the file and in the projection, and no longer so in fp1
 
 
 def run(scale: Scale) -> Outcome:
-    world, rng, failures = TinyWorld.make(scale.folder / "world"), random.Random(scale.seed), []
-    num, ranks, steps = CASES[not scale.quick], [], []
-    for number in range(num):
+    world = TinyWorld.make(scale.folder / "world")
+    num = CASES[not scale.quick]
+
+    def case(number: int) -> tuple[str, int, int]:
         score = number % 5 == 4  # of an evaluation; otherwise the loss of a step
+        rng = random.Random(f"{scale.seed} {number}")
         problem, rank, step = _case(world, (2, 3)[number % 2], score, scale.folder / f"case{number}", rng)
-        ranks.append(rank)
-        steps.append(step)
-        if problem:
-            failures.append(f"case {number}, {'score' if score else 'loss'}: {problem}")
-    return Outcome(num - len(failures), num, {"failures": failures, "ranks": ranks, "steps": steps})
+        return f"case {number}, {'score' if score else 'loss'}: {problem}" if problem else "", rank, step
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(case, range(num)))
+    failures = [problem for problem, _, _ in results if problem]
+    return Outcome(num - len(failures), num, {"failures": failures, "ranks_and_steps": [result[1:] for result in results]})
 
 
 def _case(world: TinyWorld, stage: int, score: bool, folder: Path, rng: random.Random) -> tuple[str, int, int]:
