@@ -29,18 +29,22 @@ def packed(weight: torch.Tensor, kind: Any) -> QuantizedLinear:
     return linear
 
 
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", PACKED_BYTES)
-def test_a_product_is_that_of_the_unpacked_weight(kind: str, dtype: torch.dtype) -> None:
+def test_a_product_is_that_of_the_unpacked_weight(kind: str, dtype: torch.dtype, device: str) -> None:
     torch.manual_seed(0)
-    weight = (0.02 * torch.randn(512, 256)).to(dtype)
+    weight = (0.02 * torch.randn(512, 256)).to(device, dtype)
     linear, plain = packed(weight, kind), FrozenLinear(256, 512, dtype)
     unpacked = linear.weight
     assert unpacked.dtype == dtype and linear.num_bytes == pytest.approx(weight.numel() * PACKED_BYTES[kind], rel=1e-3)
     error = (unpacked.float() - weight.float()).norm() / weight.float().norm()
     assert ERRORS[kind][0] < error < ERRORS[kind][1]
     plain.weight.data = unpacked
-    inputs = [torch.randn(7, 256, dtype=dtype).requires_grad_() for _ in range(2)]
+    inputs = [torch.randn(7, 256, dtype=dtype, device=device).requires_grad_() for _ in range(2)]
     inputs[1].data.copy_(inputs[0].data)
     outs = [each(x) for each, x in zip((linear, plain), inputs, strict=True)]
     for out in outs:
