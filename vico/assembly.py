@@ -105,6 +105,7 @@ def build_engine(config: RunConfig, inputs: Inputs, trainables: dict[str, Tensor
     model.num_checkpointed = len(model.layers) if config.num_checkpointed is None else config.num_checkpointed
     _require_declared(model, inputs.trainable_shapes)
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], config.weight_decay)
+    world.doing("building the engine")
     engine = Engine(model, optimizer, inputs.ds_config, dtype, description)
     limit_waiting(world.timeout)
     return engine

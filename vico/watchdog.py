@@ -22,6 +22,8 @@ from torch._C._distributed_c10d import Store
 from vico.errors import PeerLost
 
 WAITING = "waiting for the others, after: "  # how what a rank does begins where it can be told that it waits
+EXCHANGES = ("/torch/distributed/", "/deepspeed/comm/", "/deepspeed/runtime/zero/")  # whose code waits for other ranks
+INNERMOST = 4  # frames of a stack in which such code is looked for
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,22 @@ class Watchdog:
         while not self._over.wait(pause):
             pause = self._interval if len(self._words) == self._size else min(0.2, self._interval)
             self._tick += 1
-            word = [self._tick, time.monotonic() - self._moved, self._doing, host, os.getpid()]
+            word = [self._tick, time.monotonic() - self._moved, self._told(), host, os.getpid()]
             with suppress(RuntimeError):  # the keeper has gone: silence says the same
                 self._store.set(f"watchdog {self._rank}", json.dumps(word))
                 for other in range(self._size):
                     if self._store.check([f"watchdog {other}"]):
                         self._hear(other, _Word(*json.loads(self._store.get(f"watchdog {other}"))))
                 self._talked = time.monotonic()
+
+    def _told(self) -> str:
+        """What the main thread said, and whether its stack shows it in an exchange: DeepSpeed's are entered without a word."""
+        frame, waits = sys._current_frames().get(threading.main_thread().ident or 0), self._doing.startswith(WAITING)
+        for _ in range(INNERMOST):
+            if frame is not None:
+                waits = waits or any(part in frame.f_code.co_filename for part in EXCHANGES)
+                frame = frame.f_back
+        return WAITING + self.phase if waits else self._doing
 
     def _hear(self, rank: int, word: _Word) -> None:
         if rank not in self._words or self._words[rank].tick != word.tick:

@@ -12,7 +12,7 @@ NAME = "hangs"
 TITLE = "a rank that is stopped, or does not come back, in a step, a save, an evaluation or while loading: ended within the time + 5 s"
 MINUTES = (0.4, 6.0)
 CASES = (2, 20)
-SECONDS = 6.0  # --hang_timeout
+SECONDS = 10.0  # --hang_timeout; on a busy machine no phase of a start may take longer
 ALLOWED = 5.0
 # Where it hangs, by the failpoint that holds the rank there.
 PLACES = {"a step": "step@4", "a save": "save:written@2", "an evaluation": "evaluation@1", "loading": "inputs@1"}
@@ -22,11 +22,9 @@ def run(scale: Scale) -> Outcome:
     world, rng, failures = TinyWorld.make(scale.folder / "world"), random.Random(scale.seed), []
     num, longest = CASES[not scale.quick], 0.0
     for number in range(num):
-        place = list(PLACES)[number // 2 % len(PLACES)]
+        place = list(PLACES)[(number // 2 + number % 2) % len(PLACES)]
         rank = 0 if place == "a save" else rng.randrange(RANKS)  # only rank 0 writes
-        # A process that is stopped is told from one whose main thread waits for ever; where ranks meet in DeepSpeed's own
-        # exchanges nobody can tell who came late, so there a rank is stopped.
-        stopped = number % 2 == 0 or place == "a step"
+        stopped = number % 2 == 0  # the whole process; otherwise its main thread waits for ever, and the process lives
         seconds, problem = _case(world, (2, 3)[number // 2 % 2], place, rank, stopped, scale.folder / f"run{number}")
         longest = max(longest, seconds)
         if problem:
