@@ -141,6 +141,10 @@ def test_dropped_questions_are_counted_in_every_result(
         assert (last["val_n"], last["val_n_total"]) == (7, 10)
     predictions = records(home / "out" / "predictions_val.jsonl")
     assert [p["index"] for p in predictions] == [i for i in range(10) if i % 4 != 1]
+    assert main(["check", *flags, "--max_steps", "9"]) == 0
+    assert f"start: {home / 'out' / 'checkpoint-5'}, goes on from step 5" in capfd.readouterr().out
+    assert main(["check", *flags, "--seed", "1"]) == 2
+    assert "holds a run with other settings (seed" in capfd.readouterr().err
     assert main(["eval", "--resume", str(home / "out" / "checkpoint-5")]) == 0
     *table, result = capfd.readouterr().out.splitlines()
     assert {"n": 7, "n_total": 10}.items() <= json.loads(result).items()

@@ -74,7 +74,8 @@ def test_tensors_are_as_large_as_their_files(home: Home, tmp_path: Path, numbers
 
 
 def test_evaluation_is_exact(home: Home) -> None:
-    assert not figure_evaluation.emulate(home, [(n, batch, ranks) for n in (0, 1, 9) for batch in (1, 3) for ranks in (1, 2, 5)])
+    cases = [(n, batch, ranks) for n in (0, 1, 9) for batch in (1, 3) for ranks in (1, 2, 5)]
+    assert not figure_evaluation.emulate(home, [*cases, (33, 3, 2)])  # of all types
 
 
 def test_features_that_change_during_a_run_end_it(home: Home, tmp_path: Path) -> None:

@@ -215,7 +215,8 @@ class Check:
             return
         prints = fingerprint.of_run(backbone.weights, self._questions, self._captions, features, self._memory)
         progress = start_progress(start, 1, start.progress.questions_per_step, config, prints)
-        self._say(f"start: {start.path}, " + (f"goes on from step {progress.step}" if start.moments else "a new run from its weights"))
+        goes_on = f"goes on from step {progress.step}" if start.lineage_epoch is None else f"goes on after epoch {start.lineage_epoch}"
+        self._say(f"start: {start.path}, {goes_on if start.moments else 'a new run from its weights'}")
 
 
 def splits_of(config: RunConfig) -> list[str]:
