@@ -122,6 +122,8 @@ def _with_world(line: configs.CommandLine, run: Callable[["World"], None]) -> in
     launched.check(meeting.expect_world_size)
     cores, ranks = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))  # launchers differ in what they set
+    if not line.debug:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is a warning there, with pages of C++ frames
     from vico import causes, dist
     from vico.world_check import require_same_code
 
