@@ -71,12 +71,13 @@ def train(config: RunConfig, world: World) -> None:
         inputs.memory.keep()
     for note in (*found.notes, *inputs.notes, *(start.notes if start else ())):
         world.say(note)
+    place = None if only_evaluate else _find_place(config, world, inputs, start)  # before minutes are spent on loading the weights
     trainables = start.weights if start else initial_trainables(inputs.trainable_shapes, config.bias, config.seed)
     engine = build_engine(config, inputs, trainables, world)
     if config.init_eval and (only_evaluate or start is None):
         report(evaluate(engine, inputs, evaluation_split, config, world), evaluation_split, config, world)
-    if not only_evaluate:
-        _train(config, world, inputs, engine, found.run, start)
+    if place is not None:
+        _train(config, world, inputs, engine, found.run, start, *place)
 
 
 def _take_over(output_dir: Path) -> None:
@@ -87,7 +88,10 @@ def _take_over(output_dir: Path) -> None:
         print(f"{output_dir}: a run was killed while it wrote; {', '.join(mended)}", flush=True)
 
 
-def _train(config: RunConfig, world: World, inputs: Inputs, engine: Engine, run_id: str, start: Checkpoint | None) -> None:
+def _find_place(
+    config: RunConfig, world: World, inputs: Inputs, start: Checkpoint | None
+) -> tuple[TrainingSteps, dict[str, str], Progress]:  # fmt: skip
+    """The steps of this run, the fingerprints of what it is trained on, and where it stands."""
     steps = TrainingSteps(
         inputs.questions["train"], inputs.captions, inputs.features, inputs.prompts, num_slots=config.max_feats, tasks=config.tasks,
         micro_batch_size=config.batch_size, accumulation=config.accum_iter, rank=world.rank, world_size=world.size, seed=config.seed,
@@ -102,6 +106,13 @@ def _train(config: RunConfig, world: World, inputs: Inputs, engine: Engine, run_
         progress = start_progress(start, steps.steps_per_epoch, steps.questions_per_step, config, prints)
     if world.is_main:
         inputs.memory.keep()
+    return steps, prints, progress
+
+
+def _train(
+    config: RunConfig, world: World, inputs: Inputs, engine: Engine, run_id: str, start: Checkpoint | None, steps: TrainingSteps,
+    prints: dict[str, str], progress: Progress,
+) -> None:  # fmt: skip
     if start is not None and start.moments is not None:
         engine.set_moments(start.moments, progress.num_updates)
     last_step = min(config.epochs * steps.steps_per_epoch, config.max_steps or config.epochs * steps.steps_per_epoch)

@@ -101,7 +101,7 @@ SETTINGS: dict[str, Case] = {
     "recipe, deep": (put("r.yaml", "lr: " + "[" * 5000), RECIPE, 2, ["--config {home}/r.yaml: "]),
     "recipe, a date": (put("r.yaml", "lr: 2024-01-01\n"), RECIPE, 2, ["r.yaml: lr: datetime.date(2024, 1, 1) is not a number"]),
     "recipe, infinity": (put("r.yaml", "lr: .inf\n"), RECIPE, 2, ["--lr inf: must be above 0, and finite"]),
-    "recipe, no key but null": (put("r.yaml", "? \n: 1\n"), RECIPE, 2, ["r.yaml: unknown key 'None'"]),
+    "recipe, no key but null": (put("r.yaml", "? \n: 1\n"), RECIPE, 2, ["r.yaml: unknown key None"]),
     "ds_config is a pipe": (pipe("ds.json"), DS, 2, ["{home}/ds.json: the DeepSpeed config (--deepspeed) cannot be read (a device or a pipe"]),
     "ds_config, deep": (put("ds.json", "[" * 100_000), DS, 2, ["ds.json:1: column 1: "]),
     "ds_config, a number without end": (put("ds.json", '{"steps_per_print": ' + "9" * 10_000 + "}"), DS, 2, ["ds.json:1: column 1: "]),
