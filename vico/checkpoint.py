@@ -223,7 +223,7 @@ def _read_safetensors(path: Path, recorded: Mapping[str, Any] | None = None) -> 
         raise CheckpointError(f"{path}: damaged ({error.strerror}); {REMEDY}") from None
     fault = ""
     if recorded is not None and len(data) != recorded.get("bytes"):
-        fault = f"{len(data)} of {recorded.get('bytes')} bytes"
+        fault = f"{len(data)} of {show(recorded.get('bytes'))} bytes"
     elif recorded is not None and hashlib.sha256(data).hexdigest() != recorded.get("sha256"):
         fault = "its sha256 is not the recorded one"
     if not fault:

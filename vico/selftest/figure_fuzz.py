@@ -200,7 +200,7 @@ def fuzz(every: dict[str, Target], home: Home, rng: random.Random, seconds: floa
             path.write_bytes(sound[name])
             tried[name] += 1
             if fault is not None:
-                report(f"{name}: {fault}, of {content[:2000].hex()}")
+                report(f"{name}: {fault}, of {content[:400].hex()}")
     return tried
 
 
