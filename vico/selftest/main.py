@@ -117,13 +117,13 @@ def results(out: Path) -> dict[str, Any]:
 
 
 def table(out: Path, figures: list[Figure]) -> str:
-    """All results in `out`, of whatever code: each says which."""
-    rows = ["| figure | held | scale | time | date, commit |", "| --- | --- | --- | --- | --- |"]
+    """All results in `out`, of whatever code."""
+    rows = ["| figure | held | scale | time | date, machine |", "| --- | --- | --- | --- | --- |"]
     for figure in figures:
         path = out / f"{figure.NAME}.json"
         if path.exists():
             r = read_json_object(path, "a result of the self-test")
-            held, when = f"{r['passed']} of {r['of']}", f"{r['date']}, {r['commit']}"
+            held, when = f"{r['passed']} of {r['of']}", f"{r['date']}, {r['machine']}"
             rows.append(f"| `{figure.NAME}`: {figure.TITLE} | {held} | {r['scale']} | {r['seconds'] / 60:.1f} min | {when} |")
     return "\n".join(rows)
 
