@@ -35,8 +35,12 @@ def new_record(suite: str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """All flags as JSON takes them."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    """All flags as JSON takes them; paths within the checkout as seen from it."""
+
+    def text(path: Path) -> str:
+        return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+    return {key: text(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
 
 
 def git_commit() -> str:
