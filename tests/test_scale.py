@@ -99,7 +99,7 @@ def resumes(runs: Runs, saved_on: tuple[int, int], resumed_on: tuple[int, int], 
         assert written(folder / "checkpoint-15") == written(whole / "checkpoint-15")
 
 
-@pytest.mark.parametrize(("saved_on", "resumed_on"), [((4, 3), (1, 2)), ((1, 2), (2, 3)), ((2, 3), (2, 3))])
+@pytest.mark.parametrize(("saved_on", "resumed_on"), [((4, 3), (1, 2)), ((1, 2), (2, 3))])
 def test_a_run_moves(runs: Runs, saved_on: tuple[int, int], resumed_on: tuple[int, int], tmp_path: Path) -> None:
     resumes(runs, saved_on, resumed_on, tmp_path / "out")
 

@@ -55,7 +55,10 @@ def same_end(a: Path, b: Path) -> None:
     assert records(a / "log.txt") == records(b / "log.txt")
 
 
-@pytest.mark.parametrize(("number", "code", "who"), [(signal.SIGTERM, 75, "one"), (signal.SIGUSR1, 75, "all"), (signal.SIGINT, 130, "all")])
+@pytest.mark.parametrize(
+    ("number", "code", "who"),
+    [(signal.SIGTERM, 75, "one"), pytest.param(signal.SIGUSR1, 75, "all", marks=pytest.mark.slow), (signal.SIGINT, 130, "all")],
+)
 def test_asked_to_stop_loses_no_step(world: World, undisturbed: Path, tmp_path: Path, number: int, code: int, who: str) -> None:
     """Again and again, wherever the signal meets the run: in a step, in a save, in an evaluation, at the very start."""
     out = tmp_path / "out"

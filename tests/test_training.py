@@ -253,7 +253,7 @@ def test_a_lineage_checkpoint_goes_on_after_its_epoch(world: World, tmp_path: Pa
         assert ours["lr"] == pytest.approx(theirs.lr, rel=1e-12)
 
 
-@pytest.mark.parametrize("num", [1, 3, 64])
+@pytest.mark.parametrize("num", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(64, marks=pytest.mark.slow)])
 def test_every_question_counts_once(world: World, start: Path, zero3: str, tmp_path: Path, num: int) -> None:
     rows = [{**world.rows["val"][i % 10], "qid": str(i)} for i in range(num)]
     write_csv(tmp_path / "val.csv", rows)
