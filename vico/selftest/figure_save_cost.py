@@ -50,7 +50,7 @@ def _of_7b(folder: Path) -> tuple[int, float, float]:
 
 
 def _share(folder: Path, epochs: int) -> tuple[float | None, dict[str, object]]:
-    """The part of a run of the demo's recipe, from its first step on, that ranks spend in saving."""
+    """The part of a run of the demo's recipe, from its first step to its end, evaluations included, that ranks spend in saving."""
     make_world(folder / "demo", steps=0)  # what the LLaMA has learnt changes no time
     where = ["--data_path", str(folder / "demo" / "data"), "--llama_model_path", str(folder / "demo" / "pretrained" / "llama")]
     out = folder / "run"
@@ -63,7 +63,11 @@ def _share(folder: Path, epochs: int) -> tuple[float | None, dict[str, object]]:
     board.Reload()
     saves = [event.value for event in board.Scalars("perf/save_seconds")]
     training = sum(record["step_seconds"] for record in steps)
-    return sum(saves) / (sum(saves) + training), {
-        "share": round(sum(saves) / (sum(saves) + training), 5), "saves": len(saves), "steps": len(steps),
-        "seconds_per_save": round(sum(saves) / len(saves), 3), "training_seconds": round(training, 1),
+    num_val = read_records(out / "log.txt")[0]["val_n"]
+    evaluating = sum(num_val / event.value for event in board.Scalars("perf/eval_questions_per_second"))
+    share = sum(saves) / (sum(saves) + training + evaluating)
+    return share, {
+        "share": round(share, 5), "saves": len(saves), "steps": len(steps), "seconds_per_save": round(sum(saves) / len(saves), 3),
+        "training_seconds": round(training, 1), "evaluation_seconds": round(evaluating, 1),
+        "share_without_evaluation": round(sum(saves) / (sum(saves) + training), 5),
     }  # fmt: skip
