@@ -78,6 +78,7 @@ def test_asked_to_stop_loses_no_step(world: World, undisturbed: Path, tmp_path: 
     same_end(out, undisturbed)
 
 
+@pytest.mark.slow
 def test_killed_ranks_go_on_at_the_last_save(world: World, undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [*flags(world, 2), "--output_dir", str(out)]
@@ -153,7 +154,7 @@ def test_a_second_writer_is_refused_and_a_dead_ones_place_is_free(world: World, 
     succeeds(*command)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_stopped_rank_ends_the_run(world: World, tmp_path: Path, rank: int) -> None:
     """The time is set to 6 s; the one that is stopped is named, and does not stay behind."""
     out = tmp_path / "out"

@@ -193,7 +193,7 @@ def test_best_checkpoint_is_what_init_eval_finds(world: World, reference: Run, t
     assert (tmp_path / "a" / "predictions_val.jsonl").read_bytes() == (tmp_path / "b" / "predictions_val.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 2), (2, 3)])
+@pytest.mark.parametrize(("ranks", "stage"), [pytest.param(1, 2, marks=SLOW), (2, 3)])
 def test_a_run_cut_in_two_is_the_run(world: World, zero3: str, tmp_path: Path, ranks: int, stage: int) -> None:
     """Stopped in mid-epoch and started again by the same command: the same bits, shuffled, with random crops."""
     flags = [*world.flags, *FLAGS, "--batch_size", str(8 // ranks), "--num_workers", "1", "--deepspeed", zero3 if stage == 3 else "zero2"]
