@@ -1,6 +1,7 @@
 """The engine in this process: what moves and what does not; and the ds_config that a run gets."""
 
 import json
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from vico import dist
 from vico.assembly import build_engine, read_inputs
 from vico.config import RunConfig, parse
-from vico.data.batches import TrainingSteps, longest_first
+from vico.data.batches import TrainingSteps, fullest, longest_first
 from vico.engine import read_config
 from vico.errors import TrainingFault, UserError
 from vico.evaluate import evaluate
@@ -72,6 +73,49 @@ def test_a_loss_or_gradient_that_is_not_finite_updates_nothing(world: World, alo
     assert all(torch.equal(p, before[name]) for name, p in engine.trainables.items())
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_rehearsal_leaves_no_trace(world: World, alone: dist.World, stage: int) -> None:
+    """Not even of numbers that are not finite. The same bits after two steps of two micro-batches each."""
+    config = config_of(world, "--deepspeed", f"zero{stage}", "--accum_iter", "2")
+    inputs = read_inputs(config, ("train",), alone)
+    if stage == 3:
+        inputs.ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    values = {
+        name: torch.full_like(v, 0.3) if "gate1" in name else v for name, v in initial_trainables(inputs.trainable_shapes, 0.5, 0).items()
+    }
+    steps = TrainingSteps(
+        inputs.questions["train"], inputs.captions, inputs.features, inputs.prompts, num_slots=10, tasks=("vqa", "cap"), micro_batch_size=4,
+        accumulation=2, rank=0, world_size=1, seed=0, shuffle=True, crop=True,
+    )  # fmt: skip
+    ends = []
+    for rehearsed in (False, True):
+        engine = build_engine(config, inputs, values, alone)
+        if rehearsed:
+            batch, num_questions = steps.longest()
+            assert num_questions == 4
+            batch.features_VFC.fill_(float("inf"))
+            engine.train(True)
+            engine.rehearse(batch)
+        for k in range(2):
+            train_step(engine, steps[0, k], k + 1, (1.0, 0.5), lr=1e-3, world=alone)
+        ends.append(engine.state())
+    for one, other in zip(*ends, strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("max_tokens", [None, 700, 1500])
+def test_no_micro_batch_is_longer_than_the_longest(world: World, alone: dist.World, max_tokens: int | None) -> None:
+    inputs = read_inputs(config_of(world), ("train",), alone)
+    steps = TrainingSteps(
+        inputs.questions["train"], inputs.captions, inputs.features, inputs.prompts, num_slots=10, tasks=("vqa", "cap"), micro_batch_size=2,
+        accumulation=4, rank=0, world_size=1, seed=0, shuffle=True, crop=True, max_tokens=max_tokens,
+    )  # fmt: skip
+    met = [batch.num_real_tokens for epoch in range(4) for k in range(3) for batch in steps[epoch, k].micro_batches]
+    longest = steps.longest()[0].num_real_tokens
+    assert longest <= (max_tokens or longest)
+    assert max(met) <= (longest if max_tokens is None else longest + 0.01 * max_tokens)
+
+
 def test_order_is_a_function_of_seed_and_epoch_and_ranks_divide_it(world: World, alone: dist.World) -> None:
     inputs = read_inputs(config_of(world), ("train",), alone)
 
@@ -99,6 +143,18 @@ def test_longest_first(sizes: list[int], num_bins: int) -> None:
     assert sorted(i for b in bins for i in b) == list(range(len(sizes)))
     counts = [len(b) for b in bins]
     assert len(bins) == num_bins and max(counts) - min(counts) <= 1
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=7), st.integers(1, 4), st.none() | st.integers(20, 150))
+def test_fullest(sizes: list[int], most: int, budget: int | None) -> None:
+    chosen = fullest(sizes, most, budget)
+    assert len(set(chosen)) == len(chosen) and 1 <= len(chosen) <= most
+    ways = [sum(way) for k in range(1, most + 1) for way in combinations(sizes, k)]
+    fits = [size for size in ways if budget is None or size <= budget]
+    if budget is None or max(sizes) <= budget:
+        assert sum(sizes[i] for i in chosen) == max(fits)
+    else:
+        assert [sizes[i] for i in chosen] == [max(sizes)], "a question that is too long stands alone"
 
 
 def test_micro_batches_of_a_token_budget(world: World, alone: dist.World) -> None:

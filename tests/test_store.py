@@ -138,12 +138,17 @@ def test_an_accuracy_is_a_count_of_questions() -> None:
 LONG = ["--epochs", "200", "--lr", "0.01", "--batch_size", "4"]
 
 
-def test_the_rank_that_ends_says_why_and_the_others_nothing(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VICO_FAILPOINT", "step@2#1=raise MemoryError")
+@pytest.mark.parametrize(
+    ("moment", "phase"), [("rehearsal", "trying the longest micro-batch (4 questions, "), ("step@2", "micro-batch 1 of 1 of step 2")]
+)
+def test_the_rank_that_ends_says_why_and_the_others_nothing(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, phase: str
+) -> None:
+    monkeypatch.setenv("VICO_FAILPOINT", f"{moment}#1=raise MemoryError")
     ended = end(start("train", *world.flags, *LONG, "--output_dir", str(tmp_path / "out"), ranks=2), 120)
     assert ended.codes == [4, 4] and ended.stderrs[0] == "", ended.output
     _, line = ended.stderrs[1].splitlines()  # behind the failpoint's own
-    assert line.startswith("vico: error: rank 1 on ") and "is out of host memory while micro-batch 1 of 1 of step 2" in line
+    assert line.startswith("vico: error: rank 1 on ") and f"is out of host memory while {phase}" in line
     assert "lower --batch_size and raise --accum_iter" in line
 
 

@@ -195,11 +195,14 @@ class Engine:
         self.stage: int = config["zero_optimization"]["stage"]
         self.trainables = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._has_bad_gradient = torch.zeros((), dtype=torch.bool, device=self._engine.device)
+        self._rehearsing = False
         for parameter in self.trainables.values():
             parameter.register_hook(self._pass_gradient)
 
     def _pass_gradient(self, gradient: Tensor) -> Tensor:
         """Notes, without a sync, whether this rank's own share is finite: behind the sum over ranks nobody could tell whose it was."""
+        if self._rehearsing:
+            return torch.zeros_like(gradient)
         gradient = gradient / self._scale if self._scale != 1.0 else gradient
         self._has_bad_gradient |= ~gradient.isfinite().all()
         return gradient
@@ -228,6 +231,12 @@ class Engine:
         if not last:
             self._engine.step()  # counts the micro-batch, updates nothing
 
+    def rehearse(self, batch: PackedBatch) -> None:
+        """Forward and backward of a micro-batch as those of a step, with gradients of zero: the next step is what it would have been."""
+        self._rehearsing = True
+        self.backward(self.forward(batch).sum(), last=False)
+        self._rehearsing = False
+
     def step(self, lr: float) -> tuple[float, bool]:
         """Update the trainables. Returns (gradient norm over all of them, whether the update was applied).
 
@@ -238,23 +247,23 @@ class Engine:
         self._engine.step()
         return float(self._engine.get_global_grad_norm()), bool(self._engine.was_step_applied())
 
+    @torch.no_grad()
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(weights by name, Adam's moments by "name.moment"), whole, in fp32, on the host. A collective of all ranks."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+        """(weights by name, Adam's moments by "name.moment"), whole, in fp32, on the host. A collective of all ranks.
 
-        if self.stage < 3:
-            return self._state_at_once()
-        weights = {name: safe_get_full_fp32_param(p).cpu().reshape(_shape(p)) for name, p in self.trainables.items()}
-        moments = {
-            f"{name}.{moment}": safe_get_full_optimizer_state(p, moment).cpu().reshape(_shape(p))
-            for name, p in self.trainables.items()
-            for moment in MOMENTS
-        }
+        One exchange: DeepSpeed's own getters (0.19.8, utils/tensor_fragment.py) make one per tensor, which is most of a save's time.
+        """
+        whole = iter(self._gathered_state() if self.stage == 3 else self._summed_state())
+        weights: dict[str, Tensor] = {}
+        moments: dict[str, Tensor] = {}
+        for name, parameter in self.trainables.items():
+            shape = _shape(parameter)
+            weights[name] = next(whole)[: shape.numel()].view(shape).clone()
+            moments |= {f"{name}.{moment}": next(whole)[: shape.numel()].view(shape).clone() for moment in MOMENTS}
         return weights, moments
 
-    @torch.no_grad()
-    def _state_at_once(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """DeepSpeed's own way (utils/tensor_fragment.py, get_full_hp_param, 0.19.8) is an exchange for each tensor: most of a save's time."""
+    def _summed_state(self) -> list[Tensor]:
+        """Of each trainable its weights and moments, flat: each rank holds a range of them, whose place it knows, and zeros else."""
         parameters: list[Any] = list(self.trainables.values())
         shares = []
         for parameter in parameters:
@@ -266,13 +275,20 @@ class Engine:
                 shares.append(share)
         whole = torch.cat(shares)
         torch.distributed.all_reduce(whole, group=parameters[0]._dp_group)
-        pieces = iter(whole.cpu().split([share.numel() for share in shares]))
-        weights: dict[str, Tensor] = {}
-        moments: dict[str, Tensor] = {}
-        for name, parameter in self.trainables.items():
-            weights[name] = next(pieces).view(parameter.shape).clone()
-            moments |= {f"{name}.{moment}": next(pieces).view(parameter.shape).clone() for moment in MOMENTS}
-        return weights, moments
+        return list(whole.cpu().split([share.numel() for share in shares]))
+
+    def _gathered_state(self) -> list[Tensor]:
+        """The same under stage 3, each padded at its end: the ranks hold equal parts, in their order."""
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        parts = []
+        for parameter in self.trainables.values():
+            parts += [safe_get_local_fp32_param(parameter), *(safe_get_local_optimizer_state(parameter, moment) for moment in MOMENTS)]
+        mine = torch.cat(parts)
+        whole = mine.new_empty(self._world_size * mine.numel())
+        torch.distributed.all_gather_into_tensor(whole, mine)
+        of_ranks = whole.cpu().view(self._world_size, -1).split([part.numel() for part in parts], dim=1)
+        return [of_rank.flatten() for of_rank in of_ranks]
 
     def set_moments(self, moments: Mapping[str, Tensor], num_updates: int) -> None:
         """Put Adam back to where it stood after `num_updates` updates."""

@@ -166,6 +166,8 @@ def _run_steps(run: _Run, steps: TrainingSteps, last_step: int) -> None:
     if progress.evaluation_due:  # the run was stopped between an epoch's last step and the end of its evaluation
         _end_epoch(run)
     schedule = [divmod(k, steps.steps_per_epoch) for k in range(progress.step, last_step)]
+    if schedule:
+        _rehearse(run, steps)
     with ProgressBar("training", last_step, "step", world.is_main, done=progress.step) as bar:
         step_start = time.perf_counter()
         for (epoch, place), batch in zip(schedule, loader(steps, schedule, config.num_workers, world.device.type == "cuda"), strict=True):
@@ -185,6 +187,23 @@ def _run_steps(run: _Run, steps: TrainingSteps, last_step: int) -> None:
                 step_start = time.perf_counter()
             elif config.save_steps and progress.step % config.save_steps == 0:
                 _save(run, progress)
+
+
+def _rehearse(run: _Run, steps: TrainingSteps) -> None:
+    """Before the first step, the longest micro-batch that any can bring: what does not fit ends in minute one and not in hour ten."""
+    world = run.world
+    with world.agreeing():
+        batch, num_questions = steps.longest()
+    what = f"the longest micro-batch ({num_questions} questions, {batch.num_real_tokens:,} tokens)"
+    world.doing(f"trying {what}")
+    began = time.perf_counter()
+    reached("rehearsal")
+    run.engine.train(True)
+    run.engine.rehearse(batch.to(world.device))
+    where, peak = list(memory_curves(world.device).items())[-1]
+    world.say(
+        f"{what} fits: {time.perf_counter() - began:.1f} s, {where.split('/')[1].replace('_', ' ').removesuffix(' gib')} {peak:.1f} GiB"
+    )
 
 
 def train_step(

@@ -94,7 +94,8 @@ class TrainingSteps(_Builder, Dataset[Step]):
     ) -> None:  # fmt: skip
         super().__init__(questions, features, prompts, num_slots, share)
         self._captions, self._tasks, self._seed, self._shuffle, self._crop = captions, tasks, seed, shuffle, crop
-        self._micro_batch_size, self._max_tokens, self._rank, self._world_size = micro_batch_size, max_tokens, rank, world_size
+        self._micro_batch_size, self._accumulation, self._max_tokens = micro_batch_size, accumulation, max_tokens
+        self._rank, self._world_size = rank, world_size
         self.questions_per_step = micro_batch_size * accumulation * world_size
         self.steps_per_epoch = -(-len(questions) // self.questions_per_step)
 
@@ -109,7 +110,8 @@ class TrainingSteps(_Builder, Dataset[Step]):
         places = self.order(epoch)[step * self.questions_per_step :][: self.questions_per_step].tolist()
         nothing = torch.zeros(len(self._tasks), dtype=torch.int64)
         try:
-            mine = longest_first([self._characters(place) for place in places], self._world_size)[self._rank]
+            part = 2 if self._crop else 1  # a crop begins anywhere
+            mine = longest_first([self._characters(place, part) for place in places], self._world_size)[self._rank]
             sequences = [self._sequences(self.questions[places[i]], epoch) for i in mine]
             batches = tuple(self._pack([triple for i in group for triple in sequences[i]]) for group in self._groups(sequences))
             dummy = None
@@ -122,15 +124,24 @@ class TrainingSteps(_Builder, Dataset[Step]):
         names = tuple(f"{q.video}/{q.qid}" for q in (self.questions[places[i]] for i in mine))
         return Step(batches, dummy, counts, sum(b.num_real_tokens for b in batches), names)
 
-    def _characters(self, place: int) -> int:
-        """About how long a question's sequences are: ranks are balanced before anything is encoded."""
+    def longest(self) -> tuple[PackedBatch, int]:
+        """(the largest micro-batch that a step can bring, or nearly: of long questions, captions whole; how many they are)."""
+        by_characters = sorted(range(len(self.questions)), key=lambda place: -self._characters(place, 1))
+        most = self._micro_batch_size * (1 if self._max_tokens is None else self._accumulation)
+        # More than are taken: characters only guess tokens. A budget is filled best by some that are cropped, as in a step.
+        epochs = (None,) if self._max_tokens is None else (None, 0, 1)
+        found = [self._sequences(self.questions[place], epoch) for place in by_characters[: max(most, 32)] for epoch in epochs]
+        chosen = fullest([_tokens(triples) for triples in found], most, self._max_tokens)
+        return self._pack([triple for i in chosen for triple in found[i]]), len(chosen)
+
+    def _characters(self, place: int, part: int) -> int:
+        """How long a question's sequences are with one `part`-th of the caption: about, but before anything is encoded."""
         question = self.questions[place]
-        caption = len(self._captions.get(question.video, "")) // (2 if self._crop else 1)
-        return question_characters(question) + caption
+        return question_characters(question) + len(self._captions.get(question.video, "")) // part
 
     def _groups(self, sequences: list[list[Triple]]) -> list[list[int]]:
         """Which questions go into which micro-batch."""
-        tokens = [sum(len(s.tokens) for _, s, _ in triples) for triples in sequences]
+        tokens = [_tokens(triples) for triples in sequences]
         if self._max_tokens is None:
             return longest_first(tokens, -(-len(tokens) // self._micro_batch_size)) if tokens else []
         groups: list[list[int]] = []
@@ -145,17 +156,33 @@ class TrainingSteps(_Builder, Dataset[Step]):
                 sizes[fitting] += tokens[i]
         return groups
 
-    def _sequences(self, question: Question, epoch: int) -> list[Triple]:
+    def _sequences(self, question: Question, epoch: int | None) -> list[Triple]:
+        """One per task; captions as the epoch crops them, or whole."""
         return [(question, self._task_sequence(task, question, epoch), t) for t, task in enumerate(self._tasks)]
 
-    def _task_sequence(self, task: str, question: Question, epoch: int) -> Sequence:
+    def _task_sequence(self, task: str, question: Question, epoch: int | None) -> Sequence:
         if task != "cap":
             return self._sequence(task, question, _answer(question))
         caption = self._captions[question.video]
-        if self._crop:
+        if self._crop and epoch is not None:
             candidates = crop_candidates(caption)
             caption = caption[candidates[np.random.default_rng([self._seed, epoch, question.index]).integers(len(candidates))] :]
         return self._prompts.caption(caption)
+
+
+def _tokens(triples: Items[Triple]) -> int:
+    return sum(len(sequence.tokens) for _, sequence, _ in triples)
+
+
+def fullest(sizes: Items[int], most: int, budget: int | None) -> list[int]:
+    """Places of at most `most` of `sizes`, whose sum is the largest that the budget allows; of one alone where each is too large."""
+    by_size = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    if budget is None:
+        return by_size[:most]
+    sums: dict[int, tuple[int, ...]] = {0: ()}
+    for i in by_size:
+        sums |= {s + sizes[i]: (*of, i) for s, of in sums.items() if s + sizes[i] <= budget and len(of) < most and s + sizes[i] not in sums}
+    return list(sums[max(sums)] if sizes[by_size[0]] <= budget else by_size[:1])
 
 
 def longest_first(sizes: Items[int], num_bins: int) -> list[list[int]]:
