@@ -67,6 +67,23 @@ def test_nothing_goes_before_what_replaces_it_was_read_back(tmp_path: Path, monk
     assert found(tmp_path)[0] == "checkpoint-1"
 
 
+def test_a_best_that_cannot_be_read_back_does_not_replace_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_both(tmp_path, 1)
+    read = checkpoints.read
+
+    def forgetful(path: Path, run: str = "") -> checkpoints.Checkpoint:
+        found = read(path, run)
+        if found.progress.step == 2:
+            raise CheckpointError(f"{path}: damaged")
+        return found
+
+    monkeypatch.setattr(checkpoints, "read", forgetful)
+    with pytest.raises(DiskError, match="checkpoint_best: damaged; it was written a moment ago"):
+        save_both(tmp_path, 2)
+    assert checkpoints.read(tmp_path / "checkpoint_best").progress.step == 1
+    assert not list(tmp_path.glob(".checkpoint*"))
+
+
 # ---- a start ---------------------------------------------------------------------------------------------------------
 
 

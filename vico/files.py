@@ -88,7 +88,7 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
 def write_folder(target: Path, fill: Callable[[Path], None], check: Callable[[Path], None] = lambda folder: None) -> None:
     """`fill` writes files into a new folder, which then takes the place of `target`.
 
-    `check` may refuse what came to lie there, by an error: an older `target` goes for good only behind it.
+    `check` may refuse what came to lie there, by a UserError: an older `target` goes for good only behind it, or comes back.
     """
     temporary, old = (target.with_name(f".{target.name}{suffix}") for suffix in (TEMPORARY, REPLACED))
     try:
@@ -112,7 +112,13 @@ def write_folder(target: Path, fill: Callable[[Path], None], check: Callable[[Pa
         raise DiskError(f"{target}: cannot be written ({error.strerror}); {REMEDY}") from None
     _flush_folder(target.parent)
     reached("save:renamed")
-    check(target)
+    try:
+        check(target)
+    except UserError:
+        if old.exists():
+            shutil.rmtree(target, ignore_errors=True)
+            old.rename(target)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
