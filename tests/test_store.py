@@ -16,6 +16,8 @@ from vico.evaluate import summarize
 from vico.meters import last_step
 from vico.records import Question
 from vico.resume import newest_usable
+from vico.selftest import figure_disk_full
+from vico.selftest.outcome import Scale
 from vico.selftest.small_store import RUN, save_both
 from world import World, end, refusal, start
 
@@ -82,6 +84,14 @@ def test_a_best_that_cannot_be_read_back_does_not_replace_the_one_before(tmp_pat
         save_both(tmp_path, 2)
     assert checkpoints.read(tmp_path / "checkpoint_best").progress.step == 1
     assert not list(tmp_path.glob(".checkpoint*"))
+
+
+def test_a_full_disk_where_nothing_can_be_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The self-test then limits the size of files, and counts no run that it could not make."""
+    monkeypatch.setattr(figure_disk_full, "_can_mount", lambda _: False)
+    outcome = figure_disk_full.run(Scale(quick=True, seed=0, folder=tmp_path))
+    assert (outcome.passed, outcome.of) == (figure_disk_full.SIZES, figure_disk_full.SIZES), outcome.facts
+    assert outcome.facts["how"] == "RLIMIT_FSIZE" and outcome.facts["real_runs"] == 0
 
 
 # ---- a start ---------------------------------------------------------------------------------------------------------

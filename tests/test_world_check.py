@@ -254,6 +254,7 @@ import torch, torch.distributed as torch_dist
 from vico import dist
 from vico.config import RunConfig
 from vico.errors import UserError
+from vico import world_check
 from vico.world_check import require_same_code, require_same_files
 
 base = Path(sys.argv[1])
@@ -271,7 +272,14 @@ note("same", require_same_code, {"seed": 1})
 note("settings", require_same_code, {"seed": world.rank, "blr": 0.1})
 note("files", require_same_files, config(data=f"data{world.rank}"))
 note("same files", require_same_files, config())
+world_check.SECONDS_TO_BE_SEEN = world_check.SECONDS_OF_SILENCE = 1.0
 note("output", require_same_files, config(out=f"out{world.rank}"))
+world_check.SECONDS_TO_BE_SEEN = 60.0
+began, sees = time.monotonic(), world_check.step_folders  # a network file system that shows rank 1 an old state for two seconds
+if world.rank == 1:
+    world_check.step_folders = lambda folder: sees(folder) if time.monotonic() > began + 2 else sees(folder)[1:]
+note("late", require_same_files, config(out="late"))
+said["waited"] = time.monotonic() - began
 from deepspeed.utils import groups
 clone = groups._clone_world_group()
 dist.limit_waiting(timedelta(seconds=3))
@@ -297,12 +305,15 @@ def test_ranks_with_other_settings_files_or_folders_are_refused_and_waiting_ends
         shutil.copytree(world.data, tmp_path / name / "nextqa")
     with (tmp_path / "data1" / "nextqa" / "val.csv").open("a") as file:
         file.write("\n")
-    (tmp_path / "out0" / "checkpoint-7").mkdir(parents=True)
-    ((text, errors), _) = outputs(ranks(TOGETHER, str(tmp_path)))
+    for folder in ("out0/checkpoint-7", "late/checkpoint-9", "late/checkpoint-10"):
+        (tmp_path / folder).mkdir(parents=True)
+    ((text, errors), (_, waiting)) = outputs(ranks(TOGETHER, str(tmp_path)))
     assert text.strip(), errors
     said = json.loads(text.splitlines()[-1])
     assert said["same"] == said["same files"] == ""
     assert "the ranks have different settings: " in said["settings"] and "--seed: 0 -> 1; give every rank" in said["settings"]
     assert "the ranks have different files: " in said["files"] and "val.csv: " in said["files"]
     assert "the ranks have different checkpoints: " in said["output"] and "out" in said["output"]
+    assert said["late"] == "" and 2 < said["waited"] < 30
+    assert f"s for {tmp_path}/late/checkpoint-10, which another host sees, to come into sight on {socket.gethostname()}" in waiting
     assert 2 < said["gave up after"] < 8

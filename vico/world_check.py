@@ -9,6 +9,8 @@ import json
 import os
 import platform
 import socket
+import sys
+import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,6 +27,7 @@ from vico.files import require_file
 END_BYTES = 1 << 18  # read at each end of a large file: .pth files are zip archives, whose end has the checksums of all of it
 DATA_SUFFIXES = (".csv", ".json", ".jsonl", ".pth")
 NUM_SHOWN = 3
+SECONDS_TO_BE_SEEN, SECONDS_OF_SILENCE = 90.0, 5.0
 
 
 def require_same_code(world: World, settings: Mapping[str, Any]) -> None:
@@ -49,8 +52,29 @@ def require_same_files(world: World, config: RunConfig) -> None:
     """Raises UserError, on every rank, naming the hosts whose input files, or whose output folder, are not rank 0's."""
     files = {f"{path.parent.name}/{path.name}": _fingerprint(path) for path in _inputs(config)}
     _require_same(world, "files", files, "copy them anew, or name a folder that all hosts share")
+    _await_newest(world, config.output_dir)
     stands = {str(config.output_dir): next((folder.name for folder in step_folders(config.output_dir)), "no checkpoint")}
     _require_same(world, "checkpoints", stands, "--output_dir must be a folder that all hosts share")
+
+
+def _await_newest(world: World, output_dir: Path) -> None:
+    """Network file systems remember for up to a minute what a folder held: the newest checkpoint can come into sight late."""
+
+    def seen() -> int:
+        return max((int(folder.name.partition("-")[2]) for folder in step_folders(output_dir)), default=-1)
+
+    newest, began, told = world.most(seen()), time.monotonic(), False
+    while seen() < newest and (waited := time.monotonic() - began) < SECONDS_TO_BE_SEEN:
+        world.doing(f"waiting for {output_dir}/checkpoint-{newest} to come into sight")
+        if waited > SECONDS_OF_SILENCE and not told:
+            told = True
+            what = f"{output_dir}/checkpoint-{newest}, which another host sees, to come into sight on {_host()}"
+            print(f"vico: waiting up to {SECONDS_TO_BE_SEEN:.0f} s for {what}", file=sys.stderr, flush=True)
+        time.sleep(0.25)
+
+
+def _host() -> str:
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _inputs(config: RunConfig) -> list[Path]:
@@ -91,9 +115,8 @@ def _require_same(world: World, what: str, mine: dict[str, str], remedy: str) ->
     digest = int.from_bytes(hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).digest()[:7], "big")
     if world.most(digest) == -world.most(-digest):
         return
-    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     words: list[tuple[str, dict[str, str]] | None] = [None] * world.size
-    torch_dist.all_gather_object(words, (host, mine), group=world.host_group)
+    torch_dist.all_gather_object(words, (_host(), mine), group=world.host_group)
     told = [word for word in words if word is not None]
     (first_host, first), others = told[0], [(rank, *word) for rank, word in enumerate(told) if word[1] != told[0][1]]
     rank, _, theirs = others[0]

@@ -1,4 +1,4 @@
-"""Features whose numbers overflow in one question of one rank: every rank stops in that step, before its update."""
+"""Features whose numbers overflow in one question of one rank, forward or backward: every rank stops in that step, before its update."""
 
 import csv
 import random
@@ -16,10 +16,13 @@ from vico.selftest.outcome import Outcome, Scale
 from vico.selftest.runs import RANKS, TinyWorld, first_line, newest, start_ranks, steps_logged
 
 NAME = "nan"
-TITLE = "a loss or score that is not finite on one rank: all ranks stop in that step, naming rank, step and question"
-MINUTES = (0.5, 3.0)
-CASES = (2, 10)
-HUGE = 1e30  # finite in the file and in the projection, and no longer so in fp16
+TITLE = "a loss, gradient or score that is not finite on one rank: all ranks stop in that step, naming rank, step and question"
+MINUTES = (0.7, 3.5)
+CASES = (3, 15)
+KINDS = ("loss", "gradient", "score")
+# In fp16, whose largest number is 65,504. The first is finite in the file, and the projection of it no longer; that of the
+# second is a few thousand, and what the objective over frames sends back from it at --tau 1 a few hundred thousand.
+HUGE, LARGE = 1e30, 1e5
 
 
 def run(scale: Scale) -> Outcome:
@@ -27,10 +30,10 @@ def run(scale: Scale) -> Outcome:
     num = CASES[not scale.quick]
 
     def case(number: int) -> tuple[str, int, int]:
-        score = number % 5 == 4  # of an evaluation; otherwise the loss of a step
+        kind, stage = KINDS[number % 3], (2, 3)[number % 2]
         rng = random.Random(f"{scale.seed} {number}")
-        problem, rank, step = _case(world, (2, 3)[number % 2], score, scale.folder / f"case{number}", rng)
-        return f"case {number}, {'score' if score else 'loss'}: {problem}" if problem else "", rank, step
+        problem, rank, step = _case(world, stage, kind, scale.folder / f"case{number}", rng)
+        return f"case {number}, {kind}: {problem}" if problem else "", rank, step
 
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(case, range(num)))
@@ -38,8 +41,9 @@ def run(scale: Scale) -> Outcome:
     return Outcome(num - len(failures), num, {"failures": failures, "ranks_and_steps": [result[1:] for result in results]})
 
 
-def _case(world: TinyWorld, stage: int, score: bool, folder: Path, rng: random.Random) -> tuple[str, int, int]:
+def _case(world: TinyWorld, stage: int, kind: str, folder: Path, rng: random.Random) -> tuple[str, int, int]:
     """(what is wrong, the rank and the step that were named)."""
+    score = kind == "score"
     spoilt = TinyWorld(Path(shutil.copytree(world.folder, folder)))
     data = folder / "data" / "nextqa"
     with (data / ("val.csv" if score else "train.csv")).open(encoding="utf-8") as file:
@@ -54,12 +58,13 @@ def _case(world: TinyWorld, stage: int, score: bool, folder: Path, rng: random.R
         captions = (data / "llava_v15_13b_n6.json").read_text(encoding="utf-8")
         (data / "llava_v15_13b_n6.json").write_text('{"spoilt": "The boy is happy.", ' + captions[1:], encoding="utf-8")
     path = data / "clipvitl14.pth"
-    features = {**load_tensors(path, "the features"), row["video"]: torch.full((12, 768), HUGE)}
+    features = {**load_tensors(path, "the features"), row["video"]: _spoilt(kind, rng)}
     torch.save(features, path.with_suffix(".new"))
     path.with_suffix(".new").replace(path)  # the old one is still mapped
     Features(path)  # as far as the files go, nothing is wrong
     out = folder / "out"
-    ended = start_ranks([*spoilt.flags(stage, out), "--precision", "fp16", "--seed", str(rng.randrange(1000))], folder / "logs")
+    how = ["--precision", "fp16", "--seed", str(rng.randrange(1000)), *(("--qav", "--tau", "1") if kind == "gradient" else ())]
+    ended = start_ranks([*spoilt.flags(stage, out), *how], folder / "logs")
     codes = ended.end()
     if codes != [4] * RANKS or len(ended.errors) != 1:
         return f"ended with {codes}: {ended.errors or first_line(ended.said)}", -1, -1
@@ -70,9 +75,18 @@ def _case(world: TinyWorld, stage: int, score: bool, folder: Path, rng: random.R
     if score:
         named = f"question {row['qid']} of video '{row['video']}'" in ended.errors[0] or f"of video '{row['video']}'" in ended.errors[0]
         return "" if named else f"the question is not named: {ended.errors}", -1, newest(out)
-    said = re.search(r"the loss is not finite on rank (\d) in step (\d+) \(questions ([^)]*)\); the update was not made", ended.errors[0])
+    said = re.search(
+        rf"the {kind} is not finite on rank (\d) in step (\d+) \(questions ([^)]*)\); the update was not made", ended.errors[0]
+    )
     if said is None or f"{row['video']}/{row['qid']}" not in said[3]:
         return f"rank, step or question is not named: {ended.errors}", -1, -1
     if steps_logged(out) != int(said[2]) - 1:
         return f"step {said[2]} was named, and {steps_logged(out)} steps were done", int(said[1]), int(said[2])
     return "", int(said[1]), int(said[2])
+
+
+def _spoilt(kind: str, rng: random.Random) -> torch.Tensor:
+    """A video's features: 12 frames, all finite."""
+    if kind != "gradient":
+        return torch.full((12, 768), HUGE)
+    return LARGE * torch.nn.functional.normalize(torch.randn(12, 768, generator=torch.Generator().manual_seed(rng.randrange(1000))), dim=1)
