@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
@@ -11,9 +12,10 @@ from world import World  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What starts remember is kept apart from the user's."""
+def environment(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What starts remember is kept apart from the user's; DeepSpeed, whichever test imports it first, need not guess the device."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="session")

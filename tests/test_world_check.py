@@ -298,8 +298,16 @@ os._exit(0)
 """
 
 
-def test_ranks_with_other_settings_files_or_folders_are_refused_and_waiting_ends(world: World, tmp_path: Path) -> None:
-    """DeepSpeed's own group, made without a timeout, gives up too once it has been given one."""
+def test_ranks_with_other_settings_files_or_folders_are_refused_and_waiting_ends(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed's own group, made without a timeout, gives up too once it has been given one.
+
+    And where a build of DeepSpeed's op was killed, no start waits for its lock: nothing is built.
+    """
+    (tmp_path / "extensions" / "deepspeed_shm_comm").mkdir(parents=True)
+    (tmp_path / "extensions" / "deepspeed_shm_comm" / "lock").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     shutil.copytree(world.llama, tmp_path / "llama")
     for name in ("data", "data0", "data1"):
         shutil.copytree(world.data, tmp_path / name / "nextqa")
