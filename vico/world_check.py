@@ -16,9 +16,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as torch_dist
 
-from vico.checkpoint import step_folders
+from vico.checkpoint import STEP_FOLDER, step_folders
 from vico.config import RunConfig, is_path
 from vico.dist import World
 from vico.errors import UserError
@@ -27,7 +28,8 @@ from vico.files import require_file
 END_BYTES = 1 << 18  # read at each end of a large file: .pth files are zip archives, whose end has the checksums of all of it
 DATA_SUFFIXES = (".csv", ".json", ".jsonl", ".pth")
 NUM_SHOWN = 3
-SECONDS_TO_BE_SEEN, SECONDS_OF_SILENCE = 90.0, 5.0
+SECONDS_UNTIL_SEEN = 90  # NFS keeps what it knows of a folder for up to 60 (acdirmax)
+SECONDS_OF_SILENCE = 5  # then who waits says for what
 
 
 def require_same_code(world: World, settings: Mapping[str, Any]) -> None:
@@ -50,31 +52,46 @@ def _version(name: str) -> str:
 
 def require_same_files(world: World, config: RunConfig) -> None:
     """Raises UserError, on every rank, naming the hosts whose input files, or whose output folder, are not rank 0's."""
+    _wait_until_seen(world, config)
     files = {f"{path.parent.name}/{path.name}": _fingerprint(path) for path in _inputs(config)}
     _require_same(world, "files", files, "copy them anew, or name a folder that all hosts share")
-    _await_newest(world, config.output_dir)
-    stands = {str(config.output_dir): next((folder.name for folder in step_folders(config.output_dir)), "no checkpoint")}
+    out = config.output_dir
+    stands = {str(out): next((folder.name for folder in step_folders(out)), "no checkpoint")}
+    if (out / "args.json").exists():
+        stands[str(out / "args.json")] = _fingerprint(out / "args.json")
     _require_same(world, "checkpoints", stands, "--output_dir must be a folder that all hosts share")
 
 
-def _await_newest(world: World, output_dir: Path) -> None:
-    """Network file systems remember for up to a minute what a folder held: the newest checkpoint can come into sight late."""
+def _wait_until_seen(world: World, config: RunConfig) -> None:
+    """Until every rank sees what any of them sees, or the time is over: a network file system shows a host late what another one
+    has renamed, and a run that goes on meets what it saved a moment ago. As many exchanges on every rank."""
+    for second in range(SECONDS_UNTIL_SEEN + 1 if world.size > 1 else 0):
+        seen_RN = world.gather(torch.tensor(_seen(config)))
+        late_R = (seen_RN < seen_RN.amax(dim=0)).any(dim=1)
+        if not late_R.any():
+            return
+        what = " or ".join(_names(config, seen_RN))
+        if second == SECONDS_OF_SILENCE and world.rank == int(late_R.nonzero()[0]):
+            waits = (
+                f"{_host()} (rank {world.rank}; {int(late_R.sum())} of {world.size} ranks) does not see {what} yet, which another host sees"
+            )
+            patience = f"waiting up to {SECONDS_UNTIL_SEEN} s, as a network file system may be late"
+            print(f"vico: {waits}; {patience}", file=sys.stderr, flush=True)
+        world.doing(f"waiting until all ranks see {what}")
+        time.sleep(min(1, SECONDS_UNTIL_SEEN - second))
 
-    def seen() -> int:
-        return max((int(folder.name.partition("-")[2]) for folder in step_folders(output_dir)), default=-1)
 
-    newest, began, told = world.most(seen()), time.monotonic(), False
-    while seen() < newest and (waited := time.monotonic() - began) < SECONDS_TO_BE_SEEN:
-        world.doing(f"waiting for {output_dir}/checkpoint-{newest} to come into sight")
-        if waited > SECONDS_OF_SILENCE and not told:
-            told = True
-            what = f"{output_dir}/checkpoint-{newest}, which another host sees, to come into sight on {_host()}"
-            print(f"vico: waiting up to {SECONDS_TO_BE_SEEN:.0f} s for {what}", file=sys.stderr, flush=True)
-        time.sleep(0.25)
+def _seen(config: RunConfig) -> list[int]:
+    """What this rank sees of that which runs write and go on from: a step, and whether files are there."""
+    newest = next((int(m[1]) for folder in step_folders(config.output_dir) if (m := STEP_FOLDER.fullmatch(folder.name))), -1)
+    return [newest, (config.output_dir / "args.json").exists(), config.resume is not None and config.resume.exists()]
 
 
-def _host() -> str:
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+def _names(config: RunConfig, seen_RN: torch.Tensor) -> list[str]:
+    """The things of `_seen` that not all ranks see alike."""
+    most = seen_RN.amax(dim=0)
+    names = [str(config.output_dir / f"checkpoint-{int(most[0])}"), str(config.output_dir / "args.json"), str(config.resume)]
+    return [name for name, differs in zip(names, (seen_RN != most).any(dim=0).tolist(), strict=True) if differs]
 
 
 def _inputs(config: RunConfig) -> list[Path]:
@@ -102,6 +119,10 @@ def _fingerprint(path: Path) -> str:
     except OSError as problem:
         return str(problem.strerror)
     return f"{size} bytes, {digest.hexdigest()[:8]}"
+
+
+def _host() -> str:
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _digest(path: Path) -> str:
