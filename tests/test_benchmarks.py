@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import oracle
+import oracle_files
 from benchmarks import cpu, run
 from benchmarks.measure import peak_growth
 from benchmarks.plain import PlainViCo
@@ -28,7 +29,7 @@ LOSS_RTOL, SCORE_ATOL, GRAD_RTOL = 1e-6, 1e-5, 1e-5
 def test_the_plain_baseline_is_the_method(world: World) -> None:
     """Losses, gradients and scores of the baseline against the oracle, which shares no code with it."""
     hyper = oracle.Hyper(bias=0.7, max_seq_len=256)
-    weights, params = oracle.load_meta(world.llama / "tiny"), MetaWeights(world.llama / "tiny", world.tokenizer.vocab_size())
+    weights, params = oracle_files.load_meta(world.llama / "tiny"), MetaWeights(world.llama / "tiny", world.tokenizer.vocab_size())
     trainables = oracle.init_trainables(weights[0], hyper, random_gates=True)
     model = PlainViCo(params.shape, hyper.adapter_len, hyper.max_feats, torch.float32)
     fill(model, {n: trainables[n].detach() if n in trainables else params.read(n).float() for n, _ in model.named_parameters()})

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import oracle
+import oracle_files
 from backbones import KINDS, LOGITS_RTOL, distance, logits, make_hugging_face, text
 from vico import checkpoint as checkpoints
 from vico import convert as converter
@@ -58,7 +59,7 @@ def test_from_hugging_face_to_meta_and_back(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_from_meta_to_hugging_face_and_back(shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    oracle.write_tiny_meta(tmp_path / "meta", 400, shards=shards)
+    oracle_files.write_tiny_meta(tmp_path / "meta", 400, shards=shards)
     monkeypatch.setattr(converter, "FILE_BYTES", 40_000)
     convert(tmp_path / "meta", tmp_path / "hf")
     assert len(list((tmp_path / "hf").glob("model-0000?-of-0000?.safetensors"))) > 2
@@ -74,7 +75,7 @@ def test_from_meta_to_hugging_face_and_back(shards: int, tmp_path: Path, monkeyp
 
 
 def test_meta_shards_are_divided_anew(tmp_path: Path) -> None:
-    oracle.write_tiny_meta(tmp_path / "one", 400)
+    oracle_files.write_tiny_meta(tmp_path / "one", 400)
     convert(tmp_path / "one", tmp_path / "four", "meta", 4)
     convert(tmp_path / "four", tmp_path / "again", "meta")
     assert len(list((tmp_path / "four").glob("*.pth"))) == 4 and equal(tmp_path / "one", tmp_path / "four")
@@ -122,7 +123,7 @@ def test_adapters_go_to_the_lineage_and_back(tmp_path: Path) -> None:
 def test_the_published_code_s_own_files_are_read(tmp_path: Path) -> None:
     hyper = oracle.Hyper(adapter_layer=2)
     own = oracle.init_trainables({"dim": 32, "n_heads": 4, "n_layers": 3}, hyper, random_gates=True)
-    oracle.save_lineage(tmp_path / "lineage.pth", own, lower_gates=1)
+    oracle_files.save_lineage(tmp_path / "lineage.pth", own, lower_gates=1)
     convert(tmp_path / "lineage.pth", tmp_path / "ours.safetensors")
     found = checkpoints.fitted(checkpoints.read(tmp_path / "ours.safetensors"), trainable_shapes(SHAPE, 2, 10, 10), 3)
     assert all(torch.equal(found.weights[n], v.detach()) for n, v in own.items()) and len(found.notes) == 1
@@ -177,9 +178,9 @@ HOSTILE: dict[str, tuple[Any, str, int, str]] = {
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("original")
-    oracle.write_tiny_meta(home / "meta", 400)
+    oracle_files.write_tiny_meta(home / "meta", 400)
     convert(home / "meta", home / "hf")
-    oracle.save_lineage(home / "lineage.pth", oracle.init_trainables({"dim": 32, "n_heads": 4, "n_layers": 3}, oracle.Hyper()))
+    oracle_files.save_lineage(home / "lineage.pth", oracle.init_trainables({"dim": 32, "n_heads": 4, "n_layers": 3}, oracle.Hyper()))
     return home
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import oracle
+import oracle_files
 from benchmarks import correctness
 from benchmarks.variants import fill, make_fast, random_weights, scoring_batches, training_batch
 from benchmarks.workload import SyntheticWorkload
@@ -52,9 +53,9 @@ def digest(folder: Path, step: int) -> str:
 def test_whole_runs(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real runs under DeepSpeed, side by side: stages 2 and 3, recomputed layers, fp32; and one that was cut and goes on."""
     first = tmp_path / "start.pth"
-    oracle.write_tiny_meta(world.llama / "wide", world.tokenizer.vocab_size(), dim=128, n_layers=3, n_heads=2, shards=1)
-    params, _ = oracle.load_meta(world.llama / "wide")
-    oracle.save_lineage(first, oracle.init_trainables(params, oracle.Hyper(bias=0.7), seed=5, random_gates=True))
+    oracle_files.write_tiny_meta(world.llama / "wide", world.tokenizer.vocab_size(), dim=128, n_layers=3, n_heads=2, shards=1)
+    params, _ = oracle_files.load_meta(world.llama / "wide")
+    oracle_files.save_lineage(first, oracle.init_trainables(params, oracle.Hyper(bias=0.7), seed=5, random_gates=True))
     common = ["train", *world.flags, "--model", "wide", *FLAGS, "--resume", str(first), "--no_shuffle", "--caption_crop", "none"]
     kinds = {
         "bf16": [], "zero3": ["--deepspeed", "zero3"], "recomputed": ["--deepspeed", "zero3", "--checkpoint_activations", "full"],

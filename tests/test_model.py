@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 import oracle
+import oracle_files
 from vico.data.packing import Example, pack
 from vico.data.prompts import Prompts
 from vico.data.tokenizer import Tokenizer
@@ -26,7 +27,7 @@ Setup = tuple[World, oracle.Model, oracle.Hyper, oracle.Trainables]
 @pytest.fixture(scope="module", params=[3, 2], ids=["all-layers", "top-2-of-3"])
 def setup(world: World, request: pytest.FixtureRequest) -> Setup:
     hyper = oracle.Hyper(adapter_layer=request.param, bias=0.7, vaq=True, qav=True)
-    model = oracle.load_meta(world.llama / "tiny")
+    model = oracle_files.load_meta(world.llama / "tiny")
     return world, model, hyper, oracle.init_trainables(model[0], hyper, random_gates=True)
 
 
@@ -140,9 +141,9 @@ def test_initial_values(world: World) -> None:
 
 def test_two_shards_are_one_model(world: World, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("shards") / "two"
-    oracle.write_tiny_meta(folder, world.tokenizer.vocab_size(), dim=32, n_layers=3, n_heads=4, shards=2)
+    oracle_files.write_tiny_meta(folder, world.tokenizer.vocab_size(), dim=32, n_layers=3, n_heads=4, shards=2)
     one, two = (MetaWeights(f, world.tokenizer.vocab_size()) for f in (world.llama / "tiny", folder))
     assert len(list(folder.glob("*.pth"))) == 2
-    _, expected = oracle.load_meta(world.llama / "tiny")
+    _, expected = oracle_files.load_meta(world.llama / "tiny")
     for name in expected:
         assert torch.equal(one.read(name), two.read(name)) and torch.equal(one.read(name).float(), expected[name])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 
-import oracle
+import oracle_files
 from world import ROOT, World, end, records, start, succeeds
 
 FLAGS = ["--epochs", "5", "--warmup_epochs", "1", "--lr", "0.02", "--bias", "0.7", "--save_steps", "5"]  # 3 steps of 8 an epoch
@@ -33,7 +33,7 @@ def zero3(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_loading_takes_a_ranks_share_and_a_tensor(tmp_path: Path, zero3: str) -> None:
     """370 MB of fp32 in two shards of fp16, on two ranks."""
-    oracle.write_tiny_meta(tmp_path / "m", 30000, dim=768, n_layers=6, n_heads=12, multiple_of=256, shards=2)
+    oracle_files.write_tiny_meta(tmp_path / "m", 30000, dim=768, n_layers=6, n_heads=12, multiple_of=256, shards=2)
     ended = end(start(str(tmp_path / "m"), zero3, ranks=2, program=(str(ROOT / "tests" / "load_memory.py"),)), 240)
     assert ended.codes == [0, 0], ended.output
     for said in ended.stdouts:

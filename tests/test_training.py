@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import oracle
+import oracle_files
 from vico import checkpoint as checkpoints
 from world import ROOT, World, records, succeeds, vico, write_csv
 
@@ -51,8 +52,8 @@ class Run:
 def start(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A lineage checkpoint with `model` alone, its gates non-zero so that every trainable matters."""
     path = tmp_path_factory.mktemp("start") / "start.pth"
-    params, _ = oracle.load_meta(world.llama / "tiny")
-    oracle.save_lineage(path, oracle.init_trainables(params, HYPER, seed=5, random_gates=True))
+    params, _ = oracle_files.load_meta(world.llama / "tiny")
+    oracle_files.save_lineage(path, oracle.init_trainables(params, HYPER, seed=5, random_gates=True))
     return path
 
 
@@ -85,7 +86,7 @@ def reference(world: World, start: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_six_steps_of_the_oracle(world: World, start: Path, reference: Run) -> None:
-    model = oracle.load_meta(world.llama / "tiny")
+    model = oracle_files.load_meta(world.llama / "tiny")
     trainables = oracle.init_trainables(model[0], HYPER, seed=5, random_gates=True)
     items = world.items("train")
     batches = [items[first : first + 8] for first in (0, 8, 16)] * 2
@@ -237,14 +238,14 @@ def test_another_start_on_a_used_folder_is_refused_and_another_division_is_not(w
 
 def test_a_lineage_checkpoint_goes_on_after_its_epoch(world: World, tmp_path: Path) -> None:
     """One epoch by the oracle, written as the lineage writes it, then the second epoch here and there."""
-    model = oracle.load_meta(world.llama / "tiny")
+    model = oracle_files.load_meta(world.llama / "tiny")
     trainables = oracle.init_trainables(model[0], HYPER, seed=5, random_gates=True)
     optimizer = oracle.make_optimizer(trainables, HYPER)
     items = world.items("train")
     batches = [items[first : first + 8] for first in (0, 8, 16)]
     oracle.train_steps(model, world.tokenizer, trainables, batches, HYPER, 3, optimizer=optimizer)
     path = tmp_path / "lineage.pth"
-    oracle.save_lineage(path, trainables, optimizer=optimizer, epoch=0, args=argparse.Namespace(bias=0.7, dataset="nextqa"))
+    oracle_files.save_lineage(path, trainables, optimizer=optimizer, epoch=0, args=argparse.Namespace(bias=0.7, dataset="nextqa"))
     run = train(world, tmp_path / "out", "--resume", str(path), "--batch_size", "8")
     reports = oracle.train_steps(model, world.tokenizer, trainables, batches, HYPER, 3, steps_done=3, optimizer=optimizer)
     assert [line["step"] for line in run.steps] == [4, 5, 6]

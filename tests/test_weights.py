@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-import oracle
+import oracle_files
 from backbones import KINDS, LENGTH, LOGITS_RTOL, NUM_RANKS, distance, logits, make_hugging_face, make_llama_3_tokenizers, make_model, text
 from vico.assembly import read_inputs
 from vico.config import parse
@@ -135,7 +135,7 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for rank in range(shards):
             part = {}
             for key, value in full.items():
-                dim = embeddings_dim if "tok_embeddings" in key else oracle.shard_dim(key)
+                dim = embeddings_dim if "tok_embeddings" in key else oracle_files.shard_dim(key)
                 part[key] = value if dim is None else value.chunk(shards, dim)[rank].clone()
             torch.save(part, home / name / f"consolidated.{rank:02d}.pth")
     config = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -210,7 +210,7 @@ def test_memory_holds_a_tensor_at_most(layout: str, tmp_path: Path) -> None:
 
 def make_big(folder: Path, layout: str) -> None:
     if layout == "two":
-        oracle.write_tiny_meta(folder, 4000, dim=1024, n_layers=2, n_heads=8, shards=2, multiple_of=32, dtype=torch.float32)
+        oracle_files.write_tiny_meta(folder, 4000, dim=1024, n_layers=2, n_heads=8, shards=2, multiple_of=32, dtype=torch.float32)
     else:
         make_hugging_face(folder, {"hidden_size": 1024, "vocab_size": 4000, "intermediate_size": 2752})
 

@@ -17,6 +17,7 @@ import sentencepiece
 import torch
 
 import oracle
+import oracle_files
 from vico.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,7 +101,7 @@ class World:
         self.data.mkdir(parents=True)
         make_tokenizer(self.llama / "tokenizer.model")
         self.tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(self.llama / "tokenizer.model"))
-        oracle.write_tiny_meta(self.llama / "tiny", self.tokenizer.vocab_size(), dim=32, n_layers=3, n_heads=4, shards=self.shards)
+        oracle_files.write_tiny_meta(self.llama / "tiny", self.tokenizer.vocab_size(), dim=32, n_layers=3, n_heads=4, shards=self.shards)
         self.rows = {"train": make_rows(self.num_train, 7, 1, "v"), "val": make_rows(self.num_val, 4, 2, "w")}
         for split, rows in self.rows.items():
             write_csv(self.data / f"{split}.csv", rows)
