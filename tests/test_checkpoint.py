@@ -1,11 +1,14 @@
 """Our checkpoints come back bit for bit or not at all, and appear whole or not at all."""
 
 import dataclasses
+import errno
 import json
+import os
 import pickle
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -147,6 +150,28 @@ def test_a_save_that_fails_leaves_the_old_one(own: Path, monkeypatch: pytest.Mon
     with pytest.raises(DiskError, match=r"checkpoint-12: cannot be written \(No space left on device\); free space") as caught:
         save(own, *values(SHAPES, 2), PROGRESS, CONFIG)
     assert caught.value.exit_code == 6
+    assert same(read(own).weights, values(SHAPES, 1)[0]) and [p.name for p in own.parent.iterdir()] == [own.name]
+
+
+@pytest.mark.parametrize(
+    ("place", "passing", "number"),
+    [("os.fsync", 1, errno.EIO), ("pathlib.Path.rename", 1, errno.EACCES), ("pathlib.Path.rename", 2, errno.EXDEV)],
+)
+def test_a_disk_that_refuses_leaves_the_old_one(own: Path, monkeypatch: pytest.MonkeyPatch, place: str, passing: int, number: int) -> None:
+    """A flush, the way aside of the old one, and the way of the new one to its place."""
+    module, _, name = place.rpartition(".")
+    passings, works = [passing], getattr(os if module == "os" else Path, name)
+
+    def refuses(*args: Any) -> Any:
+        passings[0] -= 1
+        if passings[0] == 0:
+            raise OSError(number, os.strerror(number))
+        return works(*args)
+
+    monkeypatch.setattr(place, refuses)
+    with pytest.raises(DiskError, match=rf"checkpoint-12: cannot be written \({os.strerror(number)}\); free space or mend"):
+        save(own, *values(SHAPES, 2), PROGRESS, CONFIG)
+    assert passings[0] <= 0
     assert same(read(own).weights, values(SHAPES, 1)[0]) and [p.name for p in own.parent.iterdir()] == [own.name]
 
 

@@ -4,13 +4,14 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from world import World, end, records, start, succeeds, vico
+from world import ROOT, Ended, World, end, records, start, succeeds, vico
 
 FLAGS = ["--epochs", "2", "--warmup_epochs", "1", "--lr", "0.02", "--bias", "0.7"]  # of 20 questions: 3 steps of 8 an epoch
 WEIGHTS = "adapter_model.safetensors"
@@ -32,14 +33,14 @@ def undisturbed(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def disturb(command: list[str], ranks: int, when: Callable[[], bool], hit: Callable[[list["subprocess.Popen[str]"]], None]) -> list[int]:
-    """Start, wait for `when`, then `hit` the ranks' processes; returns their exit codes."""
+def disturb(command: list[str], ranks: int, when: Callable[[], bool], hit: Callable[[list["subprocess.Popen[str]"]], None]) -> Ended:
+    """Start, wait for `when`, then `hit` the ranks' processes."""
     processes = start(*command, ranks=ranks)
     deadline = time.monotonic() + 120
     while not when() and time.monotonic() < deadline and all(p.poll() is None for p in processes):
         time.sleep(0.002)
     hit(processes)
-    return end(processes, 120).codes
+    return end(processes, 120)
 
 
 def steps_done(folder: Path) -> int:
@@ -48,8 +49,9 @@ def steps_done(folder: Path) -> int:
 
 
 def same_end(a: Path, b: Path) -> None:
-    for name in (WEIGHTS, "optimizer.safetensors"):
-        assert (a / "checkpoint-6" / name).read_bytes() == (b / "checkpoint-6" / name).read_bytes()
+    for folder in ("checkpoint-6", "checkpoint_best"):
+        for name in (WEIGHTS, "optimizer.safetensors"):
+            assert (a / folder / name).read_bytes() == (b / folder / name).read_bytes(), (folder, name)
     losses = [[(line["step"], line["loss"]) for line in records(folder / "steps.jsonl")] for folder in (a, b)]
     assert losses[0] == losses[1] and [step for step, _ in losses[0]] == [1, 2, 3, 4, 5, 6]
     assert records(a / "log.txt") == records(b / "log.txt")
@@ -69,8 +71,8 @@ def test_asked_to_stop_loses_no_step(world: World, undisturbed: Path, tmp_path: 
             process.send_signal(number)
 
     for target in (1, 3):
-        codes = disturb(command, 2, lambda t=target: steps_done(out) >= t, hit)  # type: ignore[misc]
-        assert codes == [code, code]
+        ended = disturb(command, 2, lambda t=target: steps_done(out) >= t, hit)  # type: ignore[misc]
+        assert ended.codes == [code, code] and "Traceback" not in ended.output
         saved = max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*"))
         assert saved == steps_done(out) >= target
     said = succeeds(*command, ranks=2).stdouts[0]
@@ -78,12 +80,43 @@ def test_asked_to_stop_loses_no_step(world: World, undisturbed: Path, tmp_path: 
     same_end(out, undisturbed)
 
 
+TWICE = """
+import os, signal, sys, time
+from vico import stopping
+stopping.ECHO_SECONDS = 0.2
+stopping.listen()
+first, second = (signal.Signals[name] for name in sys.argv[1:])
+os.kill(os.getpid(), first)
+os.kill(os.getpid(), second)  # the echo of the first, through a launcher
+print(stopping.wish(), flush=True)
+time.sleep(0.4)
+os.kill(os.getpid(), second)
+print("lives on", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "code", "lives_on"),
+    [
+        ("SIGTERM", "SIGTERM", 143, ""),
+        ("SIGUSR1", "SIGTERM", 143, ""),
+        ("SIGINT", "SIGINT", 130, ""),
+        ("SIGTERM", "SIGUSR1", 0, "lives on"),
+    ],
+)
+def test_asked_twice_it_ends_at_once(first: str, second: str, code: int, lives_on: str) -> None:
+    """A scheduler's warning, SIGUSR1, is none to end at once; nor is a signal that comes once more through a launcher."""
+    done = subprocess.run([sys.executable, "-c", TWICE, first, second], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (code, ""), done
+    assert done.stdout.split("\n", 1) == [str(signal.Signals[first].value), f"{lives_on}\n" if lives_on else ""]
+
+
 @pytest.mark.slow
 def test_killed_ranks_go_on_at_the_last_save(world: World, undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [*flags(world, 2), "--output_dir", str(out)]
-    codes = disturb(command, 2, lambda: steps_done(out) >= 5, lambda processes: [p.kill() for p in processes] and None)
-    assert codes == [-9, -9] and (out / "checkpoint-4").exists()
+    ended = disturb(command, 2, lambda: steps_done(out) >= 5, lambda processes: [p.kill() for p in processes] and None)
+    assert ended.codes == [-9, -9] and (out / "checkpoint-4").exists()
     assert "resuming from step" in succeeds(*command, ranks=2).stdouts[0]
     same_end(out, undisturbed)
 
@@ -150,7 +183,7 @@ def test_a_second_writer_is_refused_and_a_dead_ones_place_is_free(world: World, 
         assert f"{out}: in use by process {processes[0].pid} on " in ended.stderrs[0] and ended.stderrs[0].count("\n") == 1
         processes[0].kill()
 
-    assert disturb(command, 1, lambda: steps_done(out) >= 1, second) == [-9]
+    assert disturb(command, 1, lambda: steps_done(out) >= 1, second).codes == [-9]
     succeeds(*command)
 
 

@@ -3,22 +3,26 @@
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
-from vico import attempts, failpoints
+from vico import attempts, causes, dist, failpoints
 from vico import checkpoint as checkpoints
 from vico.config import RunConfig
 from vico.errors import EXIT_CODES, CheckpointError, DiskError, TrainingFault
 from vico.evaluate import summarize
+from vico.meeting import own_store
 from vico.meters import last_step
 from vico.records import Question
 from vico.resume import newest_usable
 from vico.selftest import figure_disk_full
 from vico.selftest.outcome import Scale
 from vico.selftest.small_store import RUN, save_both
+from vico.watchdog import Watchdog
 from world import World, end, refusal, start
 
 
@@ -177,6 +181,32 @@ def test_the_rank_that_ends_says_why_and_the_others_nothing(
     _, line = ended.stderrs[1].splitlines()  # behind the failpoint's own
     assert line.startswith("vico: error: rank 1 on ") and f"is out of host memory while {phase}" in line
     assert "lower --batch_size and raise --accum_iter" in line
+
+
+@pytest.mark.parametrize(
+    ("phase", "helps"),
+    [
+        ("loading layers.3.attention.wq.weight", "--deepspeed zero3 or zero3_offload"), ("reading the inputs", "a host with more memory"),
+        ("saving step 4", "a host with more memory"), ("batch 3 of the val evaluation", "--deepspeed zero3"),
+        ("micro-batch 1 of 2 of step 3", "lower --batch_size and raise --accum_iter"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("problem", "where"),
+    [
+        (MemoryError(), "host"),
+        (torch.OutOfMemoryError("Tried to allocate 9 GiB"), "GPU"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "host"),
+    ],
+)
+def test_no_more_memory_names_phase_and_remedy(alone: dist.World, phase: str, helps: str, problem: Exception, where: str) -> None:
+    watchdog = Watchdog(0, 1, own_store(alone.store), 600)
+    try:
+        watchdog.doing(phase)
+        fault = causes._known(problem, replace(alone, watchdog=watchdog))
+    finally:
+        watchdog.close()
+    assert isinstance(fault, TrainingFault) and f"is out of {where} memory while {phase} (peak " in str(fault) and helps in str(fault)
 
 
 def test_a_killed_data_worker_is_one_line(world: World, tmp_path: Path) -> None:

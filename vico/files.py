@@ -109,6 +109,9 @@ def write_folder(target: Path, fill: Callable[[Path], None], check: Callable[[Pa
         temporary.rename(target)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):  # else the next start puts it back
+            if old.exists() and not target.exists():
+                old.rename(target)
         raise DiskError(f"{target}: cannot be written ({error.strerror}); {REMEDY}") from None
     _flush_folder(target.parent)
     reached("save:renamed")
