@@ -23,7 +23,7 @@ from vico.selftest import figure_disk_full
 from vico.selftest.outcome import Scale
 from vico.selftest.small_store import RUN, save_both
 from vico.watchdog import Watchdog
-from world import World, end, refusal, start
+from world import World, end, refusal, start, vico
 
 
 def found(out: Path) -> tuple[str, str]:
@@ -181,6 +181,29 @@ def test_the_rank_that_ends_says_why_and_the_others_nothing(
     _, line = ended.stderrs[1].splitlines()  # behind the failpoint's own
     assert line.startswith("vico: error: rank 1 on ") and f"is out of host memory while {phase}" in line
     assert "lower --batch_size and raise --accum_iter" in line
+
+
+@pytest.mark.slow
+def test_a_mistake_on_one_rank_is_told_once_with_its_traceback(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VICO_FAILPOINT", "step@2#1=raise ZeroDivisionError")
+    ended = end(start("train", *world.flags, *LONG, "--output_dir", str(tmp_path / "out"), ranks=2), 120)
+    assert ended.codes == [1, 1] and ended.stderrs[0] == "", ended.output
+    assert ended.stderrs[1].count("Traceback") == 1 and ended.stderrs[1].rstrip().endswith("ZeroDivisionError: failpoint step")
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_three_times_is_not_started_again(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a scheduler would start it; with other settings it is tried again."""
+    flags = ["train", *world.flags, *LONG, "--max_steps", "3", "--save_steps", "1", "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setenv("VICO_FAILPOINT", "step@2=raise MemoryError")
+    assert vico(*flags).codes == [4] and last_step(tmp_path / "out") == 1
+    monkeypatch.setenv("VICO_FAILPOINT", "step=raise MemoryError")
+    said = [vico(*flags) for _ in range(3)]
+    assert [ended.codes for ended in said] == [[4]] * 3
+    assert ["in a row" in ended.stderrs[0] for ended in said] == [False, False, True], said
+    monkeypatch.delenv("VICO_FAILPOINT")
+    assert vico(*flags).codes == [4] and last_step(tmp_path / "out") == 1
+    assert vico(*flags, "--num_workers", "1").codes == [0] and last_step(tmp_path / "out") == 3
 
 
 @pytest.mark.parametrize(
