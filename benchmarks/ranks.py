@@ -26,8 +26,9 @@ from benchmarks.variants import MODELS, make_fast, random_value
 from benchmarks.workload import SyntheticWorkload
 from vico import dist
 from vico.assembly import DTYPES
-from vico.data.batches import Step, loader, longest_first
+from vico.data.batches import Step, longest_first
 from vico.data.packing import Example, pack
+from vico.data.workers import loader
 from vico.dist import World
 from vico.engine import Engine, construction, read_config
 from vico.files import write_text

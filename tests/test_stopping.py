@@ -1,5 +1,6 @@
 """A run that is asked to stop, killed or found damaged goes on where it stood, and ends in the bits of an undisturbed one."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from world import ROOT, Ended, World, end, records, start, succeeds, vico
@@ -59,16 +61,22 @@ def same_end(a: Path, b: Path) -> None:
 
 @pytest.mark.parametrize(
     ("number", "code", "who"),
-    [(signal.SIGTERM, 75, "one"), pytest.param(signal.SIGUSR1, 75, "all", marks=pytest.mark.slow), (signal.SIGINT, 130, "all")],
-)
+    [
+        (signal.SIGTERM, 75, "one"), pytest.param(signal.SIGTERM, 75, "all", marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, 75, "all", marks=pytest.mark.slow), (signal.SIGINT, 130, "all"),
+    ],
+)  # fmt: skip
 def test_asked_to_stop_loses_no_step(world: World, undisturbed: Path, tmp_path: Path, number: int, code: int, who: str) -> None:
-    """Again and again, wherever the signal meets the run: in a step, in a save, in an evaluation, at the very start."""
+    """Again and again, wherever the signal meets the run: in a step, in a save, in an evaluation. `all`: data workers and theirs, too."""
     out = tmp_path / "out"
-    command = [*flags(world, 2), "--output_dir", str(out)]
+    command = [*flags(world, 2), "--output_dir", str(out), "--num_workers", str(int(who == "all"))]
 
     def hit(processes: list["subprocess.Popen[str]"]) -> None:
-        for process in processes if who == "all" else processes[1:]:
-            process.send_signal(number)
+        ranks = [psutil.Process(process.pid) for process in processes]
+        helpers = [helper for rank in ranks for helper in rank.children(recursive=True)]
+        for process in (*helpers, *ranks) if who == "all" else ranks[1:]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
 
     for target in (1, 3):
         ended = disturb(command, 2, lambda t=target: steps_done(out) >= t, hit)  # type: ignore[misc]

@@ -17,8 +17,9 @@ from vico import stopping
 from vico.assembly import Inputs, build_engine, read_inputs
 from vico.checkpoint import Checkpoint
 from vico.config import SHAPES, CommandLine, RunConfig
-from vico.data.batches import Chunk, EvaluationChunks, loader
+from vico.data.batches import Chunk, EvaluationChunks
 from vico.data.datasets import DATASETS, accuracy_groups
+from vico.data.workers import loader
 from vico.dist import World
 from vico.engine import Engine
 from vico.errors import TrainingFault, UserError, one_line

@@ -17,7 +17,8 @@ from vico import checkpoint as checkpoints
 from vico.assembly import Inputs, build_engine, read_inputs
 from vico.checkpoint import Checkpoint, Progress
 from vico.config import RunConfig
-from vico.data.batches import Step, TrainingSteps, loader
+from vico.data.batches import Step, TrainingSteps
+from vico.data.workers import loader, start_server
 from vico.dist import World
 from vico.engine import Engine
 from vico.errors import TrainingFault, UserError
@@ -59,6 +60,8 @@ def train(config: RunConfig, world: World) -> None:
             _take_over(config.output_dir)
     require_same_files(world, config)
     world.doing("reading the inputs")
+    if config.num_workers:
+        start_server()
     with world.agreeing():
         found = find_start(config)
         start = found.checkpoint

@@ -4,16 +4,13 @@ Which questions a step takes, and what is random about them, are functions of (s
 save but a counter, and the ranks only divide the work.
 """
 
-import multiprocessing
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from vico import stopping
 from vico.data.features import Features
 from vico.data.packing import Example, pack
 from vico.data.prompts import Prompts, crop_candidates
@@ -253,24 +250,3 @@ class EvaluationChunks(_Builder, Dataset[Chunk]):
     def _options(self, question: Question) -> list[Sequence]:
         fitted = self._prompts.fit(question, "vqa")
         return [self._prompts.vqa(fitted, answer) for answer in range(len(question.options))]
-
-
-def loader(dataset: TrainingSteps | EvaluationChunks, items: Any, num_workers: int, pin: bool) -> DataLoader[Any]:
-    """The dataset's `items` in this order, prepared ahead by `num_workers` processes."""
-    ahead = 4 if num_workers else None
-    return DataLoader(
-        dataset,
-        sampler=items,
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=pin,
-        prefetch_factor=ahead,
-        worker_init_fn=_begin_worker,
-    )
-
-
-def _begin_worker(worker: int) -> None:
-    stopping.ignore()
-    parent = multiprocessing.parent_process()
-    if parent is not None and parent.pid is not None:
-        stopping.end_with(parent.pid)

@@ -34,21 +34,26 @@ class Features:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._videos: dict[str, Any] = load_tensors(path, "the video feature file")
+        self._mapped: dict[str, Any] | None = load_tensors(path, "the video feature file")
         self._stamp = _stamp(path)
         if not isinstance(self._videos, dict) or not self._videos:
             fail(f"{path}: holds {_describe(self._videos)}, not a dict from video id to features; fetch the right file")
         if odd := [key for key in self._videos if not isinstance(key, str)]:
             fail(f"{path}: {len(odd)} of {len(self._videos)} keys are no text, e.g. {show(odd[0])}; save it with str(video id) as keys")
-        self._videos = unblanked(self._videos, path)
+        self._mapped = unblanked(self._videos, path)
+
+    @property
+    def _videos(self) -> dict[str, Any]:
+        if self._mapped is None:  # in a worker, where an error must come with the first batch
+            self.check_unchanged()
+            self._mapped = unblanked(load_tensors(self.path, "the video feature file"), self.path)
+        return self._mapped
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "stamp": self._stamp}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.path, self._stamp = state["path"], state["stamp"]
-        self.check_unchanged()
-        self._videos = unblanked(load_tensors(self.path, "the video feature file"), self.path)
+        self.path, self._stamp, self._mapped = state["path"], state["stamp"], None
 
     def __contains__(self, video: str) -> bool:
         return video in self._videos
