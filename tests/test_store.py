@@ -18,7 +18,7 @@ from vico.evaluate import summarize
 from vico.meeting import own_store
 from vico.meters import last_step
 from vico.records import Question
-from vico.resume import newest_usable
+from vico.resume import newest_usable, start_progress
 from vico.selftest import figure_disk_full
 from vico.selftest.outcome import Scale
 from vico.selftest.small_store import RUN, save_both
@@ -120,6 +120,15 @@ def test_a_checkpoint_that_is_gone_is_missed(tmp_path: Path) -> None:
     for hint in ("", "{}", '{"step": "../../x"}', '{"step": 1}', "\0\xff"):  # only a hint
         (tmp_path / checkpoints.LATEST).write_text(hint)
         assert found(tmp_path) == ("checkpoint-1", "")
+
+
+def test_the_best_accuracy_of_the_run_comes_back_and_no_other_s(tmp_path: Path) -> None:
+    """A worse epoch behind a start does not replace the best one; what another run reached says nothing of this one."""
+    progress = checkpoints.Progress(step=3, questions_per_step=8, num_updates=3, best_accuracy=0.7)
+    checkpoints.save(tmp_path / "out" / "checkpoint-3", {}, {}, progress, RunConfig())
+    saved = checkpoints.read(tmp_path / "out" / "checkpoint-3")
+    for folder, best in (("out", 0.7), ("other", None)):
+        assert start_progress(saved, 3, 8, RunConfig(output_dir=tmp_path / folder), {}) == replace(progress, best_accuracy=best)
 
 
 def test_three_failures_at_one_step_are_enough(tmp_path: Path) -> None:

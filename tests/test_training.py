@@ -271,6 +271,18 @@ def test_every_question_counts_once(world: World, start: Path, zero3: str, tmp_p
     assert (tmp_path / "out1/predictions_val.jsonl").read_bytes() == (tmp_path / "out2/predictions_val.jsonl").read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("num", [1, 3])
+def test_fewer_questions_than_a_step_takes(start: Path, zero3: str, tmp_path: Path, num: int) -> None:
+    """They are an epoch of one step, on ranks of which some have none too."""
+    small = World(tmp_path / "world", num_train=num)
+    one = train(small, tmp_path / "one", "--resume", str(start), "--batch_size", "8")
+    four = train(small, tmp_path / "four", "--resume", str(start), "--batch_size", "2", "--deepspeed", zero3, ranks=4)
+    assert [line["step"] for line in one.steps] == [line["step"] for line in four.steps] == [1, 2]
+    for a, b in zip(one.steps, four.steps, strict=True):
+        assert b["vqa_targets"] == a["vqa_targets"] > 0 and b["loss"] == pytest.approx(a["loss"], rel=TWIN_LOSS_RTOL)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("stage", [2, 3])
 def test_half_precision_stays_near_fp32(
