@@ -89,8 +89,8 @@ def main() -> None:
         if -end.code in passed_on:
             sys.exit(128 - end.code)
         name = signal.Signals(-end.code).name
-        why = "; the kernel does that when memory runs out" if name == "SIGKILL" else ""
-        fail(f"a rank was ended by {name}{why}", code=128 - end.code)
+        whys = {"SIGKILL": "; the kernel does that when memory runs out", "SIGBUS": "; a file that it reads was cut off meanwhile"}
+        fail(f"a rank was ended by {name}{whys.get(name, '')}", code=128 - end.code)
 
 
 def pass_signals_on(passed_on: list[int]) -> NoReturn:

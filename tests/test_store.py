@@ -257,6 +257,21 @@ def test_a_killed_data_worker_is_one_line(world: World, tmp_path: Path) -> None:
     assert f"a data worker of rank 0 on {os.uname().nodename} (process {worker.pid}) ended unexpectedly" in ended.stderrs[0]
 
 
+@pytest.mark.slow
+def test_a_feature_file_that_is_cut_off_meanwhile_is_one_line(tmp_path: Path) -> None:
+    """It is mapped: whoever reads on behind its end dies of a bus error."""
+    mine, out = World(tmp_path / "world"), tmp_path / "out"
+    ranks = start("train", *mine.flags, *LONG, "--num_workers", "1", "--output_dir", str(out), ranks=1)
+    while last_step(out) < 2:
+        time.sleep(0.02)
+        assert ranks[0].poll() is None
+    os.truncate(mine.data / "clipvitl14.pth", 5000)
+    ended = end(ranks, 60)
+    lines = [line for line in ended.stderrs[0].splitlines() if "vico: " in line]  # torch's own has no end
+    assert ended.codes == [4] and len(lines) == 1 and "Traceback" not in ended.output, ended.output
+    assert "a data worker of rank 0 on " in lines[0] and "or when a feature file is cut off meanwhile" in lines[0]
+
+
 def test_exit_codes_are_documented() -> None:
     readme = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
     for code, meaning in EXIT_CODES.items():

@@ -71,7 +71,7 @@ def _known(problem: Exception, world: World) -> UserError | None:
         how = f"was killed ({signal_name.strip()})" if signal_name else "ended unexpectedly"
         return TrainingFault(
             f"a data worker of rank {world.rank} on {socket.gethostname()} (process {pids}) {how} while {world.phase}; the kernel does that "
-            "when memory or /dev/shm runs out: lower --num_workers, or give the job more of it"
+            "when memory or /dev/shm runs out: lower --num_workers, or give the job more of it; or when a feature file is cut off meanwhile"
         )
     if isinstance(problem, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         where = "GPU" if isinstance(problem, torch.OutOfMemoryError) else "host"

@@ -40,15 +40,16 @@ def run(scale: Scale) -> Outcome:
 
 def _kill(out: Path, rng: random.Random, number: int) -> tuple[str, int]:
     """(how the process was killed, the last step it had said to be saved)."""
+    keep = 1 + number % 4 // 2
     failpoint = f"save:{MOMENTS[number // 2 % len(MOMENTS)]}@{rng.randint(1, PASSINGS)}=kill" if number % 2 else ""
 
     def work(pipe: int) -> None:
         failpoints.arm(failpoint)
         os.write(pipe, b"\0")
         for step in range(1, STEPS + 1):
-            save_both(out, step, keep=2)
+            save_both(out, step, keep)
             if step % 3 == 0:
-                save_both(out, step, keep=2)  # the same step once more, as behind an evaluation
+                save_both(out, step, keep)  # the same step once more, as behind an evaluation
             os.write(pipe, bytes([step]))
         time.sleep(60)  # to be killed here too
 
@@ -62,7 +63,7 @@ def _kill(out: Path, rng: random.Random, number: int) -> tuple[str, int]:
     while select.select([pipe], [], [], 0)[0] and (more := os.read(pipe, 100)):
         said += more
     os.close(pipe)
-    return failpoint or f"kill -9 after {delay * 1000:.0f} ms", max(said, default=0)
+    return f"{failpoint or f'kill -9 after {delay * 1000:.0f} ms'}, {keep} kept", max(said, default=0)
 
 
 def _wait(pid: int, seconds: float) -> bool:
