@@ -217,10 +217,12 @@ def test_a_stopped_rank_ends_the_run(world: World, tmp_path: Path, rank: int) ->
 
 def test_a_killed_rank_is_one_line(world: World, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    processes = start(*flags(world, 2), "--output_dir", str(out), "--epochs", "200", "--save_steps", "1000", ranks=2)
+    processes = start(*flags(world, 2), "--output_dir", str(out), "--epochs", "200", "--save_steps", "1000", "--num_workers", "1", ranks=2)
     while steps_done(out) < 3:
         time.sleep(0.01)
+    helpers = [helper for process in processes for helper in psutil.Process(process.pid).children(recursive=True)]
     processes[1].kill()
     ended = end(processes, 30)
-    assert ended.codes == [5, -9]
+    assert ended.codes == [5, -9] and ended.stderrs[1] == ""
+    assert len(helpers) == 6 and not psutil.wait_procs(helpers, timeout=5)[1], "data workers, their server, and Python's own helper"
     assert ended.stderrs[0].count("\n") == 1 and f"(process {processes[1].pid}) has ended while" in ended.stderrs[0]

@@ -8,6 +8,7 @@ os.fork, and the run with it: seen once in some hundreds of forks.
 import multiprocessing
 import os
 import signal
+import threading
 from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
@@ -17,6 +18,7 @@ from vico import stopping
 from vico.data.batches import EvaluationChunks, TrainingSteps
 
 AHEAD = 4  # batches that each worker prepares before they are asked for
+QUIET = "ignore:resource_tracker"  # when a rank was killed, Python's helper removes its semaphores, which is right, and says so
 
 
 def start_server() -> None:
@@ -25,6 +27,8 @@ def start_server() -> None:
     The signals by which a run is asked to stop must not end it, nor Python's own helper: they stay blocked in both.
     """
     multiprocessing.set_forkserver_preload(["torch", "vico.data.batches"])
+    if QUIET not in os.environ.get("PYTHONWARNINGS", ""):
+        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), QUIET]))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, stopping.SIGNALS)
     try:
         resource_tracker.ensure_running()  # which lets two of them through when it starts
@@ -51,9 +55,14 @@ def loader(dataset: TrainingSteps | EvaluationChunks, items: Any, num_workers: i
 
 
 def _begin(worker: int) -> None:
-    """A worker ends with the server, and the server with its rank; it is the rank that hears of signals."""
+    """A worker ends with its server, and with its rank, on whom the server waits while it has workers; signals are the rank's affair."""
     stopping.ignore()
     stopping.end_with(os.getppid())
+    threading.Thread(target=_end_with_rank, daemon=True).start()
+
+
+def _end_with_rank() -> None:
     rank = multiprocessing.parent_process()
-    if rank is None or not rank.is_alive():  # it has ended just before
-        os._exit(128 + signal.SIGKILL)
+    assert rank is not None, "a worker has been started by somebody"
+    rank.join()
+    os._exit(128 + signal.SIGKILL)
