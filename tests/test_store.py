@@ -219,6 +219,7 @@ def test_a_run_that_fails_three_times_is_not_started_again(world: World, tmp_pat
     ("phase", "helps"),
     [
         ("loading layers.3.attention.wq.weight", "--deepspeed zero3 or zero3_offload"), ("reading the inputs", "a host with more memory"),
+        ("building the engine", "--deepspeed zero3 or zero3_offload"),
         ("saving step 4", "a host with more memory"), ("batch 3 of the val evaluation", "--deepspeed zero3"),
         ("micro-batch 1 of 2 of step 3", "lower --batch_size and raise --accum_iter"),
     ],

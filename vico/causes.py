@@ -28,6 +28,7 @@ WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\) (?:is killed 
 # What to do against too little memory, by the phase that a rank says it is in.
 KNOBS = {
     "loading": "use --deepspeed zero3 or zero3_offload, more GPUs, or fewer ranks on this host",
+    "building": "use --deepspeed zero3 or zero3_offload, more GPUs, or fewer ranks on this host",
     "reading": "use fewer ranks on this host, or a host with more memory",
     "saving": "use fewer ranks on this host, or a host with more memory",
     "batch": "use --deepspeed zero3 or zero3_offload, or fewer ranks on this host",

@@ -71,9 +71,10 @@ def write_bytes(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
+        why = _why(error, path.parent)
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise DiskError(f"{path}: cannot be written ({error.strerror}); {REMEDY}") from None
+        raise DiskError(f"{path}: cannot be written ({why}); {REMEDY}") from None
     _flush_folder(path.parent)
 
 
@@ -108,11 +109,12 @@ def write_folder(target: Path, fill: Callable[[Path], None], check: Callable[[Pa
         reached("save:aside")
         temporary.rename(target)
     except OSError as error:
+        why = _why(error, target.parent)
         shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):  # else the next start puts it back
             if old.exists() and not target.exists():
                 old.rename(target)
-        raise DiskError(f"{target}: cannot be written ({error.strerror}); {REMEDY}") from None
+        raise DiskError(f"{target}: cannot be written ({why}); {REMEDY}") from None
     _flush_folder(target.parent)
     reached("save:renamed")
     try:
@@ -158,6 +160,13 @@ def mend_folders(parent: Path) -> list[str]:
             temporary.unlink()
         found.append(f"{temporary.name} removed")
     return found
+
+
+def _why(error: OSError, folder: Path) -> str:
+    """What the system says; of a full disk also how much room there was, when what was half-written had not gone yet."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return str(error.strerror)
+    return f"{error.strerror}: {shutil.disk_usage(folder).free:,} bytes free"
 
 
 def _flush_folder(folder: Path) -> None:
