@@ -147,7 +147,9 @@ def test_a_save_that_fails_leaves_the_old_one(own: Path, monkeypatch: pytest.Mon
 
     written = Path.write_bytes
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(DiskError, match=r"checkpoint-12: cannot be written \(No space left on device: [\d,]+ bytes free\); free space") as caught:
+    with pytest.raises(
+        DiskError, match=r"checkpoint-12: cannot be written \(No space left on device: [\d,]+ bytes free\); free space"
+    ) as caught:
         save(own, *values(SHAPES, 2), PROGRESS, CONFIG)
     assert caught.value.exit_code == 6
     assert same(read(own).weights, values(SHAPES, 1)[0]) and [p.name for p in own.parent.iterdir()] == [own.name]
