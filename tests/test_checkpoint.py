@@ -124,8 +124,28 @@ def test_the_newest_has_the_highest_step(tmp_path: Path) -> None:
     for name in ("checkpoint-9", "checkpoint-100", "checkpoint-20", "checkpoint_best", "checkpoint-x", ".checkpoint-999.vico-tmp"):
         (tmp_path / name).mkdir()
     assert [path.name for path in step_folders(tmp_path)] == ["checkpoint-100", "checkpoint-20", "checkpoint-9"]
-    prune(tmp_path, 1)
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-100", "checkpoint_best", "checkpoint-x", ".checkpoint-999.vico-tmp"}
+    (tmp_path / "checkpoint-300").touch()
+    assert [path.name for path in step_folders(tmp_path)] == ["checkpoint-100", "checkpoint-20", "checkpoint-9"]
+    others = {"checkpoint_best", "checkpoint-x", ".checkpoint-999.vico-tmp", "checkpoint-300"}
+    prune(tmp_path, 1, 20)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-100", "checkpoint-20", *others}, (
+        "100 is none of those that 20 follows"
+    )
+    prune(tmp_path, 1, 100)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-100", *others}
+
+
+def test_links_in_the_place_of_checkpoints(own: Path, tmp_path: Path) -> None:
+    """They go, and what they lead to stays."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "checkpoint-12").symlink_to(own)
+    (out / "checkpoint_best").symlink_to(own)
+    for name in ("checkpoint-13", "checkpoint_best", "checkpoint_best"):
+        save(out / name, *values(SHAPES, 1), dataclasses.replace(PROGRESS, step=13), CONFIG)
+    prune(out, 1, 13)
+    assert {path.name for path in out.iterdir()} == {"checkpoint-13", "checkpoint_best"} and not (out / "checkpoint_best").is_symlink()
+    assert read(own).progress == PROGRESS and mend_folders(out) == []
 
 
 def test_a_checkpoint_is_its_files_under_its_name(own: Path) -> None:

@@ -15,6 +15,7 @@ from vico import checkpoint as checkpoints
 from vico.config import RunConfig
 from vico.errors import EXIT_CODES, CheckpointError, DiskError, TrainingFault
 from vico.evaluate import summarize
+from vico.hosts import Member
 from vico.meeting import own_store
 from vico.meters import last_step
 from vico.records import Question
@@ -233,7 +234,7 @@ def test_a_run_that_fails_three_times_is_not_started_again(world: World, tmp_pat
     ],
 )
 def test_no_more_memory_names_phase_and_remedy(alone: dist.World, phase: str, helps: str, problem: Exception, where: str) -> None:
-    watchdog = Watchdog(0, 1, own_store(alone.store), 600)
+    watchdog = Watchdog(0, [Member.of_this_process(0, alone.device)], own_store(alone.store), 600)
     try:
         watchdog.doing(phase)
         fault = causes._known(problem, replace(alone, watchdog=watchdog))

@@ -198,7 +198,7 @@ def outputs(processes: list[subprocess.Popen[str]], seconds: float = 120) -> lis
             process.kill()
 
 
-MAIN = "import sys; from vico import cli, meeting; meeting.SECONDS_OF_SILENCE = 1.0; cli.SECONDS_FOR_RANK_0 = 1.0; sys.exit(cli.main(sys.argv[1:]))"
+MAIN = "from vico import cli, meeting; meeting.SECONDS_OF_SILENCE = 1.0; cli.SECONDS_FOR_RANK_0 = 1.0; cli.console()"
 
 
 def test_a_rank_that_does_not_come_is_waited_for_aloud_and_named(world: World, tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ class Ended:
         return "\n".join([*self.stdouts, *self.stderrs])
 
 
-VICO = ("-c", "import sys; from vico.cli import main; sys.exit(main(sys.argv[1:]))")
+VICO = ("-c", "from vico.cli import console; console()")
 
 
 def start(*args: str, ranks: int, cwd: Path | None = None, program: tuple[str, ...] = VICO) -> list[subprocess.Popen[str]]:

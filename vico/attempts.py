@@ -3,6 +3,7 @@
 Beside the checkpoints lies how far the run had come when it was last begun, and how many starts in a row came no further.
 """
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -36,7 +37,8 @@ def begin(output_dir: Path, config: RunConfig) -> None:
 
 def end(output_dir: Path) -> None:
     """The run has not failed."""
-    (output_dir / NAME).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a folder that has gone, or may not be written to any more
+        (output_dir / NAME).unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -35,6 +35,7 @@ LATEST = "latest.json"  # beside the checkpoints: which step was saved last, so 
 FORMAT = 1
 STEP_FOLDER = re.compile(r"checkpoint-(\d+)")
 GATE = re.compile(r"layers\.(\d+)\.attention\.gate[12]")
+MOST_EPOCHS, MOST_STEPS = 10**6, 10**12  # what a file may say; more is damage
 REMEDY = "use another checkpoint; a run goes on from an older one of its own when this is removed"
 
 
@@ -103,7 +104,7 @@ def save_step(
     write_json(output_dir / LATEST, {"step": progress.step})
     reached("save:noted")
     if keep is not None:
-        prune(output_dir, keep)
+        prune(output_dir, keep, progress.step)
     reached("save:pruned")
 
 
@@ -118,10 +119,17 @@ def latest_step(output_dir: Path) -> int | None:
     return step if isinstance(step, int) and not isinstance(step, bool) else None
 
 
-def prune(output_dir: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoint-<step> folders; checkpoint_best stays."""
-    for folder in step_folders(output_dir)[keep:]:
+def prune(output_dir: Path, keep: int, step: int) -> None:
+    """Remove all but the newest `keep` checkpoint-<step> folders up to the one of `step`, which was just saved; checkpoint_best stays.
+
+    What bears a higher step is none that this run goes on from: the start passed it over, or it was put there since.
+    """
+    for folder in [f for f in step_folders(output_dir) if step_of(f) <= step][keep:]:
         remove_folder(folder)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.partition("-")[2])
 
 
 def sealed(state: Mapping[str, Any]) -> str:
@@ -134,8 +142,7 @@ def step_folders(output_dir: Path) -> list[Path]:
     """The checkpoint-<step> folders, newest first."""
     if not os.path.isdir(output_dir):
         return []
-    found = [(int(m[1]), path) for path in output_dir.glob("checkpoint-*") if (m := STEP_FOLDER.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    return sorted((p for p in output_dir.glob("checkpoint-*") if STEP_FOLDER.fullmatch(p.name) and p.is_dir()), key=step_of, reverse=True)
 
 
 def read(path: Path, run: str = "") -> Checkpoint:
@@ -247,8 +254,8 @@ def _read_lineage(path: Path) -> Checkpoint:
     optimizer, epoch = content.get("optimizer"), content.get("epoch")
     if optimizer is None or epoch is None:
         return Checkpoint(path, weights, None, Progress(), settings)
-    if not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0:
-        raise CheckpointError(f"{path}: 'epoch' is {show(epoch)}, not a whole number")
+    if not isinstance(epoch, int) or isinstance(epoch, bool) or not 0 <= epoch < MOST_EPOCHS:
+        raise CheckpointError(f"{path}: 'epoch' is {show(epoch)}, not a whole number below {MOST_EPOCHS:,}")
     return Checkpoint(path, weights, None, Progress(), settings, lineage_epoch=epoch, lineage_optimizer=optimizer)
 
 
@@ -279,7 +286,7 @@ def _lineage_moments(optimizer: object, weights: Mapping[str, Tensor], path: Pat
         raise CheckpointError(
             f"{path}: 'optimizer' is not AdamW's state for the tensors of 'model'; drop it to start anew from 'model'"
         ) from None
-    if len(steps) != 1 or min(steps) < 1:
+    if len(steps) != 1 or not 1 <= min(steps) < MOST_STEPS:
         raise CheckpointError(f"{path}: 'optimizer' holds states of steps {sorted(steps)}, not of one; drop it to start anew from 'model'")
     return moments, steps.pop()
 
@@ -338,4 +345,6 @@ def _moment(moments: Mapping[str, Tensor], name: str, moment: str, shape: tuple[
         raise CheckpointError(
             f"{path}: '{key}' of the optimizer's state has shape {list(moments[key].shape)}, unlike its tensor; use another checkpoint"
         )
+    if moment == "exp_avg_sq" and (moments[key] < 0).any():
+        raise CheckpointError(f"{path}: '{key}' of the optimizer's state, a mean of squares, is negative; use another checkpoint")
     return moments[key].float()

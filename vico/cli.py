@@ -1,16 +1,17 @@
 """The doors: `vico train`, `vico eval`, `vico plan`, `vico demo`. Here a mistake becomes one line and an exit code."""
 
+import atexit
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from vico import config as configs
 from vico import launched, lock, stopping
-from vico.errors import EXIT_CODES, Unreachable, UserError, one_line
+from vico.errors import EXIT_CODES, MISTAKE, Unreachable, UserError, one_line
 
 if TYPE_CHECKING:
     from vico.dist import World
@@ -194,5 +195,15 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
 }
 
 
-def console() -> None:
-    sys.exit(main(sys.argv[1:]))
+def console(argv: Sequence[str] | None = None) -> NoReturn:
+    """A process's whole life. It ends without Python's own end, where threads of an exchange that a lost rank broke off and the
+    interpreter can wait for each other (torch 2.13: one of a hundred killed ranks left the other there for ever)."""
+    try:
+        code = main(sys.argv[1:] if argv is None else argv)
+    except Exception:  # a mistake of ours
+        traceback.print_exc()
+        code = MISTAKE
+    sys.stdout.flush()
+    sys.stderr.flush()
+    atexit._run_exitfuncs()
+    os._exit(code)

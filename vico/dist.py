@@ -3,7 +3,6 @@
 Host talk (counts, errors, scores) goes over a gloo group of its own, so that on GPUs it never waits for the device.
 """
 
-import gc
 import os
 import socket
 import warnings
@@ -137,7 +136,7 @@ def connect(timeout: timedelta = TIMEOUT, expected: int | None = None, hang_seco
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
         host_group = torch_dist.new_group(backend="gloo", timeout=timeout)
         _check_sum(rank, size, device)
-    watchdog = None if hang_seconds is None else Watchdog(rank, size, own_store(store), hang_seconds)
+    watchdog = None if hang_seconds is None else Watchdog(rank, members, own_store(store), hang_seconds)
     return World(rank, size, device, host_group, timeout, watchdog, store, hosts.hardware(members))
 
 
@@ -180,18 +179,18 @@ def limit_waiting(timeout: timedelta) -> None:
 def disconnect(world: World, together: bool = True) -> None:
     """Leave together: a rank that tears its group down while another still uses it aborts the other.
 
-    Not `together`, after an error: nobody can be waited for. But the threads of the host talk must end before Python does,
-    and they end when nothing holds their group: one that is still letting go of a message's tensors when Python ends
-    aborts the process (torch 2.13; seen in one of ten starts on a busy machine).
+    Not `together`, after an error: nobody can be waited for, nor for the threads of an exchange with a rank that is lost. The
+    caller then ends the process without Python's own end (cli.console), where such threads abort it or are waited for for ever.
     """
-    if world.watchdog is not None:
-        world.watchdog.close()
-    gc.collect()  # an error, its frames and their world hold each other
-    if together:
-        world.barrier()
-        torch_dist.destroy_process_group()
-    else:
-        torch_dist.destroy_process_group(world.host_group)
+    try:
+        if together:
+            world.barrier()
+            torch_dist.destroy_process_group()
+    except RuntimeError:  # a rank was lost behind the run's end: nothing is lost with it
+        pass
+    finally:
+        if world.watchdog is not None:
+            world.watchdog.close()
 
 
 def _build_no_op() -> None:

@@ -63,7 +63,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}{TEMPORARY}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")  # an evaluation may write beside a training
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -93,7 +93,7 @@ def write_folder(target: Path, fill: Callable[[Path], None], check: Callable[[Pa
     """
     temporary, old = (target.with_name(f".{target.name}{suffix}") for suffix in (TEMPORARY, REPLACED))
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _discard(temporary)
         temporary.mkdir(parents=True)
         reached("save:begun")
         fill(temporary)
@@ -104,13 +104,13 @@ def write_folder(target: Path, fill: Callable[[Path], None], check: Callable[[Pa
         _flush_folder(temporary)
         reached("save:flushed")
         if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            _discard(old)
             target.rename(old)
         reached("save:aside")
         temporary.rename(target)
     except OSError as error:
         why = _why(error, target.parent)
-        shutil.rmtree(temporary, ignore_errors=True)
+        _discard(temporary)
         with contextlib.suppress(OSError):  # else the next start puts it back
             if old.exists() and not target.exists():
                 old.rename(target)
@@ -121,29 +121,45 @@ def write_folder(target: Path, fill: Callable[[Path], None], check: Callable[[Pa
         check(target)
     except UserError:
         if old.exists():
-            shutil.rmtree(target, ignore_errors=True)
+            _discard(target)
             old.rename(target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    _discard(old)
 
 
 def remove_folder(target: Path) -> None:
     """Out of sight at once by its name, so that a kill in between leaves no half of it under that name."""
     doomed = target.with_name(f".{target.name}{TEMPORARY}")
     try:
-        shutil.rmtree(doomed, ignore_errors=True)
+        _discard(doomed)
         target.rename(doomed)
     except OSError as error:
         raise DiskError(f"{target}: cannot be removed ({error.strerror}); {REMEDY}") from None
     reached("save:doomed")
-    shutil.rmtree(doomed, ignore_errors=True)
+    _discard(doomed)
+
+
+def _discard(path: Path) -> None:
+    """A file, a link, or a folder with all that is in it; what cannot go stays."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def mend_folders(parent: Path) -> list[str]:
     """Undo what a run that was killed while it wrote left: half-written files and folders go, a replaced folder comes back.
 
-    Returns what was found, for the user to read.
+    Returns what was found, for the user to read. Raises DiskError where that is not allowed.
     """
+    try:
+        return _mend(parent)
+    except OSError as problem:
+        raise DiskError(f"{problem.filename}: cannot be moved or removed ({problem.strerror}); {REMEDY}") from None
+
+
+def _mend(parent: Path) -> list[str]:
     found = []
     for old in sorted(parent.glob(f".*{REPLACED}")):
         target = parent / old.name[1 : -len(REPLACED)]
@@ -151,13 +167,10 @@ def mend_folders(parent: Path) -> list[str]:
             old.rename(target)
             found.append(f"{target.name} put back")
         else:
-            shutil.rmtree(old, ignore_errors=True)
+            _discard(old)
             found.append(f"{old.name} removed")
     for temporary in sorted(parent.glob(f".*{TEMPORARY}")):
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink()
+        _discard(temporary)
         found.append(f"{temporary.name} removed")
     return found
 

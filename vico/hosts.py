@@ -32,18 +32,20 @@ class Member:
     local_size: int | None  # ranks on its host, as its launcher says
     gpu_bytes: int = 0  # of its GPU's memory
     host_bytes: int = 0  # of its host's memory
+    pid: int = 0
 
     @classmethod
     def of_this_process(cls, rank: int, device: torch.device, environment: Mapping[str, str] = os.environ) -> "Member":
         host = environment.get("SLURMD_NODENAME") or socket.gethostname()
         local_size = number(environment, "LOCAL_WORLD_SIZE") or number(environment, "LOCAL_SIZE")
         if device.type == "cpu":
-            return cls(rank, host, "cpu", None, 0, True, local_size)
+            return cls(rank, host, "cpu", None, 0, True, local_size, pid=os.getpid())
         about = torch.cuda.get_device_properties(device)
         chosen = "CUDA_VISIBLE_DEVICES" in environment and not any(name in environment for name in OF_SLURM)
         host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         count = torch.cuda.device_count()
-        return cls(rank, host, about.name, str(about.uuid), count, chosen, local_size, about.total_memory, host_bytes)
+        gpu = (about.name, str(about.uuid), count, chosen)
+        return cls(rank, host, *gpu, local_size, about.total_memory, host_bytes, os.getpid())
 
     def to_text(self) -> str:
         return json.dumps(asdict(self))

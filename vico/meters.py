@@ -103,7 +103,8 @@ class RunLog:
             self._curves({"perf/save_seconds": seconds}, step)
 
     def close(self) -> None:
-        self._board.close()
+        with _writing(self._steps.parent):
+            self._board.close()
 
     def _curves(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -128,7 +129,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as problem:
+        raise UserError(f"{path}: cannot be read ({problem.strerror}); move it away, or choose another --output_dir") from None
+    for line in text.splitlines():
         with contextlib.suppress(ValueError):
             record = json.loads(line)
             if isinstance(record, dict) and isinstance(record.get("step"), int):

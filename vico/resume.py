@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vico import checkpoint as checkpoints
+from vico import lineage
 from vico.checkpoint import Checkpoint, Progress
 from vico.config import RunConfig, differences, refuse_changes
 from vico.errors import CheckpointError, UserError, fail, show
@@ -34,11 +35,11 @@ def find_start(config: RunConfig) -> Start:
         return Start(checkpoints.read(named))
     output_dir = config.output_dir
     if not os.path.exists(output_dir / "args.json"):
-        _refuse_foreign(output_dir)
+        _refuse_foreign(output_dir, config.save_legacy)
         return Start() if named is None else Start(checkpoints.read(named))
     saved = read_args(output_dir / "args.json")
     refuse_changes(f"{output_dir}: holds a run with other settings", differences(saved, config), "choose another --output_dir")
-    run = str(saved.get("run", ""))
+    run = run_of(saved)
     own, latest = checkpoints.step_folders(output_dir), checkpoints.latest_step(output_dir)
     if not own and latest is not None:
         raise CheckpointError(
@@ -73,9 +74,9 @@ def newest_usable(folders: list[Path], output_dir: Path, run: str = "") -> Start
     )
 
 
-def _refuse_foreign(output_dir: Path) -> None:
+def _refuse_foreign(output_dir: Path, legacy: bool) -> None:
     """A folder without args.json may hold predictions, but no run: a lineage's log.txt would be rewritten, a checkpoint replaced."""
-    names = ("log.txt", "steps.jsonl", "checkpoint_best")
+    names = ("log.txt", "steps.jsonl", "checkpoint_best", *((lineage.BEST,) if legacy else ()))
     found = next((output_dir / name for name in names if os.path.lexists(output_dir / name)), None)
     found = found or next(iter(checkpoints.step_folders(output_dir)), None)
     if found is not None:
@@ -91,6 +92,11 @@ def read_args(path: Path) -> dict[str, Any]:
         return saved
     except UserError as error:
         raise UserError(f"{error}, or choose another --output_dir: it cannot be told whose run this folder holds") from None
+
+
+def run_of(saved: Mapping[str, Any]) -> str:
+    """Which run an args.json is of; empty where it does not say."""
+    return str(saved.get("run") or "")
 
 
 def start_progress(

@@ -21,7 +21,7 @@ from vico.data.batches import Step, TrainingSteps
 from vico.data.workers import loader, start_server
 from vico.dist import World
 from vico.engine import Engine
-from vico.errors import TrainingFault, UserError
+from vico.errors import DiskError, InUse, TrainingFault, UserError
 from vico.evaluate import Evaluation, evaluate, report
 from vico.failpoints import reached
 from vico.files import make_folder, mend_folders, write_bytes, write_json
@@ -30,7 +30,7 @@ from vico.meters import RunLog, memory_curves
 from vico.model.vico import initial_trainables
 from vico.optim import learning_rate, peak_learning_rate
 from vico.records import PackedBatch
-from vico.resume import find_start, read_args, start_progress, with_empty_sums
+from vico.resume import find_start, read_args, run_of, start_progress, with_empty_sums
 from vico.world_check import require_same_files
 
 
@@ -138,6 +138,10 @@ def _train(
             attempts.end(config.output_dir)
         name, place = signal.Signals(stop.number).name, config.output_dir / f"checkpoint-{progress.step}"
         raise stopping.Stopped(stop.number, f"stopped by {name}; saved {place}; the same command goes on there") from None
+    except DiskError:
+        if world.is_main:
+            attempts.end(config.output_dir)  # with more space the same command does not fail
+        raise
     if log is not None:
         log.close()
         attempts.end(config.output_dir)
@@ -286,6 +290,8 @@ def _open_log(
         return None
     make_folder(config.output_dir)
     _take_over(config.output_dir)
+    if os.path.exists(config.output_dir / "args.json") and run_of(read_args(config.output_dir / "args.json")) != run_id:
+        raise InUse(f"{config.output_dir}: another run began and wrote here while this one was starting; choose another --output_dir")
     attempts.begin(config.output_dir, config)
     if config.resume is None and os.path.exists(config.output_dir / "args.json"):  # what this run started from stays known
         resumed = read_args(config.output_dir / "args.json").get("resume")

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ import psutil
 from torch._C._distributed_c10d import Store
 
 from vico.errors import PeerLost
+from vico.hosts import Member
 
 WAITING = "waiting for the others, after: "  # how what a rank does begins where it can be told that it waits
 EXCHANGES = ("/torch/distributed/", "/deepspeed/comm/", "/deepspeed/runtime/zero/")  # whose code waits for other ranks
@@ -53,12 +55,13 @@ class _Word:
 class Watchdog:
     """`doing` is called by the main thread at every move; between two calls `seconds` may pass."""
 
-    def __init__(self, rank: int, size: int, store: Store, seconds: float) -> None:
-        self._rank, self._size, self._store, self._seconds = rank, size, store, seconds
+    def __init__(self, rank: int, members: Sequence[Member], store: Store, seconds: float) -> None:
+        self._rank, self._size, self._store, self._seconds = rank, len(members), store, seconds
         self._interval = min(5.0, seconds / 8)
         self._doing, self._moved, self._tick = "starting", time.monotonic(), 0
-        self._words: dict[int, _Word] = {}
-        self._last_new: dict[int, float] = {}  # when a rank's tick was last seen to change
+        # A rank can be lost before its first word; who it was is known from the start.
+        self._words = {m.rank: _Word(0, 0.0, "starting", m.host, m.pid) for m in members}
+        self._last_new = dict.fromkeys(self._words, self._moved)  # when a rank's tick was last seen to change
         self._talked = self._moved  # the end of the last round of talk
         self._over = threading.Event()
         for work in (self._talk, self._judge):
@@ -80,9 +83,9 @@ class Watchdog:
 
     def _talk(self) -> None:
         """Leave word in the store and read the others'. Hangs with the store's keeper, which is why another thread judges."""
-        host, pause = socket.gethostname(), 0.0  # the first word at once: who is where is known when a rank is lost early
+        host, pause = socket.gethostname(), 0.0
         while not self._over.wait(pause):
-            pause = self._interval if len(self._words) == self._size else min(0.2, self._interval)
+            pause = self._interval
             self._tick += 1
             word = [self._tick, time.monotonic() - self._moved, self._told(), host, os.getpid()]
             with suppress(RuntimeError):  # the keeper has gone: silence says the same
@@ -102,7 +105,7 @@ class Watchdog:
         return WAITING + self.phase if waits else self._doing
 
     def _hear(self, rank: int, word: _Word) -> None:
-        if rank not in self._words or self._words[rank].tick != word.tick:
+        if self._words[rank].tick != word.tick:
             self._last_new[rank] = time.monotonic()
         self._words[rank] = word
 
@@ -113,22 +116,26 @@ class Watchdog:
 
     def _end(self) -> None:
         """All stacks, the line by the lowest rank that lives, and out: what the main thread waits for cannot be interrupted."""
+        try:
+            self._say_and_kill()
+        finally:
+            os._exit(PeerLost.exit_code)
+
+    def _say_and_kill(self) -> None:
         now = time.monotonic()
         long_ago = now - 3 * self._interval - 1
         silent = {r for r, at in self._last_new.items() if at < long_ago} - {self._rank}
-        if self._talked < long_ago:
+        if self._talked < long_ago and self._rank != 0:
             silent = {0}  # the store's keeper does not answer, and of the others nothing is known
         alive = [r for r in self._words if r not in silent] or [self._rank]
         faulthandler.dump_traceback(all_threads=True)
         if self._rank == min(alive):
             print(f"vico: error: {self.verdict(silent)}", file=sys.stderr, flush=True)
         time.sleep(min(1.0, self._interval))  # the others see the same, and say theirs
-        for rank in silent:
-            word = self._words[rank]
+        for word in (self._words[rank] for rank in silent):
             if word.host == socket.gethostname():  # stopped, it would not hear its launcher either
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(word.pid, signal.SIGKILL)
-        os._exit(PeerLost.exit_code)
 
     def verdict(self, silent: set[int]) -> str:
         """Who is to blame, as far as can be told."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vico.data.tables import NUM_SHOWN, unblanked
-from vico.errors import UserError, fail, show
+from vico.errors import TrainingFault, UserError, fail, show
 from vico.records import Question
 from vico.safeload import is_numbers, load_tensors
 
@@ -64,7 +64,9 @@ class Features:
     def check_unchanged(self) -> None:
         """Cheap (one stat): a file overwritten under its mapping turns into noise, or kills the process."""
         if _stamp(self.path) != self._stamp:
-            raise UserError(f"{self.path}: the video feature file changed during the run; start again, and leave the file alone meanwhile")
+            raise TrainingFault(
+                f"{self.path}: the video feature file changed during the run; start again, and leave the file alone meanwhile"
+            )
 
     def check(self, questions: Sequence[Question]) -> int:
         """Each question's video is there and well formed; returns how many clips lie wholly past the end of their video.

@@ -37,7 +37,7 @@ BREAKS = (
     ),
     Break(
         "pruned before it is verified", "vico/checkpoint.py", "    save(output_dir / f\"checkpoint-{progress.step}\",",
-        "    prune(output_dir, 0)\n    save(output_dir / f\"checkpoint-{progress.step}\",",
+        "    prune(output_dir, 0, progress.step)\n    save(output_dir / f\"checkpoint-{progress.step}\",",
         "tests/test_store.py::test_nothing_goes_before_what_replaces_it_was_read_back",
     ),
     Break("copied in place, not renamed", "vico/files.py", "        temporary.rename(target)\n", "        shutil.copytree(temporary, target)\n", ORDER),
