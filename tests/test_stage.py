@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_plan import SHAPES
+from test_footprint import SHAPES
 
 from vico import hosts
 from vico import plan as planner
