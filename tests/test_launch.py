@@ -41,6 +41,9 @@ def main(argv):
     if code > 0:
         print("vico: error: said once", file=sys.stderr)
     return code
+
+def console(argv):
+    sys.exit(main(argv))
 """
 AWKWARD = ["--a", "x  y", "q'\"$HOME", "", "*", "back\\slash", "two\nlines", "--", "--b=1"]
 
