@@ -57,7 +57,7 @@ def require_same_files(world: World, config: RunConfig) -> None:
     _require_same(world, "files", files, "copy them anew, or name a folder that all hosts share")
     out = config.output_dir
     stands = {str(out): next((folder.name for folder in step_folders(out)), "no checkpoint")}
-    if (out / "args.json").exists():
+    if os.path.exists(out / "args.json"):
         stands[str(out / "args.json")] = _fingerprint(out / "args.json")
     _require_same(world, "checkpoints", stands, "--output_dir must be a folder that all hosts share")
 
@@ -84,7 +84,7 @@ def _wait_until_seen(world: World, config: RunConfig) -> None:
 def _seen(config: RunConfig) -> list[int]:
     """What this rank sees of that which runs write and go on from: a step, and whether files are there."""
     newest = next((int(m[1]) for folder in step_folders(config.output_dir) if (m := STEP_FOLDER.fullmatch(folder.name))), -1)
-    return [newest, (config.output_dir / "args.json").exists(), config.resume is not None and config.resume.exists()]
+    return [newest, os.path.exists(config.output_dir / "args.json"), config.resume is not None and os.path.exists(config.resume)]
 
 
 def _names(config: RunConfig, seen_RN: torch.Tensor) -> list[str]:
