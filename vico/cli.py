@@ -196,8 +196,11 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
 
 
 def console(argv: Sequence[str] | None = None) -> NoReturn:
-    """A process's whole life. It ends without Python's own end, where threads of an exchange that a lost rank broke off and the
-    interpreter can wait for each other (torch 2.13: one of a hundred killed ranks left the other there for ever)."""
+    """A process's whole life.
+
+    It ends without Python's own end, which aborts where torch's threads are still letting go of an exchange (2.13), as they are
+    when a rank was lost; whether it can also wait for them for ever was not worth finding out in a user's run.
+    """
     try:
         code = main(sys.argv[1:] if argv is None else argv)
     except Exception:  # a mistake of ours
