@@ -290,11 +290,12 @@ def _open_log(
         return None
     make_folder(config.output_dir)
     _take_over(config.output_dir)
-    if os.path.exists(config.output_dir / "args.json") and run_of(read_args(config.output_dir / "args.json")) != run_id:
+    saved = read_args(config.output_dir / "args.json") if os.path.exists(config.output_dir / "args.json") else None
+    if saved is not None and run_of(saved) != run_id:
         raise InUse(f"{config.output_dir}: another run began and wrote here while this one was starting; choose another --output_dir")
     attempts.begin(config.output_dir, config)
-    if config.resume is None and os.path.exists(config.output_dir / "args.json"):  # what this run started from stays known
-        resumed = read_args(config.output_dir / "args.json").get("resume")
+    if config.resume is None and saved is not None:  # what this run started from stays known
+        resumed = saved.get("resume")
         config = replace(config, resume=None if resumed is None else Path(resumed))
     facts = {"world_size": world.size, "steps_per_epoch": steps.steps_per_epoch, "peak_lr": peak_lr, "run": run_id}
     write_json(config.output_dir / "args.json", {**config.to_json(), **facts})

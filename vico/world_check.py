@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 
-from vico.checkpoint import STEP_FOLDER, step_folders
+from vico.checkpoint import step_folders, step_of
 from vico.config import RunConfig, is_path
 from vico.dist import World
 from vico.errors import UserError
@@ -83,7 +83,7 @@ def _wait_until_seen(world: World, config: RunConfig) -> None:
 
 def _seen(config: RunConfig) -> list[int]:
     """What this rank sees of that which runs write and go on from: a step, and whether files are there."""
-    newest = next((int(m[1]) for folder in step_folders(config.output_dir) if (m := STEP_FOLDER.fullmatch(folder.name))), -1)
+    newest = next(map(step_of, step_folders(config.output_dir)), -1)
     return [newest, os.path.exists(config.output_dir / "args.json"), config.resume is not None and os.path.exists(config.resume)]
 
 

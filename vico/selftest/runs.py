@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vico.checkpoint import step_folders
+from vico.checkpoint import step_folders, step_of
 from vico.demo import make_world
 from vico.engine import SHIPPED_CONFIGS
 from vico.files import REPLACED, TEMPORARY, write_json
@@ -136,7 +136,7 @@ def losses(out: Path) -> list[tuple[int, float]]:
 
 
 def newest(out: Path) -> int:
-    return max((int(folder.name.split("-")[1]) for folder in step_folders(out)), default=0)
+    return next(map(step_of, step_folders(out)), 0)
 
 
 def strays(out: Path) -> list[str]:
