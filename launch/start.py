@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from typing import NoReturn
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -22,6 +23,8 @@ PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 def fail(message: str, code: int = 2) -> NoReturn:
     print(f"vico: error: {message}", file=sys.stderr, flush=True)
+    if "SLURM_STEP_ID" in os.environ:
+        time.sleep(0.5)  # srun can lose what a task that fails says last
     sys.exit(code)
 
 

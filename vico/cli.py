@@ -28,6 +28,7 @@ COST = (
 )
 
 SECONDS_FOR_RANK_0 = 10.0
+SECONDS_FOR_SRUN = 0.5  # it ends a step as soon as one task has failed, and can lose what that task said last: 1 line of 20 (22.05)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,6 +48,10 @@ def main(argv: Sequence[str]) -> int:
         return COMMANDS[command][1](rest)
     except UserError as error:
         return _fail(error, debug)
+    except stopping.Stopped as stop:  # before the ranks had met
+        if os.environ.get("RANK", "0") == "0":
+            print(f"vico: {stop.line}", flush=True)
+        return stop.exit_code
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("vico: stopped by Ctrl-C; the same command goes on at the last checkpoint", file=sys.stderr, flush=True)
@@ -209,4 +214,6 @@ def console(argv: Sequence[str] | None = None) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     atexit._run_exitfuncs()
+    if code and "SLURM_STEP_ID" in os.environ:
+        time.sleep(SECONDS_FOR_SRUN)
     os._exit(code)

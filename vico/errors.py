@@ -16,7 +16,7 @@ EXIT_CODES = {
     2: "bad input or settings: nothing was trained",
     3: "a checkpoint, or weights, that cannot be used",
     4: "training cannot go on: numbers that are not finite, no more memory, a killed data worker, the same step failing again and again",
-    5: "another rank has ended or hangs",
+    5: "another rank has ended, hangs or did not come",
     6: "a full disk; an output_dir or a port that another run uses",
     RESUMABLE: "stopped by SIGTERM or SIGUSR1, and saved: the same command goes on",
     INTERRUPTED: "stopped by Ctrl-C, and saved: the same command goes on",
@@ -46,6 +46,12 @@ class Unreachable(UserError):
     """Rank 0 cannot be asked, so that another rank, the first of its host, has to say it. Exit code 2."""
 
 
+class Unanswered(Unreachable):
+    """Rank 0 did not come. Exit code 5."""
+
+    exit_code = 5
+
+
 class CheckpointError(UserError):
     """A checkpoint (ours, a lineage `.pth`, a shard of LLaMA's) that cannot be used. Exit code 3."""
 
@@ -59,7 +65,7 @@ class TrainingFault(UserError):
 
 
 class PeerLost(UserError):
-    """Another rank has ended or no longer answers. Exit code 5."""
+    """Another rank has ended, no longer answers or did not come. Exit code 5."""
 
     exit_code = 5
 

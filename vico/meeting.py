@@ -4,6 +4,7 @@ torch's own way waits in silence, and ends with a trace that names nobody. Here 
 """
 
 import os
+import signal
 import socket
 import sys
 import threading
@@ -15,14 +16,17 @@ from datetime import timedelta
 import torch.distributed as torch_dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from vico.errors import InUse, Unreachable, UserError
+from vico import stopping
+from vico.errors import InUse, PeerLost, Unanswered, UserError
 
 SECONDS_OF_SILENCE = 15.0  # then a start that waits says for what
+SECONDS_OF_DEAFNESS = 1.0  # of torch's waits, which no signal ends
+SECONDS_BETWEEN_CALLS = 0.2
 INTERFACES = "name the network interface that the hosts share by GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (eth0, ib0, ...)"
 
 
 def meet(rank: int, size: int, timeout: timedelta, word: str) -> tuple[Store, list[str]]:
-    """The store, and the words that all ranks left there. Raises UserError naming those who did not come."""
+    """The store, and the words that all ranks left there. Raises PeerLost naming those who did not come, Stopped when asked to stop."""
     end = time.monotonic() + timeout.total_seconds()
     store = PrefixStore(f"vico/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", _open_store(rank, size, timeout))
     names = [f"rank {other}" for other in range(size)]
@@ -32,7 +36,7 @@ def meet(rank: int, size: int, timeout: timedelta, word: str) -> tuple[Store, li
         words = [store.get(name).decode() for name in names]
         store.set(f"{names[rank]} has read", "")
     except torch_dist.DistError as problem:
-        raise UserError(f"rank 0 has left {_place()} ({gist(problem)}); its log says why") from None
+        raise PeerLost(f"rank 0 has left {_place()} ({gist(problem)}); its log says why") from None
     if rank == 0:  # which may refuse the world and end, and the store with it
         with suppress(torch_dist.DistError):
             store.wait([f"{name} has read" for name in names], timedelta(seconds=SECONDS_OF_SILENCE))
@@ -40,43 +44,61 @@ def meet(rank: int, size: int, timeout: timedelta, word: str) -> tuple[Store, li
 
 
 def _wait_for(names: Sequence[str], store: Store, rank: int, timeout: timedelta, end: float) -> None:
-    def come(seconds: float) -> bool:
-        try:
-            store.wait(list(names), timedelta(seconds=max(seconds, 0.01)))
-        except torch_dist.DistStoreError:
-            return False
-        return True
+    def come(until: float) -> bool:
+        while True:
+            try:
+                store.wait(list(names), timedelta(seconds=max(0.01, min(SECONDS_OF_DEAFNESS, until - time.monotonic()))))
+                return True
+            except torch_dist.DistStoreError:
+                _stop_if_asked()
+            if time.monotonic() >= until:
+                return False
 
     def missing() -> str:
         absent = [str(other) for other, name in enumerate(names) if not store.check([name])]
         return f"rank(s) {', '.join(absent[:8])}{', ...' if len(absent) > 8 else ''} of {len(names)} ({len(absent)} in all)"
 
-    if come(min(SECONDS_OF_SILENCE, timeout.total_seconds())):
+    if come(min(time.monotonic() + SECONDS_OF_SILENCE, end)):
         return
     if rank == 0:
         _say(f"waiting at {_place()} for {missing()}; at most {timeout}")
-    if not come(end - time.monotonic()):
-        raise UserError(f"{missing()} did not come to {_place()} within {timeout}; their logs say why, --collective_timeout waits longer")
+    if not come(end):
+        raise PeerLost(f"{missing()} did not come to {_place()} within {timeout}; their logs say why, --collective_timeout waits longer")
 
 
 def _open_store(rank: int, size: int, timeout: timedelta) -> TCPStore:
     """Rank 0 keeps it, or torchrun does."""
     address, port, host = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), socket.gethostname()
     keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    end = time.monotonic() + timeout.total_seconds()
-    patience = timedelta(seconds=min(SECONDS_OF_SILENCE, timeout.total_seconds()))
+    if not keeps:
+        _wait_for_an_answer(address, port, timeout)
+    try:
+        return TCPStore(address, port, size, keeps, timeout=timeout, wait_for_workers=False, multi_tenant=True)
+    except torch_dist.DistError as problem:
+        if keeps:
+            raise InUse(f"MASTER_PORT={port}: cannot be opened on {host} ({gist(problem)}); choose another") from None
+        raise Unanswered(f"{host}: {_place()}, where rank 0 should be, answers no more ({gist(problem)}); its log says why") from None
+
+
+def _wait_for_an_answer(address: str, port: int, timeout: timedelta) -> None:
+    """Not TCPStore's own wait, which prints C++ frames and hears no signal."""
+    end, speaks_at, host = time.monotonic() + timeout.total_seconds(), time.monotonic() + SECONDS_OF_SILENCE, socket.gethostname()
     while True:
-        try:
-            store = TCPStore(address, port, size, keeps, timeout=patience, wait_for_workers=False, multi_tenant=True)
-            store.set_timeout(timeout)
-            return store
-        except torch_dist.DistError as problem:
-            if keeps:
-                raise InUse(f"MASTER_PORT={port}: cannot be opened on {host} ({gist(problem)}); choose another") from None
+        with suppress(OSError), socket.create_connection((address, port), timeout=SECONDS_OF_DEAFNESS):
+            return
+        _stop_if_asked()
         if time.monotonic() >= end:
-            raise Unreachable(f"{host}: nobody answers at {_place()}, where rank 0 should be, for {timeout}; its log says why")
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            _say(f"{host} waits for an answer at {_place()}, where rank 0 should be; at most {timeout}")
+            raise Unanswered(f"{host}: nobody answers at {_place()}, where rank 0 should be, for {timeout}; its log says why")
+        if time.monotonic() >= speaks_at:
+            speaks_at += SECONDS_OF_SILENCE
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                _say(f"{host} waits for an answer at {_place()}, where rank 0 should be; at most {timeout}")
+        time.sleep(SECONDS_BETWEEN_CALLS)
+
+
+def _stop_if_asked() -> None:
+    if number := stopping.wish():
+        raise stopping.Stopped(number, f"stopped by {signal.Signals(number).name} before the ranks had met; the same command begins")
 
 
 def own_store(store: Store) -> Store:
