@@ -1,6 +1,7 @@
 """Flags, recipes and saved settings: strict, typed, and the published commands as they are."""
 
 import dataclasses
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from vico import config as configs
 from vico.cli import main
-from vico.config import RETIRED, CommandLine, RunConfig, differences, make_parser, parse, settings_from
+from vico.config import NOT_IDENTITY, RETIRED, CommandLine, RunConfig, differences, make_parser, parse, refuse_changes, settings_from
 from vico.errors import UserError
 
 RULES = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -113,7 +114,8 @@ def test_help_of_the_command_itself(capsys: pytest.CaptureFixture[str]) -> None:
         ("--lr", "--lr: expected one argument (see --help)"),
         ("--lr 1,5", "--lr: '1,5' is not a number (see --help)"),
         ("--epochs 2.5", "--epochs: '2.5' is not a whole number (see --help)"),
-        ("--resume ''", "--resume: '' is not a path (see --help)"),
+        ("--resume caf\udce9", r"--resume: 'caf\udce9' is not a path in UTF-8 (see --help)"),
+        ("--resume ''", "--resume: '' is not a path in UTF-8 (see --help)"),
         ("--sub=yes", "--sub: takes no value, but was given 'yes' (see --help)"),
         ("--precision fp8", "--precision: invalid choice: 'fp8' (choose from 'bf16', 'fp16', 'fp32') (see --help)"),
         ("--accum_iter 0", "--accum_iter 0: must be a whole number of at least 1"),
@@ -163,8 +165,8 @@ def test_a_recipe_is_typed_and_flags_win(tmp_path: Path) -> None:
         ("lr: 3e-4x", "lr: '3e-4x' is not a number"),
         ("lr: [1]", "lr: [1] is not a number"),
         ("model: 7", "model: 7 is not a text (quote it)"),
-        ("resume: ''", "resume: '' is not a path"),
-        ('resume: "a\\0b"', "resume: 'a\\x00b' is not a path"),
+        ("resume: ''", "resume: '' is not a path in UTF-8"),
+        ('resume: "a\\0b"', "resume: 'a\\x00b' is not a path in UTF-8"),
         ("dataset: [nextqa]", "dataset: ['nextqa'] is not one of nextqa, star, tvqa, intentqa"),
         ("config: other.yaml", "unknown key 'config'"),
         ("lr: 1\n---\nlr: 2", "not valid YAML: expected a single document"),
@@ -260,6 +262,23 @@ def test_differences_are_those_that_change_the_numbers() -> None:
     )
     assert differences(saved, now) == [("lr", "null", "0.5"), ("seed", "0", "1")]
     assert differences({}, RunConfig()), "settings that are not there differ"
+
+
+IDENTITY = [f.name for f in dataclasses.fields(RunConfig) if f.name not in NOT_IDENTITY]
+
+
+@pytest.mark.parametrize("name", IDENTITY)
+def test_each_setting_that_defines_a_run_is_missed_when_changed_and_can_be_allowed(name: str) -> None:
+    config = RunConfig(dataset="tvqa", max_seq_len=512)  # which allow --sub
+    before = config.to_json()
+    value = before[name]
+    kind, choices = configs._value_type(configs.typing.get_type_hints(RunConfig)[name])
+    other = next(c for c in choices if c != value) if choices else {bool: not value, str: "other", int: 300, float: 0.37}[kind]
+    now = dataclasses.replace(config, **{name: other})
+    assert differences(before, now) == [(name, json.dumps(value), json.dumps(other))]
+    with pytest.raises(UserError, match=rf"^x \({name}; table below\); .* --allow_change {name}$"):
+        refuse_changes("x", differences(before, now), "remedy")
+    assert differences(before, dataclasses.replace(now, allow_change=name)) == []
 
 
 def test_a_parser_knows_exactly_the_settings() -> None:

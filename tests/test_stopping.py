@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import pty
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from vico.launched import ALONE
 from world import ROOT, Ended, World, end, records, start, succeeds, vico
 
 FLAGS = ["--epochs", "2", "--warmup_epochs", "1", "--lr", "0.02", "--bias", "0.7"]  # of 20 questions: 3 steps of 8 an epoch
@@ -66,9 +69,15 @@ def same_end(a: Path, b: Path) -> None:
         pytest.param(signal.SIGUSR1, 75, "all", marks=pytest.mark.slow), (signal.SIGINT, 130, "all"),
     ],
 )  # fmt: skip
-def test_asked_to_stop_loses_no_step(world: World, undisturbed: Path, tmp_path: Path, number: int, code: int, who: str) -> None:
-    """Again and again, wherever the signal meets the run: in a step, in a save, in an evaluation. `all`: data workers and theirs, too."""
-    out = tmp_path / "out"
+def test_asked_to_stop_loses_no_step(
+    world: World, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int, who: str
+) -> None:
+    """Again and again, wherever the signal meets the run: in a step, in a save, in an evaluation. `all`: data workers and theirs, too.
+
+    The terminal knows less letters than the folder's name has.
+    """
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    out = tmp_path / "öut"
     command = [*flags(world, 2), "--output_dir", str(out), "--num_workers", str(int(who == "all"))]
 
     def hit(processes: list["subprocess.Popen[str]"]) -> None:
@@ -80,12 +89,36 @@ def test_asked_to_stop_loses_no_step(world: World, undisturbed: Path, tmp_path: 
 
     for target in (1, 3):
         ended = disturb(command, 2, lambda t=target: steps_done(out) >= t, hit)  # type: ignore[misc]
-        assert ended.codes == [code, code] and "Traceback" not in ended.output
+        assert ended.codes == [code, code] and "Traceback" not in ended.output and r"\xf6ut/checkpoint-" in ended.stdouts[0]
         saved = max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*"))
         assert saved == steps_done(out) >= target
     said = succeeds(*command, ranks=2).stdouts[0]
     assert f"resuming from step {saved}" in said or "nothing to train" in said
     same_end(out, undisturbed)
+
+
+def test_ctrl_c_on_a_terminal(world: World, tmp_path: Path) -> None:
+    """The key reaches every process of the terminal, and the ranks once more through their launcher."""
+    out = tmp_path / "out"
+    command = ["bash", str(ROOT / "launch" / "train.sh"), *flags(world, 2)[1:], "--epochs", "200", "--save_steps", "1000"]
+    of_a_rank = (*ALONE, "MASTER_PORT")  # which a test before this one may have been
+    ours = {name: value for name, value in os.environ.items() if name not in of_a_rank}
+    environment = {**ours, "VICO_RANKS": "2", "PYTHON": sys.executable}
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execvpe("bash", [*command, "--output_dir", str(out), "--num_workers", "1"], environment)
+    printed, pressed = b"", False
+    with contextlib.suppress(OSError):  # how a terminal ends
+        while piece := os.read(terminal, 1 << 16):
+            printed += piece
+            if not pressed and steps_done(out) >= 3:
+                os.write(terminal, b"\x03")
+                pressed = True
+    os.close(terminal)
+    assert pressed and os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130, printed.decode()
+    text = printed.decode()
+    assert text.count("vico: stopped by SIGINT; saved ") == 1 and "Traceback" not in text and "error" not in text, text
+    assert (out / f"checkpoint-{steps_done(out)}").exists()
 
 
 TWICE = """
@@ -227,6 +260,18 @@ def test_a_stopped_rank_ends_the_run(world: World, tmp_path: Path, rank: int) ->
     said = ended.stderrs[1 - rank]
     assert f"rank {rank} on " in said and f"(process {processes[rank].pid}) no longer runs" in said
     assert "vico/train.py" in said  # the stacks
+
+
+def test_ranks_0_and_1_killed_the_next_one_speaks(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    processes = start(*flags(world, 3), "--output_dir", str(out), "--epochs", "200", "--save_steps", "1000", "--num_workers", "0", ranks=3)
+    while steps_done(out) < 2:
+        time.sleep(0.01)
+    for process in processes[:2]:
+        process.kill()
+    ended = end(processes, 30)
+    assert ended.codes == [-9, -9, 5] and ended.stderrs[2].count("\n") == 1, ended.output
+    assert f"rank 0 on {socket.gethostname()} (process {processes[0].pid}), rank 1 on " in ended.stderrs[2]
 
 
 def test_a_killed_rank_is_one_line(world: World, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The order of a save, what a start makes of what it finds, and who says what ended a run."""
 
+import json
 import os
 import signal
 import time
@@ -19,7 +20,7 @@ from vico.hosts import Member
 from vico.meeting import own_store
 from vico.meters import last_step
 from vico.records import Question
-from vico.resume import newest_usable, start_progress
+from vico.resume import find_start, newest_usable, start_progress
 from vico.selftest import figure_disk_full
 from vico.selftest.outcome import Scale
 from vico.selftest.small_store import RUN, save_both
@@ -130,6 +131,16 @@ def test_the_best_accuracy_of_the_run_comes_back_and_no_other_s(tmp_path: Path) 
     saved = checkpoints.read(tmp_path / "out" / "checkpoint-3")
     for folder, best in (("out", 0.7), ("other", None)):
         assert start_progress(saved, 3, 8, RunConfig(output_dir=tmp_path / folder), {}) == replace(progress, best_accuracy=best)
+
+
+def test_a_best_checkpoint_that_is_gone_is_missed(tmp_path: Path) -> None:
+    config = RunConfig(output_dir=tmp_path)
+    (tmp_path / "args.json").write_text(json.dumps({**config.to_json(), "run": "r"}))
+    checkpoints.save(tmp_path / "checkpoint-3", {}, {}, checkpoints.Progress(step=3, best_accuracy=0.7), config, run="r")
+    (note,) = find_start(config).notes
+    assert note.startswith(f"{tmp_path / 'checkpoint_best'}: is gone; the best epoch so far had 70.00%")
+    checkpoints.save(tmp_path / "checkpoint_best", {}, {}, checkpoints.Progress(step=3, best_accuracy=0.7), config, run="r")
+    assert find_start(config).notes == ()
 
 
 def test_three_failures_at_one_step_are_enough(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def end(world: World, problem: Exception, debug: bool) -> int:
     """Say what ended this rank, or leave it to the rank that knows; returns the exit code. Called on this rank alone."""
     problem = _of_a_worker(problem)
     if is_lost_peer(problem) and not debug:
-        return _lost(world)
+        return _lost(world, problem)
     fault = _known(problem, world)
     if fault is None or debug:
         traceback.print_exception(problem)
@@ -95,8 +95,8 @@ def is_lost_peer(problem: Exception) -> bool:
     return isinstance(problem, torch_dist.DistError) or (isinstance(problem, RuntimeError) and any(sign in str(problem) for sign in signs))
 
 
-def _lost(world: World) -> int:
-    """Another rank has ended. Rank 0 says so, or why; where it is the one that has gone, and the store with it, rank 1 does."""
+def _lost(world: World, problem: Exception) -> int:
+    """Another rank has ended. Rank 0 says so, or why; where it has gone, and the store with it, the first that is left on each host."""
     time.sleep(SECONDS_FOR_THE_CAUSE)
     speaks, cause = world.is_main, None
     try:
@@ -104,7 +104,7 @@ def _lost(world: World) -> int:
         if world.store.check([KEY]):
             cause = json.loads(world.store.get(KEY))
     except RuntimeError:
-        speaks = world.rank == 1
+        speaks = world.watchdog is None or world.watchdog.is_first_here()
     if cause is not None:
         if speaks and cause["host"] != socket.gethostname():  # there it stands in another log, or on another terminal
             _say(f"{cause['host']}: {cause['line']}")
@@ -112,6 +112,8 @@ def _lost(world: World) -> int:
     gone = world.watchdog.gone() if world.watchdog is not None else []
     if speaks:
         who = f"{', '.join(gone)} has ended" if gone else "another rank has ended"
+        if not gone and "NCCL" in str(problem):  # which can be its setting, and no rank's end
+            who += f", or NCCL failed ({one_line(gist(problem))})"
         _say(f"{who} while {world.phase}, and this run with it; a line above, or the log of that rank, may say why; "
              "the same command goes on at the last checkpoint")  # fmt: skip
     return PeerLost.exit_code

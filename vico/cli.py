@@ -1,6 +1,7 @@
 """The doors: `vico train`, `vico eval`, `vico plan`, `vico demo`. Here a mistake becomes one line and an exit code."""
 
 import atexit
+import io
 import os
 import sys
 import time
@@ -34,6 +35,8 @@ SECONDS_FOR_SRUN = 0.5  # it ends a step as soon as one task has failed, and can
 def main(argv: Sequence[str]) -> int:
     """Run one subcommand; returns the exit code (errors.py, EXIT_CODES)."""
     debug = "--debug" in argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a terminal that cannot show a name must not end a run
     stopping.let_through()
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # for libraries, DeepSpeed above all: nobody runs a pickle here
     try:

@@ -218,13 +218,14 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"unexpected word {show(unknown[0])}: a value follows a --flag, and switches take none; see --help")
 
 
-NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text (quote it)", Path: "a path"}
+NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text (quote it)", Path: "a path in UTF-8"}
 
 
 def path_of(text: str) -> Path:
     """Raises ValueError for what no file can be called: an empty text (an unset variable's) would mean the current folder."""
     if not text.strip() or "\0" in text:
         raise ValueError
+    text.encode()  # a name in another encoding can be opened, and not be written into a log
     return Path(text)
 
 

@@ -6,7 +6,6 @@ given. So every start says who came, and ends where it is not as told.
 
 import json
 import os
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -14,7 +13,7 @@ import torch
 
 from vico.errors import UserError
 from vico.hardware import GIB, Hardware, gpu_found
-from vico.launched import HOW, Given, number
+from vico.launched import HOW, Given, host_name, number
 
 OF_SLURM = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS")  # there when SLURM, and not a person, chose CUDA_VISIBLE_DEVICES
 
@@ -36,7 +35,7 @@ class Member:
 
     @classmethod
     def of_this_process(cls, rank: int, device: torch.device, environment: Mapping[str, str] = os.environ) -> "Member":
-        host = environment.get("SLURMD_NODENAME") or socket.gethostname()
+        host = host_name(environment)
         local_size = number(environment, "LOCAL_WORLD_SIZE") or number(environment, "LOCAL_SIZE")
         if device.type == "cpu":
             return cls(rank, host, "cpu", None, 0, True, local_size, pid=os.getpid())

@@ -27,6 +27,11 @@ class Given:
     tasks: int | None = None
 
 
+def host_name(environment: Mapping[str, str] = os.environ) -> str:
+    """This host as the cluster calls it."""
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def number(environment: Mapping[str, str], name: str) -> int | None:
     """The whole number of a variable. Raises UserError for anything else."""
     text = environment.get(name) or None

@@ -53,7 +53,12 @@ def find_start(config: RunConfig) -> Start:
             f"{output_dir}: holds a run that stands at {own[0].name} and did not start from --resume {named}; leave --resume out to go on "
             "there, or choose another --output_dir"
         )
-    return Start(checkpoints.read(own[0], run), run=run) if named == own[0] else newest_usable(own, output_dir, run)
+    found = Start(checkpoints.read(own[0], run), run=run) if named == own[0] else newest_usable(own, output_dir, run)
+    best, accuracy = output_dir / "checkpoint_best", found.checkpoint.progress.best_accuracy if found.checkpoint else None
+    if accuracy is None or os.path.exists(best):
+        return found
+    gone = f"{best}: is gone; the best epoch so far had {accuracy:.2%}, and only a better one is saved there again"
+    return replace(found, notes=(*found.notes, gone))
 
 
 def newest_usable(folders: list[Path], output_dir: Path, run: str = "") -> Start:
@@ -80,7 +85,9 @@ def _refuse_foreign(output_dir: Path, legacy: bool) -> None:
     found = next((output_dir / name for name in names if os.path.lexists(output_dir / name)), None)
     found = found or next(iter(checkpoints.step_folders(output_dir)), None)
     if found is not None:
-        raise UserError(f"{found}: is of another program or run (there is no args.json beside it); choose another --output_dir")
+        raise UserError(
+            f"{found}: is of another program or run (there is no args.json beside it); put that back, or choose another --output_dir"
+        )
 
 
 def read_args(path: Path) -> dict[str, Any]:

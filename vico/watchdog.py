@@ -9,7 +9,6 @@ import faulthandler
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ from torch._C._distributed_c10d import Store
 
 from vico.errors import PeerLost
 from vico.hosts import Member
+from vico.launched import host_name
 
 WAITING = "waiting for the others, after: "  # how what a rank does begins where it can be told that it waits
 EXCHANGES = ("/torch/distributed/", "/deepspeed/comm/", "/deepspeed/runtime/zero/")  # whose code waits for other ranks
@@ -44,7 +44,7 @@ class _Word:
 
     def is_gone(self) -> bool:
         """Whether the process has ended, as far as this host can tell; one that its launcher has not asked after yet included."""
-        if self.host != socket.gethostname():
+        if self.host != host_name():
             return False
         try:
             return psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
@@ -78,12 +78,16 @@ class Watchdog:
         """The ranks of this host whose processes have ended, in words."""
         return [f"rank {rank} {word.name}" for rank, word in sorted(self._words.items()) if word.is_gone()]
 
+    def is_first_here(self) -> bool:
+        """Whether no rank below this one is left on this host."""
+        return not any(word.host == host_name() and not word.is_gone() for rank, word in self._words.items() if rank < self._rank)
+
     def close(self) -> None:
         self._over.set()
 
     def _talk(self) -> None:
         """Leave word in the store and read the others'. Hangs with the store's keeper, which is why another thread judges."""
-        host, pause = socket.gethostname(), 0.0
+        host, pause = host_name(), 0.0
         while not self._over.wait(pause):
             pause = self._interval
             self._tick += 1
@@ -133,7 +137,7 @@ class Watchdog:
             print(f"vico: error: {self.verdict(silent)}", file=sys.stderr, flush=True)
         time.sleep(min(1.0, self._interval))  # the others see the same, and say theirs
         for word in (self._words[rank] for rank in silent):
-            if word.host == socket.gethostname():  # stopped, it would not hear its launcher either
+            if word.host == host_name():  # stopped, it would not hear its launcher either
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(word.pid, signal.SIGKILL)
 

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import platform
-import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from vico.config import RunConfig, is_path
 from vico.dist import World
 from vico.errors import UserError
 from vico.files import require_file
+from vico.launched import host_name
 
 END_BYTES = 1 << 18  # read at each end of a large file: .pth files are zip archives, whose end has the checksums of all of it
 DATA_SUFFIXES = (".csv", ".json", ".jsonl", ".pth")
@@ -72,9 +72,7 @@ def _wait_until_seen(world: World, config: RunConfig) -> None:
             return
         what = " or ".join(_names(config, seen_RN))
         if second == SECONDS_OF_SILENCE and world.rank == int(late_R.nonzero()[0]):
-            waits = (
-                f"{_host()} (rank {world.rank}; {int(late_R.sum())} of {world.size} ranks) does not see {what} yet, which another host sees"
-            )
+            waits = f"{host_name()} (rank {world.rank}; {int(late_R.sum())} of {world.size} ranks) does not see {what} yet, which another host sees"
             patience = f"waiting up to {SECONDS_UNTIL_SEEN} s, as a network file system may be late"
             print(f"vico: {waits}; {patience}", file=sys.stderr, flush=True)
         world.doing(f"waiting until all ranks see {what}")
@@ -121,10 +119,6 @@ def _fingerprint(path: Path) -> str:
     return f"{size} bytes, {digest.hexdigest()[:8]}"
 
 
-def _host() -> str:
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:8]
 
@@ -137,7 +131,7 @@ def _require_same(world: World, what: str, mine: dict[str, str], remedy: str) ->
     if world.most(digest) == -world.most(-digest):
         return
     words: list[tuple[str, dict[str, str]] | None] = [None] * world.size
-    torch_dist.all_gather_object(words, (_host(), mine), group=world.host_group)
+    torch_dist.all_gather_object(words, (host_name(), mine), group=world.host_group)
     told = [word for word in words if word is not None]
     (first_host, first), others = told[0], [(rank, *word) for rank, word in enumerate(told) if word[1] != told[0][1]]
     rank, _, theirs = others[0]

@@ -20,7 +20,7 @@ SETTINGS: dict[str, Case] = {
     "seed too large": (None, "--seed 99999999999999999999", 2, ["--seed 99999999999999999999: must be a whole number from 0 to "]),
     "unknown data set": (None, "--dataset nextQA", 2, ["--dataset: invalid choice: 'nextQA' (choose from 'nextqa', 'star'"]),
     "subtitles of NExT-QA": (None, "--sub", 2, ["--sub: only TVQA has subtitles", "drop --sub"]),
-    "unset variable": (None, "--output_dir=", 2, ["--output_dir: '' is not a path"]),
+    "unset variable": (None, "--output_dir=", 2, ["--output_dir: '' is not a path in UTF-8"]),
     "more layers than there are": (None, "--adapter_layer 4", 2, ["--adapter_layer 4: the model has 3 layers; leave it out to adapt all"]),
     "no room for a question": (None, "--max_seq_len 60", 2, ["train.csv:2: the question alone is ", "above --max_seq_len 60; raise it"]),
     "no room for the video": (None, "--max_feats 256", 2, ["--max_feats 256: must be below --max_seq_len 256"]),

@@ -40,9 +40,10 @@ def run(scale: Scale) -> Outcome:
 
     def case(number: int) -> tuple[str, int]:
         stage, in_save, out = (2, 3)[number % 2], number % 4 >= 2, scale.folder / f"run{number}"
-        how, problem, lost = _case(world, stage, in_save, out, random.Random(f"{scale.seed} {number}"))
+        workers = int(number % 5 == 4)  # per rank, which read ahead of the step that is killed
+        how, problem, lost = _case(world, stage, in_save, workers, out, random.Random(f"{scale.seed} {number}"))
         shutil.rmtree(out)
-        return f"case {number}, ZeRO-{stage}, {how}: {problem}" if problem else "", lost
+        return f"case {number}, ZeRO-{stage}, {workers} data workers, {how}: {problem}" if problem else "", lost
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         results = list(pool.map(case, range(num)))
@@ -57,9 +58,9 @@ def run(scale: Scale) -> Outcome:
     return Outcome(num - len(failures), num, facts)
 
 
-def _case(world: TinyWorld, stage: int, in_save: bool, out: Path, rng: random.Random) -> tuple[str, str, int]:
+def _case(world: TinyWorld, stage: int, in_save: bool, workers: int, out: Path, rng: random.Random) -> tuple[str, str, int]:
     """(what was done, what is wrong or nothing, steps that were lost)."""
-    flags, logs = world.flags(stage, out), world.folder / "logs"
+    flags, logs = [*world.flags(stage, out), "--num_workers", str(workers)], world.folder / "logs"
     while True:  # a kill that comes too late for this run is none
         how, killed = _disturb(flags, in_save, out, logs, rng)
         codes = killed.end(40)
