@@ -18,7 +18,7 @@ from vico.errors import EXIT_CODES, CheckpointError, DiskError, TrainingFault
 from vico.evaluate import summarize
 from vico.hosts import Member
 from vico.meeting import own_store
-from vico.meters import last_step
+from vico.meters import gaps, last_step
 from vico.records import Question
 from vico.resume import find_start, newest_usable, start_progress
 from vico.selftest import figure_disk_full
@@ -141,6 +141,26 @@ def test_a_best_checkpoint_that_is_gone_is_missed(tmp_path: Path) -> None:
     assert note.startswith(f"{tmp_path / 'checkpoint_best'}: is gone; the best epoch so far had 70.00%")
     checkpoints.save(tmp_path / "checkpoint_best", {}, {}, checkpoints.Progress(step=3, best_accuracy=0.7), config, run="r")
     assert find_start(config).notes == ()
+
+
+def test_lines_that_a_log_lacks_are_counted(tmp_path: Path) -> None:
+    def log(name: str, *steps: int) -> None:
+        (tmp_path / name).write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
+
+    def said(step: int, due: bool = False, from_start: bool = True) -> list[str]:
+        return [line.removeprefix(f"{tmp_path}/").split(" of ")[0] for line in gaps(tmp_path, step, due, 3, from_start)]
+
+    log("steps.jsonl", *range(1, 9))
+    log("log.txt", 3, 6)
+    assert said(8) == said(7) == said(6, due=True) == said(6) == said(3) == said(0) == []  # later lines are steps to redo
+    assert said(9) == ["steps.jsonl: lacks 1", "log.txt: lacks 1"] and said(9, due=True) == ["steps.jsonl: lacks 1"]
+    log("steps.jsonl", 1, 2, 4, 5, 5, 6)
+    log("log.txt")
+    assert said(6) == ["steps.jsonl: lacks 1", "log.txt: lacks 2"]
+    (tmp_path / "steps.jsonl").unlink()
+    assert said(6) == ["steps.jsonl: lacks 6", "log.txt: lacks 2"] and said(6, from_start=False) == []
+    log("steps.jsonl", 5, 6)  # of a run that began behind another's step 4
+    assert said(6, from_start=False) == ["log.txt: lacks 1"]
 
 
 def test_three_failures_at_one_step_are_enough(tmp_path: Path) -> None:

@@ -146,6 +146,19 @@ def last_step(output_dir: Path) -> int:
     return max((record["step"] for record in read_records(output_dir / "steps.jsonl")), default=0)
 
 
+def gaps(output_dir: Path, step: int, evaluation_due: bool, steps_per_epoch: int, from_start: bool) -> list[str]:
+    """A line for each log that lacks what the run has done up to `step`. `from_start`: it began at step 1, and not at another run's."""
+    logged = [{record["step"] for record in read_records(output_dir / name)} for name in ("steps.jsonl", "log.txt")]
+    first = min(logged[0], default=1 if from_start else step + 1)
+    done = range(first, step + 1)
+    epochs = [end for end in done if end % steps_per_epoch == 0 and end <= step - evaluation_due]
+    lines = []
+    for name, has, should, unit in zip(("steps.jsonl", "log.txt"), logged, (done, epochs), ("step", "epoch"), strict=True):
+        if lost := sum(number not in has for number in should):
+            lines.append(f"{output_dir / name}: lacks {lost} of {len(should)} {unit}(s) up to step {step}, which are not done again for it")
+    return lines
+
+
 def memory_curves(device: torch.device) -> dict[str, float]:
     """Peak memory of this process in GiB: of the host, and of the GPU where there is one."""
     peaks = {"memory/host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}

@@ -26,7 +26,7 @@ from vico.evaluate import Evaluation, evaluate, report
 from vico.failpoints import reached
 from vico.files import make_folder, mend_folders, write_bytes, write_json
 from vico.meters import Progress as ProgressBar
-from vico.meters import RunLog, memory_curves
+from vico.meters import RunLog, gaps, memory_curves
 from vico.model.vico import initial_trainables
 from vico.optim import learning_rate, peak_learning_rate
 from vico.records import PackedBatch
@@ -297,6 +297,9 @@ def _open_log(
     if config.resume is None and saved is not None:  # what this run started from stays known
         resumed = saved.get("resume")
         config = replace(config, resume=None if resumed is None else Path(resumed))
+    if saved is not None:
+        done = progress.step, progress.evaluation_due, steps.steps_per_epoch
+        print("".join(f"note: {line}\n" for line in gaps(config.output_dir, *done, from_start=config.resume is None)), end="", flush=True)
     facts = {"world_size": world.size, "steps_per_epoch": steps.steps_per_epoch, "peak_lr": peak_lr, "run": run_id}
     write_json(config.output_dir / "args.json", {**config.to_json(), **facts})
     log = RunLog(config.output_dir, progress.step, progress.evaluation_due)
