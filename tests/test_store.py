@@ -290,6 +290,26 @@ def test_a_killed_data_worker_is_one_line(world: World, tmp_path: Path) -> None:
     assert f"a data worker of rank 0 on {os.uname().nodename} (process {worker.pid}) ended unexpectedly" in ended.stderrs[0]
 
 
+IN_LITTLE_SHARED_MEMORY = """
+import os, sys
+size, *arguments = sys.argv[1:]
+inside = 'mount -t tmpfs -o size=$0 none /dev/shm && exec "$@"'
+os.execvp("unshare", ["unshare", "--mount", "bash", "-c", inside, size, sys.executable, "-m", "vico", *arguments])
+"""
+
+
+@pytest.mark.skipif(os.system("unshare --mount true 2>/dev/null") != 0, reason="needs the right to mount")
+def test_a_full_shared_memory_is_one_line(world: World, tmp_path: Path) -> None:
+    """Full before the first data worker is there, or by the batches, or just large enough."""
+    flags = ["train", *world.flags, "--epochs", "2", "--batch_size", "4", "--num_workers", "1", "--output_dir", str(tmp_path / "out")]
+    for size, code, says in (("4k", 4, "/dev/shm of "), ("68k", 4, "a data worker of rank "), ("4m", 0, "")):
+        ended = end(start(size, *flags, ranks=2, program=("-c", IN_LITTLE_SHARED_MEMORY)), 120)
+        assert ended.codes == [code, code] and "Traceback" not in ended.output, ended.output
+        lines = [line for line in ended.output.splitlines() if "error" in line]
+        assert len(lines) <= 2 and all(line.startswith(f"vico: error: {says}") and "/dev/shm" in line for line in lines), lines
+        assert bool(lines) == bool(code)
+
+
 @pytest.mark.slow
 def test_a_feature_file_that_is_cut_off_meanwhile_is_one_line(tmp_path: Path) -> None:
     """It is mapped: whoever reads on behind its end dies of a bus error."""

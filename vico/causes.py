@@ -17,6 +17,7 @@ from contextlib import suppress
 import torch
 import torch.distributed as torch_dist
 
+from vico.data.workers import SHARED_MEMORY
 from vico.dist import World
 from vico.errors import MISTAKE, PeerLost, TrainingFault, UserError, one_line
 from vico.meeting import gist
@@ -49,8 +50,8 @@ def end(world: World, problem: Exception, debug: bool) -> int:
             world, f"rank {world.rank} ended with {type(problem).__name__}: {one_line(gist(problem))}; its traceback is in its log", MISTAKE
         )
         return MISTAKE
-    _say(str(fault))
-    _leave(world, str(fault), fault.exit_code)
+    if _leave(world, str(fault), fault.exit_code):
+        _say(str(fault))
     return fault.exit_code
 
 
@@ -73,6 +74,11 @@ def _known(problem: Exception, world: World) -> UserError | None:
         return TrainingFault(
             f"a data worker of rank {world.rank} on {socket.gethostname()} (process {pids}) {how} while {world.phase}; the kernel does that "
             "when memory or /dev/shm runs out: lower --num_workers, or give the job more of it; or when a feature file is cut off meanwhile"
+        )
+    if isinstance(problem, OSError) and problem.filename == SHARED_MEMORY:
+        return TrainingFault(
+            f"{SHARED_MEMORY} of {socket.gethostname()} has no room for what data workers and their rank share ({problem.strerror}); free "
+            "some of it, give a container more (docker run --shm-size), or use --num_workers 0"
         )
     if isinstance(problem, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         where = "GPU" if isinstance(problem, torch.OutOfMemoryError) else "host"
@@ -119,10 +125,14 @@ def _lost(world: World, problem: Exception) -> int:
     return PeerLost.exit_code
 
 
-def _leave(world: World, line: str, code: int) -> None:
+def _leave(world: World, line: str, code: int) -> bool:
+    """For the others to read, where none was faster; whether another of this host has not said the very same."""
+    ours = {"host": socket.gethostname(), "line": line, "code": code, "pid": os.getpid()}
     with suppress(RuntimeError):  # the keeper of the store has gone
-        if world.store is not None and not world.store.check([KEY]):
-            world.store.set(KEY, json.dumps({"host": socket.gethostname(), "line": line, "code": code, "pid": os.getpid()}))
+        if world.store is not None:
+            first = json.loads(world.store.compare_set(KEY, "", json.dumps(ours)))
+            return first["pid"] == ours["pid"] or (first["host"], first["line"]) != (ours["host"], ours["line"])
+    return True
 
 
 def _say(line: str) -> None:

@@ -175,6 +175,7 @@ def _run_steps(run: _Run, steps: TrainingSteps, last_step: int) -> None:
     schedule = [divmod(k, steps.steps_per_epoch) for k in range(progress.step, last_step)]
     if schedule:
         _rehearse(run, steps)
+        world.doing(f"waiting for the data of step {progress.step + 1}")
     with ProgressBar("training", last_step, "step", world.is_main, done=progress.step) as bar:
         step_start = time.perf_counter()
         for (epoch, place), batch in zip(schedule, loader(steps, schedule, config.num_workers, world.device.type == "cuda"), strict=True):

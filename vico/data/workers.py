@@ -5,19 +5,28 @@ of gloo, of autograd or of TensorBoard holds at that moment is held for ever in 
 os.fork, and the run with it: seen once in some hundreds of forks.
 """
 
+import copyreg
+import io
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
+from collections.abc import Callable
 from multiprocessing import forkserver, resource_tracker
-from typing import Any
+from multiprocessing.queues import Queue
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, NoReturn
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vico import stopping
-from vico.data.batches import EvaluationChunks, TrainingSteps
+from vico.data.batches import Chunk, EvaluationChunks, Step, TrainingSteps
 
 AHEAD = 4  # batches that each worker prepares before they are asked for
+SHARED_MEMORY = "/dev/shm"
 QUIET = "ignore:resource_tracker"  # when a rank was killed, Python's helper removes its semaphores, which is right, and says so
 
 
@@ -42,6 +51,7 @@ def loader(dataset: TrainingSteps | EvaluationChunks, items: Any, num_workers: i
     """The dataset's `items` in this order, prepared ahead by `num_workers` processes."""
     if num_workers:
         start_server()
+        _require_room_for_locks(12 + 3 * num_workers)  # at least as many as DataLoader makes (torch 2.13)
     return DataLoader(
         dataset,
         sampler=items,
@@ -54,8 +64,45 @@ def loader(dataset: TrainingSteps | EvaluationChunks, items: Any, num_workers: i
     )
 
 
+def _require_room_for_locks(number: int) -> None:
+    """Raises OSError where /dev/shm has no page for each: DataLoader would fail half-way, and then complain of itself as well."""
+    context = multiprocessing.get_context("forkserver")
+    try:
+        _ = [context.Lock() for _ in range(number)]
+    except OSError as problem:
+        raise OSError(problem.errno, problem.strerror, SHARED_MEMORY) from None
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors as arrays: their own way through pickle is torch.save."""
+
+    dispatch_table = copyreg.dispatch_table | {Tensor: lambda tensor: (torch.from_numpy, (tensor.numpy(),))}
+
+
+def _in_one_piece(item: Any) -> tuple[Callable[[Tensor], Any], tuple[Tensor]]:
+    """How a worker sends a step: as one piece of shared memory. torch would take one for each tensor, some twenty, and a file each.
+
+    Not through the pipe, where a worker that is killed can leave half a message, on whose other half the rank waits for ever.
+    """
+    buffer = io.BytesIO()
+    _Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(item)
+    return _restored, (torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8),)
+
+
+def _restored(piece: Tensor) -> Any:
+    return pickle.loads(piece.numpy().data)
+
+
+def _end(problem: Exception, item: Any) -> NoReturn:
+    """Where a step cannot be sent, for want of shared memory: torch would have the rank wait for it."""
+    os._exit(1)
+
+
 def _begin(worker: int) -> None:
     """A worker ends with its server, and with its rank, on whom the server waits while it has workers; signals are the rank's affair."""
+    for kind in (Step, Chunk):
+        ForkingPickler.register(kind, _in_one_piece)
+    Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]  # Python's own door for it
     stopping.ignore()
     stopping.end_with(os.getppid())
     threading.Thread(target=_end_with_rank, daemon=True).start()
