@@ -74,9 +74,12 @@ def _require_room_for_locks(number: int) -> None:
 
 
 class _Pickler(pickle.Pickler):
-    """Tensors as arrays: their own way through pickle is torch.save."""
+    """Tensors as arrays, since their own way through pickle is torch.save; in the rank copied to where torch would have them.
 
-    dispatch_table = copyreg.dispatch_table | {Tensor: lambda tensor: (torch.from_numpy, (tensor.numpy(),))}
+    A library of matrix products may sum in another order where numbers lie elsewhere, and a run must not depend on its workers.
+    """
+
+    dispatch_table = copyreg.dispatch_table | {Tensor: lambda tensor: (torch.tensor, (tensor.numpy(),))}
 
 
 def _in_one_piece(item: Any) -> tuple[Callable[[Tensor], Any], tuple[Tensor]]:

@@ -88,7 +88,7 @@ SETTINGS: dict[str, Case] = {
     "output_dir of a run that cannot be told": (put("out/args.json", "{"), "", 2, ["args.json:1: column 2: ", "choose another --output_dir"]),
     "output_dir of the lineage": (
         put("out/log.txt", '{"epoch": 0}\n'), "", 2,
-        ["{home}/out/log.txt: is of another program or run (there is no args.json beside it); choose another --output_dir"],
+        ["{home}/out/log.txt: is of another program or run (there is no args.json beside it); put that back, or choose another --output_dir"],
     ),
     "output_dir with a damaged checkpoint": (
         both(copy("run", "out"), cut("out/checkpoint-1/optimizer.safetensors", 0)), "", 3,

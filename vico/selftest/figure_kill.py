@@ -68,7 +68,7 @@ def _case(world: TinyWorld, stage: int, in_save: bool, workers: int, out: Path, 
             break
         shutil.rmtree(out, ignore_errors=True)
     if None in codes:
-        return how, f"a rank was still there after 40 s: {codes}", 0
+        return how, f"a rank was still there after 40 s: {codes}; {killed.said[-4000:]}", 0
     lost = steps_logged(out) - newest(out)
     left = bool(strays(out))
     again = start_ranks(flags, logs)

@@ -62,8 +62,8 @@ class Started:
             with log.open("wb") as file:
                 self.processes.append(
                     subprocess.Popen(
-                        command, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}, stdin=subprocess.DEVNULL,
-                        stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+                        command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+                        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "PYTHONPATH": str(ROOT), **more},
                     )
                 )  # fmt: skip
 
@@ -89,7 +89,7 @@ class Started:
         return True
 
     def end(self, seconds: float = SECONDS_OF_A_RUN) -> list[int | None]:
-        """The exit codes; None for a process that had to be killed when the time was over."""
+        """The exit codes; None for a process that had to be killed when the time was over, its stacks behind what it had said."""
         limit = time.monotonic() + seconds
         codes: list[int | None] = []
         for process in self.processes:
@@ -97,6 +97,9 @@ class Started:
                 codes.append(process.wait(max(0.0, limit - time.monotonic())))
             except subprocess.TimeoutExpired:
                 codes.append(None)
+                process.send_signal(signal.SIGABRT)  # at which faulthandler writes them
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(5)
         self.kill()
         return codes
 
