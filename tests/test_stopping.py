@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +108,8 @@ def test_ctrl_c_on_a_terminal(world: World, tmp_path: Path) -> None:
     pid, terminal = pty.fork()
     if pid == 0:
         os.execvpe("bash", [*command, "--output_dir", str(out), "--num_workers", "1"], environment)
+    limit = threading.Timer(120, os.killpg, (pid, signal.SIGKILL))
+    limit.start()
     printed, pressed = b"", False
     with contextlib.suppress(OSError):  # how a terminal ends
         while piece := os.read(terminal, 1 << 16):
@@ -114,6 +117,7 @@ def test_ctrl_c_on_a_terminal(world: World, tmp_path: Path) -> None:
             if not pressed and steps_done(out) >= 3:
                 os.write(terminal, b"\x03")
                 pressed = True
+    limit.cancel()
     os.close(terminal)
     assert pressed and os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130, printed.decode()
     text = printed.decode()
@@ -264,13 +268,13 @@ def test_a_stopped_rank_ends_the_run(world: World, tmp_path: Path, rank: int) ->
 
 def test_ranks_0_and_1_killed_the_next_one_speaks(world: World, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    processes = start(*flags(world, 3), "--output_dir", str(out), "--epochs", "200", "--save_steps", "1000", "--num_workers", "0", ranks=3)
+    processes = start(*flags(world, 4), "--output_dir", str(out), "--epochs", "200", "--save_steps", "1000", "--num_workers", "0", ranks=4)
     while steps_done(out) < 2:
         time.sleep(0.01)
     for process in processes[:2]:
         process.kill()
     ended = end(processes, 30)
-    assert ended.codes == [-9, -9, 5] and ended.stderrs[2].count("\n") == 1, ended.output
+    assert ended.codes == [-9, -9, 5, 5] and ended.stderrs[2].count("\n") == 1 and ended.stderrs[3] == "", ended.output
     assert f"rank 0 on {socket.gethostname()} (process {processes[0].pid}), rank 1 on " in ended.stderrs[2]
 
 

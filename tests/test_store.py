@@ -159,7 +159,9 @@ def test_lines_that_a_log_lacks_are_counted(tmp_path: Path) -> None:
     assert said(6) == ["steps.jsonl: lacks 1", "log.txt: lacks 2"]
     (tmp_path / "steps.jsonl").unlink()
     assert said(6) == ["steps.jsonl: lacks 6", "log.txt: lacks 2"] and said(6, from_start=False) == []
-    log("steps.jsonl", 5, 6)  # of a run that began behind another's step 4
+    log("steps.jsonl", 5, 6)
+    assert said(6) == ["steps.jsonl: lacks 4", "log.txt: lacks 2"]
+    # of a run that began behind another's step 4
     assert said(6, from_start=False) == ["log.txt: lacks 1"]
 
 

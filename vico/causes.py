@@ -23,6 +23,8 @@ from vico.errors import MISTAKE, PeerLost, TrainingFault, UserError, one_line
 from vico.meeting import gist
 
 SECONDS_FOR_THE_CAUSE = 2.0  # the rank that failed speaks before those that lost it
+SECONDS_TO_END = 0.7  # of a killed process, which lets go of its connections first
+SECONDS_FOR_THE_LAST = 3.0  # to see that another has spoken: some learn of the loss only when those that knew have ended
 SECONDS_FOR_A_SIGNAL = 1.0
 KEY = "vico cause"
 WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\) (?:is killed by signal: ([^.]*)|exited unexpectedly)")
@@ -50,7 +52,10 @@ def end(world: World, problem: Exception, debug: bool) -> int:
             world, f"rank {world.rank} ended with {type(problem).__name__}: {one_line(gist(problem))}; its traceback is in its log", MISTAKE
         )
         return MISTAKE
-    if _leave(world, str(fault), fault.exit_code):
+    of_host = isinstance(problem, OSError)  # its line names no rank: once for a host is enough
+    if not of_host:
+        _say(str(fault))
+    if _leave(world, str(fault), fault.exit_code) and of_host:
         _say(str(fault))
     return fault.exit_code
 
@@ -103,25 +108,32 @@ def is_lost_peer(problem: Exception) -> bool:
 
 def _lost(world: World, problem: Exception) -> int:
     """Another rank has ended. Rank 0 says so, or why; where it has gone, and the store with it, the first that is left on each host."""
-    time.sleep(SECONDS_FOR_THE_CAUSE)
-    speaks, cause = world.is_main, None
+    time.sleep(SECONDS_TO_END)
+    gone, first_here = [], True
+    if world.watchdog is not None:
+        gone, first_here = world.watchdog.gone(), world.watchdog.is_first_here()
+    time.sleep(SECONDS_FOR_THE_CAUSE - SECONDS_TO_END)
+    speaks, cause, alone = world.is_main, None, False
     try:
         assert world.store is not None
         if world.store.check([KEY]):
             cause = json.loads(world.store.get(KEY))
     except RuntimeError:
-        speaks = world.watchdog is None or world.watchdog.is_first_here()
+        speaks = alone = first_here
     if cause is not None:
         if speaks and cause["host"] != socket.gethostname():  # there it stands in another log, or on another terminal
             _say(f"{cause['host']}: {cause['line']}")
         return int(cause["code"])
-    gone = world.watchdog.gone() if world.watchdog is not None else []
     if speaks:
+        if not gone and world.watchdog is not None:
+            gone = world.watchdog.gone()
         who = f"{', '.join(gone)} has ended" if gone else "another rank has ended"
         if not gone and "NCCL" in str(problem):  # which can be its setting, and no rank's end
             who += f", or NCCL failed ({one_line(gist(problem))})"
         _say(f"{who} while {world.phase}, and this run with it; a line above, or the log of that rank, may say why; "
              "the same command goes on at the last checkpoint")  # fmt: skip
+    if speaks and alone:
+        time.sleep(SECONDS_FOR_THE_LAST)
     return PeerLost.exit_code
 
 

@@ -52,7 +52,8 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         return _fail(error, debug)
     except stopping.Stopped as stop:  # before the ranks had met
-        if os.environ.get("RANK", "0") == "0":
+        stopping.ignore()
+        if "0" in (os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK")):  # each host may have been asked alone
             print(f"vico: {stop.line}", flush=True)
         return stop.exit_code
     except KeyboardInterrupt:

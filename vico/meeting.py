@@ -9,9 +9,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as torch_dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
@@ -20,8 +22,7 @@ from vico import stopping
 from vico.errors import InUse, PeerLost, Unanswered, UserError
 
 SECONDS_OF_SILENCE = 15.0  # then a start that waits says for what
-SECONDS_OF_DEAFNESS = 1.0  # of torch's waits, which no signal ends
-SECONDS_BETWEEN_CALLS = 0.2
+SECONDS_OF_A_CALL, SECONDS_BETWEEN_CALLS = 1.0, 0.2
 INTERFACES = "name the network interface that the hosts share by GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (eth0, ib0, ...)"
 
 
@@ -36,6 +37,9 @@ def meet(rank: int, size: int, timeout: timedelta, word: str) -> tuple[Store, li
         words = [store.get(name).decode() for name in names]
         store.set(f"{names[rank]} has read", "")
     except torch_dist.DistError as problem:
+        for _ in range(10):  # it may have been asked a moment before this rank
+            _stop_if_asked()
+            time.sleep(SECONDS_BETWEEN_CALLS)
         raise PeerLost(f"rank 0 has left {_place()} ({gist(problem)}); its log says why") from None
     if rank == 0:  # which may refuse the world and end, and the store with it
         with suppress(torch_dist.DistError):
@@ -45,14 +49,12 @@ def meet(rank: int, size: int, timeout: timedelta, word: str) -> tuple[Store, li
 
 def _wait_for(names: Sequence[str], store: Store, rank: int, timeout: timedelta, end: float) -> None:
     def come(until: float) -> bool:
-        while True:
-            try:
-                store.wait(list(names), timedelta(seconds=max(0.01, min(SECONDS_OF_DEAFNESS, until - time.monotonic()))))
-                return True
-            except torch_dist.DistStoreError:
-                _stop_if_asked()
+        while not store.check(list(names)):
             if time.monotonic() >= until:
                 return False
+            _stop_if_asked()
+            time.sleep(SECONDS_BETWEEN_CALLS)
+        return True
 
     def missing() -> str:
         absent = [str(other) for other, name in enumerate(names) if not store.check([name])]
@@ -70,30 +72,59 @@ def _open_store(rank: int, size: int, timeout: timedelta) -> TCPStore:
     """Rank 0 keeps it, or torchrun does."""
     address, port, host = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), socket.gethostname()
     keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if not keeps:
-        _wait_for_an_answer(address, port, timeout)
-    try:
-        return TCPStore(address, port, size, keeps, timeout=timeout, wait_for_workers=False, multi_tenant=True)
-    except torch_dist.DistError as problem:
-        if keeps:
-            raise InUse(f"MASTER_PORT={port}: cannot be opened on {host} ({gist(problem)}); choose another") from None
-        raise Unanswered(f"{host}: {_place()}, where rank 0 should be, answers no more ({gist(problem)}); its log says why") from None
+    end, speaks_at = time.monotonic() + timeout.total_seconds(), time.monotonic() + SECONDS_OF_SILENCE
 
-
-def _wait_for_an_answer(address: str, port: int, timeout: timedelta) -> None:
-    """Not TCPStore's own wait, which prints C++ frames and hears no signal."""
-    end, speaks_at, host = time.monotonic() + timeout.total_seconds(), time.monotonic() + SECONDS_OF_SILENCE, socket.gethostname()
-    while True:
-        with suppress(OSError), socket.create_connection((address, port), timeout=SECONDS_OF_DEAFNESS):
-            return
+    def wait() -> None:
+        nonlocal speaks_at
         _stop_if_asked()
         if time.monotonic() >= end:
             raise Unanswered(f"{host}: nobody answers at {_place()}, where rank 0 should be, for {timeout}; its log says why")
         if time.monotonic() >= speaks_at:
-            speaks_at += SECONDS_OF_SILENCE
+            speaks_at = time.monotonic() + SECONDS_OF_SILENCE
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 _say(f"{host} waits for an answer at {_place()}, where rank 0 should be; at most {timeout}")
         time.sleep(SECONDS_BETWEEN_CALLS)
+
+    def make() -> TCPStore:
+        patience = timedelta(seconds=min(SECONDS_OF_SILENCE, timeout.total_seconds()))
+        return TCPStore(address, port, size, keeps, timeout=patience, wait_for_workers=False, multi_tenant=True)
+
+    while True:
+        if not keeps and not _answers(address, port):  # torch's own way prints C++ frames meanwhile
+            wait()
+            continue
+        try:
+            store: TCPStore = _done_beside(wait, make)
+            store.set_timeout(timeout)
+            return store
+        except torch_dist.DistError as problem:
+            if keeps:
+                raise InUse(f"MASTER_PORT={port}: cannot be opened on {host} ({gist(problem)}); choose another") from None
+            wait()
+
+
+def _answers(address: str, port: int) -> bool:
+    with suppress(OSError), socket.create_connection((address, port), timeout=SECONDS_OF_A_CALL):
+        return True
+    return False
+
+
+def _done_beside(wait: Callable[[], None], work: Callable[[], Any]) -> Any:
+    """What `work` returns or raises, in a thread: where another program answers and says nothing, torch's call has no end."""
+    result: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as problem:
+            result.set_exception(problem)
+
+    threading.Thread(target=run, daemon=True).start()
+    with suppress(TimeoutError):
+        return result.result(SECONDS_BETWEEN_CALLS)
+    while not result.done():
+        wait()
+    return result.result()
 
 
 def _stop_if_asked() -> None:

@@ -149,7 +149,7 @@ def last_step(output_dir: Path) -> int:
 def gaps(output_dir: Path, step: int, evaluation_due: bool, steps_per_epoch: int, from_start: bool) -> list[str]:
     """A line for each log that lacks what the run has done up to `step`. `from_start`: it began at step 1, and not at another run's."""
     logged = [{record["step"] for record in read_records(output_dir / name)} for name in ("steps.jsonl", "log.txt")]
-    first = min(logged[0], default=1 if from_start else step + 1)
+    first = 1 if from_start else min(logged[0], default=step + 1)
     done = range(first, step + 1)
     epochs = [end for end in done if end % steps_per_epoch == 0 and end <= step - evaluation_due]
     lines = []

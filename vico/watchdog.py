@@ -9,6 +9,7 @@ import faulthandler
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -21,7 +22,6 @@ from torch._C._distributed_c10d import Store
 
 from vico.errors import PeerLost
 from vico.hosts import Member
-from vico.launched import host_name
 
 WAITING = "waiting for the others, after: "  # how what a rank does begins where it can be told that it waits
 EXCHANGES = ("/torch/distributed/", "/deepspeed/comm/", "/deepspeed/runtime/zero/")  # whose code waits for other ranks
@@ -44,7 +44,7 @@ class _Word:
 
     def is_gone(self) -> bool:
         """Whether the process has ended, as far as this host can tell; one that its launcher has not asked after yet included."""
-        if self.host != host_name():
+        if self.host != socket.gethostname():
             return False
         try:
             return psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
@@ -80,14 +80,14 @@ class Watchdog:
 
     def is_first_here(self) -> bool:
         """Whether no rank below this one is left on this host."""
-        return not any(word.host == host_name() and not word.is_gone() for rank, word in self._words.items() if rank < self._rank)
+        return not any(word.host == socket.gethostname() and not word.is_gone() for rank, word in self._words.items() if rank < self._rank)
 
     def close(self) -> None:
         self._over.set()
 
     def _talk(self) -> None:
         """Leave word in the store and read the others'. Hangs with the store's keeper, which is why another thread judges."""
-        host, pause = host_name(), 0.0
+        host, pause = socket.gethostname(), 0.0
         while not self._over.wait(pause):
             pause = self._interval
             self._tick += 1
@@ -137,7 +137,7 @@ class Watchdog:
             print(f"vico: error: {self.verdict(silent)}", file=sys.stderr, flush=True)
         time.sleep(min(1.0, self._interval))  # the others see the same, and say theirs
         for word in (self._words[rank] for rank in silent):
-            if word.host == host_name():  # stopped, it would not hear its launcher either
+            if word.host == socket.gethostname():  # stopped, it would not hear its launcher either
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(word.pid, signal.SIGKILL)
 
