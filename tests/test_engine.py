@@ -61,12 +61,13 @@ def test_a_loss_or_gradient_that_is_not_finite_updates_nothing(world: World, alo
     )  # fmt: skip
     step = steps[0, 0]
     before = {name: p.detach().clone() for name, p in engine.trainables.items()}
-    spoil = engine.module.visual_proj.register_forward_hook(
-        lambda _module, _inputs, out: out.register_hook(lambda g: g * float("nan")) and None
-    )
-    with pytest.raises(TrainingFault, match=r"gradient is not finite on rank 0 in step 1 \(questions v0000/0, v0001/0, "):
-        train_step(engine, step, 1, (1.0, 0.5), lr=1e-3, world=alone)
-    spoil.remove()
+    for factor in (float("nan"), float("inf"), -float("inf")):
+        spoil = engine.module.visual_proj.register_forward_hook(
+            lambda _module, _inputs, out, f=factor: out.register_hook(lambda g: g * f) and None
+        )
+        with pytest.raises(TrainingFault, match=r"gradient is not finite on rank 0 in step 1 \(questions v0000/0, v0001/0, "):
+            train_step(engine, step, 1, (1.0, 0.5), lr=1e-3, world=alone)
+        spoil.remove()
     step.micro_batches[0].features_VFC[0, 0, 0] = float("nan")
     with pytest.raises(TrainingFault, match="loss is not finite on rank 0 in step 1"):
         train_step(engine, step, 1, (1.0, 0.5), lr=1e-3, world=alone)
