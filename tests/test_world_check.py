@@ -245,7 +245,8 @@ def test_who_waits_for_the_others_ends_when_asked(rank: int, world: World, tmp_p
 
 
 def test_ranks_that_wait_for_another_end_as_asked_also_when_rank_0_goes_first(world: World, tmp_path: Path) -> None:
-    processes = ranks(MAIN, "train", *world.flags, "--output_dir", str(tmp_path / "run"), world_size=4, which=(0, 1, 2))
+    patient = MAIN.replace("SILENCE = 1.0", "SILENCE = 8.0")  # by then all three wait
+    processes = ranks(patient, "train", *world.flags, "--output_dir", str(tmp_path / "run"), world_size=4, which=(0, 1, 2))
     assert processes[0].stderr is not None
     timers = [threading.Timer(60, process.kill) for process in processes]
     for timer in timers:

@@ -24,7 +24,7 @@ from vico.meeting import gist
 
 SECONDS_FOR_THE_CAUSE = 2.0  # the rank that failed speaks before those that lost it
 SECONDS_TO_END = 0.7  # of a killed process, which lets go of its connections first
-SECONDS_FOR_THE_LAST = 3.0  # to see that another has spoken: some learn of the loss only when those that knew have ended
+SECONDS_FOR_THE_LAST = 3.0  # more than the first that knew have waited
 SECONDS_FOR_A_SIGNAL = 1.0
 KEY = "vico cause"
 WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\) (?:is killed by signal: ([^.]*)|exited unexpectedly)")
@@ -51,13 +51,21 @@ def end(world: World, problem: Exception, debug: bool) -> int:
         _leave(
             world, f"rank {world.rank} ended with {type(problem).__name__}: {one_line(gist(problem))}; its traceback is in its log", MISTAKE
         )
+        _stay(world.is_main and world.size > 1)
         return MISTAKE
     of_host = isinstance(problem, OSError)  # its line names no rank: once for a host is enough
     if not of_host:
         _say(str(fault))
     if _leave(world, str(fault), fault.exit_code) and of_host:
         _say(str(fault))
+    _stay(world.is_main and world.size > 1)
     return fault.exit_code
+
+
+def _stay(so: bool) -> None:
+    """Rank 0, with whom the store goes, and who has spoken without it: some learn of a loss only when those that knew have ended."""
+    if so:
+        time.sleep(SECONDS_FOR_THE_LAST)
 
 
 def _of_a_worker(problem: Exception) -> Exception:
@@ -113,16 +121,17 @@ def _lost(world: World, problem: Exception) -> int:
     if world.watchdog is not None:
         gone, first_here = world.watchdog.gone(), world.watchdog.is_first_here()
     time.sleep(SECONDS_FOR_THE_CAUSE - SECONDS_TO_END)
-    speaks, cause, alone = world.is_main, None, False
+    speaks, cause = world.is_main, None
     try:
         assert world.store is not None
         if world.store.check([KEY]):
             cause = json.loads(world.store.get(KEY))
     except RuntimeError:
-        speaks = alone = first_here
+        speaks = first_here
     if cause is not None:
         if speaks and cause["host"] != socket.gethostname():  # there it stands in another log, or on another terminal
             _say(f"{cause['host']}: {cause['line']}")
+        _stay(world.is_main)
         return int(cause["code"])
     if speaks:
         if not gone and world.watchdog is not None:
@@ -132,8 +141,7 @@ def _lost(world: World, problem: Exception) -> int:
             who += f", or NCCL failed ({one_line(gist(problem))})"
         _say(f"{who} while {world.phase}, and this run with it; a line above, or the log of that rank, may say why; "
              "the same command goes on at the last checkpoint")  # fmt: skip
-    if speaks and alone:
-        time.sleep(SECONDS_FOR_THE_LAST)
+    _stay(speaks or world.is_main)
     return PeerLost.exit_code
 
 

@@ -124,6 +124,8 @@ def connect(timeout: timedelta = TIMEOUT, expected: int | None = None, hang_seco
 
     _build_no_op()
     store, words = meet(rank, size, timeout, hosts.Member.of_this_process(rank, device).to_text())
+    if device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the number of the device; until here it said who speaks
     members = [hosts.Member.from_text(text) for text in words]
     if rank == 0:
         print(hosts.describe(members), flush=True)
@@ -146,7 +148,6 @@ def _choose_device() -> torch.device:
         return torch.device("cpu")
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     device = torch.device("cuda", local_rank % count)  # ranks that share a GPU are found, and named, by hosts.check
-    os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the number of the device
     torch.cuda.set_device(device)
     return device
 

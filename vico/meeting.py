@@ -27,7 +27,7 @@ INTERFACES = "name the network interface that the hosts share by GLOO_SOCKET_IFN
 
 
 def meet(rank: int, size: int, timeout: timedelta, word: str) -> tuple[Store, list[str]]:
-    """The store, and the words that all ranks left there. Raises PeerLost naming those who did not come, Stopped when asked to stop."""
+    """The store, and the words that all ranks left there. Raises PeerLost naming those who did not come, Unanswered, Stopped."""
     end = time.monotonic() + timeout.total_seconds()
     store = PrefixStore(f"vico/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", _open_store(rank, size, timeout))
     names = [f"rank {other}" for other in range(size)]
@@ -40,7 +40,7 @@ def meet(rank: int, size: int, timeout: timedelta, word: str) -> tuple[Store, li
         for _ in range(10):  # it may have been asked a moment before this rank
             _stop_if_asked()
             time.sleep(SECONDS_BETWEEN_CALLS)
-        raise PeerLost(f"rank 0 has left {_place()} ({gist(problem)}); its log says why") from None
+        raise Unanswered(f"rank 0 has left {_place()} ({gist(problem)}); its log says why") from None
     if rank == 0:  # which may refuse the world and end, and the store with it
         with suppress(torch_dist.DistError):
             store.wait([f"{name} has read" for name in names], timedelta(seconds=SECONDS_OF_SILENCE))

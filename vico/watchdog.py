@@ -60,7 +60,8 @@ class Watchdog:
         self._interval = min(5.0, seconds / 8)
         self._doing, self._moved, self._tick = "starting", time.monotonic(), 0
         # A rank can be lost before its first word; who it was is known from the start.
-        self._words = {m.rank: _Word(0, 0.0, "starting", m.host, m.pid) for m in members}
+        own = members[rank].host  # as the cluster calls it; a word says what the host calls itself
+        self._words = {m.rank: _Word(0, 0.0, "starting", socket.gethostname() if m.host == own else m.host, m.pid) for m in members}
         self._last_new = dict.fromkeys(self._words, self._moved)  # when a rank's tick was last seen to change
         self._talked = self._moved  # the end of the last round of talk
         self._over = threading.Event()
@@ -79,8 +80,9 @@ class Watchdog:
         return [f"rank {rank} {word.name}" for rank, word in sorted(self._words.items()) if word.is_gone()]
 
     def is_first_here(self) -> bool:
-        """Whether no rank below this one is left on this host."""
-        return not any(word.host == socket.gethostname() and not word.is_gone() for rank, word in self._words.items() if rank < self._rank)
+        """Whether no rank below this one is left on this host, rank 0 aside: it is asked where that has gone, with the store."""
+        below = [word for rank, word in self._words.items() if 0 < rank < self._rank and word.host == socket.gethostname()]
+        return all(word.is_gone() for word in below)
 
     def close(self) -> None:
         self._over.set()
