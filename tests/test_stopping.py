@@ -266,6 +266,7 @@ def test_a_stopped_rank_ends_the_run(world: World, tmp_path: Path, rank: int) ->
     assert "vico/train.py" in said  # the stacks
 
 
+@pytest.mark.slow
 def test_ranks_0_and_1_killed_the_next_one_speaks(world: World, tmp_path: Path) -> None:
     out = tmp_path / "out"
     processes = start(*flags(world, 4), "--output_dir", str(out), "--epochs", "200", "--save_steps", "1000", "--num_workers", "0", ranks=4)

@@ -300,6 +300,7 @@ os.execvp("unshare", ["unshare", "--mount", "bash", "-c", inside, size, sys.exec
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.system("unshare --mount true 2>/dev/null") != 0, reason="needs the right to mount")
 def test_a_full_shared_memory_is_one_line(world: World, tmp_path: Path) -> None:
     """Full before the first data worker is there, or by the batches, or just large enough."""

@@ -244,6 +244,7 @@ def test_who_waits_for_the_others_ends_when_asked(rank: int, world: World, tmp_p
     assert "vico: stopped by SIGTERM before the ranks had met" in printed
 
 
+@pytest.mark.slow
 def test_ranks_that_wait_for_another_end_as_asked_also_when_rank_0_goes_first(world: World, tmp_path: Path) -> None:
     patient = MAIN.replace("SILENCE = 1.0", "SILENCE = 8.0")  # by then all three wait
     processes = ranks(patient, "train", *world.flags, "--output_dir", str(tmp_path / "run"), world_size=4, which=(0, 1, 2))
