@@ -131,7 +131,7 @@ def _lost(world: World, problem: Exception) -> int:
     if cause is not None:
         if speaks and cause["host"] != socket.gethostname():  # there it stands in another log, or on another terminal
             _say(f"{cause['host']}: {cause['line']}")
-        _stay(world.is_main)
+        _stay(speaks)
         return int(cause["code"])
     if speaks:
         if not gone and world.watchdog is not None:
@@ -141,7 +141,7 @@ def _lost(world: World, problem: Exception) -> int:
             who += f", or NCCL failed ({one_line(gist(problem))})"
         _say(f"{who} while {world.phase}, and this run with it; a line above, or the log of that rank, may say why; "
              "the same command goes on at the last checkpoint")  # fmt: skip
-    _stay(speaks or world.is_main)
+    _stay(speaks)
     return PeerLost.exit_code
 
 

@@ -29,7 +29,7 @@ COST = (
 )
 
 SECONDS_FOR_RANK_0 = 10.0
-SECONDS_FOR_SRUN = 0.5  # it ends a step as soon as one task has failed, and can lose what that task said last: 1 line of 20 (22.05)
+SECONDS_FOR_SRUN = 0.5  # it ends a step as soon as one task has failed, and can lose what that task said last: 1 line of 30 (22.05)
 
 
 def main(argv: Sequence[str]) -> int:

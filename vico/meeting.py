@@ -119,10 +119,10 @@ def _done_beside(wait: Callable[[], None], work: Callable[[], Any]) -> Any:
         except BaseException as problem:
             result.set_exception(problem)
 
-    threading.Thread(target=run, daemon=True).start()
-    with suppress(TimeoutError):
-        return result.result(SECONDS_BETWEEN_CALLS)
-    while not result.done():
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(SECONDS_BETWEEN_CALLS)
+    while thread.is_alive():
         wait()
     return result.result()
 

@@ -300,7 +300,8 @@ def _open_log(
         config = replace(config, resume=None if resumed is None else Path(resumed))
     if saved is not None:
         done = progress.step, progress.evaluation_due, steps.steps_per_epoch
-        print("".join(f"note: {line}\n" for line in gaps(config.output_dir, *done, from_start=config.resume is None)), end="", flush=True)
+        for line in gaps(config.output_dir, *done, from_start=config.resume is None):
+            print(f"note: {line}", flush=True)
     facts = {"world_size": world.size, "steps_per_epoch": steps.steps_per_epoch, "peak_lr": peak_lr, "run": run_id}
     write_json(config.output_dir / "args.json", {**config.to_json(), **facts})
     log = RunLog(config.output_dir, progress.step, progress.evaluation_due)
