@@ -27,6 +27,7 @@ from benchmarks.variants import (
 from benchmarks.workload import SyntheticWorkload
 from vico.config import RunConfig
 from vico.errors import UserError
+from vico.model import graphs
 from vico.model.attention import Attend, Visibility, attend_plain, narrowed, visibility
 from vico.model.attention_packed import choose
 from vico.model.llama import LlamaShape
@@ -133,7 +134,8 @@ def _toy(shape: LlamaShape, device: torch.device, dtype: torch.dtype, plain: boo
     fast = make_fast(shape, dtype)
     fill(fast, values)
     fast.attend = choose("auto", device, dtype)[0]
-    return Packed(fast.to(device), device)
+    graphs.attach(fast.to(device), fast.attend)
+    return Packed(fast, device)
 
 
 def twenty_steps(shape: LlamaShape, device: torch.device, dtype: torch.dtype, steps: int = STEPS) -> dict[str, Any]:

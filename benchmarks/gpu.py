@@ -27,7 +27,7 @@ from benchmarks.workload import ScoringWork, SyntheticWorkload, TrainingWork
 from vico.assembly import DTYPES
 from vico.data.batches import EVALUATION_TOKENS
 from vico.errors import UserError
-from vico.model import kernels
+from vico.model import graphs, kernels
 from vico.model.attention_packed import choose
 from vico.model.llama import LlamaShape
 from vico.optim import make_optimizer
@@ -139,6 +139,7 @@ def compare(bench: Bench, kind: str, num: int) -> dict[str, Any]:
     """Plain and fast in turn on the same samples, a step each; the order turns round from step to step."""
     args, clock = bench.args, Clock(bench.device)
     count = args.warmup + args.steps
+    record_sizes(bench, bench.items(kind, num, True, count))
     streams = {name: bench.items(kind, num, name == "fast", count) for name in ("plain", "fast")}
     marks: dict[str, list[tuple[Any, Any]]] = {"plain": [], "fast": []}
     waits: dict[str, list[float]] = {"plain": [], "fast": []}
@@ -166,6 +167,22 @@ def compare(bench: Bench, kind: str, num: int) -> dict[str, Any]:
     out["figures"] = {n: bench.rates(seconds[n], amounts[n]) | {"data_wait_seconds": spread(waits[n])} for n in seconds}
     out["ratio"] = ratio_spread(seconds["plain"], seconds["fast"])
     return out
+
+
+def record_sizes(bench: Bench, items: Iterator[Item]) -> None:
+    """Meet every size that these steps have twice: a run records it then, once, and goes on for hours."""
+    replayed = bench.fast.model.replayed
+    for item in items:
+        batches = [batch for batch in item.batches if replayed is not None and isinstance(item.work, TrainingWork)]
+        for _ in range(2 if batches and len(batches[0].token_ids_T) < graphs.MOST_ROWS else 0):
+            if replayed is not None and not replayed.is_recorded(batches[0].segments):
+                bench.run("fast", item)
+
+
+def forget_records(bench: Bench) -> None:
+    """So that the next step is one that starts its kernels one by one: the profiler then knows them, and the allocator their memory."""
+    graphs.attach(bench.fast.model, bench.fast.model.attend)
+    gc.collect()
 
 
 def agreement(results: dict[str, Result]) -> dict[str, Any]:
@@ -209,10 +226,20 @@ def memory(bench: Bench) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for kind, num in (("both", bench.args.questions), ("score", bench.args.videos)):
         for name in ("plain", "fast"):
+            forget_records(bench)
             item = WorkItems(bench.workload, kind, num, name == "fast", bench.args.score_tokens)[0]
             key = "train" if kind == "both" else kind
             found.setdefault(key, {})[name] = device_peak(partial(bench.run, name, item), bench.device)
+            if name == "fast" and kind == "both" and bench.device.type == "cuda":
+                found[key][name]["reserved_once_recorded_gib"] = _reserved_once_recorded(bench, item)
     return found
+
+
+def _reserved_once_recorded(bench: Bench, item: Item) -> float:
+    for _ in range(2):
+        bench.run("fast", item)
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(bench.device) / GIB
 
 
 def budgets(bench: Bench) -> dict[str, Any]:
@@ -231,6 +258,7 @@ def _until_memory_ends(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def _alone(bench: Bench, questions: int) -> dict[str, Any]:
     args, clock = bench.args, Clock(bench.device)
+    record_sizes(bench, bench.items("both", questions, True, args.warmup + args.steps))
     stream = bench.items("both", questions, True, args.warmup + args.steps)
     marks, amounts = [], []
     for _ in range(args.warmup + args.steps):
@@ -258,10 +286,13 @@ def small_cards(bench: Bench) -> dict[str, Any]:
         if allowed * GIB >= there:
             continue  # this card is the smaller one
         recomputed = bench.shape.n_layers if recomputes else 0
+        forget_records(bench)
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(allowed * GIB / there)
         bench.fast.model.num_checkpointed = recomputed
+        if recomputes:
+            bench.fast.model.replayed = None
         found[nominal] = {"allowed_gib": allowed, "recomputed_layers": recomputed} | _until_memory_ends(partial(_step_memory, bench, item))
         print(f"a card of {nominal}: {found[nominal]}", flush=True)
     bench.fast.model.num_checkpointed = 0
@@ -281,6 +312,7 @@ def splits(bench: Bench) -> dict[str, Any]:
         training = [("train" if task == "both" else f"train_{task}", task, bench.args.questions) for task in bench.args.tasks]
         for key, kind, num in (*training, ("score", "score", bench.args.videos)):
             item = WorkItems(bench.workload, kind, num, name == "fast", bench.args.score_tokens)[0]
+            forget_records(bench)
             found[name][key], found[name][f"{key}_rows"] = time_split(partial(bench.run, name, item), bench.shape, bench.device)
     return found
 
@@ -354,7 +386,7 @@ def _bench(args: argparse.Namespace, shape: LlamaShape, device: torch.device, pe
     dtype = DTYPES[args.precision]
     plain, fast = make_shared_pair(shape, dtype, device, args.seed)
     fast.attend, why = choose(args.attention, device, dtype)
-    print(f"fast: {why}, {kernels.describe(device)}", flush=True)
+    print(f"fast: {why}, {kernels.describe(device)}, {graphs.attach(fast, fast.attend)}", flush=True)
     optimizer = make_optimizer([p for p in fast.parameters() if p.requires_grad], weight_decay=0.14)
     pair = Plain(plain, device), Packed(fast, device, score_tokens=args.score_tokens)
     return Bench(*pair, optimizer, shape, SyntheticWorkload(shape.vocab_size, seed=args.seed), device, args, peak, ceiling)

@@ -25,13 +25,14 @@ from benchmarks.measure import GIB, Clock, device_ceilings, hardware, resident_p
 from benchmarks.variants import MODELS, make_fast, random_value
 from benchmarks.workload import SyntheticWorkload
 from vico import dist
-from vico.assembly import DTYPES
+from vico.assembly import DTYPES, replay_refused
 from vico.data.batches import Step, longest_first
 from vico.data.packing import Example, pack
 from vico.data.workers import loader
 from vico.dist import World
 from vico.engine import Engine, construction, read_config
 from vico.files import write_text
+from vico.model import graphs, kernels
 from vico.model.attention_packed import choose
 from vico.model.llama import LlamaShape
 from vico.optim import make_optimizer
@@ -127,6 +128,7 @@ def make_engine(args: argparse.Namespace, world: World, shape: LlamaShape, stage
         model = make_fast(shape, dtype)
     fill_random(model, args.seed, world)
     model.attend = attend
+    why += f", {kernels.describe(world.device)}, {graphs.attach(model, attend, replay_refused(config))}"
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], weight_decay=0.14)
     return Engine(model, optimizer, config, dtype, why)
 

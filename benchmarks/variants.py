@@ -90,11 +90,10 @@ class Packed:
         return self.train_batch(training_batch(work, self.share))
 
     def train_batch(self, batch: PackedBatch) -> list[float]:
+        # Counted on the host, as a run does; a work of one task alone has a loss of 0 for the other.
+        counts = torch.bincount(batch.target_tasks, minlength=2).clamp(min=1).to(self._device, torch.float32, non_blocking=True)
         batch = batch.to(self._device)
-        sums = sums_by_task(self.model(batch), batch, 2).float()
-        means = sums / torch.bincount(batch.target_tasks, minlength=2).clamp(
-            min=1
-        )  # a work of one task alone has a loss of 0 for the other
+        means = sums_by_task(self.model(batch), batch, 2).float() / counts
         (means[0] + CAPTION_WEIGHT * means[1]).backward()
         losses: list[float] = means.tolist()
         return losses

@@ -16,6 +16,7 @@ from benchmarks.variants import scoring_batches, training_batch
 from benchmarks.workload import SyntheticWorkload
 from vico.model import kernels
 from vico.model.attention_packed import KERNELS, PackedAttention
+from vico.model.graphs import Replayed
 from vico.model.llama import LlamaShape
 from vico.model.vico import ViCo
 from vico.records import PackedBatch
@@ -85,6 +86,17 @@ def test_training_mixes_no_devices_and_waits_for_none(starts: Starts, checkpoint
     for place, questions in enumerate((1, 2, 8)):
         step(model, training_batch(WORK.training(place, questions)))
         assert all(p.grad is not None and p.grad.device == GPU for p in model.parameters() if p.requires_grad)
+
+
+def test_a_program_mixes_no_devices_and_waits_for_none(starts: Starts) -> None:
+    """What is recorded on a GPU, where waiting would be an error, and what is done around it."""
+    model = made()
+    assert isinstance(model.attend, PackedAttention)
+    model.replayed = Replayed(model, model.attend)
+    for place, questions in enumerate((1, 2, 8, 1)):
+        step(model, training_batch(WORK.training(place, questions)))
+        assert all(p.grad is not None and p.grad.device == GPU for p in model.parameters() if p.requires_grad)
+    assert model.replayed.programs
 
 
 @torch.no_grad()

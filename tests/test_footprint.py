@@ -22,8 +22,9 @@ from vico.engine import Engine, construction, read_config
 from vico.footprint import HEAD_CHUNK_BYTES, Setting, Work, activations, layer, size_of
 from vico.gathered import BLOCK, gathered_modules, live_bytes
 from vico.model import functions
-from vico.model.attention import attend_blocks, visibility
-from vico.model.attention_packed import KERNELS, PackedAttention, _layout
+from vico.model.attention import attend_blocks
+from vico.model.attention_packed import KERNELS, PackedAttention
+from vico.model.layout import places
 from vico.model.llama import LlamaShape
 from vico.model.vico import ViCo, trainable_shapes
 from vico.model.weights import backbone_shapes
@@ -63,7 +64,7 @@ def batch_of(num_questions: int, vocab_size: int = 32000, place: int = 1, seed: 
 
 
 def work_of(batch: PackedBatch) -> Work:
-    keys = len(_layout(visibility(batch.segments), torch.device("cpu"), torch.float32, False).key_rows_K)
+    keys = places(batch.segments).sizes.keys
     return Work(batch.num_rows, len(batch.wanted_rows_R), len(batch.token_targets_N), len(batch.features_VFC), keys)
 
 

@@ -9,18 +9,30 @@ import torch
 import oracle
 import oracle_files
 from benchmarks import correctness
-from benchmarks.variants import fill, make_fast, random_weights, scoring_batches, training_batch
+from benchmarks.variants import fill, make_fast, random_weights, scoring_batches, take_gradients, training_batch
 from benchmarks.workload import SyntheticWorkload
+from vico.model import graphs
 from vico.model.attention_packed import choose
 from vico.model.llama import LlamaShape
+from vico.model.vico import ViCo
 from world import World, end, records, start
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+pytestmark = [
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    *(pytest.mark.filterwarnings(f"ignore:{words}") for words in ("Attempting to run cuBLAS", "Synchronization debug mode")),
+]  # fmt: skip
 CUDA = torch.device("cuda")
 TOY = LlamaShape(256, 4, 4, 2000, multiple_of=64)
 HEADS_OF_7B = LlamaShape(4096, 1, 32, 32000)
 HALF_LOSS_RTOL = 1e-2  # bf16 on a random tiny model, as in test_training
 FLAGS = ["--epochs", "2", "--warmup_epochs", "1", "--lr", "5e-3", "--bias", "0.7", "--batch_size", "4", "--num_workers", "0"]
+
+
+def toy_on_the_gpu() -> ViCo:
+    fast = make_fast(TOY, torch.bfloat16)
+    fill(fast, random_weights(fast))
+    fast.to(CUDA).attend = choose("auto", CUDA, torch.bfloat16)[0]
+    return fast
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -71,6 +83,7 @@ def test_whole_runs(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ended = end(processes, 240)
         assert ended.codes == [0], (name, ended.output)
         assert ("by Triton kernels" in ended.output) == (name != "cpu")
+        assert ("rows as CUDA graphs" in ended.output) == (name in ("bf16", "cut")), ended.output
     exact = losses(tmp_path / "cpu")
     assert len(exact) == 10
     for name in ("bf16", "zero3", "recomputed", "sdpa", "fp32"):
@@ -88,10 +101,7 @@ def test_nothing_waits_and_nothing_is_compiled_after_the_third_step(monkeypatch:
 
     compiled: list[object] = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **_: compiled.append(1))
-    fast = make_fast(TOY, torch.bfloat16)
-    fill(fast, random_weights(fast))
-    fast.to(CUDA).attend = choose("auto", CUDA, torch.bfloat16)[0]
-    work = SyntheticWorkload(TOY.vocab_size)
+    fast, work = toy_on_the_gpu(), SyntheticWorkload(TOY.vocab_size)
     counts = []
     for place in range(8):
         batch = training_batch(work.training(place, 2 + place)).pin_memory()
@@ -112,3 +122,53 @@ def test_nothing_waits_and_nothing_is_compiled_after_the_third_step(monkeypatch:
                 fast(batch.to(CUDA))
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_records_compute_what_they_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each size as kernels one by one, recorded, and replayed: the same losses to the bit; gradients up to attention's order of sums."""
+    fast, work = toy_on_the_gpu(), SyntheticWorkload(TOY.vocab_size)
+    assert graphs.attach(fast, fast.attend).startswith("micro-batches of up to")
+    replayed = fast.replayed
+    batches = [training_batch(work.training(place, 2 + place % 3)).to(CUDA) for place in range(12)]
+    found: dict[str, list[tuple[torch.Tensor, dict[str, torch.Tensor]]]] = {}
+    for how in ("eager", "first", "second", "third", "unrecorded"):
+        fast.replayed = None if how == "eager" else replayed
+        if how == "unrecorded":
+            assert graphs.attach(fast, fast.attend) and fast.replayed is not replayed
+            monkeypatch.setattr(graphs, "MOST_SIZES", 0)
+        for batch in batches:
+            losses = fast(batch)
+            losses.sum().backward()
+            found.setdefault(how, []).append((losses.detach(), take_gradients(fast)))
+    assert replayed is not None and all(program.is_recorded for program in replayed.programs.values())
+    assert 1 < len(replayed.programs) < len(batches)
+    for how, steps in found.items():
+        for (losses, gradients), (same, of_same), (eager, of_eager) in zip(steps, found["unrecorded"], found["eager"], strict=True):
+            assert how == "eager" or torch.equal(losses, same), how
+            assert correctness.distance(losses, eager) <= 1e-2
+            for name, gradient in gradients.items():
+                assert correctness.distance(gradient, of_same[name]) <= 1e-2, (how, name)
+                assert correctness.distance(gradient, of_eager[name]) <= 5e-2, (how, name)
+
+
+def test_a_replayed_step_waits_for_nothing_and_starts_little() -> None:
+    fast, work = toy_on_the_gpu(), SyntheticWorkload(TOY.vocab_size)
+    graphs.attach(fast, fast.attend)
+    batch = training_batch(work.training(0, 4)).pin_memory()
+    for _ in range(3):
+        fast(batch.to(CUDA)).sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fast(batch.to(CUDA)).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_backward_that_comes_too_late_says_so() -> None:
+    fast, work = toy_on_the_gpu(), SyntheticWorkload(TOY.vocab_size)
+    graphs.attach(fast, fast.attend)
+    first, second = (fast(training_batch(work.training(place, 2)).to(CUDA)) for place in range(2))
+    second.sum().backward()
+    with pytest.raises(RuntimeError, match="VICO_GRAPHS=off"):
+        first.sum().backward()

@@ -15,7 +15,7 @@ from vico.data.prompts import Prompts
 from vico.dist import World, limit_waiting
 from vico.engine import Engine, construction, fill
 from vico.files import require_writable
-from vico.model import kernels
+from vico.model import graphs, kernels
 from vico.model.attention_packed import choose
 from vico.model.backbone import Weights
 from vico.model.llama import FrozenLinear, Linear
@@ -103,12 +103,20 @@ def build_engine(config: RunConfig, inputs: Inputs, trainables: dict[str, Tensor
             module.fill(inputs.weights.read(f"{name}.weight").to(world.device, dtype))
     model.attend = attend
     model.num_checkpointed = len(model.layers) if config.num_checkpointed is None else config.num_checkpointed
+    description += f", {graphs.attach(model, attend, replay_refused(inputs.ds_config, config.quantize))}"
     _require_declared(model, inputs.trainable_shapes)
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], config.weight_decay)
     world.doing("building the engine")
     engine = Engine(model, optimizer, inputs.ds_config, dtype, description)
     limit_waiting(world.timeout)
     return engine
+
+
+def replay_refused(ds_config: dict[str, Any], quantize: str | None = None) -> str | None:
+    """Why a record of the blocks could not be replayed: their weights lie elsewhere each time. None: it can."""
+    if quantize is not None:
+        return "--quantize makes weights at every use"
+    return "ZeRO-3 gathers weights at every use" if ds_config["zero_optimization"]["stage"] == 3 else None
 
 
 def _slice(value: Tensor, start: int, stop: int) -> Tensor:

@@ -9,10 +9,8 @@ What is gathered and widened for the kernel is made again in backward: another c
 import importlib.util
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,23 +19,8 @@ from torch.autograd import Function
 from vico.errors import UserError
 from vico.model import kernels
 from vico.model.attention import Attend, Visibility, attend_blocks, attend_plain
+from vico.model.layout import Layout, on_device, places, sent
 from vico.records import Segment
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """A stream's segments as the kernels want them, on the device. K: keys of all segments, ancestors' rows again for each."""
-
-    key_rows_K: Tensor  # int64: of each segment in turn, its ancestors' rows and its own
-    own_keys_T: Tensor  # int64: where in K each row stands as a row of its own segment
-    shared_rows_S: Tensor  # int64: the rows that stand in K more than once
-    sharing_SK: Tensor | None  # 1 where, else 0; None: no gradient is wanted
-    q_starts: Tensor  # int32 [segments + 1]
-    k_starts: Tensor
-    longest_q: int
-    longest_k: int
-    after_video_T: Tensor  # bool
-    is_video_T: Tensor  # bool
 
 
 class Kernel(Protocol):
@@ -59,9 +42,15 @@ class PackedAttention:
     """
 
     def __init__(self, kernel: Kernel) -> None:
-        self._kernel = kernel
+        self.kernel = kernel
         self._made_for: tuple[Segment, ...] | None = None
         self._layout: Layout | None = None
+
+    def at(self, layout: Layout) -> "PackedAttention":
+        """The same for this layout, whatever a call says is seen."""
+        fixed = PackedAttention(self.kernel)
+        fixed.layout = lambda seen, like: layout  # type: ignore[method-assign]
+        return fixed
 
     def __call__(self, q_QHd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, seen: Visibility) -> Tensor:
         if seen.queries is not None:  # one layer of many: asking for all rows costs less than a layout of its own
@@ -75,7 +64,8 @@ class PackedAttention:
         """On the device and in the type of `like`; ready for `backward` where autograd is on."""
         made, gradient = self._layout, torch.is_grad_enabled()
         if made is None or self._made_for is not seen.segments or (gradient and made.sharing_SK is None):
-            made = _layout(seen, like.device, like.dtype, gradient)
+            found = places(seen.segments)
+            made = on_device(sent(found.numbers(found.sizes), like.device), found.sizes, like.dtype, gradient)
             self._made_for, self._layout = seen.segments, made
         return made
 
@@ -85,7 +75,7 @@ class PackedAttention:
         """(out [T, H, d], what `backward` wants to be kept besides the inputs)."""
         width = q_THd.shape[-1]
         # The scale is that of the real head width, not of the widened one.
-        out, kept = self._kernel.forward(*_kernel_inputs(q_THd, k_THd, v_THd, gate2_H, layout), layout, width**-0.5)
+        out, kept = self.kernel.forward(*_kernel_inputs(q_THd, k_THd, v_THd, gate2_H, layout), layout, width**-0.5)
         return out[..., :width], kept
 
     def backward(
@@ -94,7 +84,7 @@ class PackedAttention:
         """Gradients of q, k, v and gate2. Rows that several segments see get one sum in fp32, in a fixed order."""
         width = q_THd.shape[-1]
         q, k, v = _kernel_inputs(q_THd, k_THd, v_THd, gate2_H, layout)
-        dq, dk, dv = self._kernel.backward(F.pad(g_THd, (0, q.shape[-1] - width)), q, k, v, kept, layout, width**-0.5)
+        dq, dk, dv = self.kernel.backward(F.pad(g_THd, (0, q.shape[-1] - width)), q, k, v, kept, layout, width**-0.5)
         del q, k, v  # widened tensors, in the worst moment of a step's memory
         gate2_gradient = None
         if gate2_H is not None:
@@ -150,7 +140,8 @@ def _widened(
     lo_H = (x_H - hi_H.float()).to(q_THd.dtype)
     q_extra_HE = torch.cat([hi_H[:, None], lo_H[:, None], q_THd.new_zeros(num_heads, extra - 2)], dim=1)
     q_extra_THE = after_T[:, None, None] * q_extra_HE
-    k_extra_E = torch.tensor([unit, unit] + [0.0] * (extra - 2), dtype=k_THd.dtype, device=k_THd.device)
+    k_extra_E = k_THd.new_zeros(extra)
+    k_extra_E[:2] = unit
     k_extra_THE = (video_T.to(k_THd.dtype)[:, None, None] * k_extra_E).expand(num_rows, num_heads, extra)
     wide_q, wide_k = torch.cat([q_THd, q_extra_THE], dim=-1), torch.cat([k_THd, k_extra_THE], dim=-1)
     return wide_q, wide_k.index_select(0, rows_K), F.pad(v_THd, (0, extra)).index_select(0, rows_K)
@@ -164,32 +155,6 @@ def _by_row(gradient_KHd: Tensor, layout: Layout, width: int) -> Tensor:
         sums_SHd = (layout.sharing_SK @ gradient_KHd.flatten(1)).unflatten(1, gradient_KHd.shape[1:])
         out_THd.index_copy_(0, layout.shared_rows_S, sums_SHd[..., :width])
     return out_THd
-
-
-def _layout(seen: Visibility, device: torch.device, dtype: torch.dtype, gradient: bool) -> Layout:
-    """Host work in numpy, once per micro-batch, and copies that nobody waits for."""
-    lines: list[list[Segment]] = []  # of each segment, its ancestors and itself
-    for segment in seen.segments:  # parents stand before their children
-        lines.append([*([] if segment.parent is None else lines[segment.parent]), segment])
-    key_rows = np.concatenate([np.arange(s.start, s.stop) for line in lines for s in line])
-    q_lengths = np.array([s.stop - s.start for s in seen.segments])
-    k_lengths = np.array([sum(s.stop - s.start for s in line) for line in lines])
-    q_starts, k_starts = (np.concatenate([[0], lengths.cumsum()]) for lengths in (q_lengths, k_lengths))
-    # A segment's own rows are the last of its keys, and rows stand in the order of segments.
-    own_keys = np.concatenate([np.arange(stop - n, stop) for stop, n in zip(k_starts[1:], q_lengths, strict=True)])
-    shared_rows = np.flatnonzero(np.bincount(key_rows, minlength=len(own_keys)) > 1)
-    flags = [np.repeat([getattr(s, name) for s in seen.segments], q_lengths) for name in ("after_video", "is_video")]
-    # Rounded up: kernels are chosen by these, and a new value for every batch would mean a new compilation.
-    longest = [-(-int(lengths.max()) // 64) * 64 for lengths in (q_lengths, k_lengths)]
-
-    def to_device(values: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(values)
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-    rows_K, rows_S = to_device(key_rows), to_device(shared_rows)
-    sharing_SK = (rows_S[:, None] == rows_K).to(dtype) if gradient else None
-    of_q, of_k = (to_device(x.astype(np.int32)) for x in (q_starts, k_starts))
-    return Layout(rows_K, to_device(own_keys), rows_S, sharing_SK, of_q, of_k, longest[0], longest[1], *map(to_device, flags))
 
 
 class Differentiated:

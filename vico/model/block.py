@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.autograd import Function
 
-from vico.model.attention_packed import Layout, PackedAttention
+from vico.model.attention_packed import PackedAttention
 from vico.model.functions import adapter, adapter_backward, norm, norm_backward, product, product_added, swiglu, swiglu_backward, turn_both
+from vico.model.layout import Layout
 
 if TYPE_CHECKING:
     from vico.model.llama import Block, Context

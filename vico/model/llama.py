@@ -1,6 +1,6 @@
 """The frozen LLaMA backbone on one page (Meta's layout and names), with the adapter's places in its attention.
 
-This is what is computed; block.py has the same block once more as one Function, for GPUs.
+This is what is computed; block.py has the same block once more as one Function, and graphs.py the blocks as one, for GPUs.
 
 A layer that is adapted owns two gates; what flows to it besides the stream is its prompt and who sees whom.
 """
@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from vico.model import block
 from vico.model.attention import Attend, Visibility, narrowed
 from vico.model.functions import AdapterAttention, FrozenProduct, FrozenRMSNorm, Rotate, SwiGLU, TargetCrossEntropy
+
+if TYPE_CHECKING:
+    from vico.model.graphs import Replayed
 
 
 @dataclass(frozen=True)
@@ -235,6 +238,7 @@ class Llama(nn.Module):
         super().__init__()
         self.shape, self.dtype, self.num_adapted = shape, dtype, num_adapted
         self.num_checkpointed = 0  # so many of the lower layers keep only their input, and run again in backward
+        self.replayed: Replayed | None = None  # what runs all layers but the last where it can
         self.tok_embeddings = FrozenEmbedding(shape.vocab_size, shape.dim, dtype)
         self.layers = nn.ModuleList(Block(shape, i >= shape.n_layers - num_adapted, dtype, linear) for i in range(shape.n_layers))
         self.norm = RMSNorm(shape.dim, shape.norm_eps, dtype)
@@ -245,14 +249,17 @@ class Llama(nn.Module):
 
         All layers run, the lower ones without prompt and gates; the last one only where its output is wanted.
         """
-        num_plain = len(self.layers) - self.num_adapted
-        prompts = prompts_GAD.unbind(0)  # one gradient for all; a slice's would be as large as the whole, for each layer
-        for i, layer in enumerate(self.layers):
-            last = i + 1 == len(self.layers)
-            prompt_AD = prompts[i - num_plain] if i >= num_plain else None
-            seen = context.narrowed(wanted_R) if last else context
-            if i < self.num_checkpointed and torch.is_grad_enabled():
-                x_TD = _run_twice(layer, x_TD, prompt_AD, seen)
-            else:
-                x_TD = layer(x_TD, prompt_AD, seen)
-        return self.norm(x_TD)
+        *lower, last = self.layers
+        # unbind: one gradient for all; a slice's would be as large as the whole, for each layer.
+        prompts: list[Tensor | None] = [None] * (len(self.layers) - self.num_adapted) + [*prompts_GAD.unbind(0)]
+        if self.replayed is not None and self.replayed.serves(x_TD):
+            x_TD = self.replayed(x_TD, prompts[:-1], context)
+        else:
+            for i, (layer, prompt_AD) in enumerate(zip(lower, prompts[:-1], strict=True)):
+                x_TD = self._run(i, layer, x_TD, prompt_AD, context)
+        return self.norm(self._run(len(lower), last, x_TD, prompts[-1], context.narrowed(wanted_R)))
+
+    def _run(self, place: int, layer: nn.Module, x_TD: Tensor, prompt_AD: Tensor | None, context: Context) -> Tensor:
+        twice = place < self.num_checkpointed and torch.is_grad_enabled()
+        out: Tensor = _run_twice(layer, x_TD, prompt_AD, context) if twice else layer(x_TD, prompt_AD, context)
+        return out

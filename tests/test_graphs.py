@@ -1,0 +1,174 @@
+"""Streams filled up to sizes in common, and the blocks as one program over tensors of their own: all that needs no GPU to be seen.
+
+Without one nothing is recorded: a program runs at every use, over the same tensors, as it does at its first on a GPU.
+"""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from benchmarks.variants import fill, random_weights, scoring_batches, take_gradients, training_batch
+from benchmarks.workload import SyntheticWorkload
+from vico.model import graphs
+from vico.model.attention_packed import KERNELS, PackedAttention, choose
+from vico.model.graphs import Replayed
+from vico.model.layout import places
+from vico.model.llama import LlamaShape
+from vico.model.vico import ViCo
+from vico.records import PackedBatch, Segment
+
+SHAPE = LlamaShape(64, 4, 4, 300, multiple_of=16)
+WORK = SyntheticWorkload(300)
+CPU = torch.device("cpu")
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> tuple[Segment, ...]:
+    segments: list[Segment] = []
+    for i in range(draw(st.integers(1, 12))):
+        start = segments[-1].stop if segments else 0
+        parent = draw(st.none() | st.integers(0, i - 1)) if i else None
+        segments.append(Segment(start, start + draw(st.integers(1, 90)), parent, draw(st.booleans()), draw(st.booleans())))
+    return tuple(segments)
+
+
+def pieces(numbers: np.ndarray, sizes: graphs.Sizes) -> list[np.ndarray]:
+    rows, starts = sizes.rows, sizes.segments + 1
+    return np.split(numbers, np.cumsum([sizes.keys, rows, rows, rows, sizes.shared, starts]))
+
+
+@given(trees())
+def test_what_fills_a_stream_up_sees_itself_alone(segments: tuple[Segment, ...]) -> None:
+    found = places(segments)
+    own, sizes = found.sizes, found.rounded
+    assert all(more >= fewer for more, fewer in zip(sizes, own, strict=True)) and sizes.rows > own.rows
+    assert sizes.rows % 128 == 0 and sizes.longest_q % 64 == 0 and sizes.longest_k % 64 == 0
+    before, after = pieces(found.numbers(own), own), pieces(found.numbers(sizes), sizes)
+    assert sum(map(len, after)) == sizes.numbers and all(piece.dtype == np.int64 for piece in after)
+    for piece, (short, long) in enumerate(zip(before, after, strict=True)):
+        assert np.array_equal(long[: len(short)], short), piece  # the stream itself is what it was
+    key_rows, own_keys, after_video, is_video, shared, q_starts, k_starts = after
+    assert (key_rows[own.keys :] >= own.rows).all()
+    assert not after_video[own.rows :].any() and not is_video[own.rows :].any()
+    assert np.array_equal(key_rows[own_keys], np.arange(sizes.rows))
+    assert (shared[own.shared :] == own.rows).all()
+    for starts, total in ((q_starts, sizes.rows), (k_starts, sizes.keys)):
+        assert (np.diff(starts) >= 0).all() and starts[0] == 0 and starts[-1] == total
+    assert np.diff(q_starts).max() <= sizes.longest_q and np.diff(k_starts).max() <= sizes.longest_k
+    assert (np.diff(q_starts) <= np.diff(k_starts)).all()  # each row sees itself
+
+
+def test_few_sizes_serve_many_micro_batches() -> None:
+    sizes = {places(training_batch(WORK.training(place, 8)).segments).rounded for place in range(40)}
+    assert len(sizes) <= 12, sizes
+
+
+def model(num_adapted: int = 4, kernel: str = "sdpa") -> ViCo:
+    made = ViCo(SHAPE, num_adapted, 10, 10, 100.0, torch.float32)
+    fill(made, random_weights(made))
+    made.attend = PackedAttention(KERNELS[kernel])
+    return made
+
+
+def replayed(made: ViCo) -> Replayed:
+    assert isinstance(made.attend, PackedAttention)
+    return Replayed(made, made.attend)
+
+
+def step(made: ViCo, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    losses = made(batch)
+    losses.sum().backward()
+    return losses.detach(), take_gradients(made)
+
+
+@pytest.mark.parametrize("num_adapted", [4, 2])
+def test_a_program_computes_what_the_blocks_do(num_adapted: int) -> None:
+    """Losses and every trainable's gradient, of streams of one size after each other and of several sizes."""
+    made = model(num_adapted)
+    batches = [training_batch(WORK.training(place, 1 + place % 3)) for place in (0, 3, 1, 6, 2)]
+    expected = [step(made, batch) for batch in batches]
+    made.replayed = replayed(made)
+    for batch, (losses, gradients) in zip(batches, expected, strict=True):
+        its_losses, its = step(made, batch)
+        assert torch.allclose(its_losses, losses, rtol=1e-5, atol=1e-6)
+        assert set(its) == set(gradients)
+        for name, gradient in gradients.items():
+            assert gradient.any() and float((its[name] - gradient).norm() / gradient.norm()) <= 1e-5, name
+    assert 1 < len(made.replayed.programs) < len(batches)
+
+
+def test_gradients_add_up_over_micro_batches() -> None:
+    """What a program returns is not where it writes next."""
+    made = model()
+    batches = [training_batch(WORK.training(place, 1)) for place in (0, 3)]
+    one, two = (step(made, batch)[1] for batch in batches)
+    made.replayed = replayed(made)
+    for batch in batches:
+        made(batch).sum().backward()
+    for name, gradient in take_gradients(made).items():
+        assert torch.allclose(gradient, one[name] + two[name], rtol=1e-4, atol=1e-5), name
+
+
+def test_weights_that_change_are_seen() -> None:
+    made = model()
+    made.replayed = replayed(made)
+    batch = training_batch(WORK.training(0, 1))
+    before = step(made, batch)[0]
+    with torch.no_grad():
+        made.adapter_query.weight.add_(1.0)
+        made.get_parameter("layers.1.attention.gate2").sub_(2.0)
+    changed = step(made, batch)[0]
+    made.replayed = None
+    assert not torch.allclose(changed, before, atol=1e-4)
+    assert torch.allclose(changed, step(made, batch)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_backward_that_comes_too_late_says_so() -> None:
+    made = model()
+    made.replayed = replayed(made)
+    first, second = (made(training_batch(WORK.training(place, 1))).sum() for place in (0, 3))
+    second.backward()
+    with pytest.raises(RuntimeError, match="VICO_GRAPHS=off"):
+        first.backward()
+
+
+@torch.no_grad()
+def test_scoring_is_not_recorded() -> None:
+    made = model()
+    made.replayed = replayed(made)
+    for batch in scoring_batches(WORK.scoring(0, 1)):
+        made(batch)
+    assert not made.replayed.programs
+
+
+def test_long_streams_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MOST_ROWS", 64)
+    made = model()
+    made.replayed = replayed(made)
+    step(made, training_batch(WORK.training(0, 1)))
+    assert not made.replayed.programs
+
+
+def test_who_replays_and_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU nobody; the other reasons as a GPU would hear them, the first that holds."""
+    made = model(kernel="varlen")
+    assert graphs.attach(made, made.attend) == "no CUDA graphs (a CPU)" and made.replayed is None
+    monkeypatch.setattr(graphs, "_is_gpu", lambda device: True)
+    attach = partial(graphs.attach, made)
+    assert attach(made.attend, "ZeRO-3 gathers") == "no CUDA graphs (ZeRO-3 gathers)"
+    assert attach(choose("plain", CPU, torch.float32)[0]) == "no CUDA graphs (only with --attention varlen)"
+    assert attach(PackedAttention(KERNELS["sdpa"])) == "no CUDA graphs (only with --attention varlen)"
+    made.num_checkpointed = 1
+    assert attach(made.attend) == "no CUDA graphs (layers are recomputed)"
+    made.num_checkpointed = 0
+    assert attach(made.attend) == "micro-batches of up to 4,096 rows as CUDA graphs" and made.replayed is not None
+    monkeypatch.setattr(graphs, "USED", False)
+    assert attach(made.attend) == "no CUDA graphs (VICO_GRAPHS=off)" and made.replayed is None
+    monkeypatch.setattr(graphs, "USED", True)
+    one = model(1, "varlen")
+    assert graphs.attach(one, one.attend) == "no CUDA graphs (one adapted layer)"
