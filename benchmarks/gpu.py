@@ -170,12 +170,14 @@ def compare(bench: Bench, kind: str, num: int) -> dict[str, Any]:
 
 
 def record_sizes(bench: Bench, items: Iterator[Item]) -> None:
-    """Meet every size that these steps have twice: a run records it then, once, and goes on for hours."""
+    """Meet every size of these steps twice: a run records it then, once, and goes on for hours."""
     replayed = bench.fast.model.replayed
     for item in items:
-        batches = [batch for batch in item.batches if replayed is not None and isinstance(item.work, TrainingWork)]
-        for _ in range(2 if batches and len(batches[0].token_ids_T) < graphs.MOST_ROWS else 0):
-            if replayed is not None and not replayed.is_recorded(batches[0].segments):
+        training = isinstance(item.work, TrainingWork)
+        for _ in range(2):
+            if replayed is not None and not all(
+                replayed.is_recorded(b.segments, training) for b in item.batches if b.num_rows < graphs.MOST_ROWS
+            ):
                 bench.run("fast", item)
 
 

@@ -1,4 +1,4 @@
-"""All blocks but the last of a training micro-batch as two CUDA graphs, forward and backward, each started by one call.
+"""All blocks but the last as CUDA graphs: one for a forward, one for its backward, each started by one call.
 
 A block is sixty kernels there and back, and a host needs 5 to 40 us to start one: at the published batch size a GPU would wait
 for its host more than half of the time (benchmarks/LOG.md). Streams are filled up to a few sizes (layout.py). The first
@@ -27,7 +27,10 @@ from vico.records import Segment
 USED = os.environ.get("VICO_GRAPHS", "on") != "off"  # the one switch, for comparisons
 MOST_ROWS = 4096  # of more, a GPU takes longer than any host
 MOST_SIZES = 32  # each record holds its output and the stream's gradient: 16 KiB per row at 7B
-SPARE = 2.5  # times what a forward keeps must be free: for the record, a forward of another size, and what is not foreseen
+STREAMS_OF_A_FORWARD = 64  # a forward that keeps nothing uses about so much, most of it for the keys of a video's questions
+SPARE = (
+    2.5  # times what a forward keeps must be free: for the record, for one of another size that runs as it is, and for what is not foreseen
+)
 
 
 def attach(model: Llama, attend: Attend, why_not: str | None = None) -> str:
@@ -42,7 +45,7 @@ def attach(model: Llama, attend: Attend, why_not: str | None = None) -> str:
         return f"no CUDA graphs ({why})"
     assert isinstance(attend, PackedAttention)
     model.replayed = Replayed(model, attend)
-    return f"micro-batches of up to {MOST_ROWS:,} rows as CUDA graphs"
+    return f"up to {MOST_ROWS:,} rows as CUDA graphs"
 
 
 def _is_gpu(device: torch.device) -> bool:
@@ -50,56 +53,59 @@ def _is_gpu(device: torch.device) -> bool:
 
 
 class Replayed:
-    """The blocks below the last one, for training; has a program for each size it has met."""
+    """The blocks below the last one; has a program for each size it has met, in training and in scoring."""
 
     def __init__(self, model: Llama, attend: PackedAttention) -> None:
         self.blocks = [block for block in model.layers if isinstance(block, Block)][:-1]
         self.num_plain = len(model.layers) - model.num_adapted
         self.attend = attend
-        self.programs: dict[Sizes, _Program] = {}
-        self.gates = [gate for block in self.blocks[self.num_plain :] for gate in (block.attention.gate1, block.attention.gate2)]
+        self.turn = 0  # the number of the forward whose results lie in the programs' tensors
+        self.programs: dict[tuple[Sizes, bool], _Program] = {}  # by size, and whether for training
+        self._gates = [gate for block in self.blocks[self.num_plain :] for gate in (block.attention.gate1, block.attention.gate2)]
         self._streams: tuple[Tensor, Tensor] | None = None
         self._pool: Any = None  # records take turns: they share their memory
-        self._pooled = 0  # bytes that the largest forward of a record keeps
-        self.turn = 0  # the number of the forward whose results lie there
+        self._pooled = 0  # bytes that the largest of them needs
 
     def serves(self, x_TD: Tensor) -> bool:
-        return torch.is_grad_enabled() and len(x_TD) < MOST_ROWS
+        return len(x_TD) < MOST_ROWS
+
+    def is_recorded(self, segments: tuple[Segment, ...], gradient: bool) -> bool:
+        program = self.programs.get((places(segments).rounded(gradient), gradient))
+        return program is not None and program.is_recorded
 
     def __call__(self, x_TD: Tensor, prompts: Sequence[Tensor | None], context: Context) -> Tensor:
         """The stream [T, D] above these blocks; `prompts`: [A, D] for each block, None for those that are not adapted."""
-        found = places(context.seen.segments)
-        sizes = found.rounded
-        prompts_LAD = torch.stack([prompt_AD for prompt_AD in prompts if prompt_AD is not None])
-        gates_2LH = torch.stack([gate.flatten() for gate in self.gates])
-        if (program := self.programs.get(sizes)) is None:
-            program = self.programs[sizes] = _Program(self, sizes, x_TD, prompts_LAD, gates_2LH, context.rotary_T)
-        out: Tensor = _Replay.apply(x_TD, prompts_LAD, gates_2LH, context.rotary_T, found.numbers(sizes), program)
+        found, gradient = places(context.seen.segments), torch.is_grad_enabled()
+        sizes = found.rounded(gradient)
+        given = (
+            x_TD, torch.stack([prompt_AD for prompt_AD in prompts if prompt_AD is not None]),
+            torch.stack([gate.flatten() for gate in self._gates]), context.rotary_T,
+        )  # fmt: skip
+        if (program := self.programs.get((sizes, gradient))) is None:
+            program = self.programs[sizes, gradient] = _Program(self, sizes, gradient, *given)
+        out: Tensor = _Replay.apply(*given, found.numbers(sizes), program)
         return out
-
-    def is_recorded(self, segments: tuple[Segment, ...]) -> bool:
-        program = self.programs.get(places(segments).rounded)
-        return program is not None and program.is_recorded
 
     def streams(self, rows: int, like_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Where the stream comes in and where its gradient does, [rows, D]: the same place for every size."""
         if self._streams is None:
             self._streams = like_TD.new_zeros((MOST_ROWS, like_TD.shape[1])), like_TD.new_zeros((MOST_ROWS, like_TD.shape[1]))
-        return self._streams[0][:rows].detach().requires_grad_(), self._streams[1][:rows]
+        return self._streams[0][:rows].detach(), self._streams[1][:rows]
 
-    def may_record(self, kept: int) -> bool:
-        """Whether there is room for a record of a forward that keeps so many bytes."""
-        if sum(program.is_recorded for program in self.programs.values()) >= MOST_SIZES:
+    def may_record(self, gradient: bool, needed: int) -> bool:
+        """Whether there is room for one record more, which needs so many bytes."""
+        if sum(program.is_recorded for (_, of_training), program in self.programs.items() if of_training == gradient) >= MOST_SIZES:
             return False
-        if kept <= self._pooled:
+        if needed <= self._pooled:
             return True
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - self._pooled
-        return free >= SPARE * kept
+        return free >= SPARE * needed
 
-    def record(self, run: Callable[[], None], kept: int) -> Callable[[], None]:
+    def record(self, run: Callable[[], None], needed: int) -> Callable[[], None]:
+        """`run`, which is never called here, as a graph."""
         graph = torch.cuda.CUDAGraph()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        self._pooled = max(self._pooled, kept)
+        self._pooled = max(self._pooled, needed)
         # thread_local: the threads of the data loader and of NCCL go on with what is theirs.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             run()
@@ -110,20 +116,24 @@ class Replayed:
 class _Program:
     """The blocks at one size, over tensors of their own: what comes in is copied there, what goes out is read there."""
 
-    def __init__(self, owner: Replayed, sizes: Sizes, x_TD: Tensor, prompts_LAD: Tensor, gates_2LH: Tensor, rotary_T: Tensor) -> None:
-        self.owner, self.sizes = owner, sizes
+    def __init__(
+        self, owner: Replayed, sizes: Sizes, gradient: bool, x_TD: Tensor, prompts_LAD: Tensor, gates_2LH: Tensor, rotary_T: Tensor
+    ) -> None:
+        self.owner, self._sizes, self._gradient = owner, sizes, gradient
         self._numbers_N = torch.empty(sizes.numbers, dtype=torch.int64, device=x_TD.device)
         self._x_TD, self._gradient_TD = owner.streams(sizes.rows, x_TD.detach())
         self._rotary_T = rotary_T.new_zeros((sizes.rows, *rotary_T.shape[1:]))
-        self._prompts_LAD, self._gates_2LH = (torch.empty_like(x).requires_grad_() for x in (prompts_LAD, gates_2LH))
+        self._prompts_LAD, self._gates_2LH = torch.empty_like(prompts_LAD), torch.empty_like(gates_2LH)
+        self._differentiable = [x.requires_grad_(gradient) for x in (self._x_TD, self._prompts_LAD, self._gates_2LH)]
         self._out_TD: Tensor | None = None
         self._gradients: tuple[Tensor, ...] = ()
-        self._kept = -1  # bytes that a forward keeps; -1: none has run
-        self._replay: tuple[Callable[[], None], Callable[[], None]] | None = None
+        self._needed = 0  # bytes that a forward keeps, or without a gradient about what it uses; 0: none has run
+        self._replay_forward: Callable[[], None] | None = None
+        self._replay_backward: Callable[[], None] | None = None
 
     @property
     def is_recorded(self) -> bool:
-        return self._replay is not None
+        return self._replay_forward is not None
 
     def forward(self, x_TD: Tensor, prompts_LAD: Tensor, gates_2LH: Tensor, rotary_T: Tensor, numbers: np.ndarray) -> Tensor:
         rows = len(x_TD)
@@ -134,52 +144,60 @@ class _Program:
             own[rows:] = 0
         self._prompts_LAD.copy_(prompts_LAD)
         self._gates_2LH.copy_(gates_2LH)
-        self._run_forward()
+        if not self.is_recorded and self._needed and self.owner.may_record(self._gradient, self._needed):
+            self._record()
+        if self._replay_forward is not None:
+            self._replay_forward()
+        else:
+            self._compute_and_measure()
         assert self._out_TD is not None
-        return self._out_TD.detach()[:rows]
+        out_TD = self._out_TD.detach()[:rows]
+        if not self.is_recorded and not self._gradient:
+            self._out_TD = None
+        return out_TD
 
     def backward(self, gradient_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows = len(gradient_TD)
         self._gradient_TD[:rows] = gradient_TD
         self._gradient_TD[rows:] = 0
-        if self._replay is None:
+        if self._replay_backward is not None:
+            self._replay_backward()
+        else:
             self._compute_gradients()
             self._out_TD = None
-        else:
-            self._replay[1]()
         x_TD, prompts_LAD, gates_2LH = self._gradients
         # Copies of what may become a parameter's own gradient: the next replay writes here again.
         return x_TD[:rows], prompts_LAD.clone(), gates_2LH.clone()
 
-    def _run_forward(self) -> None:
-        if self._replay is None and self._kept >= 0 and self._x_TD.is_cuda and self.owner.may_record(self._kept):
-            record = self.owner.record
-            self._replay = record(self._compute, self._kept), record(self._compute_gradients, self._kept)
-        if self._replay is not None:
-            self._replay[0]()
-            return
-        before = torch.cuda.memory_allocated() if self._x_TD.is_cuda else 0
+    def _record(self) -> None:
+        self._replay_forward = self.owner.record(self._compute, self._needed)
+        if self._gradient:
+            self._replay_backward = self.owner.record(self._compute_gradients, self._needed)
+
+    def _compute_and_measure(self) -> None:
+        if not self._x_TD.is_cuda:
+            return self._compute()
+        before = torch.cuda.memory_allocated()
         self._compute()
-        self._kept = (torch.cuda.memory_allocated() if self._x_TD.is_cuda else 0) - before
+        self._needed = torch.cuda.memory_allocated() - before if self._gradient else STREAMS_OF_A_FORWARD * self._x_TD.nbytes
 
     def _compute(self) -> None:
         owner = self.owner
-        layout = on_device(self._numbers_N, self.sizes, self._x_TD.dtype, gradient=True)
+        layout = on_device(self._numbers_N, self._sizes, self._x_TD.dtype, self._gradient)
         context = Context(self._rotary_T, Visibility((), ()), owner.attend.at(layout))
-        with torch.enable_grad():
-            out_TD, prompts, gates = self._x_TD, self._prompts_LAD.unbind(0), self._gates_2LH.unbind(0)
-            for i, block in enumerate(owner.blocks):
-                if (j := i - owner.num_plain) < 0:
-                    out_TD = block(out_TD, None, context)
-                    continue
-                pair = zip(("attention.gate1", "attention.gate2"), gates[2 * j : 2 * j + 2], strict=True)
-                own = {name: gate[None, :, None, None] for name, gate in pair}
-                out_TD = functional_call(block, own, (out_TD, prompts[j], context))
+        out_TD, gate_names = self._x_TD, ("attention.gate1", "attention.gate2")
+        with torch.set_grad_enabled(self._gradient):
+            prompts, gates = self._prompts_LAD.unbind(0), [gate_H[None, :, None, None] for gate_H in self._gates_2LH.unbind(0)]
+            for block in owner.blocks[: owner.num_plain]:
+                out_TD = block(out_TD, None, context)
+            for i, block in enumerate(owner.blocks[owner.num_plain :]):
+                own = dict(zip(gate_names, gates[2 * i : 2 * i + 2], strict=True))
+                out_TD = functional_call(block, own, (out_TD, prompts[i], context))
         self._out_TD = out_TD
 
     def _compute_gradients(self) -> None:
         assert self._out_TD is not None
-        self._gradients = torch.autograd.grad(self._out_TD, [self._x_TD, self._prompts_LAD, self._gates_2LH], self._gradient_TD)
+        self._gradients = torch.autograd.grad(self._out_TD, self._differentiable, self._gradient_TD)
 
 
 class _Replay(Function):

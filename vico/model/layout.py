@@ -46,17 +46,18 @@ class Places:
         longest = (_up(int(lengths.max()), 64) for lengths in (self.q_lengths, self.k_lengths))
         return Sizes(int(self.q_lengths.sum()), len(self.key_rows), len(self.shared_rows), len(self.q_lengths), *longest)
 
-    @property
-    def rounded(self) -> Sizes:
+    def rounded(self, gradient: bool) -> Sizes:
         """Sizes that many streams have in common, with room for one row more: `numbers` fills up with segments of such rows.
 
-        A product takes 128 rows at a time anyway, and the ends of a segment's grid that hold nothing cost next to nothing.
+        A product takes 128 rows at a time anyway, and the ends of a segment's grid that hold nothing cost next to nothing; a grid
+        over keys there is in backward alone.
         """
         rows, keys, shared, segments, longest_q, longest_k = self.sizes
         more_rows = _up(rows + 1, 128)
-        more_keys = more_rows + _up(keys - rows, 256)
-        longest = _up(max(longest_q, more_rows - rows), 256), _up(max(longest_k, more_keys - keys), 512)
-        return Sizes(more_rows, more_keys, _up(shared, 128), _up(segments + 1, 32), *longest)
+        more_keys = more_rows + _coarse(keys - rows, 256)
+        longest_q = _up(max(longest_q, more_rows - rows), 256)
+        longest_k = _up(max(longest_k, more_keys - keys), 512 if gradient else 4096)
+        return Sizes(more_rows, more_keys, _coarse(shared, 128) if gradient else 0, _coarse(segments + 1, 32), longest_q, longest_k)
 
     def numbers(self, sizes: Sizes) -> np.ndarray:
         """int64 [sizes.numbers]: what `on_device` cuts into a Layout. `sizes`: this stream's own, or `rounded`.
@@ -76,11 +77,16 @@ class Places:
         own_keys = np.concatenate([np.arange(stop - n, stop) for stop, n in zip(k_starts[1:], q_lengths, strict=True)])
         flags = (_filled(np.repeat(by_segment, self.q_lengths), sizes.rows, 0) for by_segment in (self.after_video, self.is_video))
         starts = (_filled(x, sizes.segments + 1, x[-1]) for x in (q_starts, k_starts))
-        return np.concatenate([key_rows, own_keys, *flags, _filled(self.shared_rows, sizes.shared, first), *starts])
+        return np.concatenate([key_rows, own_keys, *flags, _filled(self.shared_rows[: sizes.shared], sizes.shared, first), *starts])
 
 
 def _up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
+
+
+def _coarse(number: int, least: int) -> int:
+    """Rounded up to a multiple of `least`, or of an eighth to a quarter of itself where that is more."""
+    return _up(number, max(least, 1 << max(0, number.bit_length() - 3)))
 
 
 def _filled(values: np.ndarray, length: int, value: int) -> np.ndarray:
