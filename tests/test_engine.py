@@ -68,6 +68,12 @@ def test_a_loss_or_gradient_that_is_not_finite_updates_nothing(world: World, alo
         with pytest.raises(TrainingFault, match=r"gradient is not finite on rank 0 in step 1 \(questions v0000/0, v0001/0, "):
             train_step(engine, step, 1, (1.0, 0.5), lr=1e-3, world=alone)
         spoil.remove()
+    forward = engine.forward
+    for value in (float("inf"), float("nan")):  # of one loss alone, whose gradient says nothing of it
+        engine.forward = lambda batch, v=value: torch.cat([forward(batch)[:-1], forward(batch)[-1:] + v])  # type: ignore[method-assign]
+        with pytest.raises(TrainingFault, match="loss is not finite on rank 0 in step 1"):
+            train_step(engine, step, 1, (1.0, 0.5), lr=1e-3, world=alone)
+        engine.forward = forward  # type: ignore[method-assign]
     step.micro_batches[0].features_VFC[0, 0, 0] = float("nan")
     with pytest.raises(TrainingFault, match="loss is not finite on rank 0 in step 1"):
         train_step(engine, step, 1, (1.0, 0.5), lr=1e-3, world=alone)

@@ -69,14 +69,16 @@ def test_whole_runs(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     params, _ = oracle_files.load_meta(world.llama / "wide")
     oracle_files.save_lineage(first, oracle.init_trainables(params, oracle.Hyper(bias=0.7), seed=5, random_gates=True))
     common = ["train", *world.flags, "--model", "wide", *FLAGS, "--resume", str(first), "--no_shuffle", "--caption_crop", "none"]
+    bf16, zero3 = ["--precision", "bf16"], ["--precision", "bf16", "--deepspeed", "zero3"]
     kinds = {
-        "bf16": [], "zero3": ["--deepspeed", "zero3"], "recomputed": ["--deepspeed", "zero3", "--checkpoint_activations", "full"],
-        "sdpa": ["--attention", "sdpa"], "cut": ["--max_steps", "7"], "fp32": ["--precision", "fp32"], "cpu": ["--precision", "fp32"],
+        "bf16": bf16, "zero3": zero3, "recomputed": [*zero3, "--checkpoint_activations", "full"], "sdpa": [*bf16, "--attention", "sdpa"],
+        "cut": [*bf16, "--max_steps", "7"], "fp32": [], "cpu": [],
     }  # fmt: skip
     begun = {}
     for name, flags in kinds.items():
         if name == "cpu":
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+            monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # which conftest.py has set
         begun[name] = start(*common, *flags, "--output_dir", str(tmp_path / name), ranks=1)
     monkeypatch.undo()
     for name, processes in begun.items():
@@ -90,7 +92,7 @@ def test_whole_runs(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert losses(tmp_path / name) == pytest.approx(exact, rel=1e-5 if name == "fp32" else HALF_LOSS_RTOL), name
     assert losses(tmp_path / "zero3") == pytest.approx(losses(tmp_path / "recomputed"), rel=1e-6)
 
-    ended = end(start(*common, "--output_dir", str(tmp_path / "cut"), ranks=1), 240)
+    ended = end(start(*common, *bf16, "--output_dir", str(tmp_path / "cut"), ranks=1), 240)
     assert ended.codes == [0], ended.output
     assert digest(tmp_path / "cut", 10) == digest(tmp_path / "bf16", 10)
 

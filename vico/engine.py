@@ -216,7 +216,8 @@ class Engine:
         return not found
 
     def train(self, mode: bool) -> None:
-        self._engine.train(mode)
+        if self.module.training != mode:  # a walk through all modules, 2 ms of a slow host's time while a GPU waits
+            self._engine.train(mode)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         losses: Tensor = self._engine(batch)
@@ -226,10 +227,12 @@ class Engine:
         """Add the gradients of `loss`; `last`: of the step's last micro-batch, the one that `step` follows.
 
         Gradients add up over micro-batches and ranks: DeepSpeed's mean over the ranks is undone here, its division by
-        the number of micro-batches is off.
+        the number of micro-batches is off. The gradients of a loss that is not finite are not either, so that `step` refuses
+        it without a wait for the device before the update.
         """
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss * (self._world_size * self._scale), scale_wrt_gas=False)
+        nothing = loss.detach() - loss.detach()  # or NaN
+        self._engine.backward(loss * (nothing + self._world_size * self._scale), scale_wrt_gas=False)
         if not last:
             self._engine.step()  # counts the micro-batch, updates nothing
 
@@ -242,7 +245,8 @@ class Engine:
     def step(self, lr: float) -> tuple[float, bool]:
         """Update the trainables. Returns (gradient norm over all of them, whether the update was applied).
 
-        DeepSpeed skips the update on every rank when any rank's gradient is not finite. The norm costs a device sync.
+        DeepSpeed skips the update on every rank when any rank's gradient is not finite, for which it waits for the device: the
+        one wait of a step.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr

@@ -246,10 +246,9 @@ def train_step(
         loss_sums += sums.detach()
         engine.backward((sums.float() * weights).sum(), last=i + 1 == num_micro_batches)
     world.doing(f"updating in step {number}")
-    # Waits for the device: the losses of all ranks must be known good before the update.
+    grad_norm, updated = engine.step(lr)  # not made where a loss or a gradient of any rank is not finite
     found_RT = world.gather(torch.cat([loss_sums.cpu(), torch.tensor([stopping.wish()], dtype=torch.float64)]))
     _require_finite(~found_RT.isfinite().all(dim=1), "loss", number, step, world)
-    grad_norm, updated = engine.step(lr)
     if not updated:
         _require_finite(world.gather(torch.tensor(engine.had_bad_gradient())), "gradient", number, step, world)
         raise TrainingFault(f"step {number}: the sum of the ranks' gradients is not finite; the update was not made; {NOT_FINITE_REMEDY}")
