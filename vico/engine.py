@@ -245,8 +245,7 @@ class Engine:
     def step(self, lr: float) -> tuple[float, bool]:
         """Update the trainables. Returns (gradient norm over all of them, whether the update was applied).
 
-        DeepSpeed skips the update on every rank when any rank's gradient is not finite, for which it waits for the device: the
-        one wait of a step.
+        DeepSpeed skips the update on every rank when any rank's gradient is not finite, for which it waits for the device.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr

@@ -41,16 +41,11 @@ class PackedAttention:
     `forward` and `backward` are for who writes a gradient out (block.py); a call is for autograd.
     """
 
-    def __init__(self, kernel: Kernel) -> None:
-        self.kernel = kernel
+    def __init__(self, kernel: Kernel, layout: Layout | None = None) -> None:
+        """`layout`: of whatever is seen, for who has made it (graphs.py)."""
+        self.kernel, self._given = kernel, layout
         self._made_for: tuple[Segment, ...] | None = None
         self._layout: Layout | None = None
-
-    def at(self, layout: Layout) -> "PackedAttention":
-        """The same for this layout, whatever a call says is seen."""
-        fixed = PackedAttention(self.kernel)
-        fixed.layout = lambda seen, like: layout  # type: ignore[method-assign]
-        return fixed
 
     def __call__(self, q_QHd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, seen: Visibility) -> Tensor:
         if seen.queries is not None:  # one layer of many: asking for all rows costs less than a layout of its own
@@ -62,6 +57,8 @@ class PackedAttention:
 
     def layout(self, seen: Visibility, like: Tensor) -> Layout:
         """On the device and in the type of `like`; ready for `backward` where autograd is on."""
+        if self._given is not None:
+            return self._given
         made, gradient = self._layout, torch.is_grad_enabled()
         if made is None or self._made_for is not seen.segments or (gradient and made.sharing_SK is None):
             found = places(seen.segments)

@@ -10,7 +10,7 @@ Shapes: L adapted blocks among these, T rows as filled up, N numbers of a layout
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,9 +28,7 @@ USED = os.environ.get("VICO_GRAPHS", "on") != "off"  # the one switch, for compa
 MOST_ROWS = 4096  # of more, a GPU takes longer than any host
 MOST_SIZES = 32  # each record holds its output and the stream's gradient: 16 KiB per row at 7B
 STREAMS_OF_A_FORWARD = 64  # a forward that keeps nothing uses about so much, most of it for the keys of a video's questions
-SPARE = (
-    2.5  # times what a forward keeps must be free: for the record, for one of another size that runs as it is, and for what is not foreseen
-)
+SPARE = 1.5  # times what a forward keeps must be left behind a record: for one of another size that runs as it is
 
 
 def attach(model: Llama, attend: Attend, why_not: str | None = None) -> str:
@@ -62,9 +60,9 @@ class Replayed:
         self.turn = 0  # the number of the forward whose results lie in the programs' tensors
         self.programs: dict[tuple[Sizes, bool], _Program] = {}  # by size, and whether for training
         self._gates = [gate for block in self.blocks[self.num_plain :] for gate in (block.attention.gate1, block.attention.gate2)]
-        self._streams: tuple[Tensor, Tensor] | None = None
+        self._inputs: tuple[_Inputs, Tensor] | None = None  # and the gradient of what goes out
         self._pool: Any = None  # records take turns: they share their memory
-        self._pooled = 0  # bytes that the largest of them needs
+        self._pooled = 0  # bytes of it, which nobody else can have
 
     def serves(self, x_TD: Tensor) -> bool:
         return len(x_TD) < MOST_ROWS
@@ -77,54 +75,57 @@ class Replayed:
         """The stream [T, D] above these blocks; `prompts`: [A, D] for each block, None for those that are not adapted."""
         found, gradient = places(context.seen.segments), torch.is_grad_enabled()
         sizes = found.rounded(gradient)
-        given = (
-            x_TD, torch.stack([prompt_AD for prompt_AD in prompts if prompt_AD is not None]),
-            torch.stack([gate.flatten() for gate in self._gates]), context.rotary_T,
+        given = _Inputs(
+            x_TD, context.rotary_T, torch.stack([prompt_AD for prompt_AD in prompts if prompt_AD is not None]),
+            torch.stack([gate.flatten() for gate in self._gates]),
         )  # fmt: skip
+        if self._inputs is None:
+            most = [x.detach().new_zeros((MOST_ROWS, *x.shape[1:])) for x in given[:2]]
+            self._inputs = _Inputs(*most, *(torch.empty_like(x) for x in given[2:])), torch.empty_like(most[0])
         if (program := self.programs.get((sizes, gradient))) is None:
-            program = self.programs[sizes, gradient] = _Program(self, sizes, gradient, *given)
+            program = self.programs[sizes, gradient] = _Program(self, *self._inputs, sizes, gradient)
         out: Tensor = _Replay.apply(*given, found.numbers(sizes), program)
         return out
 
-    def streams(self, rows: int, like_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the stream comes in and where its gradient does, [rows, D]: the same place for every size."""
-        if self._streams is None:
-            self._streams = like_TD.new_zeros((MOST_ROWS, like_TD.shape[1])), like_TD.new_zeros((MOST_ROWS, like_TD.shape[1]))
-        return self._streams[0][:rows].detach(), self._streams[1][:rows]
-
     def may_record(self, gradient: bool, needed: int) -> bool:
-        """Whether there is room for one record more, which needs so many bytes."""
+        """Whether there is room for one record more, which needs so many bytes, and then for the largest step so far."""
         if sum(program.is_recorded for (_, of_training), program in self.programs.items() if of_training == gradient) >= MOST_SIZES:
             return False
-        if needed <= self._pooled:
-            return True
-        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - self._pooled
-        return free >= SPARE * needed
+        allocated = torch.cuda.memory_allocated()
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - allocated - self._pooled
+        return free - needed >= max(torch.cuda.max_memory_allocated() - allocated, SPARE * needed)
 
-    def record(self, run: Callable[[], None], needed: int) -> Callable[[], None]:
-        """`run`, which is never called here, as a graph."""
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        """`run`, whose kernels are only noted, as a graph."""
         graph = torch.cuda.CUDAGraph()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        self._pooled = max(self._pooled, needed)
         # thread_local: the threads of the data loader and of NCCL go on with what is theirs.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            before = torch.cuda.memory_reserved()
             run()
+            self._pooled += torch.cuda.memory_reserved() - before
         replay: Callable[[], None] = graph.replay
         return replay
+
+
+class _Inputs(NamedTuple):
+    """What comes in besides the layout; for the programs' own, which all of them share, T is MOST_ROWS."""
+
+    x_TD: Tensor
+    rotary_T: Tensor
+    prompts_LAD: Tensor
+    gates_2LH: Tensor
 
 
 class _Program:
     """The blocks at one size, over tensors of their own: what comes in is copied there, what goes out is read there."""
 
-    def __init__(
-        self, owner: Replayed, sizes: Sizes, gradient: bool, x_TD: Tensor, prompts_LAD: Tensor, gates_2LH: Tensor, rotary_T: Tensor
-    ) -> None:
+    def __init__(self, owner: Replayed, inputs: _Inputs, upstream_TD: Tensor, sizes: Sizes, gradient: bool) -> None:
         self.owner, self._sizes, self._gradient = owner, sizes, gradient
-        self._numbers_N = torch.empty(sizes.numbers, dtype=torch.int64, device=x_TD.device)
-        self._x_TD, self._gradient_TD = owner.streams(sizes.rows, x_TD.detach())
-        self._rotary_T = rotary_T.new_zeros((sizes.rows, *rotary_T.shape[1:]))
-        self._prompts_LAD, self._gates_2LH = torch.empty_like(prompts_LAD), torch.empty_like(gates_2LH)
-        self._differentiable = [x.requires_grad_(gradient) for x in (self._x_TD, self._prompts_LAD, self._gates_2LH)]
+        self._numbers_N = torch.empty(sizes.numbers, dtype=torch.int64, device=inputs.x_TD.device)
+        self._inputs = _Inputs(*(x.detach()[: sizes.rows] for x in inputs[:2]), *(x.detach() for x in inputs[2:]))
+        self._upstream_TD = upstream_TD[: sizes.rows]
+        self._differentiable = [x.requires_grad_(gradient) for x in (self._inputs.x_TD, *self._inputs[2:])]
         self._out_TD: Tensor | None = None
         self._gradients: tuple[Tensor, ...] = ()
         self._needed = 0  # bytes that a forward keeps, or without a gradient about what it uses; 0: none has run
@@ -135,15 +136,15 @@ class _Program:
     def is_recorded(self) -> bool:
         return self._replay_forward is not None
 
-    def forward(self, x_TD: Tensor, prompts_LAD: Tensor, gates_2LH: Tensor, rotary_T: Tensor, numbers: np.ndarray) -> Tensor:
-        rows = len(x_TD)
+    def forward(self, given: _Inputs, numbers: np.ndarray) -> Tensor:
+        rows, own = len(given.x_TD), self._inputs
         self.owner.turn += 1
-        self._numbers_N.copy_(sent(numbers, x_TD.device))
-        for own, new in ((self._x_TD, x_TD), (self._rotary_T, rotary_T)):
-            own[:rows] = new
-            own[rows:] = 0
-        self._prompts_LAD.copy_(prompts_LAD)
-        self._gates_2LH.copy_(gates_2LH)
+        self._numbers_N.copy_(sent(numbers, own.x_TD.device))
+        for mine, its in zip(own[:2], given[:2], strict=True):
+            mine[:rows] = its
+            mine[rows:] = its[:1]  # the rows behind the stream: as finite as a row of it
+        own.prompts_LAD.copy_(given.prompts_LAD)
+        own.gates_2LH.copy_(given.gates_2LH)
         if not self.is_recorded and self._needed and self.owner.may_record(self._gradient, self._needed):
             self._record()
         if self._replay_forward is not None:
@@ -157,60 +158,65 @@ class _Program:
         return out_TD
 
     def backward(self, gradient_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the stream, the prompts and the gates."""
         rows = len(gradient_TD)
-        self._gradient_TD[:rows] = gradient_TD
-        self._gradient_TD[rows:] = 0
+        self._upstream_TD[:rows] = gradient_TD
+        self._upstream_TD[rows:] = 0
         if self._replay_backward is not None:
             self._replay_backward()
+            x_TD, prompts_LAD, gates_2LH = self._gradients
         else:
             self._compute_gradients()
-            self._out_TD = None
-        x_TD, prompts_LAD, gates_2LH = self._gradients
+            x_TD, prompts_LAD, gates_2LH = self._gradients
+            self._gradients, self._out_TD = (), None
         # Copies of what may become a parameter's own gradient: the next replay writes here again.
         return x_TD[:rows], prompts_LAD.clone(), gates_2LH.clone()
 
     def _record(self) -> None:
-        self._replay_forward = self.owner.record(self._compute, self._needed)
-        if self._gradient:
-            self._replay_backward = self.owner.record(self._compute_gradients, self._needed)
+        forward = self.owner.record(self._compute)
+        backward = self.owner.record(self._compute_gradients) if self._gradient else None
+        self._replay_forward, self._replay_backward = forward, backward
 
     def _compute_and_measure(self) -> None:
-        if not self._x_TD.is_cuda:
-            return self._compute()
-        before = torch.cuda.memory_allocated()
+        x_TD = self._inputs.x_TD
+        before = torch.cuda.memory_allocated() if x_TD.is_cuda else 0
         self._compute()
-        self._needed = torch.cuda.memory_allocated() - before if self._gradient else STREAMS_OF_A_FORWARD * self._x_TD.nbytes
+        if x_TD.is_cuda:
+            self._needed = torch.cuda.memory_allocated() - before if self._gradient else STREAMS_OF_A_FORWARD * x_TD.nbytes
 
     def _compute(self) -> None:
-        owner = self.owner
-        layout = on_device(self._numbers_N, self._sizes, self._x_TD.dtype, self._gradient)
-        context = Context(self._rotary_T, Visibility((), ()), owner.attend.at(layout))
-        out_TD, gate_names = self._x_TD, ("attention.gate1", "attention.gate2")
+        owner, own = self.owner, self._inputs
+        layout = on_device(self._numbers_N, self._sizes, own.x_TD.dtype, self._gradient)
+        context = Context(own.rotary_T, Visibility((), ()), PackedAttention(owner.attend.kernel, layout))
+        out_TD, names = own.x_TD, ("attention.gate1", "attention.gate2")
         with torch.set_grad_enabled(self._gradient):
-            prompts, gates = self._prompts_LAD.unbind(0), [gate_H[None, :, None, None] for gate_H in self._gates_2LH.unbind(0)]
+            prompts, gates = own.prompts_LAD.unbind(0), [gate_H[None, :, None, None] for gate_H in own.gates_2LH.unbind(0)]
             for block in owner.blocks[: owner.num_plain]:
                 out_TD = block(out_TD, None, context)
             for i, block in enumerate(owner.blocks[owner.num_plain :]):
-                own = dict(zip(gate_names, gates[2 * i : 2 * i + 2], strict=True))
-                out_TD = functional_call(block, own, (out_TD, prompts[i], context))
+                its_gates = dict(zip(names, gates[2 * i : 2 * i + 2], strict=True))
+                out_TD = functional_call(block, its_gates, (out_TD, prompts[i], context))
         self._out_TD = out_TD
 
     def _compute_gradients(self) -> None:
         assert self._out_TD is not None
-        self._gradients = torch.autograd.grad(self._out_TD, self._differentiable, self._gradient_TD)
+        self._gradients = torch.autograd.grad(self._out_TD, self._differentiable, self._upstream_TD)
 
 
 class _Replay(Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, prompts_LAD: Tensor, gates_2LH: Tensor, rotary_T: Tensor, numbers: np.ndarray, program: _Program
+        ctx: Any, x_TD: Tensor, rotary_T: Tensor, prompts_LAD: Tensor, gates_2LH: Tensor, numbers: np.ndarray, program: _Program
     ) -> Tensor:
-        out = program.forward(x_TD, prompts_LAD, gates_2LH, rotary_T, numbers)
+        out = program.forward(_Inputs(x_TD, rotary_T, prompts_LAD, gates_2LH), numbers)
         ctx.program, ctx.turn = program, program.owner.turn
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.turn != ctx.program.owner.turn:
+        owner = ctx.program.owner
+        if ctx.turn != owner.turn:
             raise RuntimeError("a micro-batch's backward came after another one's forward; with VICO_GRAPHS=off that is possible")
-        return *ctx.program.backward(gradients[0]), None, None, None
+        owner.turn += 1  # what backward needs is gone: it does not come twice
+        x_TD, prompts_LAD, gates_2LH = ctx.program.backward(gradients[0])
+        return x_TD, None, prompts_LAD, gates_2LH, None, None

@@ -169,15 +169,17 @@ class Attention(nn.Module):
     def forward(self, x_TD: Tensor, prompt_AD: Tensor | None, context: Context) -> Tensor:
         """[Q, D] for the Q rows that ask: all T, or context.seen.queries."""
         asking = context.asking_Q
+        # Together, so that their gradients come together and in this order: DeepSpeed sums ranks' gradients in the order they come.
+        gates = (self.gate1.flatten(), self.gate2.flatten()) if prompt_AD is not None else None
         x_QD, rotary_Q = (x_TD, context.rotary_T) if asking is None else (x_TD[asking], context.rotary_T[asking])
         q_QHd, k_THd, v_THd = (self.heads(w(x)) for w, x in ((self.wq, x_QD), (self.wk, x_TD), (self.wv, x_TD)))
         q_QHd, k_THd = Rotate.apply(q_QHd, rotary_Q), Rotate.apply(k_THd, context.rotary_T)
         k_THd, v_THd = self._for_every_head(k_THd), self._for_every_head(v_THd)
-        if prompt_AD is None:
+        if prompt_AD is None or gates is None:
             return self.wo(context.attend(q_QHd, k_THd, v_THd, None, context.seen).flatten(-2))
-        out_QHd = context.attend(q_QHd, k_THd, v_THd, self.gate2.flatten(), context.seen)
+        out_QHd = context.attend(q_QHd, k_THd, v_THd, gates[1], context.seen)
         k_AHd, v_AHd = (self._for_every_head(self.heads(w(prompt_AD))) for w in (self.wk, self.wv))
-        out_QHd = AdapterAttention.apply(out_QHd, q_QHd, k_AHd, v_AHd, self.gate1.flatten())
+        out_QHd = AdapterAttention.apply(out_QHd, q_QHd, k_AHd, v_AHd, gates[0])
         return self.wo(out_QHd.flatten(-2))
 
     def heads(self, x_TD: Tensor) -> Tensor:
