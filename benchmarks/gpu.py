@@ -170,14 +170,12 @@ def compare(bench: Bench, kind: str, num: int) -> dict[str, Any]:
 
 
 def record_sizes(bench: Bench, items: Iterator[Item]) -> None:
-    """Meet every size of these steps twice: a run records it then, once, and goes on for hours."""
+    """Meet every size of these training steps twice: a run records it then, once, and goes on for hours."""
     replayed = bench.fast.model.replayed
     for item in items:
-        training = isinstance(item.work, TrainingWork)
+        short = [batch for batch in item.batches if batch.num_rows < graphs.MOST_ROWS and isinstance(item.work, TrainingWork)]
         for _ in range(2):
-            if replayed is not None and not all(
-                replayed.is_recorded(b.segments, training) for b in item.batches if b.num_rows < graphs.MOST_ROWS
-            ):
+            if replayed is not None and not all(replayed.is_recorded(batch.segments) for batch in short):
                 bench.run("fast", item)
 
 

@@ -19,9 +19,9 @@ from benchmarks.workload import SyntheticWorkload
 from vico import plan as planner
 from vico.data.packing import Example, pack
 from vico.engine import Engine, construction, read_config
-from vico.footprint import HEAD_CHUNK_BYTES, Setting, Work, activations, layer, size_of
+from vico.footprint import HEAD_CHUNK_BYTES, REPLAYED_ROWS, Setting, Work, activations, filled_up, layer, size_of
 from vico.gathered import BLOCK, gathered_modules, live_bytes
-from vico.model import functions
+from vico.model import functions, graphs
 from vico.model.attention import attend_blocks
 from vico.model.attention_packed import KERNELS, PackedAttention
 from vico.model.layout import places
@@ -243,6 +243,24 @@ def test_zero3_keeps_and_gathers_what_is_predicted(
     assert predicted <= with_buffers <= 2 * predicted
 
 
+@pytest.mark.parametrize(("name", "num_questions"), [("7B", 8), ("7B", 1), ("13B", 8), ("65B", 8)])
+def test_peak_of_a_replayed_step_is_predicted(name: str, num_questions: int) -> None:
+    """At a size's first micro-batch, which runs as it is: what a record of it takes is the same, and has its own condition."""
+    batch = batch_of(num_questions)
+    model = meta_model(SHAPES[name], "packed", torch.bfloat16)
+    assert isinstance(model.attend, PackedAttention) and graphs.MOST_ROWS == REPLAYED_ROWS
+    model.replayed = graphs.Replayed(model, model.attend)
+    live, moved, work = Live(storages_of(model)), on_meta(batch), work_of(batch)
+    with live:
+        model(moved).sum().backward()
+    rounded = places(batch.segments).rounded
+    assert (filled_up(work).rows, filled_up(work).keys) == (rounded.rows, rounded.keys)
+    assert activations(SIZES[name], work, Setting(2, replayed=True)).peak == pytest.approx(live.peak, rel=PEAK)
+
+
+FIRST_REPLAYED = "2026-11-27T12"  # records before it are of a code without CUDA graphs
+
+
 def recorded(record: dict[str, Any]) -> Iterator[tuple[float, float]]:
     """(predicted, measured) MiB of every measurement in `record` that can be predicted; those of toys are noise."""
     if record["config"].get("tiny") or "memory" not in record:
@@ -261,7 +279,7 @@ def recorded(record: dict[str, Any]) -> Iterator[tuple[float, float]]:
         steps += [(last, each["questions"], each["memory"]) for each in record["budgets"].values() if "memory" in each]
         for place, questions, found in steps:
             work = work_of(batch_of(questions, size.vocab_size, place, config["seed"]))
-            predicted = activations(size, work, Setting(2))
+            predicted = activations(size, work, Setting(2, replayed=record["date"] >= FIRST_REPLAYED))
             yield predicted.peak / 2**20, (found["allocated_gib"] - found["before_gib"]) * 1024
 
 

@@ -7,13 +7,14 @@ the meta device. If a layer keeps something else one day, they fail.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 FEATURE_WIDTH = 768  # CLIP ViT-L/14
 LLAMA_PIECES = 32000  # of the tokenizer of LLaMA-1 and 2
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEAD_CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}  # of fp32 logits at a time, as in model/functions.py
+REPLAYED_ROWS = 4096  # shorter micro-batches are filled up, and replayed by CUDA graphs; as in model/graphs.py
 
 # Per number of a packed weight, its share of the scales included: one of 4 bytes for each 256; one of a byte for each 64, and of 4
 # bytes for each 256 of those. Whole blocks; model/quantized.py.
@@ -118,6 +119,7 @@ class Setting:
     kernel: Kernel = "packed"
     num_checkpointed: int = 0
     head_chunk_bytes: int = HEAD_CHUNK_BYTES["cuda"]
+    replayed: bool = False  # what is short enough, by model/graphs.py
 
 
 @dataclass(frozen=True)
@@ -160,12 +162,24 @@ def layer(size: ModelSize, work: Work, setting: Setting, last: bool) -> Layer:
     return Layer(attention, asking * ((size.dim + 2 * size.hidden_dim) * width + 4))
 
 
+def filled_up(work: Work) -> Work:
+    """A micro-batch as it is replayed (model/layout.py)."""
+    rows, more = -(-(work.rows + 1) // 128) * 128, work.keys - work.rows
+    multiple = max(256, 1 << max(0, more.bit_length() - 3))
+    return replace(work, rows=rows, keys=rows + -(-more // multiple) * multiple)
+
+
 def activations(size: ModelSize, work: Work, setting: Setting) -> Activations:
+    own = 0
+    if setting.replayed and work.rows < REPLAYED_ROWS:
+        work = filled_up(work)
+        # The stream and its gradient, rotary angles and prompts, at places that stay.
+        own = REPLAYED_ROWS * (2 * size.dim * setting.width + size.head_dim * 4) + size.prompts * setting.width
     full, last = layer(size, work, setting, last=False), layer(size, work, setting, last=True)
     layers = [full] * (size.n_layers - 1) + [last]
     stream = work.rows * size.dim * setting.width
     kept = [stream if i < setting.num_checkpointed else each.kept for i, each in enumerate(layers)]
-    inputs = work.rows * size.head_dim * 4 + work.clips * size.num_slots * FEATURE_WIDTH * 4  # rotary angles, features
+    inputs = own + work.rows * size.head_dim * 4 + work.clips * size.num_slots * FEATURE_WIDTH * 4  # rotary angles, features
     if setting.num_checkpointed:
         inputs += size.prompts * setting.width
     final_norm = work.wanted * (size.dim * setting.width + 4)

@@ -187,7 +187,9 @@ def _buckets(stage: Stage) -> int:
 def memory(task: Task, stage: Stage, checkpointed: int, tokens: int) -> Memory:
     """Of one GPU in the middle of a step whose micro-batches have `tokens` tokens."""
     size, ranks, width = task.size, task.hardware.ranks, BYTES[task.precision]
-    acts: Activations = activations(size, work_of(tokens, task.lengths), Setting(width, num_checkpointed=checkpointed))
+    replayed = stage == "zero2" and not checkpointed and task.quantize is None and task.precision != "fp32"
+    setting = Setting(width, num_checkpointed=checkpointed, replayed=replayed)
+    acts: Activations = activations(size, work_of(tokens, task.lengths), setting)
     small = size.norms * width if stage != "zero2" else 0
     whole = size.frozen_bytes(width, task.quantize)
     share = {"zero2": whole, "zero3": math.ceil(size.frozen * width / ranks) + small, "zero3_offload": small}[stage]

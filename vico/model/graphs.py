@@ -1,4 +1,4 @@
-"""All blocks but the last as CUDA graphs: one for a forward, one for its backward, each started by one call.
+"""All blocks but the last of a training micro-batch as two CUDA graphs, forward and backward, each started by one call.
 
 A block is sixty kernels there and back, and a host needs 5 to 40 us to start one: at the published batch size a GPU would wait
 for its host more than half of the time (benchmarks/LOG.md). Streams are filled up to a few sizes (layout.py). The first
@@ -27,7 +27,6 @@ from vico.records import Segment
 USED = os.environ.get("VICO_GRAPHS", "on") != "off"  # the one switch, for comparisons
 MOST_ROWS = 4096  # of more, a GPU takes longer than any host
 MOST_SIZES = 32  # each record holds its output and the stream's gradient: 16 KiB per row at 7B
-STREAMS_OF_A_FORWARD = 64  # a forward that keeps nothing uses about so much, most of it for the keys of a video's questions
 SPARE = 1.5  # times what a forward keeps must be left behind a record: for one of another size that runs as it is
 
 
@@ -43,7 +42,7 @@ def attach(model: Llama, attend: Attend, why_not: str | None = None) -> str:
         return f"no CUDA graphs ({why})"
     assert isinstance(attend, PackedAttention)
     model.replayed = Replayed(model, attend)
-    return f"up to {MOST_ROWS:,} rows as CUDA graphs"
+    return f"training on up to {MOST_ROWS:,} rows by CUDA graphs"
 
 
 def _is_gpu(device: torch.device) -> bool:
@@ -51,30 +50,30 @@ def _is_gpu(device: torch.device) -> bool:
 
 
 class Replayed:
-    """The blocks below the last one; has a program for each size it has met, in training and in scoring."""
+    """The blocks below the last one, for training; has a program for each size it has met."""
 
     def __init__(self, model: Llama, attend: PackedAttention) -> None:
         self.blocks = [block for block in model.layers if isinstance(block, Block)][:-1]
         self.num_plain = len(model.layers) - model.num_adapted
         self.attend = attend
         self.turn = 0  # the number of the forward whose results lie in the programs' tensors
-        self.programs: dict[tuple[Sizes, bool], _Program] = {}  # by size, and whether for training
+        self.programs: dict[Sizes, _Program] = {}
         self._gates = [gate for block in self.blocks[self.num_plain :] for gate in (block.attention.gate1, block.attention.gate2)]
         self._inputs: tuple[_Inputs, Tensor] | None = None  # and the gradient of what goes out
         self._pool: Any = None  # records take turns: they share their memory
         self._pooled = 0  # bytes of it, which nobody else can have
 
     def serves(self, x_TD: Tensor) -> bool:
-        return len(x_TD) < MOST_ROWS
+        return torch.is_grad_enabled() and len(x_TD) < MOST_ROWS
 
-    def is_recorded(self, segments: tuple[Segment, ...], gradient: bool) -> bool:
-        program = self.programs.get((places(segments).rounded(gradient), gradient))
+    def is_recorded(self, segments: tuple[Segment, ...]) -> bool:
+        program = self.programs.get(places(segments).rounded)
         return program is not None and program.is_recorded
 
     def __call__(self, x_TD: Tensor, prompts: Sequence[Tensor | None], context: Context) -> Tensor:
         """The stream [T, D] above these blocks; `prompts`: [A, D] for each block, None for those that are not adapted."""
-        found, gradient = places(context.seen.segments), torch.is_grad_enabled()
-        sizes = found.rounded(gradient)
+        found = places(context.seen.segments)
+        sizes = found.rounded
         given = _Inputs(
             x_TD, context.rotary_T, torch.stack([prompt_AD for prompt_AD in prompts if prompt_AD is not None]),
             torch.stack([gate.flatten() for gate in self._gates]),
@@ -82,14 +81,14 @@ class Replayed:
         if self._inputs is None:
             most = [x.detach().new_zeros((MOST_ROWS, *x.shape[1:])) for x in given[:2]]
             self._inputs = _Inputs(*most, *(torch.empty_like(x) for x in given[2:])), torch.empty_like(most[0])
-        if (program := self.programs.get((sizes, gradient))) is None:
-            program = self.programs[sizes, gradient] = _Program(self, *self._inputs, sizes, gradient)
+        if (program := self.programs.get(sizes)) is None:
+            program = self.programs[sizes] = _Program(self, *self._inputs, sizes)
         out: Tensor = _Replay.apply(*given, found.numbers(sizes), program)
         return out
 
-    def may_record(self, gradient: bool, needed: int) -> bool:
+    def may_record(self, needed: int) -> bool:
         """Whether there is room for one record more, which needs so many bytes, and then for the largest step so far."""
-        if sum(program.is_recorded for (_, of_training), program in self.programs.items() if of_training == gradient) >= MOST_SIZES:
+        if sum(program.is_recorded for program in self.programs.values()) >= MOST_SIZES:
             return False
         allocated = torch.cuda.memory_allocated()
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - allocated - self._pooled
@@ -120,15 +119,15 @@ class _Inputs(NamedTuple):
 class _Program:
     """The blocks at one size, over tensors of their own: what comes in is copied there, what goes out is read there."""
 
-    def __init__(self, owner: Replayed, inputs: _Inputs, upstream_TD: Tensor, sizes: Sizes, gradient: bool) -> None:
-        self.owner, self._sizes, self._gradient = owner, sizes, gradient
+    def __init__(self, owner: Replayed, inputs: _Inputs, upstream_TD: Tensor, sizes: Sizes) -> None:
+        self.owner, self._sizes = owner, sizes
         self._numbers_N = torch.empty(sizes.numbers, dtype=torch.int64, device=inputs.x_TD.device)
         self._inputs = _Inputs(*(x.detach()[: sizes.rows] for x in inputs[:2]), *(x.detach() for x in inputs[2:]))
         self._upstream_TD = upstream_TD[: sizes.rows]
-        self._differentiable = [x.requires_grad_(gradient) for x in (self._inputs.x_TD, *self._inputs[2:])]
+        self._differentiable = [x.requires_grad_() for x in (self._inputs.x_TD, *self._inputs[2:])]
         self._out_TD: Tensor | None = None
         self._gradients: tuple[Tensor, ...] = ()
-        self._needed = 0  # bytes that a forward keeps, or without a gradient about what it uses; 0: none has run
+        self._needed = 0  # bytes that a forward keeps; 0: none has run
         self._replay_forward: Callable[[], None] | None = None
         self._replay_backward: Callable[[], None] | None = None
 
@@ -145,17 +144,14 @@ class _Program:
             mine[rows:] = its[:1]  # the rows behind the stream: as finite as a row of it
         own.prompts_LAD.copy_(given.prompts_LAD)
         own.gates_2LH.copy_(given.gates_2LH)
-        if not self.is_recorded and self._needed and self.owner.may_record(self._gradient, self._needed):
+        if not self.is_recorded and self._needed and self.owner.may_record(self._needed):
             self._record()
         if self._replay_forward is not None:
             self._replay_forward()
         else:
             self._compute_and_measure()
         assert self._out_TD is not None
-        out_TD = self._out_TD.detach()[:rows]
-        if not self.is_recorded and not self._gradient:
-            self._out_TD = None
-        return out_TD
+        return self._out_TD.detach()[:rows]
 
     def backward(self, gradient_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the stream, the prompts and the gates."""
@@ -174,22 +170,21 @@ class _Program:
 
     def _record(self) -> None:
         forward = self.owner.record(self._compute)
-        backward = self.owner.record(self._compute_gradients) if self._gradient else None
+        backward = self.owner.record(self._compute_gradients)
         self._replay_forward, self._replay_backward = forward, backward
 
     def _compute_and_measure(self) -> None:
-        x_TD = self._inputs.x_TD
-        before = torch.cuda.memory_allocated() if x_TD.is_cuda else 0
+        on_gpu = self._numbers_N.is_cuda
+        before = torch.cuda.memory_allocated() if on_gpu else 0
         self._compute()
-        if x_TD.is_cuda:
-            self._needed = torch.cuda.memory_allocated() - before if self._gradient else STREAMS_OF_A_FORWARD * x_TD.nbytes
+        self._needed = torch.cuda.memory_allocated() - before if on_gpu else 0
 
     def _compute(self) -> None:
         owner, own = self.owner, self._inputs
-        layout = on_device(self._numbers_N, self._sizes, own.x_TD.dtype, self._gradient)
+        layout = on_device(self._numbers_N, self._sizes, own.x_TD.dtype, gradient=True)
         context = Context(own.rotary_T, Visibility((), ()), PackedAttention(owner.attend.kernel, layout))
         out_TD, names = own.x_TD, ("attention.gate1", "attention.gate2")
-        with torch.set_grad_enabled(self._gradient):
+        with torch.enable_grad():
             prompts, gates = own.prompts_LAD.unbind(0), [gate_H[None, :, None, None] for gate_H in own.gates_2LH.unbind(0)]
             for block in owner.blocks[: owner.num_plain]:
                 out_TD = block(out_TD, None, context)

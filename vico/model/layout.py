@@ -46,18 +46,17 @@ class Places:
         longest = (_up(int(lengths.max()), 64) for lengths in (self.q_lengths, self.k_lengths))
         return Sizes(int(self.q_lengths.sum()), len(self.key_rows), len(self.shared_rows), len(self.q_lengths), *longest)
 
-    def rounded(self, gradient: bool) -> Sizes:
+    @property
+    def rounded(self) -> Sizes:
         """Sizes that many streams have in common, with room for one row more: `numbers` fills up with segments of such rows.
 
-        A product takes 128 rows at a time anyway, and the ends of a segment's grid that hold nothing cost next to nothing; a grid
-        over keys there is in backward alone.
+        A product takes 128 rows at a time anyway, and the ends of a segment's grid that hold nothing cost next to nothing.
         """
         rows, keys, shared, segments, longest_q, longest_k = self.sizes
         more_rows = _up(rows + 1, 128)
         more_keys = more_rows + _coarse(keys - rows, 256)
-        longest_q = _up(max(longest_q, more_rows - rows), 256)
-        longest_k = _up(max(longest_k, more_keys - keys), 512 if gradient else 4096)
-        return Sizes(more_rows, more_keys, _coarse(shared, 128) if gradient else 0, _coarse(segments + 1, 32), longest_q, longest_k)
+        longest = _up(max(longest_q, more_rows - rows), 256), _up(max(longest_k, more_keys - keys), 512)
+        return Sizes(more_rows, more_keys, _coarse(shared, 128), _coarse(segments + 1, 32), *longest)
 
     def numbers(self, sizes: Sizes) -> np.ndarray:
         """int64 [sizes.numbers]: what `on_device` cuts into a Layout. `sizes`: this stream's own, or `rounded`.
@@ -77,7 +76,7 @@ class Places:
         own_keys = np.concatenate([np.arange(stop - n, stop) for stop, n in zip(k_starts[1:], q_lengths, strict=True)])
         flags = (_filled(np.repeat(by_segment, self.q_lengths), sizes.rows, 0) for by_segment in (self.after_video, self.is_video))
         starts = (_filled(x, sizes.segments + 1, x[-1]) for x in (q_starts, k_starts))
-        return np.concatenate([key_rows, own_keys, *flags, _filled(self.shared_rows[: sizes.shared], sizes.shared, first), *starts])
+        return np.concatenate([key_rows, own_keys, *flags, _filled(self.shared_rows, sizes.shared, first), *starts])
 
 
 def _up(number: int, multiple: int) -> int:
