@@ -21,6 +21,7 @@ from vico.data.packing import Example, pack
 from vico.engine import Engine, construction, read_config
 from vico.footprint import HEAD_CHUNK_BYTES, REPLAYED_ROWS, Setting, Work, activations, filled_up, layer, size_of
 from vico.gathered import BLOCK, gathered_modules, live_bytes
+from vico.hardware import GPUS, Hardware
 from vico.model import functions, graphs
 from vico.model.attention import attend_blocks
 from vico.model.attention_packed import KERNELS, PackedAttention
@@ -29,7 +30,7 @@ from vico.model.llama import LlamaShape
 from vico.model.vico import ViCo, trainable_shapes
 from vico.model.weights import backbone_shapes
 from vico.optim import make_optimizer
-from vico.plan import SIZES, Lengths
+from vico.plan import SIZES, Lengths, Task, memory
 from vico.records import PackedBatch
 from world import ROOT
 
@@ -263,7 +264,11 @@ FIRST_REPLAYED = "2026-11-27T12"  # records before it are of a code without CUDA
 
 def recorded(record: dict[str, Any]) -> Iterator[tuple[float, float]]:
     """(predicted, measured) MiB of every measurement in `record` that can be predicted; those of toys are noise."""
-    if record["config"].get("tiny") or "memory" not in record:
+    if record["config"].get("tiny"):
+        return
+    if record["suite"] == "node":
+        yield from recorded_by_ranks(record)
+    if "memory" not in record:
         return
     if record["suite"] == "cpu":
         shape, fast = record["geometries"]["wide"]["shape"], record["memory"]["fast"]
@@ -281,6 +286,22 @@ def recorded(record: dict[str, Any]) -> Iterator[tuple[float, float]]:
             work = work_of(batch_of(questions, size.vocab_size, place, config["seed"]))
             predicted = activations(size, work, Setting(2, replayed=record["date"] >= FIRST_REPLAYED))
             yield predicted.peak / 2**20, (found["allocated_gib"] - found["before_gib"]) * 1024
+
+
+def recorded_by_ranks(record: dict[str, Any]) -> Iterator[tuple[float, float]]:
+    """Of one GPU under ZeRO-2: weights, trainables with their gradients and Adam's, buckets, and the largest micro-batch of all steps."""
+    config = record["config"]
+    for case in record["cases"]:
+        if case.get("ranks") != 1 or case["stage"] != 2 or not case.get("memory", {}).get("of", "").startswith("the device"):
+            continue
+        size = size_of("node", LlamaShape(**case["shape"]))
+        works = [
+            work_of(batch_of(config["questions"], size.vocab_size, p, config["seed"])) for p in range(config["warmup"] + config["steps"])
+        ]
+        largest = max(activations(size, work, Setting(2, replayed=True)).peak for work in works)
+        task = Task(size, Hardware(GPUS["H200"], 1), Lengths(120, 250, 700, 1000), "bf16")
+        found = memory(task, "zero2", 0, 1024)
+        yield (found.weights + found.trainables + found.buckets + largest) / 2**20, case["memory"]["allocated_gib"] * 1024
 
 
 def test_every_recorded_run_took_what_is_predicted() -> None:

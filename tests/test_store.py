@@ -18,7 +18,7 @@ from vico.errors import EXIT_CODES, CheckpointError, DiskError, TrainingFault
 from vico.evaluate import summarize
 from vico.hosts import Member
 from vico.meeting import own_store
-from vico.meters import gaps, last_step
+from vico.meters import gaps, read_logs
 from vico.records import Question
 from vico.resume import find_start, newest_usable, start_progress
 from vico.selftest import figure_disk_full
@@ -148,7 +148,9 @@ def test_lines_that_a_log_lacks_are_counted(tmp_path: Path) -> None:
         (tmp_path / name).write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
 
     def said(step: int, due: bool = False, from_start: bool = True) -> list[str]:
-        return [line.removeprefix(f"{tmp_path}/").split(" of ")[0] for line in gaps(tmp_path, step, due, 3, from_start)]
+        return [
+            line.removeprefix(f"{tmp_path}/").split(" of ")[0] for line in gaps(tmp_path, read_logs(tmp_path), step, due, 3, from_start)
+        ]
 
     log("steps.jsonl", *range(1, 9))
     log("log.txt", 3, 6)
@@ -166,21 +168,19 @@ def test_lines_that_a_log_lacks_are_counted(tmp_path: Path) -> None:
 
 
 def test_three_failures_at_one_step_are_enough(tmp_path: Path) -> None:
-    (tmp_path / "steps.jsonl").write_text('{"step": 7}\n')
-    assert last_step(tmp_path) == 7
     for _ in range(3):
-        attempts.begin(tmp_path, RunConfig())
+        attempts.begin(tmp_path, RunConfig(), 7)
     for _ in range(2):
-        assert "step 8 has failed 3 times in a row" in refusal(attempts.begin, tmp_path, RunConfig())
-    attempts.begin(tmp_path, RunConfig(batch_size=1))  # another try
-    (tmp_path / "steps.jsonl").write_text('{"step": 8}\n')
+        assert "step 8 has failed 3 times in a row" in refusal(attempts.begin, tmp_path, RunConfig(), 7)
+    another = RunConfig(batch_size=1)
+    attempts.begin(tmp_path, another, 7)
     for _ in range(2):
-        attempts.begin(tmp_path, RunConfig(batch_size=1))
+        attempts.begin(tmp_path, another, 8)  # farther than before
     attempts.end(tmp_path)
     for _ in range(3):
-        attempts.begin(tmp_path, RunConfig(batch_size=1))
+        attempts.begin(tmp_path, another, 8)
     with pytest.raises(TrainingFault):
-        attempts.begin(tmp_path, RunConfig(batch_size=1))
+        attempts.begin(tmp_path, another, 8)
 
 
 def test_failpoints_are_off_and_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,14 +239,14 @@ def test_a_run_that_fails_three_times_is_not_started_again(world: World, tmp_pat
     """As a scheduler would start it; with other settings it is tried again."""
     flags = ["train", *world.flags, *LONG, "--max_steps", "3", "--save_steps", "1", "--output_dir", str(tmp_path / "out")]
     monkeypatch.setenv("VICO_FAILPOINT", "step@2=raise MemoryError")
-    assert vico(*flags).codes == [4] and last_step(tmp_path / "out") == 1
+    assert vico(*flags).codes == [4] and read_logs(tmp_path / "out").last_step == 1
     monkeypatch.setenv("VICO_FAILPOINT", "step=raise MemoryError")
     said = [vico(*flags) for _ in range(3)]
     assert [ended.codes for ended in said] == [[4]] * 3
     assert ["in a row" in ended.stderrs[0] for ended in said] == [False, False, True], said
     monkeypatch.delenv("VICO_FAILPOINT")
-    assert vico(*flags).codes == [4] and last_step(tmp_path / "out") == 1
-    assert vico(*flags, "--num_workers", "1").codes == [0] and last_step(tmp_path / "out") == 3
+    assert vico(*flags).codes == [4] and read_logs(tmp_path / "out").last_step == 1
+    assert vico(*flags, "--num_workers", "1").codes == [0] and read_logs(tmp_path / "out").last_step == 3
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_a_killed_data_worker_is_one_line(world: World, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = [*world.flags, *LONG, "--num_workers", "1", "--output_dir", str(out)]
     ranks = start("train", *flags, ranks=1)
-    while last_step(out) < 2:
+    while read_logs(out).last_step < 2:
         time.sleep(0.02)
         assert ranks[0].poll() is None
     helpers = psutil.Process(ranks[0].pid).children(recursive=True)
@@ -320,7 +320,7 @@ def test_a_feature_file_that_is_cut_off_meanwhile_is_one_line(tmp_path: Path) ->
     """It is mapped: whoever reads on behind its end dies of a bus error."""
     mine, out = World(tmp_path / "world"), tmp_path / "out"
     ranks = start("train", *mine.flags, *LONG, "--num_workers", "1", "--output_dir", str(out), ranks=1)
-    while last_step(out) < 2:
+    while read_logs(out).last_step < 2:
         time.sleep(0.02)
         assert ranks[0].poll() is None
     os.truncate(mine.data / "clipvitl14.pth", 5000)

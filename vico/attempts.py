@@ -12,16 +12,15 @@ from typing import Any
 from vico.config import RunConfig
 from vico.errors import TrainingFault, UserError
 from vico.files import write_json
-from vico.meters import last_step
 from vico.textfiles import read_json_object
 
 NAME = "attempts.json"
 MOST = 3
 
 
-def begin(output_dir: Path, config: RunConfig) -> None:
-    """Count this start, before its logs are cut to where it goes on. Raises TrainingFault instead of a fourth try."""
-    path, step = output_dir / NAME, last_step(output_dir)
+def begin(output_dir: Path, config: RunConfig, step: int) -> None:
+    """Count this start of a run that had come to `step`. Raises TrainingFault instead of a fourth try."""
+    path = output_dir / NAME
     settings = hashlib.sha256(json.dumps(config.to_json(), sort_keys=True).encode()).hexdigest()[:16]
     before = _read(path)
     failures = 0

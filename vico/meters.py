@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -70,15 +71,15 @@ class RunLog:
     logged leaves its `error`, for only the main rank meets it, and the ranks must end together.
     """
 
-    def __init__(self, output_dir: Path, step: int, evaluation_due: bool = False) -> None:
+    def __init__(self, output_dir: Path, found: "Logs", step: int, evaluation_due: bool = False) -> None:
         self._steps, self._epochs = output_dir / "steps.jsonl", output_dir / "log.txt"
         self.error: UserError | None = None
         from torch.utils.tensorboard import SummaryWriter
 
         with _writing(output_dir):
-            self.num_dropped = max(0, last_step(output_dir) - step)  # steps that are done again
-            for path, last in ((self._steps, step), (self._epochs, step - evaluation_due)):
-                write_lines(path, [record for record in read_records(path) if record["step"] <= last])
+            self.num_dropped = max(0, found.last_step - step)  # steps that are done again
+            for path, records, last in ((self._steps, found.steps, step), (self._epochs, found.epochs, step - evaluation_due)):
+                write_lines(path, [record for record in records if record["step"] <= last])
             self._board = SummaryWriter(str(output_dir / "runs"), purge_step=step + 1 if step else None)
 
     def step(self, record: dict[str, Any], curves: dict[str, float]) -> None:
@@ -141,14 +142,26 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def last_step(output_dir: Path) -> int:
-    """The last step that the run there has logged; 0: none."""
-    return max((record["step"] for record in read_records(output_dir / "steps.jsonl")), default=0)
+@dataclass(frozen=True)
+class Logs:
+    """What the run there has logged."""
+
+    steps: list[dict[str, Any]]
+    epochs: list[dict[str, Any]]
+
+    @property
+    def last_step(self) -> int:
+        """0: none."""
+        return max((record["step"] for record in self.steps), default=0)
 
 
-def gaps(output_dir: Path, step: int, evaluation_due: bool, steps_per_epoch: int, from_start: bool) -> list[str]:
+def read_logs(output_dir: Path) -> Logs:
+    return Logs(read_records(output_dir / "steps.jsonl"), read_records(output_dir / "log.txt"))
+
+
+def gaps(output_dir: Path, found: Logs, step: int, evaluation_due: bool, steps_per_epoch: int, from_start: bool) -> list[str]:
     """A line for each log that lacks what the run has done up to `step`. `from_start`: it began at step 1, and not at another run's."""
-    logged = [{record["step"] for record in read_records(output_dir / name)} for name in ("steps.jsonl", "log.txt")]
+    logged = [{record["step"] for record in records} for records in (found.steps, found.epochs)]
     first = 1 if from_start else min(logged[0], default=step + 1)
     done = range(first, step + 1)
     epochs = [end for end in done if end % steps_per_epoch == 0 and end <= step - evaluation_due]

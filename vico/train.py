@@ -26,7 +26,7 @@ from vico.evaluate import Evaluation, evaluate, report
 from vico.failpoints import reached
 from vico.files import make_folder, mend_folders, write_bytes, write_json
 from vico.meters import Progress as ProgressBar
-from vico.meters import RunLog, gaps, memory_curves
+from vico.meters import RunLog, gaps, memory_curves, read_logs
 from vico.model.vico import initial_trainables
 from vico.optim import learning_rate, peak_learning_rate
 from vico.records import PackedBatch
@@ -293,17 +293,18 @@ def _open_log(
     saved = read_args(config.output_dir / "args.json") if os.path.exists(config.output_dir / "args.json") else None
     if saved is not None and run_of(saved) != run_id:
         raise InUse(f"{config.output_dir}: another run began and wrote here while this one was starting; choose another --output_dir")
-    attempts.begin(config.output_dir, config)
+    found = read_logs(config.output_dir)
+    attempts.begin(config.output_dir, config, found.last_step)
     if config.resume is None and saved is not None:  # what this run started from stays known
         resumed = saved.get("resume")
         config = replace(config, resume=None if resumed is None else Path(resumed))
     if saved is not None:
-        done = progress.step, progress.evaluation_due, steps.steps_per_epoch
-        for line in gaps(config.output_dir, *done, from_start=config.resume is None):
+        where = progress.step, progress.evaluation_due, steps.steps_per_epoch
+        for line in gaps(config.output_dir, found, *where, from_start=config.resume is None):
             print(f"note: {line}", flush=True)
     facts = {"world_size": world.size, "steps_per_epoch": steps.steps_per_epoch, "peak_lr": peak_lr, "run": run_id}
     write_json(config.output_dir / "args.json", {**config.to_json(), **facts})
-    log = RunLog(config.output_dir, progress.step, progress.evaluation_due)
+    log = RunLog(config.output_dir, found, progress.step, progress.evaluation_due)
     again = f" ({log.num_dropped} step(s) to redo)" if log.num_dropped else ""
     if progress.step:
         print(f"resuming from step {progress.step}{again}", flush=True)

@@ -17,7 +17,7 @@ from vico.checkpoint import step_folders, step_of
 from vico.demo import make_world
 from vico.engine import SHIPPED_CONFIGS
 from vico.files import REPLACED, TEMPORARY, write_json
-from vico.meters import last_step, read_records
+from vico.meters import read_logs, read_records
 from vico.textfiles import read_json_object
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -167,7 +167,7 @@ def difference(world: TinyWorld, stage: int, out: Path) -> str:
 
 
 def steps_logged(out: Path) -> int:
-    return last_step(out)
+    return read_logs(out).last_step
 
 
 def first_line(text: str) -> str:
