@@ -3,6 +3,7 @@
 Without one nothing is recorded: a program runs at every use, over the same tensors, as it does at its first on a GPU.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -130,6 +131,89 @@ def test_what_fills_a_stream_up_is_as_finite_as_the_stream() -> None:
     made(batch)
     (x_TD,) = seen
     assert len(x_TD) > batch.num_rows and (x_TD[batch.num_rows :] == x_TD[0]).all() and x_TD[0].any()
+
+
+class Again(Replayed):
+    """Records without a GPU: a record is the program itself, which then keeps its results where it wrote them, as a GPU does."""
+
+    records = 0
+
+    def may_record(self, kept: int) -> bool:
+        return True
+
+    def record(self, *runs: Callable[[], None]) -> list[Callable[[], None]]:
+        self.records += 1
+        return [*runs]
+
+
+def test_what_is_recorded_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = model()
+    batches = [training_batch(WORK.training(place, 1)) for place in (0, 3, 7)]
+    expected = [step(made, batch) for batch in batches]
+    made.replayed = again = Again(made, PackedAttention(KERNELS["sdpa"]))
+    for _ in range(3):
+        for batch, (losses, gradients) in zip(batches, expected, strict=True):
+            found, its = step(made, batch)
+            assert torch.allclose(found, losses, rtol=1e-5, atol=1e-6)
+            assert all(torch.allclose(its[name], gradient, rtol=1e-4, atol=1e-5) for name, gradient in gradients.items())
+            for program in again.programs.values():
+                program._kept = 1  # as a GPU's allocator says after the first
+    assert again.records == len(again.programs) and all(program.is_recorded for program in again.programs.values())
+    for batch in batches:
+        made(batch).sum().backward()
+    for name, gradient in take_gradients(made).items():
+        assert torch.allclose(gradient, sum(gradients[name] for _, gradients in expected), rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("free", "reserved", "peak", "pooled", "may"),
+    [
+        (28, 0, 20, 0, True),  # GiB; 10 are allocated and a forward keeps 4: 5 for the record, 11 for the largest step, 16 in all
+        (15, 0, 20, 0, False),
+        (6, 10, 20, 0, True),  # what the allocator holds and nobody has
+        (6, 10, 20, 4, False),  # which is the other records'
+        (13, 4, 20, 4, True),  # of whose memory this one can use most
+        (40, 0, 60, 0, False),  # a larger step has been
+        (11, 0, 10, 0, True),  # a smaller one: as this one runs by itself, half as much again
+        (10, 0, 10, 0, False),
+    ],
+)
+def test_room_for_a_record(free: int, reserved: int, peak: int, pooled: int, may: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * gib, 80 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 10 * gib)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: (10 + reserved) * gib)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak * gib)
+    one = replayed(model())
+    one._pooled = pooled * gib
+    assert one.may_record(4 * gib) == may
+    monkeypatch.setattr(graphs, "MOST_SIZES", 0)
+    assert not one.may_record(0)
+
+
+def test_memory_that_ends_in_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The micro-batch runs as it is, and no other record is tried."""
+    made = model()
+    batch = training_batch(WORK.training(0, 1))
+    losses, gradients = step(made, batch)
+    made.replayed = found = replayed(made)
+    step(made, batch)
+    (program,) = found.programs.values()
+    tried = []
+
+    def ended(run: Callable[[], None]) -> Callable[[], None]:
+        tried.append(run)
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(found, "_record", ended)
+    program._kept = 1
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**40, 2**40))
+    for _ in range(2):
+        again, its = step(made, batch)
+        program._kept = 1
+        assert torch.allclose(again, losses, rtol=1e-5, atol=1e-6)
+        assert all(torch.allclose(its[name], gradient, rtol=1e-4, atol=1e-5) for name, gradient in gradients.items())
+    assert len(tried) == 1 and not program.is_recorded
 
 
 def test_weights_that_change_are_seen() -> None:

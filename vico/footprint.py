@@ -171,8 +171,8 @@ def filled_up(work: Work) -> Work:
 
 def activations(size: ModelSize, work: Work, setting: Setting) -> Activations:
     own = 0
-    if setting.replayed and work.rows < REPLAYED_ROWS:
-        work = filled_up(work)
+    if setting.replayed:
+        work = filled_up(work) if work.rows < REPLAYED_ROWS else work
         # The stream and its gradient, rotary angles and prompts, at places that stay.
         own = REPLAYED_ROWS * (2 * size.dim * setting.width + size.head_dim * 4) + size.prompts * setting.width
     full, last = layer(size, work, setting, last=False), layer(size, work, setting, last=True)

@@ -27,7 +27,10 @@ from vico.records import Segment
 USED = os.environ.get("VICO_GRAPHS", "on") != "off"  # the one switch, for comparisons
 MOST_ROWS = 4096  # of more, a GPU takes longer than any host
 MOST_SIZES = 32  # each record holds its output and the stream's gradient: 16 KiB per row at 7B
-SPARE = 1.5  # times what a forward keeps must be left behind a record: for one of another size that runs as it is
+# What a record takes, of what a forward keeps: backward's work and the allocator's rounding besides (seen: 1.2); and at least, though
+# it can use most of what earlier records took.
+TAKES, TAKES_AT_LEAST = 1.25, 0.3
+SPARE, MARGIN = 1.5, 1.1  # of what a forward keeps must then be left for one of another size that runs as it is; of the largest step so far
 
 
 def attach(model: Llama, attend: Attend, why_not: str | None = None) -> str:
@@ -62,6 +65,7 @@ class Replayed:
         self._inputs: tuple[_Inputs, Tensor] | None = None  # and the gradient of what goes out
         self._pool: Any = None  # records take turns: they share their memory
         self._pooled = 0  # bytes of it, which nobody else can have
+        self._is_full = False  # memory ended while a record was made
 
     def serves(self, x_TD: Tensor) -> bool:
         return torch.is_grad_enabled() and len(x_TD) < MOST_ROWS
@@ -86,16 +90,23 @@ class Replayed:
         out: Tensor = _Replay.apply(*given, found.numbers(sizes), program)
         return out
 
-    def may_record(self, needed: int) -> bool:
-        """Whether there is room for one record more, which needs so many bytes, and then for the largest step so far."""
-        if sum(program.is_recorded for program in self.programs.values()) >= MOST_SIZES:
+    def may_record(self, kept: int) -> bool:
+        """Whether there is room for one record more, of a forward that keeps so many bytes, and then for the largest step so far."""
+        if self._is_full or sum(program.is_recorded for program in self.programs.values()) >= MOST_SIZES:
             return False
-        allocated = torch.cuda.memory_allocated()
+        allocated, taken = torch.cuda.memory_allocated(), max(TAKES * kept - self._pooled, TAKES_AT_LEAST * kept)
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - allocated - self._pooled
-        return free - needed >= max(torch.cuda.max_memory_allocated() - allocated, SPARE * needed)
+        return free - taken >= max(MARGIN * (torch.cuda.max_memory_allocated() - allocated), SPARE * kept)
 
-    def record(self, run: Callable[[], None]) -> Callable[[], None]:
-        """`run`, whose kernels are only noted, as a graph."""
+    def record(self, *runs: Callable[[], None]) -> list[Callable[[], None]]:
+        """Each of `runs`, whose kernels are only noted, as a graph; none where memory ends."""
+        try:
+            return [self._record(run) for run in runs]
+        except torch.cuda.OutOfMemoryError:
+            self._is_full = True
+            return []
+
+    def _record(self, run: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         # thread_local: the threads of the data loader and of NCCL go on with what is theirs.
@@ -127,13 +138,12 @@ class _Program:
         self._differentiable = [x.requires_grad_() for x in (self._inputs.x_TD, *self._inputs[2:])]
         self._out_TD: Tensor | None = None
         self._gradients: tuple[Tensor, ...] = ()
-        self._needed = 0  # bytes that a forward keeps; 0: none has run
-        self._replay_forward: Callable[[], None] | None = None
-        self._replay_backward: Callable[[], None] | None = None
+        self._kept = 0  # bytes that a forward keeps; 0: none has run
+        self._replays: list[Callable[[], None]] = []  # of forward and of backward
 
     @property
     def is_recorded(self) -> bool:
-        return self._replay_forward is not None
+        return bool(self._replays)
 
     def forward(self, given: _Inputs, numbers: np.ndarray) -> Tensor:
         rows, own = len(given.x_TD), self._inputs
@@ -144,10 +154,10 @@ class _Program:
             mine[rows:] = its[:1]  # the rows behind the stream: as finite as a row of it
         own.prompts_LAD.copy_(given.prompts_LAD)
         own.gates_2LH.copy_(given.gates_2LH)
-        if not self.is_recorded and self._needed and self.owner.may_record(self._needed):
-            self._record()
-        if self._replay_forward is not None:
-            self._replay_forward()
+        if not self.is_recorded and self._kept and self.owner.may_record(self._kept):
+            self._replays = self.owner.record(self._compute, self._compute_gradients)
+        if self.is_recorded:
+            self._replays[0]()
         else:
             self._compute_and_measure()
         assert self._out_TD is not None
@@ -158,8 +168,8 @@ class _Program:
         rows = len(gradient_TD)
         self._upstream_TD[:rows] = gradient_TD
         self._upstream_TD[rows:] = 0
-        if self._replay_backward is not None:
-            self._replay_backward()
+        if self.is_recorded:
+            self._replays[1]()
             x_TD, prompts_LAD, gates_2LH = self._gradients
         else:
             self._compute_gradients()
@@ -168,16 +178,11 @@ class _Program:
         # Copies of what may become a parameter's own gradient: the next replay writes here again.
         return x_TD[:rows], prompts_LAD.clone(), gates_2LH.clone()
 
-    def _record(self) -> None:
-        forward = self.owner.record(self._compute)
-        backward = self.owner.record(self._compute_gradients)
-        self._replay_forward, self._replay_backward = forward, backward
-
     def _compute_and_measure(self) -> None:
         on_gpu = self._numbers_N.is_cuda
         before = torch.cuda.memory_allocated() if on_gpu else 0
         self._compute()
-        self._needed = torch.cuda.memory_allocated() - before if on_gpu else 0
+        self._kept = torch.cuda.memory_allocated() - before if on_gpu else 0
 
     def _compute(self) -> None:
         owner, own = self.owner, self._inputs
