@@ -279,6 +279,24 @@ def test_ranks_0_and_1_killed_the_next_one_speaks(world: World, tmp_path: Path) 
     assert f"rank 0 on {socket.gethostname()} (process {processes[0].pid}), rank 1 on " in ended.stderrs[2]
 
 
+@pytest.mark.parametrize("told", ["b''", "b'half'", "pickle.dumps({'name': 'x' * 99})[:50]"])
+def test_a_rank_that_is_killed_while_it_starts_a_worker(told: str) -> None:
+    """The worker hears nothing, or half of what it should do, and ends in silence."""
+    script = f"""
+import os, pickle
+from multiprocessing import forkserver
+from vico.data.workers import start_server
+start_server()
+worker, to_worker = forkserver.connect_to_new_process([])
+os.write(to_worker, {told})
+os.close(to_worker)
+assert len(os.read(worker, 8)) == 8  # its process number
+assert os.read(worker, 8) and not os.read(worker, 8)  # its end
+"""
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
 def test_a_killed_rank_is_one_line(world: World, tmp_path: Path) -> None:
     out = tmp_path / "out"
     processes = start(*flags(world, 2), "--output_dir", str(out), "--epochs", "200", "--save_steps", "1000", "--num_workers", "1", ranks=2)

@@ -35,7 +35,7 @@ def start_server() -> None:
 
     The signals by which a run is asked to stop must not end it, nor Python's own helper: they stay blocked in both.
     """
-    multiprocessing.set_forkserver_preload(["torch", "vico.data.batches"])
+    multiprocessing.set_forkserver_preload(["torch", "vico.data.batches", "vico.data.in_server"])
     if QUIET not in os.environ.get("PYTHONWARNINGS", ""):
         os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), QUIET]))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, stopping.SIGNALS)
