@@ -134,7 +134,7 @@ def _toy(shape: LlamaShape, device: torch.device, dtype: torch.dtype, plain: boo
     fast = make_fast(shape, dtype)
     fill(fast, values)
     fast.attend = choose("auto", device, dtype)[0]
-    graphs.attach(fast.to(device), fast.attend)
+    graphs.attach(fast.to(device))
     return Packed(fast, device)
 
 

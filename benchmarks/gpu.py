@@ -181,7 +181,7 @@ def record_sizes(bench: Bench, items: Iterator[Item]) -> None:
 
 def forget_records(bench: Bench) -> None:
     """So that the next step is one that starts its kernels one by one: the profiler then knows them, and the allocator their memory."""
-    graphs.attach(bench.fast.model, bench.fast.model.attend)
+    graphs.attach(bench.fast.model)
     gc.collect()
 
 
@@ -286,14 +286,10 @@ def small_cards(bench: Bench) -> dict[str, Any]:
     for nominal, allowed, recomputes in SMALL_CARDS:
         if allowed * GIB >= there:
             continue  # this card is the smaller one
-        recomputed = bench.shape.n_layers if recomputes else 0
+        bench.fast.model.num_checkpointed = recomputed = bench.shape.n_layers if recomputes else 0
         forget_records(bench)
-        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(allowed * GIB / there)
-        bench.fast.model.num_checkpointed = recomputed
-        if recomputes:
-            bench.fast.model.replayed = None
         found[nominal] = {"allowed_gib": allowed, "recomputed_layers": recomputed} | _until_memory_ends(partial(_step_memory, bench, item))
         print(f"a card of {nominal}: {found[nominal]}", flush=True)
     bench.fast.model.num_checkpointed = 0
@@ -387,7 +383,7 @@ def _bench(args: argparse.Namespace, shape: LlamaShape, device: torch.device, pe
     dtype = DTYPES[args.precision]
     plain, fast = make_shared_pair(shape, dtype, device, args.seed)
     fast.attend, why = choose(args.attention, device, dtype)
-    print(f"fast: {why}, {kernels.describe(device)}, {graphs.attach(fast, fast.attend)}", flush=True)
+    print(f"fast: {why}, {kernels.describe(device)}, {graphs.attach(fast)}", flush=True)
     optimizer = make_optimizer([p for p in fast.parameters() if p.requires_grad], weight_decay=0.14)
     pair = Plain(plain, device), Packed(fast, device, score_tokens=args.score_tokens)
     return Bench(*pair, optimizer, shape, SyntheticWorkload(shape.vocab_size, seed=args.seed), device, args, peak, ceiling)

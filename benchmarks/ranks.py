@@ -128,7 +128,7 @@ def make_engine(args: argparse.Namespace, world: World, shape: LlamaShape, stage
         model = make_fast(shape, dtype)
     fill_random(model, args.seed, world)
     model.attend = attend
-    why += f", {kernels.describe(world.device)}, {graphs.attach(model, attend, replay_refused(config))}"
+    why += f", {kernels.describe(world.device)}, {graphs.attach(model, replay_refused(config))}"
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], weight_decay=0.14)
     return Engine(model, optimizer, config, dtype, why)
 

@@ -91,8 +91,7 @@ def test_training_mixes_no_devices_and_waits_for_none(starts: Starts, checkpoint
 def test_a_program_mixes_no_devices_and_waits_for_none(starts: Starts) -> None:
     """What is recorded on a GPU, where waiting would be an error, and what is done around it."""
     model = made()
-    assert isinstance(model.attend, PackedAttention)
-    model.replayed = Replayed(model, model.attend)
+    model.replayed = Replayed(model)
     for place, questions in enumerate((1, 2, 8, 1)):
         step(model, training_batch(WORK.training(place, questions)))
         assert all(p.grad is not None and p.grad.device == GPU for p in model.parameters() if p.requires_grad)

@@ -249,8 +249,8 @@ def test_peak_of_a_replayed_step_is_predicted(name: str, num_questions: int) -> 
     """At a size's first micro-batch, which runs as it is: what a record of it takes is the same, and has its own condition."""
     batch = batch_of(num_questions)
     model = meta_model(SHAPES[name], "packed", torch.bfloat16)
-    assert isinstance(model.attend, PackedAttention) and graphs.MOST_ROWS == REPLAYED_ROWS
-    model.replayed = graphs.Replayed(model, model.attend)
+    assert graphs.MOST_ROWS == REPLAYED_ROWS
+    model.replayed = graphs.Replayed(model)
     live, moved, work = Live(storages_of(model)), on_meta(batch), work_of(batch)
     with live:
         model(moved).sum().backward()

@@ -131,14 +131,14 @@ def test_nothing_waits_and_nothing_is_compiled_after_the_third_step(monkeypatch:
 def test_records_compute_what_they_recorded(num_adapted: int, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each size as kernels one by one, recorded, and replayed: the same losses to the bit; gradients up to attention's order of sums."""
     fast, work = toy_on_the_gpu(replace(TOY, n_kv_heads=heads), num_adapted), SyntheticWorkload(TOY.vocab_size)
-    assert graphs.attach(fast, fast.attend).endswith("rows by CUDA graphs")
+    assert graphs.attach(fast).endswith("rows by CUDA graphs")
     replayed = fast.replayed
     batches = [training_batch(work.training(place, 2 + place % 3)).to(CUDA) for place in range(12)]
     found: dict[str, list[tuple[torch.Tensor, dict[str, torch.Tensor]]]] = {}
     for how in ("eager", "first", "second", "third", "unrecorded"):
         fast.replayed = None if how == "eager" else replayed
         if how == "unrecorded":
-            assert graphs.attach(fast, fast.attend) and fast.replayed is not replayed
+            assert graphs.attach(fast) and fast.replayed is not replayed
             monkeypatch.setattr(graphs, "MOST_SIZES", 0)
         for batch in batches:
             losses = fast(batch)
@@ -163,7 +163,7 @@ def test_records_compute_what_they_recorded(num_adapted: int, heads: int, monkey
 
 def test_a_replayed_step_waits_for_nothing() -> None:
     fast, work = toy_on_the_gpu(), SyntheticWorkload(TOY.vocab_size)
-    graphs.attach(fast, fast.attend)
+    graphs.attach(fast)
     batch = training_batch(work.training(0, 4)).pin_memory()
     for _ in range(3):
         fast(batch.to(CUDA)).sum().backward()
@@ -177,7 +177,7 @@ def test_a_replayed_step_waits_for_nothing() -> None:
 
 def test_a_backward_that_comes_too_late_says_so() -> None:
     fast, work = toy_on_the_gpu(), SyntheticWorkload(TOY.vocab_size)
-    graphs.attach(fast, fast.attend)
+    graphs.attach(fast)
     first, second = (fast(training_batch(work.training(place, 2)).to(CUDA)) for place in range(2))
     second.sum().backward()
     with pytest.raises(RuntimeError, match="VICO_GRAPHS=off"):

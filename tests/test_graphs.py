@@ -79,15 +79,16 @@ def model(num_adapted: int = 4, kernel: str = "sdpa", shape: LlamaShape = SHAPE)
     return made
 
 
-def replayed(made: ViCo) -> Replayed:
-    assert isinstance(made.attend, PackedAttention)
-    return Replayed(made, made.attend)
-
-
 def step(made: ViCo, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
     losses = made(batch)
     losses.sum().backward()
     return losses.detach(), take_gradients(made)
+
+
+def require_same(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> None:
+    """Of losses and of every trainable's gradient, up to rounding."""
+    assert torch.allclose(found[0], expected[0], rtol=1e-5, atol=1e-6)
+    assert all(torch.allclose(found[1][name], gradient, rtol=1e-4, atol=1e-5) for name, gradient in expected[1].items())
 
 
 @pytest.mark.parametrize(("num_adapted", "shape"), [(4, SHAPE), (2, SHAPE), (3, GROUPED)], ids=["all", "some", "grouped"])
@@ -96,7 +97,7 @@ def test_a_program_computes_what_the_blocks_do(num_adapted: int, shape: LlamaSha
     made = model(num_adapted, shape=shape)
     batches = [training_batch(WORK.training(place, 1 + place % 3)) for place in (0, 3, 1, 6, 2)]
     expected = [step(made, batch) for batch in batches]
-    made.replayed = replayed(made)
+    made.replayed = Replayed(made)
     for batch, (losses, gradients) in zip(batches, expected, strict=True):
         its_losses, its = step(made, batch)
         assert torch.allclose(its_losses, losses, rtol=1e-5, atol=1e-6)
@@ -114,7 +115,7 @@ def test_gradients_come_in_the_same_order(num_adapted: int, shape: LlamaShape) -
     for name, parameter in made.named_parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: orders[-1].append(name))
-    for how in (None, replayed(made)):
+    for how in (None, Replayed(made)):
         made.replayed = how
         orders.append([])
         step(made, training_batch(WORK.training(0, 1)))
@@ -124,7 +125,7 @@ def test_gradients_come_in_the_same_order(num_adapted: int, shape: LlamaShape) -
 def test_what_fills_a_stream_up_is_as_finite_as_the_stream() -> None:
     """Rows of zeros would have values that no real row has; what is not finite there spoils sums over rows."""
     made = model()
-    made.replayed = replayed(made)
+    made.replayed = Replayed(made)
     seen: list[Tensor] = []
     made.layers[0].register_forward_hook(lambda _module, inputs, _out: seen.append(inputs[0].detach().clone()))
     batch = training_batch(WORK.training(0, 1))
@@ -146,23 +147,21 @@ class Again(Replayed):
         return [*runs]
 
 
-def test_what_is_recorded_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_recorded_is_replayed() -> None:
     made = model()
     batches = [training_batch(WORK.training(place, 1)) for place in (0, 3, 7)]
-    expected = [step(made, batch) for batch in batches]
-    made.replayed = again = Again(made, PackedAttention(KERNELS["sdpa"]))
+    steps = [step(made, batch) for batch in batches]
+    made.replayed = again = Again(made)
     for _ in range(3):
-        for batch, (losses, gradients) in zip(batches, expected, strict=True):
-            found, its = step(made, batch)
-            assert torch.allclose(found, losses, rtol=1e-5, atol=1e-6)
-            assert all(torch.allclose(its[name], gradient, rtol=1e-4, atol=1e-5) for name, gradient in gradients.items())
+        for batch, expected in zip(batches, steps, strict=True):
+            require_same(step(made, batch), expected)
             for program in again.programs.values():
                 program._kept = 1  # as a GPU's allocator says after the first
     assert again.records == len(again.programs) and all(program.is_recorded for program in again.programs.values())
     for batch in batches:
         made(batch).sum().backward()
     for name, gradient in take_gradients(made).items():
-        assert torch.allclose(gradient, sum(gradients[name] for _, gradients in expected), rtol=1e-4, atol=1e-5), name
+        assert torch.allclose(gradient, sum(gradients[name] for _, gradients in steps), rtol=1e-4, atol=1e-5), name
 
 
 @pytest.mark.parametrize(
@@ -184,7 +183,7 @@ def test_room_for_a_record(free: int, reserved: int, peak: int, pooled: int, may
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 10 * gib)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: (10 + reserved) * gib)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak * gib)
-    one = replayed(model())
+    one = Replayed(model())
     one._pooled = pooled * gib
     assert one.may_record(4 * gib) == may
     monkeypatch.setattr(graphs, "MOST_SIZES", 0)
@@ -195,8 +194,8 @@ def test_memory_that_ends_in_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
     """The micro-batch runs as it is, and no other record is tried."""
     made = model()
     batch = training_batch(WORK.training(0, 1))
-    losses, gradients = step(made, batch)
-    made.replayed = found = replayed(made)
+    expected = step(made, batch)
+    made.replayed = found = Replayed(made)
     step(made, batch)
     (program,) = found.programs.values()
     tried = []
@@ -209,16 +208,14 @@ def test_memory_that_ends_in_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
     program._kept = 1
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**40, 2**40))
     for _ in range(2):
-        again, its = step(made, batch)
+        require_same(step(made, batch), expected)
         program._kept = 1
-        assert torch.allclose(again, losses, rtol=1e-5, atol=1e-6)
-        assert all(torch.allclose(its[name], gradient, rtol=1e-4, atol=1e-5) for name, gradient in gradients.items())
     assert len(tried) == 1 and not program.is_recorded
 
 
 def test_weights_that_change_are_seen() -> None:
     made = model()
-    made.replayed = replayed(made)
+    made.replayed = Replayed(made)
     batch = training_batch(WORK.training(0, 1))
     before = step(made, batch)[0]
     with torch.no_grad():
@@ -232,7 +229,7 @@ def test_weights_that_change_are_seen() -> None:
 
 def test_a_backward_that_comes_too_late_says_so() -> None:
     made = model()
-    made.replayed = replayed(made)
+    made.replayed = Replayed(made)
     first, second = (made(training_batch(WORK.training(place, 1))).sum() for place in (0, 3))
     second.backward(retain_graph=True)
     for late in (first, second):
@@ -244,20 +241,18 @@ def test_scoring_between_steps_has_no_program() -> None:
     made = model()
     training, scoring = training_batch(WORK.training(0, 1)), scoring_batches(WORK.scoring(0, 1))[0]
     expected, scores = step(made, training), made(scoring).detach()
-    made.replayed = replayed(made)
+    made.replayed = Replayed(made)
     for _ in range(2):
-        losses, gradients = step(made, training)
+        require_same(step(made, training), expected)
         with torch.no_grad():
             assert torch.equal(made(scoring), scores)
-        assert torch.allclose(losses, expected[0], rtol=1e-5, atol=1e-6)
-        assert all(torch.allclose(gradients[name], expected[1][name], rtol=1e-4, atol=1e-5) for name in gradients)
     assert len(made.replayed.programs) == 1
 
 
 def test_long_streams_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "MOST_ROWS", 64)
     made = model()
-    made.replayed = replayed(made)
+    made.replayed = Replayed(made)
     step(made, training_batch(WORK.training(0, 1)))
     assert not made.replayed.programs
 
@@ -265,20 +260,21 @@ def test_long_streams_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_who_replays_and_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU nobody; the other reasons as a GPU would hear them, the first that holds."""
     made = model(kernel="varlen")
-    assert graphs.attach(made, made.attend) == "no CUDA graphs (a CPU)" and made.replayed is None
+    assert graphs.attach(made) == "no CUDA graphs (a CPU)" and made.replayed is None
     monkeypatch.setattr(graphs, "_is_gpu", lambda device: True)
     attach = partial(graphs.attach, made)
-    assert attach(made.attend, "ZeRO-3 gathers") == "no CUDA graphs (ZeRO-3 gathers)"
-    assert attach(choose("plain", CPU, torch.float32)[0]) == "no CUDA graphs (only with --attention varlen)"
-    assert attach(PackedAttention(KERNELS["sdpa"])) == "no CUDA graphs (only with --attention varlen)"
+    assert attach("ZeRO-3 gathers") == "no CUDA graphs (ZeRO-3 gathers)"
+    for made.attend in (choose("plain", CPU, torch.float32)[0], PackedAttention(KERNELS["sdpa"])):
+        assert attach() == "no CUDA graphs (only with --attention varlen)"
+    made.attend = PackedAttention(KERNELS["varlen"])
     made.num_checkpointed = 1
-    assert attach(made.attend) == "no CUDA graphs (layers are recomputed)"
+    assert attach() == "no CUDA graphs (layers are recomputed)"
     made.num_checkpointed = 0
-    assert attach(made.attend) == "training on up to 4,096 rows by CUDA graphs" and made.replayed is not None
+    assert attach() == "training on up to 4,096 rows by CUDA graphs" and made.replayed is not None
     monkeypatch.setattr(graphs, "USED", False)
-    assert attach(made.attend) == "no CUDA graphs (VICO_GRAPHS=off)" and made.replayed is None
+    assert attach() == "no CUDA graphs (VICO_GRAPHS=off)" and made.replayed is None
     monkeypatch.setattr(graphs, "USED", True)
     assert all("flops" in str(replay_refused({"flops_profiler": {"enabled": True}, "zero_optimization": {"stage": n}})) for n in (2, 3))
     assert replay_refused({"zero_optimization": {"stage": 2}}) is None and replay_refused({"zero_optimization": {"stage": 3}})
     one = model(1, "varlen")
-    assert graphs.attach(one, one.attend) == "no CUDA graphs (one adapted layer)"
+    assert graphs.attach(one) == "no CUDA graphs (one adapted layer)"

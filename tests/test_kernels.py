@@ -27,7 +27,7 @@ else:
     from vico.model import kernels
     from vico.model.attention_packed import KERNELS, PackedAttention, _unit, _widened
     from vico.model.functions import AdapterAttention, FrozenRMSNorm, Rotate, SwiGLU
-    from vico.model.layout import on_device, places, sent
+    from vico.model.layout import layout_of
     from vico.model.llama import LlamaShape, rotary_angles
     from vico.records import Segment
 
@@ -97,8 +97,7 @@ else:
 
     def test_widening_is_exact(dtype: torch.dtype) -> None:
         segments = (Segment(0, 3, None, False, False), Segment(3, 7, 0, True, False), Segment(7, 12, 1, False, True))
-        found = places(segments)
-        layout = on_device(sent(found.numbers(found.sizes), DEVICE), found.sizes, dtype, True)
+        layout = layout_of(segments, DEVICE, dtype, True)
         inputs = [made(12, HEADS, WIDTH, dtype=dtype, seed=i) for i in range(3)]
         flags = (layout.after_video_T, layout.is_video_T, layout.key_rows_K, _unit(WIDTH), 8)
         gates = made(HEADS, dtype=torch.float32, seed=4)

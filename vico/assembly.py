@@ -103,7 +103,7 @@ def build_engine(config: RunConfig, inputs: Inputs, trainables: dict[str, Tensor
             module.fill(inputs.weights.read(f"{name}.weight").to(world.device, dtype))
     model.attend = attend
     model.num_checkpointed = len(model.layers) if config.num_checkpointed is None else config.num_checkpointed
-    description += f", {graphs.attach(model, attend, replay_refused(inputs.ds_config, config.quantize))}"
+    description += f", {graphs.attach(model, replay_refused(inputs.ds_config, config.quantize))}"
     _require_declared(model, inputs.trainable_shapes)
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], config.weight_decay)
     world.doing("building the engine")

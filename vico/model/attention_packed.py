@@ -19,7 +19,7 @@ from torch.autograd import Function
 from vico.errors import UserError
 from vico.model import kernels
 from vico.model.attention import Attend, Visibility, attend_blocks, attend_plain
-from vico.model.layout import Layout, on_device, places, sent
+from vico.model.layout import Layout, layout_of
 from vico.records import Segment
 
 
@@ -61,8 +61,7 @@ class PackedAttention:
             return self._given
         made, gradient = self._layout, torch.is_grad_enabled()
         if made is None or self._made_for is not seen.segments or (gradient and made.sharing_SK is None):
-            found = places(seen.segments)
-            made = on_device(sent(found.numbers(found.sizes), like.device), found.sizes, like.dtype, gradient)
+            made = layout_of(seen.segments, like.device, like.dtype, gradient)
             self._made_for, self._layout = seen.segments, made
         return made
 

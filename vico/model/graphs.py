@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.func import functional_call
 
-from vico.model.attention import Attend, Visibility
+from vico.model.attention import Visibility
 from vico.model.attention_packed import KERNELS, PackedAttention
 from vico.model.layout import Sizes, on_device, places, sent
-from vico.model.llama import Block, Context, Llama
+from vico.model.llama import Block, Context
+from vico.model.vico import ViCo
 from vico.records import Segment
 
 USED = os.environ.get("VICO_GRAPHS", "on") != "off"  # the one switch, for comparisons
@@ -33,18 +34,17 @@ TAKES, TAKES_AT_LEAST = 1.25, 0.3
 SPARE, MARGIN = 1.5, 1.1  # of what a forward keeps must then be left for one of another size that runs as it is; of the largest step so far
 
 
-def attach(model: Llama, attend: Attend, why_not: str | None = None) -> str:
+def attach(model: ViCo, why_not: str | None = None) -> str:
     """Let `model` replay where it can; what was decided, and why, for the start line. `why_not`: the caller's own reason."""
     reasons = (
         (not _is_gpu(model.tok_embeddings.weight.device), "a CPU"), (not USED, "VICO_GRAPHS=off"), (why_not is not None, why_not),
-        (not isinstance(attend, PackedAttention) or attend.kernel is not KERNELS["varlen"], "only with --attention varlen"),
+        (getattr(model.attend, "kernel", None) is not KERNELS["varlen"], "only with --attention varlen"),
         (model.num_checkpointed > 0, "layers are recomputed"), (model.num_adapted < 2, "one adapted layer"),
     )  # fmt: skip
     model.replayed = None
     if (why := next((why for is_so, why in reasons if is_so), None)) is not None:
         return f"no CUDA graphs ({why})"
-    assert isinstance(attend, PackedAttention)
-    model.replayed = Replayed(model, attend)
+    model.replayed = Replayed(model)
     return f"training on up to {MOST_ROWS:,} rows by CUDA graphs"
 
 
@@ -55,10 +55,12 @@ def _is_gpu(device: torch.device) -> bool:
 class Replayed:
     """The blocks below the last one, for training; has a program for each size it has met."""
 
-    def __init__(self, model: Llama, attend: PackedAttention) -> None:
+    def __init__(self, model: ViCo) -> None:
+        """`model.attend`: a PackedAttention."""
+        assert isinstance(model.attend, PackedAttention)
+        self.kernel = model.attend.kernel
         self.blocks = [block for block in model.layers if isinstance(block, Block)][:-1]
         self.num_plain = len(model.layers) - model.num_adapted
-        self.attend = attend
         self.turn = 0  # the number of the forward whose results lie in the programs' tensors
         self.programs: dict[Sizes, _Program] = {}
         self._gates = [gate for block in self.blocks[self.num_plain :] for gate in (block.attention.gate1, block.attention.gate2)]
@@ -187,7 +189,7 @@ class _Program:
     def _compute(self) -> None:
         owner, own = self.owner, self._inputs
         layout = on_device(self._numbers_N, self._sizes, own.x_TD.dtype, gradient=True)
-        context = Context(own.rotary_T, Visibility((), ()), PackedAttention(owner.attend.kernel, layout))
+        context = Context(own.rotary_T, Visibility((), ()), PackedAttention(owner.kernel, layout))
         out_TD, names = own.x_TD, ("attention.gate1", "attention.gate2")
         with torch.enable_grad():
             prompts, gates = own.prompts_LAD.unbind(0), [gate_H[None, :, None, None] for gate_H in own.gates_2LH.unbind(0)]
