@@ -62,5 +62,5 @@ setup(
             "matplotlib>=3.9,<4",  # as the extra benchmarks
         ],
     },
-    entry_points={"console_scripts": ["vico=vico.cli:console"]},
+    entry_points={"console_scripts": ["vico=vico.cli.main:console"]},
 )

@@ -25,13 +25,13 @@ from benchmarks.variants import (
     training_batch,
 )
 from benchmarks.workload import SyntheticWorkload
-from vico.config import RunConfig
 from vico.errors import UserError
-from vico.model import graphs
-from vico.model.attention import Attend, Visibility, attend_plain, narrowed, visibility
-from vico.model.attention_packed import choose
+from vico.model import cuda_graphs
+from vico.model.attention.blockwise import Attend, Visibility, attend_plain, narrowed, visibility
+from vico.model.attention.varlen import choose
 from vico.model.llama import LlamaShape
-from vico.optim import make_optimizer
+from vico.train.config import RunConfig
+from vico.train.optim import make_optimizer
 
 CPU = torch.device("cpu")
 # fp32: sums in another order. bf16: 8 bits, of the output and of what the kernel keeps between its products; the published
@@ -134,7 +134,7 @@ def _toy(shape: LlamaShape, device: torch.device, dtype: torch.dtype, plain: boo
     fast = make_fast(shape, dtype)
     fill(fast, values)
     fast.attend = choose("auto", device, dtype)[0]
-    graphs.attach(fast.to(device))
+    cuda_graphs.attach(fast.to(device))
     return Packed(fast, device)
 
 

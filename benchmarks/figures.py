@@ -10,8 +10,8 @@ from typing import Any
 
 from benchmarks.measure import spread
 from benchmarks.workload import ScoringWork, TrainingWork
+from vico.model.batch import PackedBatch, Segment, Sequence
 from vico.model.llama import LlamaShape
-from vico.records import PackedBatch, Segment, Sequence
 
 UNKNOWN = "n/a"
 FORMULAS = {

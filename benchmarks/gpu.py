@@ -24,14 +24,15 @@ from benchmarks.record import new_record, settings, write
 from benchmarks.timesplit import time_split
 from benchmarks.variants import MAX_CAP_LEN, MAX_SEQ_LEN, MODELS, Packed, Plain, make_shared_pair, scoring_batches, training_batch
 from benchmarks.workload import ScoringWork, SyntheticWorkload, TrainingWork
-from vico.assembly import DTYPES
-from vico.data.batches import EVALUATION_TOKENS
+from vico.data.batching import EVALUATION_TOKENS
 from vico.errors import UserError
-from vico.model import graphs, kernels
-from vico.model.attention_packed import choose
+from vico.model import cuda_graphs
+from vico.model.attention.varlen import choose
+from vico.model.batch import PackedBatch
 from vico.model.llama import LlamaShape
-from vico.optim import make_optimizer
-from vico.records import PackedBatch
+from vico.model.ops import triton_ops
+from vico.train.build import DTYPES
+from vico.train.optim import make_optimizer
 
 LIMITS = (MAX_SEQ_LEN, MAX_CAP_LEN)
 TASKS = ("vqa", "cap", "both")
@@ -173,7 +174,7 @@ def record_sizes(bench: Bench, items: Iterator[Item]) -> None:
     """Meet every size of these training steps twice: a run records it then, once, and goes on for hours."""
     replayed = bench.fast.model.replayed
     for item in items:
-        short = [batch for batch in item.batches if batch.num_rows < graphs.MOST_ROWS and isinstance(item.work, TrainingWork)]
+        short = [batch for batch in item.batches if batch.num_rows < cuda_graphs.MOST_ROWS and isinstance(item.work, TrainingWork)]
         for _ in range(2):
             if replayed is not None and not all(replayed.is_recorded(batch.segments) for batch in short):
                 bench.run("fast", item)
@@ -181,7 +182,7 @@ def record_sizes(bench: Bench, items: Iterator[Item]) -> None:
 
 def forget_records(bench: Bench) -> None:
     """So that the next step is one that starts its kernels one by one: the profiler then knows them, and the allocator their memory."""
-    graphs.attach(bench.fast.model)
+    cuda_graphs.attach(bench.fast.model)
     gc.collect()
 
 
@@ -383,7 +384,7 @@ def _bench(args: argparse.Namespace, shape: LlamaShape, device: torch.device, pe
     dtype = DTYPES[args.precision]
     plain, fast = make_shared_pair(shape, dtype, device, args.seed)
     fast.attend, why = choose(args.attention, device, dtype)
-    print(f"fast: {why}, {kernels.describe(device)}, {graphs.attach(fast)}", flush=True)
+    print(f"fast: {why}, {triton_ops.describe(device)}, {cuda_graphs.attach(fast)}", flush=True)
     optimizer = make_optimizer([p for p in fast.parameters() if p.requires_grad], weight_decay=0.14)
     pair = Plain(plain, device), Packed(fast, device, score_tokens=args.score_tokens)
     return Bench(*pair, optimizer, shape, SyntheticWorkload(shape.vocab_size, seed=args.seed), device, args, peak, ceiling)

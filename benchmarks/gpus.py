@@ -1,14 +1,14 @@
-"""Where the peak rates of MFU and HFU come from. The rates themselves stand in vico/hardware.py, for the planner too.
+"""Where the peak rates of MFU and HFU come from. The rates themselves stand in vico/planner/gpu_specs.py, for the planner too.
 
 A device whose exact name is not there has no peak: "n/a", never a guess.
 """
 
 from dataclasses import dataclass
 
-from vico.hardware import GPUS
+from vico.planner.gpu_specs import GPUS
 
 _HALF = "; half of the rate printed with sparsity"
-# By the short name of vico/hardware.py.
+# By the short name of vico/planner/gpu_specs.py.
 SOURCES = {
     "H200": "NVIDIA H200 Tensor Core GPU datasheet (SXM)" + _HALF,
     "H100": "NVIDIA H100 Tensor Core GPU datasheet (SXM)" + _HALF,

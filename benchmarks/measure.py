@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vico.model.functions import product
+from vico.model.ops.autograd import product
 
 GIB = 2**30
 

@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.figures import FORMULAS, UNKNOWN, median_of
 from benchmarks.record import ROOT, new_record, settings, write
 from benchmarks.variants import MODELS
-from vico import launched
+from vico.distributed import launcher_env
 from vico.errors import UserError
 
 # Of every step's losses: the same samples and weights on other ranks, or under another stage, give the same.
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if args.tiny:
         args.sizes, args.steps, args.warmup, args.num_workers = ["toy"], min(args.steps, 3), 1, 0
         args.questions, args.strong_questions = min(args.questions, 2), min(args.strong_questions, 4)
-    launched.adopt()
+    launcher_env.adopt()
     if "RANK" in os.environ:
         return _as_rank(args)
     return _finish(args, *_start_all(args))

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vico.model.batch import VIDEO_SLOT, Sequence
 from vico.model.llama import LlamaShape
 from vico.model.vico import FEATURE_WIDTH
-from vico.records import VIDEO_SLOT, Sequence
 
 IGNORE = -100  # label of a position that is context or padding
 

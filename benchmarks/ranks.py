@@ -24,19 +24,20 @@ from benchmarks.gpus import peak_of
 from benchmarks.measure import GIB, Clock, device_ceilings, hardware, resident_peak_gib, spread
 from benchmarks.variants import MODELS, make_fast, random_value
 from benchmarks.workload import SyntheticWorkload
-from vico import dist
-from vico.assembly import DTYPES, replay_refused
-from vico.data.batches import Step, longest_first
+from vico.data.batching import Step, longest_first
+from vico.data.dataloader import loader
 from vico.data.packing import Example, pack
-from vico.data.workers import loader
-from vico.dist import World
-from vico.engine import Engine, construction, read_config
-from vico.files import write_text
-from vico.model import graphs, kernels
-from vico.model.attention_packed import choose
+from vico.distributed import world as dist
+from vico.distributed.world import World
+from vico.io.atomic import write_text
+from vico.model import cuda_graphs
+from vico.model.attention.varlen import choose
 from vico.model.llama import LlamaShape
-from vico.optim import make_optimizer
-from vico.train import train_step
+from vico.model.ops import triton_ops
+from vico.train.build import DTYPES, replay_refused
+from vico.train.engine import Engine, construction, read_config
+from vico.train.loop import train_step
+from vico.train.optim import make_optimizer
 
 TASK_WEIGHTS = (1.0, 0.5)
 LR = 0.0  # the update does all of its work, and every case sees the same weights: losses can be compared
@@ -128,7 +129,7 @@ def make_engine(args: argparse.Namespace, world: World, shape: LlamaShape, stage
         model = make_fast(shape, dtype)
     fill_random(model, args.seed, world)
     model.attend = attend
-    why += f", {kernels.describe(world.device)}, {graphs.attach(model, replay_refused(config))}"
+    why += f", {triton_ops.describe(world.device)}, {cuda_graphs.attach(model, replay_refused(config))}"
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], weight_decay=0.14)
     return Engine(model, optimizer, config, dtype, why)
 
@@ -187,7 +188,7 @@ def _timed(args: argparse.Namespace, world: World, engine: Engine, shape: LlamaS
 def _record_sizes(world: World, engine: Engine, steps: RankSteps, schedule: list[tuple[int, int]]) -> None:
     """Where short micro-batches are replayed, meet each size twice: a run records it then, once, and goes on for hours."""
     replayed = engine.module.replayed
-    short = replayed is not None and any(batch.num_rows < graphs.MOST_ROWS for batch in steps[schedule[0]].micro_batches)
+    short = replayed is not None and any(batch.num_rows < cuda_graphs.MOST_ROWS for batch in steps[schedule[0]].micro_batches)
     if world.gather(torch.tensor(short)).any():  # all ranks step together
         for number, item in enumerate(schedule * 2):
             train_step(engine, steps[item], number + 1, TASK_WEIGHTS, LR, world)

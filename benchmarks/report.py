@@ -10,8 +10,8 @@ from benchmarks.figures import UNKNOWN, median_of
 from benchmarks.node import scaling
 from benchmarks.record import RESULTS
 from vico.errors import UserError
-from vico.files import write_text
-from vico.textfiles import read_json_object
+from vico.io.atomic import write_text
+from vico.io.text import read_json_object
 
 TITLES = {"cpu": "One thread of a CPU", "gpu": "One GPU", "node": "Several ranks"}
 

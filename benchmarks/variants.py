@@ -14,10 +14,10 @@ from torch.profiler import record_function
 from benchmarks.plain import PlainViCo
 from benchmarks.workload import NUM_OPTIONS, ScoringWork, TrainingWork
 from vico.data.packing import Example, pack
+from vico.model.batch import PackedBatch, Sequence
 from vico.model.llama import FrozenLinear, LlamaShape
 from vico.model.vico import ViCo
-from vico.records import PackedBatch, Sequence
-from vico.train import sums_by_task
+from vico.train.loop import sums_by_task
 
 CAPTION_WEIGHT = 0.5
 MAX_SEQ_LEN, MAX_CAP_LEN = 160, 384

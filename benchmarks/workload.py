@@ -21,8 +21,8 @@ from torch import Tensor
 from vico.data.datasets import read_questions
 from vico.data.prompts import Prompts
 from vico.data.tokenizer import Tokenizer
+from vico.model.batch import VIDEO_SLOT, Question, Sequence
 from vico.model.vico import FEATURE_WIDTH
-from vico.records import VIDEO_SLOT, Question, Sequence
 
 LENGTHS = Path(__file__).with_name("lengths.json")
 NUM_OPTIONS = 5

@@ -13,7 +13,7 @@ from pathlib import Path
 if __name__ == "__main__":  # a data worker that is spawned reads this file as well
     # Before anything that is installed: these scripts run the checkout they lie in, from any directory.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from vico.cli import console
+    from vico.cli.main import console
 
     console(["eval", *sys.argv[1:]])
 # The end

@@ -68,7 +68,7 @@ def master_port() -> int:
 def main() -> None:
     passed_on: list[int] = []
     # The launcher would end the ranks, by force after 30 s, and end with 1 itself. Blocked here and in the ranks, which inherit
-    # that, signals reach a rank once it can hear them (vico/stopping.py); none is lost in the seconds before. This comes first:
+    # that, signals reach a rank once it can hear them (vico/distributed/signals.py); none is lost in the seconds before. This comes first:
     # threads that libraries start would take them otherwise.
     signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
     threading.Thread(target=pass_signals_on, args=(passed_on,), daemon=True).start()

@@ -7,8 +7,8 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from vico import dist  # noqa: E402
-from world import World  # noqa: E402
+from support.toy_dataset import World  # noqa: E402
+from vico.distributed import world as ranks  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,9 +19,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(scope="session")
-def alone() -> dist.World:
+def alone() -> ranks.World:
     """A world of one rank. DeepSpeed connects once per process, so all commands that run in this one share it."""
-    return dist.connect()
+    return ranks.connect()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests. Makes the environment if need be; arguments are pytest's, seen from the checkout: bash tests/run.sh tests/test_launch.py -x
+# The tests. Makes the environment if need be; arguments are pytest's, seen from the checkout: bash tests/run.sh tests/e2e/test_launch.py -x
 set -euo pipefail
 source "$(dirname "$(readlink -f "$0")")/../launch/common.sh"
 

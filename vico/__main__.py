@@ -1,6 +1,6 @@
 """`python -m vico`: the console command without an installed package."""
 
-from vico.cli import console
+from vico.cli.main import console
 
 if __name__ == "__main__":
     console()

@@ -16,9 +16,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))  # before anything that is installed: these scripts run the checkout they lie in
 
-from vico import config as configs  # noqa: E402
 from vico.errors import UserError, nearest, one_line, show  # noqa: E402
-from vico.files import make_folder, write_text  # noqa: E402
+from vico.io.atomic import make_folder, write_text  # noqa: E402
+from vico.train import config as configs  # noqa: E402
 
 ENDED = "exit_code"  # beside a run's files: how its last start ended
 YES, NO = ("true", "yes", "1"), ("false", "no", "0")

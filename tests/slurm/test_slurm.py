@@ -21,8 +21,8 @@ from pathlib import Path
 
 import pytest
 
-from vico.launched import ALONE
-from world import ROOT, World, records
+from support.toy_dataset import ROOT, World, records
+from vico.distributed.launcher_env import ALONE
 
 pytestmark = pytest.mark.slurm
 

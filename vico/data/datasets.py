@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vico.data import intentqa, nextqa, star, tvqa
-from vico.data.tables import UNKNOWN
+from vico.data.readers import intentqa, nextqa, star, tvqa
+from vico.data.readers.rows import UNKNOWN
 from vico.errors import UserError
-from vico.records import Question
+from vico.model.batch import Question
 
 
 @dataclass(frozen=True)

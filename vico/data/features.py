@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vico.data.tables import NUM_SHOWN, unblanked
+from vico.data.readers.rows import NUM_SHOWN, unblanked
 from vico.errors import TrainingFault, UserError, fail, show
-from vico.records import Question
-from vico.safeload import is_numbers, load_tensors
+from vico.io.safe_load import is_numbers, load_tensors
+from vico.model.batch import Question
 
 WIDTH = 768  # CLIP ViT-L/14
 Rows = tuple[int, int]

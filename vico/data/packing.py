@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vico.records import VIDEO_SLOT, PackedBatch, Segment, Sequence
+from vico.model.batch import VIDEO_SLOT, PackedBatch, Segment, Sequence
 
 COST_OF_SHARING = 20  # a shared row costs each layer an attention block against all rows below it: 1/20 of a row each, measured
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from vico.data.tokenizer import Tokenizer
 from vico.errors import UserError
-from vico.records import VIDEO_SLOT, Question, Sequence
+from vico.model.batch import VIDEO_SLOT, Question, Sequence
 
 QUESTION_TASKS = ("vqa", "vaq", "qav")
 CAPTION_CONTEXT = 3  # caption tokens that are context, not targets

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vico.errors import UserError
-from vico.files import read_bytes
-from vico.safeload import disguise
-from vico.textfiles import parse_json
+from vico.io.atomic import read_bytes
+from vico.io.safe_load import disguise
+from vico.io.text import parse_json
 
 NAMES = ("tokenizer.model", "tokenizer.json")  # where both lie, they are the same tokenizer and the first is the original
 LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vico.model import block
-from vico.model.attention import Attend, Visibility, narrowed
-from vico.model.functions import AdapterAttention, FrozenProduct, FrozenRMSNorm, Rotate, SwiGLU, TargetCrossEntropy
+from vico.model import fused_block
+from vico.model.attention.blockwise import Attend, Visibility, narrowed
+from vico.model.ops.autograd import AdapterAttention, FrozenProduct, FrozenRMSNorm, Rotate, SwiGLU, TargetCrossEntropy
 
 if TYPE_CHECKING:
-    from vico.model.graphs import Replayed
+    from vico.model.cuda_graphs import Replayed
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class Block(nn.Module):
 
     def forward(self, x_TD: Tensor, prompt_AD: Tensor | None, context: Context) -> Tensor:
         """The rows that ask, [Q, D]; where only some do, the others end here."""
-        if (out_TD := block.run(self, x_TD, prompt_AD, context)) is not None:
+        if (out_TD := fused_block.run(self, x_TD, prompt_AD, context)) is not None:
             return out_TD
         residual = x_TD if context.asking_Q is None else x_TD[context.asking_Q]
         h_QD = residual + self.attention(self.attention_norm(x_TD), prompt_AD, context)

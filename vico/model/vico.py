@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vico.model.attention import Attend, attend_blocks, visibility
+from vico.model.attention.blockwise import Attend, attend_blocks, visibility
+from vico.model.batch import PackedBatch
 from vico.model.llama import Context, FrozenLinear, Linear, Llama, LlamaShape, rotary_angles
-from vico.records import PackedBatch
 
 FEATURE_WIDTH = 768  # CLIP ViT-L/14
 

@@ -1,0 +1,72 @@
+"""SIGTERM and SIGUSR1, to the launcher or to one rank, in a step, a save, an evaluation or at the start: no step is lost."""
+
+import re
+import signal
+from pathlib import Path
+
+from faults.result import Outcome, Scale
+from support.processes import RANKS, Started, TinyWorld, difference, first_line, launch, newest, start_ranks, steps_logged, undisturbed
+
+NAME = "signals"
+TITLE = "SIGTERM and SIGUSR1, also during save and evaluation: exit 75, no step lost, the run goes on to the undisturbed end"
+MINUTES = (1.1, 6.0)
+RUNS = (1, 5)
+# What a life is doing when it is asked to stop. The failpoint holds that moment until the signal has come.
+LIVES = {
+    "a step": "step@2=sleep 1",
+    "a save": "save:written@1=sleep 1",
+    "an evaluation": "evaluation@1=sleep 1",
+    "the start": "inputs@1=sleep 1",
+}
+# In each order every moment still comes, and a step behind it: of ten steps the fifth ends an epoch, and every second is saved.
+ORDERS = (
+    ("the start", "a step", "a save", "an evaluation"),
+    ("a step", "the start", "an evaluation", "a save"),
+    ("a save", "an evaluation", "a step", "the start"),
+    ("a step", "an evaluation", "the start", "a save"),
+    ("a save", "the start", "an evaluation", "a step"),
+)
+
+
+def run(scale: Scale) -> Outcome:
+    """Each run is stopped once in each life; the last life ends it."""
+    world, failures = TinyWorld.make(scale.folder / "world"), []
+    num = RUNS[not scale.quick]
+    for number in range(num):
+        stage, out = (2, 3)[number % 2], scale.folder / f"run{number}"
+        undisturbed(world, stage)
+        for place, moment in enumerate(ORDERS[(number + scale.seed) % len(ORDERS)]):
+            name = ("SIGTERM", "SIGUSR1")[(number + place) % 2]
+            who = ("the launcher", "rank 0", "rank 1")[(number + place) % 3]
+            if problem := _stop(world, stage, out, moment, signal.Signals[name], who):
+                failures.append(f"run {number}, ZeRO-{stage}, {name} to {who} in {moment}: {problem}")
+        last = launch(world.flags(stage, out), world.folder / "logs")
+        if last.end() != [0]:
+            failures.append(f"run {number}: it did not end: {first_line(last.said)}")
+        elif problem := difference(world, stage, out):
+            failures.append(f"run {number}: {problem}")
+    total = num * len(LIVES)
+    return Outcome(max(0, total - len(failures)), total, {"failures": failures, "runs": num})
+
+
+def _stop(world: TinyWorld, stage: int, out: Path, moment: str, number: int, who: str) -> str:
+    flags, logs, failpoint = world.flags(stage, out), world.folder / "logs", LIVES[moment]
+    run = launch(flags, logs, failpoint) if who == "the launcher" else start_ranks(flags, logs, failpoint)
+    if not run.reach(lambda: "vico: failpoint" in run.said):
+        run.kill()
+        return f"the moment did not come: {first_line(run.said)}"
+    victims = run.processes[-1:] if who == "rank 1" else run.processes[:1]
+    for process in victims:
+        process.send_signal(number)
+    codes = run.end()
+    done, saved = steps_logged(out), newest(out)
+    if codes != [75] * (1 if who == "the launcher" else RANKS):
+        return f"ended with {codes}: {first_line(run.said)}"
+    if saved != done:
+        return f"{done - saved} of {done} steps were lost"
+    return _unsaid(run, saved)
+
+
+def _unsaid(run: Started, saved: int) -> str:
+    said = re.search(r"stopped by SIG\w+; saved \S+/checkpoint-(\d+); the same command goes on there", run.said)
+    return "" if said and int(said[1]) == saved else f"it is not said where it was saved: {first_line(run.said)}"

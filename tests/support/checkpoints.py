@@ -1,0 +1,47 @@
+"""What the tests of checkpoints share: shapes and values of a tiny model's trainables, how a file is refused, a pickle that would run."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vico.checkpoint.read import fitted, read
+from vico.errors import CheckpointError
+from vico.model.llama import LlamaShape
+from vico.model.vico import trainable_shapes
+from vico.train.optim import MOMENTS
+
+LLAMA = LlamaShape(dim=32, n_layers=3, n_heads=4, vocab_size=400)
+SHAPES = trainable_shapes(LLAMA, num_adapted=3, adapter_len=10, num_slots=10)
+
+
+def values(shapes: dict[str, tuple[int, ...]], seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return weights, {f"{name}.{m}": torch.rand(shape, generator=generator) for name, shape in shapes.items() for m in MOMENTS}
+
+
+def refusal(path: Path, shapes: dict[str, tuple[int, ...]] = SHAPES) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        fitted(read(path), shapes, LLAMA.n_layers)
+    assert caught.value.exit_code == 3
+    return str(caught.value)
+
+
+def same(a: dict[str, Tensor] | None, b: dict[str, Tensor] | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+
+
+class Payload:
+    """Pickled, this is a call of os.mkdir with the canary's path."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.canary),)

@@ -1,0 +1,53 @@
+"""One rank of test_scale.py: loads a backbone under ZeRO-3 and prints how its anonymous memory went, in MiB."""
+
+import json
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from vico.distributed import world as dist
+from vico.model.vico import ViCo
+from vico.model.weights.load import open_weights
+from vico.train.engine import construction, fill, read_config
+
+MIB = 2**20
+
+
+def anonymous() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def main(folder: Path, ds_config: str) -> None:
+    world = dist.connect()
+    weights = open_weights(folder, None)
+    config = read_config(ds_config, "fp32", 1, 1, world.size)
+    torch.ones(2**20).sum()  # the threads that any first work starts
+    peaks, done = [anonymous()], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            peaks.append(anonymous())
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with construction(config, world.device):
+        model = ViCo(weights.shape, weights.shape.n_layers, 10, 10, 100.0, torch.float32)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            fill(parameter, partial(weights.read_slice, name))
+    done.set()
+    watcher.join()
+    share = sum(p.ds_tensor.numel() * 4 for p in model.parameters()) / MIB
+    largest = max(p.ds_numel * 4 for p in model.parameters()) / MIB
+    print(json.dumps({"growth": max(peaks) - peaks[0], "share": share, "largest": largest}))
+    dist.disconnect(world)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,30 @@
+"""One rank of test_scale.py: loads a checkpoint as a run would, and prints the sha256 of what the engine then holds."""
+
+import hashlib
+import sys
+
+from vico.checkpoint import read as checkpoints
+from vico.distributed import world as dist
+from vico.train.build import build_engine, read_inputs
+from vico.train.config import parse
+
+
+def main(argv: list[str]) -> None:
+    config = parse(argv, "vico train", "").resolve()
+    assert config.resume is not None
+    world = dist.connect()
+    inputs = read_inputs(config, ("train",), world)
+    found = checkpoints.fitted(checkpoints.read(config.resume), inputs.trainable_shapes, inputs.weights.shape.n_layers)
+    engine = build_engine(config, inputs, found.weights, world)
+    assert found.moments is not None
+    engine.set_moments(found.moments, found.progress.num_updates)
+    weights, moments = engine.state()
+    digest = hashlib.sha256()
+    for name, value in sorted({**weights, **moments}.items()):
+        digest.update(name.encode() + value.contiguous().numpy().tobytes())
+    world.say(f"state {digest.hexdigest()}")
+    dist.disconnect(world)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,103 @@
+"""Token ids and target spans, against the oracle and by property."""
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reference import oracle
+from support.toy_dataset import World
+from vico.data.prompts import Prompts, crop_candidates
+from vico.data.tokenizer import Tokenizer
+from vico.errors import UserError
+from vico.model.batch import VIDEO_SLOT, Question, Sequence
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
+TRICKY = ["Answer: The answer is (C)", "Question: why", "Video:", "None", "nan", "007", " two  blanks ", "😀 日本", "(B)", "Description: x"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(world: World) -> Tokenizer:
+    return Tokenizer(world.llama / "tokenizer.model")
+
+
+def ours(item: oracle.Question) -> Question:
+    return Question(0, "0", "v", "CW", item.question, item.options, item.answer, dialogue=item.dialogue, place="train.csv:2")
+
+
+def assert_same(sequence: Sequence, expected: oracle.OracleSequence) -> None:
+    assert list(sequence.tokens) == expected.ids
+    assert list(sequence.targets) == expected.targets
+    assert sequence.video_start == expected.video_start
+
+
+def prompts(tokenizer: Tokenizer, dialogue: bool = False, seq: int = 4096, cap: int = 4096) -> Prompts:
+    return Prompts(tokenizer, 10, seq, cap, dialogue)
+
+
+@pytest.mark.parametrize("dataset", ["nextqa", "tvqa"])
+@pytest.mark.parametrize("dialogue", ["", " hello there. how are you"])
+def test_tokens_are_the_oracles(world: World, tokenizer: Tokenizer, dataset: str, dialogue: str) -> None:
+    built = prompts(tokenizer, dataset == "tvqa")
+    rng = random.Random(0)
+    for item in world.items("train"):
+        item = replace(item, dataset=dataset, dialogue=dialogue, options=(*item.options[:4], rng.choice(TRICKY)))
+        question = ours(item)
+        for answer in range(5):
+            assert_same(built.vqa(question, answer), oracle.vqa_sequence(world.tokenizer, item, 10, answer))
+        assert_same(built.vaq(question, item.answer), oracle.vaq_sequence(world.tokenizer, item, 10))
+        assert_same(built.qav(question, item.answer), oracle.qav_sequence(world.tokenizer, item, 10))
+        for limit in (60, 90, 4096):
+            cut = prompts(tokenizer, dataset == "tvqa", cap=limit)
+            assert_same(cut.caption(item.caption), oracle.caption_sequence(world.tokenizer, item, 10, limit))
+
+
+@given(question=TEXT, options=st.lists(TEXT | st.sampled_from(TRICKY), min_size=2, max_size=6), data=st.data())
+def test_any_text_keeps_its_answer(world: World, tokenizer: Tokenizer, question: str, options: list[str], data: st.DataObject) -> None:
+    """Whatever stands in a question, its targets decode to the letter, and all options share what stands before it."""
+    answer = data.draw(st.integers(0, len(options) - 1))
+    built = prompts(tokenizer).vqa(Question(0, "0", "v", "CW", question, tuple(options), answer), answer)
+    targets = [built.tokens[t] for t in built.targets]
+    assert tokenizer.decode(targets[:-1]).strip() == f"({'ABCDEF'[answer]})"
+    assert targets[-1] == tokenizer.eos == built.tokens[-1]
+    assert built.tokens.count(VIDEO_SLOT) == 10 and set(built.tokens[built.video_start :][:10]) == {VIDEO_SLOT}
+    other = prompts(tokenizer).vqa(Question(0, "0", "v", "CW", question, tuple(options), answer), 0)
+    assert other.tokens[: other.targets.start] == built.tokens[: built.targets.start]
+
+
+@pytest.mark.parametrize("limit", [100, 115, 130, 170])
+def test_dialogue_then_options_are_shortened_never_the_answer(world: World, tokenizer: Tokenizer, limit: int) -> None:
+    item = replace(world.items("train")[0], dataset="tvqa", dialogue=" word" * 60)
+    question, built = ours(item), prompts(tokenizer, True, seq=limit)
+    try:
+        fitted = built.fit(question, "vqa")
+    except UserError as error:
+        assert str(error).startswith("train.csv:2: the question alone is") and limit == 100
+        return
+    assert fitted.question == question.question and len(fitted.options) == 5
+    assert fitted.dialogue == "" or fitted.options == question.options, "options are touched only when no dialogue is left"
+    lengths = {len(built.vqa(fitted, a).tokens) for a in range(5)}
+    assert max(lengths) <= limit
+    assert question.dialogue.startswith(fitted.dialogue) and all(
+        q.startswith(f) for q, f in zip(question.options, fitted.options, strict=True)
+    )
+
+
+def test_what_fits_is_left_alone(world: World, tokenizer: Tokenizer) -> None:
+    question = ours(world.items("train")[0])
+    exact = len(prompts(tokenizer).vqa(question, 0).tokens)
+    assert prompts(tokenizer, seq=exact).fit(question, "vqa") is question
+    assert prompts(tokenizer, seq=exact - 1).fit(question, "vqa") is not question
+
+
+def test_caption_limit_that_leaves_nothing_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="--max_cap_len 20: leaves no caption token"):
+        prompts(tokenizer, cap=20).caption("A man runs. He jumps.")
+
+
+def test_crop_starts_at_sentences() -> None:
+    caption = "One. Two. Three. Four."
+    assert [caption[c:] for c in crop_candidates(caption)] == [caption, "Two. Three. Four.", "Three. Four."]
+    assert crop_candidates("no dots") == [0] and crop_candidates("One. Two.") == [0]

@@ -1,0 +1,133 @@
+"""Putting the rooms together: what a run reads, checked before anything is built, and the engine it runs on."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vico.data.datasets import read_questions
+from vico.data.features import Features
+from vico.data.prompts import Prompts
+from vico.distributed.world import World, limit_waiting
+from vico.io.atomic import require_writable
+from vico.io.file_cache import Memory
+from vico.model import cuda_graphs
+from vico.model.attention.varlen import choose
+from vico.model.batch import Question
+from vico.model.llama import FrozenLinear, Linear
+from vico.model.ops import triton_ops
+from vico.model.quantized_linear import QuantizedLinear
+from vico.model.vico import ViCo, trainable_shapes
+from vico.model.weights.load import Weights
+from vico.train import preflight, zero_stage
+from vico.train.config import RunConfig
+from vico.train.engine import Engine, construction, fill
+from vico.train.optim import make_optimizer
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    weights: Weights
+    prompts: Prompts
+    features: Features
+    questions: dict[str, list[Question]]  # by split
+    dropped: dict[str, list[Question]]  # by split: those that are not used, because of --missing_features drop
+    captions: dict[str, str]  # empty without the caption task
+    num_adapted: int  # adapted layers
+    trainable_shapes: dict[str, tuple[int, ...]]
+    ds_config: dict[str, Any]
+    stage: str  # which ZeRO stage, and why
+    notes: tuple[str, ...]
+    memory: Memory  # what was found out, to be kept when all ranks agree that nothing is wrong
+
+
+def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inputs:
+    """Open and check every file of a run; nothing is computed yet. Raises UserError. No collectives: ranks agree after it."""
+    require_writable(config.output_dir)
+    memory = Memory()
+    backbone = preflight.open_backbone(config)
+    chosen = zero_stage.choose(config, backbone.weights.shape, world.size, world.hardware, training="train" in splits)
+    prompts = backbone.prompts(config)
+    folder = config.dataset_folder
+    asked = {split: read_questions(config.dataset, folder, split, subtitles=config.sub) for split in splits}
+    features = Features(folder / "clipvitl14.pth")
+    questions, dropped, notes = {}, {}, [*chosen.notes]
+    for split in splits:
+        questions[split], dropped[split] = preflight.with_features(config, split, asked[split], features)
+    captions: dict[str, str] = {}
+    if config.cap and "train" in splits:
+        captions = preflight.read_captions(config, questions["train"], prompts)
+    for split in splits:
+        past_end = preflight.check_features(config, questions[split], features, memory, world.rank, world.size)
+        measured = preflight.measure_questions(config, split, questions[split], backbone, prompts, memory)
+        notes += preflight.split_notes(config, split, questions[split], dropped[split], past_end, measured)
+    if captions:
+        notes += preflight.caption_notes(
+            config, preflight.measure_captions(config, captions, questions["train"], backbone, prompts, memory)
+        )
+    notes += preflight.shared_videos(questions)
+    shapes = trainable_shapes(backbone.weights.shape, backbone.num_adapted, config.adapter_len, config.max_feats)
+    return Inputs(
+        backbone.weights,
+        prompts,
+        features,
+        questions,
+        dropped,
+        captions,
+        backbone.num_adapted,
+        shapes,
+        chosen.ds_config,
+        chosen.name,
+        tuple(notes),
+        memory,
+    )
+
+
+def build_engine(config: RunConfig, inputs: Inputs, trainables: dict[str, Tensor], world: World) -> Engine:
+    """The model with the backbone from the files and these trainables, under DeepSpeed. A collective of all ranks."""
+    with world.agreeing():
+        dtype = DTYPES[config.precision]
+        attend, description = choose(config.attention, world.device, dtype)
+        description += f", {triton_ops.describe(world.device)}"
+    linear: Linear = FrozenLinear if config.quantize is None else partial(QuantizedLinear, kind=config.quantize)
+    with construction(inputs.ds_config, world.device):
+        model = ViCo(inputs.weights.shape, inputs.num_adapted, config.adapter_len, config.max_feats, config.tau, dtype, linear)
+    for name, parameter in model.named_parameters():
+        world.doing(f"loading {name}")
+        value = trainables.get(name)
+        fill(parameter, partial(inputs.weights.read_slice, name) if value is None else partial(_slice, value))
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            world.doing(f"loading {name}")
+            module.fill(inputs.weights.read(f"{name}.weight").to(world.device, dtype))
+    model.attend = attend
+    model.num_checkpointed = len(model.layers) if config.num_checkpointed is None else config.num_checkpointed
+    description += f", {cuda_graphs.attach(model, replay_refused(inputs.ds_config, config.quantize))}"
+    _require_declared(model, inputs.trainable_shapes)
+    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], config.weight_decay)
+    world.doing("building the engine")
+    engine = Engine(model, optimizer, inputs.ds_config, dtype, description)
+    limit_waiting(world.timeout)
+    return engine
+
+
+def replay_refused(ds_config: dict[str, Any], quantize: str | None = None) -> str | None:
+    """Why a record of the blocks could not be made, or not be replayed. None: it can."""
+    if quantize is not None:
+        return "--quantize makes weights at every use"
+    if ds_config.get("flops_profiler", {}).get("enabled"):
+        return "DeepSpeed's flops_profiler waits behind every module"
+    return "ZeRO-3 gathers weights at every use" if ds_config["zero_optimization"]["stage"] == 3 else None
+
+
+def _slice(value: Tensor, start: int, stop: int) -> Tensor:
+    return value.flatten()[start:stop]
+
+
+def _require_declared(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
+    found = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert found == set(shapes), "the trainables are those that the modules declare, and no others"
