@@ -3,7 +3,7 @@
 Distances are relative in the L2 norm, |a - b| / |b|. The bounds are those of rounding: they are stated in every record.
 """
 
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
@@ -27,9 +27,9 @@ from benchmarks.variants import (
 from benchmarks.workload import SyntheticWorkload
 from vico.errors import UserError
 from vico.model import cuda_graphs
-from vico.model.attention.blockwise import Attend, Visibility, attend_plain, narrowed, visibility
+from vico.model.attention.blockwise import Attend, AttentionMask, attend_plain, attention_mask, restrict_queries
 from vico.model.attention.varlen import choose
-from vico.model.llama import LlamaShape
+from vico.model.llama import LlamaConfig
 from vico.train.config import RunConfig
 from vico.train.optim import make_optimizer
 
@@ -55,20 +55,20 @@ class _Case:
     """A stream, who asks in it, random q, k, v, gate2 and gradient of the output, and what the definition makes of them in fp32."""
 
     name: str
-    seen: Visibility
+    seen: AttentionMask
     inputs: list[Tensor]
     upstream: Tensor
     expected: list[Tensor | None]  # the output, then the inputs' gradients
 
 
-def attention_backends(shape: LlamaShape, device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
+def attention_backends(shape: LlamaConfig, device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
     """Every backend against the definition in fp32, on real streams: training, scoring's tree, and the last layer's few rows."""
     work = SyntheticWorkload(shape.vocab_size)
     streams = {"training": training_batch(work.training(0, 8)), "scoring": scoring_batches(work.scoring(0, 2))[0]}
     cases = []
     for stream, batch in streams.items():
-        seen = visibility(batch.segments)
-        for rows, visible in (("all rows", seen), ("asked rows", narrowed(seen, batch.wanted_rows_R))):
+        seen = attention_mask(batch.segments)
+        for rows, visible in (("all rows", seen), ("asked rows", restrict_queries(seen, batch.wanted_rows_R))):
             cases.append(_case(f"{stream}, {rows}", visible, batch.num_rows, shape, device, dtype))
     bound = ATTENTION_BOUNDS[dtype]
     found: dict[str, Any] = {"bound": bound, "head_dim": shape.head_dim, "heads": shape.n_heads, "backends": {}}
@@ -87,7 +87,7 @@ def attention_backends(shape: LlamaShape, device: torch.device, dtype: torch.dty
     return found
 
 
-def _case(name: str, seen: Visibility, rows: int, shape: LlamaShape, device: torch.device, dtype: torch.dtype) -> _Case:
+def _case(name: str, seen: AttentionMask, rows: int, shape: LlamaConfig, device: torch.device, dtype: torch.dtype) -> _Case:
     """Made on the host: the same on every device."""
     generator = torch.Generator().manual_seed(rows)
     asking = rows if seen.queries is None else len(seen.queries)
@@ -98,7 +98,7 @@ def _case(name: str, seen: Visibility, rows: int, shape: LlamaShape, device: tor
     return _Case(name, seen, inputs, upstream, _results(attend_plain, [x.float() for x in inputs], upstream.float(), seen))
 
 
-def _results(attend: Attend, inputs: list[Tensor], upstream: Tensor, seen: Visibility) -> list[Tensor | None]:
+def _results(attend: Attend, inputs: list[Tensor], upstream: Tensor, seen: AttentionMask) -> list[Tensor | None]:
     q, k, v, gate2 = (x.detach().requires_grad_() for x in inputs)
     out = attend(q, k, v, gate2, seen)
     out.backward(upstream)
@@ -124,7 +124,7 @@ def distance(found: Tensor | None, expected: Tensor | None) -> float:
     return value if value == value else float("inf")  # nan is no agreement
 
 
-def _toy(shape: LlamaShape, device: torch.device, dtype: torch.dtype, plain: bool, seed: int = 0) -> Variant:
+def _toy(shape: LlamaConfig, device: torch.device, dtype: torch.dtype, plain: bool, seed: int = 0) -> Variant:
     """A variant with the toy weights, the same on every device and in every type but for rounding."""
     values = random_weights(make_plain(shape, torch.float32), seed)
     if plain:
@@ -138,7 +138,7 @@ def _toy(shape: LlamaShape, device: torch.device, dtype: torch.dtype, plain: boo
     return Packed(fast, device)
 
 
-def twenty_steps(shape: LlamaShape, device: torch.device, dtype: torch.dtype, steps: int = STEPS) -> dict[str, Any]:
+def twenty_steps(shape: LlamaConfig, device: torch.device, dtype: torch.dtype, steps: int = STEPS) -> dict[str, Any]:
     """The same training steps in `dtype` on `device` and in fp32 on the CPU: their losses, and the largest distance."""
     curves = {}
     for name, place, kind in (("fp32 on the CPU", CPU, torch.float32), (f"{str(dtype)[6:]} on {device.type}", device, dtype)):
@@ -164,7 +164,7 @@ def twenty_steps(shape: LlamaShape, device: torch.device, dtype: torch.dtype, st
     }
 
 
-def toy_distances(shape: LlamaShape, device: torch.device, dtype: torch.dtype, videos: int) -> dict[str, Any]:
+def toy_distances(shape: LlamaConfig, device: torch.device, dtype: torch.dtype, videos: int) -> dict[str, Any]:
     """How far plain and fast in `dtype` on `device` are from plain in fp32 on the CPU: half precision has no equality."""
     work = SyntheticWorkload(shape.vocab_size)
     training, scoring = work.training(0, 8), work.scoring(0, videos)
@@ -190,5 +190,5 @@ def toy_distances(shape: LlamaShape, device: torch.device, dtype: torch.dtype, v
     }  # fmt: skip
 
 
-def _mean(values: Items[float]) -> float:
+def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)

@@ -31,7 +31,7 @@ from benchmarks.variants import (
     with_vico_products,
 )
 from benchmarks.workload import RealWorkload, ScoringWork, SyntheticWorkload, TrainingWork, Workload
-from vico.model.llama import LlamaShape
+from vico.model.llama import LlamaConfig
 
 CPU = torch.device("cpu")
 WIDE_VOCABULARY, NARROW_VOCABULARY = 32000, 1216  # 1216: 2.2 % of the products are the head's, 7B: 2.0 %
@@ -104,7 +104,7 @@ def run_round(variants: list[Variant], training: TrainingWork, scoring: ScoringW
     return result
 
 
-def make_variants(shape: LlamaShape, waterfall: bool) -> list[Variant]:
+def make_variants(shape: LlamaConfig, waterfall: bool) -> list[Variant]:
     plain, fast = make_pair(shape)
     between: list[Variant] = []
     if waterfall:
@@ -116,7 +116,7 @@ def make_variants(shape: LlamaShape, waterfall: bool) -> list[Variant]:
     return [Plain(plain, CPU), *between, Packed(fast, CPU)]
 
 
-def run_geometry(name: str, shape: LlamaShape, workload: Workload, args: argparse.Namespace, ceiling: float) -> dict[str, Any]:
+def run_geometry(name: str, shape: LlamaConfig, workload: Workload, args: argparse.Namespace, ceiling: float) -> dict[str, Any]:
     """All rounds of one geometry; "equal" says whether they may be reported."""
     variants = make_variants(shape, args.waterfall)
     for variant in variants:
@@ -165,14 +165,16 @@ def say(name: str, place: int, result: Round, worst: dict[str, float]) -> None:
     print("             largest differences: " + ", ".join(f"{key} {value:.1e}" for key, value in worst.items()), flush=True)
 
 
-def amount_of(variant: Variant, work: TrainingWork, shape: LlamaShape) -> Amount:
+def amount_of(variant: Variant, work: TrainingWork, shape: LlamaConfig) -> Amount:
     if isinstance(variant, Packed):
         return of_packed(shape, [training_batch(work, variant.share)], 2 * len(work.vqa), len(work.vqa), training=True)
     assert isinstance(variant, Plain)
     return of_plain(shape, work, (variant.width(work.vqa, MAX_SEQ_LEN), variant.width(work.cap, MAX_CAP_LEN)))
 
 
-def figures(out: dict[str, Any], shape: LlamaShape, num_questions: int, ceiling: float, amounts: dict[str, list[Amount]]) -> dict[str, Any]:
+def figures(
+    out: dict[str, Any], shape: LlamaConfig, num_questions: int, ceiling: float, amounts: dict[str, list[Amount]]
+) -> dict[str, Any]:
     """Rates by variant. FLOPs of a step: 4 (forward, input gradient) times the layers' parameters, per real token."""
     scored = [r["questions_scored"] for r in out["rounds"]]
     rates: dict[str, Any] = {}
@@ -193,17 +195,17 @@ def figures(out: dict[str, Any], shape: LlamaShape, num_questions: int, ceiling:
     return rates
 
 
-def split_of(variant: Variant, shape: LlamaShape, training: TrainingWork, scoring: ScoringWork) -> dict[str, Any]:
+def split_of(variant: Variant, shape: LlamaConfig, training: TrainingWork, scoring: ScoringWork) -> dict[str, Any]:
     train, train_rows = time_split(lambda: variant.train(training), shape, CPU)
     take_gradients(variant.model)
     score, score_rows = time_split(lambda: variant.score(scoring), shape, CPU)
     return {"train": train, "score": score, "train_rows": train_rows, "score_rows": score_rows}
 
 
-def geometries(tiny: bool) -> dict[str, LlamaShape]:
+def geometries(tiny: bool) -> dict[str, LlamaConfig]:
     if tiny:
-        return {"wide": LlamaShape(64, 2, 4, 600, multiple_of=32), "7b_geometry": LlamaShape(64, 2, 4, 300, multiple_of=32)}
-    return {"wide": LlamaShape(512, 8, 8, WIDE_VOCABULARY), "7b_geometry": LlamaShape(512, 8, 8, NARROW_VOCABULARY)}
+        return {"wide": LlamaConfig(64, 2, 4, 600, multiple_of=32), "7b_geometry": LlamaConfig(64, 2, 4, 300, multiple_of=32)}
+    return {"wide": LlamaConfig(512, 8, 8, WIDE_VOCABULARY), "7b_geometry": LlamaConfig(512, 8, 8, NARROW_VOCABULARY)}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -248,7 +250,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _workload(args: argparse.Namespace, shape: LlamaShape) -> Workload:
+def _workload(args: argparse.Namespace, shape: LlamaConfig) -> Workload:
     if args.data_path is None:
         return SyntheticWorkload(shape.vocab_size, seed=args.seed)
     if args.tokenizer is None:

@@ -4,14 +4,14 @@ P is the number of parameters of the layers' products. The backbone is frozen, s
 forward and 2 P for the gradient of the input, none for weights: 4 P, not 6 P.
 """
 
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.measure import spread
 from benchmarks.workload import ScoringWork, TrainingWork
-from vico.model.batch import PackedBatch, Segment, Sequence
-from vico.model.llama import LlamaShape
+from vico.model.batch import PackedBatch, Segment, TokenSequence
+from vico.model.llama import LlamaConfig
 
 UNKNOWN = "n/a"
 FORMULAS = {
@@ -26,12 +26,12 @@ FORMULAS = {
 }
 
 
-def layer_parameters(shape: LlamaShape) -> int:
+def layer_parameters(shape: LlamaConfig) -> int:
     keys_and_values = 2 * shape.dim * shape.head_dim * shape.kv_heads
     return shape.n_layers * (2 * shape.dim**2 + keys_and_values + 3 * shape.dim * shape.hidden_dim)
 
 
-def all_parameters(shape: LlamaShape) -> int:
+def all_parameters(shape: LlamaConfig) -> int:
     """Of the frozen backbone."""
     return layer_parameters(shape) + 2 * shape.vocab_size * shape.dim + (2 * shape.n_layers + 1) * shape.dim
 
@@ -49,7 +49,7 @@ class Amount:
     run_flops: float
 
 
-def _run_flops(shape: LlamaShape, rows: int, head_rows: int, pairs: float, spared: float, training: bool) -> float:
+def _run_flops(shape: LlamaConfig, rows: int, head_rows: int, pairs: float, spared: float, training: bool) -> float:
     """`spared`: parameters times rows that the last layer leaves out."""
     layers = layer_parameters(shape) * rows - spared
     head = shape.vocab_size * shape.dim * head_rows
@@ -57,11 +57,11 @@ def _run_flops(shape: LlamaShape, rows: int, head_rows: int, pairs: float, spare
     return (4 if training else 2) * (layers + head) + (12 if training else 4) * attention
 
 
-def of_plain(shape: LlamaShape, work: TrainingWork | ScoringWork, limits: tuple[int, int]) -> Amount:
+def of_plain(shape: LlamaConfig, work: TrainingWork | ScoringWork, limits: tuple[int, int]) -> Amount:
     """The baseline pads VQA and captions to `limits` and runs the head on every row."""
     training = isinstance(work, TrainingWork)
     if isinstance(work, TrainingWork):
-        batches: tuple[tuple[tuple[Sequence, ...], int], ...]
+        batches: tuple[tuple[tuple[TokenSequence, ...], int], ...]
         batches, questions = ((work.vqa, limits[0]), (work.cap, limits[1])), len(work.vqa) or len(work.cap)
     else:
         batches, questions = ((tuple(s for q in work.questions for s in q), limits[0]),), len(work.questions)
@@ -72,7 +72,7 @@ def of_plain(shape: LlamaShape, work: TrainingWork | ScoringWork, limits: tuple[
     return Amount(work.num_real_tokens, rows, sum(len(s.targets) for s in sequences), len(sequences), questions, useful, run)
 
 
-def of_packed(shape: LlamaShape, batches: Items[PackedBatch], samples: int, questions: int, training: bool) -> Amount:
+def of_packed(shape: LlamaConfig, batches: Sequence[PackedBatch], samples: int, questions: int, training: bool) -> Amount:
     rows, wanted = sum(b.num_rows for b in batches), sum(len(b.wanted_rows_R) for b in batches)
     real, targets = sum(b.num_real_tokens for b in batches), sum(len(b.target_tasks) for b in batches)
     in_last = 2 * shape.dim**2 + 3 * shape.dim * shape.hidden_dim  # wq, wo and the feed-forward; keys and values need all rows
@@ -82,7 +82,7 @@ def of_packed(shape: LlamaShape, batches: Items[PackedBatch], samples: int, ques
     return Amount(real, rows, targets, samples, questions, useful, run)
 
 
-def visible_pairs(segments: Items[Segment]) -> int:
+def visible_pairs(segments: Sequence[Segment]) -> int:
     """Pairs of query and key in one layer of a packed stream."""
     above = [0] * len(segments)  # rows of each segment's ancestors
     total = 0
@@ -96,7 +96,7 @@ def visible_pairs(segments: Items[Segment]) -> int:
 
 
 def rates(
-    seconds: Items[float], amounts: Items[Amount], peak_tflops: float | None, ceiling_tflops: float, devices: int = 1
+    seconds: Sequence[float], amounts: Sequence[Amount], peak_tflops: float | None, ceiling_tflops: float, devices: int = 1
 ) -> dict[str, Any]:
     """Spreads over the timed pieces; shares are of all `devices` together."""
 

@@ -29,7 +29,7 @@ from vico.errors import UserError
 from vico.model import cuda_graphs
 from vico.model.attention.varlen import choose
 from vico.model.batch import PackedBatch
-from vico.model.llama import LlamaShape
+from vico.model.llama import LlamaConfig
 from vico.model.ops import triton_ops
 from vico.train.build import DTYPES
 from vico.train.optim import make_optimizer
@@ -100,7 +100,7 @@ class Bench:
     plain: Plain
     fast: Packed
     optimizer: torch.optim.Optimizer
-    shape: LlamaShape
+    shape: LlamaConfig
     workload: SyntheticWorkload
     device: torch.device
     args: argparse.Namespace
@@ -172,9 +172,9 @@ def compare(bench: Bench, kind: str, num: int) -> dict[str, Any]:
 
 def record_sizes(bench: Bench, items: Iterator[Item]) -> None:
     """Meet every size of these training steps twice: a run records it then, once, and goes on for hours."""
-    replayed = bench.fast.model.replayed
+    replayed = bench.fast.model.graphed
     for item in items:
-        short = [batch for batch in item.batches if batch.num_rows < cuda_graphs.MOST_ROWS and isinstance(item.work, TrainingWork)]
+        short = [batch for batch in item.batches if batch.num_rows < cuda_graphs.MAX_ROWS and isinstance(item.work, TrainingWork)]
         for _ in range(2):
             if replayed is not None and not all(replayed.is_recorded(batch.segments) for batch in short):
                 bench.run("fast", item)
@@ -315,10 +315,10 @@ def splits(bench: Bench) -> dict[str, Any]:
     return found
 
 
-def check(args: argparse.Namespace, shape: LlamaShape, device: torch.device) -> dict[str, Any]:
+def check(args: argparse.Namespace, shape: LlamaConfig, device: torch.device) -> dict[str, Any]:
     """Everything that must hold before any time is taken."""
     dtype = DTYPES[args.precision]
-    toy = MODELS["toy"] if args.tiny else LlamaShape(256, 4, 4, 2000, multiple_of=64)
+    toy = MODELS["toy"] if args.tiny else LlamaConfig(256, 4, 4, 2000, multiple_of=64)
     heads = toy if args.tiny else replace(shape, n_layers=1)
     found = {
         "attention": correctness.attention_backends(heads, device, dtype, repeats=3 if args.tiny else 20),
@@ -380,7 +380,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if record["equal"] else 1
 
 
-def _bench(args: argparse.Namespace, shape: LlamaShape, device: torch.device, peak: float | None, ceiling: float) -> Bench:
+def _bench(args: argparse.Namespace, shape: LlamaConfig, device: torch.device, peak: float | None, ceiling: float) -> Bench:
     dtype = DTYPES[args.precision]
     plain, fast = make_shared_pair(shape, dtype, device, args.seed)
     fast.attend, why = choose(args.attention, device, dtype)

@@ -5,8 +5,7 @@ import gc
 import os
 import platform
 import time
-from collections.abc import Callable
-from collections.abc import Sequence as Items
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vico.model.ops.autograd import product
+from vico.model.ops.autograd import linear
 
 GIB = 2**30
 
@@ -26,12 +25,12 @@ def cpu_seconds(run: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - start, result
 
 
-def spread(values: Items[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
     p10, median, p90 = np.percentile(values, [10, 50, 90])
     return {"median": float(median), "p10": float(p10), "p90": float(p90), "rounds": len(values)}
 
 
-def ratio_spread(numerators: Items[float], denominators: Items[float]) -> dict[str, float]:
+def ratio_spread(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, float]:
     """Of the ratios within each round, so that what slows a whole round cancels."""
     return spread([a / b for a, b in zip(numerators, denominators, strict=True)])
 
@@ -39,7 +38,7 @@ def ratio_spread(numerators: Items[float], denominators: Items[float]) -> dict[s
 def cpu_ceilings(repeats: int = 5) -> dict[str, float]:
     """What one thread can do here: the best of a few fp32 matrix products, by torch's default library and by ViCo's choice, and copying."""
     a, b = torch.randn(1536, 1536), torch.randn(1536, 1536)
-    rates = [2 * 1536**3 / min(cpu_seconds(run)[0] for _ in range(repeats)) / 1e9 for run in (lambda: a @ b, lambda: product(a, b))]
+    rates = [2 * 1536**3 / min(cpu_seconds(run)[0] for _ in range(repeats)) / 1e9 for run in (lambda: a @ b, lambda: linear(a, b))]
     source = torch.randn(32 * 2**20)
     target = torch.empty_like(source).fill_(0)
     copy = min(cpu_seconds(lambda: target.copy_(source))[0] for _ in range(repeats))

@@ -19,12 +19,12 @@ from torch import Tensor
 from benchmarks.measure import MALLOC_ENVIRONMENT, peak_growth
 from benchmarks.variants import Packed, Plain, Variant, fill, make_fast, make_plain, random_weights
 from benchmarks.workload import SyntheticWorkload
-from vico.model.llama import LlamaShape
+from vico.model.llama import LlamaConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def measured(variant: str, shape: LlamaShape, num_questions: int) -> dict[str, Any]:
+def measured(variant: str, shape: LlamaConfig, num_questions: int) -> dict[str, Any]:
     """What a fresh process reports about `variant`, "plain" or "fast"."""
     config = json.dumps({"shape": asdict(shape), "num_questions": num_questions})
     environment = {**os.environ, **MALLOC_ENVIRONMENT, "OMP_NUM_THREADS": "1"}
@@ -61,7 +61,7 @@ def held_by_backward(run: Callable[[], Any]) -> dict[str, Any]:
     return {"held_mib": sum(size for size, _ in storages.values()) / 2**20, "largest_mib": largest}
 
 
-def _variant(name: str, shape: LlamaShape) -> Variant:
+def _variant(name: str, shape: LlamaConfig) -> Variant:
     cpu = torch.device("cpu")
     variant: Variant = Plain(make_plain(shape, torch.float32), cpu) if name == "plain" else Packed(make_fast(shape, torch.float32), cpu)
     fill(variant.model, random_weights(variant.model))
@@ -70,7 +70,7 @@ def _variant(name: str, shape: LlamaShape) -> Variant:
 
 def main(name: str, config: dict[str, Any]) -> None:
     torch.set_num_threads(1)
-    shape = LlamaShape(**config["shape"])
+    shape = LlamaConfig(**config["shape"])
     variant, workload = _variant(name, shape), SyntheticWorkload(shape.vocab_size)
     work = workload.training(1, config["num_questions"])
     variant.train(workload.training(0, 1))  # what is loaded or made once, in small

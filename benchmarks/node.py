@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if args.tiny:
         args.sizes, args.steps, args.warmup, args.num_workers = ["toy"], min(args.steps, 3), 1, 0
         args.questions, args.strong_questions = min(args.questions, 2), min(args.strong_questions, 4)
-    launcher_env.adopt()
+    launcher_env.set_rank_variables()
     if "RANK" in os.environ:
         return _as_rank(args)
     return _finish(args, *_start_all(args))

@@ -8,14 +8,14 @@ published code allocates and never uses.
 """
 
 import math
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vico.model.batch import VIDEO_SLOT, Sequence
-from vico.model.llama import LlamaShape
+from vico.model.batch import VIDEO_SLOT, TokenSequence
+from vico.model.llama import LlamaConfig
 from vico.model.vico import FEATURE_WIDTH
 
 IGNORE = -100  # label of a position that is context or padding
@@ -49,7 +49,7 @@ def linear(num_in: int, num_out: int, dtype: torch.dtype) -> nn.Linear:
 
 
 class Attention(nn.Module):
-    def __init__(self, shape: LlamaShape, num_slots: int, dtype: torch.dtype) -> None:
+    def __init__(self, shape: LlamaConfig, num_slots: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.num_slots = shape.n_heads, shape.head_dim, num_slots
         self.wq, self.wk, self.wv, self.wo = (linear(shape.dim, shape.dim, dtype) for _ in range(4))
@@ -80,7 +80,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, shape: LlamaShape, dtype: torch.dtype) -> None:
+    def __init__(self, shape: LlamaConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.w1 = linear(shape.dim, shape.hidden_dim, dtype)
         self.w2 = linear(shape.hidden_dim, shape.dim, dtype)
@@ -92,7 +92,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, shape: LlamaShape, num_slots: int, dtype: torch.dtype) -> None:
+    def __init__(self, shape: LlamaConfig, num_slots: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.attention, self.feed_forward = Attention(shape, num_slots, dtype), FeedForward(shape, dtype)
         self.attention_norm = RMSNorm(shape.dim, shape.norm_eps, dtype)
@@ -106,7 +106,7 @@ class Block(nn.Module):
 class PlainViCo(nn.Module):
     """All layers adapted; parameters under the same names as ViCo's, the backbone frozen."""
 
-    def __init__(self, shape: LlamaShape, adapter_len: int, num_slots: int, dtype: torch.dtype) -> None:
+    def __init__(self, shape: LlamaConfig, adapter_len: int, num_slots: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.shape, self.adapter_len, self.num_slots, self.dtype = shape, adapter_len, num_slots, dtype
         self.tok_embeddings = nn.Embedding(shape.vocab_size, shape.dim, dtype=dtype)
@@ -135,14 +135,14 @@ class PlainViCo(nn.Module):
         out: Tensor = self.output(self.norm(h_BSD))
         return out
 
-    def loss(self, sequences: Items[Sequence], features_BFC: Tensor, max_len: int) -> Tensor:
+    def loss(self, sequences: Sequence[TokenSequence], features_BFC: Tensor, max_len: int) -> Tensor:
         """Mean cross-entropy of one task's batch over its targets."""
         ids_BS, labels_BS = pad(sequences, max_len)
         logits = self.logits(ids_BS.to(features_BFC.device), features_BFC, common_video_start(sequences))
         logits_NV = logits[:, :-1, :].reshape(-1, self.shape.vocab_size).float()
         return F.cross_entropy(logits_NV, labels_BS[:, 1:].flatten().to(logits.device), ignore_index=IGNORE)
 
-    def scores(self, questions: Items[Items[Sequence]], features_BFC: Tensor, max_len: int) -> Tensor:
+    def scores(self, questions: Sequence[Sequence[TokenSequence]], features_BFC: Tensor, max_len: int) -> Tensor:
         """[questions, options]: the mean cross-entropy of each option's targets, every option a full sequence."""
         options = len(questions[0])
         flat = [sequence for question in questions for sequence in question]
@@ -156,7 +156,7 @@ class PlainViCo(nn.Module):
         return (losses.sum(-1) / (labels != IGNORE).sum(-1)).view(len(questions), options)
 
 
-def pad(sequences: Items[Sequence], max_len: int) -> tuple[Tensor, Tensor]:
+def pad(sequences: Sequence[TokenSequence], max_len: int) -> tuple[Tensor, Tensor]:
     """(ids, labels), int64 [B, max_len]: ids 0 in video slots and padding; labels IGNORE but at the targets."""
     ids = torch.zeros(len(sequences), max_len, dtype=torch.int64)
     labels = torch.full((len(sequences), max_len), IGNORE)
@@ -168,7 +168,7 @@ def pad(sequences: Items[Sequence], max_len: int) -> tuple[Tensor, Tensor]:
     return ids, labels
 
 
-def common_video_start(sequences: Items[Sequence]) -> int:
+def common_video_start(sequences: Sequence[TokenSequence]) -> int:
     """One start for the whole batch, as in the published code; right because a task's instruction is always the same."""
     (start,) = {sequence.video_start for sequence in sequences}
     return start

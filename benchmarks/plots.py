@@ -3,7 +3,7 @@
 Colours mean the same in every plot: plain is grey, fast is blue, a kind of operator keeps its colour.
 """
 
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -132,7 +132,7 @@ def draw_memory(bars: dict[str, tuple[float, float]], path: Path) -> list[Path]:
     return [_save(figure, path)]
 
 
-def draw_scaling(rows: Items[dict[str, Any]], folder: Path) -> list[Path]:
+def draw_scaling(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     """One figure for weak and one for strong scaling, where there are at least two numbers of ranks."""
     written = []
     for kind in ("weak", "strong"):
@@ -166,7 +166,7 @@ def draw_scaling(rows: Items[dict[str, Any]], folder: Path) -> list[Path]:
     return written
 
 
-def draw_node_memory(cases: Items[dict[str, Any]], path: Path) -> list[Path]:
+def draw_node_memory(cases: Sequence[dict[str, Any]], path: Path) -> list[Path]:
     """Peak of the rank that holds most, by size, stage and ranks."""
     held = {
         f"{c['size']}\nZeRO-{c['stage']}\n{c['ranks']} rank(s)": c["memory"]["allocated_gib"]

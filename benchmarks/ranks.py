@@ -24,7 +24,7 @@ from benchmarks.gpus import peak_of
 from benchmarks.measure import GIB, Clock, device_ceilings, hardware, resident_peak_gib, spread
 from benchmarks.variants import MODELS, make_fast, random_value
 from benchmarks.workload import SyntheticWorkload
-from vico.data.batching import Step, longest_first
+from vico.data.batching import Step, greedy_balance
 from vico.data.dataloader import loader
 from vico.data.packing import Example, pack
 from vico.distributed import world as dist
@@ -32,10 +32,10 @@ from vico.distributed.world import World
 from vico.io.atomic import write_text
 from vico.model import cuda_graphs
 from vico.model.attention.varlen import choose
-from vico.model.llama import LlamaShape
+from vico.model.llama import LlamaConfig
 from vico.model.ops import triton_ops
 from vico.train.build import DTYPES, replay_refused
-from vico.train.engine import Engine, construction, read_config
+from vico.train.engine import Engine, read_config, zero_init
 from vico.train.loop import train_step
 from vico.train.optim import make_optimizer
 
@@ -58,8 +58,8 @@ class RankSteps(Dataset[Step]):
     def __getitem__(self, item: tuple[int, int]) -> Step:
         work = self._workload.training(item[1], self._num)
         sizes = [len(v.tokens) + len(c.tokens) for v, c in zip(work.vqa, work.cap, strict=True)]
-        mine = longest_first(sizes, self._world_size)[self._rank]
-        groups = longest_first([sizes[i] for i in mine], -(-len(mine) // self._micro)) if mine else []
+        mine = greedy_balance(sizes, self._world_size)[self._rank]
+        groups = greedy_balance([sizes[i] for i in mine], -(-len(mine) // self._micro)) if mine else []
         batches = []
         for group in groups:
             places = [mine[i] for i in group]
@@ -107,7 +107,7 @@ def _cases(args: argparse.Namespace, world: World, size: str, stage: int, ceilin
         needed = figures.all_parameters(shape) * dtype.itemsize
         there = torch.cuda.get_device_properties(world.device).total_memory
         if needed > 0.92 * there:
-            world.say(f"{size} ZeRO-{stage}: not run: {needed / GIB:.0f} GiB of weights on each GPU of {there / GIB:.0f} GiB")
+            world.print_rank0(f"{size} ZeRO-{stage}: not run: {needed / GIB:.0f} GiB of weights on each GPU of {there / GIB:.0f} GiB")
             yield facts | {"not_run": f"{needed / GIB:.0f} GiB of weights per GPU, {there / GIB:.0f} GiB of memory"}
             return
     engine = make_engine(args, world, shape, stage)
@@ -120,12 +120,12 @@ def _cases(args: argparse.Namespace, world: World, size: str, stage: int, ceilin
         torch.cuda.empty_cache()
 
 
-def make_engine(args: argparse.Namespace, world: World, shape: LlamaShape, stage: int) -> Engine:
+def make_engine(args: argparse.Namespace, world: World, shape: LlamaConfig, stage: int) -> Engine:
     """As vico.assembly.build_engine makes it, but for where the weights come from."""
     dtype = DTYPES[args.precision]
     attend, why = choose(args.attention, world.device, dtype)
     config = read_config(f"zero{stage}", args.precision, args.questions, 1, world.size)
-    with construction(config, world.device):
+    with zero_init(config, world.device):
         model = make_fast(shape, dtype)
     fill_random(model, args.seed, world)
     model.attend = attend
@@ -148,7 +148,7 @@ def fill_random(model: nn.Module, seed: int, world: World) -> None:
                 parameter.copy_(value)
 
 
-def _timed(args: argparse.Namespace, world: World, engine: Engine, shape: LlamaShape, questions: int, ceiling: float) -> dict[str, Any]:
+def _timed(args: argparse.Namespace, world: World, engine: Engine, shape: LlamaConfig, questions: int, ceiling: float) -> dict[str, Any]:
     steps = RankSteps(SyntheticWorkload(shape.vocab_size, seed=args.seed), questions, args.questions, world.rank, world.size)
     schedule = [(0, place) for place in range(args.warmup + args.steps)]
     if world.device.type == "cuda":
@@ -179,7 +179,7 @@ def _timed(args: argparse.Namespace, world: World, engine: Engine, shape: LlamaS
     }  # fmt: skip
     speed, held = case["figures"]["real_tokens_per_second"]["median"], case["memory"]["allocated_gib"]
     loss = ", ".join(f"{value:.5f}" for value in losses[0])
-    world.say(
+    world.print_rank0(
         f"ZeRO-{engine.stage} {questions} questions a step: {speed:.1f} real tokens/s, {held:.2f} GiB at most; first losses vqa, cap {loss}"
     )
     return case
@@ -187,8 +187,8 @@ def _timed(args: argparse.Namespace, world: World, engine: Engine, shape: LlamaS
 
 def _record_sizes(world: World, engine: Engine, steps: RankSteps, schedule: list[tuple[int, int]]) -> None:
     """Where short micro-batches are replayed, meet each size twice: a run records it then, once, and goes on for hours."""
-    replayed = engine.module.replayed
-    short = replayed is not None and any(batch.num_rows < cuda_graphs.MOST_ROWS for batch in steps[schedule[0]].micro_batches)
+    replayed = engine.module.graphed
+    short = replayed is not None and any(batch.num_rows < cuda_graphs.MAX_ROWS for batch in steps[schedule[0]].micro_batches)
     if world.gather(torch.tensor(short)).any():  # all ranks step together
         for number, item in enumerate(schedule * 2):
             train_step(engine, steps[item], number + 1, TASK_WEIGHTS, LR, world)
@@ -208,7 +208,7 @@ def _memory(world: World) -> dict[str, Any]:
     return {"allocated_gib": allocated, "reserved_gib": reserved, "of": "the device, in all steps"}
 
 
-def communication(shape: LlamaShape, engine: Engine, ranks: int, micro_batches: int) -> dict[str, Any]:
+def communication(shape: LlamaConfig, engine: Engine, ranks: int, micro_batches: int) -> dict[str, Any]:
     """Bytes that each rank receives per step. Computed, not measured."""
     fp32_bytes, weight_bytes = 4, next(p for p in engine.module.parameters() if not p.requires_grad).element_size()
     trainables = sum(getattr(p, "ds_numel", p.numel()) for p in engine.trainables.values())

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from vico.model.llama import LlamaShape
+from vico.model.llama import LlamaConfig
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::_grouped_mm", "mkl", "mkldnn")
 # First match wins; what the name does not say (products), the shapes do.
@@ -31,7 +31,7 @@ BY_NAME = (
 )
 
 
-def category(name: str, shapes: Any, shape: LlamaShape) -> str:
+def category(name: str, shapes: Any, shape: LlamaConfig) -> str:
     if name == "host: packing":
         return "host: packing"
     if any(name.startswith(product) for product in PRODUCTS):
@@ -49,7 +49,7 @@ def category(name: str, shapes: Any, shape: LlamaShape) -> str:
 
 
 def time_split(
-    run: Callable[[], object], shape: LlamaShape, device: torch.device
+    run: Callable[[], object], shape: LlamaConfig, device: torch.device
 ) -> tuple[dict[str, float], list[tuple[str, str, int, float]]]:
     """(seconds by category, the 30 longest rows as (category, operator and shapes, calls, seconds)) of one call of `run`."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])

@@ -4,7 +4,7 @@ Each trains and scores the same work from the same weights, so that losses, grad
 """
 
 import copy
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -14,8 +14,8 @@ from torch.profiler import record_function
 from benchmarks.plain import PlainViCo
 from benchmarks.workload import NUM_OPTIONS, ScoringWork, TrainingWork
 from vico.data.packing import Example, pack
-from vico.model.batch import PackedBatch, Sequence
-from vico.model.llama import FrozenLinear, LlamaShape
+from vico.model.batch import PackedBatch, TokenSequence
+from vico.model.llama import FrozenLinear, LlamaConfig
 from vico.model.vico import ViCo
 from vico.train.loop import sums_by_task
 
@@ -26,11 +26,11 @@ GAINS = {"wq": 1.4, "wk": 1.4, "wo": 2.0}  # of random weights: attention sharp 
 SCORE_TOKENS = 2048  # prompts of about this many tokens per packed scoring forward, as vico evaluates
 # The published LLaMA's dimensions, and a toy that shows that everything runs.
 MODELS = {
-    "7B": LlamaShape(4096, 32, 32, 32000),
-    "13B": LlamaShape(5120, 40, 40, 32000),
-    "33B": LlamaShape(6656, 60, 52, 32000),
-    "65B": LlamaShape(8192, 80, 64, 32000),
-    "toy": LlamaShape(128, 2, 2, 600, multiple_of=32),
+    "7B": LlamaConfig(4096, 32, 32, 32000),
+    "13B": LlamaConfig(5120, 40, 40, 32000),
+    "33B": LlamaConfig(6656, 60, 52, 32000),
+    "65B": LlamaConfig(8192, 80, 64, 32000),
+    "toy": LlamaConfig(128, 2, 2, 600, multiple_of=32),
 }
 
 
@@ -55,7 +55,7 @@ class Plain:
     def __init__(self, model: PlainViCo, device: torch.device, longest: bool = False, name: str = "plain") -> None:
         self.model, self._device, self.longest, self.name = model, device, longest, name
 
-    def width(self, sequences: Items[Sequence], limit: int) -> int:
+    def width(self, sequences: Sequence[TokenSequence], limit: int) -> int:
         return max(len(s.tokens) for s in sequences) if self.longest else limit
 
     def train(self, work: TrainingWork) -> list[float]:
@@ -102,7 +102,7 @@ class Packed:
         return self.score_batches(scoring_batches(work, self.share, self._score_tokens))
 
     @torch.no_grad()
-    def score_batches(self, batches: Items[PackedBatch]) -> Tensor:
+    def score_batches(self, batches: Sequence[PackedBatch]) -> Tensor:
         """[questions, options]; waits for the device once, at the end."""
         losses = [self.model(batch.to(self._device)) for batch in batches]
         scores = []
@@ -158,15 +158,15 @@ def fill(model: nn.Module, values: dict[str, Tensor]) -> None:
             parameter.copy_(values[name])
 
 
-def make_plain(shape: LlamaShape, dtype: torch.dtype, adapter_len: int = 10, num_slots: int = 10) -> PlainViCo:
+def make_plain(shape: LlamaConfig, dtype: torch.dtype, adapter_len: int = 10, num_slots: int = 10) -> PlainViCo:
     return PlainViCo(shape, adapter_len, num_slots, dtype)
 
 
-def make_fast(shape: LlamaShape, dtype: torch.dtype, adapter_len: int = 10, num_slots: int = 10) -> ViCo:
+def make_fast(shape: LlamaConfig, dtype: torch.dtype, adapter_len: int = 10, num_slots: int = 10) -> ViCo:
     return ViCo(shape, shape.n_layers, adapter_len, num_slots, 100.0, dtype)
 
 
-def make_pair(shape: LlamaShape) -> tuple[PlainViCo, ViCo]:
+def make_pair(shape: LlamaConfig) -> tuple[PlainViCo, ViCo]:
     """Both models with the same fp32 weights, on the CPU."""
     plain, fast = make_plain(shape, torch.float32), make_fast(shape, torch.float32)
     values = random_weights(plain)
@@ -194,7 +194,7 @@ def with_vico_products(model: PlainViCo) -> PlainViCo:
     return found
 
 
-def make_shared_pair(shape: LlamaShape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[PlainViCo, ViCo]:
+def make_shared_pair(shape: LlamaConfig, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[PlainViCo, ViCo]:
     """Both models on `device` with the very same random parameters, made there and held once; frozen ones of `dtype`."""
     with device:
         plain = make_plain(shape, dtype)

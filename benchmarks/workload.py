@@ -9,7 +9,7 @@ the method makes them. Or real annotation files with a tokenizer (`RealWorkload`
 import argparse
 import json
 from collections import Counter
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from torch import Tensor
 from vico.data.datasets import read_questions
 from vico.data.prompts import Prompts
 from vico.data.tokenizer import Tokenizer
-from vico.model.batch import VIDEO_SLOT, Question, Sequence
+from vico.model.batch import VIDEO_SLOT, Question, TokenSequence
 from vico.model.vico import FEATURE_WIDTH
 
 LENGTHS = Path(__file__).with_name("lengths.json")
@@ -36,8 +36,8 @@ BOS, EOS, NEWLINE, FIRST_FREE = 1, 2, 13, 20
 class TrainingWork:
     """A micro-batch: question i and its caption belong to clip i."""
 
-    vqa: tuple[Sequence, ...]
-    cap: tuple[Sequence, ...]
+    vqa: tuple[TokenSequence, ...]
+    cap: tuple[TokenSequence, ...]
     features_VFC: Tensor
 
     @property
@@ -49,7 +49,7 @@ class TrainingWork:
 class ScoringWork:
     """Questions with one sequence per option; the questions of one video stand together."""
 
-    questions: tuple[tuple[Sequence, ...], ...]
+    questions: tuple[tuple[TokenSequence, ...], ...]
     clips: tuple[int, ...]  # of each question
     features_VFC: Tensor
 
@@ -113,7 +113,7 @@ class SyntheticWorkload:
     def _ids(self, generator: np.random.Generator, num: int) -> list[int]:
         return generator.integers(FIRST_FREE, self._vocab, num).tolist()
 
-    def _question(self, generator: np.random.Generator) -> tuple[Sequence, ...]:
+    def _question(self, generator: np.random.Generator) -> tuple[TokenSequence, ...]:
         """One VQA sequence per option."""
         head = [*self._heads["vqa"], *[VIDEO_SLOT] * self._slots, NEWLINE, *self._question_head]
         # Real lengths are with 10 slots; other slot counts change the total by as much.
@@ -121,15 +121,15 @@ class SyntheticWorkload:
         prompt = head + self._ids(generator, max(1, total - len(head) - ANSWER_TARGETS))
         return tuple(self._option(prompt, letter) for letter in self._letters)
 
-    def _option(self, prompt: list[int], letter: int) -> Sequence:
+    def _option(self, prompt: list[int], letter: int) -> TokenSequence:
         tokens = (*prompt, self._open, letter, self._close, EOS)
-        return Sequence("vqa", tokens, range(len(prompt), len(tokens)), len(self._heads["vqa"]))
+        return TokenSequence("vqa", tokens, range(len(prompt), len(tokens)), len(self._heads["vqa"]))
 
-    def _caption(self, generator: np.random.Generator) -> Sequence:
+    def _caption(self, generator: np.random.Generator) -> TokenSequence:
         head = [*self._heads["cap"], *[VIDEO_SLOT] * self._slots, NEWLINE, *self._description]
         low, high = self._lengths.caption
         tokens = (*head, *self._ids(generator, int(generator.integers(low, high + 1))), EOS)
-        return Sequence("cap", tokens, range(len(head) + CAPTION_CONTEXT, len(tokens)), len(self._heads["cap"]))
+        return TokenSequence("cap", tokens, range(len(head) + CAPTION_CONTEXT, len(tokens)), len(self._heads["cap"]))
 
     def training(self, place: int, num_questions: int) -> TrainingWork:
         generator = np.random.default_rng([self._seed, 1, place])
@@ -164,12 +164,12 @@ class RealWorkload:
         self._questions = read_questions(dataset, data_path / dataset, split)
         self._made, self._seed = SyntheticWorkload(vocab_size, seed=seed), seed
         self._number: dict[int, int] = {VIDEO_SLOT: VIDEO_SLOT}
-        self._vocab = vocab_size if vocab_size < pieces.num_pieces else None
+        self._vocab = vocab_size if vocab_size < pieces.vocab_size else None
         for answer in range(NUM_OPTIONS):
             self._renumbered(self._prompts.vqa(self._questions[0], answer))
         self.description = f"{dataset} {split}, {len(self._questions)} questions of {data_path}; captions: {self._made.description}"
 
-    def _renumbered(self, sequence: Sequence) -> Sequence:
+    def _renumbered(self, sequence: TokenSequence) -> TokenSequence:
         if self._vocab is None:
             return sequence
         tokens = []
@@ -178,9 +178,9 @@ class RealWorkload:
                 known = len(self._number)
                 self._number[token] = known if known < self._vocab else FIRST_FREE + 200 + known % (self._vocab - FIRST_FREE - 200)
             tokens.append(self._number[token])
-        return Sequence(sequence.task, tuple(tokens), sequence.targets, sequence.video_start)
+        return TokenSequence(sequence.task, tuple(tokens), sequence.targets, sequence.video_start)
 
-    def _options(self, question: Question) -> tuple[Sequence, ...]:
+    def _options(self, question: Question) -> tuple[TokenSequence, ...]:
         fitted = self._prompts.fit(question, "vqa")
         return tuple(self._renumbered(self._prompts.vqa(fitted, answer)) for answer in range(len(question.options)))
 
@@ -222,7 +222,7 @@ def measure(data_path: Path, tokenizer: Path, split: str) -> dict[str, Any]:
     }
 
 
-def _tails_differ_in_letter_only(prompts: Prompts, questions: Items[Question]) -> bool:
+def _tails_differ_in_letter_only(prompts: Prompts, questions: Sequence[Question]) -> bool:
     options = [[prompts.vqa(q, answer) for answer in range(NUM_OPTIONS)] for q in questions]
     return all(
         len(s.targets) == ANSWER_TARGETS

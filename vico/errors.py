@@ -9,10 +9,10 @@ import reprlib
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
-DONE, MISTAKE, RESUMABLE, INTERRUPTED = 0, 1, 75, 130
+DONE, INTERNAL_ERROR, RESUMABLE, INTERRUPTED = 0, 1, 75, 130
 EXIT_CODES = {
     DONE: "done",
-    MISTAKE: "a mistake of ViCo's own, with its traceback; a figure of the self-test that did not pass",
+    INTERNAL_ERROR: "a mistake of ViCo's own, with its traceback; a figure of the self-test that did not pass",
     2: "bad input or settings: nothing was trained",
     3: "a checkpoint, or weights, that cannot be used",
     4: "training cannot go on: numbers that are not finite, no more memory, a killed data worker, the same step failing again and again",
@@ -42,11 +42,11 @@ class UserError(ValueError):
         return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in self.table]
 
 
-class Unreachable(UserError):
+class UnreachableError(UserError):
     """Rank 0 cannot be asked, so that another rank, the first of its host, has to say it. Exit code 2."""
 
 
-class Unanswered(Unreachable):
+class NoAnswerError(UnreachableError):
     """Rank 0 did not come. Exit code 5."""
 
     exit_code = 5
@@ -58,19 +58,19 @@ class CheckpointError(UserError):
     exit_code = 3
 
 
-class TrainingFault(UserError):
+class TrainingError(UserError):
     """The run cannot go on: numbers that are not finite, no more memory, a killed data worker. Exit code 4."""
 
     exit_code = 4
 
 
-class PeerLost(UserError):
+class PeerLostError(UserError):
     """Another rank has ended, no longer answers or did not come. Exit code 5."""
 
     exit_code = 5
 
 
-class InUse(UserError):
+class InUseError(UserError):
     """An output_dir or a port that another run holds. Exit code 6."""
 
     exit_code = 6

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.toy_dataset import ROOT, World
-from vico.data.batching import TrainingSteps, fullest, longest_first
+from vico.data.batching import TrainingSteps, best_fill, greedy_balance
 from vico.distributed import world as dist
-from vico.errors import TrainingFault, UserError
+from vico.errors import TrainingError, UserError
 from vico.model.vico import initial_trainables
 from vico.train.build import build_engine, read_inputs
 from vico.train.config import RunConfig, parse
@@ -71,18 +71,18 @@ def test_a_loss_or_gradient_that_is_not_finite_updates_nothing(world: World, alo
         spoil = engine.module.visual_proj.register_forward_hook(
             lambda _module, _inputs, out, f=factors: out.register_hook(partial(torch.mul, torch.tensor(next(f)))) and None
         )
-        with pytest.raises(TrainingFault, match=r"gradient is not finite on rank 0 in step 2 \(questions v0000/0, v0001/0, "):
+        with pytest.raises(TrainingError, match=r"gradient is not finite on rank 0 in step 2 \(questions v0000/0, v0001/0, "):
             train_step(engine, step, 2, (1.0, 0.5), lr=1e-3, world=alone)
         spoil.remove()
     forward = engine.forward
     for value in (float("inf"), float("nan")):  # of the losses alone, whose gradients say nothing of it
         values = iter((value, 0.0))
         engine.forward = lambda batch, v=values: forward(batch) + torch.tensor(next(v))  # type: ignore[method-assign]
-        with pytest.raises(TrainingFault, match="loss is not finite on rank 0 in step 2"):
+        with pytest.raises(TrainingError, match="loss is not finite on rank 0 in step 2"):
             train_step(engine, step, 2, (1.0, 0.5), lr=1e-3, world=alone)
         engine.forward = forward  # type: ignore[method-assign]
     step.micro_batches[0].features_VFC[0, 0, 0] = float("nan")
-    with pytest.raises(TrainingFault, match="loss is not finite on rank 0 in step 2"):
+    with pytest.raises(TrainingError, match="loss is not finite on rank 0 in step 2"):
         train_step(engine, step, 2, (1.0, 0.5), lr=1e-3, world=alone)
     after, _ = engine.state()
     assert all(torch.equal(value, before[name]) for name, value in after.items())
@@ -110,7 +110,7 @@ def test_a_rehearsal_leaves_no_trace(world: World, alone: dist.World, stage: int
             assert num_questions == 4
             batch.features_VFC.fill_(float("inf"))
             engine.train(True)
-            engine.rehearse(batch)
+            engine.dry_run(batch)
         for k in range(2):
             train_step(engine, steps[0, k], k + 1, (1.0, 0.5), lr=1e-3, world=alone)
         ends.append(engine.state())
@@ -154,7 +154,7 @@ def test_order_is_a_function_of_seed_and_epoch_and_ranks_divide_it(world: World,
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=60), st.integers(1, 9))
 def test_longest_first(sizes: list[int], num_bins: int) -> None:
-    bins = longest_first(sizes, num_bins)
+    bins = greedy_balance(sizes, num_bins)
     assert sorted(i for b in bins for i in b) == list(range(len(sizes)))
     counts = [len(b) for b in bins]
     assert len(bins) == num_bins and max(counts) - min(counts) <= 1
@@ -162,7 +162,7 @@ def test_longest_first(sizes: list[int], num_bins: int) -> None:
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=7), st.integers(1, 4), st.none() | st.integers(20, 150))
 def test_fullest(sizes: list[int], most: int, budget: int | None) -> None:
-    chosen = fullest(sizes, most, budget)
+    chosen = best_fill(sizes, most, budget)
     assert len(set(chosen)) == len(chosen) and 1 <= len(chosen) <= most
     ways = [sum(way) for k in range(1, most + 1) for way in combinations(sizes, k)]
     fits = [size for size in ways if budget is None or size <= budget]

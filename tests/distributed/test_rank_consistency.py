@@ -16,8 +16,8 @@ import pytest
 
 from support.toy_dataset import ROOT, World, refusal
 from vico.distributed import launcher_env, topology
-from vico.distributed.launcher_env import Given
-from vico.errors import RESUMABLE, Unreachable, UserError
+from vico.distributed.launcher_env import SlurmAllocation
+from vico.errors import RESUMABLE, UnreachableError, UserError
 
 BATCH = {"SLURM_JOB_ID": "712", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NUM_NODES": "2"}
 STEP = {
@@ -32,7 +32,7 @@ RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0
 
 def adopted(environment: dict[str, str]) -> dict[str, str]:
     changed = dict(environment)
-    launcher_env.adopt(changed)
+    launcher_env.set_rank_variables(changed)
     return {name: value for name, value in changed.items() if name not in environment}
 
 
@@ -90,7 +90,7 @@ def test_a_process_of_mpirun_is_a_rank() -> None:
     ],
 )
 def test_worlds_that_may_be(environment: dict[str, str], expected: int | None) -> None:
-    launcher_env.check(expected, environment)
+    launcher_env.check_world_size(expected, environment)
 
 
 @pytest.mark.parametrize(
@@ -139,17 +139,17 @@ def test_what_a_rank_says_of_itself_arrives(member: topology.Member) -> None:
 @pytest.mark.parametrize(
     ("members", "there", "expected"),
     [
-        (nodes_of(1), Given(), None),
-        (nodes_of(2, 2), Given(nodes=2, tasks=4), None),
-        (nodes_of(8, 8, gpus=8), Given(nodes=2, tasks=2), None),
-        (nodes_of(1, gpus=8, chosen=True), Given(), None),
-        (nodes_of(1, gpus=8), Given(), 1),
-        (nodes_of(2), Given(nodes=2), 2),
-        ([replace(m, num_visible=1) for m in nodes_of(4, gpus=4)], Given(nodes=1, tasks=4), None),  # --gpus-per-task=1
+        (nodes_of(1), SlurmAllocation(), None),
+        (nodes_of(2, 2), SlurmAllocation(nodes=2, tasks=4), None),
+        (nodes_of(8, 8, gpus=8), SlurmAllocation(nodes=2, tasks=2), None),
+        (nodes_of(1, gpus=8, chosen=True), SlurmAllocation(), None),
+        (nodes_of(1, gpus=8), SlurmAllocation(), 1),
+        (nodes_of(2), SlurmAllocation(nodes=2), 2),
+        ([replace(m, num_visible=1) for m in nodes_of(4, gpus=4)], SlurmAllocation(nodes=1, tasks=4), None),  # --gpus-per-task=1
     ],
 )
-def test_those_who_should_came(members: list[topology.Member], there: Given, expected: int | None) -> None:
-    topology.check(members, there, expected)
+def test_those_who_should_came(members: list[topology.Member], there: SlurmAllocation, expected: int | None) -> None:
+    topology.check_topology(members, there, expected)
 
 
 @pytest.mark.parametrize(
@@ -157,18 +157,18 @@ def test_those_who_should_came(members: list[topology.Member], there: Given, exp
     [
         (
             nodes_of(2),
-            Given(nodes=2),
+            SlurmAllocation(nodes=2),
             "SLURM started 2 node(s) and the ranks of this world are on 1 (n0), so nodes are idle or train apart",
         ),
-        (nodes_of(1, 1), Given(nodes=1), "SLURM started 1 node(s) and the ranks of this world are on 2 (n0, n1)"),
-        (nodes_of(1, gpus=8), Given(), "n0: rank 0 of this host leave 7 of its GPUs idle"),
-        (nodes_of(8, 2, gpus=8), Given(), "n1: ranks 8-9 of this host leave 6 of its GPUs idle"),
-        ([replace(m, gpu="GPU-x") for m in nodes_of(2, gpus=2)], Given(), "n0: ranks 0-1 share a GPU"),
-        ([replace(m, local_size=8) for m in nodes_of(2)], Given(), "n0: the launcher speaks of 8 ranks on this host and 2 came"),
+        (nodes_of(1, 1), SlurmAllocation(nodes=1), "SLURM started 1 node(s) and the ranks of this world are on 2 (n0, n1)"),
+        (nodes_of(1, gpus=8), SlurmAllocation(), "n0: rank 0 of this host leave 7 of its GPUs idle"),
+        (nodes_of(8, 2, gpus=8), SlurmAllocation(), "n1: ranks 8-9 of this host leave 6 of its GPUs idle"),
+        ([replace(m, gpu="GPU-x") for m in nodes_of(2, gpus=2)], SlurmAllocation(), "n0: ranks 0-1 share a GPU"),
+        ([replace(m, local_size=8) for m in nodes_of(2)], SlurmAllocation(), "n0: the launcher speaks of 8 ranks on this host and 2 came"),
     ],
 )
-def test_others_came_than_should(members: list[topology.Member], there: Given, says: str) -> None:
-    assert refusal(topology.check, members, there, None).startswith(says)
+def test_others_came_than_should(members: list[topology.Member], there: SlurmAllocation, says: str) -> None:
+    assert refusal(topology.check_topology, members, there, None).startswith(says)
 
 
 # ---- real ranks ------------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def test_where_rank_0_is_missing_another_says_so(world: World, tmp_path: Path) -
     assert process.returncode == 5 and "Traceback" not in text and "frame #" not in text
     assert f"vico: {socket.gethostname()} waits for an answer at 127.0.0.1:" in text
     assert f"vico: error: {socket.gethostname()}: nobody answers at 127.0.0.1:" in text
-    assert issubclass(Unreachable, UserError)
+    assert issubclass(UnreachableError, UserError)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -327,7 +327,7 @@ note("output", require_same_files, config(out=Path("apart")))
 said["output after"] = time.monotonic() - begin
 from deepspeed.utils import groups
 clone = groups._clone_world_group()
-dist.limit_waiting(timedelta(seconds=3))
+dist.set_collective_timeout(timedelta(seconds=3))
 world.barrier()
 if world.rank == 0:
     begin = time.monotonic()

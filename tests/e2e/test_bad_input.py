@@ -19,9 +19,9 @@ import torch
 from faults.cases_settings import DS, EVAL
 from faults.damage import Case, ds, flip, gone, pth, rows
 from faults.scenario_inputs import CASES, attempt_all
-from support.run_fixture import CHECKPOINT, FEATURES, OPTIMIZER, Home, make_home
+from support.run_fixture import CHECKPOINT, FEATURES, OPTIMIZER, RunFixture, make_run_fixture
 from support.toy_dataset import Ended, end, start
-from support.warm_process import Resident, residents
+from support.warm_process import WarmProcess, warm_processes
 from vico.cli.main import main
 from vico.distributed import world as dist
 from vico.io import output_dir
@@ -30,19 +30,19 @@ EVERY = 6  # so many cases are passed over for one
 
 
 @pytest.fixture(scope="module")
-def workers() -> Iterator[list[Resident]]:
-    with residents(2) as found:
+def workers() -> Iterator[list[WarmProcess]]:
+    with warm_processes(2) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
-def original(workers: list[Resident], tmp_path_factory: pytest.TempPathFactory) -> Home:
-    return make_home(tmp_path_factory.mktemp("original") / "home", workers[0])
+def original(workers: list[WarmProcess], tmp_path_factory: pytest.TempPathFactory) -> RunFixture:
+    return make_run_fixture(tmp_path_factory.mktemp("original") / "fixture", workers[0])
 
 
 @pytest.fixture
-def home(original: Home, tmp_path: Path) -> Home:
-    return original.copy(tmp_path / "home")
+def fixture(original: RunFixture, tmp_path: Path) -> RunFixture:
+    return original.copy(tmp_path / "fixture")
 
 
 def in_this_process(patch: pytest.MonkeyPatch, alone: dist.World) -> None:
@@ -51,7 +51,7 @@ def in_this_process(patch: pytest.MonkeyPatch, alone: dist.World) -> None:
     patch.setattr(dist, "disconnect", lambda world, together: None)
 
 
-def test_one_line_says_where_and_what_to_do(original: Home, workers: list[Resident], tmp_path: Path) -> None:
+def test_one_line_says_where_and_what_to_do(original: RunFixture, workers: list[WarmProcess], tmp_path: Path) -> None:
     assert len(CASES) > 200
     results = attempt_all(list(CASES)[::EVERY], original, workers, tmp_path, limit=60)  # a busy machine is no fault
     assert not {name: fault for name, (fault, _) in results.items() if fault}
@@ -63,11 +63,11 @@ def test_debug_shows_where_an_error_comes_from(capfd: pytest.CaptureFixture[str]
     assert "Traceback" in err and err.splitlines()[-1] == "vico: error: --batch_size 0: must be a whole number of at least 1"
 
 
-def test_what_looks_odd_and_is_legal(home: Home, alone: dist.World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_looks_odd_and_is_legal(fixture: RunFixture, alone: dist.World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings that the lineage saved and nobody can use, a byte order mark, a ds_config with every harmless word."""
     in_this_process(monkeypatch, alone)
     saved = argparse.Namespace(batch_size=-3, lr="nan", sub=True, resume="", epochs=1.5, max_feats=10, data_path=3)
-    pth("lineage.pth", lambda content: content.update(args=saved))(home)
+    pth("lineage.pth", lambda content: content.update(args=saved))(fixture)
     quiet = {
         "bf16": {"enabled": False},
         "fp16": {"enabled": "auto", "loss_scale": 0},
@@ -75,14 +75,14 @@ def test_what_looks_odd_and_is_legal(home: Home, alone: dist.World, monkeypatch:
         "wandb": {"enabled": False},
     }
     offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}, "overlap_comm": "auto"}
-    ds(**quiet, gradient_clipping=0.0, steps_per_print="auto", train_batch_size=4, zero_optimization=offload)(home)
-    flags = f"--resume {home.folder}/lineage.pth --deepspeed {home.folder}/ds.json".split()
-    assert main(["eval", *home.flags, *flags]) == 0
+    ds(**quiet, gradient_clipping=0.0, steps_per_print="auto", train_batch_size=4, zero_optimization=offload)(fixture)
+    flags = f"--resume {fixture.folder}/lineage.pth --deepspeed {fixture.folder}/ds.json".split()
+    assert main(["eval", *fixture.flags, *flags]) == 0
 
 
 @pytest.mark.parametrize("size", [150_000, 100_000, 2_500])
 def test_a_full_disk_ends_the_run_and_leaves_nothing_half_written(
-    size: int, home: Home, alone: dist.World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    size: int, fixture: RunFixture, alone: dist.World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """No file can grow beyond `size`: the optimizer's state, the weights, or the curves are what does not fit."""
     in_this_process(monkeypatch, alone)
@@ -91,23 +91,23 @@ def test_a_full_disk_ends_the_run_and_leaves_nothing_half_written(
     capfd.readouterr()
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
-        code = main(["train", *home.flags])
+        code = main(["train", *fixture.flags])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     err = capfd.readouterr().err.splitlines()
     assert code == 6 and len(err) == 1
-    assert err[0].startswith(f"vico: error: {home.folder}/out") and f"({os.strerror(errno.EFBIG)}); free space" in err[0]
-    assert not [p.name for p in (home.folder / "out").iterdir() if p.name.startswith((".", "checkpoint")) and p.name != output_dir.NAME]
-    assert main(["train", *home.flags]) == 0, "the same command goes on when there is space"
+    assert err[0].startswith(f"vico: error: {fixture.folder}/out") and f"({os.strerror(errno.EFBIG)}); free space" in err[0]
+    assert not [p.name for p in (fixture.folder / "out").iterdir() if p.name.startswith((".", "checkpoint")) and p.name != output_dir.NAME]
+    assert main(["train", *fixture.flags]) == 0, "the same command goes on when there is space"
 
 
 # ---- two ranks -------------------------------------------------------------------------------------------------------
 
 
-def spoil_rank_1(home: Home) -> None:
+def spoil_rank_1(fixture: RunFixture) -> None:
     """NaN in the one video that only the second of two ranks looks at before training."""
-    rows({}, {"video": "100001"}, {}, {})(home)
-    pth(FEATURES, lambda videos: videos["100001"].fill_(torch.nan) is None or videos)(home)
+    rows({}, {"video": "100001"}, {}, {})(fixture)
+    pth(FEATURES, lambda videos: videos["100001"].fill_(torch.nan) is None or videos)(fixture)
 
 
 TWO_RANKS: dict[str, Case] = {
@@ -121,9 +121,9 @@ TWO_RANKS: dict[str, Case] = {
 WAITED_FOR = "unknown flag"  # the case whose second rank may end by itself
 
 
-def end_as_launchers_do(home: Home, line: str, wait: bool) -> tuple[int, Ended]:
+def end_as_launchers_do(fixture: RunFixture, line: str, wait: bool) -> tuple[int, Ended]:
     """(the rank that ended first, how all ended): every rank is ended as soon as one has; with `wait` only at last."""
-    ranks = start(*home.command(line), ranks=2)
+    ranks = start(*fixture.command(line), ranks=2)
     limit = time.monotonic() + 240
     while all(rank.poll() is None for rank in ranks) and time.monotonic() < limit:
         time.sleep(0.05)
@@ -135,15 +135,15 @@ def end_as_launchers_do(home: Home, line: str, wait: bool) -> tuple[int, Ended]:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(original: Home, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[int, Ended]]]:
+def two_ranks(original: RunFixture, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[int, Ended]]]:
     """All cases at once: most of their time is spent in loading torch, and one in waiting."""
 
     def run(name: str) -> tuple[int, Ended]:
-        home = original.copy(tmp_path_factory.mktemp("two") / "home")
+        fixture = original.copy(tmp_path_factory.mktemp("two") / "fixture")
         damage, line, _, _ = TWO_RANKS[name]
         if damage is not None:
-            damage(home)
-        return end_as_launchers_do(home, line, wait=name == WAITED_FOR)
+            damage(fixture)
+        return end_as_launchers_do(fixture, line, wait=name == WAITED_FOR)
 
     with ThreadPoolExecutor(3) as pool:
         yield dict(zip(TWO_RANKS, pool.map(run, TWO_RANKS), strict=True))

@@ -19,7 +19,7 @@ from benchmarks.variants import MODELS, Packed, make_shared_pair, scoring_batche
 from benchmarks.workload import SyntheticWorkload
 from vico.errors import UserError
 from vico.model.attention import varlen
-from vico.model.attention.blockwise import attend_plain, narrowed, visibility
+from vico.model.attention.blockwise import attend_plain, attention_mask, restrict_queries
 from vico.model.batch import PackedBatch
 from vico.planner.gpu_specs import GPUS
 
@@ -105,13 +105,13 @@ def packed_batches() -> list[PackedBatch]:
 def test_amounts_of_a_packed_batch() -> None:
     shape = MODELS["toy"]
     for batch in packed_batches():
-        seen = visibility(batch.segments)
+        seen = attention_mask(batch.segments)
         one = torch.ones(batch.num_rows, 1, 1)
         position = torch.arange(batch.num_rows).view(-1, 1, 1)
         # With equal scores, a row's mean of one-hot values has as many entries as the row sees keys.
         weights = attend_plain(one, one, torch.nn.functional.one_hot(position.squeeze()).float().unsqueeze(1), None, seen)
         assert figures.visible_pairs(batch.segments) == int((weights > 0).sum())
-        assert narrowed(seen, batch.wanted_rows_R).queries is not None
+        assert restrict_queries(seen, batch.wanted_rows_R).queries is not None
         amount = figures.of_packed(shape, [batch], samples=2, questions=1, training=True)
         assert amount.useful_flops == 4 * figures.layer_parameters(shape) * batch.num_real_tokens
         whole = 4 * figures.layer_parameters(shape) * batch.num_rows

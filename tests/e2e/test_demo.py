@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from support.processes import ROOT, launch
-from vico.cli.demo import main, make_world
+from vico.cli.demo import main, make_toy_dataset
 from vico.cli.demo_dataset import QUESTIONS, TYPES
 from vico.data.features import Features
 from vico.data.readers import captions, nextqa
@@ -26,7 +26,7 @@ SPLITS = {"train": 60, "val": 20}
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A miniature: few videos, a LLaMA that was taught for two steps."""
     out = tmp_path_factory.mktemp("demo") / "world"
-    make_world(out, steps=2, splits=SPLITS)
+    make_toy_dataset(out, steps=2, splits=SPLITS)
     return out
 
 
@@ -35,17 +35,17 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def test_the_same_seed_makes_the_same_files(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_world(tmp_path / "again", steps=2, splits=SPLITS)
+    make_toy_dataset(tmp_path / "again", steps=2, splits=SPLITS)
     assert digests(tmp_path / "again") == digests(world)
-    make_world(world, steps=2, splits=SPLITS)
+    make_toy_dataset(world, steps=2, splits=SPLITS)
     assert "is there already" in capsys.readouterr().out
     with pytest.raises(UserError, match="of other settings"):
-        make_world(world, seed=1, steps=2, splits=SPLITS)
+        make_toy_dataset(world, seed=1, steps=2, splits=SPLITS)
 
 
 def test_the_projects_readers_take_it(world: Path) -> None:
     tokenizer = Tokenizer(world / "pretrained" / "llama" / "tokenizer.model")
-    MetaWeights(world / "pretrained" / "llama" / "tiny", tokenizer.num_pieces)
+    MetaWeights(world / "pretrained" / "llama" / "tiny", tokenizer.vocab_size)
     for data in ("data", "data_swapped"):
         folder = world / data / "nextqa"
         features = Features(folder / "clipvitl14.pth")
@@ -85,7 +85,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_first_step_comes_soon(tmp_path: Path) -> None:
     """Of the demo's recipe on two ranks, from the command on; caches are warm, and what importing takes is not counted."""
-    make_world(tmp_path / "demo", steps=0)
+    make_toy_dataset(tmp_path / "demo", steps=0)
     began = time.monotonic()
     subprocess.run([sys.executable, "-c", "import vico.train.loop, deepspeed"], check=True, cwd=ROOT)
     importing, seconds = time.monotonic() - began, []

@@ -35,9 +35,9 @@ TIMES = ("", "5", "9-3", "a-b", "1-inf", "-5-9")
 
 DATA: dict[str, Case] = {
     # data
-    "no data": (None, "--data_path {home}/nowhere", 2, ["{home}/nowhere/nextqa/train.csv: no such file; the CSV of the train questions"]),
+    "no data": (None, "--data_path {fixture}/nowhere", 2, ["{fixture}/nowhere/nextqa/train.csv: no such file; the CSV of the train questions"]),
     "no val.csv": (gone(VAL), "", 2, ["val.csv: no such file; the CSV of the val questions should be there"]),
-    "no test.csv": (gone(f"{NEXTQA}/test.csv"), "eval --split test --resume {home}/" + CHECKPOINT, 2, ["test.csv: no such file; the CSV of the test questions"]),
+    "no test.csv": (gone(f"{NEXTQA}/test.csv"), "eval --split test --resume {fixture}/" + CHECKPOINT, 2, ["test.csv: no such file; the CSV of the test questions"]),
     "column missing": (
         text(VAL, ",a3,", ",b3,"), "", 2,
         ["val.csv:1: column 'a3' missing (has: 'video', ", "add what is missing to"],
@@ -86,7 +86,7 @@ DATA: dict[str, Case] = {
     "a field too many": (put(VAL, "video,question,answer,qid,a0,a1,a2,a3,a4\n1,w,0,1,a,b,c,d,e,f\n1,w,0,2,a,b,c,d,e\n"), "", 2, ["val.csv:2: 10 fields, header has 9"]),
     "a field too few": (put(VAL, "video,question,answer,qid,a0,a1,a2,a3,a4\n1,w,0\n1,w,0,2,a,b,c,d,e\n"), "", 2, ["val.csv:2: 3 fields, header has 9"]),
     "behind newlines in quotes": (rows({"question": "a\nb\n\nc"}, {"answer": "B"}), "", 2, ["val.csv:6: 'answer' is 'B', not one of"]),
-    "last line cut off": (lambda home: cut(VAL, (home.folder / VAL).stat().st_size - 9)(home), "", 2, ["the last line is cut off ("]),
+    "last line cut off": (lambda fixture: cut(VAL, (fixture.folder / VAL).stat().st_size - 9)(fixture), "", 2, ["the last line is cut off ("]),
     "a question twice": (rows({"qid": "3"}, {"qid": " 3"}), "", 2, ["val.csv:3: video '100000' qid '3' stands already at val.csv:2 and would count twice"]),
     "no video": (rows({"video": " "}), "", 2, ["val.csv:2: 'video' is empty"]),
     "no question text": (rows({"question": "\t"}), "", 2, ["val.csv:2: 'question' is empty"]),
@@ -151,12 +151,12 @@ DATA: dict[str, Case] = {
     "features, larger than their file": (claims(FEATURES, 2**40), "", 2, ["clipvitl14.pth: the video feature file "]),
     "features, a neighbour's bytes": (claims(FEATURES, 30_000), "", 2, ["clipvitl14.pth: the video feature file claims tensors of other sizes than it holds"]),
     "features are a pipe": (pipe(FEATURES), "", 2, ["clipvitl14.pth: the video feature file cannot be opened (a device or a pipe"]),
-    "features are a folder": (both(gone(FEATURES), lambda home: (home.folder / FEATURES).mkdir()), "", 2, ["cannot be opened (Is a directory)"]),
+    "features are a folder": (both(gone(FEATURES), lambda fixture: (fixture.folder / FEATURES).mkdir()), "", 2, ["cannot be opened (Is a directory)"]),
     "caption, blank": (js(CAPTIONS, **{"000001": " \n"}), "", 2, ["caption of video '000001' is empty"]),
     "caption, a number": (js(CAPTIONS, **{"000001": 7}), "", 2, ["caption of video '000001' is 7, not a text"]),
     "captions, a list": (put(CAPTIONS, "[]"), "", 2, ["llava_v15_13b_n6.json:1: column 1: a list where a JSON object is expected"]),
     "captions, key twice": (put(CAPTIONS, '{"a": "x",\n "a": "y"}'), "", 2, ["llava_v15_13b_n6.json:2: column 2: key 'a' stands twice"]),
     "captions as a pickle": (put(CAPTIONS, b"\x80\x04\x95\x00"), "", 2, ["llava_v15_13b_n6.json:1: a NUL byte at offset 3"]),
-    "captions are a device": (both(gone(CAPTIONS), link("d", "/dev/zero")), "--captions {home}/d", 2, ["{home}/d: the JSON object of captions by video id cannot be read"]),
-    "captions of elsewhere": (None, "--captions {home}/nowhere.json", 2, ["{home}/nowhere.json: no such file; the JSON object of captions"]),
+    "captions are a device": (both(gone(CAPTIONS), link("d", "/dev/zero")), "--captions {fixture}/d", 2, ["{fixture}/d: the JSON object of captions by video id cannot be read"]),
+    "captions of elsewhere": (None, "--captions {fixture}/nowhere.json", 2, ["{fixture}/nowhere.json: no such file; the JSON object of captions"]),
 }  # fmt: skip

@@ -2,7 +2,7 @@
 
 from faults.damage import Case, both, copy, cut, ds, gone, link, pipe, put
 
-RECIPE, DS, EVAL = "--config {home}/r.yaml", "--deepspeed {home}/ds.json", "eval --resume {home}/"
+RECIPE, DS, EVAL = "--config {fixture}/r.yaml", "--deepspeed {fixture}/ds.json", "eval --resume {fixture}/"
 
 SETTINGS: dict[str, Case] = {
     # flags
@@ -26,26 +26,26 @@ SETTINGS: dict[str, Case] = {
     "no room for the video": (None, "--max_feats 256", 2, ["--max_feats 256: must be below --max_seq_len 256"]),
     "no room for a caption": (None, "--max_cap_len 30", 2, ["--max_cap_len 30: leaves no caption token to learn; ", "is the least"]),
     # recipes
-    "no recipe": (None, RECIPE, 2, ["{home}/r.yaml: no such file; the recipe (--config) should be there"]),
-    "recipe, unknown key": (put("r.yaml", "batchsize: 4\n"), RECIPE, 2, ["--config {home}/r.yaml: unknown key 'batchsize'; did you mean"]),
-    "recipe, key twice": (put("r.yaml", "lr: 1\nlr: 2\n"), RECIPE, 2, ["--config {home}/r.yaml: 'lr' stands there twice; keep one"]),
-    "recipe, wrong type": (put("r.yaml", "vaq: 'yes'\n"), RECIPE, 2, ["--config {home}/r.yaml: vaq: 'yes' is not true or false"]),
+    "no recipe": (None, RECIPE, 2, ["{fixture}/r.yaml: no such file; the recipe (--config) should be there"]),
+    "recipe, unknown key": (put("r.yaml", "batchsize: 4\n"), RECIPE, 2, ["--config {fixture}/r.yaml: unknown key 'batchsize'; did you mean"]),
+    "recipe, key twice": (put("r.yaml", "lr: 1\nlr: 2\n"), RECIPE, 2, ["--config {fixture}/r.yaml: 'lr' stands there twice; keep one"]),
+    "recipe, wrong type": (put("r.yaml", "vaq: 'yes'\n"), RECIPE, 2, ["--config {fixture}/r.yaml: vaq: 'yes' is not true or false"]),
     "recipe, wrong choice": (put("r.yaml", "precision: 16\n"), RECIPE, 2, ["r.yaml: precision: 16 is not one of bf16, fp16, fp32"]),
-    "recipe, a list": (put("r.yaml", "- lr: 1\n"), RECIPE, 2, ["--config {home}/r.yaml: must hold lines 'flag: value'"]),
-    "recipe, broken": (put("r.yaml", "lr:\t1\n\tx: 2\n"), RECIPE, 2, ["--config {home}/r.yaml: not valid YAML: ", "line 1, column 4"]),
-    "recipe, latin-1": (put("r.yaml", "# é".encode("latin-1")), RECIPE, 2, ["r.yaml:1: not UTF-8 (byte 0xe9 at offset 2); save {home}/r.yaml"]),
+    "recipe, a list": (put("r.yaml", "- lr: 1\n"), RECIPE, 2, ["--config {fixture}/r.yaml: must hold lines 'flag: value'"]),
+    "recipe, broken": (put("r.yaml", "lr:\t1\n\tx: 2\n"), RECIPE, 2, ["--config {fixture}/r.yaml: not valid YAML: ", "line 1, column 4"]),
+    "recipe, latin-1": (put("r.yaml", "# é".encode("latin-1")), RECIPE, 2, ["r.yaml:1: not UTF-8 (byte 0xe9 at offset 2); save {fixture}/r.yaml"]),
     "recipe, runs code": (
         put("r.yaml", "lr: !!python/object/apply:os.mkdir ['vico-canary']\n"), RECIPE, 2,
-        ["--config {home}/r.yaml: not valid YAML: could not determine a constructor for the tag"],
+        ["--config {fixture}/r.yaml: not valid YAML: could not determine a constructor for the tag"],
     ),
     "recipe, aliases without end": (
         put("r.yaml", "lr:\n- &a0 [x, x]\n" + "".join(f"- &a{i} [" + ", ".join([f"*a{i - 1}"] * 9) + "]\n" for i in range(1, 13))), RECIPE, 2,
-        ["--config {home}/r.yaml: lr: [", "is not a number"],
+        ["--config {fixture}/r.yaml: lr: [", "is not a number"],
     ),
     # DeepSpeed's config
-    "no ds_config": (None, DS, 2, ["{home}/ds.json: no such file; the DeepSpeed config (--deepspeed) should be there"]),
+    "no ds_config": (None, DS, 2, ["{fixture}/ds.json: no such file; the DeepSpeed config (--deepspeed) should be there"]),
     "no such stage by name": (None, "--deepspeed zero4", 2, ["--deepspeed zero4: must be ", "zero3, ", " or the path of a JSON file"]),
-    "ds_config, no JSON": (put("ds.json", '{"a": 1,}'), DS, 2, ["ds.json:1: column 9: ", "correct {home}/ds.json"]),
+    "ds_config, no JSON": (put("ds.json", '{"a": 1,}'), DS, 2, ["ds.json:1: column 9: ", "correct {fixture}/ds.json"]),
     "ds_config, key twice": (
         put("ds.json", '{"zero_optimization": {"stage": 2,\n"stage": 3}}'), DS, 2, ["ds.json:2: column 1: key 'stage' stands twice in one object"],
     ),
@@ -78,31 +78,31 @@ SETTINGS: dict[str, Case] = {
     "ds_config, precision": (ds(bf16={"enabled": True}), DS, 2, ["ds.json: bf16.enabled true against --precision fp32; write \"auto\""]),
     "ds_config, bf16 as a value": (ds(bf16=True), DS, 2, ["ds.json: 'bf16' must be a section of its own"]),
     # where results go
-    "output_dir is a file": (put("out", ""), "", 2, ["--output_dir {home}/out: '{home}/out' is not a folder; choose another"]),
-    "output_dir in a file": (put("file", ""), "--output_dir {home}/file/out", 2, ["--output_dir {home}/file/out: Not a directory; choose another"]),
-    "output_dir with a name too long": (None, "--output_dir {home}/" + "x" * 300, 2, ["File name too long; choose another"]),
+    "output_dir is a file": (put("out", ""), "", 2, ["--output_dir {fixture}/out: '{fixture}/out' is not a folder; choose another"]),
+    "output_dir in a file": (put("file", ""), "--output_dir {fixture}/file/out", 2, ["--output_dir {fixture}/file/out: Not a directory; choose another"]),
+    "output_dir with a name too long": (None, "--output_dir {fixture}/" + "x" * 300, 2, ["File name too long; choose another"]),
     "output_dir of another run": (
         copy("run", "out"), "--blr 1 --vaq", 2,
-        ["{home}/out: holds a run with other settings (vaq, blr; table below); choose another --output_dir", "\n  vaq      false  true\n  blr      0.001  1.0\n"],
+        ["{fixture}/out: holds a run with other settings (vaq, blr; table below); choose another --output_dir", "\n  vaq      false  true\n  blr      0.001  1.0\n"],
     ),
     "output_dir of a run that cannot be told": (put("out/args.json", "{"), "", 2, ["args.json:1: column 2: ", "choose another --output_dir"]),
     "output_dir of the lineage": (
         put("out/log.txt", '{"epoch": 0}\n'), "", 2,
-        ["{home}/out/log.txt: is of another program or run (there is no args.json beside it); put that back, or choose another --output_dir"],
+        ["{fixture}/out/log.txt: is of another program or run (there is no args.json beside it); put that back, or choose another --output_dir"],
     ),
     "output_dir with a damaged checkpoint": (
         both(copy("run", "out"), cut("out/checkpoint-1/optimizer.safetensors", 0)), "", 3,
-        ["{home}/out: none of its 1 checkpoints can be used ({home}/out/checkpoint-1/optimizer.safetensors: damaged (0 of ", "to start anew"],
+        ["{fixture}/out: none of its 1 checkpoints can be used ({fixture}/out/checkpoint-1/optimizer.safetensors: damaged (0 of ", "to start anew"],
     ),
-    "recipe is a pipe": (pipe("r.yaml"), RECIPE, 2, ["{home}/r.yaml: the recipe (--config) cannot be read (a device or a pipe, not a file)"]),
+    "recipe is a pipe": (pipe("r.yaml"), RECIPE, 2, ["{fixture}/r.yaml: the recipe (--config) cannot be read (a device or a pipe, not a file)"]),
     "recipe is a device": (link("r.yaml", "/dev/zero"), RECIPE, 2, ["r.yaml: the recipe (--config) cannot be read (a device or a pipe"]),
     "recipe, another tag": (put("r.yaml", "lr: !!python/name:os.system\n"), RECIPE, 2, ["r.yaml: not valid YAML: could not determine a constructor"]),
     "recipe, a key that forges lines": (put("r.yaml", '"x\\nvico: done": 1\n'), RECIPE, 2, ["unknown key 'x\\nvico: done'"]),
-    "recipe, deep": (put("r.yaml", "lr: " + "[" * 5000), RECIPE, 2, ["--config {home}/r.yaml: "]),
+    "recipe, deep": (put("r.yaml", "lr: " + "[" * 5000), RECIPE, 2, ["--config {fixture}/r.yaml: "]),
     "recipe, a date": (put("r.yaml", "lr: 2024-01-01\n"), RECIPE, 2, ["r.yaml: lr: datetime.date(2024, 1, 1) is not a number"]),
     "recipe, infinity": (put("r.yaml", "lr: .inf\n"), RECIPE, 2, ["--lr inf: must be above 0, and finite"]),
     "recipe, no key but null": (put("r.yaml", "? \n: 1\n"), RECIPE, 2, ["r.yaml: unknown key None"]),
-    "ds_config is a pipe": (pipe("ds.json"), DS, 2, ["{home}/ds.json: the DeepSpeed config (--deepspeed) cannot be read (a device or a pipe"]),
+    "ds_config is a pipe": (pipe("ds.json"), DS, 2, ["{fixture}/ds.json: the DeepSpeed config (--deepspeed) cannot be read (a device or a pipe"]),
     "ds_config, deep": (put("ds.json", "[" * 100_000), DS, 2, ["ds.json:1: column 1: "]),
     "ds_config, a number without end": (put("ds.json", '{"steps_per_print": ' + "9" * 10_000 + "}"), DS, 2, ["ds.json:1: column 1: "]),
     "allow_change of nothing": (None, "--allow_change sed", 2, ["--allow_change sed: no such setting; did you mean 'seed'?"]),
@@ -110,7 +110,7 @@ SETTINGS: dict[str, Case] = {
     "check, unknown flag": (None, "check --batchsize 4", 2, ["unknown flag --batchsize; did you mean '--batch_size'?"]),
     "eval, unknown split": (None, "eval --split dev", 2, ["--split: invalid choice: 'dev'"]),
     "args.json that leads away": (
-        both(copy("run", "out"), put("out/args.json", '{"output_dir": "/etc", "seed": 3}')), "", 2, ["{home}/out: holds a run with other settings"],
+        both(copy("run", "out"), put("out/args.json", '{"output_dir": "/etc", "seed": 3}')), "", 2, ["{fixture}/out: holds a run with other settings"],
     ),
     "args.json as a list": (both(copy("run", "out"), put("out/args.json", "[1]")), "", 2, ["args.json:1: column 1: a list where a JSON object"]),
     "checkpoints gone": (both(copy("run", "out"), gone("out/checkpoint-1/state.json")), "", 3, ["none of its 1 checkpoints can be used"]),

@@ -1,4 +1,4 @@
-"""Ways in which a user's files go wrong, each a function that spoils a home."""
+"""Ways in which a user's files go wrong, each a function that spoils a fixture."""
 
 import argparse
 import csv
@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from support.run_fixture import CAPTIONS, FEATURES, NEXTQA, TINY, TOKENIZER, VAL, Home
+from support.run_fixture import CAPTIONS, FEATURES, NEXTQA, TINY, TOKENIZER, VAL, RunFixture
 from vico.cli.convert import convert
 from vico.cli.demo import CSV_COLUMNS, make_tokenizer
 from vico.io.safe_load import load_tensors
 
-Damage = Callable[[Home], Any]
+Damage = Callable[[RunFixture], Any]
 Case = tuple[Damage | None, str, int, list[str]]  # what is spoilt, flags or a command, exit code, parts of the line
 
 HTML = "<!DOCTYPE html><html>Quota exceeded</html>"
@@ -36,8 +36,8 @@ class Payload:
 
 
 def put(name: str, content: str | bytes) -> Damage:
-    def damage(home: Home) -> None:
-        path = home.folder / name
+    def damage(fixture: RunFixture) -> None:
+        path = fixture.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
@@ -45,46 +45,46 @@ def put(name: str, content: str | bytes) -> Damage:
 
 
 def cut(name: str, size: int) -> Damage:
-    return lambda home: os.truncate(home.folder / name, size)
+    return lambda fixture: os.truncate(fixture.folder / name, size)
 
 
 def flip(name: str, at: int) -> Damage:
-    def damage(home: Home) -> None:
-        content = bytearray((home.folder / name).read_bytes())
+    def damage(fixture: RunFixture) -> None:
+        content = bytearray((fixture.folder / name).read_bytes())
         content[at] ^= 4
-        (home.folder / name).write_bytes(content)
+        (fixture.folder / name).write_bytes(content)
 
     return damage
 
 
 def gone(name: str) -> Damage:
-    return lambda home: (home.folder / name).unlink()
+    return lambda fixture: (fixture.folder / name).unlink()
 
 
 def folder(name: str) -> Damage:
-    return lambda home: (home.folder / name).mkdir(parents=True)
+    return lambda fixture: (fixture.folder / name).mkdir(parents=True)
 
 
 def pipe(name: str) -> Damage:
-    def damage(home: Home) -> None:
-        (home.folder / name).unlink(missing_ok=True)
-        os.mkfifo(home.folder / name)
+    def damage(fixture: RunFixture) -> None:
+        (fixture.folder / name).unlink(missing_ok=True)
+        os.mkfifo(fixture.folder / name)
 
     return damage
 
 
 def link(name: str, target: str) -> Damage:
-    def damage(home: Home) -> None:
-        (home.folder / name).unlink(missing_ok=True)
-        (home.folder / name).symlink_to(target)
+    def damage(fixture: RunFixture) -> None:
+        (fixture.folder / name).unlink(missing_ok=True)
+        (fixture.folder / name).symlink_to(target)
 
     return damage
 
 
 def copy(source: str, target: str) -> Damage:
-    def damage(home: Home) -> None:
-        (home.folder / target).parent.mkdir(parents=True, exist_ok=True)
-        (shutil.copytree if (home.folder / source).is_dir() else shutil.copy)(home.folder / source, home.folder / target)
+    def damage(fixture: RunFixture) -> None:
+        (fixture.folder / target).parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if (fixture.folder / source).is_dir() else shutil.copy)(fixture.folder / source, fixture.folder / target)
 
     return damage
 
@@ -92,10 +92,10 @@ def copy(source: str, target: str) -> Damage:
 def text(name: str, old: str, new: str, encoding: str = "utf-8") -> Damage:
     """The first `old` of a text file replaced."""
 
-    def damage(home: Home) -> None:
-        content = (home.folder / name).read_bytes().decode()
+    def damage(fixture: RunFixture) -> None:
+        content = (fixture.folder / name).read_bytes().decode()
         assert old in content, f"{name} does not hold {old!r}"
-        (home.folder / name).write_bytes(content.replace(old, new, 1).encode(encoding))
+        (fixture.folder / name).write_bytes(content.replace(old, new, 1).encode(encoding))
 
     return damage
 
@@ -103,8 +103,8 @@ def text(name: str, old: str, new: str, encoding: str = "utf-8") -> Damage:
 def pth(name: str, change: Callable[[Any], Any]) -> Damage:
     """A torch file changed, or replaced by what `change` returns."""
 
-    def damage(home: Home) -> None:
-        path = home.folder / name
+    def damage(fixture: RunFixture) -> None:
+        path = fixture.folder / name
         content = load_tensors(path, "the file", [argparse.Namespace], legacy=True)
         changed = change(content)
         torch.save(content if changed is None else changed, path.with_suffix(".new"))
@@ -116,9 +116,9 @@ def pth(name: str, change: Callable[[Any], Any]) -> Damage:
 def js(name: str, **changes: Any) -> Damage:
     """Keys of a JSON object set, or removed by `...`."""
 
-    def damage(home: Home) -> None:
-        content = json.loads((home.folder / name).read_text()) | changes
-        (home.folder / name).write_text(json.dumps({k: v for k, v in content.items() if v is not ...}))
+    def damage(fixture: RunFixture) -> None:
+        content = json.loads((fixture.folder / name).read_text()) | changes
+        (fixture.folder / name).write_text(json.dumps({k: v for k, v in content.items() if v is not ...}))
 
     return damage
 
@@ -128,23 +128,23 @@ def ds(**changes: Any) -> Damage:
 
 
 def both(*damages: Damage) -> Damage:
-    return lambda home: [damage(home) for damage in damages]
+    return lambda fixture: [damage(fixture) for damage in damages]
 
 
 def two_shards(*also: Damage) -> Damage:
     """The LLaMA in two files, and in `other` a second model's."""
 
-    def damage(home: Home) -> None:
-        whole = home.folder / TINY
-        convert(whole, home.folder / "hf")
-        convert(home.folder / "hf", home.folder / "split", to="meta", shards=2)
-        weights = load_file(home.folder / "hf" / "model.safetensors")
-        save_file({name: value * 1.5 for name, value in weights.items()}, home.folder / "hf" / "model.safetensors")
-        convert(home.folder / "hf", home.folder / "other", to="meta", shards=2)
+    def damage(fixture: RunFixture) -> None:
+        whole = fixture.folder / TINY
+        convert(whole, fixture.folder / "hf")
+        convert(fixture.folder / "hf", fixture.folder / "split", to="meta", shards=2)
+        weights = load_file(fixture.folder / "hf" / "model.safetensors")
+        save_file({name: value * 1.5 for name, value in weights.items()}, fixture.folder / "hf" / "model.safetensors")
+        convert(fixture.folder / "hf", fixture.folder / "other", to="meta", shards=2)
         shutil.rmtree(whole)
-        (home.folder / "split").rename(whole)
+        (fixture.folder / "split").rename(whole)
         for change in also:
-            change(home)
+            change(fixture)
 
     return damage
 
@@ -158,12 +158,12 @@ SOUND |= {f"a{k}": text for k, text in enumerate(("clap", "run", "sit", "jump", 
 def rows(*changes: Mapping[str, str], name: str = VAL) -> Damage:
     """A CSV of sound rows with these changes."""
 
-    def damage(home: Home) -> None:
+    def damage(fixture: RunFixture) -> None:
         out = io.StringIO()
         writer = csv.DictWriter(out, CSV_COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows({**SOUND, "qid": str(i), **change} for i, change in enumerate(changes))
-        (home.folder / name).write_text(out.getvalue(), encoding="utf-8")
+        (fixture.folder / name).write_text(out.getvalue(), encoding="utf-8")
 
     return damage
 
@@ -199,13 +199,13 @@ def tvqa(*val: Mapping[str, Any] | str, subtitles: str | None = SRT) -> Damage:
 
 
 def _as(dataset: str, files: Mapping[str, str]) -> Damage:
-    def damage(home: Home) -> None:
-        target = (home.folder / NEXTQA).parent / dataset
+    def damage(fixture: RunFixture) -> None:
+        target = (fixture.folder / NEXTQA).parent / dataset
         for name, content in files.items():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / name).write_text(content, encoding="utf-8")
         for name in (FEATURES, CAPTIONS):
-            shutil.copy(home.folder / name, target)
+            shutil.copy(fixture.folder / name, target)
 
     return damage
 
@@ -214,7 +214,7 @@ def _as(dataset: str, files: Mapping[str, str]) -> Damage:
 
 
 def tokenizer(pieces: int) -> Damage:
-    return lambda home: make_tokenizer(home.folder / TOKENIZER, 0, pieces)
+    return lambda fixture: make_tokenizer(fixture.folder / TOKENIZER, 0, pieces)
 
 
 def ring() -> list[Any]:
@@ -231,10 +231,10 @@ def safetensors_of(header: str, data: bytes = b"") -> bytes:
 def old_format(name: str) -> Damage:
     """A torch file written anew in the format before torch 1.6."""
 
-    def damage(home: Home) -> None:
-        content = load_tensors(home.folder / name, "the file", [argparse.Namespace])
-        torch.save(content, home.folder / "old", _use_new_zipfile_serialization=False)
-        (home.folder / "old").replace(home.folder / name)
+    def damage(fixture: RunFixture) -> None:
+        content = load_tensors(fixture.folder / name, "the file", [argparse.Namespace])
+        torch.save(content, fixture.folder / "old", _use_new_zipfile_serialization=False)
+        (fixture.folder / "old").replace(fixture.folder / name)
 
     return damage
 
@@ -249,16 +249,16 @@ def claims(name: str, numbers: int) -> Damage:
         assert count == 1, "no size of a storage was found"
         return found
 
-    def damage(home: Home) -> None:
-        path = home.folder / name
+    def damage(fixture: RunFixture) -> None:
+        path = fixture.folder / name
         if not zipfile.is_zipfile(path):
             path.write_bytes(lie(path.read_bytes(), b"N"))
             return
-        with zipfile.ZipFile(path) as old, zipfile.ZipFile(home.folder / "new", "w") as new:
+        with zipfile.ZipFile(path) as old, zipfile.ZipFile(fixture.folder / "new", "w") as new:
             for entry in old.infolist():
                 content = old.read(entry)
                 new.writestr(entry.filename, lie(content, b"") if entry.filename.endswith("data.pkl") else content)
-        (home.folder / "new").replace(path)
+        (fixture.folder / "new").replace(path)
 
     return damage
 
@@ -266,14 +266,14 @@ def claims(name: str, numbers: int) -> Damage:
 def tar(name: str, first: bytes = b"storages") -> Damage:
     """A tar archive, as torch wrote before 0.1.10, with members that lead away; `first`: the first bytes of the file."""
 
-    def damage(home: Home) -> None:
-        with tarfile.open(home.folder / name, "w", format=tarfile.GNU_FORMAT) as archive:
+    def damage(fixture: RunFixture) -> None:
+        with tarfile.open(fixture.folder / name, "w", format=tarfile.GNU_FORMAT) as archive:
             for member in (first.decode("latin-1"), "../../vico-canary", "/tmp/vico-canary"):
                 info = tarfile.TarInfo(member)
                 info.size = 4
                 archive.addfile(info, io.BytesIO(b"\x80\x02N."))
-        content = bytearray((home.folder / name).read_bytes())
+        content = bytearray((fixture.folder / name).read_bytes())
         content[: len(first)] = first
-        (home.folder / name).write_bytes(content)
+        (fixture.folder / name).write_bytes(content)
 
     return damage

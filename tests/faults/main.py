@@ -1,6 +1,6 @@
 """`vico selftest`: breaks runs, files and disks on purpose, and counts how often what must happen did happen.
 
-Each figure is a module `figure_NAME` here. It leaves a JSON file in --out, and the results of all parts that were run on
+Each scenario is a module `figure_NAME` here. It leaves a JSON file in --out, and the results of all parts that were run on
 the same code are printed together.
 """
 
@@ -17,26 +17,26 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from faults.result import Outcome, Scale
-from vico.errors import DONE, MISTAKE, UserError, nearest
+from faults.result import Result, Scale
+from vico.errors import DONE, INTERNAL_ERROR, UserError, nearest
 from vico.io.atomic import make_folder, write_json
 from vico.io.text import read_json_object
 
-FIGURES: tuple[str, ...] = (
+SCENARIOS: tuple[str, ...] = (
     "kill", "store", "damage", "signals", "disk_full", "hangs", "writers", "nan", "mutations", "save_cost",
     "inputs", "legal", "evaluation", "fuzz", "pickles",
 )  # fmt: skip
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class Figure(Protocol):
+class Scenario(Protocol):
     """What a module `figure_NAME` holds."""
 
     NAME: str
     TITLE: str  # one line
     MINUTES: tuple[float, float]  # on two cores: quick, full
 
-    def run(self, scale: Scale) -> Outcome: ...
+    def run(self, scale: Scale) -> Result: ...
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,32 +45,32 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str]) -> int:
-    figures = [_figure(name) for name in FIGURES]
-    flags = _parse(argv, figures)
-    if unknown := [name for name in flags.only or () if name not in FIGURES]:
-        raise UserError(f"--only {unknown[0]}: no such figure{nearest(unknown[0], FIGURES)}; there are {', '.join(FIGURES)}")
+    scenarios = [_scenario(name) for name in SCENARIOS]
+    flags = _parse(argv, scenarios)
+    if unknown := [name for name in flags.only or () if name not in SCENARIOS]:
+        raise UserError(f"--only {unknown[0]}: no such scenario{nearest(unknown[0], SCENARIOS)}; there are {', '.join(SCENARIOS)}")
     if flags.table:
-        print(table(flags.out, figures))
+        print(table(flags.out, scenarios))
         return DONE
-    chosen = [figure for figure in figures if not flags.only or figure.NAME in flags.only]
+    chosen = [scenario for scenario in scenarios if not flags.only or scenario.NAME in flags.only]
     make_folder(flags.out)
-    minutes = sum(figure.MINUTES[not flags.quick] for figure in chosen)
-    print(f"vico selftest: {len(chosen)} figure(s), about {minutes:.0f} minutes on two cores; results go to {flags.out}", flush=True)
-    passed = [_run(figure, flags) for figure in chosen]
+    minutes = sum(scenario.MINUTES[not flags.quick] for scenario in chosen)
+    print(f"vico selftest: {len(chosen)} scenario(s), about {minutes:.0f} minutes on two cores; results go to {flags.out}", flush=True)
+    passed = [_run(scenario, flags) for scenario in chosen]
     print(json.dumps(results(flags.out)), flush=True)
-    return DONE if all(passed) else MISTAKE
+    return DONE if all(passed) else INTERNAL_ERROR
 
 
-def _parse(argv: list[str], figures: list[Figure]) -> argparse.Namespace:
-    lines = [f"  {f.NAME:<12}{f.TITLE} ({f.MINUTES[0]:g} / {f.MINUTES[1]:g} min)" for f in figures]
+def _parse(argv: list[str], scenarios: list[Scenario]) -> argparse.Namespace:
+    lines = [f"  {f.NAME:<12}{f.TITLE} ({f.MINUTES[0]:g} / {f.MINUTES[1]:g} min)" for f in scenarios]
     parser = _Parser(
         prog="vico selftest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(["figures (minutes with --quick / --full):", *lines]),
+        epilog="\n".join(["scenarios (minutes with --quick / --full):", *lines]),
     )  # fmt: skip
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="few cases of each figure: ten minutes in all")
+    size.add_argument("--quick", action="store_true", help="few cases of each scenario: ten minutes in all")
     size.add_argument("--full", action="store_true", help="all cases (the default); hours in all, so take it in parts by --only")
-    parser.add_argument("--only", nargs="+", metavar="FIGURE", help="these figures alone; their results are put to those in --out")
+    parser.add_argument("--only", nargs="+", metavar="SCENARIO", help="these scenarios alone; their results are put to those in --out")
     parser.add_argument("--out", type=Path, default=Path("selftest"), help="folder of the results (default: selftest)")
     parser.add_argument("--table", action="store_true", help="run nothing: print the results in --out as the table of the README")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is random: where a kill hits, which bit flips")
@@ -78,37 +78,37 @@ def _parse(argv: list[str], figures: list[Figure]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _figure(name: str) -> Any:
+def _scenario(name: str) -> Any:
     return importlib.import_module(f"faults.scenario_{name}")
 
 
-def _run(figure: Figure, flags: argparse.Namespace) -> bool:
+def _run(scenario: Scenario, flags: argparse.Namespace) -> bool:
     """Run it in a folder of its own, write its JSON, say how it went."""
-    print(f"== {figure.NAME}: {figure.TITLE} (about {figure.MINUTES[not flags.quick]:g} min)", flush=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"vico-selftest-{figure.NAME}-"))
+    print(f"== {scenario.NAME}: {scenario.TITLE} (about {scenario.MINUTES[not flags.quick]:g} min)", flush=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"vico-selftest-{scenario.NAME}-"))
     began = time.monotonic()
     try:
-        outcome = figure.run(Scale(flags.quick, flags.seed, folder))
-    except Exception as problem:  # a fault of the figure is one that is counted, and must not cost the other figures
+        result = scenario.run(Scale(flags.quick, flags.seed, folder))
+    except Exception as problem:  # a fault of the scenario is one that is counted, and must not cost the other scenarios
         traceback.print_exc()
-        outcome = Outcome(0, 1, {"failures": [f"the figure itself failed: {problem!r}"]})
+        result = Result(0, 1, {"failures": [f"the scenario itself failed: {problem!r}"]})
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    good = outcome.passed == outcome.of > 0
-    record: dict[str, Any] = {"passed": outcome.passed, "of": outcome.of, "seconds": round(time.monotonic() - began, 1)}
+    good = result.passed == result.of > 0
+    record: dict[str, Any] = {"passed": result.passed, "of": result.of, "seconds": round(time.monotonic() - began, 1)}
     record |= {"date": time.strftime("%Y-%m-%d"), "scale": "quick" if flags.quick else "full"}
-    write_json(flags.out / f"{figure.NAME}.json", {**record, "seed": flags.seed, **version(), "facts": outcome.facts})
-    for failure in list(outcome.facts.get("failures", []))[:5]:
+    write_json(flags.out / f"{scenario.NAME}.json", {**record, "seed": flags.seed, **version(), "facts": result.facts})
+    for failure in list(result.facts.get("failures", []))[:5]:
         print(f"   failed: {failure}", flush=True)
-    print(f"   {outcome.passed} of {outcome.of} in {record['seconds']:.0f} s{'' if good else ': FAILED'}", flush=True)
+    print(f"   {result.passed} of {result.of} in {record['seconds']:.0f} s{'' if good else ': FAILED'}", flush=True)
     return good
 
 
 def results(out: Path) -> dict[str, Any]:
-    """The results in `out` that belong to the code as it is now, by figure."""
+    """The results in `out` that belong to the code as it is now, by scenario."""
     found = {}
     code = version()["code"]
-    for name in FIGURES:
+    for name in SCENARIOS:
         path = out / f"{name}.json"
         record = read_json_object(path, "a result of the self-test") if path.exists() else {}
         if record.get("code") == code:
@@ -116,15 +116,15 @@ def results(out: Path) -> dict[str, Any]:
     return found
 
 
-def table(out: Path, figures: list[Figure]) -> str:
+def table(out: Path, scenarios: list[Scenario]) -> str:
     """All results in `out`, of whatever code."""
-    rows = ["| figure | held | scale | time | date, machine |", "| --- | --- | --- | --- | --- |"]
-    for figure in figures:
-        path = out / f"{figure.NAME}.json"
+    rows = ["| scenario | held | scale | time | date, machine |", "| --- | --- | --- | --- | --- |"]
+    for scenario in scenarios:
+        path = out / f"{scenario.NAME}.json"
         if path.exists():
             r = read_json_object(path, "a result of the self-test")
             held, when = f"{r['passed']} of {r['of']}", f"{r['date']}, {r['machine']}"
-            rows.append(f"| `{figure.NAME}`: {figure.TITLE} | {held} | {r['scale']} | {r['seconds'] / 60:.1f} min | {when} |")
+            rows.append(f"| `{scenario.NAME}`: {scenario.TITLE} | {held} | {r['scale']} | {r['seconds'] / 60:.1f} min | {when} |")
     return "\n".join(rows)
 
 

@@ -1,4 +1,4 @@
-"""What a figure of the self-test is given, and what it gives back."""
+"""What a scenario of the self-test is given, and what it gives back."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Scale:
-    """How much a figure shall do, and where: `folder` is its own, empty, and removed after it."""
+    """How much a scenario shall do, and where: `folder` is its own, empty, and removed after it."""
 
     quick: bool
     seed: int
@@ -15,7 +15,7 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Result:
     """`passed` of `of` cases; `facts`: what JSON can hold, above all the failures with their reasons."""
 
     passed: int

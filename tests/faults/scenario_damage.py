@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from faults.result import Outcome, Scale
-from support.processes import LAST_STEP, TinyWorld, start_ranks, undisturbed
+from faults.result import Result, Scale
+from support.processes import LAST_STEP, ToyRun, start_ranks, undisturbed
 from vico.checkpoint.read import LATEST, OPTIMIZER, STATE, WEIGHTS
 from vico.checkpoint.read import read as read_checkpoint
 from vico.errors import CheckpointError, UserError
@@ -26,8 +26,8 @@ Damage = Callable[[Path], object]  # what it gives back is not used
 Case = tuple[str, Damage]
 
 
-def run(scale: Scale) -> Outcome:
-    world = TinyWorld.make(scale.folder / "world")
+def run(scale: Scale) -> Result:
+    world = ToyRun.make(scale.folder / "world")
     for stage in (2, 3):
         undisturbed(world, stage)
     out, other = world.folder / "undisturbed2", world.folder / "undisturbed3"
@@ -45,7 +45,7 @@ def run(scale: Scale) -> Outcome:
     if fault := _real_start(world, out):
         failures.append(fault)
     total = sum(counts.values()) + 1
-    return Outcome(total - len(failures), total, {"failures": failures, **counts, "real_starts": 1})
+    return Result(total - len(failures), total, {"failures": failures, **counts, "real_starts": 1})
 
 
 def _newest(out: Path) -> Path:
@@ -161,7 +161,7 @@ def _copied(source: Path, folder: Path) -> None:
     shutil.copytree(source, folder)
 
 
-def _real_start(world: TinyWorld, out: Path) -> str:
+def _real_start(world: ToyRun, out: Path) -> str:
     """One damaged checkpoint met by the whole program: said before the first step, and the run ends as it should."""
     good = (_newest(out) / WEIGHTS).read_bytes()
     damaged = bytearray(good)

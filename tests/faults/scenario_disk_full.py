@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from faults.result import Outcome, Scale
+from faults.result import Result, Scale
 from faults.small_store import fault_after, in_child, save_both
-from support.processes import TinyWorld, difference, first_line, newest, start_ranks, strays
+from support.processes import ToyRun, difference, first_line, newest, start_ranks, strays
 from vico.errors import DiskError
 
 NAME = "disk_full"
@@ -22,7 +22,7 @@ SIZES = 21
 KIB = 1024
 
 
-def run(scale: Scale) -> Outcome:
+def run(scale: Scale) -> Result:
     torch.set_num_threads(1)  # processes are forked
     mounts = _can_mount(scale.folder)
     save_both(scale.folder / "measured", 1)
@@ -41,7 +41,7 @@ def run(scale: Scale) -> Outcome:
     if mounts and (fault := _real_run(scale.folder)):
         failures.append(f"a real run: {fault}")
     facts = {"failures": failures, "how": "tmpfs" if mounts else "RLIMIT_FSIZE", "sizes_too_small": refused, "real_runs": real_runs}
-    return Outcome(max(0, SIZES + real_runs - len(failures)), SIZES + real_runs, facts)
+    return Result(max(0, SIZES + real_runs - len(failures)), SIZES + real_runs, facts)
 
 
 def _store(out: Path, size: int, mounts: bool) -> tuple[bool, str]:
@@ -73,7 +73,7 @@ def _store(out: Path, size: int, mounts: bool) -> tuple[bool, str]:
 
 def _real_run(folder: Path) -> str:
     """It ends with one line and 6; with more room the same command goes on to the undisturbed end."""
-    world, out = TinyWorld.make(folder / "world"), folder / "out"
+    world, out = ToyRun.make(folder / "world"), folder / "out"
     out.mkdir()
     flags, logs = world.flags(2, out), folder / "logs"
     with _disk(out, 3_500 * KIB, mounts=True):  # a checkpoint takes 920 KiB, and the best one as much

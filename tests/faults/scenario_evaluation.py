@@ -16,8 +16,7 @@ import shutil
 import subprocess
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from collections.abc import Sequence as Items
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,9 +26,9 @@ import torch
 from torch import Tensor
 
 from faults.damage import rows
-from faults.result import Outcome, Scale
-from support.run_fixture import CHECKPOINT, VAL, Home, make_home
-from support.warm_process import Resident
+from faults.result import Result, Scale
+from support.run_fixture import CHECKPOINT, VAL, RunFixture, make_run_fixture
+from support.warm_process import WarmProcess
 from vico.data import batching
 from vico.data.batching import question_characters
 from vico.data.readers.nextqa import GROUPS
@@ -78,7 +77,7 @@ class EmulatedWorld(World):
         return int(max(self.meeting.exchange(self.rank, value)))
 
     @contextlib.contextmanager
-    def agreeing(self) -> Iterator[None]:
+    def raise_together(self) -> Iterator[None]:
         error: UserError | None = None
         try:
             yield
@@ -126,22 +125,22 @@ def _loss(digest: bytes) -> float:
     return int.from_bytes(digest[:3], "big") / 2**20
 
 
-def run(scale: Scale) -> Outcome:
-    with Resident() as resident:
-        home = make_home(scale.folder / "home", resident)
+def run(scale: Scale) -> Result:
+    with WarmProcess() as warm:
+        fixture = make_run_fixture(scale.folder / "fixture", warm)
         cases = list(itertools.product(QUICK_NUMBERS if scale.quick else range(MOST + 1), BATCHES, RANKS))
-        faults = emulate(home, cases)
+        faults = emulate(fixture, cases)
         real = REAL[scale.quick]
         for n, stage in real:
-            if fault := try_real(home, n, stage, resident):
+            if fault := try_real(fixture, n, stage, warm):
                 faults.append(f"{n} questions, {stage}, 1 and 2 real ranks: {fault}")
     total = len(cases) + len(real)
-    return Outcome(total - len(faults), total, {"emulated": len(cases), "real": len(real), "failures": faults})
+    return Result(total - len(faults), total, {"emulated": len(cases), "real": len(real), "failures": faults})
 
 
-def emulate(home: Home, cases: Items[tuple[int, int, int]]) -> list[str]:
+def emulate(fixture: RunFixture, cases: Sequence[tuple[int, int, int]]) -> list[str]:
     """The faults of these (number of questions, questions per batch, ranks)."""
-    config, inputs = open_home(home)
+    config, inputs = open_home(fixture)
     questions, faults = make_questions(), []
     size = 32 + question_characters(questions[0]) // 4  # by which chunks are cut: all questions are equally long
     was = batching.EVALUATION_TOKENS
@@ -155,8 +154,8 @@ def emulate(home: Home, cases: Items[tuple[int, int, int]]) -> list[str]:
     return faults
 
 
-def open_home(home: Home) -> tuple[RunConfig, Inputs]:
-    config = parse(home.flags, "vico eval", "").resolve()
+def open_home(fixture: RunFixture) -> tuple[RunConfig, Inputs]:
+    config = parse(fixture.flags, "vico eval", "").resolve()
     return config, read_inputs(config, ("val",), World(0, 1, torch.device("cpu"), None))
 
 
@@ -237,28 +236,28 @@ def wrong_counts(found: Evaluation, questions: list[Question]) -> str | None:
     return None if sum(a for _, a in found.counts.values()) == n else "the types' questions are not all"
 
 
-def try_real(home: Home, n: int, stage: str, resident: Resident) -> str | None:
+def try_real(fixture: RunFixture, n: int, stage: str, warm: WarmProcess) -> str | None:
     """`vico eval` of a real model in one process, and by launch/eval.sh on two ranks: the same file, byte for byte."""
-    rows(*({"question": f"why {i}", "video": f"10000{i % 2}", "type": TYPES[i % 8], "answer": str(i % 5)} for i in range(n)))(home)
+    rows(*({"question": f"why {i}", "video": f"10000{i % 2}", "type": TYPES[i % 8], "answer": str(i % 5)} for i in range(n)))(fixture)
     texts, results = [], []
     for ranks in (1, 2):
-        out = home.folder / f"out{ranks}"
+        out = fixture.folder / f"out{ranks}"
         shutil.rmtree(out, ignore_errors=True)
-        command = [*home.command(f"eval --resume {{home}}/{CHECKPOINT} --deepspeed {stage}"), "--output_dir", str(out)]
+        command = [*fixture.command(f"eval --resume {{fixture}}/{CHECKPOINT} --deepspeed {stage}"), "--output_dir", str(out)]
         if ranks == 1:
-            ended = resident.run(command, home.folder)
+            ended = warm.run(command, fixture.folder)
             code, said, err = ended.code, ended.out, ended.err
         else:
             environment = {**os.environ, "VICO_RANKS": "2", "OMP_NUM_THREADS": "1"}
             words = ["bash", str(ROOT / "launch" / "eval.sh"), *command[1:]]
-            done = subprocess.run(words, cwd=home.folder, env=environment, capture_output=True, text=True, timeout=240, check=False)
+            done = subprocess.run(words, cwd=fixture.folder, env=environment, capture_output=True, text=True, timeout=240, check=False)
             code, said, err = done.returncode, done.stdout, done.stderr
         if code != 0:
             return f"exit code {code} on {ranks} rank(s): {err[-300:]}"
         texts.append((out / "predictions_val.jsonl").read_bytes())
         results.append(json.loads([line for line in said.splitlines() if line.startswith("{")][-1]))
     records = [json.loads(line) for line in texts[0].splitlines()]
-    with (home.folder / VAL).open(encoding="utf-8", newline="") as file:
+    with (fixture.folder / VAL).open(encoding="utf-8", newline="") as file:
         ids = [row["qid"] for row in csv.DictReader(file)]
     right = sum(r["answer"] == r["prediction"] for r in records)
     faults = {

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from faults.damage import SRT, old_format, star, star_item, tvqa, tvqa_row
-from faults.result import Outcome, Scale
+from faults.result import Result, Scale
 from support.processes import PYTHONPATH
 from support.run_fixture import (
     CAPTIONS,
@@ -28,10 +28,10 @@ from support.run_fixture import (
     TINY,
     TOKENIZER,
     VAL,
-    Home,
-    make_home,
+    RunFixture,
+    make_run_fixture,
 )
-from support.warm_process import Resident
+from support.warm_process import WarmProcess
 from vico.checkpoint import read as checkpoints
 from vico.cli.convert import convert
 from vico.data.datasets import read_questions
@@ -78,23 +78,23 @@ VALUES: list[Any] = [
 
 @dataclass(frozen=True)
 class Target:
-    """A file of the home, and what reads it."""
+    """A file of the fixture, and what reads it."""
 
     file: str
-    read: Callable[[Path], object]  # of the home's folder
+    read: Callable[[Path], object]  # of the fixture's folder
     is_json: bool = False
-    sealed: bool = False  # a state.json, which vouches for itself: also with a seal that fits
+    with_checksum: bool = False  # a state.json, which vouches for itself: also with a seal that fits
 
 
-def targets(home: Home) -> dict[str, Target]:
-    """Makes it a home that has everything: STAR's, TVQA's and Hugging Face's files too."""
+def targets(fixture: RunFixture) -> dict[str, Target]:
+    """Makes it a fixture that has everything: STAR's, TVQA's and Hugging Face's files too."""
     for damage in (star([star_item(), star_item(question_id="A_1")]), tvqa(tvqa_row(), tvqa_row(qid=6), subtitles=SRT)):
-        damage(home)
-    convert(home.folder / TINY, home.folder / "hf")
-    shutil.copy(home.folder / "lineage.pth", home.folder / "old.pth")
-    old_format("old.pth")(home)
-    (home.folder / "r.yaml").write_text("lr: 1e-3\nvaq: true\nmodel: 7B\ncaptions: x.json\nepochs: 3\n# note\nadapter_layer: null\n")
-    shutil.copy(Path(__file__).resolve().parents[2] / "ds_configs" / "zero3.json", home.folder / "ds.json")
+        damage(fixture)
+    convert(fixture.folder / TINY, fixture.folder / "hf")
+    shutil.copy(fixture.folder / "lineage.pth", fixture.folder / "old.pth")
+    old_format("old.pth")(fixture)
+    (fixture.folder / "r.yaml").write_text("lr: 1e-3\nvaq: true\nmodel: 7B\ncaptions: x.json\nepochs: 3\n# note\nadapter_layer: null\n")
+    shutil.copy(Path(__file__).resolve().parents[2] / "ds_configs" / "zero3.json", fixture.folder / "ds.json")
     return _targets()
 
 
@@ -114,7 +114,7 @@ def _targets() -> dict[str, Target]:
         "tokenizer": Target(TOKENIZER, lambda f: Tokenizer(f / TOKENIZER).encode_with_ends("Why (A)?\n")),
         "lineage": Target("lineage.pth", lambda f: checkpoints.read(f / "lineage.pth")),
         "lineage in the old format": Target("old.pth", lambda f: checkpoints.read(f / "old.pth")),
-        "state.json": Target(STATE, lambda f: checkpoints.read(f / CHECKPOINT), is_json=True, sealed=True),
+        "state.json": Target(STATE, lambda f: checkpoints.read(f / CHECKPOINT), is_json=True, with_checksum=True),
         "optimizer's state": Target(OPTIMIZER, lambda f: checkpoints.read(f / CHECKPOINT)),
         "adapter as safetensors": Target(OPTIMIZER, lambda f: checkpoints.read(f / OPTIMIZER)),
         "args.json": Target("run/args.json", lambda f: _use_args(f / "run" / "args.json"), is_json=True),
@@ -137,14 +137,16 @@ def _use_args(path: Path) -> None:
     Path(saved.get("resume") or ".")
 
 
-def run(scale: Scale) -> Outcome:
-    with Resident() as resident:
-        home = make_home(scale.folder / "home", resident)
-    every = targets(home)
-    faults = [f"{name}: {fault}, though nothing is wrong" for name, target in every.items() if (fault := _fault(target, home.folder, True))]
+def run(scale: Scale) -> Result:
+    with WarmProcess() as warm:
+        fixture = make_run_fixture(scale.folder / "fixture", warm)
+    every = targets(fixture)
+    faults = [
+        f"{name}: {fault}, though nothing is wrong" for name, target in every.items() if (fault := _fault(target, fixture.folder, True))
+    ]
     tried: dict[str, int] = {}
     seconds = SECONDS[scale.quick]
-    children = [_start(home.copy(scale.folder / str(i)), f"{scale.seed} {i}", seconds) for i in range(PROCESSES)]
+    children = [_start(fixture.copy(scale.folder / str(i)), f"{scale.seed} {i}", seconds) for i in range(PROCESSES)]
     for i, child in enumerate(children):
         try:
             child.wait(timeout=seconds + 60)
@@ -158,12 +160,12 @@ def run(scale: Scale) -> Outcome:
         if child.returncode != 0:
             faults.append(f"process {i} was ended by {child.returncode}; the file it was at is lost")
     total = max(1, sum(tried.values()), len(faults))
-    return Outcome(total - len(faults), total, {"files_tried": tried, "seed": scale.seed, "failures": faults[:50]})
+    return Result(total - len(faults), total, {"files_tried": tried, "seed": scale.seed, "failures": faults[:50]})
 
 
-def _start(home: Home, seed: str, seconds: float) -> "subprocess.Popen[bytes]":
+def _start(fixture: RunFixture, seed: str, seconds: float) -> "subprocess.Popen[bytes]":
     """A process of its own that tries files until the time is over: a crash costs one process, and is seen."""
-    words = [sys.executable, "-m", "faults.scenario_fuzz", str(home.folder), seed, str(seconds)]
+    words = [sys.executable, "-m", "faults.scenario_fuzz", str(fixture.folder), seed, str(seconds)]
     return subprocess.Popen(
         words,
         stdout=subprocess.DEVNULL,
@@ -175,7 +177,7 @@ def _start(home: Home, seed: str, seconds: float) -> "subprocess.Popen[bytes]":
 def main(folder: Path, seed: str, seconds: float) -> None:
     signal.signal(signal.SIGALRM, _ring)
     with (folder / LOG).open("w", encoding="utf-8") as log:
-        tried = fuzz(_targets(), Home(folder), random.Random(seed), seconds, lambda fault: _write(log, {"fault": fault}))
+        tried = fuzz(_targets(), RunFixture(folder), random.Random(seed), seconds, lambda fault: _write(log, {"fault": fault}))
         _write(log, {"tried": tried})
 
 
@@ -188,17 +190,19 @@ def _ring(number: int, frame: object) -> NoReturn:
     raise TimeoutError(f"took more than {TOO_LONG:.0f} s")
 
 
-def fuzz(every: dict[str, Target], home: Home, rng: random.Random, seconds: float, report: Callable[[str], None]) -> dict[str, int]:
+def fuzz(
+    every: dict[str, Target], fixture: RunFixture, rng: random.Random, seconds: float, report: Callable[[str], None]
+) -> dict[str, int]:
     """How many files of each kind were tried."""
-    sound = {name: (home.folder / target.file).read_bytes() for name, target in every.items()}
+    sound = {name: (fixture.folder / target.file).read_bytes() for name, target in every.items()}
     tried, end, parent = dict.fromkeys(every, 0), time.monotonic() + seconds, os.getppid()
     while time.monotonic() < end and os.getppid() == parent:  # nobody waits for it when its parent is gone
         for name, target in every.items():
             content = changed(sound[name], target, rng)
-            path = home.folder / target.file
+            path = fixture.folder / target.file
             path.write_bytes(content)
             signal.setitimer(signal.ITIMER_REAL, TOO_LONG)
-            fault = _fault(target, home.folder)
+            fault = _fault(target, fixture.folder)
             signal.setitimer(signal.ITIMER_REAL, 0)
             path.unlink()  # not written again in place: it may still be mapped
             path.write_bytes(sound[name])
@@ -222,7 +226,7 @@ def _fault(target: Target, folder: Path, sound: bool = False) -> str | None:
 
 def changed(content: bytes, target: Target, rng: random.Random) -> bytes:
     if target.is_json and rng.random() < 0.5:
-        content = _other_json(content, target.sealed, rng)
+        content = _other_json(content, target.with_checksum, rng)
         if rng.random() < 0.7:
             return content
     for _ in range(rng.choice((1, 1, 1, 2, 5))):
@@ -243,7 +247,7 @@ def changed(content: bytes, target: Target, rng: random.Random) -> bytes:
     return content
 
 
-def _other_json(content: bytes, sealed: bool, rng: random.Random) -> bytes:
+def _other_json(content: bytes, with_checksum: bool, rng: random.Random) -> bytes:
     """One value, or key, of a JSON text put in another's place; of a state.json with the seal that then fits."""
     value = json.loads(content)
     places: list[tuple[Any, Any]] = []
@@ -261,9 +265,9 @@ def _other_json(content: bytes, sealed: bool, rng: random.Random) -> bytes:
             node[rng.choice(["x", "", "\n", "../x"])] = moved
     else:
         node[key] = rng.choice([*VALUES, rng.choice(places)[1]])
-    if sealed:
+    if with_checksum:
         value.pop("sha256", None)
-        return checkpoints.sealed(value).encode()
+        return checkpoints.with_checksum(value).encode()
     return json.dumps(value).encode()
 
 

@@ -5,8 +5,8 @@ import signal
 import time
 from pathlib import Path
 
-from faults.result import Outcome, Scale
-from support.processes import RANKS, TinyWorld, first_line, start_ranks
+from faults.result import Result, Scale
+from support.processes import RANKS, ToyRun, first_line, start_ranks
 
 NAME = "hangs"
 TITLE = "a rank that is stopped, or does not come back, in a step, a save, an evaluation or while loading: ended within the time + 5 s"
@@ -18,8 +18,8 @@ ALLOWED = 5.0
 PLACES = {"a step": "step@4", "a save": "save:written@2", "an evaluation": "evaluation@1", "loading": "inputs@1"}
 
 
-def run(scale: Scale) -> Outcome:
-    world, rng, failures = TinyWorld.make(scale.folder / "world"), random.Random(scale.seed), []
+def run(scale: Scale) -> Result:
+    world, rng, failures = ToyRun.make(scale.folder / "world"), random.Random(scale.seed), []
     num, longest = CASES[not scale.quick], 0.0
     for number in range(num):
         place = list(PLACES)[(number // 2 + number % 2) % len(PLACES)]
@@ -29,10 +29,10 @@ def run(scale: Scale) -> Outcome:
         longest = max(longest, seconds)
         if problem:
             failures.append(f"case {number}, rank {rank} {'stopped' if stopped else 'held'} in {place}: {problem}")
-    return Outcome(num - len(failures), num, {"failures": failures, "set_seconds": SECONDS, "longest_seconds": round(longest, 1)})
+    return Result(num - len(failures), num, {"failures": failures, "set_seconds": SECONDS, "longest_seconds": round(longest, 1)})
 
 
-def _case(world: TinyWorld, stage: int, place: str, rank: int, stopped: bool, out: Path) -> tuple[float, str]:
+def _case(world: ToyRun, stage: int, place: str, rank: int, stopped: bool, out: Path) -> tuple[float, str]:
     flags = [*world.flags(stage, out), "--hang_timeout", str(SECONDS / 60)]
     run = start_ranks(flags, world.folder / "logs", f"{PLACES[place]}#{rank}=sleep 600")
     if not run.reach(lambda: "vico: failpoint" in run.said):

@@ -12,9 +12,9 @@ from faults.cases_data import DATA
 from faults.cases_model import MODEL
 from faults.cases_settings import SETTINGS
 from faults.damage import Case
-from faults.result import Outcome, Scale
-from support.run_fixture import Home, make_home
-from support.warm_process import Ended, Resident, residents
+from faults.result import Result, Scale
+from support.run_fixture import RunFixture, make_run_fixture
+from support.warm_process import Ended, WarmProcess, warm_processes
 
 NAME, TITLE = "inputs", "Corrupted inputs: each one line that helps, exit 2 or 3, within 10 s, nothing trained, nothing written"
 MINUTES = (0.9, 1.5)
@@ -23,29 +23,29 @@ CASES: dict[str, Case] = {**SETTINGS, **DATA, **MODEL}
 ROOT = Path(__file__).resolve().parents[2]
 # By starts of their own: launcher and all on two ranks, and one process.
 LAUNCHED = ("answer 7", "shard cut off", "unknown flag")
-ALONE = ("no features", "lineage, runs code", "recipe, runs code")
+SINGLE_RANK = ("no features", "lineage, runs code", "recipe, runs code")
 
 
-def run(scale: Scale) -> Outcome:
-    with residents(2) as workers:
-        original = make_home(scale.folder / "original", workers[0])
+def run(scale: Scale) -> Result:
+    with warm_processes(2) as workers:
+        original = make_run_fixture(scale.folder / "original", workers[0])
         results = attempt_all(list(CASES), original, workers, scale.folder / "cases")
     faults = [f"{name}: {fault}" for name, (fault, _) in results.items() if fault]
-    starts = [*((name, True) for name in LAUNCHED), *((name, False) for name in ALONE)]
+    starts = [*((name, True) for name in LAUNCHED), *((name, False) for name in SINGLE_RANK)]
     chosen = starts[::3] if scale.quick else starts
     for name, launched in chosen:
         if fault := start_case(name, original, scale.folder / "started", launched):
             faults.append(f"{name} by {'launch/train.sh' if launched else 'a process of its own'}: {fault}")
     total = len(CASES) + len(chosen)
     facts = {"distinct_cases": len(CASES), "own_starts": len(chosen), "slowest_seconds": round(max(s for _, s in results.values()), 2)}
-    return Outcome(total - len(faults), total, {**facts, "failures": faults})
+    return Result(total - len(faults), total, {**facts, "failures": faults})
 
 
 def attempt_all(
-    names: list[str], original: Home, workers: list[Resident], folder: Path, limit: float = SECONDS
+    names: list[str], original: RunFixture, workers: list[WarmProcess], folder: Path, limit: float = SECONDS
 ) -> dict[str, tuple[str | None, float]]:
     """By name: what was not as it must be, and seconds."""
-    free: queue.SimpleQueue[Resident] = queue.SimpleQueue()
+    free: queue.SimpleQueue[WarmProcess] = queue.SimpleQueue()
     for worker in workers:
         free.put(worker)
 
@@ -60,22 +60,22 @@ def attempt_all(
         return dict(zip(names, pool.map(attempt, names), strict=True))
 
 
-def try_case(case: Case, original: Home, folder: Path, worker: Resident, limit: float) -> tuple[str | None, float]:
+def try_case(case: Case, original: RunFixture, folder: Path, worker: WarmProcess, limit: float) -> tuple[str | None, float]:
     """(what was not as it must be, seconds)."""
     shutil.rmtree(folder, ignore_errors=True)
-    home = original.copy(folder)
+    fixture = original.copy(folder)
     damage, line, _, _ = case
     if damage is not None:
-        damage(home)
-    before = home.contents()
-    ended = worker.run(home.command(line), home.folder)
-    return judge(ended, case, home, before, limit), ended.seconds
+        damage(fixture)
+    before = fixture.contents()
+    ended = worker.run(fixture.command(line), fixture.folder)
+    return judge(ended, case, fixture, before, limit), ended.seconds
 
 
-def judge(ended: Ended, case: Case, home: Home, before: dict[str, str], seconds: float = SECONDS) -> str | None:
+def judge(ended: Ended, case: Case, fixture: RunFixture, before: dict[str, str], seconds: float = SECONDS) -> str | None:
     _, _, code, parts = case
     first, *table = ended.err.splitlines() or [""]
-    missing = [part for part in parts if part.replace("{home}", str(home.folder)) not in ended.err]
+    missing = [part for part in parts if part.replace("{fixture}", str(fixture.folder)) not in ended.err]
     faults = {
         f"exit code {ended.code}, not {code}": ended.code != code or code not in (2, 3),
         f"not one line: {ended.err[:500]!r}": not first.startswith("vico: error: ")
@@ -87,22 +87,22 @@ def judge(ended: Ended, case: Case, home: Home, before: dict[str, str], seconds:
         "a traceback": "Traceback" in ended.err + ended.out,
         f"took {ended.seconds:.1f} s": ended.seconds > seconds,
         "an optimizer step": "step 1" in ended.out,
-        "files were changed": home.contents() != before,
+        "files were changed": fixture.contents() != before,
     }
     found = [what for what, so in faults.items() if so]
     return "; ".join(found) or None
 
 
-def start_case(name: str, original: Home, folder: Path, launched: bool) -> str | None:
+def start_case(name: str, original: RunFixture, folder: Path, launched: bool) -> str | None:
     """The case by the commands that a user types."""
     shutil.rmtree(folder, ignore_errors=True)
-    home, case = original.copy(folder), CASES[name]
+    fixture, case = original.copy(folder), CASES[name]
     if case[0] is not None:
-        case[0](home)
-    before, command = home.contents(), home.command(case[1])
+        case[0](fixture)
+    before, command = fixture.contents(), fixture.command(case[1])
     words = ["bash", str(ROOT / "launch" / "train.sh"), *command[1:]] if launched else [sys.executable, "-m", "vico", *command]
     environment = {**os.environ, "VICO_RANKS": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False)
     err = "\n".join(line for line in done.stderr.splitlines() if line.startswith(("vico: error", "Traceback", "  File")))
     ended = Ended(done.returncode, done.stdout, err + "\n", 0.0)
-    return judge(ended, case, home, before)
+    return judge(ended, case, fixture, before)

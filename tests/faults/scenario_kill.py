@@ -6,13 +6,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from faults.result import Outcome, Scale
+from faults.result import Result, Scale
 from support.processes import (
     LAST_STEP,
     RANKS,
     SAVE_STEPS,
     Started,
-    TinyWorld,
+    ToyRun,
     difference,
     first_line,
     newest,
@@ -32,8 +32,8 @@ MOMENTS = ("begun", "file", "written", "flushed", "aside", "renamed", "verified"
 PASSINGS = 5  # of most of them in a run: saves of steps 2, 4, 5, 6, 8, 10 and of the best
 
 
-def run(scale: Scale) -> Outcome:
-    world = TinyWorld.make(scale.folder / "world")
+def run(scale: Scale) -> Result:
+    world = ToyRun.make(scale.folder / "world")
     for stage in (2, 3):
         undisturbed(world, stage)
     num = CASES[not scale.quick]
@@ -55,10 +55,10 @@ def run(scale: Scale) -> Outcome:
         "most_steps_redone": max(lost for _, lost in results),
         "save_interval": SAVE_STEPS,
     }
-    return Outcome(num - len(failures), num, facts)
+    return Result(num - len(failures), num, facts)
 
 
-def _case(world: TinyWorld, stage: int, in_save: bool, workers: int, out: Path, rng: random.Random) -> tuple[str, str, int]:
+def _case(world: ToyRun, stage: int, in_save: bool, workers: int, out: Path, rng: random.Random) -> tuple[str, str, int]:
     """(what was done, what is wrong or nothing, steps that were lost)."""
     flags, logs = [*world.flags(stage, out), "--num_workers", str(workers)], world.folder / "logs"
     while True:  # a kill that comes too late for this run is none

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from faults.damage import SRT, Damage, both, copy, gone, js, pth, put, rows, star, star_item, tvqa, tvqa_row
-from faults.result import Outcome, Scale
-from support.run_fixture import CAPTIONS, FEATURES, NEXTQA, PARAMS, TINY, TOKENIZER, TRAIN, VAL, Home, make_home
-from support.warm_process import Resident
+from faults.result import Result, Scale
+from support.run_fixture import CAPTIONS, FEATURES, NEXTQA, PARAMS, TINY, TOKENIZER, TRAIN, VAL, RunFixture, make_run_fixture
+from support.warm_process import WarmProcess
 from vico.cli.convert import convert
 from vico.data.batching import EvaluationChunks, TrainingSteps
 from vico.distributed.world import World
@@ -44,20 +44,20 @@ CLEAN = both(
 def table(change: Callable[[list[list[str]]], list[list[str]]], end: str = "\n", **how: Any) -> Damage:
     """Both tables with their fields changed and written by these rules."""
 
-    def damage(home: Home) -> None:
+    def damage(fixture: RunFixture) -> None:
         for name in (TRAIN, VAL):
-            fields = list(csv.reader(io.StringIO((home.folder / name).read_text(encoding="utf-8"), newline="")))
+            fields = list(csv.reader(io.StringIO((fixture.folder / name).read_text(encoding="utf-8"), newline="")))
             out = io.StringIO()
             csv.writer(out, lineterminator=end, **how).writerows(change(fields))
-            (home.folder / name).write_bytes(out.getvalue().encode())
+            (fixture.folder / name).write_bytes(out.getvalue().encode())
 
     return damage
 
 
 def raw(change: Callable[[bytes], bytes], *names: str) -> Damage:
-    def damage(home: Home) -> None:
+    def damage(fixture: RunFixture) -> None:
         for name in names or (TRAIN, VAL):
-            (home.folder / name).write_bytes(change((home.folder / name).read_bytes()))
+            (fixture.folder / name).write_bytes(change((fixture.folder / name).read_bytes()))
 
     return damage
 
@@ -87,19 +87,19 @@ def views(videos: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def shuffled(name: str) -> Damage:
-    def damage(home: Home) -> None:
-        content = json.loads((home.folder / name).read_text(encoding="utf-8"))
-        (home.folder / name).write_text(json.dumps(dict(reversed(content.items())), indent=4), encoding="utf-8")
+    def damage(fixture: RunFixture) -> None:
+        content = json.loads((fixture.folder / name).read_text(encoding="utf-8"))
+        (fixture.folder / name).write_text(json.dumps(dict(reversed(content.items())), indent=4), encoding="utf-8")
 
     return damage
 
 
-def hugging_face(home: Home) -> None:
-    convert(home.folder / TINY, home.folder / "hf")
-    for path in (home.folder / TINY).iterdir():
+def hugging_face(fixture: RunFixture) -> None:
+    convert(fixture.folder / TINY, fixture.folder / "hf")
+    for path in (fixture.folder / TINY).iterdir():
         path.unlink()
-    for path in (home.folder / "hf").iterdir():
-        path.rename(home.folder / TINY / path.name)
+    for path in (fixture.folder / "hf").iterdir():
+        path.rename(fixture.folder / TINY / path.name)
 
 
 BOM = codecs.BOM_UTF8
@@ -171,9 +171,9 @@ def _with_srt(damage: Damage, content: str) -> Damage:
     return both(damage, *(put(name, content) for name in names))
 
 
-def run(scale: Scale) -> Outcome:
-    with Resident() as resident:
-        original = make_home(scale.folder / "original", resident)
+def run(scale: Scale) -> Result:
+    with WarmProcess() as warm:
+        original = make_run_fixture(scale.folder / "original", warm)
     groups: tuple[tuple[Damage, dict[str, Damage], list[str]], ...] = (
         (CLEAN, NEXTQA_TWINS, []),
         (star(STAR_ITEMS), star_twins(), ["--dataset", "star"]),
@@ -193,7 +193,7 @@ def run(scale: Scale) -> Outcome:
     if different := [name for name, damage in not_twins().items() if digest(original, CLEAN, damage, scale.folder, []) in distinct]:
         faults.append(f"changed texts that the hash does not see: {different}")
     total = sum(len(twins) for _, twins, _ in groups) + 1
-    return Outcome(total - len(faults), total, {"twins": total - 1, "failures": faults})
+    return Result(total - len(faults), total, {"twins": total - 1, "failures": faults})
 
 
 def not_twins() -> dict[str, Damage]:
@@ -206,13 +206,13 @@ def not_twins() -> dict[str, Damage]:
     }
 
 
-def digest(original: Home, clean: Damage, damage: Damage | None, folder: Path, flags: list[str]) -> str:
-    """Of all that a run on the spoilt home would be fed with: both training epochs' first steps and the evaluation."""
-    home = original.copy(folder / f"twin-{os.urandom(4).hex()}")
-    clean(home)
+def digest(original: RunFixture, clean: Damage, damage: Damage | None, folder: Path, flags: list[str]) -> str:
+    """Of all that a run on the spoilt fixture would be fed with: both training epochs' first steps and the evaluation."""
+    fixture = original.copy(folder / f"twin-{os.urandom(4).hex()}")
+    clean(fixture)
     if damage is not None:
-        damage(home)
-    config = parse([*home.flags, *flags, "--vaq", "--qav"], "vico train", "").resolve()
+        damage(fixture)
+    config = parse([*fixture.flags, *flags, "--vaq", "--qav"], "vico train", "").resolve()
     inputs = read_inputs(config, ("train", "val"), World(0, 1, torch.device("cpu"), None))
     found = hashlib.sha256()
     for batch in _batches(config, inputs):

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from faults.result import Outcome, Scale
+from faults.result import Result, Scale
 from vico.errors import UserError
 
 NAME = "mutations"
@@ -74,12 +74,12 @@ BREAKS = (
 QUICK = 3  # the first ones, whose tests are the fastest
 
 
-def run(scale: Scale) -> Outcome:
+def run(scale: Scale) -> Result:
     if (
         not (ROOT / "tests").is_dir()
         or subprocess.run([sys.executable, "-c", "import pytest"], capture_output=True, check=False).returncode
     ):
-        raise UserError("mutations: this figure runs tests; start it in a checkout made by 'bash launch/environment.sh --dev'")
+        raise UserError("mutations: this scenario runs tests; start it in a checkout made by 'bash launch/environment.sh --dev'")
     breaks = BREAKS[:QUICK] if scale.quick else BREAKS
     copy = scale.folder / "copy"
     copy.mkdir()
@@ -89,7 +89,7 @@ def run(scale: Scale) -> Outcome:
     failures = []
     whole = _ended(copy, sorted({b.test for b in breaks}))
     if whole != "green":
-        return Outcome(0, len(breaks), {"failures": [f"the unbroken copy is not green, so nothing follows: {whole}"]})
+        return Result(0, len(breaks), {"failures": [f"the unbroken copy is not green, so nothing follows: {whole}"]})
     for b in breaks:
         path = copy / b.file
         text = path.read_text(encoding="utf-8")
@@ -100,7 +100,7 @@ def run(scale: Scale) -> Outcome:
         if (how := _ended(copy, [b.test])) != "red":
             failures.append(f"{b.what}: {b.test} is not red: {how}")
         path.write_text(text, encoding="utf-8")
-    return Outcome(len(breaks) - len(failures), len(breaks), {"failures": failures, "breaks": {b.what: b.test for b in breaks}})
+    return Result(len(breaks) - len(failures), len(breaks), {"failures": failures, "breaks": {b.what: b.test for b in breaks}})
 
 
 def _ended(copy: Path, tests: list[str]) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from faults.result import Outcome, Scale
-from support.processes import RANKS, TinyWorld, first_line, newest, start_ranks, steps_logged
+from faults.result import Result, Scale
+from support.processes import RANKS, ToyRun, first_line, newest, start_ranks, steps_logged
 from vico.checkpoint.read import read, step_folders
 from vico.data.features import Features
 from vico.io.safe_load import load_tensors
@@ -25,8 +25,8 @@ KINDS = ("loss", "gradient", "score")
 HUGE, LARGE = 1e30, 1e5
 
 
-def run(scale: Scale) -> Outcome:
-    world = TinyWorld.make(scale.folder / "world")
+def run(scale: Scale) -> Result:
+    world = ToyRun.make(scale.folder / "world")
     num = CASES[not scale.quick]
 
     def case(number: int) -> tuple[str, int, int]:
@@ -38,13 +38,13 @@ def run(scale: Scale) -> Outcome:
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(case, range(num)))
     failures = [problem for problem, _, _ in results if problem]
-    return Outcome(num - len(failures), num, {"failures": failures, "ranks_and_steps": [result[1:] for result in results]})
+    return Result(num - len(failures), num, {"failures": failures, "ranks_and_steps": [result[1:] for result in results]})
 
 
-def _case(world: TinyWorld, stage: int, kind: str, folder: Path, rng: random.Random) -> tuple[str, int, int]:
+def _case(world: ToyRun, stage: int, kind: str, folder: Path, rng: random.Random) -> tuple[str, int, int]:
     """(what is wrong, the rank and the step that were named)."""
     score = kind == "score"
-    spoilt = TinyWorld(Path(shutil.copytree(world.folder, folder)))
+    spoilt = ToyRun(Path(shutil.copytree(world.folder, folder)))
     data = folder / "data" / "nextqa"
     with (data / ("val.csv" if score else "train.csv")).open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from faults.payloads import CARRIERS, as_it_is, as_old, as_safetensors, as_zip, bites, canary_is_there, payloads
-from faults.result import Outcome, Scale
+from faults.result import Result, Scale
 from support.run_fixture import (
     CAPTIONS,
     CHECKPOINT,
@@ -21,10 +21,10 @@ from support.run_fixture import (
     TOKENIZER,
     TRAIN,
     WEIGHTS,
-    Home,
-    make_home,
+    RunFixture,
+    make_run_fixture,
 )
-from support.warm_process import Resident, residents
+from support.warm_process import WarmProcess, warm_processes
 
 NAME, TITLE = "pickles", "Pickle payloads through train, resume, eval, convert, check, plan: none is run (canaries and an audit hook)"
 MINUTES = (0.8, 4.0)
@@ -40,43 +40,47 @@ DOORS: dict[str, list[Door]] = {
         ("", TRAIN, (as_it_is,)),
         ("", TOKENIZER, (as_it_is,)),
         ("", PARAMS, (as_it_is,)),
-        ("--config {home}/r.yaml", "r.yaml", (as_it_is,)),
+        ("--config {fixture}/r.yaml", "r.yaml", (as_it_is,)),
     ],
     "resume": [
-        ("--resume {home}/lineage.pth", LINEAGE, CARRIERS),
-        ("--output_dir {home}/run", OPTIMIZER, (as_safetensors, as_zip)),
-        ("--output_dir {home}/run", STATE, (as_it_is,)),
-        ("--output_dir {home}/run", "run/args.json", (as_it_is,)),
+        ("--resume {fixture}/lineage.pth", LINEAGE, CARRIERS),
+        ("--output_dir {fixture}/run", OPTIMIZER, (as_safetensors, as_zip)),
+        ("--output_dir {fixture}/run", STATE, (as_it_is,)),
+        ("--output_dir {fixture}/run", "run/args.json", (as_it_is,)),
     ],
     "eval": [
-        ("eval --resume {home}/lineage.pth", LINEAGE, CARRIERS),
-        (f"eval --resume {{home}}/{CHECKPOINT}", WEIGHTS, (as_safetensors, as_zip)),
-        (f"eval --resume {{home}}/{CHECKPOINT}", STATE, (as_it_is,)),
+        ("eval --resume {fixture}/lineage.pth", LINEAGE, CARRIERS),
+        (f"eval --resume {{fixture}}/{CHECKPOINT}", WEIGHTS, (as_safetensors, as_zip)),
+        (f"eval --resume {{fixture}}/{CHECKPOINT}", STATE, (as_it_is,)),
     ],
     "convert": [
-        ("!convert {home}/lineage.pth {home}/x.safetensors", LINEAGE, CARRIERS),
-        (f"!convert {{home}}/{CHECKPOINT} {{home}}/x.pth", WEIGHTS, (as_safetensors, as_zip)),
-        (f"!convert {{home}}/{TINY} {{home}}/hf", SHARD, (as_zip, as_old)),
+        ("!convert {fixture}/lineage.pth {fixture}/x.safetensors", LINEAGE, CARRIERS),
+        (f"!convert {{fixture}}/{CHECKPOINT} {{fixture}}/x.pth", WEIGHTS, (as_safetensors, as_zip)),
+        (f"!convert {{fixture}}/{TINY} {{fixture}}/hf", SHARD, (as_zip, as_old)),
     ],
-    "check": [("check", FEATURES, CARRIERS), ("check", SHARD, (as_zip,)), ("check --resume {home}/lineage.pth", LINEAGE, (as_zip, as_old))],
-    "plan": [(f"!plan --gpu H100 --model {{home}}/{TINY}", PARAMS, (as_it_is,))],
+    "check": [
+        ("check", FEATURES, CARRIERS),
+        ("check", SHARD, (as_zip,)),
+        ("check --resume {fixture}/lineage.pth", LINEAGE, (as_zip, as_old)),
+    ],
+    "plan": [(f"!plan --gpu H100 --model {{fixture}}/{TINY}", PARAMS, (as_it_is,))],
 }
 OWN_ERRORS = "pickle.find_class ('vico.errors', "  # a rank's refusal, on its way to the others
 
 
-def run(scale: Scale) -> Outcome:
+def run(scale: Scale) -> Result:
     canary = scale.folder / "canary"
     found = payloads(canary)
     faults = [f"{name}: the payload does not bite, so it proves nothing" for name, payload in found.items() if not bites(payload, canary)]
-    with residents(2) as workers:
-        original = make_home(scale.folder / "original", workers[0])
+    with warm_processes(2) as workers:
+        original = make_run_fixture(scale.folder / "original", workers[0])
         jobs = [
             (name, door, *choice)
             for i, name in enumerate(found)
             for door, ways in DOORS.items()
             for choice in _choices(ways, i if scale.quick else None)
         ]
-        free: queue.SimpleQueue[Resident] = queue.SimpleQueue()
+        free: queue.SimpleQueue[WarmProcess] = queue.SimpleQueue()
         for worker in workers:
             free.put(worker)
 
@@ -92,7 +96,7 @@ def run(scale: Scale) -> Outcome:
             results = list(pool.map(attempt, jobs))
     faults += [f"{j[0]} as {j[4].__name__} in {j[3]}, {j[1]}: {fault}" for j, fault in zip(jobs, results, strict=True) if fault]
     total = len(found) + len(jobs)
-    return Outcome(total - len(faults), total, {"payloads": len(found), "loadings": len(jobs), "doors": list(DOORS), "failures": faults})
+    return Result(total - len(faults), total, {"payloads": len(found), "loadings": len(jobs), "doors": list(DOORS), "failures": faults})
 
 
 def _choices(ways: list[Door], turn: int | None) -> list[tuple[str, str, Carrier]]:
@@ -101,12 +105,14 @@ def _choices(ways: list[Door], turn: int | None) -> list[tuple[str, str, Carrier
     return every if turn is None else list(itertools.islice(every, turn % len(every), turn % len(every) + 1))
 
 
-def try_payload(content: bytes, line: str, target: str, original: Home, folder: Path, canary: Path, worker: Resident) -> str | None:
+def try_payload(
+    content: bytes, line: str, target: str, original: RunFixture, folder: Path, canary: Path, worker: WarmProcess
+) -> str | None:
     shutil.rmtree(folder, ignore_errors=True)
-    home, watched = original.copy(folder), folder.with_suffix(".watched")
+    fixture, watched = original.copy(folder), folder.with_suffix(".watched")
     watched.write_text("")
-    (home.folder / target).write_bytes(content)
-    ended = worker.run(home.command(line), home.folder, watched=watched)
+    (fixture.folder / target).write_bytes(content)
+    ended = worker.run(fixture.command(line), fixture.folder, watched=watched)
     events = [event for event in watched.read_text().splitlines() if not event.startswith(OWN_ERRORS)]
     faults = {
         "the canary is there": canary_is_there(canary),

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from faults.result import Outcome, Scale
+from faults.result import Result, Scale
 from support.processes import ROOT, first_line, launch
-from vico.checkpoint.read import Progress, fitted, read, save
-from vico.cli.demo import make_world
-from vico.model.llama import LlamaShape
+from vico.checkpoint.read import TrainState, read, save, validate_for_model
+from vico.cli.demo import make_toy_dataset
+from vico.model.llama import LlamaConfig
 from vico.model.vico import trainable_shapes
 from vico.train.config import RunConfig
 from vico.train.optim import MOMENTS
@@ -21,10 +21,10 @@ TITLE = "saving takes at most 1 % of a demo run at the default interval; a check
 MINUTES = (0.7, 1.8)
 EPOCHS = (3, 8)  # the demo has eight; the first save costs more than the others
 MOST_SHARE, MOST_SECONDS = 0.01, 5.0
-LLAMA_7B = LlamaShape(dim=4096, n_layers=32, n_heads=32, vocab_size=32000)
+LLAMA_7B = LlamaConfig(dim=4096, n_layers=32, n_heads=32, vocab_size=32000)
 
 
-def run(scale: Scale) -> Outcome:
+def run(scale: Scale) -> Result:
     failures = []
     size, save_seconds, read_seconds = _of_7b(scale.folder)
     if read_seconds > MOST_SECONDS:
@@ -33,7 +33,7 @@ def run(scale: Scale) -> Outcome:
     if share is None or share > MOST_SHARE:
         failures.append(f"saves took {share:.2%} of the run" if share is not None else f"the demo run failed: {facts['said']}")
     seconds = {"seconds_to_save_7b": round(save_seconds, 2), "seconds_to_read_7b": round(read_seconds, 2), "mib_7b": round(size / 2**20, 1)}
-    return Outcome(2 - len(failures), 2, {"failures": failures, **facts, **seconds})
+    return Result(2 - len(failures), 2, {"failures": failures, **facts, **seconds})
 
 
 def _of_7b(folder: Path) -> tuple[int, float, float]:
@@ -43,15 +43,15 @@ def _of_7b(folder: Path) -> tuple[int, float, float]:
     moments = {f"{name}.{moment}": torch.rand(shape) for name, shape in shapes.items() for moment in MOMENTS}
     target = folder / "checkpoint-1"
     began = time.monotonic()
-    save(target, weights, moments, Progress(step=1), RunConfig(), {}, "selftest")
+    save(target, weights, moments, TrainState(step=1), RunConfig(), {}, "selftest")
     saved = time.monotonic()
-    fitted(read(target), shapes, LLAMA_7B.n_layers)
+    validate_for_model(read(target), shapes, LLAMA_7B.n_layers)
     return sum(path.stat().st_size for path in target.iterdir()), saved - began, time.monotonic() - saved
 
 
 def _share(folder: Path, epochs: int) -> tuple[float | None, dict[str, object]]:
     """The part of a run of the demo's recipe, from its first step to its end, evaluations included, that ranks spend in saving."""
-    make_world(folder / "demo", steps=0)  # what the LLaMA has learnt changes no time
+    make_toy_dataset(folder / "demo", steps=0)  # what the LLaMA has learnt changes no time
     where = ["--data_path", str(folder / "demo" / "data"), "--llama_model_path", str(folder / "demo" / "pretrained" / "llama")]
     out = folder / "run"
     recipe = ["--config", str(ROOT / "launch" / "recipes" / "demo.yaml"), "--epochs", str(epochs), "--output_dir", str(out)]

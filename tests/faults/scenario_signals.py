@@ -4,8 +4,8 @@ import re
 import signal
 from pathlib import Path
 
-from faults.result import Outcome, Scale
-from support.processes import RANKS, Started, TinyWorld, difference, first_line, launch, newest, start_ranks, steps_logged, undisturbed
+from faults.result import Result, Scale
+from support.processes import RANKS, Started, ToyRun, difference, first_line, launch, newest, start_ranks, steps_logged, undisturbed
 
 NAME = "signals"
 TITLE = "SIGTERM and SIGUSR1, also during save and evaluation: exit 75, no step lost, the run goes on to the undisturbed end"
@@ -28,9 +28,9 @@ ORDERS = (
 )
 
 
-def run(scale: Scale) -> Outcome:
+def run(scale: Scale) -> Result:
     """Each run is stopped once in each life; the last life ends it."""
-    world, failures = TinyWorld.make(scale.folder / "world"), []
+    world, failures = ToyRun.make(scale.folder / "world"), []
     num = RUNS[not scale.quick]
     for number in range(num):
         stage, out = (2, 3)[number % 2], scale.folder / f"run{number}"
@@ -46,10 +46,10 @@ def run(scale: Scale) -> Outcome:
         elif problem := difference(world, stage, out):
             failures.append(f"run {number}: {problem}")
     total = num * len(LIVES)
-    return Outcome(max(0, total - len(failures)), total, {"failures": failures, "runs": num})
+    return Result(max(0, total - len(failures)), total, {"failures": failures, "runs": num})
 
 
-def _stop(world: TinyWorld, stage: int, out: Path, moment: str, number: int, who: str) -> str:
+def _stop(world: ToyRun, stage: int, out: Path, moment: str, number: int, who: str) -> str:
     flags, logs, failpoint = world.flags(stage, out), world.folder / "logs", LIVES[moment]
     run = launch(flags, logs, failpoint) if who == "the launcher" else start_ranks(flags, logs, failpoint)
     if not run.reach(lambda: "vico: failpoint" in run.said):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from faults.result import Outcome, Scale
+from faults.result import Result, Scale
 from faults.scenario_kill import MOMENTS
 from faults.small_store import fault_after, in_child, save_both
 from vico.io import failpoints
@@ -23,7 +23,7 @@ STEPS = 6
 PASSINGS = 2 * STEPS
 
 
-def run(scale: Scale) -> Outcome:
+def run(scale: Scale) -> Result:
     torch.set_num_threads(1)  # the processes are forked
     rng, failures = random.Random(scale.seed), []
     num, named = CASES[not scale.quick], 0
@@ -35,7 +35,7 @@ def run(scale: Scale) -> Outcome:
         if fault := fault_after(out, saved):
             failures.append(f"case {number}, {how}: {fault}")
         shutil.rmtree(out)
-    return Outcome(num - len(failures), num, {"failures": failures, "at_named_moments": named, "at_random_times": num - named})
+    return Result(num - len(failures), num, {"failures": failures, "at_named_moments": named, "at_random_times": num - named})
 
 
 def _kill(out: Path, rng: random.Random, number: int) -> tuple[str, int]:

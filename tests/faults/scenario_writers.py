@@ -7,8 +7,8 @@ from pathlib import Path
 
 import psutil
 
-from faults.result import Outcome, Scale
-from support.processes import RANKS, Started, TinyWorld, first_line, launch, start_ranks, steps_logged
+from faults.result import Result, Scale
+from support.processes import RANKS, Started, ToyRun, first_line, launch, start_ranks, steps_logged
 
 NAME = "writers"
 TITLE = "second writers refused within 5 s, dead owners' places taken over, no rank left 5 s behind a killed launcher"
@@ -17,8 +17,8 @@ REFUSALS, TAKEOVERS = (2, 20), (1, 5)
 SECONDS = 5.0
 
 
-def run(scale: Scale) -> Outcome:
-    world, full = TinyWorld.make(scale.folder / "world"), not scale.quick
+def run(scale: Scale) -> Result:
+    world, full = ToyRun.make(scale.folder / "world"), not scale.quick
     failures: list[str] = []
     times: list[float] = []
     for number in range(TAKEOVERS[full]):
@@ -38,10 +38,10 @@ def run(scale: Scale) -> Outcome:
         failures += [problem] if (problem := _taken_over(world, flags, out)) else []
     total = REFUSALS[full] + 2 * TAKEOVERS[full]
     counts = {"refusals": REFUSALS[full], "takeovers": TAKEOVERS[full], "launchers_killed": TAKEOVERS[full]}
-    return Outcome(max(0, total - len(failures)), total, {"failures": failures, **counts, "longest_refusal_seconds": round(max(times), 1)})
+    return Result(max(0, total - len(failures)), total, {"failures": failures, **counts, "longest_refusal_seconds": round(max(times), 1)})
 
 
-def _refused(world: TinyWorld, flags: list[str]) -> tuple[float, str]:
+def _refused(world: ToyRun, flags: list[str]) -> tuple[float, str]:
     began = time.monotonic()
     second = start_ranks(flags, world.folder / "logs", ranks=1)
     codes = second.end(60)
@@ -64,7 +64,7 @@ def _orphans(owner: Started, number: int) -> str:
     return f"launcher {number}: {len(alive)} of {len(ranks)} processes lived on for {SECONDS:.0f} s" if alive else ""
 
 
-def _taken_over(world: TinyWorld, flags: list[str], out: Path) -> str:
+def _taken_over(world: ToyRun, flags: list[str], out: Path) -> str:
     before = steps_logged(out)
     heir = start_ranks([*flags, "--max_steps", str(before + 2)], world.folder / "logs")
     codes = heir.end()

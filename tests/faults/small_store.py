@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from support.processes import strays
-from vico.checkpoint.read import Progress, save, save_step, step_folders
+from vico.checkpoint.read import TrainState, save, save_step, step_folders
 from vico.errors import UserError
-from vico.io.atomic import mend_folders
+from vico.io.atomic import repair_folder
 from vico.train.config import RunConfig
 from vico.train.optim import MOMENTS
 from vico.train.resume import newest_usable
@@ -23,14 +23,14 @@ def save_both(out: Path, step: int, keep: int | None = None) -> None:
     """What training saves at the end of an epoch."""
     weights = {name: torch.full(shape, float(step)) for name, shape in SHAPES.items()}
     moments = {f"{name}.{moment}": torch.full(shape, step + 0.5) for name, shape in SHAPES.items() for moment in MOMENTS}
-    progress = Progress(step=step, questions_per_step=8, num_updates=step)
+    progress = TrainState(step=step, questions_per_step=8, num_updates=step)
     save(out / "checkpoint_best", weights, moments, progress, CONFIG, {}, RUN)
     save_step(out, keep, weights, moments, progress, CONFIG, {}, RUN)
 
 
 def fault_after(out: Path, step: int) -> str:
     """What is wrong with `out` as the next start finds it, where `step` had been saved for certain; empty: nothing."""
-    mend_folders(out)
+    repair_folder(out)
     if strays(out):
         return f"left behind: {strays(out)}"
     folders = step_folders(out)

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from support.toy_dataset import ROOT, Ended, World, end, records, start, succeeds, vico
-from vico.distributed.launcher_env import ALONE
+from vico.distributed.launcher_env import SINGLE_RANK
 
 FLAGS = ["--epochs", "2", "--warmup_epochs", "1", "--lr", "0.02", "--bias", "0.7"]  # of 20 questions: 3 steps of 8 an epoch
 WEIGHTS = "adapter_model.safetensors"
@@ -102,7 +102,7 @@ def test_ctrl_c_on_a_terminal(world: World, tmp_path: Path) -> None:
     """The key reaches every process of the terminal, and the ranks once more through their launcher."""
     out = tmp_path / "out"
     command = ["bash", str(ROOT / "launch" / "train.sh"), *flags(world, 2)[1:], "--epochs", "200", "--save_steps", "1000"]
-    of_a_rank = (*ALONE, "MASTER_PORT")  # which a test before this one may have been
+    of_a_rank = (*SINGLE_RANK, "MASTER_PORT")  # which a test before this one may have been
     ours = {name: value for name, value in os.environ.items() if name not in of_a_rank}
     environment = {**ours, "VICO_RANKS": "2", "PYTHON": sys.executable}
     pid, terminal = pty.fork()
@@ -129,11 +129,11 @@ TWICE = """
 import os, signal, sys, time
 from vico import stopping
 stopping.ECHO_SECONDS = 0.2
-stopping.listen()
+signals.install_handlers()
 first, second = (signal.Signals[name] for name in sys.argv[1:])
 os.kill(os.getpid(), first)
 os.kill(os.getpid(), second)  # the echo of the first, through a launcher
-print(stopping.wish(), flush=True)
+print(signals.stop_requested(), flush=True)
 time.sleep(0.4)
 os.kill(os.getpid(), second)
 print("lives on", flush=True)
@@ -285,8 +285,8 @@ def test_a_rank_that_is_killed_while_it_starts_a_worker(told: str) -> None:
     script = f"""
 import os, pickle
 from multiprocessing import forkserver
-from vico.data.workers import start_server
-start_server()
+from vico.data.workers import start_forkserver
+start_forkserver()
 worker, to_worker = forkserver.connect_to_new_process([])
 os.write(to_worker, {told})
 os.close(to_worker)

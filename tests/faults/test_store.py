@@ -19,10 +19,10 @@ from vico.checkpoint import read as checkpoints
 from vico.checkpoint import restart_limit
 from vico.cli import exit_cause
 from vico.distributed import world as dist
-from vico.distributed.rendezvous import own_store
+from vico.distributed.rendezvous import clone_store
 from vico.distributed.topology import Member
 from vico.distributed.watchdog import Watchdog
-from vico.errors import EXIT_CODES, CheckpointError, DiskError, TrainingFault
+from vico.errors import EXIT_CODES, CheckpointError, DiskError, TrainingError
 from vico.io import failpoints
 from vico.model.batch import Question
 from vico.train.config import RunConfig
@@ -129,7 +129,7 @@ def test_a_checkpoint_that_is_gone_is_missed(tmp_path: Path) -> None:
 
 def test_the_best_accuracy_of_the_run_comes_back_and_no_other_s(tmp_path: Path) -> None:
     """A worse epoch behind a start does not replace the best one; what another run reached says nothing of this one."""
-    progress = checkpoints.Progress(step=3, questions_per_step=8, num_updates=3, best_accuracy=0.7)
+    progress = checkpoints.TrainState(step=3, questions_per_step=8, num_updates=3, best_accuracy=0.7)
     checkpoints.save(tmp_path / "out" / "checkpoint-3", {}, {}, progress, RunConfig())
     saved = checkpoints.read(tmp_path / "out" / "checkpoint-3")
     for folder, best in (("out", 0.7), ("other", None)):
@@ -139,10 +139,10 @@ def test_the_best_accuracy_of_the_run_comes_back_and_no_other_s(tmp_path: Path) 
 def test_a_best_checkpoint_that_is_gone_is_missed(tmp_path: Path) -> None:
     config = RunConfig(output_dir=tmp_path)
     (tmp_path / "args.json").write_text(json.dumps({**config.to_json(), "run": "r"}))
-    checkpoints.save(tmp_path / "checkpoint-3", {}, {}, checkpoints.Progress(step=3, best_accuracy=0.7), config, run="r")
+    checkpoints.save(tmp_path / "checkpoint-3", {}, {}, checkpoints.TrainState(step=3, best_accuracy=0.7), config, run="r")
     (note,) = find_start(config).notes
     assert note.startswith(f"{tmp_path / 'checkpoint_best'}: is gone; the best epoch so far had 70.00%")
-    checkpoints.save(tmp_path / "checkpoint_best", {}, {}, checkpoints.Progress(step=3, best_accuracy=0.7), config, run="r")
+    checkpoints.save(tmp_path / "checkpoint_best", {}, {}, checkpoints.TrainState(step=3, best_accuracy=0.7), config, run="r")
     assert find_start(config).notes == ()
 
 
@@ -182,7 +182,7 @@ def test_three_failures_at_one_step_are_enough(tmp_path: Path) -> None:
     restart_limit.end(tmp_path)
     for _ in range(3):
         restart_limit.begin(tmp_path, another, 8)
-    with pytest.raises(TrainingFault):
+    with pytest.raises(TrainingError):
         restart_limit.begin(tmp_path, another, 8)
 
 
@@ -270,13 +270,13 @@ def test_a_run_that_fails_three_times_is_not_started_again(world: World, tmp_pat
     ],
 )
 def test_no_more_memory_names_phase_and_remedy(alone: dist.World, phase: str, helps: str, problem: Exception, where: str) -> None:
-    watchdog = Watchdog(0, [Member.of_this_process(0, alone.device)], own_store(alone.store), 600)
+    watchdog = Watchdog(0, [Member.of_this_process(0, alone.device)], clone_store(alone.store), 600)
     try:
-        watchdog.doing(phase)
+        watchdog.set_phase(phase)
         fault = exit_cause._known(problem, replace(alone, watchdog=watchdog))
     finally:
         watchdog.close()
-    assert isinstance(fault, TrainingFault) and f"is out of {where} memory while {phase} (peak " in str(fault) and helps in str(fault)
+    assert isinstance(fault, TrainingError) and f"is out of {where} memory while {phase} (peak " in str(fault) and helps in str(fault)
 
 
 def test_a_killed_data_worker_is_one_line(world: World, tmp_path: Path) -> None:

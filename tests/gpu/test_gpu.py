@@ -14,7 +14,7 @@ from reference import oracle, oracle_files
 from support.toy_dataset import World, end, records, start
 from vico.model import cuda_graphs
 from vico.model.attention.varlen import choose
-from vico.model.llama import LlamaShape
+from vico.model.llama import LlamaConfig
 from vico.model.vico import ViCo
 
 pytestmark = [
@@ -22,13 +22,13 @@ pytestmark = [
     *(pytest.mark.filterwarnings(f"ignore:{words}") for words in ("Attempting to run cuBLAS", "Synchronization debug mode")),
 ]  # fmt: skip
 CUDA = torch.device("cuda")
-TOY = LlamaShape(256, 4, 4, 2000, multiple_of=64)
-HEADS_OF_7B = LlamaShape(4096, 1, 32, 32000)
+TOY = LlamaConfig(256, 4, 4, 2000, multiple_of=64)
+HEADS_OF_7B = LlamaConfig(4096, 1, 32, 32000)
 HALF_LOSS_RTOL = 1e-2  # bf16 on a random tiny model, as in test_training
 FLAGS = ["--epochs", "2", "--warmup_epochs", "1", "--lr", "5e-3", "--bias", "0.7", "--batch_size", "4", "--num_workers", "0"]
 
 
-def toy_on_the_gpu(shape: LlamaShape = TOY, num_adapted: int = 4) -> ViCo:
+def toy_on_the_gpu(shape: LlamaConfig = TOY, num_adapted: int = 4) -> ViCo:
     fast = ViCo(shape, num_adapted, 10, 10, 100.0, torch.bfloat16)
     fill(fast, random_weights(fast))
     fast.to(CUDA).attend = choose("auto", CUDA, torch.bfloat16)[0]
@@ -131,21 +131,21 @@ def test_records_compute_what_they_recorded(num_adapted: int, heads: int, monkey
     """Each size as kernels one by one, recorded, and replayed: the same losses to the bit; gradients up to attention's order of sums."""
     fast, work = toy_on_the_gpu(replace(TOY, n_kv_heads=heads), num_adapted), SyntheticWorkload(TOY.vocab_size)
     assert cuda_graphs.attach(fast).endswith("rows by CUDA graphs")
-    replayed = fast.replayed
+    replayed = fast.graphed
     batches = [training_batch(work.training(place, 2 + place % 3)).to(CUDA) for place in range(12)]
     found: dict[str, list[tuple[torch.Tensor, dict[str, torch.Tensor]]]] = {}
     for how in ("eager", "first", "second", "third", "unrecorded"):
-        fast.replayed = None if how == "eager" else replayed
+        fast.graphed = None if how == "eager" else replayed
         if how == "unrecorded":
-            assert cuda_graphs.attach(fast) and fast.replayed is not replayed
-            monkeypatch.setattr(cuda_graphs, "MOST_SIZES", 0)
+            assert cuda_graphs.attach(fast) and fast.graphed is not replayed
+            monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 0)
         for batch in batches:
             losses = fast(batch)
             losses.sum().backward()
             found.setdefault(how, []).append((losses.detach(), take_gradients(fast)))
     assert replayed is not None and all(program.is_recorded for program in replayed.programs.values())
     assert 1 < len(replayed.programs) < len(batches)
-    fast.replayed = replayed
+    fast.graphed = replayed
     for batch in batches[:2]:  # gradients add up: what a record returns is not where it writes next
         fast(batch).sum().backward()
     for name, gradient in take_gradients(fast).items():

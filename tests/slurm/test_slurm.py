@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from support.toy_dataset import ROOT, World, records
-from vico.distributed.launcher_env import ALONE
+from vico.distributed.launcher_env import SINGLE_RANK
 
 pytestmark = pytest.mark.slurm
 
@@ -103,7 +103,7 @@ def start(
 ) -> Job:
     """launch/slurm/NAME.sbatch on the small world; what it writes goes into `folder`. `before`: arguments in front of the flags."""
     # A test before this one may have been a rank, and sbatch hands its environment on.
-    kept = {word: value for word, value in os.environ.items() if word not in (*ALONE, "MASTER_PORT")}
+    kept = {word: value for word, value in os.environ.items() if word not in (*SINGLE_RANK, "MASTER_PORT")}
     ours = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "VICO_RANKS": str(ranks or RANKS.get(name, 1))}
     small = ["--gpus-per-node=0", "--cpus-per-task=1", "--ntasks-per-node=1", "--mem=2G", f"--output={folder}/%j.out", *options]
     training = ["--batch_size", "2", "--epochs", str(EPOCHS), "--warmup_epochs", "0", "--output_dir", str(folder / "run"), *flags]

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from support.toy_dataset import WORDS
 from vico.data.tokenizer import LLAMA_3_SPECIAL, LLAMA_3_WORDS
-from vico.model.attention.blockwise import Attend, attend_blocks, visibility
+from vico.model.attention.blockwise import Attend, attend_blocks, attention_mask
 from vico.model.batch import Segment
 from vico.model.llama import Context, rotary_angles
 from vico.model.vico import ViCo, initial_trainables, trainable_shapes
@@ -68,7 +68,7 @@ def logits(weights: Weights, ids: Tensor, attend: Attend = attend_blocks, num_ad
     rotary_T = rotary_angles(torch.arange(len(ids)), shape.head_dim, shape.rope_theta, shape.rope_scaling)
     prompts_GAD = model.adapter_query.weight.unflatten(0, (-1, 10))
     with torch.no_grad():
-        context = Context(rotary_T, visibility(segments), attend)
+        context = Context(rotary_T, attention_mask(segments), attend)
         return model.trunk(model.tok_embeddings(ids), prompts_GAD, context, torch.arange(len(ids))) @ model.output.weight.t()
 
 

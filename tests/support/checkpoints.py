@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from vico.checkpoint.read import fitted, read
+from vico.checkpoint.read import read, validate_for_model
 from vico.errors import CheckpointError
-from vico.model.llama import LlamaShape
+from vico.model.llama import LlamaConfig
 from vico.model.vico import trainable_shapes
 from vico.train.optim import MOMENTS
 
-LLAMA = LlamaShape(dim=32, n_layers=3, n_heads=4, vocab_size=400)
+LLAMA = LlamaConfig(dim=32, n_layers=3, n_heads=4, vocab_size=400)
 SHAPES = trainable_shapes(LLAMA, num_adapted=3, adapter_len=10, num_slots=10)
 
 
@@ -26,7 +26,7 @@ def values(shapes: dict[str, tuple[int, ...]], seed: int) -> tuple[dict[str, Ten
 
 def refusal(path: Path, shapes: dict[str, tuple[int, ...]] = SHAPES) -> str:
     with pytest.raises(CheckpointError) as caught:
-        fitted(read(path), shapes, LLAMA.n_layers)
+        validate_for_model(read(path), shapes, LLAMA.n_layers)
     assert caught.value.exit_code == 3
     return str(caught.value)
 

@@ -12,7 +12,7 @@ import torch
 from vico.distributed import world as dist
 from vico.model.vico import ViCo
 from vico.model.weights.load import open_weights
-from vico.train.engine import construction, fill, read_config
+from vico.train.engine import load_parameter, read_config, zero_init
 
 MIB = 2**20
 
@@ -36,11 +36,11 @@ def main(folder: Path, ds_config: str) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    with construction(config, world.device):
+    with zero_init(config, world.device):
         model = ViCo(weights.shape, weights.shape.n_layers, 10, 10, 100.0, torch.float32)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
-            fill(parameter, partial(weights.read_slice, name))
+            load_parameter(parameter, partial(weights.read_slice, name))
     done.set()
     watcher.join()
     share = sum(p.ds_tensor.numel() * 4 for p in model.parameters()) / MIB

@@ -14,7 +14,7 @@ def main(argv: list[str]) -> None:
     assert config.resume is not None
     world = dist.connect()
     inputs = read_inputs(config, ("train",), world)
-    found = checkpoints.fitted(checkpoints.read(config.resume), inputs.trainable_shapes, inputs.weights.shape.n_layers)
+    found = checkpoints.validate_for_model(checkpoints.read(config.resume), inputs.trainable_shapes, inputs.weights.shape.n_layers)
     engine = build_engine(config, inputs, found.weights, world)
     assert found.moments is not None
     engine.set_moments(found.moments, found.progress.num_updates)
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     digest = hashlib.sha256()
     for name, value in sorted({**weights, **moments}.items()):
         digest.update(name.encode() + value.contiguous().numpy().tobytes())
-    world.say(f"state {digest.hexdigest()}")
+    world.print_rank0(f"state {digest.hexdigest()}")
     dist.disconnect(world)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vico.checkpoint.read import step_folders, step_of
-from vico.cli.demo import make_world
+from vico.cli.demo import make_toy_dataset
 from vico.io.atomic import REPLACED, TEMPORARY, write_json
 from vico.io.text import read_json_object
 from vico.train.engine import SHIPPED_CONFIGS
@@ -33,15 +33,15 @@ SETTINGS = (
 
 
 @dataclass(frozen=True)
-class TinyWorld:
+class ToyRun:
     """20 training questions, 10 to validate on, a LLaMA of random numbers; ZeRO-3 partitions even its smallest tensor."""
 
     folder: Path
 
     @classmethod
-    def make(cls, folder: Path) -> "TinyWorld":
+    def make(cls, folder: Path) -> "ToyRun":
         with contextlib.redirect_stdout(None):
-            make_world(folder, steps=0, splits={"train": 4, "val": 2})
+            make_toy_dataset(folder, steps=0, splits={"train": 4, "val": 2})
         zero3 = read_json_object(SHIPPED_CONFIGS / "zero3.json", "ds_configs/zero3.json")
         zero3["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}
         write_json(folder / "zero3.json", zero3)
@@ -147,7 +147,7 @@ def strays(out: Path) -> list[str]:
     return sorted(path.name for path in out.rglob("*") if path.name.endswith((TEMPORARY, REPLACED)))
 
 
-def undisturbed(world: TinyWorld, stage: int) -> tuple[str, list[tuple[int, float]]]:
+def undisturbed(world: ToyRun, stage: int) -> tuple[str, list[tuple[int, float]]]:
     """(sha256, losses) of a run that nothing disturbs. Raises RuntimeError when it fails: nothing can be compared then."""
     out = world.folder / f"undisturbed{stage}"
     if not out.exists():
@@ -157,7 +157,7 @@ def undisturbed(world: TinyWorld, stage: int) -> tuple[str, list[tuple[int, floa
     return sha256(out), losses(out)
 
 
-def difference(world: TinyWorld, stage: int, out: Path) -> str:
+def difference(world: ToyRun, stage: int, out: Path) -> str:
     """What of a run that has ended is not as in the undisturbed one; empty: nothing."""
     good, good_losses = undisturbed(world, stage)
     if sha256(out) != good:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from support.warm_process import Resident
-from vico.cli.demo import make_world
+from support.warm_process import WarmProcess
+from vico.cli.demo import make_toy_dataset
 from vico.io import output_dir
 from vico.train.optim import MOMENTS
 
@@ -25,7 +25,7 @@ VIDEOS = {"train": 4, "val": 2, "test": 1}
 
 
 @dataclass(frozen=True)
-class Home:
+class RunFixture:
     """`run`: the output_dir of this very command after a step; `lineage.pth`: with an optimizer; `out` is not there yet."""
 
     folder: Path
@@ -44,32 +44,32 @@ class Home:
         return [*where, *how, "--output_dir", str(self.folder / "out")]
 
     def command(self, line: str) -> list[str]:
-        """`line`: a command and flags, or flags of train; {home} stands for the folder.
+        """`line`: a command and flags, or flags of train; {fixture} stands for the folder.
 
         The flags above come with it, unless it begins with an exclamation mark."""
-        words = [word.format(home=self.folder) for word in line.removeprefix("!").split()]
+        words = [word.format(fixture=self.folder) for word in line.removeprefix("!").split()]
         if line.startswith("!"):
             return words
         command, rest = (words[0], words[1:]) if words and not words[0].startswith("-") else ("train", words)
         return [command, *self.flags, *rest]
 
-    def copy(self, folder: Path) -> "Home":
-        return Home(Path(shutil.copytree(self.folder, folder, symlinks=True)))
+    def copy(self, folder: Path) -> "RunFixture":
+        return RunFixture(Path(shutil.copytree(self.folder, folder, symlinks=True)))
 
     def contents(self) -> dict[str, str]:
         files = sorted(path for path in self.folder.rglob("*") if path.name != output_dir.NAME)
         return {str(p.relative_to(self.folder)): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "no file" for p in files}
 
 
-def make_home(folder: Path, resident: Resident) -> Home:
-    home = Home(folder)
-    make_world(folder / "world", steps=0, splits=VIDEOS)
+def make_run_fixture(folder: Path, warm: WarmProcess) -> RunFixture:
+    fixture = RunFixture(folder)
+    make_toy_dataset(folder / "world", steps=0, splits=VIDEOS)
     shutil.rmtree(folder / "world" / "data_swapped")
-    made = resident.run(home.command("--max_steps 1"), folder)
+    made = warm.run(fixture.command("--max_steps 1"), folder)
     assert made.code == 0, made.err
     (folder / "out").rename(folder / "run")
     torch.save(lineage_file(load_file(folder / WEIGHTS)), folder / "lineage.pth")
-    return home
+    return fixture
 
 
 def lineage_file(model: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -30,12 +30,12 @@ class Ended:
     seconds: float
 
 
-class Resident:
-    """The client's side: `with Resident() as resident: resident.run(["train", ...], cwd)`. One command at a time."""
+class WarmProcess:
+    """The client's side: `with WarmProcess() as warm: warm.run(["train", ...], cwd)`. One command at a time."""
 
-    def __enter__(self) -> "Resident":
+    def __enter__(self) -> "WarmProcess":
         alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-        self._folder = tempfile.TemporaryDirectory(prefix="vico-resident-")
+        self._folder = tempfile.TemporaryDirectory(prefix="vico-warm-")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "support.warm_process", self._folder.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             # On the CPU: a process that has touched a GPU cannot be forked.
@@ -147,9 +147,9 @@ def _wait(child: int) -> int:
 
 
 @contextlib.contextmanager
-def residents(number: int) -> Iterator[list[Resident]]:
+def warm_processes(number: int) -> Iterator[list[WarmProcess]]:
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(Resident()) for _ in range(number)]
+        yield [stack.enter_context(WarmProcess()) for _ in range(number)]
 
 
 if __name__ == "__main__":

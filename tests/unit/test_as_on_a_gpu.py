@@ -16,8 +16,8 @@ from benchmarks.variants import scoring_batches, training_batch
 from benchmarks.workload import SyntheticWorkload
 from vico.model.attention.varlen import KERNELS, PackedAttention
 from vico.model.batch import PackedBatch
-from vico.model.cuda_graphs import Replayed
-from vico.model.llama import LlamaShape
+from vico.model.cuda_graphs import GraphedBlocks
+from vico.model.llama import LlamaConfig
 from vico.model.ops import triton_ops
 from vico.model.vico import ViCo
 from vico.train.loop import sums_by_task
@@ -70,7 +70,7 @@ def starts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S
 
 def made(layers: int = 4, checkpointed: int = 0) -> ViCo:
     with GPU:
-        model = ViCo(LlamaShape(256, layers, 4, 2000, multiple_of=64), layers, 10, 10, 100.0, torch.bfloat16)
+        model = ViCo(LlamaConfig(256, layers, 4, 2000, multiple_of=64), layers, 10, 10, 100.0, torch.bfloat16)
     model.attend, model.num_checkpointed = PackedAttention(KERNELS["varlen"]), checkpointed
     return model
 
@@ -91,11 +91,11 @@ def test_training_mixes_no_devices_and_waits_for_none(starts: Starts, checkpoint
 def test_a_program_mixes_no_devices_and_waits_for_none(starts: Starts) -> None:
     """What is recorded on a GPU, where waiting would be an error, and what is done around it."""
     model = made()
-    model.replayed = Replayed(model)
+    model.graphed = GraphedBlocks(model)
     for place, questions in enumerate((1, 2, 8, 1)):
         step(model, training_batch(WORK.training(place, questions)))
         assert all(p.grad is not None and p.grad.device == GPU for p in model.parameters() if p.requires_grad)
-    assert model.replayed.programs
+    assert model.graphed.programs
 
 
 @torch.no_grad()

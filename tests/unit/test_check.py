@@ -17,31 +17,31 @@ from vico.io import file_cache
 
 
 @pytest.fixture
-def home(world: World, tmp_path: Path) -> Path:
+def fixture(world: World, tmp_path: Path) -> Path:
     """A copy of the world's data, to be changed."""
     shutil.copytree(world.folder / "data", tmp_path / "data")
     return tmp_path
 
 
-def flags_of(world: World, home: Path, *more: str) -> list[str]:
-    return [*world.flags, "--data_path", str(home / "data"), "--output_dir", str(home / "out"), *more]
+def flags_of(world: World, fixture: Path, *more: str) -> list[str]:
+    return [*world.flags, "--data_path", str(fixture / "data"), "--output_dir", str(fixture / "out"), *more]
 
 
-def change_features(home: Path, **videos: Any) -> None:
-    path = home / "data" / "nextqa" / "clipvitl14.pth"
+def change_features(fixture: Path, **videos: Any) -> None:
+    path = fixture / "data" / "nextqa" / "clipvitl14.pth"
     content = torch.load(path, weights_only=True) | videos
     torch.save({k: v for k, v in content.items() if v is not ...}, path)
 
 
-def test_a_sound_world_is_described(world: World, home: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    shutil.copytree(home / "data" / "nextqa", home / "data" / "intentqa")
+def test_a_sound_world_is_described(world: World, fixture: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(fixture / "data" / "nextqa", fixture / "data" / "intentqa")
     rows = make_rows(6, 2, 2, "w")
-    write_csv(home / "data" / "nextqa" / "test.csv", [*rows[:-1], rows[-1] | {"a1": rows[-1]["a0"], "a2": " "}])
+    write_csv(fixture / "data" / "nextqa" / "test.csv", [*rows[:-1], rows[-1] | {"a1": rows[-1]["a0"], "a2": " "}])
     zero = torch.zeros(3, 768)
-    change_features(home, odd=torch.zeros(7), nan=torch.full((2, 768), torch.nan), zero=zero)
-    assert main(["check", *flags_of(world, home, "--vaq", "--qav", "--max_cap_len", "60")]) == 0
+    change_features(fixture, odd=torch.zeros(7), nan=torch.full((2, 768), torch.nan), zero=zero)
+    assert main(["check", *flags_of(world, fixture, "--vaq", "--qav", "--max_cap_len", "60")]) == 0
     out, err = capfd.readouterr()
-    assert err == "" and not (home / "out").exists()
+    assert err == "" and not (fixture / "out").exists()
     rows_train = world.rows["train"]
     letter = f"({'ABCDE'[int(rows_train[0]['answer'])]})"
     for part in (
@@ -62,20 +62,20 @@ def test_a_sound_world_is_described(world: World, home: Path, capfd: pytest.Capt
         " cap: ...",
         "Question:' -> ",
         "-> the 10 frames of the video (10 targets of ",
-        f"start: a new run in {home / 'out'}",
+        f"start: a new run in {fixture / 'out'}",
     ):
         assert part in out, part
     assert out.splitlines()[-1].startswith("vico check: 0 error(s), 9 warning(s), in ")
 
 
-def test_all_problems_are_said_at_once(world: World, home: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    data = home / "data" / "nextqa"
+def test_all_problems_are_said_at_once(world: World, fixture: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = fixture / "data" / "nextqa"
     write_csv(data / "val.csv", [{**row, "answer": "7"} for row in world.rows["val"]])
-    change_features(home, v0000=..., v0001=torch.zeros(3, 7), v0002=torch.full((3, 768), torch.inf))
+    change_features(fixture, v0000=..., v0001=torch.zeros(3, 7), v0002=torch.full((3, 768), torch.inf))
     captions = json.loads((data / "llava_v15_13b_n6.json").read_text())
     (data / "llava_v15_13b_n6.json").write_text(json.dumps({k: v for k, v in captions.items() if k != "v0003"}))
-    (home / "out").write_text("")
-    assert main(["check", *flags_of(world, home, "--deepspeed", "zero4", "--model", "13B")]) == 2
+    (fixture / "out").write_text("")
+    assert main(["check", *flags_of(world, fixture, "--deepspeed", "zero4", "--model", "13B")]) == 2
     err = capfd.readouterr().err.splitlines()
     parts = (
         "--output_dir",
@@ -91,9 +91,11 @@ def test_all_problems_are_said_at_once(world: World, home: Path, capfd: pytest.C
     )
 
 
-def test_what_was_found_is_remembered(world: World, home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_was_found_is_remembered(
+    world: World, fixture: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The second time neither features nor texts are gone through; a cache that is damaged or cannot be written changes nothing."""
-    cache = home / "cache"
+    cache = fixture / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setattr(file_cache, "SETTLED_SECONDS", -1)
     slow: list[str] = []
@@ -103,7 +105,7 @@ def test_what_was_found_is_remembered(world: World, home: Path, monkeypatch: pyt
 
     def check() -> tuple[list[str], list[str]]:
         slow.clear()
-        assert main(["check", *flags_of(world, home)]) == 0
+        assert main(["check", *flags_of(world, fixture)]) == 0
         out, err = capfd.readouterr()
         assert err == ""
         return out.splitlines()[:-1], list(slow)
@@ -111,7 +113,7 @@ def test_what_was_found_is_remembered(world: World, home: Path, monkeypatch: pyt
     first, work = check()
     assert work == ["scan", "measure", "measure"]
     assert check() == (first, [])
-    change_features(home, v0000=torch.ones(3, 768))
+    change_features(fixture, v0000=torch.ones(3, 768))
     assert check() == (first, ["scan"])
     stored = cache / "vico" / "checked.json"
     for content in (b"", b"\xff{", b"[]", stored.read_bytes().replace(b"1", b"2", 1), stored.read_bytes()[:-5]):
@@ -123,14 +125,14 @@ def test_what_was_found_is_remembered(world: World, home: Path, monkeypatch: pyt
 
 
 def test_dropped_questions_are_counted_in_every_result(
-    world: World, home: Path, alone: dist.World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    world: World, fixture: Path, alone: dist.World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Train, go on, and evaluate without the features of one video; the run then refuses to go on with them."""
     monkeypatch.setattr(dist, "connect", lambda *_: alone)
     monkeypatch.setattr(dist, "disconnect", lambda world, together: None)
-    kept = torch.load(home / "data" / "nextqa" / "clipvitl14.pth", weights_only=True)
-    change_features(home, v0003=..., w0001=...)
-    flags = flags_of(world, home, "--batch_size", "4", "--epochs", "2")
+    kept = torch.load(fixture / "data" / "nextqa" / "clipvitl14.pth", weights_only=True)
+    change_features(fixture, v0003=..., w0001=...)
+    flags = flags_of(world, fixture, "--batch_size", "4", "--epochs", "2")
     assert main(["train", *flags]) == 2
     assert "3 of 20 questions (1 videos) have no features, e.g. 'v0003'" in capfd.readouterr().err
     flags += ["--missing_features", "drop"]
@@ -138,23 +140,23 @@ def test_dropped_questions_are_counted_in_every_result(
         assert main(["train", *flags, "--max_steps", steps]) == 0
         out = capfd.readouterr().out
         assert "train: 17 used / 20 total questions: 3 dropped, whose 1 videos have no features (--missing_features drop)" in out
-        last = records(home / "out" / "log.txt")[-1]
+        last = records(fixture / "out" / "log.txt")[-1]
         assert (last["val_n"], last["val_n_total"]) == (7, 10)
-    predictions = records(home / "out" / "predictions_val.jsonl")
+    predictions = records(fixture / "out" / "predictions_val.jsonl")
     assert [p["index"] for p in predictions] == [i for i in range(10) if i % 4 != 1]
     assert main(["check", *flags, "--max_steps", "9"]) == 0
-    assert f"start: {home / 'out' / 'checkpoint-5'}, goes on from step 5" in capfd.readouterr().out
+    assert f"start: {fixture / 'out' / 'checkpoint-5'}, goes on from step 5" in capfd.readouterr().out
     assert main(["check", *flags, "--seed", "1"]) == 2
     assert "holds a run with other settings (seed" in capfd.readouterr().err
-    assert main(["eval", "--resume", str(home / "out" / "checkpoint-5")]) == 0
+    assert main(["eval", "--resume", str(fixture / "out" / "checkpoint-5")]) == 0
     *table, result = capfd.readouterr().out.splitlines()
     assert {"n": 7, "n_total": 10}.items() <= json.loads(result).items()
     assert any("val accuracy of 7 used / 10 total questions" in line for line in table)
     assert next(line for line in table if line.startswith("  all ")).endswith("   7 used / 10 total")
     assert sum(int(line.split("/")[1].split()[0]) for line in table if line.startswith(("  C ", "  T ", "  D "))) == 7
-    torch.save(kept, home / "data" / "nextqa" / "clipvitl14.pth")
+    torch.save(kept, fixture / "data" / "nextqa" / "clipvitl14.pth")
     assert main(["train", *flags]) == 2
     assert "data train questions" in capfd.readouterr().err
-    change_features(home, **{video: ... for video in kept if video.startswith("w")})
+    change_features(fixture, **{video: ... for video in kept if video.startswith("w")})
     assert main(["train", *flags]) == 2
     assert "holds features of no video of the 10 val questions; fetch the file that belongs to them" in capfd.readouterr().err

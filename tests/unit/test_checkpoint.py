@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.checkpoints import LLAMA, SHAPES, Payload, refusal, same, values
-from vico.checkpoint.read import OPTIMIZER, STATE, WEIGHTS, Progress, fitted, prune, read, save, step_folders
+from vico.checkpoint.read import OPTIMIZER, STATE, WEIGHTS, TrainState, prune, read, save, step_folders, validate_for_model
 from vico.errors import DiskError, UserError
-from vico.io.atomic import mend_folders, require_writable, write_folder, write_text
+from vico.io.atomic import repair_folder, require_writable, write_folder, write_text
 from vico.train.config import RunConfig
 
 CONFIG = RunConfig(seed=7, adapter_layer=3, lr=0.1, max_seq_len=100)
-PROGRESS = Progress(12, 32, 11, 0.1 + 0.2, [1 / 3, 2e-9], [5, 7])
+PROGRESS = TrainState(12, 32, 11, 0.1 + 0.2, [1 / 3, 2e-9], [5, 7])
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def own(tmp_path: Path) -> Path:
 
 
 def test_ours_come_back_bit_for_bit(own: Path) -> None:
-    found = fitted(read(own), SHAPES, LLAMA.n_layers)
+    found = validate_for_model(read(own), SHAPES, LLAMA.n_layers)
     weights, moments = values(SHAPES, 1)
     assert same(found.weights, weights) and same(found.moments, moments)
     assert list(found.weights) == list(SHAPES) and found.moments is not None and list(found.moments) == list(moments)
@@ -53,7 +53,7 @@ def test_ours_come_back_bit_for_bit(own: Path) -> None:
 def test_any_progress_and_any_number_come_back(
     tmp_path_factory: pytest.TempPathFactory, step: int, best: float | None, sums: list[float], scale: float
 ) -> None:
-    folder, progress = tmp_path_factory.mktemp("any") / "c", Progress(step, 3, step // 2, best, sums, [1] * len(sums))
+    folder, progress = tmp_path_factory.mktemp("any") / "c", TrainState(step, 3, step // 2, best, sums, [1] * len(sums))
     weights, moments = {"a": torch.tensor([[scale, -0.0]])}, {"a.exp_avg": torch.zeros(2, 1)}
     save(folder, weights, moments, progress, CONFIG)
     found = read(folder)
@@ -62,13 +62,13 @@ def test_any_progress_and_any_number_come_back(
 
 def test_strided_values_are_saved_whole(tmp_path: Path) -> None:
     wide = torch.arange(12.0).reshape(3, 4)
-    save(tmp_path / "c", {"a": wide.T, "b": wide[:, 1:3]}, {}, Progress(), CONFIG)
+    save(tmp_path / "c", {"a": wide.T, "b": wide[:, 1:3]}, {}, TrainState(), CONFIG)
     assert same(read(tmp_path / "c").weights, {"a": wide.T.contiguous(), "b": wide[:, 1:3].contiguous()})
 
 
 def test_weights_alone_are_a_new_start(own: Path) -> None:
-    found = fitted(read(own / WEIGHTS), SHAPES, LLAMA.n_layers)
-    assert same(found.weights, values(SHAPES, 1)[0]) and found.moments is None and found.progress == Progress() and found.settings == {}
+    found = validate_for_model(read(own / WEIGHTS), SHAPES, LLAMA.n_layers)
+    assert same(found.weights, values(SHAPES, 1)[0]) and found.moments is None and found.progress == TrainState() and found.settings == {}
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, OPTIMIZER, STATE])
@@ -145,7 +145,7 @@ def test_links_in_the_place_of_checkpoints(own: Path, tmp_path: Path) -> None:
         save(out / name, *values(SHAPES, 1), dataclasses.replace(PROGRESS, step=13), CONFIG)
     prune(out, 1, 13)
     assert {path.name for path in out.iterdir()} == {"checkpoint-13", "checkpoint_best"} and not (out / "checkpoint_best").is_symlink()
-    assert read(own).progress == PROGRESS and mend_folders(out) == []
+    assert read(own).progress == PROGRESS and repair_folder(out) == []
 
 
 def test_a_checkpoint_is_its_files_under_its_name(own: Path) -> None:
@@ -212,7 +212,7 @@ def test_what_a_killed_save_left_is_mended_and_nothing_else(tmp_path: Path) -> N
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
     (tmp_path / ".log.txt.vico-tmp").touch()
-    mend_folders(tmp_path)
+    repair_folder(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {*(p.name for p in theirs), "checkpoint-1", "checkpoint_best"}
     assert (tmp_path / "checkpoint-1" / "file").read_text() == ".checkpoint-1.vico-old"
     assert (tmp_path / "checkpoint_best" / "file").read_text() == "checkpoint_best"

@@ -22,13 +22,13 @@ from vico.checkpoint import read as checkpoints
 from vico.cli import convert as converter
 from vico.cli.convert import convert
 from vico.cli.main import main
-from vico.model.llama import LlamaShape
+from vico.model.llama import LlamaConfig
 from vico.model.vico import initial_trainables, trainable_shapes
 from vico.model.weights.load import open_weights
 from vico.model.weights.meta import backbone_shapes
 from vico.train.config import RunConfig
 
-SHAPE = LlamaShape(32, 3, 4, 400)
+SHAPE = LlamaConfig(32, 3, 4, 400)
 
 
 def equal(a: Path, b: Path) -> bool:
@@ -176,11 +176,11 @@ HOSTILE: dict[str, tuple[Any, str, int, str]] = {
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("original")
-    oracle_files.write_tiny_meta(home / "meta", 400)
-    convert(home / "meta", home / "hf")
-    oracle_files.save_lineage(home / "lineage.pth", oracle.init_trainables({"dim": 32, "n_heads": 4, "n_layers": 3}, oracle.Hyper()))
-    return home
+    fixture = tmp_path_factory.mktemp("original")
+    oracle_files.write_tiny_meta(fixture / "meta", 400)
+    convert(fixture / "meta", fixture / "hf")
+    oracle_files.save_lineage(fixture / "lineage.pth", oracle.init_trainables({"dim": 32, "n_heads": 4, "n_layers": 3}, oracle.Hyper()))
+    return fixture
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -188,17 +188,17 @@ def test_one_line_and_no_trace(
     name: str, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     damage, line, code, part = HOSTILE[name]
-    home = tmp_path / "home"
-    shutil.copytree(original, home)
+    fixture = tmp_path / "fixture"
+    shutil.copytree(original, fixture)
     if damage is not None:
-        damage(home)
-    monkeypatch.chdir(home)
-    before = sorted(home.rglob("*"))
+        damage(fixture)
+    monkeypatch.chdir(fixture)
+    before = sorted(fixture.rglob("*"))
     ended = main(["convert", *line.split()])
     out, err = capfd.readouterr()
     assert err.startswith("vico: error: ") and err.count("\n") == 1 and out == ""
     assert part in err and ended == code, err
-    assert sorted(home.rglob("*")) == before
+    assert sorted(fixture.rglob("*")) == before
 
 
 @pytest.mark.parametrize("source", ["meta", "hf"])

@@ -20,32 +20,32 @@ from support.toy_dataset import ROOT
 from vico.data.packing import Example, pack
 from vico.model import cuda_graphs
 from vico.model.attention.blockwise import attend_blocks
-from vico.model.attention.segment_layout import places
+from vico.model.attention.segment_layout import segment_layout
 from vico.model.attention.varlen import KERNELS, PackedAttention
 from vico.model.batch import PackedBatch
-from vico.model.llama import LlamaShape
+from vico.model.llama import LlamaConfig
 from vico.model.ops import autograd
 from vico.model.vico import ViCo, trainable_shapes
 from vico.model.weights.meta import backbone_shapes
 from vico.planner import plan as planner
 from vico.planner.gpu_specs import GPUS, Hardware
-from vico.planner.memory import HEAD_CHUNK_BYTES, REPLAYED_ROWS, Setting, Work, activations, filled_up, layer, size_of
-from vico.planner.plan import SIZES, Lengths, Task, memory
+from vico.planner.memory import HEAD_CHUNK_BYTES, REPLAYED_ROWS, BatchShape, RunShape, activations, layer, padded, size_of
+from vico.planner.plan import SIZES, PlanRequest, TokenLengths, memory
 from vico.planner.zero3_trace import BLOCK, gathered_modules, live_bytes
-from vico.train.engine import Engine, construction, read_config
+from vico.train.engine import Engine, read_config, zero_init
 from vico.train.optim import make_optimizer
 
 SHAPES = {
-    "7B": LlamaShape(4096, 32, 32, 32000),
-    "13B": LlamaShape(5120, 40, 40, 32000),
-    "33B": LlamaShape(6656, 60, 52, 32000),
-    "65B": LlamaShape(8192, 80, 64, 32000),
-    "8B": LlamaShape(4096, 32, 32, 128256, multiple_of=1024, n_kv_heads=8, ffn_dim_multiplier=1.3),
-    "70B": LlamaShape(8192, 80, 64, 32000, multiple_of=4096, n_kv_heads=8, ffn_dim_multiplier=1.3),
+    "7B": LlamaConfig(4096, 32, 32, 32000),
+    "13B": LlamaConfig(5120, 40, 40, 32000),
+    "33B": LlamaConfig(6656, 60, 52, 32000),
+    "65B": LlamaConfig(8192, 80, 64, 32000),
+    "8B": LlamaConfig(4096, 32, 32, 128256, multiple_of=1024, n_kv_heads=8, ffn_dim_multiplier=1.3),
+    "70B": LlamaConfig(8192, 80, 64, 32000, multiple_of=4096, n_kv_heads=8, ffn_dim_multiplier=1.3),
 }
 WIDTH = {torch.bfloat16: 2, torch.float32: 4}
 SAVED, PEAK = 0.02, 0.05  # the goal; seen: 0.0003 and 0.02
-LENGTHS = Lengths(96, 194, 544, 34132)
+LENGTHS = TokenLengths(96, 194, 544, 34132)
 
 
 def test_sizes_are_those_of_the_models() -> None:
@@ -65,9 +65,9 @@ def batch_of(num_questions: int, vocab_size: int = 32000, place: int = 1, seed: 
     return pack(examples, work.features_VFC)
 
 
-def work_of(batch: PackedBatch) -> Work:
-    keys = places(batch.segments).sizes.keys
-    return Work(batch.num_rows, len(batch.wanted_rows_R), len(batch.token_targets_N), len(batch.features_VFC), keys)
+def batch_shape(batch: PackedBatch) -> BatchShape:
+    keys = segment_layout(batch.segments).sizes.keys
+    return BatchShape(batch.num_rows, len(batch.wanted_rows_R), len(batch.token_targets_N), len(batch.features_VFC), keys)
 
 
 def on_meta(batch: PackedBatch) -> PackedBatch:
@@ -75,7 +75,7 @@ def on_meta(batch: PackedBatch) -> PackedBatch:
     return replace(batch, **moved)
 
 
-def meta_model(shape: LlamaShape, kernel: str, dtype: torch.dtype) -> ViCo:
+def meta_model(shape: LlamaConfig, kernel: str, dtype: torch.dtype) -> ViCo:
     with torch.device("meta"):
         model = ViCo(shape, shape.n_layers, 10, 10, 100.0, dtype)
     model.attend = PackedAttention(KERNELS["varlen"]) if kernel == "packed" else attend_blocks
@@ -135,12 +135,12 @@ def test_saved_for_backward_is_counted(name: str, kernel: Any, checkpointed: int
     model.num_checkpointed = checkpointed = min(checkpointed, shape.n_layers)
     parameters = storages_of(model)
     counted = saved_bytes(lambda: model(on_meta(batch)), lambda: parameters)
-    predicted = activations(SIZES[name], work_of(batch), Setting(2, kernel, checkpointed)).saved
+    predicted = activations(SIZES[name], batch_shape(batch), RunShape(2, kernel, checkpointed)).saved
     assert predicted == pytest.approx(counted, rel=SAVED)
     if name == "7B" and not checkpointed:
         per_token_and_layer = counted / batch.num_rows / shape.n_layers / 1024
         assert per_token_and_layer <= 95
-        assert layer(SIZES[name], work_of(batch), Setting(2, kernel), last=False).kept / batch.num_rows / 1024 <= 95
+        assert layer(SIZES[name], batch_shape(batch), RunShape(2, kernel), last=False).kept / batch.num_rows / 1024 <= 95
 
 
 @pytest.mark.parametrize(
@@ -172,13 +172,13 @@ def test_peak_of_a_step_is_predicted(
     moved = on_meta(batch)
     with live:
         model(moved).sum().backward()
-    predicted = activations(SIZES[name], work_of(batch), Setting(WIDTH[dtype], kernel, checkpointed, HEAD_CHUNK_BYTES[chunk]))
+    predicted = activations(SIZES[name], batch_shape(batch), RunShape(WIDTH[dtype], kernel, checkpointed, HEAD_CHUNK_BYTES[chunk]))
     assert predicted.peak == pytest.approx(live.peak, rel=PEAK)
 
 
 def test_real_lengths_share_and_gather_less_than_planned() -> None:
     batch = batch_of(16)
-    real, planned = work_of(batch), planner.work_of(batch.num_real_tokens, LENGTHS)
+    real, planned = batch_shape(batch), planner.batch_shape(batch.num_real_tokens, LENGTHS)
     assert real.rows <= planned.rows and real.keys <= planned.keys
     assert real.targets == pytest.approx(planned.targets, rel=0.1)
 
@@ -209,7 +209,7 @@ def test_zero3_keeps_and_gathers_what_is_predicted(
     """At toy width in this process, nothing persistent: weights, saved activations and gathered parameters."""
     from deepspeed.utils import z3_leaf_module
 
-    shape = LlamaShape(256, 6, 8, 600)
+    shape = LlamaConfig(256, 6, 8, 600)
     size, batch = size_of("toy", shape), batch_of(4, 600)
     prefetch = int(blocks_ahead * size.block)
     zero: dict[str, Any] = {
@@ -222,7 +222,7 @@ def test_zero3_keeps_and_gathers_what_is_predicted(
     zero |= {"leaf_module": {"classes": [BLOCK]}} if whole_blocks else {}
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": zero}))
     config = read_config(str(tmp_path / "zero.json"), "fp32", 1, 1, 1)
-    with construction(config, torch.device("cpu")):
+    with zero_init(config, torch.device("cpu")):
         model = ViCo(shape, shape.n_layers, 10, 10, 100.0, torch.float32)
     parameters: list[Any] = list(model.parameters())
     with torch.no_grad():
@@ -239,7 +239,7 @@ def test_zero3_keeps_and_gathers_what_is_predicted(
                 lambda: {p.data.untyped_storage()._cdata for p in parameters},
             )
         engine.step(1e-3)
-    assert activations(size, work_of(batch), Setting(4, "blocks", checkpointed)).saved == pytest.approx(counted, rel=SAVED)
+    assert activations(size, batch_shape(batch), RunShape(4, "blocks", checkpointed)).saved == pytest.approx(counted, rel=SAVED)
     predicted, with_buffers = live_bytes(gathered_modules(size, 4, 0, whole_blocks), prefetch, 3 * size.block)
     assert predicted == pytest.approx(max(seen), rel=0.05)
     assert predicted <= with_buffers <= 2 * predicted
@@ -250,14 +250,14 @@ def test_peak_of_a_replayed_step_is_predicted(name: str, num_questions: int) -> 
     """At a size's first micro-batch, which runs as it is: what a record of it takes is the same, and has its own condition."""
     batch = batch_of(num_questions)
     model = meta_model(SHAPES[name], "packed", torch.bfloat16)
-    assert cuda_graphs.MOST_ROWS == REPLAYED_ROWS
-    model.replayed = cuda_graphs.Replayed(model)
-    live, moved, work = Live(storages_of(model)), on_meta(batch), work_of(batch)
+    assert cuda_graphs.MAX_ROWS == REPLAYED_ROWS
+    model.graphed = cuda_graphs.GraphedBlocks(model)
+    live, moved, work = Live(storages_of(model)), on_meta(batch), batch_shape(batch)
     with live:
         model(moved).sum().backward()
-    rounded = places(batch.segments).rounded
-    assert (filled_up(work).rows, filled_up(work).keys) == (rounded.rows, rounded.keys)
-    assert activations(SIZES[name], work, Setting(2, replayed=True)).peak == pytest.approx(live.peak, rel=PEAK)
+    rounded = segment_layout(batch.segments).rounded
+    assert (padded(work).rows, padded(work).keys) == (rounded.rows, rounded.keys)
+    assert activations(SIZES[name], work, RunShape(2, replayed=True)).peak == pytest.approx(live.peak, rel=PEAK)
 
 
 FIRST_REPLAYED = "2026-11-27T12"  # records before it are of a code without CUDA graphs
@@ -273,19 +273,19 @@ def recorded(record: dict[str, Any]) -> Iterator[tuple[float, float]]:
         return
     if record["suite"] == "cpu":
         shape, fast = record["geometries"]["wide"]["shape"], record["memory"]["fast"]
-        size = size_of("wide", LlamaShape(**shape))
-        work = work_of(batch_of(record["config"]["questions"], size.vocab_size))
-        predicted = activations(size, work, Setting(4, "blocks", 0, HEAD_CHUNK_BYTES["cpu"]))
+        size = size_of("wide", LlamaConfig(**shape))
+        work = batch_shape(batch_of(record["config"]["questions"], size.vocab_size))
+        predicted = activations(size, work, RunShape(4, "blocks", 0, HEAD_CHUNK_BYTES["cpu"]))
         yield predicted.saved / 2**20, fast["held_mib"]
         yield (predicted.peak + 4 * size.trainables) / 2**20, fast["growth_mib"]  # and the trainables' gradients
     if record["suite"] == "gpu" and record["memory"]["train"]["fast"]["of"] == "the device":
-        config, size = record["config"], size_of("gpu", LlamaShape(**record["shape"]))
+        config, size = record["config"], size_of("gpu", LlamaConfig(**record["shape"]))
         steps = [(0, config["questions"], record["memory"]["train"]["fast"])]
         last = config["warmup"] + config["steps"] - 1
         steps += [(last, each["questions"], each["memory"]) for each in record["budgets"].values() if "memory" in each]
         for place, questions, found in steps:
-            work = work_of(batch_of(questions, size.vocab_size, place, config["seed"]))
-            predicted = activations(size, work, Setting(2, replayed=record["date"] >= FIRST_REPLAYED))
+            work = batch_shape(batch_of(questions, size.vocab_size, place, config["seed"]))
+            predicted = activations(size, work, RunShape(2, replayed=record["date"] >= FIRST_REPLAYED))
             yield predicted.peak / 2**20, (found["allocated_gib"] - found["before_gib"]) * 1024
 
 
@@ -295,12 +295,13 @@ def recorded_by_ranks(record: dict[str, Any]) -> Iterator[tuple[float, float]]:
     for case in record["cases"]:
         if case.get("ranks") != 1 or case["stage"] != 2 or not case.get("memory", {}).get("of", "").startswith("the device"):
             continue
-        size = size_of("node", LlamaShape(**case["shape"]))
+        size = size_of("node", LlamaConfig(**case["shape"]))
         works = [
-            work_of(batch_of(config["questions"], size.vocab_size, p, config["seed"])) for p in range(config["warmup"] + config["steps"])
+            batch_shape(batch_of(config["questions"], size.vocab_size, p, config["seed"]))
+            for p in range(config["warmup"] + config["steps"])
         ]
-        largest = max(activations(size, work, Setting(2, replayed=True)).peak for work in works)
-        task = Task(size, Hardware(GPUS["H200"], 1), Lengths(120, 250, 700, 1000), "bf16")
+        largest = max(activations(size, work, RunShape(2, replayed=True)).peak for work in works)
+        task = PlanRequest(size, Hardware(GPUS["H200"], 1), TokenLengths(120, 250, 700, 1000), "bf16")
         found = memory(task, "zero2", 0, 1024)
         yield (found.weights + found.trainables + found.buckets + largest) / 2**20, case["memory"]["allocated_gib"] * 1024
 
@@ -314,7 +315,7 @@ def test_every_recorded_run_took_what_is_predicted() -> None:
 
 def test_a_run_of_now_takes_what_is_predicted() -> None:
     """In a process of its own, as the cpu suite measures it."""
-    shape = LlamaShape(512, 4, 8, 8000)
+    shape = LlamaConfig(512, 4, 8, 8000)
     record = {"suite": "cpu", "config": {"questions": 8}, "geometries": {"wide": {"shape": asdict(shape)}}}
     record["memory"] = {"fast": measured("fast", shape, 8)}
     for predicted, found in recorded(record):

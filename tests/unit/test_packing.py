@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vico.data.packing import Example, pack
-from vico.model.attention.blockwise import Block, narrowed, visibility
-from vico.model.batch import VIDEO_SLOT, PackedBatch, Sequence
+from vico.model.attention.blockwise import MaskBlock, attention_mask, restrict_queries
+from vico.model.batch import VIDEO_SLOT, PackedBatch, TokenSequence
 
 SLOTS = 3
 
@@ -19,9 +19,9 @@ def sequences() -> st.SearchStrategy[Example]:
     def build(head: list[int], tail: list[int], clip: int, qav: bool) -> Example:
         if qav:
             tokens, start = [1, *head, *[VIDEO_SLOT] * SLOTS, 2], 1 + len(head)
-            return Example(Sequence("qav", tuple(tokens), range(start, start + SLOTS), start), clip, 1)
+            return Example(TokenSequence("qav", tuple(tokens), range(start, start + SLOTS), start), clip, 1)
         tokens, start = [1, *head, *[VIDEO_SLOT] * SLOTS, *tail, 2], 1 + len(head)
-        return Example(Sequence("vqa", tuple(tokens), range(start + SLOTS + len(tail) // 2, len(tokens)), start), clip, 0)
+        return Example(TokenSequence("vqa", tuple(tokens), range(start + SLOTS + len(tail) // 2, len(tokens)), start), clip, 0)
 
     tokens = st.lists(st.integers(3, 4), max_size=12)
     return st.builds(build, tokens, tokens, st.integers(0, 1), st.booleans())
@@ -64,7 +64,7 @@ def test_every_target_sees_exactly_its_sequence(examples: list[Example], share: 
         assert batch.num_rows == sum(e.sequence.num_inputs for e in examples)
 
 
-def seen_rows(blocks: Iterable[Block], num_queries: int) -> list[list[int]]:
+def seen_rows(blocks: Iterable[MaskBlock], num_queries: int) -> list[list[int]]:
     """Of each asking row, the rows that the blocks show it."""
     shown: list[list[int]] = [[] for _ in range(num_queries)]
     for block in blocks:
@@ -80,10 +80,10 @@ def seen_rows(blocks: Iterable[Block], num_queries: int) -> list[list[int]]:
 @given(st.lists(sequences(), min_size=1, max_size=8), st.booleans(), st.data())
 def test_blocks_show_each_row_its_past_once(examples: list[Example], share: bool, data: st.DataObject) -> None:
     batch = pack(examples, torch.zeros(2, SLOTS, 768), share)
-    past, whole = pasts(batch), visibility(batch.segments)
+    past, whole = pasts(batch), attention_mask(batch.segments)
     assert [sorted(rows) for rows in seen_rows(whole.blocks, batch.num_rows)] == [sorted(rows) for rows in past]
     asking = sorted(data.draw(st.sets(st.integers(0, batch.num_rows - 1), min_size=1)))
-    some = narrowed(whole, torch.tensor(asking))
+    some = restrict_queries(whole, torch.tensor(asking))
     assert [sorted(rows) for rows in seen_rows(some.blocks, len(asking))] == [sorted(past[row]) for row in asking]
     segment_of = [s for s in batch.segments for _ in range(s.start, s.stop)]
     for block in whole.blocks:
@@ -93,14 +93,14 @@ def test_blocks_show_each_row_its_past_once(examples: list[Example], share: bool
 
 def options(prompt: list[int]) -> list[Example]:
     """Five options behind `prompt`, whose slots begin at 4."""
-    return [Example(Sequence("vqa", (*prompt, 20 + a, 10, 2), range(len(prompt), len(prompt) + 3), 4), 0, 0) for a in range(5)]
+    return [Example(TokenSequence("vqa", (*prompt, 20 + a, 10, 2), range(len(prompt), len(prompt) + 3), 4), 0, 0) for a in range(5)]
 
 
 def test_options_hang_off_one_prompt() -> None:
     head = [1, 5, 6, 7, *[VIDEO_SLOT] * SLOTS, 6, 7, 8, 9]
     batch = pack(options(head), torch.zeros(1, SLOTS, 768))
     assert [s.stop - s.start for s in batch.segments] == [4, SLOTS, 4, 2, 2, 2, 2, 2]
-    blocks = visibility(batch.segments).blocks
+    blocks = attention_mask(batch.segments).blocks
     assert [(b.q_stop - b.q_start, b.count) for b in blocks if b.causal] == [(4, 1), (3, 1), (4, 1), (10, 5)]
     assert [(b.q_stop - b.q_start, b.k_stop - b.k_start, b.gated) for b in blocks if not b.causal] == [
         (17, 4, False),

@@ -10,27 +10,27 @@ from typing import Any
 import pytest
 
 from support.toy_dataset import ROOT, refusal
-from vico.cli.plan import CASES, PACKED_CASES, main, model_size, plan_case, table
+from vico.cli.plan import CASES, QUANTIZED_CASES, main, model_size, plan_case, table
 from vico.errors import UserError
 from vico.planner import plan as planner
-from vico.planner.gpu_specs import GIB, GPUS, Hardware, gpu_found, gpu_named, gpu_of_size
-from vico.planner.plan import SIZES, Lengths, Task
+from vico.planner.gpu_specs import GIB, GPUS, Hardware, detected_gpu, gpu_by_name, gpu_of_size
+from vico.planner.plan import SIZES, PlanRequest, TokenLengths
 from vico.train.engine import read_config
 
-LENGTHS = Lengths(96, 194, 544, 34132)
+LENGTHS = TokenLengths(96, 194, 544, 34132)
 
 
 def test_gpus_are_found_by_their_names() -> None:
     for gpu in GPUS.values():
-        assert gpu_named(gpu.name.lower()) is gpu
+        assert gpu_by_name(gpu.name.lower()) is gpu
         for full in gpu.torch_names:
-            assert gpu_named(full) is gpu
-            assert gpu_found(full, 80 * GIB) == replace(gpu, memory_gib=80.0)
-    assert gpu_found("NVIDIA of tomorrow", GIB).tflops is None
+            assert gpu_by_name(full) is gpu
+            assert detected_gpu(full, 80 * GIB) == replace(gpu, memory_gib=80.0)
+    assert detected_gpu("NVIDIA of tomorrow", GIB).tflops is None
     assert GPUS["V100-16"].peak("bf16") is None and GPUS["H100"].peak("fp32") is None and GPUS["H100"].peak("fp16") == 989
 
 
-@pytest.mark.parametrize("case", [*CASES, *PACKED_CASES], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *QUANTIZED_CASES], ids=str)
 def test_each_case_of_the_table_fits(case: tuple[Any, ...]) -> None:
     plan = plan_case(*case)
     task, stage, layers = plan.task, plan.stage, plan.checkpointed
@@ -84,7 +84,7 @@ def test_text_names_what_is_not_known(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_speed_is_the_slower_of_products_and_gathers() -> None:
-    task = Task(SIZES["7B"], Hardware(GPUS["H100"]), LENGTHS)
+    task = PlanRequest(SIZES["7B"], Hardware(GPUS["H100"]), LENGTHS)
     alone, _ = planner.speed(task, "zero2", 0, 8192)
     assert alone is not None and alone.tokens_per_second == pytest.approx(989e12 / 2 / 26.2e9, rel=0.01)
     slow = replace(task, hardware=Hardware(GPUS["H100"], 8, 2, network_gbit=10.0))
@@ -122,7 +122,7 @@ def test_mistakes_are_one_line() -> None:
 
 
 def test_what_helps_does_help() -> None:
-    task = Task(SIZES["65B"], Hardware(gpu_of_size(6)), LENGTHS)
+    task = PlanRequest(SIZES["65B"], Hardware(gpu_of_size(6)), LENGTHS)
     with pytest.raises(UserError, match="1 x 16 GB"):
         planner.plan(task)
     assert planner.plan(replace(task, hardware=Hardware(gpu_of_size(16)))).memory.total < 16 * GIB

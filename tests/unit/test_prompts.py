@@ -12,7 +12,7 @@ from support.toy_dataset import World
 from vico.data.prompts import Prompts, crop_candidates
 from vico.data.tokenizer import Tokenizer
 from vico.errors import UserError
-from vico.model.batch import VIDEO_SLOT, Question, Sequence
+from vico.model.batch import VIDEO_SLOT, Question, TokenSequence
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
 TRICKY = ["Answer: The answer is (C)", "Question: why", "Video:", "None", "nan", "007", " two  blanks ", "😀 日本", "(B)", "Description: x"]
@@ -27,7 +27,7 @@ def ours(item: oracle.Question) -> Question:
     return Question(0, "0", "v", "CW", item.question, item.options, item.answer, dialogue=item.dialogue, place="train.csv:2")
 
 
-def assert_same(sequence: Sequence, expected: oracle.OracleSequence) -> None:
+def assert_same(sequence: TokenSequence, expected: oracle.OracleSequence) -> None:
     assert list(sequence.tokens) == expected.ids
     assert list(sequence.targets) == expected.targets
     assert sequence.video_start == expected.video_start

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reference import oracle, oracle_files
 from support.checkpoints import LLAMA, SHAPES, Payload, refusal, same
-from vico.checkpoint.read import Checkpoint, Progress, fitted, read
+from vico.checkpoint.read import Checkpoint, TrainState, read, validate_for_model
 from vico.errors import CheckpointError
 from vico.model.vico import trainable_shapes
 from vico.train.config import parse
@@ -46,9 +46,9 @@ def changed(path: Path, change: Callable[[Any], Any], **how: Any) -> Path:
 
 def test_a_lineage_file_with_model_alone_is_a_new_start(tmp_path: Path) -> None:
     weights, _ = lineage(tmp_path / "a.pth")
-    found = fitted(read(tmp_path / "a.pth"), SHAPES, LLAMA.n_layers)
+    found = validate_for_model(read(tmp_path / "a.pth"), SHAPES, LLAMA.n_layers)
     assert list(found.weights) == list(SHAPES) and same(found.weights, weights)
-    assert found.moments is None and found.lineage_epoch is None and found.progress == Progress() and found.notes == ()
+    assert found.moments is None and found.lineage_epoch is None and found.progress == TrainState() and found.notes == ()
 
 
 @pytest.mark.parametrize("how", [{}, {"_use_new_zipfile_serialization": False}])
@@ -56,8 +56,8 @@ def test_a_lineage_file_with_optimizer_goes_on(tmp_path: Path, how: dict[str, bo
     args = argparse.Namespace(batch_size=8, blr=0.09, dataset="star", max_feats=10, resume="", device="cuda", lr=None, rank=3)
     args.output_dir, args.llama_model_path = pathlib.PosixPath("x"), "./pretrained/llama"
     weights, moments = lineage(tmp_path / "a.pth", steps=3, epoch=4, args=args)
-    found = fitted(read(changed(tmp_path / "a.pth", lambda content: None, **how)), SHAPES, LLAMA.n_layers)
-    assert found.lineage_epoch == 4 and found.progress == Progress(num_updates=3)
+    found = validate_for_model(read(changed(tmp_path / "a.pth", lambda content: None, **how)), SHAPES, LLAMA.n_layers)
+    assert found.lineage_epoch == 4 and found.progress == TrainState(num_updates=3)
     assert same(found.weights, weights) and same(found.moments, moments)
     assert found.settings == {
         "batch_size": 8,
@@ -71,7 +71,7 @@ def test_a_lineage_file_with_optimizer_goes_on(tmp_path: Path, how: dict[str, bo
 def test_gates_below_the_adapted_layers_are_left_out_and_said(tmp_path: Path) -> None:
     shapes = trainable_shapes(LLAMA, num_adapted=1, adapter_len=10, num_slots=10)
     weights, moments = lineage(tmp_path / "a.pth", steps=2, adapted=1, lower_gates=2)
-    found = fitted(read(tmp_path / "a.pth"), shapes, LLAMA.n_layers)
+    found = validate_for_model(read(tmp_path / "a.pth"), shapes, LLAMA.n_layers)
     assert found.notes == (f"{tmp_path}/a.pth: ignored 4 gates of layers below the adapted ones, which nothing uses",)
     assert found.weights.keys() == shapes.keys() and same(found.weights, weights) and same(found.moments, moments)
     changed(tmp_path / "a.pth", lambda c: c["model"].update({"layers.3.attention.gate1": torch.zeros(1, 4, 1, 1)}))
@@ -130,7 +130,7 @@ def test_lineage_files_are_read_strictly(tmp_path: Path, change: Callable[[Any],
 )
 def test_what_lineage_files_may_hold(tmp_path: Path, change: Callable[[Any], Any]) -> None:
     weights, moments = lineage(tmp_path / "a.pth", steps=2)
-    found = fitted(read(changed(tmp_path / "a.pth", change)), SHAPES, LLAMA.n_layers)
+    found = validate_for_model(read(changed(tmp_path / "a.pth", change)), SHAPES, LLAMA.n_layers)
     assert all(torch.allclose(found.weights[n], t, atol=1e-2) and found.weights[n].dtype == torch.float32 for n, t in weights.items())
     assert same(found.moments, moments)
     assert found.settings.keys() <= {"batch_size", "epochs", "dataset", "max_feats"}
@@ -138,7 +138,7 @@ def test_what_lineage_files_may_hold(tmp_path: Path, change: Callable[[Any], Any
 
 
 def everything(found: Checkpoint) -> list[Any]:
-    fit = fitted(found, SHAPES, LLAMA.n_layers)
+    fit = validate_for_model(found, SHAPES, LLAMA.n_layers)
     return [*fit.weights.values(), *(fit.moments or {}).values()]
 
 

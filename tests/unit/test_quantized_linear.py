@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from support.toy_dataset import World, records, refusal, succeeds, vico
-from vico.model.llama import FrozenLinear, LlamaShape
+from vico.model.llama import FrozenLinear, LlamaConfig
 from vico.model.quantized_linear import QuantizedLinear, library
 from vico.model.weights.meta import SHARDED_DIM
-from vico.planner.memory import PACKED_BYTES
+from vico.planner.memory import QUANTIZED_BYTES
 from vico.planner.plan import SIZES
 from vico.train.config import differences, parse
 from vico.train.zero_stage import choose
@@ -34,13 +34,13 @@ ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), rea
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", PACKED_BYTES)
+@pytest.mark.parametrize("kind", QUANTIZED_BYTES)
 def test_a_product_is_that_of_the_unpacked_weight(kind: str, dtype: torch.dtype, device: str) -> None:
     torch.manual_seed(0)
     weight = (0.02 * torch.randn(512, 256)).to(device, dtype)
     linear, plain = packed(weight, kind), FrozenLinear(256, 512, dtype)
     unpacked = linear.weight
-    assert unpacked.dtype == dtype and linear.num_bytes == pytest.approx(weight.numel() * PACKED_BYTES[kind], rel=1e-3)
+    assert unpacked.dtype == dtype and linear.num_bytes == pytest.approx(weight.numel() * QUANTIZED_BYTES[kind], rel=1e-3)
     error = (unpacked.float() - weight.float()).norm() / weight.float().norm()
     assert ERRORS[kind][0] < error < ERRORS[kind][1]
     plain.weight.data = unpacked
@@ -57,11 +57,11 @@ def test_a_product_is_that_of_the_unpacked_weight(kind: str, dtype: torch.dtype,
 def test_a_backbone_is_as_large_as_planned() -> None:
     """A block of 7B's proportions, packed for real."""
     size = SIZES["7B"]
-    for kind in PACKED_BYTES:
+    for kind in QUANTIZED_BYTES:
         shapes = {(1024, 1024): 4, (2752, 1024): 2, (1024, 2752): 1}
         taken = sum(count * packed(torch.randn(shape), kind).num_bytes for shape, count in shapes.items())
         numbers = sum(count * shape[0] * shape[1] for shape, count in shapes.items())
-        assert taken / numbers == pytest.approx(PACKED_BYTES[kind], rel=1e-3)
+        assert taken / numbers == pytest.approx(QUANTIZED_BYTES[kind], rel=1e-3)
         assert numbers * 16 == size.block
         whole = size.frozen_bytes(2, kind) - 2 * (2 * size.head + size.norms)
         assert whole == pytest.approx(taken / numbers * size.n_layers * size.block, rel=1e-3)
@@ -129,7 +129,7 @@ def test_what_it_costs_is_said(world: World, models: Path, run: Path, tmp_path: 
 def test_refusals_are_one_line(world: World, models: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = [*flags_of(world, models, "tiny"), *TRAINING]
     config = parse([*flags, "--quantize", "nf4", "--deepspeed", "zero3"], "vico train", "").resolve()
-    said = refusal(choose, config, LlamaShape(32, 3, 4, 400), 1, None, True)
+    said = refusal(choose, config, LlamaConfig(32, 3, 4, 400), 1, None, True)
     assert said == "--quantize nf4: is for ZeRO-2, and --deepspeed zero3 is ZeRO-3; leave one out"
     ended = vico("cost", "--resume", str(run / "checkpoint-6" / "adapter_model.safetensors"), *flags)
     assert ended.codes == [2] and "vico: error: --quantize is missing: name what" in ended.stderrs[0].splitlines()[-1]

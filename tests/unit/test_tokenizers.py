@@ -42,7 +42,7 @@ def pieces(tokenizer: Tokenizer, ids: Any) -> list[str]:
 
 
 def test_special_ids_lie_behind_the_pieces(tokenizer: Tokenizer) -> None:
-    assert (tokenizer.num_pieces, tokenizer.bos, tokenizer.eos) == (NUM_RANKS + 256, NUM_RANKS, NUM_RANKS + 1)
+    assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eos) == (NUM_RANKS + 256, NUM_RANKS, NUM_RANKS + 1)
     assert tokenizer.decode([tokenizer.newline]) == "\n"
 
 

@@ -24,12 +24,12 @@ if not torch.cuda.is_available() and os.environ.get(IN_A_CHILD) != "1":
 else:
     from benchmarks.variants import Packed, fill, make_fast, random_weights, take_gradients
     from benchmarks.workload import SyntheticWorkload
-    from vico.model.attention.segment_layout import layout_of
+    from vico.model.attention.segment_layout import varlen_layout
     from vico.model.attention.varlen import KERNELS, PackedAttention, _unit, _widened
     from vico.model.batch import Segment
-    from vico.model.llama import LlamaShape, rotary_angles
+    from vico.model.llama import LlamaConfig, rotary_angles
     from vico.model.ops import triton_ops
-    from vico.model.ops.autograd import AdapterAttention, FrozenRMSNorm, Rotate, SwiGLU
+    from vico.model.ops.autograd import AdapterAttention, FrozenRMSNorm, RotaryEmbedding, SwiGLU
 
     DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # fp32: sums in another order. bf16: plain operations round between steps where a kernel does not.
@@ -80,13 +80,13 @@ else:
 
     def test_rotary(dtype: torch.dtype) -> None:
         angles = rotary_angles(torch.arange(7, device=DEVICE) * 3, WIDTH, 10000.0)
-        same(Rotate.apply, [made(7, HEADS, WIDTH, dtype=dtype)], [angles], dtype)
+        same(RotaryEmbedding.apply, [made(7, HEADS, WIDTH, dtype=dtype)], [angles], dtype)
         wide = made(7, HEADS, WIDTH + 8, dtype=dtype)  # rows that lie apart, as what attention's gradient leaves
-        turned = Rotate.apply(wide[..., :WIDTH], angles)
+        turned = RotaryEmbedding.apply(wide[..., :WIDTH], angles)
         triton_ops.USED = False
-        assert distance(turned, Rotate.apply(wide[..., :WIDTH].contiguous(), angles)) <= RTOL[dtype]
+        assert distance(turned, RotaryEmbedding.apply(wide[..., :WIDTH].contiguous(), angles)) <= RTOL[dtype]
         pair = [made(7, HEADS, WIDTH, dtype=dtype, seed=i) for i in range(2)]
-        for mine, x in zip(triton_ops.rotate_both(pair[0], pair[1], torch.view_as_real(angles), -1.0), pair, strict=True):
+        for mine, x in zip(triton_ops.rotate_qk(pair[0], pair[1], torch.view_as_real(angles), -1.0), pair, strict=True):
             assert torch.equal(mine, triton_ops.rotate(x, torch.view_as_real(angles), -1.0))
 
     @pytest.mark.parametrize(("rows", "width", "length"), [(1, 16, 10), (64, 16, 17), (70, 32, 50), (65, 128, 1)])
@@ -97,7 +97,7 @@ else:
 
     def test_widening_is_exact(dtype: torch.dtype) -> None:
         segments = (Segment(0, 3, None, False, False), Segment(3, 7, 0, True, False), Segment(7, 12, 1, False, True))
-        layout = layout_of(segments, DEVICE, dtype, True)
+        layout = varlen_layout(segments, DEVICE, dtype, True)
         inputs = [made(12, HEADS, WIDTH, dtype=dtype, seed=i) for i in range(3)]
         flags = (layout.after_video_T, layout.is_video_T, layout.key_rows_K, _unit(WIDTH), 8)
         gates = made(HEADS, dtype=torch.float32, seed=4)
@@ -107,7 +107,7 @@ else:
     @pytest.mark.skipif(DEVICE.type != "cuda", reason="the interpreter takes minutes for it")
     def test_a_whole_step(dtype: torch.dtype) -> None:
         """Losses and every trainable's gradient of a packed step, and scores."""
-        shape = LlamaShape(32, 2, 2, 200, multiple_of=16)
+        shape = LlamaConfig(32, 2, 2, 200, multiple_of=16)
         fast = make_fast(shape, dtype)
         fill(fast, random_weights(fast))
         fast.to(DEVICE).attend = PackedAttention(KERNELS["sdpa"])

@@ -31,8 +31,8 @@ from vico.distributed.world import World as Ranks
 from vico.errors import UserError
 from vico.model.attention.blockwise import Attend, attend_blocks, attend_plain
 from vico.model.attention.varlen import KERNELS, PackedAttention
-from vico.model.batch import VIDEO_SLOT, PackedBatch, Sequence
-from vico.model.llama import LlamaShape, RopeScaling, rotary_angles
+from vico.model.batch import VIDEO_SLOT, PackedBatch, TokenSequence
+from vico.model.llama import LlamaConfig, RopeScaling, rotary_angles
 from vico.model.vico import trainable_shapes
 from vico.model.weights.hf import mlp_rule, stored_name, stored_rows
 from vico.model.weights.load import Weights, open_weights
@@ -84,7 +84,7 @@ class Ungrouped:
     def __init__(self, weights: Weights) -> None:
         self.folder, self._weights, shape = weights.folder, weights, weights.shape
         self._head_dim, self._group = shape.head_dim, shape.n_heads // shape.kv_heads
-        self.shape = LlamaShape(**{**vars(shape), "n_kv_heads": None})
+        self.shape = LlamaConfig(**{**vars(shape), "n_kv_heads": None})
 
     def read(self, name: str) -> Tensor:
         tensor = self._weights.read(name)
@@ -107,8 +107,8 @@ def video_batch(vocabulary: int) -> PackedBatch:
     for group in range(2):
         head, tail = [*ids(5), *[VIDEO_SLOT] * 10], ids(4)
         for task in range(2):
-            examples.append(Example(Sequence("vqa", (*head, *tail, *ids(6)), range(19, 25), 5), group, task))
-        examples.append(Example(Sequence("qav", (*ids(7), *[VIDEO_SLOT] * 10, 2), range(7, 17), 7), group, 3))
+            examples.append(Example(TokenSequence("vqa", (*head, *tail, *ids(6)), range(19, 25), 5), group, task))
+        examples.append(Example(TokenSequence("qav", (*ids(7), *[VIDEO_SLOT] * 10, 2), range(7, 17), 7), group, 3))
     return pack(examples, torch.randn(2, 10, 768, generator=generator), share=True)
 
 
@@ -137,7 +137,7 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One grouped-query model in every layout, written here by hand: what `vico convert` writes is another test's."""
     home = tmp_path_factory.mktemp("layouts")
     params = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32, "ffn_dim_multiplier": 1.3, "vocab_size": 400}
-    shape = LlamaShape(64, 2, 4, 400, 32, n_kv_heads=2, ffn_dim_multiplier=1.3)
+    shape = LlamaConfig(64, 2, 4, 400, 32, n_kv_heads=2, ffn_dim_multiplier=1.3)
     generator = torch.Generator().manual_seed(5)
     full = {n: torch.randn(s, generator=generator) / math.sqrt(s[-1]) + ("norm" in n) for n, s in backbone_shapes(shape).items()}
     for name, shards, embeddings_dim in (("one", 1, 1), ("two", 2, 1), ("two of LLaMA-3", 2, 0)):
@@ -236,7 +236,7 @@ def anonymous_bytes() -> int:
 )
 def test_every_width_of_the_mlp_has_a_rule(dim: int, width: int) -> None:
     multiple, widened = mlp_rule(dim, width)
-    assert LlamaShape(dim, 1, 1, 1, multiple, ffn_dim_multiplier=widened).hidden_dim == width
+    assert LlamaConfig(dim, 1, 1, 1, multiple, ffn_dim_multiplier=widened).hidden_dim == width
 
 
 # ---- files that are not what they say --------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from vico.cli.plan import CASES
 from vico.distributed import topology
 from vico.errors import UserError
 from vico.planner import plan as planner
-from vico.planner.gpu_specs import GIB, GPUS, Hardware, gpu_named, gpu_of_size
+from vico.planner.gpu_specs import GIB, GPUS, Hardware, gpu_by_name, gpu_of_size
 from vico.train.config import RunConfig
 from vico.train.engine import read_config
 from vico.train.zero_stage import Choice, choose
@@ -32,8 +32,8 @@ def chosen(model: str, hardware: Hardware | None, training: bool = True, **flags
 def test_a_run_gets_the_stage_of_the_table(case: tuple[str, int, int, float | str]) -> None:
     """With the table's --max_tokens and recomputed layers, a run on that machine gets that ds_config."""
     model, nodes, gpus, gpu = case
-    hardware = Hardware(gpu_named(gpu) if isinstance(gpu, str) else gpu_of_size(gpu), gpus, nodes)
-    free = planner.plan(planner.Task(planner.SIZES[model], hardware, planner.Lengths(96, 194, 544, 34132)))
+    hardware = Hardware(gpu_by_name(gpu) if isinstance(gpu, str) else gpu_of_size(gpu), gpus, nodes)
+    free = planner.plan(planner.PlanRequest(planner.SIZES[model], hardware, planner.TokenLengths(96, 194, 544, 34132)))
     found = chosen(model, hardware, checkpoint_activations=free.checkpointing, max_tokens=free.max_tokens)
     assert f"the planner expects {free.memory.total / GIB:.1f} of " in found.name and found.notes == ()
     zero, planned = found.ds_config["zero_optimization"], free.ds_config["zero_optimization"]
@@ -44,7 +44,7 @@ def test_a_run_gets_the_stage_of_the_table(case: tuple[str, int, int, float | st
 def test_what_a_run_does_not_name_changes_the_choice() -> None:
     on_16 = chosen("7B", Hardware(gpu_of_size(16)))
     assert on_16.name.startswith("ZeRO-3 with weights in the host's memory")
-    free = planner.plan(planner.Task(planner.SIZES["7B"], Hardware(gpu_of_size(16)), planner.Lengths(96, 194, 544, 34132)))
+    free = planner.plan(planner.PlanRequest(planner.SIZES["7B"], Hardware(gpu_of_size(16)), planner.TokenLengths(96, 194, 544, 34132)))
     how = f"--checkpoint_activations {free.checkpointing} --max_tokens {free.max_tokens} (under zero2)"
     assert free.checkpointed > 0 and on_16.notes == (f"faster, as weights stay on the GPU: {how}",)
     assert chosen("7B", Hardware(gpu_of_size(16)), checkpoint_activations="full").name.startswith("ZeRO-2 (")
@@ -101,10 +101,10 @@ def test_every_task_is_planned_or_refused_in_words(data: st.DataObject) -> None:
     size = planner.SIZES[draw(st.sampled_from(sorted(planner.SIZES)))]
     host = draw(st.sampled_from([None, 16, 500]))
     hardware = Hardware(gpu_of_size(draw(st.integers(2, 90))), draw(st.sampled_from([1, 8])), draw(st.sampled_from([1, 2])), None, host)
-    lengths = planner.Lengths(96, draw(st.sampled_from([0, 194])), draw(st.integers(150, 1500)), 1000)
+    lengths = planner.TokenLengths(96, draw(st.sampled_from([0, 194])), draw(st.integers(150, 1500)), 1000)
     forced = draw(st.sampled_from([None, *planner.STAGES]))
     layers, budget = draw(st.sampled_from([None, 0, 20, size.n_layers])), draw(st.none() | st.integers(64, 9000))
-    task = planner.Task(size, hardware, lengths, "bf16", draw(st.sampled_from([1, 8, 64])), 1, 0.5, forced, layers, budget)
+    task = planner.PlanRequest(size, hardware, lengths, "bf16", draw(st.sampled_from([1, 8, 64])), 1, 0.5, forced, layers, budget)
     try:
         plan = planner.plan(task)
     except UserError as refused:

@@ -6,21 +6,20 @@ remembered by the marks of its files: a 7B backbone takes some seconds the first
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
-from collections.abc import Sequence as Items
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from vico.data.features import Features
-from vico.io.file_cache import Memory, file_mark, key_of
+from vico.io.file_cache import FileCache, cache_key, file_stamp
 from vico.model.batch import Question
 from vico.model.weights.load import Weights
 from vico.model.weights.meta import backbone_shapes
 
 PIECE = 1 << 24  # numbers that a thread reads at a time
-MOST_THREADS = 8
+MAX_THREADS = 8
 
 
 def _digest(parts: Iterable[bytes]) -> str:
@@ -30,7 +29,7 @@ def _digest(parts: Iterable[bytes]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _of_tensors(names: Items[str], pieces: Callable[[str], Iterable[Tensor]]) -> str:
+def _of_tensors(names: Sequence[str], pieces: Callable[[str], Iterable[Tensor]]) -> str:
     """Of named tensors that are given piece by piece; hashing leaves Python's lock, so that threads share the work."""
 
     def one(name: str) -> bytes:
@@ -40,51 +39,51 @@ def _of_tensors(names: Items[str], pieces: Callable[[str], Iterable[Tensor]]) ->
             digest.update(piece.contiguous().view(torch.uint8).numpy().data)
         return digest.digest()
 
-    with ThreadPoolExecutor(min(MOST_THREADS, len(os.sched_getaffinity(0)))) as pool:
+    with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
         return _digest(pool.map(one, names))
 
 
-def _remembered(key: str | None, memory: Memory, make: Callable[[], str]) -> str:
-    found = memory.find(key)
+def _remembered(key: str | None, cache: FileCache, make: Callable[[], str]) -> str:
+    found = cache.get(key)
     if not isinstance(found, str):
         found = make()
-        memory.note(key, found)
+        cache.put(key, found)
     return found
 
 
-def of_backbone(weights: Weights, memory: Memory) -> str:
+def of_backbone(weights: Weights, cache: FileCache) -> str:
     shapes = backbone_shapes(weights.shape)
 
     def pieces(name: str) -> Iterable[Tensor]:
         size = torch.Size(shapes[name]).numel()
         return (weights.read_slice(name, first, min(first + PIECE, size)) for first in range(0, size, PIECE))
 
-    marks = [file_mark(path) for path in sorted(weights.folder.iterdir()) if path.is_file()]
-    return _remembered(key_of("backbone", *marks), memory, lambda: _of_tensors(sorted(shapes), pieces))
+    marks = [file_stamp(path) for path in sorted(weights.folder.iterdir()) if path.is_file()]
+    return _remembered(cache_key("backbone", *marks), cache, lambda: _of_tensors(sorted(shapes), pieces))
 
 
 def of_run(
-    weights: Weights, questions: Mapping[str, Items[Question]], captions: Mapping[str, str], features: Features, memory: Memory
+    weights: Weights, questions: Mapping[str, Sequence[Question]], captions: Mapping[str, str], features: Features, cache: FileCache
 ) -> dict[str, str]:  # fmt: skip
     """Of all that a run must keep, by what it is called in messages."""
     trained_on = {split: questions[split] for split in ("train", "val")}
-    return {"backbone": of_backbone(weights, memory), **of_data(trained_on, captions, features, memory)}
+    return {"backbone": of_backbone(weights, cache), **of_data(trained_on, captions, features, cache)}
 
 
 def of_data(
-    questions: Mapping[str, Items[Question]], captions: Mapping[str, str], features: Features, memory: Memory
+    questions: Mapping[str, Sequence[Question]], captions: Mapping[str, str], features: Features, cache: FileCache
 ) -> dict[str, str]:  # fmt: skip
     """One digest for each split's questions, for the captions of those videos, and for their features."""
     videos = sorted({q.video for asked in questions.values() for q in asked})
-    key = key_of("features", file_mark(features.path), _digest(video.encode() for video in videos))
+    key = cache_key("features", file_stamp(features.path), _digest(video.encode() for video in videos))
     return {
         **{f"data {split} questions": of_questions(asked) for split, asked in questions.items()},
         "data captions": of_captions({v: captions[v] for v in videos if v in captions}),
-        "data features": _remembered(key, memory, lambda: _of_tensors(videos, lambda video: [features.frames(video)])),
+        "data features": _remembered(key, cache, lambda: _of_tensors(videos, lambda video: [features.frames(video)])),
     }
 
 
-def of_questions(questions: Items[Question]) -> str:
+def of_questions(questions: Sequence[Question]) -> str:
     return _digest(map(_question, questions))
 
 

@@ -35,12 +35,12 @@ LATEST = "latest.json"  # beside the checkpoints: which step was saved last, so 
 FORMAT = 1
 STEP_FOLDER = re.compile(r"checkpoint-(\d+)")
 GATE = re.compile(r"layers\.(\d+)\.attention\.gate[12]")
-MOST_EPOCHS, MOST_STEPS = 10**6, 10**12  # what a file may say; more is damage
+MAX_EPOCHS, MAX_STEPS = 10**6, 10**12  # what a file may say; more is damage
 REMEDY = "use another checkpoint; a run goes on from an older one of its own when this is removed"
 
 
 @dataclass
-class Progress:
+class TrainState:
     """Where a run stands; all that resuming needs besides tensors and settings."""
 
     step: int = 0  # optimizer steps done
@@ -57,7 +57,7 @@ class Checkpoint:
     path: Path
     weights: dict[str, Tensor]
     moments: dict[str, Tensor] | None  # "name.exp_avg", "name.exp_avg_sq"; None: weights alone, a new run starts from them
-    progress: Progress
+    progress: TrainState
     settings: dict[str, Any]  # of the run that wrote it, as far as it says
     fingerprints: dict[str, str] = field(default_factory=dict)  # of the backbone and the data that it was trained with
     lineage_epoch: int | None = None  # the last finished epoch of a lineage file with an optimizer
@@ -66,7 +66,7 @@ class Checkpoint:
 
 
 def save(
-    target: Path, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], progress: Progress, config: RunConfig,
+    target: Path, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], progress: TrainState, config: RunConfig,
     fingerprints: Mapping[str, str] | None = None, run: str = "",
 ) -> None:  # fmt: skip
     """Written aside, flushed, renamed, and read back: what is there under its name is whole. Raises DiskError.
@@ -83,7 +83,7 @@ def save(
             reached("save:file")
         state = {"format": FORMAT, "run": run, "progress": asdict(progress), "settings": config.to_json()}
         state |= {"fingerprints": dict(fingerprints or {}), "files": files}
-        (folder / STATE).write_text(sealed(state), encoding="utf-8")
+        (folder / STATE).write_text(with_checksum(state), encoding="utf-8")
 
     def check(folder: Path) -> None:
         try:
@@ -96,7 +96,7 @@ def save(
 
 
 def save_step(
-    output_dir: Path, keep: int | None, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], progress: Progress, config: RunConfig,
+    output_dir: Path, keep: int | None, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], progress: TrainState, config: RunConfig,
     fingerprints: Mapping[str, str], run: str,
 ) -> None:  # fmt: skip
     """The checkpoint of a step under its name, noted as the latest one; only then the older ones go, but for the newest `keep`."""
@@ -132,7 +132,7 @@ def step_of(folder: Path) -> int:
     return int(folder.name.partition("-")[2])
 
 
-def sealed(state: Mapping[str, Any]) -> str:
+def with_checksum(state: Mapping[str, Any]) -> str:
     """The text of a state.json: it counts the steps, vouches for the other files and, by its last entry, for itself."""
     seal = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
     return json.dumps({**state, "sha256": seal}, indent=1)
@@ -155,7 +155,7 @@ def read(path: Path, run: str = "") -> Checkpoint:
     if path.is_dir():
         return _read_folder(path, run)
     if path.suffix == ".safetensors":
-        return Checkpoint(path, _read_safetensors(path), None, Progress(), {})
+        return Checkpoint(path, _read_safetensors(path), None, TrainState(), {})
     return _read_lineage(path)
 
 
@@ -170,14 +170,14 @@ def _read_folder(path: Path, run: str) -> Checkpoint:
     state.pop("sha256", None)
     if state.get("format") != FORMAT:
         raise CheckpointError(f"{where}: 'format' is {show(state.get('format'))} and not {FORMAT}, so another version wrote it; {REMEDY}")
-    if text != sealed(state):
+    if text != with_checksum(state):
         raise CheckpointError(f"{where}: damaged (its sha256 is not the recorded one); {REMEDY}")
     _check_state(state, where)
     try:
         settings = settings_from(state["settings"], str(where))
     except UserError as error:
         raise CheckpointError(f"{error}; {REMEDY}") from None
-    progress = Progress(**state["progress"])
+    progress = TrainState(**state["progress"])
     named = STEP_FOLDER.fullmatch(path.name)
     if named and int(named[1]) != progress.step:
         raise CheckpointError(f"{path}: holds the checkpoint of step {progress.step}, so it was renamed or copied over; {REMEDY}")
@@ -190,7 +190,7 @@ def _read_folder(path: Path, run: str) -> Checkpoint:
 
 
 def _check_state(state: Mapping[str, Any], where: Path) -> None:
-    """Whoever wrote it has sealed it too, so that the seal says nothing of what is in it."""
+    """Whoever wrote it has with_checksum it too, so that the seal says nothing of what is in it."""
 
     def is_count(value: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
@@ -253,10 +253,10 @@ def _read_lineage(path: Path) -> Checkpoint:
     weights, settings = {name: value.detach() for name, value in weights.items()}, _lineage_settings(content.get("args"), path)
     optimizer, epoch = content.get("optimizer"), content.get("epoch")
     if optimizer is None or epoch is None:
-        return Checkpoint(path, weights, None, Progress(), settings)
-    if not isinstance(epoch, int) or isinstance(epoch, bool) or not 0 <= epoch < MOST_EPOCHS:
-        raise CheckpointError(f"{path}: 'epoch' is {show(epoch)}, not a whole number below {MOST_EPOCHS:,}")
-    return Checkpoint(path, weights, None, Progress(), settings, lineage_epoch=epoch, lineage_optimizer=optimizer)
+        return Checkpoint(path, weights, None, TrainState(), settings)
+    if not isinstance(epoch, int) or isinstance(epoch, bool) or not 0 <= epoch < MAX_EPOCHS:
+        raise CheckpointError(f"{path}: 'epoch' is {show(epoch)}, not a whole number below {MAX_EPOCHS:,}")
+    return Checkpoint(path, weights, None, TrainState(), settings, lineage_epoch=epoch, lineage_optimizer=optimizer)
 
 
 def _lineage_settings(args: object, path: Path) -> dict[str, Any]:
@@ -286,12 +286,12 @@ def _lineage_moments(optimizer: object, weights: Mapping[str, Tensor], path: Pat
         raise CheckpointError(
             f"{path}: 'optimizer' is not AdamW's state for the tensors of 'model'; drop it to start anew from 'model'"
         ) from None
-    if len(steps) != 1 or not 1 <= min(steps) < MOST_STEPS:
+    if len(steps) != 1 or not 1 <= min(steps) < MAX_STEPS:
         raise CheckpointError(f"{path}: 'optimizer' holds states of steps {sorted(steps)}, not of one; drop it to start anew from 'model'")
     return moments, steps.pop()
 
 
-def fitted(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], num_layers: int) -> Checkpoint:
+def validate_for_model(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], num_layers: int) -> Checkpoint:
     """`checkpoint` with exactly the tensors that `shapes` asks for. Raises CheckpointError naming what differs.
 
     Gates of layers below the adapted ones, which lineage files hold although nothing used them, are left out and noted.

@@ -9,25 +9,25 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vico.errors import TrainingFault, UserError
+from vico.errors import TrainingError, UserError
 from vico.io.atomic import write_json
 from vico.io.text import read_json_object
 from vico.train.config import RunConfig
 
 NAME = "attempts.json"
-MOST = 3
+MAX_FAILURES = 3
 
 
 def begin(output_dir: Path, config: RunConfig, step: int) -> None:
-    """Count this start of a run that had come to `step`. Raises TrainingFault instead of a fourth try."""
+    """Count this start of a run that had come to `step`. Raises TrainingError instead of a fourth try."""
     path = output_dir / NAME
     settings = hashlib.sha256(json.dumps(config.to_json(), sort_keys=True).encode()).hexdigest()[:16]
     before = _read(path)
     failures = 0
     if before.get("settings") == settings:  # other settings are a new try
         failures = 1 + (before.get("failures", 0) if before.get("step") == step else 0)
-    if failures >= MOST:
-        raise TrainingFault(
+    if failures >= MAX_FAILURES:
+        raise TrainingError(
             f"{output_dir}: step {step + 1} has failed {failures} times in a row, so this start would fail too; the output of those starts says "
             f"why; change the settings, or remove {path} to try as it is"
         )

@@ -21,7 +21,7 @@ from vico.data.features import WIDTH, Features, Scan
 from vico.data.prompts import Prompts, letter
 from vico.errors import UserError, fail, one_line, show
 from vico.io.atomic import require_writable
-from vico.io.file_cache import Memory, file_mark, key_of
+from vico.io.file_cache import FileCache, cache_key, file_stamp
 from vico.model.batch import Question
 from vico.model.vico import trainable_shapes
 from vico.train import config as configs
@@ -56,7 +56,7 @@ class Check:
         self.config = config
         self.errors: list[UserError] = []
         self.num_warnings = 0
-        self._memory = Memory()
+        self._cache = FileCache()
         self._backbone: Backbone | None = None
         self._prompts: Prompts | None = None
         self._features: Features | None = None
@@ -87,7 +87,7 @@ class Check:
         if not self.errors:
             self._try(self._look_at_start)
         if not self.errors:
-            self._memory.keep()
+            self._cache.flush()
         found = f"{len(self.errors)} error(s), {self.num_warnings} warning(s)" if self.errors or self.num_warnings else "nothing is wrong"
         self._say(f"vico check: {found}, in {time.monotonic() - start:.1f} s")
 
@@ -110,7 +110,7 @@ class Check:
             self._prompts, shape = backbone.prompts(self.config), backbone.weights.shape
             self._say(
                 f"model: {backbone.weights.folder}: {shape.n_layers} layers ({backbone.num_adapted} adapted), width {shape.dim}, "
-                f"{shape.n_heads} heads; {backbone.tokenizer_path.name} of {backbone.tokenizer.num_pieces} pieces"
+                f"{shape.n_heads} heads; {backbone.tokenizer_path.name} of {backbone.tokenizer.vocab_size} pieces"
             )
 
     def _choose_questions(self, asked: dict[str, list[Question]]) -> dict[str, list[Question]]:
@@ -125,8 +125,8 @@ class Check:
 
     def _scan(self, features: Features) -> None:
         """All of the feature file, also what no question uses: a later split may."""
-        mark = file_mark(features.path)
-        known = self._memory.find(key_of("scanned", mark))
+        mark = file_stamp(features.path)
+        known = self._cache.get(cache_key("scanned", mark))
         if known is None and (gigabytes := features.path.stat().st_size / 1e9) > GB_TO_ANNOUNCE:
             self._say(f"features: reading all {gigabytes:.1f} GB of {features.path}, once: about {gigabytes / GB_PER_SECOND / 60:.1f} min")
         scan = features.scan() if known is None else Scan(tuple(known["odd"]), (), tuple(known["with_zeros"]))
@@ -143,7 +143,7 @@ class Check:
         for asked in self._questions.values():
             self._try(features.refuse_not_finite, asked, scan.not_finite)
         if not scan.not_finite:
-            self._memory.note(key_of("scanned", mark), {"odd": scan.odd, "with_zeros": scan.with_zeros})
+            self._cache.put(cache_key("scanned", mark), {"odd": scan.odd, "with_zeros": scan.with_zeros})
 
     def _look_at_split(self, split: str, dropped: list[Question]) -> None:
         config, asked = self.config, self._questions[split]
@@ -154,7 +154,7 @@ class Check:
         past_end = (self._try(self._features.check, asked) if self._features is not None else None) or 0
         measured = None
         if self._backbone is not None and self._prompts is not None:
-            measured = self._try(preflight.measure_questions, config, split, asked, self._backbone, self._prompts, self._memory)
+            measured = self._try(preflight.measure_questions, config, split, asked, self._backbone, self._prompts, self._cache)
         if measured is not None:
             self._say(f"{split}: sequences of {measured.describe()}")
             self._try(self._require_answers, asked)
@@ -168,8 +168,8 @@ class Check:
         """What is to be predicted, read back as text, is the answer's letter: no tokenizer and no limit has lost it."""
         config, backbone, prompts = self.config, self._backbone, self._prompts
         assert backbone is not None and prompts is not None
-        follows_from = (fingerprint.of_questions(asked), file_mark(backbone.tokenizer_path), config.max_feats, config.max_seq_len)
-        if self._memory.find(key := key_of("answers", config.dataset, *follows_from)):
+        follows_from = (fingerprint.of_questions(asked), file_stamp(backbone.tokenizer_path), config.max_feats, config.max_seq_len)
+        if self._cache.get(key := cache_key("answers", config.dataset, *follows_from)):
             return
         lost = []
         for q in asked:
@@ -184,13 +184,13 @@ class Check:
                 f"{place}: of {len(lost)} of {len(asked)} questions the targets are not the answer's letter, here {show(text)} for {answer}; "
                 f"{backbone.tokenizer_path} is no LLaMA tokenizer: use the one that came with the weights"
             )
-        self._memory.note(key, True)
+        self._cache.put(key, True)
 
     def _measure_captions(self) -> None:
         if not self._captions or self._backbone is None or self._prompts is None:
             return
         asked = self._questions["train"]
-        measured = self._try(preflight.measure_captions, self.config, self._captions, asked, self._backbone, self._prompts, self._memory)
+        measured = self._try(preflight.measure_captions, self.config, self._captions, asked, self._backbone, self._prompts, self._cache)
         if measured is not None:
             used = sum(measured.counts.values())
             self._say(f"captions: {len(self._captions)}, of which training uses {used}; whole, sequences of {measured.describe()}")
@@ -208,13 +208,13 @@ class Check:
             self._say(f"start: a new run in {config.output_dir}")
             return
         shapes = trainable_shapes(shape, backbone.num_adapted, config.adapter_len, config.max_feats)
-        start = checkpoints.fitted(found.checkpoint, shapes, shape.n_layers)
+        start = checkpoints.validate_for_model(found.checkpoint, shapes, shape.n_layers)
         for note in start.notes:
             self._say(note)
         if config.init_eval and config.resume is not None:
             self._say(f"start: {start.path} is evaluated on {config.split}")
             return
-        prints = fingerprint.of_run(backbone.weights, self._questions, self._captions, features, self._memory)
+        prints = fingerprint.of_run(backbone.weights, self._questions, self._captions, features, self._cache)
         progress = start_progress(start, 1, start.progress.questions_per_step, config, prints)
         goes_on = f"goes on from step {progress.step}" if start.lineage_epoch is None else f"goes on after epoch {start.lineage_epoch}"
         self._say(f"start: {start.path}, {goes_on if start.moments else 'a new run from its weights'}")

@@ -1,13 +1,12 @@
 """What `vico check` shows for the eye, and how it compares a data set with the others on the disk."""
 
-from collections.abc import Iterator, Mapping
-from collections.abc import Sequence as Items
+from collections.abc import Iterator, Mapping, Sequence
 
 from vico.data.datasets import DATASETS, read_questions
 from vico.data.prompts import Prompts
 from vico.data.tokenizer import Tokenizer
 from vico.errors import UserError
-from vico.model.batch import VIDEO_SLOT, Question, Sequence
+from vico.model.batch import VIDEO_SLOT, Question, TokenSequence
 from vico.train.config import DATASET_NAMES, RunConfig
 
 ROWS = 2  # of each task
@@ -15,7 +14,7 @@ TAIL, HEAD = 24, 24  # tokens shown before the first target, and of the targets
 
 
 def samples(
-    config: RunConfig, questions: Mapping[str, Items[Question]], captions: Mapping[str, str], tokenizer: Tokenizer, prompts: Prompts
+    config: RunConfig, questions: Mapping[str, Sequence[Question]], captions: Mapping[str, str], tokenizer: Tokenizer, prompts: Prompts
 ) -> Iterator[str]:
     """Of some rows, what stands before the targets and the targets, as text made from the tokens."""
     split = "train" if "train" in questions else next(iter(questions))
@@ -32,7 +31,7 @@ def samples(
             yield f"look: {q.place} {task}: {_shown(sequence, tokenizer)}"
 
 
-def _shown(sequence: Sequence, tokenizer: Tokenizer) -> str:
+def _shown(sequence: TokenSequence, tokenizer: Tokenizer) -> str:
     tokens, targets = sequence.tokens, sequence.targets
     before = [t for t in tokens[max(0, targets.start - TAIL) : targets.start] if t != VIDEO_SLOT]
     wanted = [tokens[t] for t in targets]
@@ -45,7 +44,7 @@ def _shown(sequence: Sequence, tokenizer: Tokenizer) -> str:
     return f"...{tokenizer.decode(before)!r} -> {shown} ({len(wanted)} targets of {len(tokens)} tokens)"
 
 
-def shared_with_other_sets(config: RunConfig, questions: Mapping[str, Items[Question]]) -> Iterator[str]:
+def shared_with_other_sets(config: RunConfig, questions: Mapping[str, Sequence[Question]]) -> Iterator[str]:
     """Warnings of videos and questions that another data set has too: IntentQA's questions are NExT-QA's."""
     ours = {split: ({q.video for q in asked}, {_identity(q) for q in asked}) for split, asked in questions.items()}
     for name in DATASET_NAMES:

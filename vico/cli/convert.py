@@ -24,7 +24,7 @@ from vico.checkpoint import read as checkpoints
 from vico.errors import CheckpointError, UserError
 from vico.io.atomic import make_folder, require_writable, write_bytes, write_folder
 from vico.io.safe_load import load_tensors
-from vico.model.llama import LlamaShape, RopeScaling
+from vico.model.llama import LlamaConfig, RopeScaling
 from vico.model.weights.hf import CONFIG, INDEX, ROTATED, SINGLE, stored_name, stored_rows
 from vico.model.weights.load import Weights, holds_weights, open_weights
 from vico.model.weights.meta import EMBEDDINGS, MetaWeights, backbone_shapes, shard_paths, sharded_dim
@@ -127,12 +127,12 @@ def _write_meta(weights: Weights, folder: Path, num_shards: int) -> None:
     (folder / "params.json").write_text(json.dumps(_params(shape)) + "\n", encoding="utf-8")
 
 
-def _part(tensor: Tensor, name: str, shape: LlamaShape, rank: int, num_shards: int) -> Tensor:
+def _part(tensor: Tensor, name: str, shape: LlamaConfig, rank: int, num_shards: int) -> Tensor:
     dim = 0 if name == EMBEDDINGS and shape.vocab_size > LARGE_VOCABULARY else sharded_dim(name)
     return tensor if dim is None else tensor.chunk(num_shards, dim)[rank].contiguous()
 
 
-def _require_divisible(shape: LlamaShape, num_shards: int) -> None:
+def _require_divisible(shape: LlamaConfig, num_shards: int) -> None:
     if num_shards < 1:
         raise UserError(f"--shards {num_shards}: must be a whole number of at least 1")
     sizes = {"n_heads": shape.n_heads, "n_kv_heads": shape.kv_heads, "the MLP's width": shape.hidden_dim, "vocab_size": shape.vocab_size}
@@ -144,7 +144,7 @@ def _require_divisible(shape: LlamaShape, num_shards: int) -> None:
         )
 
 
-def _params(shape: LlamaShape) -> dict[str, Any]:
+def _params(shape: LlamaConfig) -> dict[str, Any]:
     """What other models' readers do not know is left out where it says nothing."""
     params: dict[str, Any] = {"dim": shape.dim, "n_layers": shape.n_layers, "n_heads": shape.n_heads}
     if shape.kv_heads != shape.n_heads:
@@ -152,7 +152,7 @@ def _params(shape: LlamaShape) -> dict[str, Any]:
     params |= {"vocab_size": shape.vocab_size, "multiple_of": shape.multiple_of, "norm_eps": shape.norm_eps}
     if shape.ffn_dim_multiplier is not None:
         params["ffn_dim_multiplier"] = shape.ffn_dim_multiplier
-    if shape.rope_theta != LlamaShape.rope_theta:
+    if shape.rope_theta != LlamaConfig.rope_theta:
         params["rope_theta"] = shape.rope_theta
     if shape.rope_scaling is not None:
         params |= {"use_scaled_rope": True, "rope_scaling_factor": shape.rope_scaling.factor}
@@ -201,7 +201,7 @@ def _stored(weights: Weights, name: str) -> Tensor:
     return (stored_rows(tensor, weights.shape.head_dim) if ROTATED.search(name) else tensor).contiguous()
 
 
-def _config(shape: LlamaShape, dtype: str) -> dict[str, Any]:
+def _config(shape: LlamaConfig, dtype: str) -> dict[str, Any]:
     config: dict[str, Any] = {
         **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "torch_dtype": dtype},
         **{"hidden_size": shape.dim, "intermediate_size": shape.hidden_dim, "num_hidden_layers": shape.n_layers},

@@ -25,8 +25,8 @@ from vico.data.tokenizer import Tokenizer
 from vico.errors import UserError
 from vico.io.atomic import make_folder, write_json
 from vico.io.text import read_json_object
-from vico.model.batch import Question, Sequence
-from vico.model.llama import LlamaShape, rotary_angles
+from vico.model.batch import Question, TokenSequence
+from vico.model.llama import LlamaConfig, rotary_angles
 from vico.model.ops.autograd import rotate
 from vico.model.vico import FEATURE_WIDTH
 from vico.model.weights.meta import backbone_shapes
@@ -56,10 +56,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     flags = parser.parse_args(argv)
-    make_world(flags.output_dir, flags.seed)
+    make_toy_dataset(flags.output_dir, flags.seed)
 
 
-def make_world(out: Path, seed: int = 0, steps: int = PRETRAINING_STEPS, splits: dict[str, int] | None = None) -> None:
+def make_toy_dataset(out: Path, seed: int = 0, steps: int = PRETRAINING_STEPS, splits: dict[str, int] | None = None) -> None:
     """`out` with pretrained/llama, data/nextqa and data_swapped/nextqa; what is whole already is left as it is.
 
     Each part is made under another name and renamed, the manifest last: a killed start is mended by the next one.
@@ -134,7 +134,7 @@ def _rows(rng: random.Random, name: str, video: Video) -> list[dict[str, object]
 # The tokenizer
 
 
-def make_tokenizer(path: Path, seed: int, num_pieces: int = 560) -> None:
+def make_tokenizer(path: Path, seed: int, vocab_size: int = 560) -> None:
     """LLaMA's kind of tokenizer (BPE, byte fallback, no normalisation) over the language of the prompts."""
     from sentencepiece import SentencePieceTrainer
 
@@ -148,7 +148,7 @@ def make_tokenizer(path: Path, seed: int, num_pieces: int = 560) -> None:
         lines.append(f"Description: {caption(video)}")
     model = io.BytesIO()
     SentencePieceTrainer.train(
-        sentence_iterator=iter(line for line in lines if line), model_writer=model, vocab_size=num_pieces, model_type="bpe", byte_fallback=True,
+        sentence_iterator=iter(line for line in lines if line), model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
         normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, hard_vocab_limit=False, num_threads=1,
         minloglevel=2,
     )  # fmt: skip
@@ -165,7 +165,7 @@ def _question(rng: random.Random, video: Video, kind: str) -> Question:
 
 def _make_llama(folder: Path, seed: int, steps: int) -> None:
     tokenizer = Tokenizer(folder / "tokenizer.model")
-    shape = LlamaShape(vocab_size=tokenizer.num_pieces, **SHAPE)  # type: ignore[arg-type]
+    shape = LlamaConfig(vocab_size=tokenizer.vocab_size, **SHAPE)  # type: ignore[arg-type]
     weights = _initial_weights(shape, seed)
     if steps:
         torch.set_num_threads(1)  # the same bits on any number of cores
@@ -174,7 +174,7 @@ def _make_llama(folder: Path, seed: int, steps: int) -> None:
     write_json(folder / "tiny" / "params.json", {**SHAPE, "vocab_size": -1})
 
 
-def _initial_weights(shape: LlamaShape, seed: int) -> Weights:
+def _initial_weights(shape: LlamaConfig, seed: int) -> Weights:
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, size in backbone_shapes(shape).items():
@@ -186,7 +186,7 @@ def _initial_weights(shape: LlamaShape, seed: int) -> Weights:
     return {name: value.requires_grad_() for name, value in weights.items()}
 
 
-def _pretrain(weights: Weights, shape: LlamaShape, tokenizer: Tokenizer, seed: int, steps: int) -> None:
+def _pretrain(weights: Weights, shape: LlamaConfig, tokenizer: Tokenizer, seed: int, steps: int) -> None:
     """Next-token training on the method's prompts, slots filled with the embeddings of the words for what a frame shows."""
     rng, generator = random.Random(f"{seed} pretraining"), torch.Generator().manual_seed(seed + 2)
     prompts = Prompts(tokenizer, NUM_SLOTS, 512, 512, dialogue=False)
@@ -208,11 +208,11 @@ def _pretrain(weights: Weights, shape: LlamaShape, tokenizer: Tokenizer, seed: i
 
 
 def _reading_loss(
-    weights: Weights, shape: LlamaShape, words: Tensor, prompts: Prompts, rng: random.Random, generator: torch.Generator
+    weights: Weights, shape: LlamaConfig, words: Tensor, prompts: Prompts, rng: random.Random, generator: torch.Generator
 ) -> tuple[Tensor, float]:
     """(loss of a batch of prompts about new videos, share of answers that are right)."""
     videos = [make_video(rng) for _ in range(BATCH)]
-    sequences: list[Sequence] = []
+    sequences: list[TokenSequence] = []
     for i, video in enumerate(videos):
         if i % 4 == 3:
             sequences.append(prompts.caption(caption(video)))
@@ -234,7 +234,7 @@ def _reading_loss(
     return (losses * weight).sum() / weight.sum(), right
 
 
-def _wanted(sequences: list[Sequence]) -> list[tuple[int, int, float]]:
+def _wanted(sequences: list[TokenSequence]) -> list[tuple[int, int, float]]:
     """(row, position, weight) of each token that is to be predicted."""
     found = [(row, t, WORD_WEIGHT) for row, s in enumerate(sequences) for t in s.targets]
     letters = {(row, s.targets.stop - 3) for row, s in enumerate(sequences) if s.task == "vqa"}  # letter, ")", EOS
@@ -253,7 +253,7 @@ def _soft_words(weights: Weights, words: Tensor, videos: list[Video], generator:
     return mixed + 0.3 * noise
 
 
-def _hidden(weights: Weights, shape: LlamaShape, x_BSD: Tensor) -> Tensor:
+def _hidden(weights: Weights, shape: LlamaConfig, x_BSD: Tensor) -> Tensor:
     """[B, S, D] of the network of model/llama.py, written plainly and with gradients for the weights, which that one never makes."""
     batch, length, _ = x_BSD.shape
     rotary = rotary_angles(torch.arange(length), shape.head_dim, shape.rope_theta)

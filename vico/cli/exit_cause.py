@@ -18,9 +18,9 @@ import torch
 import torch.distributed as torch_dist
 
 from vico.data.dataloader import SHARED_MEMORY
-from vico.distributed.rendezvous import gist
+from vico.distributed.rendezvous import first_line
 from vico.distributed.world import World
-from vico.errors import MISTAKE, PeerLost, TrainingFault, UserError, one_line
+from vico.errors import INTERNAL_ERROR, PeerLostError, TrainingError, UserError, one_line
 
 SECONDS_FOR_THE_CAUSE = 2.0  # the rank that failed speaks before those that lost it
 SECONDS_TO_END = 0.7  # of a killed process, which lets go of its connections first
@@ -29,40 +29,42 @@ SECONDS_FOR_A_SIGNAL = 1.0
 KEY = "vico cause"
 WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\) (?:is killed by signal: ([^.]*)|exited unexpectedly)")
 # What to do against too little memory, by the phase that a rank says it is in.
-KNOBS = {
+REMEDIES = {
     "loading": "use --deepspeed zero3 or zero3_offload, more GPUs, or fewer ranks on this host",
     "building": "use --deepspeed zero3 or zero3_offload, more GPUs, or fewer ranks on this host",
     "reading": "use fewer ranks on this host, or a host with more memory",
     "saving": "use fewer ranks on this host, or a host with more memory",
     "batch": "use --deepspeed zero3 or zero3_offload, or fewer ranks on this host",
 }
-KNOB_OF_A_STEP = "lower --batch_size and raise --accum_iter, or use --max_tokens or --checkpoint_activations full"
+STEP_REMEDY = "lower --batch_size and raise --accum_iter, or use --max_tokens or --checkpoint_activations full"
 
 
 def end(world: World, problem: Exception, debug: bool) -> int:
     """Say what ended this rank, or leave it to the rank that knows; returns the exit code. Called on this rank alone."""
     problem = _of_a_worker(problem)
     if is_lost_peer(problem) and not debug:
-        return _lost(world, problem)
+        return _on_peer_lost(world, problem)
     fault = _known(problem, world)
     if fault is None or debug:
         traceback.print_exception(problem)
     if fault is None:
-        _leave(
-            world, f"rank {world.rank} ended with {type(problem).__name__}: {one_line(gist(problem))}; its traceback is in its log", MISTAKE
+        _publish_cause(
+            world,
+            f"rank {world.rank} ended with {type(problem).__name__}: {one_line(first_line(problem))}; its traceback is in its log",
+            INTERNAL_ERROR,
         )
-        _stay(world.is_main and world.size > 1)
-        return MISTAKE
+        _linger(world.is_main and world.size > 1)
+        return INTERNAL_ERROR
     of_host = isinstance(problem, OSError)  # its line names no rank: once for a host is enough
     if not of_host:
         _say(str(fault))
-    if _leave(world, str(fault), fault.exit_code) and of_host:
+    if _publish_cause(world, str(fault), fault.exit_code) and of_host:
         _say(str(fault))
-    _stay(world.is_main and world.size > 1)
+    _linger(world.is_main and world.size > 1)
     return fault.exit_code
 
 
-def _stay(so: bool) -> None:
+def _linger(so: bool) -> None:
     """Rank 0, with whom the store goes, and who has spoken without it: some learn of a loss only when those that knew have ended."""
     if so:
         time.sleep(SECONDS_FOR_THE_LAST)
@@ -84,19 +86,19 @@ def _known(problem: Exception, world: World) -> UserError | None:
     if found := WORKER.search(text):
         pids, signal_name = found[1], found[2]
         how = f"was killed ({signal_name.strip()})" if signal_name else "ended unexpectedly"
-        return TrainingFault(
+        return TrainingError(
             f"a data worker of rank {world.rank} on {socket.gethostname()} (process {pids}) {how} while {world.phase}; the kernel does that "
             "when memory or /dev/shm runs out: lower --num_workers, or give the job more of it; or when a feature file is cut off meanwhile"
         )
     if isinstance(problem, OSError) and problem.filename == SHARED_MEMORY:
-        return TrainingFault(
+        return TrainingError(
             f"{SHARED_MEMORY} of {socket.gethostname()} has no room for what data workers and their rank share ({problem.strerror}); free "
             "some of it, give a container more (docker run --shm-size), or use --num_workers 0"
         )
     if isinstance(problem, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         where = "GPU" if isinstance(problem, torch.OutOfMemoryError) else "host"
-        knob = next((advice for word, advice in KNOBS.items() if word in world.phase and "micro-batch" not in world.phase), KNOB_OF_A_STEP)
-        return TrainingFault(
+        knob = next((advice for word, advice in REMEDIES.items() if word in world.phase and "micro-batch" not in world.phase), STEP_REMEDY)
+        return TrainingError(
             f"rank {world.rank} on {socket.gethostname()} is out of {where} memory while {world.phase} (peak {_peak(where)}); {knob}; "
             "`vico plan` says what fits"
         )
@@ -114,7 +116,7 @@ def is_lost_peer(problem: Exception) -> bool:
     return isinstance(problem, torch_dist.DistError) or (isinstance(problem, RuntimeError) and any(sign in str(problem) for sign in signs))
 
 
-def _lost(world: World, problem: Exception) -> int:
+def _on_peer_lost(world: World, problem: Exception) -> int:
     """Another rank has ended. Rank 0 says so, or why; where it has gone, and the store with it, the first that is left on each host."""
     time.sleep(SECONDS_TO_END)
     gone, first_here = [], True
@@ -131,21 +133,21 @@ def _lost(world: World, problem: Exception) -> int:
     if cause is not None:
         if speaks and cause["host"] != socket.gethostname():  # there it stands in another log, or on another terminal
             _say(f"{cause['host']}: {cause['line']}")
-        _stay(speaks)
+        _linger(speaks)
         return int(cause["code"])
     if speaks:
         if not gone and world.watchdog is not None:
             gone = world.watchdog.gone()
         who = f"{', '.join(gone)} has ended" if gone else "another rank has ended"
         if not gone and "NCCL" in str(problem):  # which can be its setting, and no rank's end
-            who += f", or NCCL failed ({one_line(gist(problem))})"
+            who += f", or NCCL failed ({one_line(first_line(problem))})"
         _say(f"{who} while {world.phase}, and this run with it; a line above, or the log of that rank, may say why; "
              "the same command goes on at the last checkpoint")  # fmt: skip
-    _stay(speaks)
-    return PeerLost.exit_code
+    _linger(speaks)
+    return PeerLostError.exit_code
 
 
-def _leave(world: World, line: str, code: int) -> bool:
+def _publish_cause(world: World, line: str, code: int) -> bool:
     """For the others to read, where none was faster; whether another of this host has not said the very same."""
     ours = {"host": socket.gethostname(), "line": line, "code": code, "pid": os.getpid()}
     with suppress(RuntimeError):  # the keeper of the store has gone

@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
 
 from vico.distributed import launcher_env, signals
-from vico.errors import EXIT_CODES, MISTAKE, Unreachable, UserError, one_line
+from vico.errors import EXIT_CODES, INTERNAL_ERROR, UnreachableError, UserError, one_line
 from vico.io import output_dir
 from vico.train import config as configs
 
@@ -38,10 +38,10 @@ def main(argv: Sequence[str]) -> int:
     debug = "--debug" in argv
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a terminal that cannot show a name must not end a run
-    signals.let_through()
+    signals.unblock()
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # for libraries, DeepSpeed above all: nobody runs a pickle here
     try:
-        launcher_env.adopt()
+        launcher_env.set_rank_variables()
         command, *rest = argv or [""]
         if command in ("-h", "--help", ""):
             print("usage: vico COMMAND FLAGS\n" + "\n".join(f"  {name:<10}{text}" for name, (text, _) in COMMANDS.items()))
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         return _fail(error, debug)
     except signals.Stopped as stop:  # before the ranks had met
-        signals.ignore()
+        signals.ignore_all()
         if "0" in (os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK")):  # each host may have been asked alone
             print(f"vico: {stop.line}", flush=True)
         return stop.exit_code
@@ -65,8 +65,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _fail(error: UserError, debug: bool) -> int:
     """The line is said by rank 0, and no rank ends before it: launchers end every rank as soon as one has ended."""
-    signals.end_at_once()
-    first_of_host = isinstance(error, Unreachable) and os.environ.get("LOCAL_RANK", "0") == "0"
+    signals.restore_default_handlers()
+    first_of_host = isinstance(error, UnreachableError) and os.environ.get("LOCAL_RANK", "0") == "0"
     if os.environ.get("RANK", "0") == "0" or first_of_host:
         if debug:
             traceback.print_exception(error)
@@ -77,7 +77,7 @@ def _fail(error: UserError, debug: bool) -> int:
 
 
 def _train(argv: list[str]) -> int:
-    signals.listen()
+    signals.install_handlers()
     line = configs.parse(argv, "vico train", TRAIN)
     config = line.resolve()
 
@@ -127,10 +127,10 @@ def _with_world(line: configs.CommandLine, run: Callable[["World"], None]) -> in
     if (
         "LOCAL_RANK" in os.environ
     ):  # a launcher that is killed outright would leave its ranks training, and a second start write beside them
-        signals.end_with(os.getppid())
+        signals.die_with_parent(os.getppid())
     told = {name: line.given[name] for name in ("collective_timeout", "hang_timeout", "expect_world_size") if name in line.given}
     meeting = configs.RunConfig(**told)
-    launcher_env.check(meeting.expect_world_size)
+    launcher_env.check_world_size(meeting.expect_world_size)
     cores, ranks = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))  # launchers differ in what they set
     if not line.debug:
@@ -143,17 +143,17 @@ def _with_world(line: configs.CommandLine, run: Callable[["World"], None]) -> in
     code, together = 0, True
     try:
         for note in line.notes:
-            world.say(f"note: {note}")
+            world.print_rank0(f"note: {note}")
         require_same_code(world, line.given)
         run(world)
     except signals.Stopped as stop:
-        signals.ignore()  # a launcher sends another as soon as the first rank has ended; all is saved
-        world.say(f"vico: {stop.line}")
+        signals.ignore_all()  # a launcher sends another as soon as the first rank has ended; all is saved
+        world.print_rank0(f"vico: {stop.line}")
         code = stop.exit_code
     except UserError as error:
         code, together = _fail(error, line.debug), False
     except Exception as problem:  # of this rank alone
-        signals.end_at_once()
+        signals.restore_default_handlers()
         code, together = exit_cause.end(world, problem, line.debug), False
     dist.disconnect(world, together)  # behind `except`, where the error is gone and holds nothing any more
     return code
@@ -216,7 +216,7 @@ def console(argv: Sequence[str] | None = None) -> NoReturn:
         code = main(sys.argv[1:] if argv is None else argv)
     except Exception:  # a mistake of ours
         traceback.print_exc()
-        code = MISTAKE
+        code = INTERNAL_ERROR
     sys.stdout.flush()
     sys.stderr.flush()
     atexit._run_exitfuncs()

@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 from vico.errors import UserError, nearest
 from vico.io.atomic import write_json
 from vico.planner import plan as planner
-from vico.planner.gpu_specs import GIB, GPUS, Gpu, Hardware, gpu_named, gpu_of_size
-from vico.planner.memory import BYTES, PACKED_BYTES, ModelSize, size_of
-from vico.planner.plan import Lengths, Plan, Task
+from vico.planner.gpu_specs import GIB, GPUS, Gpu, Hardware, gpu_by_name, gpu_of_size
+from vico.planner.memory import BYTES, QUANTIZED_BYTES, ModelSize, size_of
+from vico.planner.plan import Plan, PlanRequest, TokenLengths
 
 UNKNOWN = "n/a"
 PUBLISHED_LIMITS = (160, 384)  # --max_seq_len, --max_cap_len
@@ -23,7 +23,7 @@ CASES: tuple[tuple[str, int, int, float | str], ...] = (
     ("33B", 1, 8, "A100-40"), ("33B", 1, 8, "H100"),
     ("65B", 1, 8, 48), ("65B", 1, 8, "H100"), ("65B", 2, 8, "H100"),
 )  # fmt: skip
-PACKED_CASES: tuple[tuple[str, int, int, float | str, str], ...] = (
+QUANTIZED_CASES: tuple[tuple[str, int, int, float | str, str], ...] = (
     ("7B", 1, 1, 8, "nf4"),
     ("7B", 1, 1, 10, "nf4"),
     ("7B", 1, 1, 12, "nf4"),
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--max_tokens", type=_count, help="plan with this budget")
     add("--checkpoint_activations", metavar="none|full|N", help="recompute no layer, all, or the first N")
-    add("--quantize", choices=list(PACKED_BYTES), help="the products' weights in 8 or 4 bits; under ZeRO-2 only")
+    add("--quantize", choices=list(QUANTIZED_BYTES), help="the products' weights in 8 or 4 bits; under ZeRO-2 only")
     add("--deepspeed", choices=planner.STAGES, help="plan with this stage")
     add("--write", type=Path, metavar="FILE", help="write the ds_config")
     add("--json", action="store_true", help="all figures, in bytes and seconds, as one JSON object")
@@ -121,10 +121,10 @@ def _count(text: str) -> int:
     return int(value)
 
 
-def _task(flags: argparse.Namespace) -> Task:
+def _task(flags: argparse.Namespace) -> PlanRequest:
     if flags.gpu is None and flags.gpu_memory is None:
         raise UserError(f"--gpu or --gpu_memory is missing: name the GPU ({', '.join(GPUS)}) or give its memory in GiB")
-    gpu = gpu_named(flags.gpu) if flags.gpu is not None else gpu_of_size(flags.gpu_memory)
+    gpu = gpu_by_name(flags.gpu) if flags.gpu is not None else gpu_of_size(flags.gpu_memory)
     if flags.link is not None:
         gpu = dataclasses.replace(gpu, link_gb=flags.link)
     if flags.quantize and flags.deepspeed not in (None, "zero2"):
@@ -132,8 +132,8 @@ def _task(flags: argparse.Namespace) -> Task:
     size = model_size(flags.model)
     tokens, questions = planner.DATASETS[flags.dataset]
     longest = flags.max_seq_len + (flags.max_cap_len if flags.caption_tokens else 0)
-    lengths = Lengths(flags.question_tokens or tokens, flags.caption_tokens, longest, flags.questions or questions)
-    return Task(
+    lengths = TokenLengths(flags.question_tokens or tokens, flags.caption_tokens, longest, flags.questions or questions)
+    return PlanRequest(
         size, Hardware(gpu, flags.gpus, flags.nodes, flags.network, flags.host_memory), lengths, flags.precision, flags.batch_size,
         flags.accum_iter, flags.efficiency, flags.deepspeed, _layers(flags.checkpoint_activations, size), flags.max_tokens,
         flags.quantize,
@@ -232,7 +232,7 @@ def _speed_lines(plan: Plan) -> list[str]:
     ]
 
 
-def assumptions(task: Task) -> str:
+def assumptions(task: PlanRequest) -> str:
     lengths = task.lengths
     return (
         f"{lengths.questions} questions of {lengths.question:g} tokens, captions of {lengths.caption:g}, at most {lengths.longest} together; "
@@ -248,7 +248,7 @@ def duration(seconds: float) -> str:
 
 def table() -> str:
     """The README's table: each model and machine, and the way that fits."""
-    rows = [_row(*case) for case in CASES] + [_row(*case) for case in PACKED_CASES]
+    rows = [_row(*case) for case in CASES] + [_row(*case) for case in QUANTIZED_CASES]
     heads = (
         "model",
         "GPUs",
@@ -265,11 +265,11 @@ def table() -> str:
 
 
 def plan_case(model: str, nodes: int, gpus: int, gpu: float | str, quantize: str | None = None) -> Plan:
-    found: Gpu = gpu_named(gpu) if isinstance(gpu, str) else gpu_of_size(gpu)
+    found: Gpu = gpu_by_name(gpu) if isinstance(gpu, str) else gpu_of_size(gpu)
     tokens, questions = planner.DATASETS["nextqa"]
-    lengths = Lengths(tokens, planner.CAPTION_TOKENS, sum(PUBLISHED_LIMITS), questions)
+    lengths = TokenLengths(tokens, planner.CAPTION_TOKENS, sum(PUBLISHED_LIMITS), questions)
     network = NETWORK_OF_TABLE if nodes > 1 else None
-    return planner.plan(Task(planner.SIZES[model], Hardware(found, gpus, nodes, network), lengths, quantize=quantize))
+    return planner.plan(PlanRequest(planner.SIZES[model], Hardware(found, gpus, nodes, network), lengths, quantize=quantize))
 
 
 def _row(model: str, nodes: int, gpus: int, gpu: float | str, quantize: str | None = None) -> tuple[str, ...]:

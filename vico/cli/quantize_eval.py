@@ -55,26 +55,26 @@ def describe(found: dict[str, Any], kind: str, precision: str) -> str:
 
 def measure(line: CommandLine, world: World) -> None:
     """Evaluate --resume on --split twice. The backbone as it is must fit too, by whatever ZeRO stage the planner finds."""
-    with world.agreeing():
+    with world.raise_together():
         found = checkpoints.read(line.given["resume"])
         config, notes = settings_of(found, line)
         if config.quantize is None:
             raise UserError("--quantize is missing: name what is to be compared with the weights as they are, 8bit or nf4")
     require_same_files(world, config)
     for note in notes:
-        world.say(note)
+        world.print_rank0(note)
     cost = Cost(*(_evaluated(found, replace(config, quantize=kind), world) for kind in (None, config.quantize)))
     result = cost.to_json()
-    world.say(describe(result, config.quantize, config.precision))
-    world.say(json.dumps({"split": config.split, "quantize": config.quantize, **result}))
+    world.print_rank0(describe(result, config.quantize, config.precision))
+    world.print_rank0(json.dumps({"split": config.split, "quantize": config.quantize, **result}))
 
 
 def _evaluated(found: checkpoints.Checkpoint, config: RunConfig, world: World) -> Evaluation:
-    with world.agreeing():
+    with world.raise_together():
         inputs = read_inputs(config, (config.split,), world)
-        fitted = checkpoints.fitted(found, inputs.trainable_shapes, inputs.weights.shape.n_layers)
+        fitted = checkpoints.validate_for_model(found, inputs.trainable_shapes, inputs.weights.shape.n_layers)
     engine = build_engine(config, inputs, fitted.weights, world)
-    world.say(f"products in {config.quantize or config.precision}, {inputs.stage}")
+    world.print_rank0(f"products in {config.quantize or config.precision}, {inputs.stage}")
     evaluation = evaluate(engine, inputs, config.split, config, world)
     del engine  # before the next is built
     gc.collect()

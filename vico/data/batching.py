@@ -4,7 +4,7 @@ Which questions a step takes, and what is random about them, are functions of (s
 save but a counter, and the ranks only divide the work.
 """
 
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +15,7 @@ from vico.data.features import Features
 from vico.data.packing import Example, pack
 from vico.data.prompts import Prompts, crop_candidates
 from vico.errors import UserError
-from vico.model.batch import PackedBatch, Question, Sequence
+from vico.model.batch import PackedBatch, Question, TokenSequence
 
 EVALUATION_TOKENS = 2048  # prompts of about this many tokens are scored in one forward, whatever the flags and the ranks
 
@@ -52,17 +52,17 @@ class Chunk:
         return Chunk(self.questions, self.batch and self.batch.pin_memory(), self.error)
 
 
-Triple = tuple[Question, Sequence, int]  # with the place of its task
+Triple = tuple[Question, TokenSequence, int]  # with the place of its task
 
 
 class _Builder:
     """What training and evaluation share: clips are sampled once per micro-batch, sequences refer to them."""
 
-    def __init__(self, questions: Items[Question], features: Features, prompts: Prompts, num_slots: int, share: bool = True) -> None:
+    def __init__(self, questions: Sequence[Question], features: Features, prompts: Prompts, num_slots: int, share: bool = True) -> None:
         self.questions, self._features, self._prompts = questions, features, prompts
         self._num_slots, self._share = num_slots, share
 
-    def _pack(self, sequences: Items[Triple]) -> PackedBatch:
+    def _pack(self, sequences: Sequence[Triple]) -> PackedBatch:
         """One micro-batch."""
         clips: dict[tuple[str, tuple[int, int] | None], int] = {}
         examples = [Example(s, clips.setdefault((q.video, q.feature_rows), len(clips)), task) for q, s, task in sequences]
@@ -72,7 +72,7 @@ class _Builder:
             raise UserError(f"{self._features.path}: the features of video '{bad}' hold NaN or infinite values; extract them again")
         return pack(examples, features_VFC, self._share)
 
-    def _sequence(self, task: str, question: Question, answer: int) -> Sequence:
+    def _sequence(self, task: str, question: Question, answer: int) -> TokenSequence:
         return self._prompts.question_sequence(task, self._prompts.fit(question, task), answer)
 
 
@@ -85,7 +85,7 @@ class TrainingSteps(_Builder, Dataset[Step]):
     """
 
     def __init__(
-        self, questions: Items[Question], captions: dict[str, str], features: Features, prompts: Prompts, *, num_slots: int,
+        self, questions: Sequence[Question], captions: dict[str, str], features: Features, prompts: Prompts, *, num_slots: int,
         tasks: tuple[str, ...], micro_batch_size: int, accumulation: int, rank: int, world_size: int, seed: int, shuffle: bool, crop: bool,
         max_tokens: int | None = None, share: bool = True,
     ) -> None:  # fmt: skip
@@ -97,7 +97,7 @@ class TrainingSteps(_Builder, Dataset[Step]):
         self.steps_per_epoch = -(-len(questions) // self.questions_per_step)
 
     def order(self, epoch: int) -> np.ndarray:
-        """Places of the questions in the order in which the epoch takes them."""
+        """SegmentLayout of the questions in the order in which the epoch takes them."""
         if not self._shuffle:
             return np.arange(len(self.questions))
         return np.random.default_rng([self._seed, epoch]).permutation(len(self.questions))
@@ -108,7 +108,7 @@ class TrainingSteps(_Builder, Dataset[Step]):
         nothing = torch.zeros(len(self._tasks), dtype=torch.int64)
         try:
             part = 2 if self._crop else 1  # a crop begins anywhere
-            mine = longest_first([self._characters(place, part) for place in places], self._world_size)[self._rank]
+            mine = greedy_balance([self._characters(place, part) for place in places], self._world_size)[self._rank]
             sequences = [self._sequences(self.questions[places[i]], epoch) for i in mine]
             batches = tuple(self._pack([triple for i in group for triple in sequences[i]]) for group in self._groups(sequences))
             dummy = None
@@ -128,7 +128,7 @@ class TrainingSteps(_Builder, Dataset[Step]):
         # More than are taken: characters only guess tokens. A budget is filled best by some that are cropped, as in a step.
         epochs = (None,) if self._max_tokens is None else (None, 0, 1)
         found = [self._sequences(self.questions[place], epoch) for place in by_characters[: max(most, 32)] for epoch in epochs]
-        chosen = fullest([_tokens(triples) for triples in found], most, self._max_tokens)
+        chosen = best_fill([_tokens(triples) for triples in found], most, self._max_tokens)
         return self._pack([triple for i in chosen for triple in found[i]]), len(chosen)
 
     def _characters(self, place: int, part: int) -> int:
@@ -140,7 +140,7 @@ class TrainingSteps(_Builder, Dataset[Step]):
         """Which questions go into which micro-batch."""
         tokens = [_tokens(triples) for triples in sequences]
         if self._max_tokens is None:
-            return longest_first(tokens, -(-len(tokens) // self._micro_batch_size)) if tokens else []
+            return greedy_balance(tokens, -(-len(tokens) // self._micro_batch_size)) if tokens else []
         groups: list[list[int]] = []
         sizes: list[int] = []
         for i in sorted(range(len(tokens)), key=lambda i: -tokens[i]):
@@ -157,7 +157,7 @@ class TrainingSteps(_Builder, Dataset[Step]):
         """One per task; captions as the epoch crops them, or whole."""
         return [(question, self._task_sequence(task, question, epoch), t) for t, task in enumerate(self._tasks)]
 
-    def _task_sequence(self, task: str, question: Question, epoch: int | None) -> Sequence:
+    def _task_sequence(self, task: str, question: Question, epoch: int | None) -> TokenSequence:
         if task != "cap":
             return self._sequence(task, question, _answer(question))
         caption = self._captions[question.video]
@@ -167,12 +167,12 @@ class TrainingSteps(_Builder, Dataset[Step]):
         return self._prompts.caption(caption)
 
 
-def _tokens(triples: Items[Triple]) -> int:
+def _tokens(triples: Sequence[Triple]) -> int:
     return sum(len(sequence.tokens) for _, sequence, _ in triples)
 
 
-def fullest(sizes: Items[int], most: int, budget: int | None) -> list[int]:
-    """Places of at most `most` of `sizes`, whose sum is the largest that the budget allows; of one alone where each is too large."""
+def best_fill(sizes: Sequence[int], most: int, budget: int | None) -> list[int]:
+    """SegmentLayout of at most `most` of `sizes`, whose sum is the largest that the budget allows; of one alone where each is too large."""
     by_size = sorted(range(len(sizes)), key=lambda i: -sizes[i])
     if budget is None:
         return by_size[:most]
@@ -182,8 +182,8 @@ def fullest(sizes: Items[int], most: int, budget: int | None) -> list[int]:
     return list(sums[max(sums)] if sizes[by_size[0]] <= budget else by_size[:1])
 
 
-def longest_first(sizes: Items[int], num_bins: int) -> list[list[int]]:
-    """Places of `sizes` dealt to bins, the longest first onto the lightest bin that has room; counts differ by at most one."""
+def greedy_balance(sizes: Sequence[int], num_bins: int) -> list[list[int]]:
+    """SegmentLayout of `sizes` dealt to bins, the longest first onto the lightest bin that has room; counts differ by at most one."""
     room = -(-len(sizes) // num_bins)
     full_bins = len(sizes) - (room - 1) * num_bins  # so many may hold `room`; the others hold one less
     bins: list[list[int]] = [[] for _ in range(num_bins)]
@@ -210,7 +210,7 @@ class EvaluationChunks(_Builder, Dataset[Chunk]):
     """Item i: the i-th chunk of this rank. Chunks are the same for any number of ranks, and so are the scores, bit for bit."""
 
     def __init__(
-        self, questions: Items[Question], features: Features, prompts: Prompts, *, num_slots: int, rank: int, world_size: int, share: bool = True
+        self, questions: Sequence[Question], features: Features, prompts: Prompts, *, num_slots: int, rank: int, world_size: int, share: bool = True
     ) -> None:  # fmt: skip
         super().__init__(questions, features, prompts, num_slots, share)
         chunks = self._divide()
@@ -218,7 +218,7 @@ class EvaluationChunks(_Builder, Dataset[Chunk]):
         self._mine = [*chunks[rank::world_size], *([[]] * per_rank)][:per_rank]
 
     def _divide(self) -> list[list[int]]:
-        """Places of the questions, those of one video together, cut where a chunk's prompts reach EVALUATION_TOKENS."""
+        """SegmentLayout of the questions, those of one video together, cut where a chunk's prompts reach EVALUATION_TOKENS."""
         by_video: dict[tuple[str, tuple[int, int] | None], list[int]] = {}
         for place, question in enumerate(self.questions):
             by_video.setdefault((question.video, question.feature_rows), []).append(place)
@@ -247,6 +247,6 @@ class EvaluationChunks(_Builder, Dataset[Chunk]):
             return Chunk((), None, error)
         return Chunk(tuple(places), batch)
 
-    def _options(self, question: Question) -> list[Sequence]:
+    def _options(self, question: Question) -> list[TokenSequence]:
         fitted = self._prompts.fit(question, "vqa")
         return [self._prompts.vqa(fitted, answer) for answer in range(len(question.options))]

@@ -30,7 +30,7 @@ SHARED_MEMORY = "/dev/shm"
 QUIET = "ignore:resource_tracker"  # when a rank was killed, Python's helper removes its semaphores, which is right, and says so
 
 
-def start_server() -> None:
+def start_forkserver() -> None:
     """Idempotent. It imports torch, which takes seconds: called early, this costs nobody time.
 
     The signals by which a run is asked to stop must not end it, nor Python's own helper: they stay blocked in both.
@@ -50,7 +50,7 @@ def start_server() -> None:
 def loader(dataset: TrainingSteps | EvaluationChunks, items: Any, num_workers: int, pin: bool) -> DataLoader[Any]:
     """The dataset's `items` in this order, prepared ahead by `num_workers` processes."""
     if num_workers:
-        start_server()
+        start_forkserver()
         _require_room_for_locks(12 + 3 * num_workers)  # at least as many as DataLoader makes (torch 2.13)
     return DataLoader(
         dataset,
@@ -106,8 +106,8 @@ def _begin(worker: int) -> None:
     for kind in (Step, Chunk):
         ForkingPickler.register(kind, _in_one_piece)
     Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]  # Python's own door for it
-    signals.ignore()
-    signals.end_with(os.getppid())
+    signals.ignore_all()
+    signals.die_with_parent(os.getppid())
     threading.Thread(target=_end_with_rank, daemon=True).start()
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vico.data.readers.rows import NUM_SHOWN, unblanked
-from vico.errors import TrainingFault, UserError, fail, show
+from vico.data.readers.rows import NUM_SHOWN, strip_ids
+from vico.errors import TrainingError, UserError, fail, show
 from vico.io.safe_load import is_numbers, load_tensors
 from vico.model.batch import Question
 
@@ -40,13 +40,13 @@ class Features:
             fail(f"{path}: holds {_describe(self._videos)}, not a dict from video id to features; fetch the right file")
         if odd := [key for key in self._videos if not isinstance(key, str)]:
             fail(f"{path}: {len(odd)} of {len(self._videos)} keys are no text, e.g. {show(odd[0])}; save it with str(video id) as keys")
-        self._mapped = unblanked(self._videos, path)
+        self._mapped = strip_ids(self._videos, path)
 
     @property
     def _videos(self) -> dict[str, Any]:
         if self._mapped is None:  # in a worker, where an error must come with the first batch
             self.check_unchanged()
-            self._mapped = unblanked(load_tensors(self.path, "the video feature file"), self.path)
+            self._mapped = strip_ids(load_tensors(self.path, "the video feature file"), self.path)
         return self._mapped
 
     def __getstate__(self) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class Features:
     def check_unchanged(self) -> None:
         """Cheap (one stat): a file overwritten under its mapping turns into noise, or kills the process."""
         if _stamp(self.path) != self._stamp:
-            raise TrainingFault(
+            raise TrainingError(
                 f"{self.path}: the video feature file changed during the run; start again, and leave the file alone meanwhile"
             )
 

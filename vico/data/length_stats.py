@@ -1,8 +1,7 @@
 """How long the sequences of a split are, and how many do not fit: what is shortened is counted, never passed over in silence."""
 
 from collections import Counter
-from collections.abc import Iterable
-from collections.abc import Sequence as Items
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from vico.data.prompts import Prompts
@@ -41,7 +40,7 @@ class Lengths:
         return f"{mean:.0f} tokens on average, {max(self.counts)} at most ({shown})"
 
 
-def of_questions(questions: Items[Question], prompts: Prompts, tasks: Items[str], limit: int) -> Lengths:
+def of_questions(questions: Sequence[Question], prompts: Prompts, tasks: Sequence[str], limit: int) -> Lengths:
     """Of each question, its longest sequence. Raises UserError for one that cannot be shortened to `limit`."""
     asked = [task for task in tasks if task != "cap"]
     lengths = []

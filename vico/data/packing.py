@@ -6,14 +6,14 @@ stands before them, so equal beginnings have equal rows, whatever follows.
 """
 
 from collections import deque
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vico.model.batch import VIDEO_SLOT, PackedBatch, Segment, Sequence
+from vico.model.batch import VIDEO_SLOT, PackedBatch, Segment, TokenSequence
 
 COST_OF_SHARING = 20  # a shared row costs each layer an attention block against all rows below it: 1/20 of a row each, measured
 
@@ -22,7 +22,7 @@ COST_OF_SHARING = 20  # a shared row costs each layer an attention block against
 class Example:
     """A sequence with what packing must know besides: the clip in its slots and the column its losses belong to."""
 
-    sequence: Sequence
+    sequence: TokenSequence
     clip: int  # row of the micro-batch's features
     task: int
 
@@ -35,7 +35,7 @@ class _Node:
     parent: int | None
 
 
-def pack(examples: Items[Example], features_VFC: Tensor, share: bool = True) -> PackedBatch:
+def pack(examples: Sequence[Example], features_VFC: Tensor, share: bool = True) -> PackedBatch:
     """One micro-batch as a packed stream; with `share` off every sequence stands alone (the reference path)."""
     num_slots = features_VFC.shape[1]
     paths = [_path(example, num_slots) for example in examples]
@@ -136,7 +136,7 @@ def _common_stop(group: list[list[int]], depth: int) -> int:
     return stop
 
 
-def _targets(examples: Items[Example], rows_of: list[np.ndarray]) -> dict[str, Tensor]:
+def _targets(examples: Sequence[Example], rows_of: list[np.ndarray]) -> dict[str, Tensor]:
     """The target fields of a PackedBatch. Losses follow the order: all token targets, then all frame targets."""
     numbered = list(enumerate(examples))
     tokens = [(i, e) for i, e in numbered if e.sequence.task != "qav"]

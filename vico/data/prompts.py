@@ -1,4 +1,4 @@
-"""From a question or a caption to the tokens of a task, with the target span known by construction (METHOD section 2).
+"""From a question or a caption to the tokens of a task, with the target span known by zero_init (METHOD section 2).
 
 Spans come from sentencepiece's character offsets: a piece is a target when it ends behind the character at which the
 target text begins. No token id is ever searched for, so an option may contain "Answer:".
@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from vico.data.tokenizer import Tokenizer
 from vico.errors import UserError
-from vico.model.batch import VIDEO_SLOT, Question, Sequence
+from vico.model.batch import VIDEO_SLOT, Question, TokenSequence
 
 QUESTION_TASKS = ("vqa", "vaq", "qav")
 CAPTION_CONTEXT = 3  # caption tokens that are context, not targets
@@ -49,17 +49,17 @@ class Prompts:
         self._heads = {task: [tokenizer.bos, *tokenizer.encode(line + "Video:")] for task, line in lines.items()}
         self._qav_line = f"Instruction: Predict the video based on the {given}question and answer.\n"
 
-    def vqa(self, question: Question, answer: int) -> Sequence:
+    def vqa(self, question: Question, answer: int) -> TokenSequence:
         """The pieces of the answer's letter and EOS are the targets; the blank before the letter is its first piece's."""
         prompt = question_text(question) + option_text(question) + ANSWER_TEXT
         return self._behind_video("vqa", question.dialogue, prompt + letter(answer), len(prompt.rstrip()))
 
-    def vaq(self, question: Question, answer: int) -> Sequence:
+    def vaq(self, question: Question, answer: int) -> TokenSequence:
         """What follows "Question:", and EOS, are the targets."""
         head = option_text(question) + ANSWER_TEXT + letter(answer) + "\n"
         return self._behind_video("vaq", question.dialogue, head + question_text(question).strip(), len(head) + len("Question:"))
 
-    def qav(self, question: Question, answer: int) -> Sequence:
+    def qav(self, question: Question, answer: int) -> TokenSequence:
         """The video slots are the targets; they stand at the end."""
         text = question_text(question) + option_text(question) + ANSWER_TEXT + letter(answer) + "\nVideo:"
         encode = self._tokenizer.encode
@@ -69,16 +69,16 @@ class Prompts:
             head = encode(self._qav_line + text)
         start = 1 + len(head)
         tokens = [self._tokenizer.bos, *head, *self._slots, self._tokenizer.eos]
-        return Sequence("qav", tuple(tokens), range(start, start + len(self._slots)), start)
+        return TokenSequence("qav", tuple(tokens), range(start, start + len(self._slots)), start)
 
-    def caption(self, text: str) -> Sequence:
+    def caption(self, text: str) -> TokenSequence:
         """Everything from the 4th caption token on is a target; a caption that is too long is cut, and loses its EOS."""
         whole = self._behind_video("cap", "", f"Description: {text}\n", len("Description:"))
         stop = min(whole.targets.stop, self._max_cap_len)
         first = min(whole.targets.start + CAPTION_CONTEXT, whole.targets.stop)  # a caption of two words has no target
         if first >= stop and stop < whole.targets.stop:
             raise UserError(f"--max_cap_len {self._max_cap_len}: leaves no caption token to learn; {first + 1} is the least")
-        return Sequence("cap", whole.tokens[:stop], range(first, stop), whole.video_start)
+        return TokenSequence("cap", whole.tokens[:stop], range(first, stop), whole.video_start)
 
     def fit(self, question: Question, task: str) -> Question:
         """`question` with its dialogue, then its options, shortened until the task's sequence fits max_seq_len.
@@ -113,21 +113,21 @@ class Prompts:
         """Tokens of a caption's sequence, before it is cut."""
         return len(self._behind_video("cap", "", f"Description: {text}\n", len("Description:")).tokens)
 
-    def question_sequence(self, task: str, question: Question, answer: int) -> Sequence:
+    def question_sequence(self, task: str, question: Question, answer: int) -> TokenSequence:
         build = {"vqa": self.vqa, "vaq": self.vaq, "qav": self.qav}[task]
         return build(question, answer)
 
     def _dialogue(self, text: str) -> list[int]:
         return self._tokenizer.encode(f"Dialogue: {text}\n") if text else []
 
-    def _behind_video(self, task: str, dialogue: str, text: str, target_character: int) -> Sequence:
+    def _behind_video(self, task: str, dialogue: str, text: str, target_character: int) -> TokenSequence:
         """BOS, instruction, slots, newline, dialogue, text, EOS; targets from the piece that ends behind `target_character`."""
         ids, ends = self._tokenizer.encode_with_ends(text)
         video_start = len(self._heads[task])
         head = [*self._heads[task], *self._slots, self._tokenizer.newline, *self._dialogue(dialogue)]
         first = len(head) + sum(end <= target_character for end in ends)
         tokens = (*head, *ids, self._tokenizer.eos)
-        return Sequence(task, tokens, range(first, len(tokens)), video_start)
+        return TokenSequence(task, tokens, range(first, len(tokens)), video_start)
 
 
 def _without_last_words(text: str, num_words: int) -> str:

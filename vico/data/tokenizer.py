@@ -28,7 +28,7 @@ BEGIN_AND_END = (("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"))
 class Pieces(Protocol):
     """What each kind of tokenizer gives."""
 
-    num_pieces: int
+    vocab_size: int
     bos: int  # negative where there is none
     eos: int
 
@@ -51,7 +51,7 @@ class Tokenizer:
             raise UserError(f"{path}: the tokenizer is {found}")
         self._path = path
         self._pieces = _open(data, path)
-        self.num_pieces, self.bos, self.eos = self._pieces.num_pieces, self._pieces.bos, self._pieces.eos
+        self.vocab_size, self.bos, self.eos = self._pieces.vocab_size, self._pieces.bos, self._pieces.eos
         if self.bos < 0 or self.eos < 0:
             raise UserError(f"{path}: the tokenizer has no BOS or no EOS piece; a LLaMA tokenizer has both")
         self.newline = self._newline()
@@ -113,7 +113,7 @@ class _SentencePiece:
             self._model = SentencePieceProcessor(model_proto=data or b"empty")  # which would be no model without a word
         except Exception:  # sentencepiece's own, and what damaged bytes run into
             raise UserError(f"{path}: not a sentencepiece model; copy tokenizer.model of the LLaMA weights again") from None
-        self.num_pieces, self.bos, self.eos = self._model.vocab_size(), self._model.bos_id(), self._model.eos_id()
+        self.vocab_size, self.bos, self.eos = self._model.vocab_size(), self._model.bos_id(), self._model.eos_id()
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._model.encode(text)
@@ -138,7 +138,7 @@ class _Tiktoken:
             raise UserError(f"{path}: a LLaMA-3 tokenizer, and the package tiktoken is not installed; pip install '.[llama3]'") from None
         ranks = _ranks(data, path)
         self.bos, self.eos = len(ranks), len(ranks) + 1
-        self.num_pieces = len(ranks) + LLAMA_3_SPECIAL
+        self.vocab_size = len(ranks) + LLAMA_3_SPECIAL
         self._model = tiktoken.Encoding(path.name, pat_str=LLAMA_3_WORDS, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text: str) -> list[int]:
@@ -189,7 +189,7 @@ class _HuggingFace:
         except Exception as problem:  # tokenizers raises Exception itself
             reason = (str(problem).splitlines() or [""])[0][:160]
             raise UserError(f"{path}: not a tokenizer.json that the package tokenizers reads ({reason}); copy it again") from None
-        self.num_pieces = self._model.get_vocab_size()
+        self.vocab_size = self._model.get_vocab_size()
         self.bos, self.eos = next(
             ((b, e) for b, e in (map(self._model.token_to_id, names) for names in BEGIN_AND_END) if b is not None and e is not None),
             (-1, -1),

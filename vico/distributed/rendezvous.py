@@ -19,15 +19,15 @@ import torch.distributed as torch_dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from vico.distributed import signals
-from vico.errors import InUse, PeerLost, Unanswered, UserError
+from vico.errors import InUseError, NoAnswerError, PeerLostError, UserError
 
 SECONDS_OF_SILENCE = 15.0  # then a start that waits says for what
 SECONDS_OF_A_CALL, SECONDS_BETWEEN_CALLS = 1.0, 0.2
-INTERFACES = "name the network interface that the hosts share by GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (eth0, ib0, ...)"
+INTERFACE_HINT = "name the network interface that the hosts share by GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (eth0, ib0, ...)"
 
 
-def meet(rank: int, size: int, timeout: timedelta, word: str) -> tuple[Store, list[str]]:
-    """The store, and the words that all ranks left there. Raises PeerLost naming those who did not come, Unanswered, Stopped."""
+def rendezvous(rank: int, size: int, timeout: timedelta, word: str) -> tuple[Store, list[str]]:
+    """The store, and the words that all ranks left there. Raises PeerLostError naming those who did not come, NoAnswerError, Stopped."""
     end = time.monotonic() + timeout.total_seconds()
     store = PrefixStore(f"vico/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", _open_store(rank, size, timeout))
     names = [f"rank {other}" for other in range(size)]
@@ -40,7 +40,7 @@ def meet(rank: int, size: int, timeout: timedelta, word: str) -> tuple[Store, li
         for _ in range(10):  # it may have been asked a moment before this rank
             _stop_if_asked()
             time.sleep(SECONDS_BETWEEN_CALLS)
-        raise Unanswered(f"rank 0 has left {_place()} ({gist(problem)}); its log says why") from None
+        raise NoAnswerError(f"rank 0 has left {_address()} ({first_line(problem)}); its log says why") from None
     if rank == 0:  # which may refuse the world and end, and the store with it
         with suppress(torch_dist.DistError):
             store.wait([f"{name} has read" for name in names], timedelta(seconds=SECONDS_OF_SILENCE))
@@ -63,9 +63,11 @@ def _wait_for(names: Sequence[str], store: Store, rank: int, timeout: timedelta,
     if come(min(time.monotonic() + SECONDS_OF_SILENCE, end)):
         return
     if rank == 0:
-        _say(f"waiting at {_place()} for {missing()}; at most {timeout}")
+        _say(f"waiting at {_address()} for {missing()}; at most {timeout}")
     if not come(end):
-        raise PeerLost(f"{missing()} did not come to {_place()} within {timeout}; their logs say why, --collective_timeout waits longer")
+        raise PeerLostError(
+            f"{missing()} did not come to {_address()} within {timeout}; their logs say why, --collective_timeout waits longer"
+        )
 
 
 def _open_store(rank: int, size: int, timeout: timedelta) -> TCPStore:
@@ -78,11 +80,11 @@ def _open_store(rank: int, size: int, timeout: timedelta) -> TCPStore:
         nonlocal speaks_at
         _stop_if_asked()
         if time.monotonic() >= end:
-            raise Unanswered(f"{host}: nobody answers at {_place()}, where rank 0 should be, for {timeout}; its log says why")
+            raise NoAnswerError(f"{host}: nobody answers at {_address()}, where rank 0 should be, for {timeout}; its log says why")
         if time.monotonic() >= speaks_at:
             speaks_at = time.monotonic() + SECONDS_OF_SILENCE
             if os.environ.get("LOCAL_RANK", "0") == "0":
-                _say(f"{host} waits for an answer at {_place()}, where rank 0 should be; at most {timeout}")
+                _say(f"{host} waits for an answer at {_address()}, where rank 0 should be; at most {timeout}")
         time.sleep(SECONDS_BETWEEN_CALLS)
 
     def make() -> TCPStore:
@@ -94,12 +96,12 @@ def _open_store(rank: int, size: int, timeout: timedelta) -> TCPStore:
             wait()
             continue
         try:
-            store: TCPStore = _done_beside(wait, make)
+            store: TCPStore = _run_in_thread(wait, make)
             store.set_timeout(timeout)
             return store
         except torch_dist.DistError as problem:
             if keeps:
-                raise InUse(f"MASTER_PORT={port}: cannot be opened on {host} ({gist(problem)}); choose another") from None
+                raise InUseError(f"MASTER_PORT={port}: cannot be opened on {host} ({first_line(problem)}); choose another") from None
             wait()
 
 
@@ -109,7 +111,7 @@ def _answers(address: str, port: int) -> bool:
     return False
 
 
-def _done_beside(wait: Callable[[], None], work: Callable[[], Any]) -> Any:
+def _run_in_thread(wait: Callable[[], None], work: Callable[[], Any]) -> Any:
     """What `work` returns or raises, in a thread: where another program answers and says nothing, torch's call has no end."""
     result: Future[Any] = Future()
 
@@ -128,24 +130,24 @@ def _done_beside(wait: Callable[[], None], work: Callable[[], Any]) -> Any:
 
 
 def _stop_if_asked() -> None:
-    if number := signals.wish():
+    if number := signals.stop_requested():
         raise signals.Stopped(number, f"stopped by {signal.Signals(number).name} before the ranks had met; the same command begins")
 
 
-def own_store(store: Store) -> Store:
+def clone_store(store: Store) -> Store:
     """The same store over a connection of its own: one that waits holds up whoever shares its connection."""
     clone: Store = store.clone()  # type: ignore[attr-defined]
     return clone
 
 
-def _place() -> str:
+def _address() -> str:
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
 @contextmanager
-def speaking_up(what: str, rank: int) -> Iterator[None]:
+def hint_when_slow(what: str, rank: int) -> Iterator[None]:
     """Around the first exchanges: over a wrong interface they hang without a word, or fail in words that name no remedy."""
-    message = f"{what} takes more than {SECONDS_OF_SILENCE:.0f} s; if it does not end, {INTERFACES}"
+    message = f"{what} takes more than {SECONDS_OF_SILENCE:.0f} s; if it does not end, {INTERFACE_HINT}"
     hint = threading.Timer(SECONDS_OF_SILENCE, _say, [message])
     hint.daemon = True
     if rank == 0:
@@ -153,12 +155,12 @@ def speaking_up(what: str, rank: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as problem:
-        raise UserError(f"{what} failed on {socket.gethostname()} ({gist(problem)}); {INTERFACES}") from None
+        raise UserError(f"{what} failed on {socket.gethostname()} ({first_line(problem)}); {INTERFACE_HINT}") from None
     finally:
         hint.cancel()
 
 
-def gist(problem: Exception) -> str:
+def first_line(problem: Exception) -> str:
     return (str(problem).strip() or type(problem).__name__).splitlines()[0]
 
 

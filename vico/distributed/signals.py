@@ -41,25 +41,25 @@ def _hear(number: int, frame: FrameType | None) -> None:
         os._exit(128 + number)  # asked twice: at once; what is on the disk is whole at any moment
 
 
-def listen() -> None:
+def install_handlers() -> None:
     """From now on the signals are remembered instead of ending this process; a second one, later, does end it."""
     for number in SIGNALS:
         signal.signal(number, _hear)
-    let_through()
+    unblock()
 
 
-def let_through() -> None:
+def unblock() -> None:
     """Unblock the signals, which launch/start.py holds back from the ranks until they can be heard."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-def ignore() -> None:
+def ignore_all() -> None:
     """In helper processes: they end with the process that they work for, which hears the signals itself."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def end_with(parent: int) -> None:
+def die_with_parent(parent: int) -> None:
     """From now on this process is killed when its parent ends, however that ends."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
@@ -68,12 +68,12 @@ def end_with(parent: int) -> None:
             os._exit(128 + signal.SIGKILL)
 
 
-def end_at_once() -> None:
+def restore_default_handlers() -> None:
     """Back to ending by signals: behind an error nothing is left to save."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
 
 
-def wish() -> int:
+def stop_requested() -> int:
     """The number of the signal that this process was asked to stop by; 0: none."""
     return _number

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from vico.distributed.launcher_env import HOW, Given, host_name, number
+from vico.distributed.launcher_env import HINT, SlurmAllocation, host_name, int_variable
 from vico.errors import UserError
-from vico.planner.gpu_specs import GIB, Hardware, gpu_found
+from vico.planner.gpu_specs import GIB, Hardware, detected_gpu
 
 OF_SLURM = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS")  # there when SLURM, and not a person, chose CUDA_VISIBLE_DEVICES
 
@@ -36,7 +36,7 @@ class Member:
     @classmethod
     def of_this_process(cls, rank: int, device: torch.device, environment: Mapping[str, str] = os.environ) -> "Member":
         host = host_name(environment)
-        local_size = number(environment, "LOCAL_WORLD_SIZE") or number(environment, "LOCAL_SIZE")
+        local_size = int_variable(environment, "LOCAL_WORLD_SIZE") or int_variable(environment, "LOCAL_SIZE")
         if device.type == "cpu":
             return cls(rank, host, "cpu", None, 0, True, local_size, pid=os.getpid())
         about = torch.cuda.get_device_properties(device)
@@ -74,7 +74,7 @@ def hardware(members: Sequence[Member]) -> Hardware | None:
     if not all(m.gpu_bytes for m in members):
         return None
     hosts, smallest = by_host(members), min(members, key=lambda m: m.gpu_bytes)
-    gpu, host_gib = gpu_found(smallest.device, smallest.gpu_bytes), min(m.host_bytes for m in members) / GIB
+    gpu, host_gib = detected_gpu(smallest.device, smallest.gpu_bytes), min(m.host_bytes for m in members) / GIB
     return Hardware(gpu, min(map(len, hosts.values())), len(hosts), host_gib=host_gib)
 
 
@@ -90,7 +90,7 @@ def _ranks(members: Sequence[Member]) -> str:
     return f"rank{'s' if len(members) > 1 else ''} {text}"
 
 
-def check(members: Sequence[Member], there: Given, expected: int | None) -> None:
+def check_topology(members: Sequence[Member], there: SlurmAllocation, expected: int | None) -> None:
     """Raises UserError, the same on every rank, where those who came are not those who should have.
 
     `expected`, the user's own word on the number of ranks, stands above what SLURM and the visible GPUs suggest.
@@ -99,12 +99,12 @@ def check(members: Sequence[Member], there: Given, expected: int | None) -> None
     if expected is None and there.nodes is not None and len(hosts) != there.nodes:
         raise UserError(
             f"SLURM started {there.nodes} node(s) and the ranks of this world are on {len(hosts)} ({_list(hosts)}), "
-            f"so nodes are idle or train apart; {HOW}"
+            f"so nodes are idle or train apart; {HINT}"
         )
     for host, ranks in hosts.items():
         told = max(m.local_size or 0 for m in ranks)
         if told > len(ranks):
-            raise UserError(f"{host}: the launcher speaks of {told} ranks on this host and {len(ranks)} came ({_ranks(ranks)}); {HOW}")
+            raise UserError(f"{host}: the launcher speaks of {told} ranks on this host and {len(ranks)} came ({_ranks(ranks)}); {HINT}")
         _check_gpus(host, ranks, expected)
 
 

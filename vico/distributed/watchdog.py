@@ -21,7 +21,7 @@ import psutil
 from torch._C._distributed_c10d import Store
 
 from vico.distributed.topology import Member
-from vico.errors import PeerLost
+from vico.errors import PeerLostError
 
 WAITING = "waiting for the others, after: "  # how what a rank does begins where it can be told that it waits
 EXCHANGES = ("/torch/distributed/", "/deepspeed/comm/", "/deepspeed/runtime/zero/")  # whose code waits for other ranks
@@ -68,7 +68,7 @@ class Watchdog:
         for work in (self._talk, self._judge):
             threading.Thread(target=work, daemon=True, name=f"vico watchdog {work.__name__}").start()
 
-    def doing(self, what: str) -> None:
+    def set_phase(self, what: str) -> None:
         self._doing, self._moved = what, time.monotonic()
 
     @property
@@ -125,7 +125,7 @@ class Watchdog:
         try:
             self._say_and_kill()
         finally:
-            os._exit(PeerLost.exit_code)
+            os._exit(PeerLostError.exit_code)
 
     def _say_and_kill(self) -> None:
         now = time.monotonic()

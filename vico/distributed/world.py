@@ -1,4 +1,4 @@
-"""The ranks of a run: how they meet, who they are, and the few things they say to each other on the host.
+"""The ranks of a run: how they rendezvous, who they are, and the few things they say to each other on the host.
 
 Host talk (counts, errors, scores) goes over a gloo group of its own, so that on GPUs it never waits for the device.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 from vico.distributed import launcher_env, topology
-from vico.distributed.rendezvous import meet, own_store, speaking_up
+from vico.distributed.rendezvous import clone_store, hint_when_slow, rendezvous
 from vico.distributed.watchdog import WAITING, Watchdog
 from vico.errors import UserError
 from vico.planner.gpu_specs import Hardware
@@ -37,10 +37,10 @@ class World:
     store: Store | None = None
     hardware: Hardware | None = None  # the ranks' GPUs, the same word on every rank; None: there are none
 
-    def doing(self, what: str) -> None:
+    def set_phase(self, what: str) -> None:
         """Tell the watchdog that this rank has got on, and with what."""
         if self.watchdog is not None:
-            self.watchdog.doing(what)
+            self.watchdog.set_phase(what)
 
     @property
     def phase(self) -> str:
@@ -51,9 +51,9 @@ class World:
     def _waiting(self) -> Iterator[None]:
         """Around every exchange on the host: who waits in one is not the rank that does not get on."""
         phase = self.phase
-        self.doing(WAITING + phase)
+        self.set_phase(WAITING + phase)
         yield
-        self.doing(phase)
+        self.set_phase(phase)
 
     @property
     def is_main(self) -> bool:
@@ -72,7 +72,7 @@ class World:
             torch_dist.all_gather(found, values, group=self.host_group)
         return torch.stack(found)
 
-    def most(self, value: int) -> int:
+    def max(self, value: int) -> int:
         """The largest of the ranks' values."""
         held = torch.tensor([value])
         with self._waiting():
@@ -83,12 +83,12 @@ class World:
         with self._waiting():
             torch_dist.barrier(group=self.host_group)
 
-    def say(self, message: str) -> None:
+    def print_rank0(self, message: str) -> None:
         if self.is_main:
             print(message, flush=True)
 
     @contextmanager
-    def agreeing(self) -> Iterator[None]:
+    def raise_together(self) -> Iterator[None]:
         """A UserError of any rank inside the block becomes every rank's, after the block: the lowest rank's is kept.
 
         No collective may run inside: the rank that failed would miss it.
@@ -113,7 +113,7 @@ def connect(timeout: timedelta = TIMEOUT, expected: int | None = None, hang_seco
     Raises UserError when the world is not the one it was given; no group is made then.
     """
     if "RANK" not in os.environ:
-        os.environ.update(launcher_env.ALONE)
+        os.environ.update(launcher_env.SINGLE_RANK)
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = _choose_device()
@@ -122,23 +122,23 @@ def connect(timeout: timedelta = TIMEOUT, expected: int | None = None, hang_seco
     warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
     import deepspeed
 
-    _build_no_op()
-    store, words = meet(rank, size, timeout, topology.Member.of_this_process(rank, device).to_text())
+    _disable_shm_op()
+    store, words = rendezvous(rank, size, timeout, topology.Member.of_this_process(rank, device).to_text())
     if device.type == "cuda":
         os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the number of the device; until here it said who speaks
     members = [topology.Member.from_text(text) for text in words]
     if rank == 0:
         print(topology.describe(members), flush=True)
-    topology.check(members, launcher_env.given(), expected)
+    topology.check_topology(members, launcher_env.slurm_allocation(), expected)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    with speaking_up(f"connecting the ranks over {backend}", rank):
+    with hint_when_slow(f"connecting the ranks over {backend}", rank):
         # As DeepSpeed would: a group that is bound to its device connects at once; alone there is nobody to reach.
         bound = device if device.type == "cuda" and size > 1 else None
         torch_dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=bound)
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
         host_group = torch_dist.new_group(backend="gloo", timeout=timeout)
         _check_sum(rank, size, device)
-    watchdog = None if hang_seconds is None else Watchdog(rank, members, own_store(store), hang_seconds)
+    watchdog = None if hang_seconds is None else Watchdog(rank, members, clone_store(store), hang_seconds)
     return World(rank, size, device, host_group, timeout, watchdog, store, topology.hardware(members))
 
 
@@ -147,7 +147,7 @@ def _choose_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    device = torch.device("cuda", local_rank % count)  # ranks that share a GPU are found, and named, by hosts.check
+    device = torch.device("cuda", local_rank % count)  # ranks that share a GPU are found, and named, by topology.check_topology
     torch.cuda.set_device(device)
     return device
 
@@ -160,7 +160,7 @@ def _check_sum(rank: int, size: int, device: torch.device) -> None:
         raise UserError(f"the sum over {size} ranks is {numbers.tolist()}: the ranks do not form one world; start them by one launcher")
 
 
-def limit_waiting(timeout: timedelta) -> None:
+def set_collective_timeout(timeout: timedelta) -> None:
     """Give every process group this timeout, also those that DeepSpeed has made meanwhile.
 
     DeepSpeed (0.19.8, utils/groups.py, _clone_world_group) makes its groups without the timeout it was given, and those
@@ -194,7 +194,7 @@ def disconnect(world: World, together: bool = True) -> None:
             world.watchdog.close()
 
 
-def _build_no_op() -> None:
+def _disable_shm_op() -> None:
     """Keep DeepSpeed from compiling its shared-memory all-reduce at the first CPU start.
 
     Only its inference engine calls that op. Building it takes a compiler and up to 90 s, and a build that is killed

@@ -13,7 +13,7 @@ from typing import Any
 from vico.errors import DiskError, UserError
 from vico.io.failpoints import reached
 
-TEMPORARY, REPLACED = ".vico-tmp", ".vico-old"  # no other program's, for `mend_folders` removes what bears them
+TEMPORARY, REPLACED = ".vico-tmp", ".vico-old"  # no other program's, for `repair_folder` removes what bears them
 REMEDY = "free space or mend the permissions, then start again"
 
 
@@ -148,18 +148,18 @@ def _discard(path: Path) -> None:
             path.unlink()
 
 
-def mend_folders(parent: Path) -> list[str]:
+def repair_folder(parent: Path) -> list[str]:
     """Undo what a run that was killed while it wrote left: half-written files and folders go, a replaced folder comes back.
 
     Returns what was found, for the user to read. Raises DiskError where that is not allowed.
     """
     try:
-        return _mend(parent)
+        return _repair(parent)
     except OSError as problem:
         raise DiskError(f"{problem.filename}: cannot be moved or removed ({problem.strerror}); {REMEDY}") from None
 
 
-def _mend(parent: Path) -> list[str]:
+def _repair(parent: Path) -> list[str]:
     found = []
     for old in sorted(parent.glob(f".*{REPLACED}")):
         target = parent / old.name[1 : -len(REPLACED)]

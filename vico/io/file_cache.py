@@ -14,11 +14,11 @@ from typing import Any
 from vico.errors import UserError
 from vico.io.atomic import write_text
 
-MOST_ENTRIES = 200
+MAX_ENTRIES = 200
 SETTLED_SECONDS = 2.0  # a file younger than that may be written again within one tick of the clock of its times
 
 
-def file_mark(path: Path) -> str | None:
+def file_stamp(path: Path) -> str | None:
     """What changes when a file does; None: not to be relied on. Raises OSError."""
     status = path.stat()
     if time.time() - status.st_ctime < SETTLED_SECONDS:
@@ -26,26 +26,26 @@ def file_mark(path: Path) -> str | None:
     return f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
-class Memory:
+class FileCache:
     """What is known by key. New findings are kept by `keep`, when everybody has agreed that nothing is wrong."""
 
     def __init__(self) -> None:
         self._entries = _read()
         self._new: dict[str, Any] = {}
 
-    def find(self, key: str | None) -> Any:
+    def get(self, key: str | None) -> Any:
         return None if key is None else self._entries.get(key)
 
-    def note(self, key: str | None, value: Any) -> None:
+    def put(self, key: str | None, value: Any) -> None:
         """`value`: what JSON can hold."""
         if key is not None:
             self._new[key] = value
 
-    def keep(self) -> None:
+    def flush(self) -> None:
         if not self._new:
             return
         entries = _read() | self._new  # another run may have written meanwhile
-        entries = dict(list(entries.items())[-MOST_ENTRIES:])
+        entries = dict(list(entries.items())[-MAX_ENTRIES:])
         with contextlib.suppress(OSError, RuntimeError, UserError):
             path = _path()
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ class Memory:
         self._new = {}
 
 
-def key_of(what: str, *parts: object) -> str | None:
+def cache_key(what: str, *parts: object) -> str | None:
     """A key of what the finding follows from, the code included; None when a part is not to be relied on."""
     return None if None in parts else hashlib.sha256(json.dumps([_code(), what, *map(str, parts)]).encode()).hexdigest()
 

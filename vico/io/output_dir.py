@@ -7,7 +7,7 @@ import socket
 import time
 from pathlib import Path
 
-from vico.errors import DiskError, InUse
+from vico.errors import DiskError, InUseError
 
 NAME = ".vico-lock"
 _held: dict[Path, int] = {}  # descriptors, open for as long as the process lives
@@ -16,7 +16,7 @@ _held: dict[Path, int] = {}  # descriptors, open for as long as the process live
 def take(output_dir: Path) -> str | None:
     """Lock the folder, which must be there, for this process; a note where its file system knows no locks.
 
-    Raises InUse naming the run that holds it. POSIX locks: child processes do not inherit them, and network file
+    Raises InUseError naming the run that holds it. POSIX locks: child processes do not inherit them, and network file
     systems pass them on to the other hosts.
     """
     path = output_dir / NAME
@@ -31,7 +31,7 @@ def take(output_dir: Path) -> str | None:
     except (BlockingIOError, PermissionError):
         owner = os.read(descriptor, 200).decode(errors="replace").strip() or "another run"
         os.close(descriptor)
-        raise InUse(f"{output_dir}: in use by {owner}; wait for it, or choose another --output_dir") from None
+        raise InUseError(f"{output_dir}: in use by {owner}; wait for it, or choose another --output_dir") from None
     except OSError as problem:
         os.close(descriptor)
         return f"{output_dir}: cannot be locked ({problem.strerror}); make sure that no second run uses it"

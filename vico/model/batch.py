@@ -30,7 +30,7 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Sequence:
+class TokenSequence:
     """One task's tokens. Position t is a target when t is in `targets`; the row before it (t - 1) predicts it."""
 
     task: str  # "vqa", "cap", "vaq" or "qav"

@@ -18,16 +18,16 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.func import functional_call
 
-from vico.model.attention.blockwise import Visibility
-from vico.model.attention.segment_layout import Sizes, on_device, places, sent
+from vico.model.attention.blockwise import AttentionMask
+from vico.model.attention.segment_layout import LayoutSizes, on_device, segment_layout, sent
 from vico.model.attention.varlen import KERNELS, PackedAttention
 from vico.model.batch import Segment
 from vico.model.llama import Block, Context
 from vico.model.vico import ViCo
 
 USED = os.environ.get("VICO_GRAPHS", "on") != "off"  # the one switch, for comparisons
-MOST_ROWS = 4096  # of more, a GPU takes longer than any host
-MOST_SIZES = 32  # each record holds its output and the stream's gradient: 16 KiB per row at 7B
+MAX_ROWS = 4096  # of more, a GPU takes longer than any host
+MAX_GRAPHS = 32  # each record holds its output and the stream's gradient: 16 KiB per row at 7B
 # What a record takes, of what a forward keeps: backward's work and the allocator's rounding besides (seen: 1.2); and at least, though
 # it can use most of what earlier records took.
 TAKES, TAKES_AT_LEAST = 1.25, 0.3
@@ -41,18 +41,18 @@ def attach(model: ViCo, why_not: str | None = None) -> str:
         (getattr(model.attend, "kernel", None) is not KERNELS["varlen"], "only with --attention varlen"),
         (model.num_checkpointed > 0, "layers are recomputed"), (model.num_adapted < 2, "one adapted layer"),
     )  # fmt: skip
-    model.replayed = None
+    model.graphed = None
     if (why := next((why for is_so, why in reasons if is_so), None)) is not None:
         return f"no CUDA graphs ({why})"
-    model.replayed = Replayed(model)
-    return f"training on up to {MOST_ROWS:,} rows by CUDA graphs"
+    model.graphed = GraphedBlocks(model)
+    return f"training on up to {MAX_ROWS:,} rows by CUDA graphs"
 
 
 def _is_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-class Replayed:
+class GraphedBlocks:
     """The blocks below the last one, for training; has a program for each size it has met."""
 
     def __init__(self, model: ViCo) -> None:
@@ -62,7 +62,7 @@ class Replayed:
         self.blocks = [block for block in model.layers if isinstance(block, Block)][:-1]
         self.num_plain = len(model.layers) - model.num_adapted
         self.turn = 0  # the number of the forward whose results lie in the programs' tensors
-        self.programs: dict[Sizes, _Program] = {}
+        self.programs: dict[LayoutSizes, _Program] = {}
         self._gates = [gate for block in self.blocks[self.num_plain :] for gate in (block.attention.gate1, block.attention.gate2)]
         self._inputs: tuple[_Inputs, Tensor] | None = None  # and the gradient of what goes out
         self._pool: Any = None  # records take turns: they share their memory
@@ -70,22 +70,22 @@ class Replayed:
         self._is_full = False  # memory ended while a record was made
 
     def serves(self, x_TD: Tensor) -> bool:
-        return torch.is_grad_enabled() and len(x_TD) < MOST_ROWS
+        return torch.is_grad_enabled() and len(x_TD) < MAX_ROWS
 
     def is_recorded(self, segments: tuple[Segment, ...]) -> bool:
-        program = self.programs.get(places(segments).rounded)
+        program = self.programs.get(segment_layout(segments).rounded)
         return program is not None and program.is_recorded
 
     def __call__(self, x_TD: Tensor, prompts: Sequence[Tensor | None], context: Context) -> Tensor:
         """The stream [T, D] above these blocks; `prompts`: [A, D] for each block, None for those that are not adapted."""
-        found = places(context.seen.segments)
+        found = segment_layout(context.mask.segments)
         sizes = found.rounded
         given = _Inputs(
             x_TD, context.rotary_T, torch.stack([prompt_AD for prompt_AD in prompts if prompt_AD is not None]),
             torch.stack([gate.flatten() for gate in self._gates]),
         )  # fmt: skip
         if self._inputs is None:
-            most = [x.detach().new_zeros((MOST_ROWS, *x.shape[1:])) for x in given[:2]]
+            most = [x.detach().new_zeros((MAX_ROWS, *x.shape[1:])) for x in given[:2]]
             self._inputs = _Inputs(*most, *(torch.empty_like(x) for x in given[2:])), torch.empty_like(most[0])
         if (program := self.programs.get(sizes)) is None:
             program = self.programs[sizes] = _Program(self, *self._inputs, sizes)
@@ -94,7 +94,7 @@ class Replayed:
 
     def may_record(self, kept: int) -> bool:
         """Whether there is room for one record more, of a forward that keeps so many bytes, and then for the largest step so far."""
-        if self._is_full or sum(program.is_recorded for program in self.programs.values()) >= MOST_SIZES:
+        if self._is_full or sum(program.is_recorded for program in self.programs.values()) >= MAX_GRAPHS:
             return False
         allocated, taken = torch.cuda.memory_allocated(), max(TAKES * kept - self._pooled, TAKES_AT_LEAST * kept)
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - allocated - self._pooled
@@ -121,7 +121,7 @@ class Replayed:
 
 
 class _Inputs(NamedTuple):
-    """What comes in besides the layout; for the programs' own, which all of them share, T is MOST_ROWS."""
+    """What comes in besides the layout; for the programs' own, which all of them share, T is MAX_ROWS."""
 
     x_TD: Tensor
     rotary_T: Tensor
@@ -132,7 +132,7 @@ class _Inputs(NamedTuple):
 class _Program:
     """The blocks at one size, over tensors of their own: what comes in is copied there, what goes out is read there."""
 
-    def __init__(self, owner: Replayed, inputs: _Inputs, upstream_TD: Tensor, sizes: Sizes) -> None:
+    def __init__(self, owner: GraphedBlocks, inputs: _Inputs, upstream_TD: Tensor, sizes: LayoutSizes) -> None:
         self.owner, self._sizes = owner, sizes
         self._numbers_N = torch.empty(sizes.numbers, dtype=torch.int64, device=inputs.x_TD.device)
         self._inputs = _Inputs(*(x.detach()[: sizes.rows] for x in inputs[:2]), *(x.detach() for x in inputs[2:]))
@@ -189,7 +189,7 @@ class _Program:
     def _compute(self) -> None:
         owner, own = self.owner, self._inputs
         layout = on_device(self._numbers_N, self._sizes, own.x_TD.dtype, gradient=True)
-        context = Context(own.rotary_T, Visibility((), ()), PackedAttention(owner.kernel, layout))
+        context = Context(own.rotary_T, AttentionMask((), ()), PackedAttention(owner.kernel, layout))
         out_TD, names = own.x_TD, ("attention.gate1", "attention.gate2")
         with torch.enable_grad():
             prompts, gates = own.prompts_LAD.unbind(0), [gate_H[None, :, None, None] for gate_H in own.gates_2LH.unbind(0)]

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vico.model import fused_block
-from vico.model.attention.blockwise import Attend, Visibility, narrowed
-from vico.model.ops.autograd import AdapterAttention, FrozenProduct, FrozenRMSNorm, Rotate, SwiGLU, TargetCrossEntropy
+from vico.model.attention.blockwise import Attend, AttentionMask, restrict_queries
+from vico.model.ops.autograd import AdapterAttention, FrozenLinearFunction, FrozenRMSNorm, FusedLinearCrossEntropy, RotaryEmbedding, SwiGLU
 
 if TYPE_CHECKING:
-    from vico.model.cuda_graphs import Replayed
+    from vico.model.cuda_graphs import GraphedBlocks
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
-class LlamaShape:
+class LlamaConfig:
     """Dimensions of a backbone, as its params.json states them."""
 
     dim: int
@@ -78,10 +78,10 @@ class FrozenLinear(nn.Module):
         self.weight = _frozen(num_out, num_in, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return FrozenProduct.apply(x, self.weight)
+        return FrozenLinearFunction.apply(x, self.weight)
 
 
-class Product(Protocol):
+class LinearModule(Protocol):
     """x W^T: FrozenLinear, or quantized.py's, which makes its weight at every look at it."""
 
     @property
@@ -90,7 +90,7 @@ class Product(Protocol):
     def __call__(self, x: Tensor) -> Any: ...
 
 
-Linear = Callable[[int, int, torch.dtype], Product]
+Linear = Callable[[int, int, torch.dtype], LinearModule]
 
 
 class FrozenEmbedding(nn.Module):
@@ -107,7 +107,7 @@ class OutputHead(FrozenLinear):
 
     def forward(self, h_RD: Tensor, heads_N: Tensor, ids_N: Tensor) -> Tensor:  # type: ignore[override]
         """Cross-entropy [N], fp32, of token ids_N[n] at row heads_N[n] of h_RD."""
-        return TargetCrossEntropy.apply(h_RD, self.weight, heads_N, ids_N)
+        return FusedLinearCrossEntropy.apply(h_RD, self.weight, heads_N, ids_N)
 
 
 class RMSNorm(nn.Module):
@@ -143,19 +143,19 @@ class Context:
     """What every layer sees besides the stream: rotary of each row, who sees whom, and the function that attends."""
 
     rotary_T: Tensor
-    seen: Visibility
+    mask: AttentionMask
     attend: Attend
-    asking_Q: Tensor | None = None  # seen.queries on the device
+    query_rows_Q: Tensor | None = None  # mask.queries on the device
 
-    def narrowed(self, rows: Tensor) -> "Context":
+    def restrict_queries(self, rows: Tensor) -> "Context":
         """The same where only `rows` (host int64, ascending, pinned where a GPU is: nobody waits for the copy) ask."""
-        return Context(self.rotary_T, narrowed(self.seen, rows), self.attend, rows.to(self.rotary_T.device, non_blocking=True))
+        return Context(self.rotary_T, restrict_queries(self.mask, rows), self.attend, rows.to(self.rotary_T.device, non_blocking=True))
 
 
 class Attention(nn.Module):
     """wo(softmax over the visible rows, plus tanh(gate1) times the softmax over the prompt)."""
 
-    def __init__(self, shape: LlamaShape, adapted: bool, dtype: torch.dtype, linear: Linear) -> None:
+    def __init__(self, shape: LlamaConfig, adapted: bool, dtype: torch.dtype, linear: Linear) -> None:
         super().__init__()
         self.head_dim, self.group = shape.head_dim, shape.n_heads // shape.kv_heads
         self.wq = linear(shape.dim, shape.dim, dtype)
@@ -167,17 +167,17 @@ class Attention(nn.Module):
             self.gate2 = nn.Parameter(torch.empty(1, shape.n_heads, 1, 1, dtype=torch.float32))
 
     def forward(self, x_TD: Tensor, prompt_AD: Tensor | None, context: Context) -> Tensor:
-        """[Q, D] for the Q rows that ask: all T, or context.seen.queries."""
-        asking = context.asking_Q
+        """[Q, D] for the Q rows that ask: all T, or context.mask.queries."""
+        asking = context.query_rows_Q
         # Together, so that their gradients come together and in this order: DeepSpeed sums ranks' gradients in the order they come.
         gates = (self.gate1.flatten(), self.gate2.flatten()) if prompt_AD is not None else None
         x_QD, rotary_Q = (x_TD, context.rotary_T) if asking is None else (x_TD[asking], context.rotary_T[asking])
         q_QHd, k_THd, v_THd = (self.heads(w(x)) for w, x in ((self.wq, x_QD), (self.wk, x_TD), (self.wv, x_TD)))
-        q_QHd, k_THd = Rotate.apply(q_QHd, rotary_Q), Rotate.apply(k_THd, context.rotary_T)
+        q_QHd, k_THd = RotaryEmbedding.apply(q_QHd, rotary_Q), RotaryEmbedding.apply(k_THd, context.rotary_T)
         k_THd, v_THd = self._for_every_head(k_THd), self._for_every_head(v_THd)
         if prompt_AD is None or gates is None:
-            return self.wo(context.attend(q_QHd, k_THd, v_THd, None, context.seen).flatten(-2))
-        out_QHd = context.attend(q_QHd, k_THd, v_THd, gates[1], context.seen)
+            return self.wo(context.attend(q_QHd, k_THd, v_THd, None, context.mask).flatten(-2))
+        out_QHd = context.attend(q_QHd, k_THd, v_THd, gates[1], context.mask)
         k_AHd, v_AHd = (self._for_every_head(self.heads(w(prompt_AD))) for w in (self.wk, self.wv))
         out_QHd = AdapterAttention.apply(out_QHd, q_QHd, k_AHd, v_AHd, gates[0])
         return self.wo(out_QHd.flatten(-2))
@@ -191,7 +191,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, shape: LlamaShape, dtype: torch.dtype, linear: Linear) -> None:
+    def __init__(self, shape: LlamaConfig, dtype: torch.dtype, linear: Linear) -> None:
         super().__init__()
         self.w1 = linear(shape.dim, shape.hidden_dim, dtype)
         self.w2 = linear(shape.hidden_dim, shape.dim, dtype)
@@ -202,7 +202,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, shape: LlamaShape, adapted: bool, dtype: torch.dtype, linear: Linear) -> None:
+    def __init__(self, shape: LlamaConfig, adapted: bool, dtype: torch.dtype, linear: Linear) -> None:
         super().__init__()
         self.attention = Attention(shape, adapted, dtype, linear)
         self.feed_forward = FeedForward(shape, dtype, linear)
@@ -213,12 +213,12 @@ class Block(nn.Module):
         """The rows that ask, [Q, D]; where only some do, the others end here."""
         if (out_TD := fused_block.run(self, x_TD, prompt_AD, context)) is not None:
             return out_TD
-        residual = x_TD if context.asking_Q is None else x_TD[context.asking_Q]
+        residual = x_TD if context.query_rows_Q is None else x_TD[context.query_rows_Q]
         h_QD = residual + self.attention(self.attention_norm(x_TD), prompt_AD, context)
         return h_QD + self.feed_forward(self.ffn_norm(h_QD))
 
 
-def _run_twice(layer: nn.Module, x_TD: Tensor, prompt_AD: Tensor | None, context: Context) -> Tensor:
+def _checkpointed(layer: nn.Module, x_TD: Tensor, prompt_AD: Tensor | None, context: Context) -> Tensor:
     """The layer, of which only the input is kept until backward, when it runs again.
 
     Again means without the hooks of the layer itself: under ZeRO-3 backward has gathered its weights by then, and the hook
@@ -236,11 +236,11 @@ def _run_twice(layer: nn.Module, x_TD: Tensor, prompt_AD: Tensor | None, context
 class Llama(nn.Module):
     """Embeddings, blocks, final norm and output head; the top `num_adapted` blocks carry gates."""
 
-    def __init__(self, shape: LlamaShape, num_adapted: int, dtype: torch.dtype, linear: Linear = FrozenLinear) -> None:
+    def __init__(self, shape: LlamaConfig, num_adapted: int, dtype: torch.dtype, linear: Linear = FrozenLinear) -> None:
         super().__init__()
         self.shape, self.dtype, self.num_adapted = shape, dtype, num_adapted
         self.num_checkpointed = 0  # so many of the lower layers keep only their input, and run again in backward
-        self.replayed: Replayed | None = None  # what runs all layers but the last where it can
+        self.graphed: GraphedBlocks | None = None  # what runs all layers but the last where it can
         self.tok_embeddings = FrozenEmbedding(shape.vocab_size, shape.dim, dtype)
         self.layers = nn.ModuleList(Block(shape, i >= shape.n_layers - num_adapted, dtype, linear) for i in range(shape.n_layers))
         self.norm = RMSNorm(shape.dim, shape.norm_eps, dtype)
@@ -254,14 +254,14 @@ class Llama(nn.Module):
         *lower, last = self.layers
         # unbind: one gradient for all; a slice's would be as large as the whole, for each layer.
         prompts: list[Tensor | None] = [None] * (len(self.layers) - self.num_adapted) + [*prompts_GAD.unbind(0)]
-        if self.replayed is not None and self.replayed.serves(x_TD):
-            x_TD = self.replayed(x_TD, prompts[:-1], context)
+        if self.graphed is not None and self.graphed.serves(x_TD):
+            x_TD = self.graphed(x_TD, prompts[:-1], context)
         else:
             for i, (layer, prompt_AD) in enumerate(zip(lower, prompts[:-1], strict=True)):
                 x_TD = self._run(i, layer, x_TD, prompt_AD, context)
-        return self.norm(self._run(len(lower), last, x_TD, prompts[-1], context.narrowed(wanted_R)))
+        return self.norm(self._run(len(lower), last, x_TD, prompts[-1], context.restrict_queries(wanted_R)))
 
     def _run(self, place: int, layer: nn.Module, x_TD: Tensor, prompt_AD: Tensor | None, context: Context) -> Tensor:
         twice = place < self.num_checkpointed and torch.is_grad_enabled()
-        out: Tensor = _run_twice(layer, x_TD, prompt_AD, context) if twice else layer(x_TD, prompt_AD, context)
+        out: Tensor = _checkpointed(layer, x_TD, prompt_AD, context) if twice else layer(x_TD, prompt_AD, context)
         return out

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from vico.errors import UserError
-from vico.model.ops.autograd import product
+from vico.model.ops.autograd import linear
 
 Kind = Literal["8bit", "nf4"]
 BLOCK_SIZES: dict[Kind, int] = {"8bit": 256, "nf4": 64}  # numbers that share a scale; footprint.py counts the scales
@@ -67,10 +67,10 @@ class QuantizedProduct(Function):
     """x W^T; keeps the packed weight, which is there anyway."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: QuantizedLinear) -> Tensor:
-        ctx.linear = linear
-        return product(x, linear.weight)
+    def forward(ctx: Any, x: Tensor, module: QuantizedLinear) -> Tensor:
+        ctx.module = module
+        return linear(x, module.weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
-        return product(gradients[0], ctx.linear.weight.t()) if ctx.needs_input_grad[0] else None, None
+        return linear(gradients[0], ctx.module.weight.t()) if ctx.needs_input_grad[0] else None, None

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vico.model.attention.blockwise import Attend, attend_blocks, visibility
+from vico.model.attention.blockwise import Attend, attend_blocks, attention_mask
 from vico.model.batch import PackedBatch
-from vico.model.llama import Context, FrozenLinear, Linear, Llama, LlamaShape, rotary_angles
+from vico.model.llama import Context, FrozenLinear, Linear, Llama, LlamaConfig, rotary_angles
 
 FEATURE_WIDTH = 768  # CLIP ViT-L/14
 
@@ -20,7 +20,7 @@ class ViCo(Llama):
     """The backbone with its trainables, under the lineage's names: adapter_query, visual_proj, temporal_emb, gate1, gate2."""
 
     def __init__(
-        self, shape: LlamaShape, num_adapted: int, adapter_len: int, num_slots: int, tau: float, dtype: torch.dtype,
+        self, shape: LlamaConfig, num_adapted: int, adapter_len: int, num_slots: int, tau: float, dtype: torch.dtype,
         linear: Linear = FrozenLinear,
     ) -> None:  # fmt: skip
         super().__init__(shape, num_adapted, dtype, linear)
@@ -40,7 +40,7 @@ class ViCo(Llama):
         slots_SD = F.embedding(batch.slot_frames_S, frames_VFD.flatten(0, 1)).to(self.dtype)
         x_TD = self.tok_embeddings(batch.token_ids_T).index_copy(0, batch.slot_rows_S, slots_SD)
         rotary_T = rotary_angles(batch.positions_T, self.shape.head_dim, self.shape.rope_theta, self.shape.rope_scaling)
-        h_RD = self.trunk(x_TD, prompts_GAD, Context(rotary_T, visibility(batch.segments), self.attend), batch.wanted_rows_R)
+        h_RD = self.trunk(x_TD, prompts_GAD, Context(rotary_T, attention_mask(batch.segments), self.attend), batch.wanted_rows_R)
         token_losses_N = self.output(h_RD, batch.token_targets_N, batch.token_target_ids_N)
         return torch.cat([token_losses_N, self._frame_losses(h_RD, projected_VFD, batch)])
 
@@ -52,7 +52,7 @@ class ViCo(Llama):
         return F.cross_entropy(logits_MF, batch.frame_target_ids_M, reduction="none")
 
 
-def trainable_shapes(shape: LlamaShape, num_adapted: int, adapter_len: int, num_slots: int) -> dict[str, tuple[int, ...]]:
+def trainable_shapes(shape: LlamaConfig, num_adapted: int, adapter_len: int, num_slots: int) -> dict[str, tuple[int, ...]]:
     """Name and shape of every trainable, in the order of the lineage's checkpoints."""
     gates = [f"layers.{i}.attention.gate{g}" for i in range(shape.n_layers - num_adapted, shape.n_layers) for g in (1, 2)]
     return {

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from vico.errors import UserError, nearest
 
 GIB = 2**30
-SEEN = 0.98  # of the nominal size, when only the size is given: cards show programs 0.8 to 2 % less
+VISIBLE_SHARE = 0.98  # of the nominal size, when only the size is given: cards show programs 0.8 to 2 % less
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Hardware:
         return f"{count} x {self.gpu.name}"
 
 
-def gpu_named(name: str) -> Gpu:
+def gpu_by_name(name: str) -> Gpu:
     """The GPU of this short or full name. Raises UserError for one that is not known."""
     wanted = name.lower().replace(" ", "")
     for gpu in GPUS.values():
@@ -74,7 +74,7 @@ def gpu_named(name: str) -> Gpu:
     raise UserError(f"--gpu {name}: not in the table ({', '.join(GPUS)}){nearest(name, GPUS)}; give --gpu_memory GIB instead")
 
 
-def gpu_found(full_name: str, memory_bytes: int) -> Gpu:
+def detected_gpu(full_name: str, memory_bytes: int) -> Gpu:
     """The GPU that torch found, with the memory that it shows; its rates, where the name is known."""
     known = next((gpu for gpu in GPUS.values() if full_name in gpu.torch_names), Gpu(full_name, 0.0))
     return replace(known, memory_gib=memory_bytes / GIB)
@@ -82,4 +82,4 @@ def gpu_found(full_name: str, memory_bytes: int) -> Gpu:
 
 def gpu_of_size(gib: float) -> Gpu:
     """A GPU of which only the nominal memory is known."""
-    return Gpu(f"{gib:g} GB", gib * SEEN)
+    return Gpu(f"{gib:g} GB", gib * VISIBLE_SHARE)

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 FEATURE_WIDTH = 768  # CLIP ViT-L/14
-LLAMA_PIECES = 32000  # of the tokenizer of LLaMA-1 and 2
+LLAMA_VOCAB_SIZE = 32000  # of the tokenizer of LLaMA-1 and 2
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEAD_CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}  # of fp32 logits at a time, as in model/functions.py
 REPLAYED_ROWS = 4096  # shorter micro-batches are filled up, and replayed by CUDA graphs; as in model/graphs.py
 
 # Per number of a packed weight, its share of the scales included: one of 4 bytes for each 256; one of a byte for each 64, and of 4
 # bytes for each 256 of those. Whole blocks; model/quantized.py.
-PACKED_BYTES = {"8bit": 1 + 4 / 256, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
+QUANTIZED_BYTES = {"8bit": 1 + 4 / 256, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
 
 Kernel = Literal["packed", "blocks"]  # attention_packed.py (GPUs), attention.py (CPUs)
 
@@ -32,7 +32,7 @@ class ModelSize:
     n_layers: int
     n_heads: int
     hidden_dim: int
-    vocab_size: int = LLAMA_PIECES
+    vocab_size: int = LLAMA_VOCAB_SIZE
     kv_heads: int = 0  # 0: as many as n_heads
     adapter_len: int = 10
     num_slots: int = 10
@@ -60,7 +60,7 @@ class ModelSize:
         """Of the backbone; --quantize packs the blocks' products."""
         if quantize is None:
             return self.frozen * width
-        return math.ceil(self.n_layers * self.block * PACKED_BYTES[quantize]) + (2 * self.head + self.norms) * width
+        return math.ceil(self.n_layers * self.block * QUANTIZED_BYTES[quantize]) + (2 * self.head + self.norms) * width
 
     @property
     def norms(self) -> int:
@@ -77,7 +77,7 @@ class ModelSize:
 
 
 class Shape(Protocol):
-    """model/llama.py's LlamaShape, as far as it matters here."""
+    """model/llama.py's LlamaConfig, as far as it matters here."""
 
     @property
     def dim(self) -> int: ...
@@ -95,13 +95,13 @@ class Shape(Protocol):
 
 def size_of(name: str, shape: Shape, adapter_len: int = 10, num_slots: int = 10) -> ModelSize:
     """Of a model whose params.json leaves the vocabulary to the tokenizer (-1): LLaMA-1's and 2's."""
-    vocabulary = LLAMA_PIECES if shape.vocab_size == -1 else shape.vocab_size
+    vocabulary = LLAMA_VOCAB_SIZE if shape.vocab_size == -1 else shape.vocab_size
     numbers = (shape.dim, shape.n_layers, shape.n_heads, shape.hidden_dim, vocabulary, shape.kv_heads)
     return ModelSize(name, *numbers, adapter_len, num_slots)
 
 
 @dataclass(frozen=True)
-class Work:
+class BatchShape:
     """The size of one micro-batch."""
 
     rows: int  # of the packed stream
@@ -112,7 +112,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunShape:
     """How the model runs: bytes per number, which attention, how many of the first layers are recomputed in backward."""
 
     width: int
@@ -148,7 +148,7 @@ class Activations:
         return self.saved + max(self.head, self.backward)
 
 
-def layer(size: ModelSize, work: Work, setting: Setting, last: bool) -> Layer:
+def layer(size: ModelSize, work: BatchShape, setting: RunShape, last: bool) -> Layer:
     """Bytes that one layer keeps; in the last one only the wanted rows ask."""
     width, rows = setting.width, work.rows
     asking = work.wanted if last else rows
@@ -162,17 +162,17 @@ def layer(size: ModelSize, work: Work, setting: Setting, last: bool) -> Layer:
     return Layer(attention, asking * ((size.dim + 2 * size.hidden_dim) * width + 4))
 
 
-def filled_up(work: Work) -> Work:
+def padded(work: BatchShape) -> BatchShape:
     """A micro-batch as it is replayed (model/layout.py)."""
     rows, more = -(-(work.rows + 1) // 128) * 128, work.keys - work.rows
     multiple = max(256, 1 << max(0, more.bit_length() - 3))
     return replace(work, rows=rows, keys=rows + -(-more // multiple) * multiple)
 
 
-def activations(size: ModelSize, work: Work, setting: Setting) -> Activations:
+def activations(size: ModelSize, work: BatchShape, setting: RunShape) -> Activations:
     own = 0
     if setting.replayed:
-        work = filled_up(work) if work.rows < REPLAYED_ROWS else work
+        work = padded(work) if work.rows < REPLAYED_ROWS else work
         # The stream and its gradient, rotary angles and prompts, at places that stay.
         own = REPLAYED_ROWS * (2 * size.dim * setting.width + size.head_dim * 4) + size.prompts * setting.width
     full, last = layer(size, work, setting, last=False), layer(size, work, setting, last=True)
@@ -189,7 +189,7 @@ def activations(size: ModelSize, work: Work, setting: Setting) -> Activations:
     return Activations(saved, _head(size, work, setting) - differences, max(0, worst - saved))
 
 
-def _head(size: ModelSize, work: Work, setting: Setting) -> int:
+def _head(size: ModelSize, work: BatchShape, setting: RunShape) -> int:
     """Live at the worst moment of the output head's forward, besides what the layers keep."""
     width, row = setting.width, size.dim * setting.width
     row_logits = 4 * size.vocab_size
@@ -204,7 +204,7 @@ def _head(size: ModelSize, work: Work, setting: Setting) -> int:
     return 2 * work.wanted * row + prompts + frames + max(in_loop, behind)  # 2: h, and what the softmax expects of the weights
 
 
-def _backward(size: ModelSize, work: Work, setting: Setting, layers: list[Layer], kept: list[int]) -> Iterator[tuple[int, int]]:
+def _backward(size: ModelSize, work: BatchShape, setting: RunShape, layers: list[Layer], kept: list[int]) -> Iterator[tuple[int, int]]:
     """(what the layers below keep, what this layer needs) for each layer's feed-forward and attention."""
     width, below = setting.width, 0
     small = 2 * size.prompts * width + work.clips * size.num_slots * size.dim * 4  # gradients of the prompts and of the frames
@@ -220,7 +220,7 @@ def _backward(size: ModelSize, work: Work, setting: Setting, layers: list[Layer]
         below += kept[i]
 
 
-def _attention_backward(size: ModelSize, work: Work, setting: Setting, asking: int) -> int:
+def _attention_backward(size: ModelSize, work: BatchShape, setting: RunShape, asking: int) -> int:
     if setting.kernel == "blocks":  # fp32 throughout: gradients, and copies where the stream is narrower
         copies = 0 if setting.width == 4 else 2 * work.rows + 3 * asking
         return (2 * work.rows + asking + copies) * size.dim * 4

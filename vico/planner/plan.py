@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vico.errors import UserError
-from vico.planner.gpu_specs import GIB, SEEN, Hardware, gpu_of_size
-from vico.planner.memory import BYTES, PACKED_BYTES, Activations, ModelSize, Setting, Work, activations
+from vico.planner.gpu_specs import GIB, VISIBLE_SHARE, Hardware, gpu_of_size
+from vico.planner.memory import BYTES, QUANTIZED_BYTES, Activations, BatchShape, ModelSize, RunShape, activations
 from vico.planner.zero3_trace import BLOCK, gathered_modules, live_bytes
 
 Stage = Literal["zero2", "zero3", "zero3_offload"]
@@ -26,9 +26,9 @@ FRAGMENTATION = 0.05  # of what is allocated and freed in every step: what PyTor
 EFFICIENCY = 0.5  # share of the datasheet's rate that the products reach: the goal for one H100, not a measurement
 LINK_SHARE = 0.8  # share of a link's datasheet rate that a gather reaches
 TOKEN_STEP = 64  # budgets are multiples of this
-MOST_TOKENS = 8192  # of a micro-batch; beyond, nothing gets faster
+MAX_TOKENS = 8192  # of a micro-batch; beyond, nothing gets faster
 NOMINAL_SIZES = (16, 24, 32, 40, 48, 80, 96, 141, 192)  # GiB of GPUs that can be had
-CUT_SHORT = 2**17  # no budget above this is looked for
+MAX_BUDGET = 2**17  # no budget above this is looked for
 KEYS_PER_ROW = 1.5  # rows that attention gathers; 1.35 with real lengths
 
 SIZES = {
@@ -45,7 +45,7 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class Lengths:
+class TokenLengths:
     """Tokens of a question's sequences on average, and at most; training questions of the set."""
 
     question: float
@@ -69,12 +69,12 @@ CAPTION_TOKENS = 194  # captions of 80 to 250 tokens, the instruction and the sl
 
 
 @dataclass(frozen=True)
-class Task:
+class PlanRequest:
     """What is to be trained on what, and what the user has decided already (None: the planner does)."""
 
     size: ModelSize
     hardware: Hardware
-    lengths: Lengths
+    lengths: TokenLengths
     precision: str = "bf16"
     batch_size: int = 8
     accum_iter: int = 2
@@ -87,7 +87,7 @@ class Task:
     @property
     def batch_tokens(self) -> int:
         """Of a micro-batch of --batch_size questions, on average, up to the next possible budget."""
-        return min(MOST_TOKENS, math.ceil(self.batch_size * self.lengths.both / TOKEN_STEP) * TOKEN_STEP)
+        return min(MAX_TOKENS, math.ceil(self.batch_size * self.lengths.both / TOKEN_STEP) * TOKEN_STEP)
 
     @property
     def longest_tokens(self) -> int:
@@ -101,7 +101,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes per GPU, by category. The head and backward have their worst moments one after the other: the larger one counts."""
 
     weights: int
@@ -138,12 +138,12 @@ class Speed:
 
 @dataclass(frozen=True)
 class Plan:
-    task: Task
+    task: PlanRequest
     stage: Stage
     checkpointed: int
     largest_tokens: int  # the largest budget that fits
     max_tokens: int  # the one to use
-    memory: Memory
+    memory: MemoryEstimate
     speed: Speed | None
     unknown: str  # what the speed would need
     ds_config: dict[str, Any]
@@ -154,10 +154,10 @@ class Plan:
         return {0: "none", self.task.size.n_layers: "full"}.get(self.checkpointed, str(self.checkpointed))
 
 
-def work_of(tokens: int, lengths: Lengths) -> Work:
+def batch_shape(tokens: int, lengths: TokenLengths) -> BatchShape:
     """A micro-batch of so many tokens, none of them shared: an upper bound of its rows."""
     targets = math.ceil(tokens * lengths.target_share)
-    return Work(tokens, targets, targets, math.ceil(tokens / lengths.both), math.ceil(tokens * KEYS_PER_ROW))
+    return BatchShape(tokens, targets, targets, math.ceil(tokens / lengths.both), math.ceil(tokens * KEYS_PER_ROW))
 
 
 def ds_config(stage: Stage, size: ModelSize) -> dict[str, Any]:
@@ -184,12 +184,12 @@ def _buckets(stage: Stage) -> int:
     return 4 * zero["reduce_bucket_size"] * (2 if zero.get("overlap_comm") else 1)
 
 
-def memory(task: Task, stage: Stage, checkpointed: int, tokens: int) -> Memory:
+def memory(task: PlanRequest, stage: Stage, checkpointed: int, tokens: int) -> MemoryEstimate:
     """Of one GPU in the middle of a step whose micro-batches have `tokens` tokens."""
     size, ranks, width = task.size, task.hardware.ranks, BYTES[task.precision]
     replayed = stage == "zero2" and not checkpointed and task.quantize is None and task.precision != "fp32"
-    setting = Setting(width, num_checkpointed=checkpointed, replayed=replayed)
-    acts: Activations = activations(size, work_of(tokens, task.lengths), setting)
+    setting = RunShape(width, num_checkpointed=checkpointed, replayed=replayed)
+    acts: Activations = activations(size, batch_shape(tokens, task.lengths), setting)
     small = size.norms * width if stage != "zero2" else 0
     whole = size.frozen_bytes(width, task.quantize)
     share = {"zero2": whole, "zero3": math.ceil(size.frozen * width / ranks) + small, "zero3_offload": small}[stage]
@@ -202,12 +202,12 @@ def memory(task: Task, stage: Stage, checkpointed: int, tokens: int) -> Memory:
     reserve = CONTEXT_BYTES + (COMMUNICATOR_BYTES if ranks > 1 else 0) + math.ceil(FRAGMENTATION * moving)
     host = size.frozen * width // task.hardware.nodes if stage == "zero3_offload" else 0
     available = int(task.hardware.gpu.memory_gib * GIB)
-    return Memory(share, gathered, acts.saved, acts.head, acts.backward, optimizer, _buckets(stage), reserve, available, host)
+    return MemoryEstimate(share, gathered, acts.saved, acts.head, acts.backward, optimizer, _buckets(stage), reserve, available, host)
 
 
-def largest_budget(task: Task, stage: Stage, checkpointed: int) -> int:
+def max_budget(task: PlanRequest, stage: Stage, checkpointed: int) -> int:
     """The most tokens of a micro-batch that fit, a multiple of TOKEN_STEP; 0: not even a few do."""
-    low, high = 0, CUT_SHORT // TOKEN_STEP + 1
+    low, high = 0, MAX_BUDGET // TOKEN_STEP + 1
     while high - low > 1:
         middle = (low + high) // 2
         fits = memory(task, stage, checkpointed, middle * TOKEN_STEP).spare >= 0
@@ -215,7 +215,7 @@ def largest_budget(task: Task, stage: Stage, checkpointed: int) -> int:
     return low * TOKEN_STEP
 
 
-def speed(task: Task, stage: Stage, checkpointed: int, max_tokens: int) -> tuple[Speed | None, str]:
+def speed(task: PlanRequest, stage: Stage, checkpointed: int, max_tokens: int) -> tuple[Speed | None, str]:
     """(modelled speed, "") or (None, what is not known). Per micro-batch: the slower of products and gathers, which overlap."""
     hardware, size = task.hardware, task.size
     tflops = hardware.gpu.peak(task.precision)
@@ -244,11 +244,11 @@ def speed(task: Task, stage: Stage, checkpointed: int, max_tokens: int) -> tuple
     return Speed(rate, task.lengths.questions * task.lengths.both / rate, compute, gather), ""
 
 
-def plan(task: Task) -> Plan:
+def plan(task: PlanRequest) -> Plan:
     """The best way that fits. Raises UserError, saying what is short and what would help, where none does."""
-    ways = [way for way in (_way(task, stage, n) for stage, n in _candidates(task)) if way is not None]
+    ways = [way for way in (_try_candidate(task, stage, n) for stage, n in _candidates(task)) if way is not None]
     if not ways:
-        raise UserError(_what_is_short(task))
+        raise UserError(_shortage(task))
     roomy = [way for way in ways if way.largest_tokens >= task.batch_tokens]
     roomy = [way for way in roomy if way.stage != "zero3_offload"] or roomy  # off-loading is the last resort
     if not roomy:
@@ -259,7 +259,7 @@ def plan(task: Task) -> Plan:
     return roomy[0]
 
 
-def _candidates(task: Task) -> list[tuple[Stage, int | None]]:
+def _candidates(task: PlanRequest) -> list[tuple[Stage, int | None]]:
     """Ways to run, the simplest first; None: as many recomputed layers as are needed."""
     possible = STAGES if task.quantize is None else STAGES[:1]
     stages = [task.stage] if task.stage else [s for s in possible if s != "zero3" or task.hardware.ranks > 1]
@@ -268,7 +268,7 @@ def _candidates(task: Task) -> list[tuple[Stage, int | None]]:
     return on_gpu + [("zero3_offload", n) for n in counts if "zero3_offload" in stages]
 
 
-def _way(task: Task, stage: Stage, checkpointed: int | None) -> Plan | None:
+def _try_candidate(task: PlanRequest, stage: Stage, checkpointed: int | None) -> Plan | None:
     """The plan of this stage, or None where it does not fit."""
     layers = task.size.n_layers
     if checkpointed is None:
@@ -278,11 +278,11 @@ def _way(task: Task, stage: Stage, checkpointed: int | None) -> Plan | None:
             middle = (low + high) // 2
             low, high = (low, middle) if memory(task, stage, middle, wanted).spare >= 0 else (middle, high)
         checkpointed = high
-    largest = largest_budget(task, stage, checkpointed)
+    largest = max_budget(task, stage, checkpointed)
     if task.max_tokens and memory(task, stage, checkpointed, task.max_tokens).spare >= 0:
         largest = max(largest, task.max_tokens)  # which need not be a multiple
-    used = task.max_tokens or min(largest, MOST_TOKENS)
-    if largest < used or used < min(task.lengths.longest, task.max_tokens or CUT_SHORT):
+    used = task.max_tokens or min(largest, MAX_TOKENS)
+    if largest < used or used < min(task.lengths.longest, task.max_tokens or MAX_BUDGET):
         return None
     needs = memory(task, stage, checkpointed, used)
     if task.hardware.host_gib is not None and needs.host > task.hardware.host_gib * GIB:
@@ -291,7 +291,7 @@ def _way(task: Task, stage: Stage, checkpointed: int | None) -> Plan | None:
     return Plan(task, stage, checkpointed, largest, used, needs, modelled, unknown, ds_config(stage, task.size))
 
 
-def _what_is_short(task: Task) -> str:
+def _shortage(task: PlanRequest) -> str:
     """One line: the way that comes nearest, by how much it fails, and what would help."""
     tokens = task.max_tokens or task.longest_tokens
     named = [(stage, task.size.n_layers if n is None else n) for stage, n in _candidates(task)]
@@ -302,30 +302,30 @@ def _what_is_short(task: Task) -> str:
         short = f"needs {best.host / GIB:.1f} GiB of host memory per node and {task.hardware.host_gib:g} are there"
     else:
         short = f"needs {best.total / GIB:.1f} GiB per GPU and {best.available / GIB:.1f} are there, {-best.spare / GIB:.1f} GiB short"
-    return f"{task.size.name} on {task.hardware}: does not fit; {how} {short}; {_what_helps(task)}"
+    return f"{task.size.name} on {task.hardware}: does not fit; {how} {short}; {_suggestions(task)}"
 
 
 def layers_named(count: int, size: ModelSize) -> str:
     return "no layer" if count == 0 else "all layers" if count == size.n_layers else f"{count} of {size.n_layers} layers"
 
 
-def _what_helps(task: Task) -> str:
+def _suggestions(task: PlanRequest) -> str:
     hardware = task.hardware
     gpu = hardware.gpu
     free = replace(task, hardware=replace(hardware, host_gib=None))
     helps = ["more host memory"] if _fits(free) else []
     more = (replace(hardware, gpus=hardware.gpus * factor) for factor in (2, 4, 8, 16))
-    larger = (replace(hardware, gpu=gpu_of_size(gib)) for gib in NOMINAL_SIZES if gib * SEEN > gpu.memory_gib)
+    larger = (replace(hardware, gpu=gpu_of_size(gib)) for gib in NOMINAL_SIZES if gib * VISIBLE_SHARE > gpu.memory_gib)
     if not helps:
         found = (next((machine for machine in machines if _fits(replace(task, hardware=machine))), None) for machines in (more, larger))
         helps = [str(machine) for machine in found if machine is not None]
     if task.quantize is None and task.stage in (None, "zero2"):
-        helps += [f"--quantize {kind}" for kind in list(PACKED_BYTES) if _fits(replace(task, quantize=kind))][:1]
+        helps += [f"--quantize {kind}" for kind in list(QUANTIZED_BYTES) if _fits(replace(task, quantize=kind))][:1]
     forced = {"--deepspeed": task.stage, "--checkpoint_activations": task.checkpointed, "--max_tokens": task.max_tokens}
     given = [flag for flag, value in forced.items() if value is not None]
     helps.append(f"leaving {' and '.join(given)} out" if given else "a shorter --max_cap_len or --max_seq_len")
     return f"what would help: {', or '.join(helps)}"
 
 
-def _fits(task: Task) -> bool:
-    return any(_way(task, stage, n) is not None for stage, n in _candidates(task))
+def _fits(task: PlanRequest) -> bool:
+    return any(_try_candidate(task, stage, n) is not None for stage, n in _candidates(task))

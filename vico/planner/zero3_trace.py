@@ -69,7 +69,7 @@ class _Fetch:
     arrived: bool = False
 
 
-class _Replay:
+class FetchSimulator:
     def __init__(self, order: Sequence[Module], prefetch: int, most_live: int) -> None:
         self._prefetch, self._most_live = prefetch, most_live
         self._queue = deque((parameter, step) for step, module in enumerate(order) for parameter in module)
@@ -122,7 +122,7 @@ def live_bytes(modules: Sequence[Module], prefetch: int, most_live: int) -> tupl
     than `most_live` elements are there in all. A recomputed block runs again on what backward has gathered for it.
     """
     order = [*modules, *reversed(modules)]
-    replay = _Replay(order, prefetch, most_live)
+    replay = FetchSimulator(order, prefetch, most_live)
     for step, module in enumerate(order):
         replay.run(step, module)
     return replay.most_parameters, replay.most_bytes

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from vico.data.datasets import read_questions
 from vico.data.features import Features
 from vico.data.prompts import Prompts
-from vico.distributed.world import World, limit_waiting
+from vico.distributed.world import World, set_collective_timeout
 from vico.io.atomic import require_writable
-from vico.io.file_cache import Memory
+from vico.io.file_cache import FileCache
 from vico.model import cuda_graphs
 from vico.model.attention.varlen import choose
 from vico.model.batch import Question
@@ -23,7 +23,7 @@ from vico.model.vico import ViCo, trainable_shapes
 from vico.model.weights.load import Weights
 from vico.train import preflight, zero_stage
 from vico.train.config import RunConfig
-from vico.train.engine import Engine, construction, fill
+from vico.train.engine import Engine, load_parameter, zero_init
 from vico.train.optim import make_optimizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -42,13 +42,13 @@ class Inputs:
     ds_config: dict[str, Any]
     stage: str  # which ZeRO stage, and why
     notes: tuple[str, ...]
-    memory: Memory  # what was found out, to be kept when all ranks agree that nothing is wrong
+    cache: FileCache  # what was found out, to be kept when all ranks agree that nothing is wrong
 
 
 def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inputs:
     """Open and check every file of a run; nothing is computed yet. Raises UserError. No collectives: ranks agree after it."""
     require_writable(config.output_dir)
-    memory = Memory()
+    cache = FileCache()
     backbone = preflight.open_backbone(config)
     chosen = zero_stage.choose(config, backbone.weights.shape, world.size, world.hardware, training="train" in splits)
     prompts = backbone.prompts(config)
@@ -62,13 +62,11 @@ def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inp
     if config.cap and "train" in splits:
         captions = preflight.read_captions(config, questions["train"], prompts)
     for split in splits:
-        past_end = preflight.check_features(config, questions[split], features, memory, world.rank, world.size)
-        measured = preflight.measure_questions(config, split, questions[split], backbone, prompts, memory)
+        past_end = preflight.check_features(config, questions[split], features, cache, world.rank, world.size)
+        measured = preflight.measure_questions(config, split, questions[split], backbone, prompts, cache)
         notes += preflight.split_notes(config, split, questions[split], dropped[split], past_end, measured)
     if captions:
-        notes += preflight.caption_notes(
-            config, preflight.measure_captions(config, captions, questions["train"], backbone, prompts, memory)
-        )
+        notes += preflight.caption_notes(config, preflight.measure_captions(config, captions, questions["train"], backbone, prompts, cache))
     notes += preflight.shared_videos(questions)
     shapes = trainable_shapes(backbone.weights.shape, backbone.num_adapted, config.adapter_len, config.max_feats)
     return Inputs(
@@ -83,35 +81,35 @@ def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inp
         chosen.ds_config,
         chosen.name,
         tuple(notes),
-        memory,
+        cache,
     )
 
 
 def build_engine(config: RunConfig, inputs: Inputs, trainables: dict[str, Tensor], world: World) -> Engine:
     """The model with the backbone from the files and these trainables, under DeepSpeed. A collective of all ranks."""
-    with world.agreeing():
+    with world.raise_together():
         dtype = DTYPES[config.precision]
         attend, description = choose(config.attention, world.device, dtype)
         description += f", {triton_ops.describe(world.device)}"
     linear: Linear = FrozenLinear if config.quantize is None else partial(QuantizedLinear, kind=config.quantize)
-    with construction(inputs.ds_config, world.device):
+    with zero_init(inputs.ds_config, world.device):
         model = ViCo(inputs.weights.shape, inputs.num_adapted, config.adapter_len, config.max_feats, config.tau, dtype, linear)
     for name, parameter in model.named_parameters():
-        world.doing(f"loading {name}")
+        world.set_phase(f"loading {name}")
         value = trainables.get(name)
-        fill(parameter, partial(inputs.weights.read_slice, name) if value is None else partial(_slice, value))
+        load_parameter(parameter, partial(inputs.weights.read_slice, name) if value is None else partial(_slice, value))
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
-            world.doing(f"loading {name}")
+            world.set_phase(f"loading {name}")
             module.fill(inputs.weights.read(f"{name}.weight").to(world.device, dtype))
     model.attend = attend
     model.num_checkpointed = len(model.layers) if config.num_checkpointed is None else config.num_checkpointed
     description += f", {cuda_graphs.attach(model, replay_refused(inputs.ds_config, config.quantize))}"
     _require_declared(model, inputs.trainable_shapes)
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], config.weight_decay)
-    world.doing("building the engine")
+    world.set_phase("building the engine")
     engine = Engine(model, optimizer, inputs.ds_config, dtype, description)
-    limit_waiting(world.timeout)
+    set_collective_timeout(world.timeout)
     return engine
 
 

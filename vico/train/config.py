@@ -23,7 +23,7 @@ def _flag(default: Any, group: str, help: str, **extra: Any) -> Any:
     return field(default=default, metadata={"group": group, "help": help, **extra})
 
 
-LARGEST_FLOAT, LARGEST_SEED = 3e38, 2**63 - 1  # of fp32, in which settings meet tensors; of torch's generator
+MAX_FLOAT, MAX_SEED = 3e38, 2**63 - 1  # of fp32, in which settings meet tensors; of torch's generator
 MODEL, DATA, OBJECTIVE, OPTIMIZATION, RUN = "model", "data", "objective", "optimization", "run"
 DATASET_NAMES = ("nextqa", "star", "tvqa", "intentqa")
 
@@ -129,13 +129,13 @@ class RunConfig:
         for name in ("adapter_layer", "max_steps", "max_tokens", "expect_world_size"):
             _require(getattr(self, name) is None or getattr(self, name) >= 1, name, self, "a whole number of at least 1")
         for name in ("cap", "blr", "min_lr", "weight_decay", "warmup_epochs", "num_workers"):
-            _require(0 <= getattr(self, name) <= LARGEST_FLOAT, name, self, "0 or more, and finite")
+            _require(0 <= getattr(self, name) <= MAX_FLOAT, name, self, "0 or more, and finite")
         for name in ("lr", "tau"):
-            _require(getattr(self, name) is None or 0 < getattr(self, name) <= LARGEST_FLOAT, name, self, "above 0, and finite")
+            _require(getattr(self, name) is None or 0 < getattr(self, name) <= MAX_FLOAT, name, self, "above 0, and finite")
         for name in ("collective_timeout", "hang_timeout"):
             _require(0 < getattr(self, name) <= 1e6, name, self, "minutes above 0, at most a million")
-        _require(abs(self.bias) <= LARGEST_FLOAT, "bias", self, "finite")
-        _require(0 <= self.seed <= LARGEST_SEED, "seed", self, f"a whole number from 0 to {LARGEST_SEED}")
+        _require(abs(self.bias) <= MAX_FLOAT, "bias", self, "finite")
+        _require(0 <= self.seed <= MAX_SEED, "seed", self, f"a whole number from 0 to {MAX_SEED}")
         _require(self.max_feats < self.max_seq_len, "max_feats", self, f"below --max_seq_len {self.max_seq_len}")
         if self.checkpoint_activations not in ("none", "full"):
             _require(self.checkpoint_activations.isdecimal(), "checkpoint_activations", self, "none, full or a number of layers")

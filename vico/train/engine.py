@@ -22,7 +22,7 @@ from vico.train.optim import MOMENTS
 
 SHIPPED_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 # What the run decides. "auto" or absent is right; a number must be the one that the flags give.
-DECIDED = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+RUN_KEYS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
 # Settings of DeepSpeed that would compute something else than the method, or nothing here, with what to use instead.
 REFUSED = {
     "optimizer": "the optimizer is AdamW as the method sets it; use --lr, --blr and --weight_decay",
@@ -45,12 +45,12 @@ REFUSED = {
 }
 SECTIONS = ("zero_optimization", "bf16", "fp16", "aio", "flops_profiler", "comms_logger")  # DeepSpeed checks what they hold
 SWITCHES = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")
-KNOWN = frozenset({*DECIDED, *REFUSED, *SECTIONS, *SWITCHES, "steps_per_print", "communication_data_type"})
+KNOWN = frozenset({*RUN_KEYS, *REFUSED, *SECTIONS, *SWITCHES, "steps_per_print", "communication_data_type"})
 GRADIENT_SCALE = {torch.float16: 2.0**10, torch.bfloat16: 1.0, torch.float32: 1.0}
 
 
 def read_config(name: str, precision: str, micro_batch_size: int, accumulation: int, world_size: int) -> dict[str, Any]:
-    """The ds_config of this name (of ds_configs/) or path, as `decided` makes it. Raises UserError for what does not fit."""
+    """The ds_config of this name (of ds_configs/) or path, as `resolve_auto` makes it. Raises UserError for what does not fit."""
     path = Path(name)
     if not is_path(name):
         path = SHIPPED_CONFIGS / f"{name}.json"
@@ -59,15 +59,15 @@ def read_config(name: str, precision: str, micro_batch_size: int, accumulation: 
             names = ["auto", *shipped]
             raise UserError(f"--deepspeed {name}: must be {', '.join(names)} or the path of a JSON file{nearest(name, names)}")
     config = read_json_object(path, "the DeepSpeed config (--deepspeed)")
-    return decided(config, path, precision, micro_batch_size, accumulation, world_size)
+    return resolve_auto(config, path, precision, micro_batch_size, accumulation, world_size)
 
 
-def decided(
+def resolve_auto(
     config: dict[str, Any], path: Path, precision: str, micro_batch_size: int, accumulation: int, world_size: int
 ) -> dict[str, Any]:  # fmt: skip
-    """The ds_config of a run with every "auto" decided. Raises UserError, naming `path`, for what does not fit."""
+    """The ds_config of a run with every "auto" resolve_auto. Raises UserError, naming `path`, for what does not fit."""
     _check_keys(config, path)
-    numbers = dict(zip(DECIDED, (micro_batch_size, accumulation, micro_batch_size * accumulation * world_size), strict=True))
+    numbers = dict(zip(RUN_KEYS, (micro_batch_size, accumulation, micro_batch_size * accumulation * world_size), strict=True))
     for key, value in numbers.items():
         given = config.get(key, "auto")
         if given != "auto" and (given != value or isinstance(given, bool)):
@@ -139,7 +139,7 @@ def _let_deepspeed_check(config: dict[str, Any], path: Path) -> None:
 
 
 @contextmanager
-def construction(config: Mapping[str, Any], device: torch.device) -> Iterator[None]:
+def zero_init(config: Mapping[str, Any], device: torch.device) -> Iterator[None]:
     """Modules made inside lie on `device`; under stage 3 each rank keeps its part of each parameter only."""
     if config["zero_optimization"]["stage"] < 3:
         with device:
@@ -159,7 +159,7 @@ def construction(config: Mapping[str, Any], device: torch.device) -> Iterator[No
             yield
 
 
-def fill(parameter: nn.Parameter, read: Callable[[int, int], Tensor]) -> None:
+def load_parameter(parameter: nn.Parameter, read: Callable[[int, int], Tensor]) -> None:
     """Give a parameter its value, converted to its type; `read(start, stop)` gives elements of the flattened tensor.
 
     Under stage 3 each rank asks for its own part only, so that a rank's memory never holds more than its share and a tensor.
@@ -196,13 +196,13 @@ class Engine:
         self.stage: int = config["zero_optimization"]["stage"]
         self.trainables = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._largest_gradient = torch.zeros((), device=self._engine.device)  # NaN, once there, stays the largest
-        self._rehearsing = False
+        self._is_dry_run = False
         for parameter in self.trainables.values():
             parameter.register_hook(self._pass_gradient)
 
     def _pass_gradient(self, gradient: Tensor) -> Tensor:
         """Notes, without a sync, whether this rank's own share is finite: behind the sum over ranks nobody could tell whose it was."""
-        if self._rehearsing:
+        if self._is_dry_run:
             return torch.zeros_like(gradient)
         gradient = gradient / self._scale if self._scale != 1.0 else gradient
         largest = torch.linalg.vector_norm(gradient, math.inf, dtype=torch.float32)
@@ -236,11 +236,11 @@ class Engine:
         if not last:
             self._engine.step()  # counts the micro-batch, updates nothing
 
-    def rehearse(self, batch: PackedBatch) -> None:
+    def dry_run(self, batch: PackedBatch) -> None:
         """Forward and backward of a micro-batch as those of a step, with gradients of zero: the next step is what it would have been."""
-        self._rehearsing = True
+        self._is_dry_run = True
         self.backward(self.forward(batch).sum(), last=False)
-        self._rehearsing = False
+        self._is_dry_run = False
 
     def step(self, lr: float) -> tuple[float, bool]:
         """Update the trainables. Returns (gradient norm over all of them, whether the update was applied).

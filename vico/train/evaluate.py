@@ -4,7 +4,7 @@ An option's score is the mean cross-entropy of its target tokens; the lowest win
 """
 
 import json
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from vico.data.dataloader import loader
 from vico.data.datasets import DATASETS, accuracy_groups
 from vico.distributed import signals
 from vico.distributed.world import World
-from vico.errors import TrainingFault, UserError, one_line
+from vico.errors import TrainingError, UserError, one_line
 from vico.io.atomic import make_folder, write_lines
 from vico.io.failpoints import reached
 from vico.model.batch import PackedBatch, Question
@@ -27,14 +27,14 @@ from vico.train.build import Inputs, build_engine, read_inputs
 from vico.train.config import SHAPES, CommandLine, RunConfig
 from vico.train.engine import Engine
 from vico.train.rank_consistency import require_same_files
-from vico.train.run_log import Progress
+from vico.train.run_log import ProgressBar
 
 CHUNKS_PER_ASKING = 8  # forwards between two looks at whether a rank was asked to stop: the looks make ranks wait for each other
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    questions: Items[Question]
+    questions: Sequence[Question]
     scores: list[list[float]]  # per question, per option
     accuracies: dict[str, float]  # "acc" and one per group; empty where the split has no answers
     counts: dict[str, tuple[int, int]]  # group -> (right, asked)
@@ -90,7 +90,7 @@ def evaluate(engine: Engine, inputs: Inputs, split: str, config: RunConfig, worl
     questions = inputs.questions[split]
     if not questions:
         raise UserError(f"{split}: there are no questions to evaluate; name a split that has some")
-    with world.agreeing():
+    with world.raise_together():
         inputs.features.check_unchanged()
     chunks = EvaluationChunks(
         questions, inputs.features, inputs.prompts, num_slots=config.max_feats, rank=world.rank, world_size=world.size
@@ -100,9 +100,9 @@ def evaluate(engine: Engine, inputs: Inputs, split: str, config: RunConfig, worl
     error: UserError | None = None
     spare: PackedBatch | None = None
     done: list[tuple[Chunk, torch.Tensor]] = []
-    with torch.no_grad(), Progress(f"evaluating {len(questions)} {split} questions", len(chunks), "batch", world.is_main) as progress:
+    with torch.no_grad(), ProgressBar(f"evaluating {len(questions)} {split} questions", len(chunks), "batch", world.is_main) as progress:
         for number, chunk in enumerate(batches, start=1):
-            world.doing(f"batch {number} of the {split} evaluation")
+            world.set_phase(f"batch {number} of the {split} evaluation")
             reached("evaluation")
             error = error or chunk.error
             spare = chunk.batch or spare  # after an error a rank goes on with some batch: the others count on its forwards
@@ -112,9 +112,9 @@ def evaluate(engine: Engine, inputs: Inputs, split: str, config: RunConfig, worl
             if chunk.batch is not None:
                 done.append((chunk, losses))
             progress.advance()
-            if number % CHUNKS_PER_ASKING == 0 and (signal := world.most(signals.wish())):
+            if number % CHUNKS_PER_ASKING == 0 and (signal := world.max(signals.stop_requested())):
                 raise signals.Stopped(signal, f"stopped in the evaluation of {len(questions)} {split} questions; start it again")
-    with world.agreeing():
+    with world.raise_together():
         if error is not None:
             raise error
     scores = _gather(done, questions, world)
@@ -122,7 +122,7 @@ def evaluate(engine: Engine, inputs: Inputs, split: str, config: RunConfig, worl
     return summarize(questions, scores, config.dataset, inputs.dropped[split])
 
 
-def _gather(done: list[tuple[Chunk, torch.Tensor]], questions: Items[Question], world: World) -> list[list[float]]:
+def _gather(done: list[tuple[Chunk, torch.Tensor]], questions: Sequence[Question], world: World) -> list[list[float]]:
     """Scores of all ranks. Each question is scored by one rank, so that adding the ranks' tables changes no bit."""
     width = max(len(q.options) for q in questions)
     table = torch.zeros(len(questions), width, dtype=torch.float64)
@@ -142,16 +142,16 @@ def _gather(done: list[tuple[Chunk, torch.Tensor]], questions: Items[Question], 
     return [row[: len(q.options)] for row, q in zip(table.tolist(), questions, strict=True)]
 
 
-def _require_finite(scores: list[list[float]], questions: Items[Question]) -> None:
+def _require_finite(scores: list[list[float]], questions: Sequence[Question]) -> None:
     bad = [q for s, q in zip(scores, questions, strict=True) if not np.isfinite(s).all()]
     if bad:
-        raise TrainingFault(
+        raise TrainingError(
             f"{bad[0].place}: {len(bad)} of {len(questions)} questions have scores that are not finite, first question {bad[0].qid} of "
             f"video '{bad[0].video}'; try --precision bf16 or fp32, or another checkpoint"
         )
 
 
-def summarize(questions: Items[Question], scores: list[list[float]], dataset: str, dropped: Items[Question] = ()) -> Evaluation:
+def summarize(questions: Sequence[Question], scores: list[list[float]], dataset: str, dropped: Sequence[Question] = ()) -> Evaluation:
     """Accuracies as counts over questions: in all, and by the data set's groups of types. `dropped` were not asked."""
     groups = accuracy_groups(dataset, [q.type for q in dropped])
     left_out = {group: sum(q.type in members for q in dropped) for group, members in groups.items()}
@@ -172,7 +172,7 @@ def summarize(questions: Items[Question], scores: list[list[float]], dataset: st
 
 def report(evaluation: Evaluation, split: str, config: RunConfig, world: World) -> None:
     """Write the predictions, print the table and, as the last line, one JSON object."""
-    with world.agreeing():
+    with world.raise_together():
         if world.is_main:
             make_folder(config.output_dir)
             path = evaluation.write(config.output_dir, split)
@@ -182,17 +182,17 @@ def report(evaluation: Evaluation, split: str, config: RunConfig, world: World) 
 
 def evaluate_checkpoint(line: CommandLine, world: World) -> None:
     """`vico eval`: evaluate --resume on --split, by the checkpoint's own settings where no flag is given."""
-    with world.agreeing():
+    with world.raise_together():
         found = checkpoints.read(line.given["resume"])
         config, notes = settings_of(found, line)
     require_same_files(world, config)
-    with world.agreeing():
+    with world.raise_together():
         inputs = read_inputs(config, (config.split,), world)
-        found = checkpoints.fitted(found, inputs.trainable_shapes, inputs.weights.shape.n_layers)
+        found = checkpoints.validate_for_model(found, inputs.trainable_shapes, inputs.weights.shape.n_layers)
     if world.is_main:
-        inputs.memory.keep()
+        inputs.cache.flush()
     for note in (*notes, *found.notes, *inputs.notes):
-        world.say(note)
+        world.print_rank0(note)
     engine = build_engine(config, inputs, found.weights, world)
     report(evaluate(engine, inputs, config.split, config, world), config.split, config, world)
 

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from vico.checkpoint import fingerprint, published, restart_limit
 from vico.checkpoint import read as checkpoints
-from vico.checkpoint.read import Checkpoint, Progress
+from vico.checkpoint.read import Checkpoint, TrainState
 from vico.data.batching import Step, TrainingSteps
-from vico.data.dataloader import loader, start_server
+from vico.data.dataloader import loader, start_forkserver
 from vico.distributed import signals
 from vico.distributed.world import World
-from vico.errors import DiskError, InUse, TrainingFault, UserError
+from vico.errors import DiskError, InUseError, TrainingError, UserError
 from vico.io import output_dir as lock
-from vico.io.atomic import make_folder, mend_folders, write_bytes, write_json
+from vico.io.atomic import make_folder, repair_folder, write_bytes, write_json
 from vico.io.failpoints import reached
 from vico.model.batch import PackedBatch
 from vico.model.vico import initial_trainables
@@ -32,8 +32,7 @@ from vico.train.evaluate import Evaluation, evaluate, report
 from vico.train.optim import learning_rate, peak_learning_rate
 from vico.train.rank_consistency import require_same_files
 from vico.train.resume import find_start, read_args, run_of, start_progress, with_empty_sums
-from vico.train.run_log import Progress as ProgressBar
-from vico.train.run_log import RunLog, gaps, memory_curves, read_logs
+from vico.train.run_log import ProgressBar, RunLog, gaps, memory_curves, read_logs
 
 
 @dataclass(frozen=True)
@@ -57,26 +56,26 @@ def train(config: RunConfig, world: World) -> None:
     """
     evaluation_split = config.split if config.init_eval else "val"
     only_evaluate = config.init_eval and config.resume is not None
-    with world.agreeing():
+    with world.raise_together():
         if world.is_main and not only_evaluate and os.path.exists(config.output_dir / "args.json"):
             _take_over(config.output_dir)
     require_same_files(world, config)
-    world.doing("reading the inputs")
+    world.set_phase("reading the inputs")
     if config.num_workers:
-        start_server()
-    with world.agreeing():
+        start_forkserver()
+    with world.raise_together():
         found = find_start(config)
         start = found.checkpoint
         splits = (evaluation_split,) if only_evaluate else tuple(dict.fromkeys(("train", "val", evaluation_split)))
         inputs = read_inputs(config, splits, world)
         reached("inputs")
         if start is not None:
-            start = checkpoints.fitted(start, inputs.trainable_shapes, inputs.weights.shape.n_layers)
+            start = checkpoints.validate_for_model(start, inputs.trainable_shapes, inputs.weights.shape.n_layers)
     if world.is_main:
-        inputs.memory.keep()
+        inputs.cache.flush()
     for note in (*found.notes, *inputs.notes, *(start.notes if start else ())):
-        world.say(note)
-    place = None if only_evaluate else _find_place(config, world, inputs, start)  # before minutes are spent on loading the weights
+        world.print_rank0(note)
+    place = None if only_evaluate else _find_position(config, world, inputs, start)  # before minutes are spent on loading the weights
     trainables = start.weights if start else initial_trainables(inputs.trainable_shapes, config.bias, config.seed)
     engine = build_engine(config, inputs, trainables, world)
     if config.init_eval and (only_evaluate or start is None):
@@ -89,47 +88,47 @@ def _take_over(output_dir: Path) -> None:
     """Nobody else writes here from now on, and what a killed run left half-written is gone before checkpoints are looked for."""
     if note := lock.take(output_dir):
         print(note, flush=True)
-    if mended := mend_folders(output_dir):
+    if mended := repair_folder(output_dir):
         print(f"{output_dir}: a run was killed while it wrote; {', '.join(mended)}", flush=True)
 
 
-def _find_place(
+def _find_position(
     config: RunConfig, world: World, inputs: Inputs, start: Checkpoint | None
-) -> tuple[TrainingSteps, dict[str, str], Progress]:  # fmt: skip
+) -> tuple[TrainingSteps, dict[str, str], TrainState]:  # fmt: skip
     """The steps of this run, the fingerprints of what it is trained on, and where it stands."""
     steps = TrainingSteps(
         inputs.questions["train"], inputs.captions, inputs.features, inputs.prompts, num_slots=config.max_feats, tasks=config.tasks,
         micro_batch_size=config.batch_size, accumulation=config.accum_iter, rank=world.rank, world_size=world.size, seed=config.seed,
         shuffle=not config.no_shuffle, crop=config.caption_crop == "sentence", max_tokens=config.max_tokens,
     )  # fmt: skip
-    world.doing("taking fingerprints of backbone and data")
-    with world.agreeing():
+    world.set_phase("taking fingerprints of backbone and data")
+    with world.raise_together():
         # Rank 0's are enough: that the hosts have the same files is known. It alone writes checkpoints, too.
         prints = (
-            fingerprint.of_run(inputs.weights, inputs.questions, inputs.captions, inputs.features, inputs.memory) if world.is_main else {}
+            fingerprint.of_run(inputs.weights, inputs.questions, inputs.captions, inputs.features, inputs.cache) if world.is_main else {}
         )
         progress = start_progress(start, steps.steps_per_epoch, steps.questions_per_step, config, prints)
     if world.is_main:
-        inputs.memory.keep()
+        inputs.cache.flush()
     return steps, prints, progress
 
 
 def _train(
     config: RunConfig, world: World, inputs: Inputs, engine: Engine, run_id: str, start: Checkpoint | None, steps: TrainingSteps,
-    prints: dict[str, str], progress: Progress,
+    prints: dict[str, str], progress: TrainState,
 ) -> None:  # fmt: skip
     if start is not None and start.moments is not None:
         engine.set_moments(start.moments, progress.num_updates)
     last_step = min(config.epochs * steps.steps_per_epoch, config.max_steps or config.epochs * steps.steps_per_epoch)
     if progress.step >= last_step and not progress.evaluation_due:
-        world.say(f"{config.output_dir}: this run is complete at step {progress.step} of {last_step}; nothing to train")
+        world.print_rank0(f"{config.output_dir}: this run is complete at step {progress.step} of {last_step}; nothing to train")
         return
     peak_lr = peak_learning_rate(config.lr, config.blr, steps.questions_per_step)
-    with world.agreeing():
+    with world.raise_together():
         log = _open_log(config, world, run_id, progress, steps, peak_lr)
     run = _Run(config, world, inputs, engine, run_id, prints, log, progress, steps.steps_per_epoch, peak_lr)
     where = f"{world.size} rank(s) on {world.device.type}, {inputs.stage}, {config.precision}, {engine.attention}"
-    world.say(
+    world.print_rank0(
         f"training steps {progress.step + 1} to {last_step}, {steps.steps_per_epoch} per epoch, {steps.questions_per_step} questions each; {where}"
     )
     try:
@@ -147,7 +146,7 @@ def _train(
     if log is not None:
         log.close()
         restart_limit.end(config.output_dir)
-    world.say(f"done: {config.output_dir}; curves: tensorboard --logdir {config.output_dir / 'runs'}")
+    world.print_rank0(f"done: {config.output_dir}; curves: tensorboard --logdir {config.output_dir / 'runs'}")
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ class _Run:
     id: str
     fingerprints: dict[str, str]
     log: RunLog | None  # of the main rank
-    progress: Progress
+    progress: TrainState
     steps_per_epoch: int
     peak_lr: float
 
@@ -176,8 +175,8 @@ def _run_steps(run: _Run, steps: TrainingSteps, last_step: int) -> None:
         _end_epoch(run)
     schedule = [divmod(k, steps.steps_per_epoch) for k in range(progress.step, last_step)]
     if schedule:
-        _rehearse(run, steps)
-        world.doing(f"waiting for the data of step {progress.step + 1}")
+        _dry_run(run, steps)
+        world.set_phase(f"waiting for the data of step {progress.step + 1}")
     with ProgressBar("training", last_step, "step", world.is_main, done=progress.step) as bar:
         step_start = time.perf_counter()
         for (epoch, place), batch in zip(schedule, loader(steps, schedule, config.num_workers, world.device.type == "cuda"), strict=True):
@@ -186,7 +185,7 @@ def _run_steps(run: _Run, steps: TrainingSteps, last_step: int) -> None:
             report = train_step(run.engine, batch, number, config.task_weights, lr, world, run.log.error if run.log else None)
             seconds, step_start = time.perf_counter() - step_start, time.perf_counter()  # waiting for data included
             _advance(progress, report)
-            world.doing(f"waiting for the data of step {number + 1}")
+            world.set_phase(f"waiting for the data of step {number + 1}")
             loss = _log_step(run.log, config, progress.step, epoch, report, lr, seconds)
             bar.advance(f"epoch {epoch}  loss {loss:.4f}  lr {lr:.2e}  {seconds:.2f} s/step")
             progress.evaluation_due = place + 1 == steps.steps_per_epoch or progress.step == last_step
@@ -199,19 +198,19 @@ def _run_steps(run: _Run, steps: TrainingSteps, last_step: int) -> None:
                 _save(run, progress)
 
 
-def _rehearse(run: _Run, steps: TrainingSteps) -> None:
+def _dry_run(run: _Run, steps: TrainingSteps) -> None:
     """Before the first step, the longest micro-batch that any can bring: what does not fit ends in minute one and not in hour ten."""
     world = run.world
-    with world.agreeing():
+    with world.raise_together():
         batch, num_questions = steps.longest()
     what = f"the longest micro-batch ({num_questions} questions, {batch.num_real_tokens:,} tokens)"
-    world.doing(f"trying {what}")
+    world.set_phase(f"trying {what}")
     began = time.perf_counter()
     reached("rehearsal")
     run.engine.train(True)
-    run.engine.rehearse(batch.to(world.device))
+    run.engine.dry_run(batch.to(world.device))
     where, peak = list(memory_curves(world.device).items())[-1]
-    world.say(
+    world.print_rank0(
         f"{what} fits: {time.perf_counter() - began:.1f} s, {where.split('/')[1].replace('_', ' ').removesuffix(' gib')} {peak:.1f} GiB"
     )
 
@@ -224,12 +223,12 @@ def train_step(
     The loss is the weighted sum over tasks of the mean over the task's targets in the whole step (METHOD section 3), so
     each micro-batch adds its sum of losses divided by the step's count. `number` is the step's, for messages.
     """
-    world.doing(f"agreeing on step {number}")
+    world.set_phase(f"raise_together on step {number}")
     error = step.error or error
     numbers = torch.tensor([len(step.micro_batches), step.num_real_tokens, error is not None])
     totals = world.gather(torch.cat([step.target_counts, numbers]))
     if totals[:, -1].any():
-        with world.agreeing():
+        with world.raise_together():
             if error is not None:
                 raise error
     counts, num_micro_batches = totals[:, :-3].sum(dim=0), int(totals[:, -3].max())
@@ -240,20 +239,20 @@ def train_step(
     for i in range(num_micro_batches):
         micro_batch = step.micro_batches[i] if i < len(step.micro_batches) else step.dummy
         assert micro_batch is not None
-        world.doing(f"micro-batch {i + 1} of {num_micro_batches} of step {number}")
+        world.set_phase(f"micro-batch {i + 1} of {num_micro_batches} of step {number}")
         micro_batch = micro_batch.to(world.device)
         losses = engine.forward(micro_batch)
         reached("step")
         sums = sums_by_task(losses, micro_batch, len(counts))
         loss_sums += sums.detach()
         engine.backward((sums.float() * weights).sum(), last=i + 1 == num_micro_batches)
-    world.doing(f"updating in step {number}")
+    world.set_phase(f"updating in step {number}")
     grad_norm, updated = engine.step(lr)  # not made where a loss or a gradient of any rank is not finite
-    found_RT = world.gather(torch.cat([loss_sums.cpu(), torch.tensor([signals.wish()], dtype=torch.float64)]))
+    found_RT = world.gather(torch.cat([loss_sums.cpu(), torch.tensor([signals.stop_requested()], dtype=torch.float64)]))
     _require_finite(~found_RT.isfinite().all(dim=1), "loss", number, step, world)
     if not updated:
         _require_finite(world.gather(torch.tensor(engine.had_bad_gradient())), "gradient", number, step, world)
-        raise TrainingFault(f"step {number}: the sum of the ranks' gradients is not finite; the update was not made; {NOT_FINITE_REMEDY}")
+        raise TrainingError(f"step {number}: the sum of the ranks' gradients is not finite; the update was not made; {NOT_FINITE_REMEDY}")
     loss_sums_T = found_RT[:, :-1].sum(dim=0)
     return StepReport(loss_sums_T.tolist(), counts.tolist(), grad_norm, int(totals[:, -2].sum()), int(found_RT[:, -1].max()))
 
@@ -265,10 +264,10 @@ def _require_finite(bad_R: Tensor, what: str, number: int, step: Step, world: Wo
     """All ranks stop here together when one of them has met what is not finite; that rank names its questions."""
     if not bad_R.any():
         return
-    with world.agreeing():
+    with world.raise_together():
         if bad_R[world.rank]:
             shown = ", ".join(step.names[:4]) + (f" and {len(step.names) - 4} more" if len(step.names) > 4 else "")
-            raise TrainingFault(
+            raise TrainingError(
                 f"the {what} is not finite on rank {world.rank} in step {number} (questions {shown}); the update was not made; {NOT_FINITE_REMEDY}"
             )
 
@@ -278,7 +277,7 @@ def sums_by_task(losses: Tensor, batch: PackedBatch, num_tasks: int) -> Tensor:
     return torch.stack([torch.where(batch.target_tasks == task, losses, 0.0).double().sum() for task in range(num_tasks)])
 
 
-def _advance(progress: Progress, report: StepReport) -> None:
+def _advance(progress: TrainState, report: StepReport) -> None:
     progress.step += 1
     progress.num_updates += 1
     progress.epoch_loss_sums = [a + b for a, b in zip(progress.epoch_loss_sums, report.loss_sums, strict=True)]
@@ -286,7 +285,7 @@ def _advance(progress: Progress, report: StepReport) -> None:
 
 
 def _open_log(
-    config: RunConfig, world: World, run_id: str, progress: Progress, steps: TrainingSteps, peak_lr: float
+    config: RunConfig, world: World, run_id: str, progress: TrainState, steps: TrainingSteps, peak_lr: float
 ) -> RunLog | None:  # fmt: skip
     if not world.is_main:
         return None
@@ -294,7 +293,7 @@ def _open_log(
     _take_over(config.output_dir)
     saved = read_args(config.output_dir / "args.json") if os.path.exists(config.output_dir / "args.json") else None
     if saved is not None and run_of(saved) != run_id:
-        raise InUse(f"{config.output_dir}: another run began and wrote here while this one was starting; choose another --output_dir")
+        raise InUseError(f"{config.output_dir}: another run began and wrote here while this one was starting; choose another --output_dir")
     found = read_logs(config.output_dir)
     restart_limit.begin(config.output_dir, config, found.last_step)
     if config.resume is None and saved is not None:  # what this run started from stays known
@@ -362,13 +361,13 @@ def _end_epoch(run: _Run) -> None:
     vars(progress).update(vars(after))
 
 
-def _save(run: _Run, progress: Progress, best: bool = False, first: Callable[[dict[str, Tensor]], None] | None = None) -> None:
+def _save(run: _Run, progress: TrainState, best: bool = False, first: Callable[[dict[str, Tensor]], None] | None = None) -> None:
     """Write the checkpoint of this step, on the main rank, after what comes `first`. A collective of all ranks."""
-    run.world.doing(f"saving step {progress.step}")
+    run.world.set_phase(f"saving step {progress.step}")
     start = time.perf_counter()
     weights, moments = run.engine.state()
     output_dir, keep = run.config.output_dir, run.config.save_total_limit
-    with run.world.agreeing():
+    with run.world.raise_together():
         if not run.world.is_main:
             return
         if first is not None:

@@ -4,8 +4,7 @@ What is wrong ends the run with one line. What is odd, or was left out or shorte
 """
 
 import os
-from collections.abc import Mapping
-from collections.abc import Sequence as Items
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from vico.data.prompts import Prompts
 from vico.data.readers import captions as caption_files
 from vico.data.tokenizer import Tokenizer, find_tokenizer
 from vico.errors import UserError, fail
-from vico.io.file_cache import Memory, file_mark, key_of
+from vico.io.file_cache import FileCache, cache_key, file_stamp
 from vico.model.batch import Question
 from vico.model.weights.load import Weights, holds_weights, open_weights
 from vico.train.config import RunConfig
@@ -46,7 +45,7 @@ def open_backbone(config: RunConfig) -> Backbone:
         raise UserError(f"{folder}: no such folder of weights; {hint}")
     path = find_tokenizer(config.llama_model_path, folder)
     tokenizer = Tokenizer(path)
-    weights = open_weights(folder, tokenizer.num_pieces)
+    weights = open_weights(folder, tokenizer.vocab_size)
     num_adapted = config.adapter_layer or weights.shape.n_layers
     if num_adapted > weights.shape.n_layers:
         raise UserError(f"--adapter_layer {num_adapted}: the model has {weights.shape.n_layers} layers; leave it out to adapt all")
@@ -63,7 +62,7 @@ def with_features(config: RunConfig, split: str, asked: list[Question], features
     return used, [q for q in asked if q.video not in features]
 
 
-def read_captions(config: RunConfig, asked: Items[Question], prompts: Prompts | None) -> dict[str, str]:
+def read_captions(config: RunConfig, asked: Sequence[Question], prompts: Prompts | None) -> dict[str, str]:
     """The captions, of each question's video one; without `prompts`, whether they fit is not asked."""
     folder = config.dataset_folder
     captions = caption_files.read(folder, config.captions)
@@ -76,45 +75,45 @@ def read_captions(config: RunConfig, asked: Items[Question], prompts: Prompts | 
 # What is counted. Findings that take long are remembered by what they follow from.
 
 
-def check_features(config: RunConfig, asked: Items[Question], features: Features, memory: Memory, rank: int, num_ranks: int) -> int:
+def check_features(config: RunConfig, asked: Sequence[Question], features: Features, cache: FileCache, rank: int, num_ranks: int) -> int:
     """All is there, well formed and finite; returns how many clips lie past the end of their video. A rank looks at its share."""
     past_end = features.check(asked)
-    mark = file_mark(features.path)
-    key = key_of("finite", mark, fingerprint.of_questions(asked), config.max_feats)
-    if not memory.find(key_of("scanned", mark)) and not memory.find(key):
+    mark = file_stamp(features.path)
+    key = cache_key("finite", mark, fingerprint.of_questions(asked), config.max_feats)
+    if not cache.get(cache_key("scanned", mark)) and not cache.get(key):
         features.check_finite(asked[rank::num_ranks], config.max_feats)
-    memory.note(key, True)
+    cache.put(key, True)
     return past_end
 
 
 def measure_questions(
-    config: RunConfig, split: str, asked: Items[Question], backbone: Backbone, prompts: Prompts, memory: Memory
+    config: RunConfig, split: str, asked: Sequence[Question], backbone: Backbone, prompts: Prompts, cache: FileCache
 ) -> Lengths:
     tasks = [task for task in config.tasks if task != "cap"] if split == "train" else ["vqa"]
-    follows_from = (fingerprint.of_questions(asked), file_mark(backbone.tokenizer_path), config.max_feats, config.max_seq_len, tasks)
-    key = key_of("questions", config.dataset, *follows_from)
-    if (known := memory.find(key)) is not None:
+    follows_from = (fingerprint.of_questions(asked), file_stamp(backbone.tokenizer_path), config.max_feats, config.max_seq_len, tasks)
+    key = cache_key("questions", config.dataset, *follows_from)
+    if (known := cache.get(key)) is not None:
         return Lengths.from_json(known)
     found = length_stats.of_questions(asked, prompts, tasks, config.max_seq_len)
-    memory.note(key, found.to_json())
+    cache.put(key, found.to_json())
     return found
 
 
 def measure_captions(
-    config: RunConfig, captions: Mapping[str, str], asked: Items[Question], backbone: Backbone, prompts: Prompts, memory: Memory
+    config: RunConfig, captions: Mapping[str, str], asked: Sequence[Question], backbone: Backbone, prompts: Prompts, cache: FileCache
 ) -> Lengths:
     """Of the captions of these questions' videos, one each."""
     used = {video: captions[video] for video in sorted({q.video for q in asked})}
-    key = key_of("captions", fingerprint.of_captions(used), file_mark(backbone.tokenizer_path), config.max_feats)
-    if (known := memory.find(key)) is not None:
+    key = cache_key("captions", fingerprint.of_captions(used), file_stamp(backbone.tokenizer_path), config.max_feats)
+    if (known := cache.get(key)) is not None:
         return Lengths.from_json(known)
     found = length_stats.of_captions(used.values(), prompts)
-    memory.note(key, found.to_json())
+    cache.put(key, found.to_json())
     return found
 
 
 def split_notes(
-    config: RunConfig, split: str, asked: Items[Question], dropped: Items[Question], past_end: int, measured: Lengths
+    config: RunConfig, split: str, asked: Sequence[Question], dropped: Sequence[Question], past_end: int, measured: Lengths
 ) -> list[str]:
     """What a user should know about a split."""
     total = len(asked) + len(dropped)
@@ -144,7 +143,7 @@ def caption_notes(config: RunConfig, measured: Lengths) -> list[str]:
     return [f"train: {cut} of {total} captions are longer than --max_cap_len {config.max_cap_len} when whole, and are cut"] if cut else []
 
 
-def shared_videos(splits: Mapping[str, Items[Question]]) -> list[str]:
+def shared_videos(splits: Mapping[str, Sequence[Question]]) -> list[str]:
     """Warnings of videos that stand in two splits: what is learnt of them in one is no measure of the other."""
     videos = {split: {q.video for q in asked} for split, asked in splits.items()}
     names, warnings = list(videos), []

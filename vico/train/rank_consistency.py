@@ -75,7 +75,7 @@ def _wait_until_seen(world: World, config: RunConfig) -> None:
             waits = f"{host_name()} (rank {world.rank}; {int(late_R.sum())} of {world.size} ranks) does not see {what} yet, which another host sees"
             patience = f"waiting up to {SECONDS_UNTIL_SEEN} s, as a network file system may be late"
             print(f"vico: {waits}; {patience}", file=sys.stderr, flush=True)
-        world.doing(f"waiting until all ranks see {what}")
+        world.set_phase(f"waiting until all ranks see {what}")
         time.sleep(min(1, SECONDS_UNTIL_SEEN - second))
 
 
@@ -128,7 +128,7 @@ def _require_same(world: World, what: str, mine: dict[str, str], remedy: str) ->
     if world.size == 1:
         return
     digest = int.from_bytes(hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).digest()[:7], "big")
-    if world.most(digest) == -world.most(-digest):
+    if world.max(digest) == -world.max(-digest):
         return
     words: list[tuple[str, dict[str, str]] | None] = [None] * world.size
     torch_dist.all_gather_object(words, (host_name(), mine), group=world.host_group)

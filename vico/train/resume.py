@@ -9,7 +9,7 @@ from typing import Any
 
 from vico.checkpoint import published
 from vico.checkpoint import read as checkpoints
-from vico.checkpoint.read import Checkpoint, Progress
+from vico.checkpoint.read import Checkpoint, TrainState
 from vico.errors import CheckpointError, UserError, fail, show
 from vico.io.text import read_json_object
 from vico.train.config import RunConfig, differences, refuse_changes
@@ -108,13 +108,13 @@ def run_of(saved: Mapping[str, Any]) -> str:
 
 def start_progress(
     start: Checkpoint | None, steps_per_epoch: int, questions_per_step: int, config: RunConfig, prints: Mapping[str, str]
-) -> Progress:
+) -> TrainState:
     """Where the run stands. Raises UserError when `start` is of a run that this one does not continue.
 
     `prints`: fingerprints of backbone and data now, as far as they are known, which must be those of the run that wrote `start`.
     """
     if start is None or start.moments is None:
-        return with_empty_sums(Progress(questions_per_step=questions_per_step), config)
+        return with_empty_sums(TrainState(questions_per_step=questions_per_step), config)
     if start.lineage_epoch is not None:
         done = replace(start.progress, step=(start.lineage_epoch + 1) * steps_per_epoch, questions_per_step=questions_per_step)
         return with_empty_sums(done, config)
@@ -136,5 +136,5 @@ def start_progress(
     return start.progress
 
 
-def with_empty_sums(progress: Progress, config: RunConfig) -> Progress:
+def with_empty_sums(progress: TrainState, config: RunConfig) -> TrainState:
     return replace(progress, epoch_loss_sums=[0.0] * len(config.tasks), epoch_target_counts=[0] * len(config.tasks))

@@ -19,7 +19,7 @@ from vico.io.atomic import REMEDY, write_lines
 PLAIN_SECONDS = 20.0  # between progress lines where there is no terminal
 
 
-class Progress:
+class ProgressBar:
     """A bar on a terminal; elsewhere a line now and then, with the time that is left. Only the main rank shows it."""
 
     def __init__(self, what: str, total: int, unit: str, shown: bool, done: int = 0) -> None:
@@ -28,7 +28,7 @@ class Progress:
         self._start = self._last = time.monotonic()
         self._bar: Any = None
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressBar":
         if self._shown and sys.stderr.isatty():
             from tqdm import tqdm
 

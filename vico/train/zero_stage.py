@@ -14,9 +14,9 @@ from vico.model.quantized_linear import library
 from vico.planner import plan as planner
 from vico.planner.gpu_specs import GIB, Hardware
 from vico.planner.memory import ModelSize, Shape, size_of
-from vico.planner.plan import Lengths, Plan, Task
+from vico.planner.plan import Plan, PlanRequest, TokenLengths
 from vico.train.config import RunConfig
-from vico.train.engine import decided, read_config
+from vico.train.engine import read_config, resolve_auto
 
 AUTO = "auto"
 
@@ -51,28 +51,28 @@ def choose(config: RunConfig, shape: Shape, num_ranks: int, hardware: Hardware |
         return Choice(read_config("zero2", *how), "ZeRO-2 (no --deepspeed is named and there is no GPU to plan for)")
     size = size_of(config.model, shape, config.adapter_len, config.max_feats)
     stage, why, notes = _planned(_task(config, size, hardware, training))
-    ds_config = decided(planner.ds_config(stage, size), Path(AUTO), *how)
+    ds_config = resolve_auto(planner.ds_config(stage, size), Path(AUTO), *how)
     return Choice(ds_config, f"{_title(stage)} (no --deepspeed is named; {why})", notes)
 
 
-def _task(config: RunConfig, size: ModelSize, hardware: Hardware, training: bool) -> Task:
+def _task(config: RunConfig, size: ModelSize, hardware: Hardware, training: bool) -> PlanRequest:
     tokens, questions = planner.DATASETS[config.dataset]
     prompts, caption = 1 + config.vaq + config.qav, planner.CAPTION_TOKENS if config.cap else 0
     longest = prompts * config.max_seq_len + (config.max_cap_len if config.cap else 0)
-    lengths = Lengths(prompts * tokens, caption, longest, questions)
+    lengths = TokenLengths(prompts * tokens, caption, longest, questions)
     recomputed = size.n_layers if config.num_checkpointed is None else min(config.num_checkpointed, size.n_layers)
     if not training:  # nothing is kept for backward, and a forward takes few tokens
-        return Task(
+        return PlanRequest(
             size, hardware, lengths, config.precision, 1, 1, checkpointed=size.n_layers, max_tokens=longest, quantize=config.quantize
         )
     budget = config.max_tokens or math.ceil(config.batch_size * lengths.both)
-    return Task(
+    return PlanRequest(
         size, hardware, lengths, config.precision, config.batch_size, config.accum_iter, checkpointed=recomputed, max_tokens=budget,
         quantize=config.quantize,
     )  # fmt: skip
 
 
-def _planned(task: Task) -> tuple[planner.Stage, str, tuple[str, ...]]:
+def _planned(task: PlanRequest) -> tuple[planner.Stage, str, tuple[str, ...]]:
     """(stage, why, what the user should know). A plan is a reckoning: where it finds nothing that fits, the run is still tried."""
     found, short = _plan(task)
     if found is not None and found.stage != "zero3_offload":
@@ -87,7 +87,7 @@ def _planned(task: Task) -> tuple[planner.Stage, str, tuple[str, ...]]:
     return stage, why, (f"warning: memory may run out: {short}; {remedy}",)
 
 
-def _plan(task: Task) -> tuple[Plan | None, str]:
+def _plan(task: PlanRequest) -> tuple[Plan | None, str]:
     """(the best way that fits, "") or (None, what is short)."""
     try:
         return planner.plan(task), ""

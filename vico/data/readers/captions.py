@@ -31,10 +31,10 @@ def read(folder: Path, path: Path | None) -> dict[str, str]:
     for video in captions:
         try:
             rows.question_field(captions, video)
-        except rows.BadRow as problem:
+        except rows.RowError as problem:
             bad.append(f"{path.name}: caption of video {problem}")
     rows.refuse(path, bad, len(captions))
-    return rows.unblanked(captions, path)
+    return rows.strip_ids(captions, path)
 
 
 def check(captions: Mapping[str, str], questions: Sequence[Question], path: Path) -> None:

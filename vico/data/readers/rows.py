@@ -23,7 +23,7 @@ UNKNOWN = "(unknown)"  # the type of questions whose file states none, and the g
 NUM_SHOWN = 3  # examples in a message
 
 
-class BadRow(ValueError):
+class RowError(ValueError):
     """What is wrong with one row; whoever walks the rows adds the place."""
 
 
@@ -116,7 +116,7 @@ def read_json_list(path: Path, what: str) -> Rows:
 
 def field(row: Row, key: str) -> Any:
     if key not in row:
-        raise BadRow(f"'{key}' is missing (has: {', '.join(show(name) for name in list(row)[:20])})")
+        raise RowError(f"'{key}' is missing (has: {', '.join(show(name) for name in list(row)[:20])})")
     return row[key]
 
 
@@ -124,16 +124,16 @@ def text_field(row: Row, key: str) -> str:
     """A text, verbatim."""
     value = field(row, key)
     if not isinstance(value, str):
-        raise BadRow(f"'{key}' is {show(value)}, not a text")
+        raise RowError(f"'{key}' is {show(value)}, not a text")
     if re.search("[\0\ud800-\udfff]", value):  # JSON escapes can spell both; no tokenizer takes them
-        raise BadRow(f"'{key}' holds a NUL or half a character: {show(value)}")
+        raise RowError(f"'{key}' holds a NUL or half a character: {show(value)}")
     return value
 
 
 def question_field(row: Row, key: str) -> str:
     value = text_field(row, key)
     if not value.strip():
-        raise BadRow(f"'{key}' is empty")
+        raise RowError(f"'{key}' is empty")
     return value
 
 
@@ -144,11 +144,11 @@ def id_field(row: Row, key: str) -> str:
         return str(value)
     name = text_field(row, key).strip()
     if not name:
-        raise BadRow(f"'{key}' is empty")
+        raise RowError(f"'{key}' is empty")
     return name
 
 
-def unblanked(entries: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def strip_ids(entries: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """What a file holds by id, the ids without blanks around them, as those of the questions are."""
     found = {name.strip(): value for name, value in entries.items()}
     if len(found) < len(entries):
@@ -170,7 +170,7 @@ def answer_field(row: Row, key: str, num_options: int, split: str) -> int | None
         return int(text)
     if split == "test" and text in ("", "-1"):
         return None
-    raise BadRow(f"'{key}' is {show(row[key]) if key in row else 'missing'}, not one of {', '.join(allowed)}")
+    raise RowError(f"'{key}' is {show(row[key]) if key in row else 'missing'}, not one of {', '.join(allowed)}")
 
 
 def questions_from(path: Path, rows: Rows, make: Callable[[int, str, Row], Question]) -> list[Question]:
@@ -179,7 +179,7 @@ def questions_from(path: Path, rows: Rows, make: Callable[[int, str, Row], Quest
     for index, (place, row) in enumerate(rows):
         try:
             questions.append(make(index, place, row))
-        except BadRow as problem:
+        except RowError as problem:
             bad.append(f"{place}: {problem}")
     refuse(path, bad, len(rows))
     first: dict[tuple[str, str], str] = {}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vico.data.readers import rows as tables
-from vico.data.readers.rows import BadRow, Row
+from vico.data.readers.rows import Row, RowError
 from vico.errors import show
 from vico.model.batch import Question
 
@@ -42,12 +42,12 @@ def read(folder: Path, split: str) -> list[Question]:
 
 def _options(choices: Any) -> tuple[str, ...]:
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, dict) for choice in choices):
-        raise BadRow(f"'choices' is {show(choices)}, not a list of two or more objects")
+        raise RowError(f"'choices' is {show(choices)}, not a list of two or more objects")
     texts: dict[int, str] = {}
     for choice in choices:
         key = tables.field(choice, "choice_id")
         if not isinstance(key, int) or isinstance(key, bool) or key in texts:
-            raise BadRow(f"choice_id {show(key)} is no integer or stands twice")
+            raise RowError(f"choice_id {show(key)} is no integer or stands twice")
         texts[key] = tables.text_field(choice, "choice")
     return tuple(texts[key] for key in sorted(texts))
 
@@ -58,7 +58,7 @@ def _answer(row: Row, options: tuple[str, ...], split: str) -> int | None:
         return None
     text = tables.text_field(row, "answer")
     if text not in options:
-        raise BadRow(f"'answer' is {show(text)}, not one of the choices {show(list(options))}")
+        raise RowError(f"'answer' is {show(text)}, not one of the choices {show(list(options))}")
     return options.index(text)
 
 
@@ -66,7 +66,7 @@ def _feature_rows(row: Row) -> tuple[int, int]:
     """Features are 1 per second: rows round(start)..round(end) inclusive, rounded half to even as published."""
     start, end = _seconds(row, "start"), _seconds(row, "end")
     if end < start:
-        raise BadRow(f"the clip ends at {end} s, before it starts at {start} s")
+        raise RowError(f"the clip ends at {end} s, before it starts at {start} s")
     return round(start), round(end) + 1
 
 
@@ -77,5 +77,5 @@ def _seconds(row: Row, key: str) -> float:
     except (TypeError, ValueError, OverflowError):
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise BadRow(f"'{key}' is {show(value)}, not a time in seconds")
+        raise RowError(f"'{key}' is {show(value)}, not a time in seconds")
     return seconds

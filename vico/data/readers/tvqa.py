@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from vico.data.readers import rows as tables
-from vico.data.readers.rows import BadRow, Row, Rows
+from vico.data.readers.rows import Row, RowError, Rows
 from vico.errors import fail, show
 from vico.io.atomic import read_bytes
 from vico.model.batch import Question
@@ -53,11 +53,11 @@ def _clip(row: Row) -> tuple[int, int] | None:
     try:
         start, end = (float(part) for part in text.split("-"))
     except ValueError:
-        raise BadRow(f"'ts' is {show(text)}, not 'START-END' in seconds or 'NaN-NaN'") from None
+        raise RowError(f"'ts' is {show(text)}, not 'START-END' in seconds or 'NaN-NaN'") from None
     if math.isnan(start) or math.isnan(end):
         return None
     if not 0 <= start <= end < math.inf:
-        raise BadRow(f"'ts' is {show(text)}: the clip ends before it starts, or never")
+        raise RowError(f"'ts' is {show(text)}: the clip ends before it starts, or never")
     return round(start), round(end)
 
 
@@ -69,7 +69,7 @@ def _with_dialogue(questions: list[Question], rows: Rows, folder: Path) -> list[
     for video in dict.fromkeys(q.video for q in questions):
         try:
             spoken[video] = _read_srt(folder, video)
-        except BadRow as problem:
+        except RowError as problem:
             bad[video] = str(problem)
     if bad:
         affected = sum(q.video in bad for q in questions)
@@ -95,12 +95,12 @@ def dialogue(lines: Lines, clip: tuple[int, int] | None) -> str:
 
 def _read_srt(folder: Path, video: str) -> Lines:
     if any(part in video for part in ("/", "\\", "..", "\0")):  # ids come from a file: they must not lead elsewhere
-        raise BadRow(f"vid_name {show(video)} is no file name")
+        raise RowError(f"vid_name {show(video)} is no file name")
     path = folder / f"{video}.srt"
     try:
         data = read_bytes(path)
     except (OSError, ValueError) as problem:
-        raise BadRow(f"{path} ({getattr(problem, 'strerror', None) or problem})") from None
+        raise RowError(f"{path} ({getattr(problem, 'strerror', None) or problem})") from None
     data = data.removeprefix(codecs.BOM_UTF8)
     try:
         text = data.decode("utf-8")
@@ -121,9 +121,9 @@ def _parse_srt(text: str, path: Path) -> Lines:
             spans.append((h1 * 3600 + m1 * 60 + s1, h2 * 3600 + m2 * 60 + s2))
             texts.append([])
         elif "-->" in line:
-            raise BadRow(f"{path}:{number} (time stamps {show(line)})")
+            raise RowError(f"{path}:{number} (time stamps {show(line)})")
         elif texts and line.strip():
             texts[-1].append(line.rstrip())
     if not spans:
-        raise BadRow(f"{path} (holds no subtitle)")
+        raise RowError(f"{path} (holds no subtitle)")
     return [(start, end, " ".join(lines)) for (start, end), lines in zip(spans, texts, strict=True)]

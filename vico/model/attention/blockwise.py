@@ -8,8 +8,7 @@ block and merges the softmaxes by their log-sum-exp. attention_packed.py has the
 """
 
 import math
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Items
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from vico.model.batch import Segment
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class MaskBlock:
     """Queries [q_start, q_stop) see keys [k_start, k_stop): all of them, or (causal) each those up to itself.
 
     `count` > 1: a causal block of that many equal triangles side by side, each seeing itself alone.
@@ -37,24 +36,24 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
-class Visibility:
+class AttentionMask:
     """Who sees whom among the rows of a stream. `queries`: the rows that ask, when not all do (the last layer)."""
 
     segments: tuple[Segment, ...]
-    blocks: tuple[Block, ...]  # rows of queries counted among those that ask; each row's causal block comes first
+    blocks: tuple[MaskBlock, ...]  # rows of queries counted among those that ask; each row's causal block comes first
     queries: Tensor | None = None  # int64, ascending
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, Visibility], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, AttentionMask], Tensor]
 
 
-def visibility(segments: tuple[Segment, ...]) -> Visibility:
+def attention_mask(segments: tuple[Segment, ...]) -> AttentionMask:
     """All rows ask. Host work, once per micro-batch."""
-    triangles = [Block(s.start, s.stop, s.start, s.stop, True, False) for s in segments]
-    return Visibility(segments, (*_merged(triangles), *_rectangles(segments)))
+    triangles = [MaskBlock(s.start, s.stop, s.start, s.stop, True, False) for s in segments]
+    return AttentionMask(segments, (*_merged(triangles), *_rectangles(segments)))
 
 
-def _rectangles(segments: Items[Segment]) -> Iterator[Block]:
+def _rectangles(segments: Sequence[Segment]) -> Iterator[MaskBlock]:
     """Of each segment, the rows below it against its keys; runs of neighbouring rows of one kind are one block."""
     runs: dict[int, list[list[int]]] = {}
     for segment in segments:
@@ -69,38 +68,38 @@ def _rectangles(segments: Items[Segment]) -> Iterator[Block]:
             ancestor = segments[ancestor].parent
     for ancestor, found in runs.items():
         for start, stop, gated in found:
-            yield Block(start, stop, segments[ancestor].start, segments[ancestor].stop, False, bool(gated))
+            yield MaskBlock(start, stop, segments[ancestor].start, segments[ancestor].stop, False, bool(gated))
 
 
-def _merged(triangles: Items[Block]) -> list[Block]:
+def _merged(triangles: Sequence[MaskBlock]) -> list[MaskBlock]:
     """Neighbouring triangles of one size (the branches of options) as one block."""
-    merged: list[Block] = []
+    merged: list[MaskBlock] = []
     for block in triangles:
         size = block.q_stop - block.q_start
         last = merged[-1] if merged else None
         if last is not None and last.q_stop == block.q_start and (last.q_stop - last.q_start) == last.count * size:
-            merged[-1] = Block(last.q_start, block.q_stop, last.k_start, block.k_stop, True, False, last.count + 1)
+            merged[-1] = MaskBlock(last.q_start, block.q_stop, last.k_start, block.k_stop, True, False, last.count + 1)
         else:
             merged.append(block)
     return merged
 
 
-def narrowed(seen: Visibility, rows: Tensor) -> Visibility:
-    """`seen` when only `rows` (host int64, ascending, distinct) ask: rectangles shrink, triangles split where rows are missing."""
+def restrict_queries(mask: AttentionMask, rows: Tensor) -> AttentionMask:
+    """`mask` when only `rows` (host int64, ascending, distinct) ask: rectangles shrink, triangles split where rows are missing."""
     asked = rows.tolist()
     place = {row: i for i, row in enumerate(asked)}
-    blocks: list[Block] = []
-    for segment in seen.segments:
+    blocks: list[MaskBlock] = []
+    for segment in mask.segments:
         for start, stop in _runs([row for row in range(segment.start, segment.stop) if row in place]):
             at = place[start]
-            blocks.append(Block(at, at + stop - start, start, stop, True, False))
+            blocks.append(MaskBlock(at, at + stop - start, start, stop, True, False))
             if start > segment.start:
-                blocks.append(Block(at, at + stop - start, segment.start, start, False, False))
-    for block in _rectangles(seen.segments):
+                blocks.append(MaskBlock(at, at + stop - start, segment.start, start, False, False))
+    for block in _rectangles(mask.segments):
         inside = [place[row] for row in range(block.q_start, block.q_stop) if row in place]
         if inside:
-            blocks.append(Block(inside[0], inside[-1] + 1, block.k_start, block.k_stop, False, block.gated))
-    return Visibility(seen.segments, (*(b for b in blocks if b.causal), *(b for b in blocks if not b.causal)), rows)
+            blocks.append(MaskBlock(inside[0], inside[-1] + 1, block.k_start, block.k_stop, False, block.gated))
+    return AttentionMask(mask.segments, (*(b for b in blocks if b.causal), *(b for b in blocks if not b.causal)), rows)
 
 
 def _runs(rows: list[int]) -> Iterator[tuple[int, int]]:
@@ -112,21 +111,21 @@ def _runs(rows: list[int]) -> Iterator[tuple[int, int]]:
             first = i
 
 
-def attend_plain(q_QHd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, seen: Visibility) -> Tensor:
+def attend_plain(q_QHd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, mask: AttentionMask) -> Tensor:
     """The definition (METHOD section 1), in fp32, with the whole score matrix. Returns [Q, H, d]; Q rows ask."""
     num_rows, _, width = k_THd.shape
     visible_TT = torch.zeros(num_rows, num_rows, dtype=torch.bool)
     gated_TT = torch.zeros(num_rows, num_rows, dtype=torch.bool)
-    for segment in seen.segments:
+    for segment in mask.segments:
         rows, ancestor = slice(segment.start, segment.stop), segment.parent
         visible_TT[rows, rows] = torch.ones_like(visible_TT[rows, rows]).tril_()
         while ancestor is not None:
-            keys = slice(seen.segments[ancestor].start, seen.segments[ancestor].stop)
+            keys = slice(mask.segments[ancestor].start, mask.segments[ancestor].stop)
             visible_TT[rows, keys] = True
-            gated_TT[rows, keys] = segment.after_video and seen.segments[ancestor].is_video
-            ancestor = seen.segments[ancestor].parent
-    if seen.queries is not None:
-        visible_TT, gated_TT = visible_TT[seen.queries], gated_TT[seen.queries]
+            gated_TT[rows, keys] = segment.after_video and mask.segments[ancestor].is_video
+            ancestor = mask.segments[ancestor].parent
+    if mask.queries is not None:
+        visible_TT, gated_TT = visible_TT[mask.queries], gated_TT[mask.queries]
     scores_HQT = torch.einsum("qhd,khd->hqk", q_QHd.float(), k_THd.float()) / math.sqrt(width)
     if gate2_H is not None:
         scores_HQT = scores_HQT + gate2_H.float()[:, None, None] * gated_TT.to(q_QHd.device)
@@ -147,7 +146,7 @@ class _BlockAttention(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, gate2_H: Tensor | None, blocks: tuple[Block, ...]) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, gate2_H: Tensor | None, blocks: tuple[MaskBlock, ...]) -> Tensor:
         fq, fk, fv = q.float(), k.float(), v.float()  # the CPU's half-precision kernel is the slower one
         out_QHd, lse_QH = torch.empty_like(fq), fq.new_empty(fq.shape[:2])
         for block in blocks:
@@ -198,7 +197,7 @@ def _joined(x_nHrd: Tensor) -> Tensor:
     return x_nHrd.transpose(1, 2).flatten(0, 1)
 
 
-def _forward(block: Block, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _forward(block: MaskBlock, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """(out [rows, H, d], lse [rows, H]) of one block."""
     keys = (block.k_start, block.k_stop, block.count)
     queries = _cut(q, block.q_start, block.q_stop, block.count)
@@ -206,7 +205,7 @@ def _forward(block: Block, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Ten
     return _joined(out), lse.transpose(1, 2).flatten(0, 1)
 
 
-def _backward(block: Block, g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse_qH: Tensor) -> tuple[Tensor, ...]:
+def _backward(block: MaskBlock, g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse_qH: Tensor) -> tuple[Tensor, ...]:
     """Gradients of one block's queries, keys and values."""
     queries, keys = (block.q_start, block.q_stop, block.count), (block.k_start, block.k_stop, block.count)
     lse = lse_qH.unflatten(0, (block.count, -1)).transpose(1, 2).contiguous()
@@ -217,7 +216,7 @@ def _backward(block: Block, g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Ten
     return tuple(_joined(part) for part in parts)
 
 
-def attend_blocks(q_QHd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, seen: Visibility) -> Tensor:
-    """Block by block on a CPU; keeps q, k, v, the output and one number per row and head. Returns [Q, H, d]."""
-    out: Tensor = _BlockAttention.apply(q_QHd, k_THd, v_THd, gate2_H, seen.blocks)
+def attend_blocks(q_QHd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, mask: AttentionMask) -> Tensor:
+    """MaskBlock by block on a CPU; keeps q, k, v, the output and one number per row and head. Returns [Q, H, d]."""
+    out: Tensor = _BlockAttention.apply(q_QHd, k_THd, v_THd, gate2_H, mask.blocks)
     return out

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from vico.errors import UserError
-from vico.model.attention.blockwise import Attend, Visibility, attend_blocks, attend_plain
-from vico.model.attention.segment_layout import Layout, layout_of
+from vico.model.attention.blockwise import Attend, AttentionMask, attend_blocks, attend_plain
+from vico.model.attention.segment_layout import VarlenLayout, varlen_layout
 from vico.model.batch import Segment
 from vico.model.ops import triton_ops
 
@@ -26,12 +26,12 @@ from vico.model.ops import triton_ops
 class Kernel(Protocol):
     """Attention of each segment's queries [T, H, d'] to its own keys [K, H, d'], causal at the bottom right."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: VarlenLayout, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(out, what backward wants to be kept)."""
         ...
 
     def backward(
-        self, gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: tuple[Tensor, ...], layout: Layout, scale: float
+        self, gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: tuple[Tensor, ...], layout: VarlenLayout, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
@@ -41,32 +41,32 @@ class PackedAttention:
     `forward` and `backward` are for who writes a gradient out (block.py); a call is for autograd.
     """
 
-    def __init__(self, kernel: Kernel, layout: Layout | None = None) -> None:
-        """`layout`: of whatever is seen, for who has made it (graphs.py)."""
+    def __init__(self, kernel: Kernel, layout: VarlenLayout | None = None) -> None:
+        """`layout`: of whatever is mask, for who has made it (graphs.py)."""
         self.kernel, self._given = kernel, layout
         self._made_for: tuple[Segment, ...] | None = None
-        self._layout: Layout | None = None
+        self._layout: VarlenLayout | None = None
 
-    def __call__(self, q_QHd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, seen: Visibility) -> Tensor:
-        if seen.queries is not None:  # one layer of many: asking for all rows costs less than a layout of its own
-            rows = seen.queries.to(q_QHd.device, non_blocking=True)
+    def __call__(self, q_QHd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, mask: AttentionMask) -> Tensor:
+        if mask.queries is not None:  # one layer of many: asking for all rows costs less than a layout of its own
+            rows = mask.queries.to(q_QHd.device, non_blocking=True)
             q_THd = k_THd.new_zeros(k_THd.shape).index_copy(0, rows, q_QHd)
-            return self(q_THd, k_THd, v_THd, gate2_H, Visibility(seen.segments, ())).index_select(0, rows)
-        out: Tensor = _PackedAttention.apply(q_QHd, k_THd, v_THd, gate2_H, self, self.layout(seen, q_QHd))
+            return self(q_THd, k_THd, v_THd, gate2_H, AttentionMask(mask.segments, ())).index_select(0, rows)
+        out: Tensor = _PackedAttention.apply(q_QHd, k_THd, v_THd, gate2_H, self, self.varlen_layout(mask, q_QHd))
         return out
 
-    def layout(self, seen: Visibility, like: Tensor) -> Layout:
+    def varlen_layout(self, mask: AttentionMask, like: Tensor) -> VarlenLayout:
         """On the device and in the type of `like`; ready for `backward` where autograd is on."""
         if self._given is not None:
             return self._given
         made, gradient = self._layout, torch.is_grad_enabled()
-        if made is None or self._made_for is not seen.segments or (gradient and made.sharing_SK is None):
-            made = layout_of(seen.segments, like.device, like.dtype, gradient)
-            self._made_for, self._layout = seen.segments, made
+        if made is None or self._made_for is not mask.segments or (gradient and made.sharing_SK is None):
+            made = varlen_layout(mask.segments, like.device, like.dtype, gradient)
+            self._made_for, self._layout = mask.segments, made
         return made
 
     def forward(
-        self, q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, layout: Layout
+        self, q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, layout: VarlenLayout
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(out [T, H, d], what `backward` wants to be kept besides the inputs)."""
         width = q_THd.shape[-1]
@@ -75,7 +75,14 @@ class PackedAttention:
         return out[..., :width], kept
 
     def backward(
-        self, g_THd: Tensor, q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, kept: tuple[Tensor, ...], layout: Layout
+        self,
+        g_THd: Tensor,
+        q_THd: Tensor,
+        k_THd: Tensor,
+        v_THd: Tensor,
+        gate2_H: Tensor | None,
+        kept: tuple[Tensor, ...],
+        layout: VarlenLayout,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Gradients of q, k, v and gate2. Rows that several segments see get one sum in fp32, in a fixed order."""
         width = q_THd.shape[-1]
@@ -94,7 +101,7 @@ class _PackedAttention(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, attend: PackedAttention, layout: Layout
+        ctx: Any, q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, attend: PackedAttention, layout: VarlenLayout
     ) -> Tensor:
         out, kept = attend.forward(q_THd, k_THd, v_THd, gate2_H, layout)
         ctx.save_for_backward(q_THd, k_THd, v_THd, gate2_H, *kept)
@@ -107,7 +114,9 @@ class _PackedAttention(Function):
         return *ctx.attend.backward(gradients[0], q_THd, k_THd, v_THd, gate2_H, tuple(kept), ctx.layout), None, None
 
 
-def _kernel_inputs(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+def _kernel_inputs(
+    q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, layout: VarlenLayout
+) -> tuple[Tensor, Tensor, Tensor]:
     """q [T, H, d'], k and v [K, H, d'], as the kernels want them."""
     rows = layout.key_rows_K
     if gate2_H is None:
@@ -143,7 +152,7 @@ def _widened(
     return wide_q, wide_k.index_select(0, rows_K), F.pad(v_THd, (0, extra)).index_select(0, rows_K)
 
 
-def _by_row(gradient_KHd: Tensor, layout: Layout, width: int) -> Tensor:
+def _by_row(gradient_KHd: Tensor, layout: VarlenLayout, width: int) -> Tensor:
     """[T, H, width]: of each row, the sum over the places where it stands among the keys."""
     out_THd = gradient_KHd[..., :width].index_select(0, layout.own_keys_T)
     if layout.sharing_SK is not None and len(layout.sharing_SK):
@@ -156,14 +165,14 @@ def _by_row(gradient_KHd: Tensor, layout: Layout, width: int) -> Tensor:
 class Differentiated:
     """A kernel with a gradient of its own, for which its forward runs again: half a percent of a step, and nothing is kept."""
 
-    def __init__(self, function: Callable[[Tensor, Tensor, Tensor, Layout, float], Tensor]) -> None:
+    def __init__(self, function: Callable[[Tensor, Tensor, Tensor, VarlenLayout, float], Tensor]) -> None:
         self._function = function
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: VarlenLayout, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
         return self._function(q, k, v, layout, scale), ()
 
     def backward(
-        self, gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: tuple[Tensor, ...], layout: Layout, scale: float
+        self, gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: tuple[Tensor, ...], layout: VarlenLayout, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         with torch.enable_grad():
@@ -172,10 +181,10 @@ class Differentiated:
         return dq, dk, dv
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, layout: VarlenLayout, scale: float) -> Tensor:
     """A call of scaled_dot_product_attention per segment: slow on a GPU (it waits for the device), right everywhere."""
     outs = []
-    starts = (layout.q_starts, layout.k_starts, layout.k_starts)
+    starts = (layout.cu_seqlens_q, layout.cu_seqlens_k, layout.cu_seqlens_k)
     pieces = zip(*(x.split(at.diff().tolist()) for x, at in zip((q, k, v), starts, strict=True)), strict=True)
     for q_s, k_s, v_s in pieces:
         mask = torch.ones(len(q_s), len(k_s), dtype=torch.bool, device=q.device).tril_(len(k_s) - len(q_s))
@@ -184,11 +193,11 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tenso
     return torch.cat(outs)
 
 
-def flash_attn(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
+def flash_attn(q: Tensor, k: Tensor, v: Tensor, layout: VarlenLayout, scale: float) -> Tensor:
     """The flash-attn package (extra `flash`)."""
     from flash_attn import flash_attn_varlen_func
 
-    lengths = (layout.q_starts, layout.k_starts, layout.longest_q, layout.longest_k)
+    lengths = (layout.cu_seqlens_q, layout.cu_seqlens_k, layout.max_seqlen_q, layout.max_seqlen_k)
     out: Tensor = flash_attn_varlen_func(q, k, v, *lengths, softmax_scale=scale, causal=True)
     return out
 
@@ -200,15 +209,15 @@ class Varlen:
     that is written out, and takes 0.1 ms of the host's time per call. Their schemas are the same from torch 2.11 on.
     """
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
-        lengths = (layout.q_starts, layout.k_starts, layout.longest_q, layout.longest_k)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: VarlenLayout, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+        lengths = (layout.cu_seqlens_q, layout.cu_seqlens_k, layout.max_seqlen_q, layout.max_seqlen_k)
         out, log_sum_exp, state, unused, _ = torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, True, False, scale=scale)
         return out, (out, log_sum_exp, state, unused)
 
     def backward(
-        self, gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: tuple[Tensor, ...], layout: Layout, scale: float
+        self, gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: tuple[Tensor, ...], layout: VarlenLayout, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        lengths = (layout.q_starts, layout.k_starts, layout.longest_q, layout.longest_k)
+        lengths = (layout.cu_seqlens_q, layout.cu_seqlens_k, layout.max_seqlen_q, layout.max_seqlen_k)
         out, log_sum_exp, state, unused = kept
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
             gradient, q, k, v, out, log_sum_exp, *lengths, 0.0, True, state, unused, scale=scale

@@ -18,29 +18,29 @@ HEAD_CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}  # of fp32 logits at a time
 _ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T."""
     if _ONEDNN_LINEAR is not None and x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim == 2 and len(x):
         return _ONEDNN_LINEAR(x, weight, None, "none", [], "")
     return x @ weight.t()
 
 
-def product_added(base: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+def linear_add(base: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """base + x W^T; on a GPU as one kernel, which rounds once."""
-    return torch.addmm(base, x, weight.t()) if x.is_cuda else product(x, weight).add_(base)
+    return torch.addmm(base, x, weight.t()) if x.is_cuda else linear(x, weight).add_(base)
 
 
-class FrozenProduct(Function):
+class FrozenLinearFunction(Function):
     """x W^T. Keeps a reference to the parameter, not its value: under ZeRO-3 the value is gathered again for backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.weight = weight
-        return product(x, weight)
+        return linear(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
-        return product(gradients[0], ctx.weight.t()) if ctx.needs_input_grad[0] else None, None
+        return linear(gradients[0], ctx.weight.t()) if ctx.needs_input_grad[0] else None, None
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -111,30 +111,30 @@ def rotate(x_THd: Tensor, rotary_T1h: Tensor) -> Tensor:
     return torch.view_as_real(pairs * rotary_T1h).flatten(-2).to(x_THd.dtype)
 
 
-def turn(x_THd: Tensor, rotary_T1h: Tensor, sign: float) -> Tensor:
+def apply_rotary_emb(x_THd: Tensor, rotary_T1h: Tensor, sign: float) -> Tensor:
     """`rotate` (sign 1), or back (-1), which is its gradient."""
     if triton_ops.serve_heads(x_THd):
         return triton_ops.rotate(x_THd, torch.view_as_real(rotary_T1h), sign)
     return rotate(x_THd, rotary_T1h if sign > 0 else rotary_T1h.conj())
 
 
-def turn_both(q_THd: Tensor, k_THd: Tensor, rotary_T1h: Tensor, sign: float) -> tuple[Tensor, Tensor]:
+def apply_rotary_emb_qk(q_THd: Tensor, k_THd: Tensor, rotary_T1h: Tensor, sign: float) -> tuple[Tensor, Tensor]:
     if triton_ops.serve_heads(q_THd):
-        return triton_ops.rotate_both(q_THd, k_THd, torch.view_as_real(rotary_T1h), sign)
-    return turn(q_THd, rotary_T1h, sign), turn(k_THd, rotary_T1h, sign)
+        return triton_ops.rotate_qk(q_THd, k_THd, torch.view_as_real(rotary_T1h), sign)
+    return apply_rotary_emb(q_THd, rotary_T1h, sign), apply_rotary_emb(k_THd, rotary_T1h, sign)
 
 
-class Rotate(Function):
+class RotaryEmbedding(Function):
     """`rotate`, keeping nothing but the angles, which all layers share."""
 
     @staticmethod
     def forward(ctx: Any, x_THd: Tensor, rotary_T1h: Tensor) -> Tensor:
         ctx.rotary = rotary_T1h
-        return turn(x_THd, rotary_T1h, 1.0)
+        return apply_rotary_emb(x_THd, rotary_T1h, 1.0)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return turn(gradients[0], ctx.rotary, -1.0), None
+        return apply_rotary_emb(gradients[0], ctx.rotary, -1.0), None
 
 
 def adapter(base_THd: Tensor, q_THd: Tensor, k_AHd: Tensor, v_AHd: Tensor, gate1_H: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class AdapterAttention(Function):
         return gradients[0], *adapter_backward(gradients[0], *ctx.saved_tensors)
 
 
-class TargetCrossEntropy(Function):
+class FusedLinearCrossEntropy(Function):
     """Losses [N] of targets (heads_N, ids_N) under softmax(h_RD W^T), in chunks of rows; no logits are kept.
 
     A target's gradient is its loss's gradient times (softmax W - W[id]), which forward can already make: [N, D] is kept.
@@ -199,7 +199,7 @@ class TargetCrossEntropy(Function):
         expected_RD = torch.empty_like(h_RD) if ctx.needs_input_grad[0] else None
         for first in range(0, num_rows, chunk):
             rows = slice(first, first + chunk)
-            logits = product(h_RD[rows], weight_VD).float()
+            logits = linear(h_RD[rows], weight_VD).float()
             largest = logits.amax(dim=-1, keepdim=True)
             # exp and sum by hand: torch.logsumexp takes 15 times as long on a CPU.
             exponentials = logits.sub_(largest).exp_()

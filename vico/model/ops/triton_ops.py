@@ -94,7 +94,7 @@ def rotate(x_THd: Tensor, angles_Th2: Tensor, sign: float) -> Tensor:
     return out
 
 
-def rotate_both(x_THd: Tensor, y_THd: Tensor, angles_Th2: Tensor, sign: float) -> tuple[Tensor, Tensor]:
+def rotate_qk(x_THd: Tensor, y_THd: Tensor, angles_Th2: Tensor, sign: float) -> tuple[Tensor, Tensor]:
     """Two tensors of one shape in one start."""
     x_THd, y_THd, (rows, heads, width) = x_THd.contiguous(), y_THd.contiguous(), x_THd.shape
     outs = torch.empty_like(x_THd), torch.empty_like(y_THd)

@@ -17,7 +17,7 @@ from vico.errors import CheckpointError, UserError, show
 from vico.io.atomic import require_file
 from vico.io.safe_load import disguise
 from vico.io.text import read_json_object
-from vico.model.llama import LlamaShape, RopeScaling
+from vico.model.llama import LlamaConfig, RopeScaling
 from vico.model.weights.meta import (
     EMBEDDINGS,
     backbone_shapes,
@@ -45,12 +45,12 @@ WHAT = "the file of LLaMA weights"
 class HuggingFaceWeights:
     """The tensors of `folder` by Meta's names. Raises UserError where files, config.json and tokenizer do not fit each other."""
 
-    def __init__(self, folder: Path, num_pieces: int | None) -> None:
+    def __init__(self, folder: Path, vocab_size: int | None) -> None:
         self.folder = folder
         config = read_json_object(folder / CONFIG, "config.json, which comes with the LLaMA weights,")
         self.shape = read_shape(config, folder / CONFIG)
-        if num_pieces is not None and self.shape.vocab_size != num_pieces:
-            raise UserError(unlike_tokenizer(folder, self.shape.vocab_size, num_pieces))
+        if vocab_size is not None and self.shape.vocab_size != vocab_size:
+            raise UserError(unlike_tokenizer(folder, self.shape.vocab_size, vocab_size))
         self._files = _open_files(folder)
         self._tied = bool(config.get("tie_word_embeddings", False))
         self._check()
@@ -160,7 +160,7 @@ def _open(path: Path) -> Any:
         raise CheckpointError(f"{path}: {WHAT} is cut off or damaged ({problem}); fetch or copy it again and compare the sizes") from None
 
 
-def read_shape(config: Mapping[str, Any], path: Path) -> LlamaShape:
+def read_shape(config: Mapping[str, Any], path: Path) -> LlamaConfig:
     kind = config.get("model_type")
     if kind != "llama":
         raise UserError(f"{path}: 'model_type' is {show(kind)}, and only 'llama' is read; use LLaMA weights")
@@ -181,7 +181,7 @@ def read_shape(config: Mapping[str, Any], path: Path) -> LlamaShape:
     eps, theta = config.get("rms_norm_eps", 1e-6), rope.get("rope_theta", config.get("rope_theta", 10000.0))
     require_positive({"rms_norm_eps": eps, "rope_theta": theta}, path)
     multiple, widened = mlp_rule(dim, width)
-    return LlamaShape(dim, layers, heads, vocab, multiple, float(eps), float(theta), kv_heads, widened, _read_scaling(rope, path))
+    return LlamaConfig(dim, layers, heads, vocab, multiple, float(eps), float(theta), kv_heads, widened, _read_scaling(rope, path))
 
 
 def _object(config: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def _read_scaling(rope: Mapping[str, Any], path: Path) -> RopeScaling | None:
 def mlp_rule(dim: int, width: int) -> tuple[int, float | None]:
     """(multiple_of, ffn_dim_multiplier) of a params.json whose MLP is `width` wide: those of published models where they fit."""
     for multiple, widened in ((256, None), (1024, 1.3), (4096, 1.3), (256, 1.5), (256, 1.0)):
-        if LlamaShape(dim, 1, 1, 1, multiple, ffn_dim_multiplier=widened).hidden_dim == width:
+        if LlamaConfig(dim, 1, 1, 1, multiple, ffn_dim_multiplier=widened).hidden_dim == width:
             return multiple, widened
     # The half keeps the product from falling below `width` when it is cut to a whole number.
     return 1, (width + 0.5) / int(2 * (4 * dim) / 3)

@@ -17,14 +17,14 @@ from torch import Tensor
 from vico.errors import CheckpointError, UserError, show
 from vico.io.safe_load import is_numbers, load_tensors
 from vico.io.text import read_json_object
-from vico.model.llama import LlamaShape, RopeScaling
+from vico.model.llama import LlamaConfig, RopeScaling
 
 # Dimension along which Meta's model-parallel shards split a tensor, by the last part of its name; norms are replicated.
 # The embeddings: LLaMA-1 and 2 split their width, LLaMA-3 the vocabulary; the shapes tell.
 SHARDED_DIM = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1, "tok_embeddings": 1}
 EMBEDDINGS = "tok_embeddings.weight"
 SHARD_MARK = "layers.0.attention.wq.weight"  # no two shards of a model hold the same part of it
-LARGEST = 10**6  # of any number in params.json; what is beyond is a mistake, and checking it would take for ever
+MAX_DIMENSION = 10**6  # of any number in params.json; what is beyond is a mistake, and checking it would take for ever
 PASSED_OVER = re.compile(r"(^|\.)rope\.freqs$")  # a buffer, computed anew
 SMALLEST_WITH_FACTOR_8 = 4096  # width: Meta's code stretches all by 8, LLaMA-3.2's narrower models were trained with 32
 
@@ -32,10 +32,10 @@ SMALLEST_WITH_FACTOR_8 = 4096  # width: Meta's code stretches all by 8, LLaMA-3.
 class MetaWeights:
     """The tensors of `folder` by name. Raises UserError where files, params.json and tokenizer do not fit each other.
 
-    `num_pieces`: of the tokenizer; None: there is none to compare with.
+    `vocab_size`: of the tokenizer; None: there is none to compare with.
     """
 
-    def __init__(self, folder: Path, num_pieces: int | None) -> None:
+    def __init__(self, folder: Path, vocab_size: int | None) -> None:
         self.folder = folder
         self.shape = read_shape(folder / "params.json")
         self._shards = [(path, _load(path)) for path in shard_paths(folder)]
@@ -43,8 +43,8 @@ class MetaWeights:
         self._embeddings_dim = 0 if parts and parts[0].shape[1:] == (self.shape.dim,) else 1
         rows = sum(len(part) for part in parts) if self._embeddings_dim == 0 else len(parts[0]) if parts and parts[0].ndim else 0
         if self.shape.vocab_size == -1:
-            self.shape = replace(self.shape, vocab_size=rows if num_pieces is None else num_pieces)
-        self._check(num_pieces, rows)
+            self.shape = replace(self.shape, vocab_size=rows if vocab_size is None else vocab_size)
+        self._check(vocab_size, rows)
 
     def read(self, name: str) -> Tensor:
         """The whole tensor in the file's dtype; a view of the mapped file where there is one shard, or replicas."""
@@ -74,15 +74,15 @@ class MetaWeights:
         dim = self._embeddings_dim if name == EMBEDDINGS else sharded_dim(name)
         return [shard[name] for _, shard in self._shards], dim
 
-    def _check(self, num_pieces: int | None, rows: int) -> None:
+    def _check(self, vocab_size: int | None, rows: int) -> None:
         expected = backbone_shapes(self.shape)
         for path, shard in self._shards:
             names = {name for name in shard if not PASSED_OVER.search(name)}
             require_same_names(names, set(expected), path, "params.json and consolidated.*.pth must be those of one LLaMA in Meta's layout")
             if odd := next((name for name in sorted(names) if not is_numbers(shard[name])), None):
                 raise UserError(f"{path}: '{odd}' is no dense tensor of floating-point numbers; quantised weights are not read")
-        if num_pieces is not None and rows != num_pieces and self.shape.vocab_size in (num_pieces, rows):
-            raise UserError(unlike_tokenizer(self.folder, rows, num_pieces))
+        if vocab_size is not None and rows != vocab_size and self.shape.vocab_size in (vocab_size, rows):
+            raise UserError(unlike_tokenizer(self.folder, rows, vocab_size))
         for name, shape in expected.items():
             self._check_parts(name, shape)
 
@@ -106,7 +106,7 @@ class MetaWeights:
             raise UserError(f"{self.folder}: two of the {len(parts)} shards are the same file; copy consolidated.*.pth anew")
 
 
-def backbone_shapes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
+def backbone_shapes(shape: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every frozen tensor in Meta's layout."""
     square, grouped = (shape.dim, shape.dim), (shape.kv_heads * shape.head_dim, shape.dim)
     up, down = (shape.hidden_dim, shape.dim), (shape.dim, shape.hidden_dim)
@@ -145,7 +145,7 @@ def _load(path: Path) -> dict[str, Tensor]:
     return shard
 
 
-def read_shape(path: Path) -> LlamaShape:
+def read_shape(path: Path) -> LlamaConfig:
     """vocab_size is -1 where params.json leaves it to the tokenizer."""
     params = read_json_object(path, "params.json, which comes with the LLaMA weights,")
     dim, layers, heads = (whole_number(params, key, path) for key in ("dim", "n_layers", "n_heads"))
@@ -160,7 +160,7 @@ def read_shape(path: Path) -> LlamaShape:
     if vocab != -1:
         vocab = whole_number(params, "vocab_size", path)
     multiple = whole_number(params, "multiple_of", path) if "multiple_of" in params else 256
-    return LlamaShape(
+    return LlamaConfig(
         dim, layers, heads, vocab, multiple, float(eps), float(theta), kv_heads, None if widened is None else float(widened),
         _read_scaling(params, dim, path),
     )  # fmt: skip
@@ -200,8 +200,8 @@ def require_heads(dim: int, heads: int, kv_heads: int, keys: tuple[str, str, str
 
 def whole_number(params: Mapping[str, Any], key: str, path: Path) -> int:
     value = params.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST:
-        raise UserError(f"{path}: '{key}' is {show(value)} and must be a whole number from 1 to {LARGEST}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_DIMENSION:
+        raise UserError(f"{path}: '{key}' is {show(value)} and must be a whole number from 1 to {MAX_DIMENSION}")
     return value
 
 
@@ -211,8 +211,8 @@ def require_same_names(found: set[str], expected: set[str], path: Path, remedy: 
             raise UserError(f"{path}: {what} {len(names)} tensor(s), e.g. '{min(names)}'; {remedy}")
 
 
-def unlike_tokenizer(folder: Path, rows: int, num_pieces: int) -> str:
+def unlike_tokenizer(folder: Path, rows: int, vocab_size: int) -> str:
     return (
-        f"{folder}: the embeddings have {rows} rows and the tokenizer has {num_pieces} pieces; "
+        f"{folder}: the embeddings have {rows} rows and the tokenizer has {vocab_size} pieces; "
         "use the tokenizer.model that came with these weights"
     )
