@@ -7,7 +7,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from support.toy_dataset import World  # noqa: E402
+from support.toy_dataset import ToyData  # noqa: E402
 from vico.distributed import world as ranks  # noqa: E402
 
 
@@ -25,6 +25,6 @@ def alone() -> ranks.World:
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def toy(tmp_path_factory: pytest.TempPathFactory) -> ToyData:
     """One world for all tests that only read it."""
-    return World(tmp_path_factory.mktemp("world"))
+    return ToyData(tmp_path_factory.mktemp("world"))

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.toy_dataset import ROOT, World
+from support.toy_dataset import ROOT, ToyData
 from vico.data.batching import TrainingSteps, best_fill, greedy_balance
 from vico.distributed import world as dist
 from vico.errors import TrainingError, UserError
@@ -23,12 +23,12 @@ from vico.train.loop import train_step
 from vico.train.optim import learning_rate, peak_learning_rate
 
 
-def config_of(world: World, *flags: str) -> RunConfig:
-    return parse([*world.flags, "--batch_size", "4", *flags], "vico train", "").resolve()
+def config_of(toy: ToyData, *flags: str) -> RunConfig:
+    return parse([*toy.flags, "--batch_size", "4", *flags], "vico train", "").resolve()
 
 
-def test_after_an_evaluation_trainables_move_and_nothing_else(world: World, alone: dist.World) -> None:
-    config = config_of(world, "--precision", "bf16")
+def test_after_an_evaluation_trainables_move_and_nothing_else(toy: ToyData, alone: dist.World) -> None:
+    config = config_of(toy, "--precision", "bf16")
     inputs = read_inputs(config, ("train", "val"), alone)
     values = initial_trainables(inputs.trainable_shapes, bias=0.5, seed=0)
     for name, value in values.items():
@@ -53,9 +53,9 @@ def test_after_an_evaluation_trainables_move_and_nothing_else(world: World, alon
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_loss_or_gradient_that_is_not_finite_updates_nothing(world: World, alone: dist.World, stage: int) -> None:
+def test_a_loss_or_gradient_that_is_not_finite_updates_nothing(toy: ToyData, alone: dist.World, stage: int) -> None:
     """In the first of two micro-batches."""
-    config = config_of(world, "--deepspeed", f"zero{stage}", "--accum_iter", "2")
+    config = config_of(toy, "--deepspeed", f"zero{stage}", "--accum_iter", "2")
     inputs = read_inputs(config, ("train",), alone)
     engine = build_engine(config, inputs, initial_trainables(inputs.trainable_shapes, 0.5, 0), alone)
     steps = TrainingSteps(
@@ -89,9 +89,9 @@ def test_a_loss_or_gradient_that_is_not_finite_updates_nothing(world: World, alo
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_rehearsal_leaves_no_trace(world: World, alone: dist.World, stage: int) -> None:
+def test_a_rehearsal_leaves_no_trace(toy: ToyData, alone: dist.World, stage: int) -> None:
     """Not even of numbers that are not finite. The same bits after two steps of two micro-batches each."""
-    config = config_of(world, "--deepspeed", f"zero{stage}", "--accum_iter", "2")
+    config = config_of(toy, "--deepspeed", f"zero{stage}", "--accum_iter", "2")
     inputs = read_inputs(config, ("train",), alone)
     if stage == 3:
         inputs.ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -119,8 +119,8 @@ def test_a_rehearsal_leaves_no_trace(world: World, alone: dist.World, stage: int
 
 
 @pytest.mark.parametrize("max_tokens", [None, 700, 1500])
-def test_no_micro_batch_is_longer_than_the_longest(world: World, alone: dist.World, max_tokens: int | None) -> None:
-    inputs = read_inputs(config_of(world), ("train",), alone)
+def test_no_micro_batch_is_longer_than_the_longest(toy: ToyData, alone: dist.World, max_tokens: int | None) -> None:
+    inputs = read_inputs(config_of(toy), ("train",), alone)
     steps = TrainingSteps(
         inputs.questions["train"], inputs.captions, inputs.features, inputs.prompts, num_slots=10, tasks=("vqa", "cap"), micro_batch_size=2,
         accumulation=4, rank=0, world_size=1, seed=0, shuffle=True, crop=True, max_tokens=max_tokens,
@@ -131,8 +131,8 @@ def test_no_micro_batch_is_longer_than_the_longest(world: World, alone: dist.Wor
     assert max(met) <= (longest if max_tokens is None else longest + 0.01 * max_tokens)
 
 
-def test_order_is_a_function_of_seed_and_epoch_and_ranks_divide_it(world: World, alone: dist.World) -> None:
-    inputs = read_inputs(config_of(world), ("train",), alone)
+def test_order_is_a_function_of_seed_and_epoch_and_ranks_divide_it(toy: ToyData, alone: dist.World) -> None:
+    inputs = read_inputs(config_of(toy), ("train",), alone)
 
     def steps(rank: int, size: int, seed: int = 0) -> TrainingSteps:
         return TrainingSteps(
@@ -172,8 +172,8 @@ def test_fullest(sizes: list[int], most: int, budget: int | None) -> None:
         assert [sizes[i] for i in chosen] == [max(sizes)], "a question that is too long stands alone"
 
 
-def test_micro_batches_of_a_token_budget(world: World, alone: dist.World) -> None:
-    inputs = read_inputs(config_of(world), ("train",), alone)
+def test_micro_batches_of_a_token_budget(toy: ToyData, alone: dist.World) -> None:
+    inputs = read_inputs(config_of(toy), ("train",), alone)
     how = {"num_slots": 10, "tasks": ("vqa", "cap"), "micro_batch_size": 10, "accumulation": 1, "rank": 0, "world_size": 1, "seed": 0}
     common = (inputs.questions["train"], inputs.captions, inputs.features, inputs.prompts)
     whole = TrainingSteps(*common, **how, shuffle=True, crop=True)[0, 0]  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from support.toy_dataset import ROOT, World, refusal
+from support.toy_dataset import ROOT, ToyData, refusal
 from vico.distributed import launcher_env, topology
 from vico.distributed.launcher_env import SlurmAllocation
 from vico.errors import RESUMABLE, UnreachableError, UserError
@@ -203,8 +203,8 @@ def outputs(processes: list[subprocess.Popen[str]], seconds: float = 120) -> lis
 MAIN = "from vico import cli, meeting; meeting.SECONDS_OF_SILENCE = 1.0; cli.SECONDS_FOR_RANK_0 = 1.0; cli.console()"
 
 
-def test_a_rank_that_does_not_come_is_waited_for_aloud_and_named(world: World, tmp_path: Path) -> None:
-    flags = ["train", *world.flags, "--output_dir", str(tmp_path / "run"), "--collective_timeout", "0.05"]
+def test_a_rank_that_does_not_come_is_waited_for_aloud_and_named(toy: ToyData, tmp_path: Path) -> None:
+    flags = ["train", *toy.flags, "--output_dir", str(tmp_path / "run"), "--collective_timeout", "0.05"]
     processes = ranks(MAIN, *flags, world_size=4, which=(0, 2))
     found = outputs(processes)
     waits, refuses = [line for line in found[0][1].splitlines() if line.startswith("vico: ")]
@@ -214,8 +214,8 @@ def test_a_rank_that_does_not_come_is_waited_for_aloud_and_named(world: World, t
     assert not any("Traceback" in text for _, text in found) and not (tmp_path / "run").exists()
 
 
-def test_where_rank_0_is_missing_another_says_so(world: World, tmp_path: Path) -> None:
-    flags = ["train", *world.flags, "--output_dir", str(tmp_path / "run"), "--collective_timeout", "0.05"]
+def test_where_rank_0_is_missing_another_says_so(toy: ToyData, tmp_path: Path) -> None:
+    flags = ["train", *toy.flags, "--output_dir", str(tmp_path / "run"), "--collective_timeout", "0.05"]
     code = f"import os; os.environ['LOCAL_RANK'] = '0'; {MAIN}"  # the first of its host
     (process,) = ranks(code, *flags, which=(1,))
     ((_, text),) = outputs([process])
@@ -226,9 +226,9 @@ def test_where_rank_0_is_missing_another_says_so(world: World, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_who_waits_for_the_others_ends_when_asked(rank: int, world: World, tmp_path: Path) -> None:
+def test_who_waits_for_the_others_ends_when_asked(rank: int, toy: ToyData, tmp_path: Path) -> None:
     code = f"import os; os.environ['LOCAL_RANK'] = '0'; {MAIN}"  # the first of its host speaks
-    (process,) = ranks(code, "train", *world.flags, "--output_dir", str(tmp_path / "run"), which=(rank,))
+    (process,) = ranks(code, "train", *toy.flags, "--output_dir", str(tmp_path / "run"), which=(rank,))
     assert process.stderr is not None
     limit = threading.Timer(60, process.kill)
     limit.start()
@@ -245,9 +245,9 @@ def test_who_waits_for_the_others_ends_when_asked(rank: int, world: World, tmp_p
 
 
 @pytest.mark.slow
-def test_ranks_that_wait_for_another_end_as_asked_also_when_rank_0_goes_first(world: World, tmp_path: Path) -> None:
+def test_ranks_that_wait_for_another_end_as_asked_also_when_rank_0_goes_first(toy: ToyData, tmp_path: Path) -> None:
     patient = MAIN.replace("SILENCE = 1.0", "SILENCE = 8.0")  # by then all three wait
-    processes = ranks(patient, "train", *world.flags, "--output_dir", str(tmp_path / "run"), world_size=4, which=(0, 1, 2))
+    processes = ranks(patient, "train", *toy.flags, "--output_dir", str(tmp_path / "run"), world_size=4, which=(0, 1, 2))
     assert processes[0].stderr is not None
     timers = [threading.Timer(60, process.kill) for process in processes]
     for timer in timers:
@@ -264,21 +264,21 @@ def test_ranks_that_wait_for_another_end_as_asked_also_when_rank_0_goes_first(wo
     assert not any("Traceback" in text or "error" in text for _, text in found)
 
 
-def test_another_program_where_rank_0_should_be_is_not_waited_for_for_ever(world: World, tmp_path: Path) -> None:
+def test_another_program_where_rank_0_should_be_is_not_waited_for_for_ever(toy: ToyData, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=64) as mute:
         code = f"import os; os.environ |= {{'LOCAL_RANK': '0', 'MASTER_PORT': '{mute.getsockname()[1]}'}}; {MAIN}"
-        flags = ["train", *world.flags, "--output_dir", str(tmp_path / "run"), "--collective_timeout", "0.05"]
+        flags = ["train", *toy.flags, "--output_dir", str(tmp_path / "run"), "--collective_timeout", "0.05"]
         (process,) = ranks(code, *flags, which=(1,))
         ((_, text),) = outputs([process])
     assert process.returncode == 5 and "waits for an answer" in text and "nobody answers at 127.0.0.1:" in text and "frame #" not in text
 
 
-def test_ranks_with_other_code_are_refused(world: World, tmp_path: Path) -> None:
+def test_ranks_with_other_code_are_refused(toy: ToyData, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "vico", tmp_path / "other" / "vico", ignore=shutil.ignore_patterns("__pycache__"))
     with (tmp_path / "other" / "vico" / "optim.py").open("a") as file:
         file.write("# pulled on one host only\n")
     begin = time.monotonic()
-    processes = ranks(MAIN, "train", *world.flags, "--output_dir", str(tmp_path / "run"), first=str(tmp_path / "other"))
+    processes = ranks(MAIN, "train", *toy.flags, "--output_dir", str(tmp_path / "run"), first=str(tmp_path / "other"))
     (_, text), _ = outputs(processes)
     assert time.monotonic() - begin < 30 + 30  # of a start on a busy machine
     assert [process.returncode for process in processes] == [2, 2] and not (tmp_path / "run").exists()
@@ -343,7 +343,7 @@ os._exit(0)
 
 
 def test_ranks_with_other_settings_files_or_folders_are_refused_and_waiting_ends(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DeepSpeed's own group, made without a timeout, gives up too once it has been given one.
 
@@ -352,9 +352,9 @@ def test_ranks_with_other_settings_files_or_folders_are_refused_and_waiting_ends
     (tmp_path / "extensions" / "deepspeed_shm_comm").mkdir(parents=True)
     (tmp_path / "extensions" / "deepspeed_shm_comm" / "lock").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    shutil.copytree(world.llama, tmp_path / "llama")
+    shutil.copytree(toy.llama, tmp_path / "llama")
     for name in ("data", "data0", "data1"):
-        shutil.copytree(world.data, tmp_path / name / "nextqa")
+        shutil.copytree(toy.data, tmp_path / name / "nextqa")
     with (tmp_path / "data1" / "nextqa" / "val.csv").open("a") as file:
         file.write("\n")
     for name in ("host0/late", "host1/late-hidden", "host0/apart"):

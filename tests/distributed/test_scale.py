@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 
 from reference import oracle_files
-from support.toy_dataset import ROOT, World, end, records, start, succeeds
+from support.toy_dataset import ROOT, ToyData, end, records, start, succeeds
 
 FLAGS = ["--epochs", "5", "--warmup_epochs", "1", "--lr", "0.02", "--bias", "0.7", "--save_steps", "5"]  # 3 steps of 8 an epoch
 SETUPS = list(itertools.product((1, 2, 4), (2, 3)))  # ranks, stage
@@ -18,8 +18,8 @@ RESUMED_LOSS_RTOL = 1e-6  # sums in another order
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("world"))
+def toy(tmp_path_factory: pytest.TempPathFactory) -> ToyData:
+    return ToyData(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +45,12 @@ def test_loading_takes_a_ranks_share_and_a_tensor(tmp_path: Path, zero3: str) ->
 class Runs:
     """The whole run of each setup, made once."""
 
-    def __init__(self, world: World, zero3: str, folder: Path) -> None:
-        self.world, self._zero3, self._folder = world, zero3, folder
+    def __init__(self, toy: ToyData, zero3: str, folder: Path) -> None:
+        self.toy, self._zero3, self._folder = toy, zero3, folder
 
     def flags(self, ranks: int, stage: int) -> list[str]:
         how = ["--batch_size", str(8 // ranks), "--deepspeed", self._zero3 if stage == 3 else "zero2"]
-        return [*self.world.flags, *FLAGS, *how]
+        return [*self.toy.flags, *FLAGS, *how]
 
     def whole(self, ranks: int, stage: int) -> Path:
         folder = self._folder / f"{ranks}-{stage}"
@@ -67,8 +67,8 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(world: World, zero3: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(world, zero3, tmp_path_factory.mktemp("runs"))
+def runs(toy: ToyData, zero3: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(toy, zero3, tmp_path_factory.mktemp("runs"))
 
 
 def written(checkpoint: Path) -> str:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from reference import oracle, oracle_files
-from support.toy_dataset import ROOT, World, records, succeeds, vico, write_csv
+from support.toy_dataset import ROOT, ToyData, records, succeeds, vico, write_csv
 from vico.checkpoint import read as checkpoints
 
 # The oracle sums in another order: fp32 rounding over six steps. Measured: losses 2e-7, norms 2e-6, scores 4e-6.
@@ -48,10 +48,10 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def start(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def start(toy: ToyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A lineage checkpoint with `model` alone, its gates non-zero so that every trainable matters."""
     path = tmp_path_factory.mktemp("start") / "start.pth"
-    params, _ = oracle_files.load_meta(world.llama / "tiny")
+    params, _ = oracle_files.load_meta(toy.llama / "tiny")
     oracle_files.save_lineage(path, oracle.init_trainables(params, HYPER, seed=5, random_gates=True))
     return path
 
@@ -73,23 +73,23 @@ def zero3(threshold_0: dict[str, str]) -> str:
     return threshold_0["zero3"]
 
 
-def train(world: World, folder: Path, *flags: str, ranks: int = 1) -> Run:
-    succeeds("train", *world.flags, *FLAGS, *PLAIN, "--output_dir", str(folder), *flags, ranks=ranks)
+def train(toy: ToyData, folder: Path, *flags: str, ranks: int = 1) -> Run:
+    succeeds("train", *toy.flags, *FLAGS, *PLAIN, "--output_dir", str(folder), *flags, ranks=ranks)
     return Run(folder)
 
 
 @pytest.fixture(scope="module")
-def reference(world: World, start: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def reference(toy: ToyData, start: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """One rank, ZeRO-2, micro-batches of 8: 3 steps an epoch, the last of 4 questions."""
-    return train(world, tmp_path_factory.mktemp("reference") / "out", "--resume", str(start), "--batch_size", "8")
+    return train(toy, tmp_path_factory.mktemp("reference") / "out", "--resume", str(start), "--batch_size", "8")
 
 
-def test_six_steps_of_the_oracle(world: World, start: Path, reference: Run) -> None:
-    model = oracle_files.load_meta(world.llama / "tiny")
+def test_six_steps_of_the_oracle(toy: ToyData, start: Path, reference: Run) -> None:
+    model = oracle_files.load_meta(toy.llama / "tiny")
     trainables = oracle.init_trainables(model[0], HYPER, seed=5, random_gates=True)
-    items = world.items("train")
+    items = toy.items("train")
     batches = [items[first : first + 8] for first in (0, 8, 16)] * 2
-    reports = oracle.train_steps(model, world.tokenizer, trainables, batches, HYPER, steps_per_epoch=3)
+    reports = oracle.train_steps(model, toy.tokenizer, trainables, batches, HYPER, steps_per_epoch=3)
     for ours, theirs in zip(reference.steps, reports, strict=True):
         for task, name in (("vqa", "vqa"), ("cap", "caption"), ("vaq", "vaq"), ("qav", "qav")):
             assert ours[f"{task}_loss"] == pytest.approx(theirs.losses[name], rel=ORACLE_LOSS_RTOL)
@@ -98,8 +98,8 @@ def test_six_steps_of_the_oracle(world: World, start: Path, reference: Run) -> N
         assert ours["lr"] == pytest.approx(theirs.lr, rel=1e-12)
         assert ours["grad_norm"] == pytest.approx(theirs.grad_norm, rel=ORACLE_NORM_RTOL)
     with torch.no_grad():
-        expected = [oracle.score_options(model, world.tokenizer, trainables, item, HYPER) for item in world.items("val")]
-    for line, scores, row in zip(reference.predictions, expected, world.rows["val"], strict=True):
+        expected = [oracle.score_options(model, toy.tokenizer, trainables, item, HYPER) for item in toy.items("val")]
+    for line, scores, row in zip(reference.predictions, expected, toy.rows["val"], strict=True):
         assert line["scores"] == pytest.approx(scores, abs=ORACLE_SCORE_ATOL)
         assert line["prediction"] == min(range(5), key=scores.__getitem__) and line["answer"] == int(row["answer"])
         assert (line["qid"], line["video"], line["type"]) == (row["qid"], row["video"], row["type"])
@@ -120,13 +120,13 @@ SLOW = pytest.mark.slow
     ],
 )  # fmt: skip
 def test_twins(
-    world: World, start: Path, reference: Run, threshold_0: dict[str, str], tmp_path: Path, ranks: int, batch: int, accumulation: int,
+    toy: ToyData, start: Path, reference: Run, threshold_0: dict[str, str], tmp_path: Path, ranks: int, batch: int, accumulation: int,
     zero: str, checkpointed: str, attention: str,
 ) -> None:  # fmt: skip
     """`sdpa` is packed attention, whose blocks are one Function each, as on a GPU."""
     how = ["--batch_size", str(batch), "--accum_iter", str(accumulation), "--deepspeed", threshold_0[zero]]
     how += ["--checkpoint_activations", checkpointed, "--attention", attention]
-    twin = train(world, tmp_path / "out", "--resume", str(start), *how, ranks=ranks)
+    twin = train(toy, tmp_path / "out", "--resume", str(start), *how, ranks=ranks)
     for a, b in zip(reference.steps, twin.steps, strict=True):
         for key in a:
             if key.endswith("loss"):
@@ -142,7 +142,7 @@ def test_twins(
         assert b["scores"] == pytest.approx(a["scores"], rel=TWIN_SCORE_RTOL, abs=1e-5) and b["prediction"] == a["prediction"]
 
 
-def test_only_the_declared_trainables_move(world: World, start: Path, reference: Run) -> None:
+def test_only_the_declared_trainables_move(toy: ToyData, start: Path, reference: Run) -> None:
     """After an evaluation and three steps; the frozen tensors are checked in the process itself (test_engine)."""
     before = torch.load(start, weights_only=True)["model"]
     after = load_file(reference.folder / "checkpoint-3" / "adapter_model.safetensors")
@@ -151,7 +151,7 @@ def test_only_the_declared_trainables_move(world: World, start: Path, reference:
         assert not torch.equal(value, before[name]), f"{name} has not moved"
 
 
-def test_outputs(world: World, reference: Run) -> None:
+def test_outputs(toy: ToyData, reference: Run) -> None:
     names = {path.name for path in reference.folder.iterdir()}
     assert names == {
         "args.json",
@@ -176,15 +176,15 @@ def test_outputs(world: World, reference: Run) -> None:
     mean = sum(s["cap_loss"] * s["cap_targets"] for s in steps) / sum(s["cap_targets"] for s in steps)
     assert epoch["train_cap_loss"] == pytest.approx(mean, rel=1e-12)
     args = json.loads((reference.folder / "args.json").read_text())
-    assert args["batch_size"] == 8 and args["world_size"] == 1 and args["data_path"] == str(world.folder / "data")
+    assert args["batch_size"] == 8 and args["world_size"] == 1 and args["data_path"] == str(toy.folder / "data")
     assert any(reference.folder.joinpath("runs").iterdir())
 
 
-def test_best_checkpoint_is_what_init_eval_finds(world: World, reference: Run, tmp_path: Path) -> None:
+def test_best_checkpoint_is_what_init_eval_finds(toy: ToyData, reference: Run, tmp_path: Path) -> None:
     """The training command with --resume and --init_eval evaluates and stops; `vico eval` needs no flags but --resume."""
     best = reference.folder / "checkpoint_best"
     again = ["--resume", str(best), "--init_eval", "--output_dir", str(tmp_path / "a"), "--batch_size", "8"]
-    said = succeeds("train", *world.flags, *FLAGS, *PLAIN, *again).stdouts[0].splitlines()
+    said = succeeds("train", *toy.flags, *FLAGS, *PLAIN, *again).stdouts[0].splitlines()
     expected = max(line["val_acc"] for line in reference.epochs)
     assert json.loads(said[-1])["acc"] == expected
     assert not (tmp_path / "a" / "steps.jsonl").exists()
@@ -194,9 +194,9 @@ def test_best_checkpoint_is_what_init_eval_finds(world: World, reference: Run, t
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [pytest.param(1, 2, marks=SLOW), (2, 3)])
-def test_a_run_cut_in_two_is_the_run(world: World, zero3: str, tmp_path: Path, ranks: int, stage: int) -> None:
+def test_a_run_cut_in_two_is_the_run(toy: ToyData, zero3: str, tmp_path: Path, ranks: int, stage: int) -> None:
     """Stopped in mid-epoch and started again by the same command: the same bits, shuffled, with random crops."""
-    flags = [*world.flags, *FLAGS, "--batch_size", str(8 // ranks), "--num_workers", "1", "--deepspeed", zero3 if stage == 3 else "zero2"]
+    flags = [*toy.flags, *FLAGS, "--batch_size", str(8 // ranks), "--num_workers", "1", "--deepspeed", zero3 if stage == 3 else "zero2"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     succeeds("train", *flags, "--output_dir", str(whole), ranks=ranks)
     saving = ["--save_steps", "1", "--save_total_limit", "2", "--save_legacy"]  # which changes nothing else
@@ -221,8 +221,8 @@ def test_a_run_cut_in_two_is_the_run(world: World, zero3: str, tmp_path: Path, r
     assert "complete at step 6" in succeeds("train", *flags, "--output_dir", str(cut), ranks=ranks).stdouts[0]
 
 
-def test_another_start_on_a_used_folder_is_refused_and_another_division_is_not(world: World, start: Path, tmp_path: Path) -> None:
-    flags = [*world.flags, *FLAGS, "--cap", "0", "--output_dir", str(tmp_path / "out"), "--max_steps"]
+def test_another_start_on_a_used_folder_is_refused_and_another_division_is_not(toy: ToyData, start: Path, tmp_path: Path) -> None:
+    flags = [*toy.flags, *FLAGS, "--cap", "0", "--output_dir", str(tmp_path / "out"), "--max_steps"]
     first = ["--resume", str(start), "--batch_size", "8"]
     succeeds("train", *flags, "1", *first)
     again = tmp_path / "again.pth"
@@ -235,18 +235,18 @@ def test_another_start_on_a_used_folder_is_refused_and_another_division_is_not(w
     assert all(line["cap_loss"] is None and line["cap_targets"] == 0 for line in Run(tmp_path / "out").steps)
 
 
-def test_a_lineage_checkpoint_goes_on_after_its_epoch(world: World, tmp_path: Path) -> None:
+def test_a_lineage_checkpoint_goes_on_after_its_epoch(toy: ToyData, tmp_path: Path) -> None:
     """One epoch by the oracle, written as the lineage writes it, then the second epoch here and there."""
-    model = oracle_files.load_meta(world.llama / "tiny")
+    model = oracle_files.load_meta(toy.llama / "tiny")
     trainables = oracle.init_trainables(model[0], HYPER, seed=5, random_gates=True)
     optimizer = oracle.make_optimizer(trainables, HYPER)
-    items = world.items("train")
+    items = toy.items("train")
     batches = [items[first : first + 8] for first in (0, 8, 16)]
-    oracle.train_steps(model, world.tokenizer, trainables, batches, HYPER, 3, optimizer=optimizer)
+    oracle.train_steps(model, toy.tokenizer, trainables, batches, HYPER, 3, optimizer=optimizer)
     path = tmp_path / "lineage.pth"
     oracle_files.save_lineage(path, trainables, optimizer=optimizer, epoch=0, args=argparse.Namespace(bias=0.7, dataset="nextqa"))
-    run = train(world, tmp_path / "out", "--resume", str(path), "--batch_size", "8")
-    reports = oracle.train_steps(model, world.tokenizer, trainables, batches, HYPER, 3, steps_done=3, optimizer=optimizer)
+    run = train(toy, tmp_path / "out", "--resume", str(path), "--batch_size", "8")
+    reports = oracle.train_steps(model, toy.tokenizer, trainables, batches, HYPER, 3, steps_done=3, optimizer=optimizer)
     assert [line["step"] for line in run.steps] == [4, 5, 6]
     for ours, theirs in zip(run.steps, reports, strict=True):
         assert ours["loss"] == pytest.approx(theirs.total, rel=ORACLE_LOSS_RTOL)
@@ -254,14 +254,14 @@ def test_a_lineage_checkpoint_goes_on_after_its_epoch(world: World, tmp_path: Pa
 
 
 @pytest.mark.parametrize("num", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(64, marks=pytest.mark.slow)])
-def test_every_question_counts_once(world: World, start: Path, zero3: str, tmp_path: Path, num: int) -> None:
-    rows = [{**world.rows["val"][i % 10], "qid": str(i)} for i in range(num)]
+def test_every_question_counts_once(toy: ToyData, start: Path, zero3: str, tmp_path: Path, num: int) -> None:
+    rows = [{**toy.rows["val"][i % 10], "qid": str(i)} for i in range(num)]
     write_csv(tmp_path / "val.csv", rows)
     data = tmp_path / "data" / "nextqa"
     data.mkdir(parents=True)
     (tmp_path / "val.csv").rename(data / "val.csv")
-    (data / "clipvitl14.pth").symlink_to(world.data / "clipvitl14.pth")
-    where = ["--llama_model_path", str(world.llama), "--model", "tiny", "--data_path", str(tmp_path / "data"), "--precision", "fp32"]
+    (data / "clipvitl14.pth").symlink_to(toy.data / "clipvitl14.pth")
+    where = ["--llama_model_path", str(toy.llama), "--model", "tiny", "--data_path", str(tmp_path / "data"), "--precision", "fp32"]
     said = []
     for ranks in (1, 2):
         flags = ["--resume", str(start), "--output_dir", str(tmp_path / f"out{ranks}"), "--num_workers", "0", "--deepspeed", zero3]
@@ -274,7 +274,7 @@ def test_every_question_counts_once(world: World, start: Path, zero3: str, tmp_p
 @pytest.mark.parametrize("num", [1, 3])
 def test_fewer_questions_than_a_step_takes(start: Path, zero3: str, tmp_path: Path, num: int) -> None:
     """They are an epoch of one step, on ranks of which some have none too."""
-    small = World(tmp_path / "world", num_train=num)
+    small = ToyData(tmp_path / "world", num_train=num)
     one = train(small, tmp_path / "one", "--resume", str(start), "--batch_size", "8")
     four = train(small, tmp_path / "four", "--resume", str(start), "--batch_size", "2", "--deepspeed", zero3, ranks=4)
     assert [line["step"] for line in one.steps] == [line["step"] for line in four.steps] == [1, 2]
@@ -285,10 +285,10 @@ def test_fewer_questions_than_a_step_takes(start: Path, zero3: str, tmp_path: Pa
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("stage", [2, 3])
 def test_half_precision_stays_near_fp32(
-    world: World, start: Path, reference: Run, zero3: str, tmp_path: Path, precision: str, stage: int
+    toy: ToyData, start: Path, reference: Run, zero3: str, tmp_path: Path, precision: str, stage: int
 ) -> None:
     how = ["--precision", precision, "--deepspeed", zero3 if stage == 3 else "zero2", "--batch_size", "4", "--max_steps", "3"]
-    half = train(world, tmp_path / "out", "--resume", str(start), *how, ranks=2)
+    half = train(toy, tmp_path / "out", "--resume", str(start), *how, ranks=2)
     for a, b in zip(reference.steps[:3], half.steps, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=HALF_LOSS_RTOL) and b["grad_norm"] == pytest.approx(
             a["grad_norm"], rel=HALF_NORM_RTOL

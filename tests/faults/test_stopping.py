@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from support.toy_dataset import ROOT, Ended, World, end, records, start, succeeds, vico
+from support.toy_dataset import ROOT, Ended, ToyData, end, records, start, succeeds, vico
 from vico.distributed.launcher_env import SINGLE_RANK
 
 FLAGS = ["--epochs", "2", "--warmup_epochs", "1", "--lr", "0.02", "--bias", "0.7"]  # of 20 questions: 3 steps of 8 an epoch
@@ -24,18 +24,18 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("world"))
+def toy(tmp_path_factory: pytest.TempPathFactory) -> ToyData:
+    return ToyData(tmp_path_factory.mktemp("world"))
 
 
-def flags(world: World, ranks: int) -> list[str]:
-    return ["train", *world.flags, *FLAGS, "--batch_size", str(8 // ranks), "--save_steps", "2"]
+def flags(toy: ToyData, ranks: int) -> list[str]:
+    return ["train", *toy.flags, *FLAGS, "--batch_size", str(8 // ranks), "--save_steps", "2"]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(toy: ToyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed") / "out"
-    succeeds(*flags(world, 2), "--output_dir", str(folder), ranks=2)
+    succeeds(*flags(toy, 2), "--output_dir", str(folder), ranks=2)
     return folder
 
 
@@ -71,7 +71,7 @@ def same_end(a: Path, b: Path) -> None:
     ],
 )  # fmt: skip
 def test_asked_to_stop_loses_no_step(
-    world: World, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int, who: str
+    toy: ToyData, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int, who: str
 ) -> None:
     """Again and again, wherever the signal meets the run: in a step, in a save, in an evaluation. `all`: data workers and theirs, too.
 
@@ -79,7 +79,7 @@ def test_asked_to_stop_loses_no_step(
     """
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     out = tmp_path / "öut"
-    command = [*flags(world, 2), "--output_dir", str(out), "--num_workers", str(int(who == "all"))]
+    command = [*flags(toy, 2), "--output_dir", str(out), "--num_workers", str(int(who == "all"))]
 
     def hit(processes: list["subprocess.Popen[str]"]) -> None:
         ranks = [psutil.Process(process.pid) for process in processes]
@@ -98,10 +98,10 @@ def test_asked_to_stop_loses_no_step(
     same_end(out, undisturbed)
 
 
-def test_ctrl_c_on_a_terminal(world: World, tmp_path: Path) -> None:
+def test_ctrl_c_on_a_terminal(toy: ToyData, tmp_path: Path) -> None:
     """The key reaches every process of the terminal, and the ranks once more through their launcher."""
     out = tmp_path / "out"
-    command = ["bash", str(ROOT / "launch" / "train.sh"), *flags(world, 2)[1:], "--epochs", "200", "--save_steps", "1000"]
+    command = ["bash", str(ROOT / "launch" / "train.sh"), *flags(toy, 2)[1:], "--epochs", "200", "--save_steps", "1000"]
     of_a_rank = (*SINGLE_RANK, "MASTER_PORT")  # which a test before this one may have been
     ours = {name: value for name, value in os.environ.items() if name not in of_a_rank}
     environment = {**ours, "VICO_RANKS": "2", "PYTHON": sys.executable}
@@ -157,16 +157,16 @@ def test_asked_twice_it_ends_at_once(first: str, second: str, code: int, lives_o
 
 
 @pytest.mark.slow
-def test_killed_ranks_go_on_at_the_last_save(world: World, undisturbed: Path, tmp_path: Path) -> None:
+def test_killed_ranks_go_on_at_the_last_save(toy: ToyData, undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [*flags(world, 2), "--output_dir", str(out)]
+    command = [*flags(toy, 2), "--output_dir", str(out)]
     ended = disturb(command, 2, lambda: steps_done(out) >= 5, lambda processes: [p.kill() for p in processes] and None)
     assert ended.codes == [-9, -9] and (out / "checkpoint-4").exists()
     assert "resuming from step" in succeeds(*command, ranks=2).stdouts[0]
     same_end(out, undisturbed)
 
 
-def test_a_damaged_checkpoint_is_passed_over(world: World, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over(toy: ToyData, undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
     shutil.rmtree(out / "checkpoint-6")
@@ -174,7 +174,7 @@ def test_a_damaged_checkpoint_is_passed_over(world: World, undisturbed: Path, tm
     data[-5] ^= 4
     (out / "checkpoint-4" / WEIGHTS).write_bytes(data)
     os.truncate(out / "checkpoint-3" / "optimizer.safetensors", 1000)
-    command = [*flags(world, 1), "--output_dir", str(out)]
+    command = [*flags(toy, 1), "--output_dir", str(out)]
     said = succeeds(*command).stdouts[0]
     assert f"passed over: {out}/checkpoint-4/{WEIGHTS}: damaged (its sha256 is not the recorded one)" in said
     assert f"passed over: {out}/checkpoint-3/optimizer.safetensors: damaged (1000 of " in said
@@ -194,9 +194,9 @@ def test_a_damaged_checkpoint_is_passed_over(world: World, undisturbed: Path, tm
     ],
 )
 def test_other_files_than_the_run_had_are_refused(
-    world: World, undisturbed: Path, tmp_path: Path, change: Callable[[World], Path], name: str, says: str
+    toy: ToyData, undisturbed: Path, tmp_path: Path, change: Callable[[ToyData], Path], name: str, says: str
 ) -> None:
-    other = World(tmp_path / "other")  # the same but for the file that is then changed
+    other = ToyData(tmp_path / "other")  # the same but for the file that is then changed
     path = change(other)
     if path.suffix == ".csv":
         path.write_text(path.read_text().replace("man", "dog"))
@@ -217,9 +217,9 @@ def test_other_files_than_the_run_had_are_refused(
     succeeds(*command, "--allow_change", name)
 
 
-def test_a_second_writer_is_refused_and_a_dead_ones_place_is_free(world: World, tmp_path: Path) -> None:
+def test_a_second_writer_is_refused_and_a_dead_ones_place_is_free(toy: ToyData, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [*flags(world, 1), "--output_dir", str(out)]
+    command = [*flags(toy, 1), "--output_dir", str(out)]
 
     def second(processes: list["subprocess.Popen[str]"]) -> None:
         began = time.monotonic()
@@ -233,13 +233,13 @@ def test_a_second_writer_is_refused_and_a_dead_ones_place_is_free(world: World, 
 
 
 @pytest.mark.slow
-def test_of_two_starts_on_a_new_folder_one_runs(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_starts_on_a_new_folder_one_runs(toy: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The later one looked while nothing was there yet; it must not write over what the other has done meanwhile."""
     out = tmp_path / "out"
     monkeypatch.setenv("VICO_FAILPOINT", "inputs=sleep 25")
-    late = start(*flags(world, 1), "--lr", "0.5", "--output_dir", str(out), ranks=1)
+    late = start(*flags(toy, 1), "--lr", "0.5", "--output_dir", str(out), ranks=1)
     monkeypatch.delenv("VICO_FAILPOINT")
-    succeeds(*flags(world, 1), "--output_dir", str(out))
+    succeeds(*flags(toy, 1), "--output_dir", str(out))
     before = (out / "args.json").read_bytes(), (out / "checkpoint-6" / WEIGHTS).read_bytes()
     ended = end(late, 90)
     assert ended.codes == [6] and "another run began and wrote here while this one was starting" in ended.stderrs[0], ended.output
@@ -247,12 +247,10 @@ def test_of_two_starts_on_a_new_folder_one_runs(world: World, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_stopped_rank_ends_the_run(world: World, tmp_path: Path, rank: int) -> None:
+def test_a_stopped_rank_ends_the_run(toy: ToyData, tmp_path: Path, rank: int) -> None:
     """The time is set to 6 s; the one that is stopped is named, and does not stay behind."""
     out = tmp_path / "out"
-    processes = start(
-        *flags(world, 2), "--output_dir", str(out), "--hang_timeout", "0.1", "--epochs", "200", "--save_steps", "1000", ranks=2
-    )
+    processes = start(*flags(toy, 2), "--output_dir", str(out), "--hang_timeout", "0.1", "--epochs", "200", "--save_steps", "1000", ranks=2)
     while steps_done(out) < 3:
         time.sleep(0.01)
         assert all(p.poll() is None for p in processes)
@@ -267,9 +265,9 @@ def test_a_stopped_rank_ends_the_run(world: World, tmp_path: Path, rank: int) ->
 
 
 @pytest.mark.slow
-def test_ranks_0_and_1_killed_the_next_one_speaks(world: World, tmp_path: Path) -> None:
+def test_ranks_0_and_1_killed_the_next_one_speaks(toy: ToyData, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    processes = start(*flags(world, 4), "--output_dir", str(out), "--epochs", "200", "--save_steps", "1000", "--num_workers", "0", ranks=4)
+    processes = start(*flags(toy, 4), "--output_dir", str(out), "--epochs", "200", "--save_steps", "1000", "--num_workers", "0", ranks=4)
     while steps_done(out) < 2:
         time.sleep(0.01)
     for process in processes[:2]:
@@ -297,9 +295,9 @@ assert os.read(worker, 8) and not os.read(worker, 8)  # its end
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
 
 
-def test_a_killed_rank_is_one_line(world: World, tmp_path: Path) -> None:
+def test_a_killed_rank_is_one_line(toy: ToyData, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    processes = start(*flags(world, 2), "--output_dir", str(out), "--epochs", "200", "--save_steps", "1000", "--num_workers", "1", ranks=2)
+    processes = start(*flags(toy, 2), "--output_dir", str(out), "--epochs", "200", "--save_steps", "1000", "--num_workers", "1", ranks=2)
     while steps_done(out) < 3:
         time.sleep(0.01)
     helpers = [helper for process in processes for helper in psutil.Process(process.pid).children(recursive=True)]

@@ -14,7 +14,7 @@ import torch
 from faults import scenario_disk_full as figure_disk_full
 from faults.result import Scale
 from faults.small_store import RUN, save_both
-from support.toy_dataset import World, end, refusal, start, vico
+from support.toy_dataset import ToyData, end, refusal, start, vico
 from vico.checkpoint import read as checkpoints
 from vico.checkpoint import restart_limit
 from vico.cli import exit_cause
@@ -219,10 +219,10 @@ LONG = ["--epochs", "200", "--lr", "0.01", "--batch_size", "4"]
     ("moment", "phase"), [("rehearsal", "trying the longest micro-batch (4 questions, "), ("step@2", "micro-batch 1 of 1 of step 2")]
 )
 def test_the_rank_that_ends_says_why_and_the_others_nothing(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, phase: str
+    toy: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, phase: str
 ) -> None:
     monkeypatch.setenv("VICO_FAILPOINT", f"{moment}#1=raise MemoryError")
-    ended = end(start("train", *world.flags, *LONG, "--output_dir", str(tmp_path / "out"), ranks=2), 120)
+    ended = end(start("train", *toy.flags, *LONG, "--output_dir", str(tmp_path / "out"), ranks=2), 120)
     assert ended.codes == [4, 4] and ended.stderrs[0] == "", ended.output
     _, line = ended.stderrs[1].splitlines()  # behind the failpoint's own
     assert line.startswith("vico: error: rank 1 on ") and f"is out of host memory while {phase}" in line
@@ -230,17 +230,17 @@ def test_the_rank_that_ends_says_why_and_the_others_nothing(
 
 
 @pytest.mark.slow
-def test_a_mistake_on_one_rank_is_told_once_with_its_traceback(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_on_one_rank_is_told_once_with_its_traceback(toy: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VICO_FAILPOINT", "step@2#1=raise ZeroDivisionError")
-    ended = end(start("train", *world.flags, *LONG, "--output_dir", str(tmp_path / "out"), ranks=2), 120)
+    ended = end(start("train", *toy.flags, *LONG, "--output_dir", str(tmp_path / "out"), ranks=2), 120)
     assert ended.codes == [1, 1] and ended.stderrs[0] == "", ended.output
     assert ended.stderrs[1].count("Traceback") == 1 and ended.stderrs[1].rstrip().endswith("ZeroDivisionError: failpoint step")
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_three_times_is_not_started_again(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_fails_three_times_is_not_started_again(toy: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a scheduler would start it; with other settings it is tried again."""
-    flags = ["train", *world.flags, *LONG, "--max_steps", "3", "--save_steps", "1", "--output_dir", str(tmp_path / "out")]
+    flags = ["train", *toy.flags, *LONG, "--max_steps", "3", "--save_steps", "1", "--output_dir", str(tmp_path / "out")]
     monkeypatch.setenv("VICO_FAILPOINT", "step@2=raise MemoryError")
     assert vico(*flags).codes == [4] and read_logs(tmp_path / "out").last_step == 1
     monkeypatch.setenv("VICO_FAILPOINT", "step=raise MemoryError")
@@ -279,9 +279,9 @@ def test_no_more_memory_names_phase_and_remedy(alone: dist.World, phase: str, he
     assert isinstance(fault, TrainingError) and f"is out of {where} memory while {phase} (peak " in str(fault) and helps in str(fault)
 
 
-def test_a_killed_data_worker_is_one_line(world: World, tmp_path: Path) -> None:
+def test_a_killed_data_worker_is_one_line(toy: ToyData, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    flags = [*world.flags, *LONG, "--num_workers", "1", "--output_dir", str(out)]
+    flags = [*toy.flags, *LONG, "--num_workers", "1", "--output_dir", str(out)]
     ranks = start("train", *flags, ranks=1)
     while read_logs(out).last_step < 2:
         time.sleep(0.02)
@@ -305,9 +305,9 @@ os.execvp("unshare", ["unshare", "--mount", "bash", "-c", inside, size, sys.exec
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.system("unshare --mount true 2>/dev/null") != 0, reason="needs the right to mount")
-def test_a_full_shared_memory_is_one_line(world: World, tmp_path: Path) -> None:
+def test_a_full_shared_memory_is_one_line(toy: ToyData, tmp_path: Path) -> None:
     """Full before the first data worker is there, or by the batches, or just large enough."""
-    flags = ["train", *world.flags, "--epochs", "2", "--batch_size", "4", "--num_workers", "1", "--output_dir", str(tmp_path / "out")]
+    flags = ["train", *toy.flags, "--epochs", "2", "--batch_size", "4", "--num_workers", "1", "--output_dir", str(tmp_path / "out")]
     for size, code, says in (("4k", 4, "/dev/shm of "), ("68k", 4, "a data worker of rank "), ("4m", 0, "")):
         ended = end(start(size, *flags, ranks=2, program=("-c", IN_LITTLE_SHARED_MEMORY)), 120)
         assert ended.codes == [code, code] and "Traceback" not in ended.output, ended.output
@@ -321,7 +321,7 @@ def test_a_full_shared_memory_is_one_line(world: World, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_feature_file_that_is_cut_off_meanwhile_is_one_line(tmp_path: Path) -> None:
     """It is mapped: whoever reads on behind its end dies of a bus error."""
-    mine, out = World(tmp_path / "world"), tmp_path / "out"
+    mine, out = ToyData(tmp_path / "world"), tmp_path / "out"
     ranks = start("train", *mine.flags, *LONG, "--num_workers", "1", "--output_dir", str(out), ranks=1)
     while read_logs(out).last_step < 2:
         time.sleep(0.02)

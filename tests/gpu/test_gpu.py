@@ -11,7 +11,7 @@ from benchmarks import correctness
 from benchmarks.variants import fill, random_weights, scoring_batches, take_gradients, training_batch
 from benchmarks.workload import SyntheticWorkload
 from reference import oracle, oracle_files
-from support.toy_dataset import World, end, records, start
+from support.toy_dataset import ToyData, end, records, start
 from vico.model import cuda_graphs
 from vico.model.attention.varlen import choose
 from vico.model.llama import LlamaConfig
@@ -62,13 +62,13 @@ def digest(folder: Path, step: int) -> str:
     return hashlib.sha256((folder / f"checkpoint-{step}" / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-def test_whole_runs(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_runs(toy: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real runs under DeepSpeed, side by side: stages 2 and 3, recomputed layers, fp32; and one that was cut and goes on."""
     first = tmp_path / "start.pth"
-    oracle_files.write_tiny_meta(world.llama / "wide", world.tokenizer.vocab_size(), dim=128, n_layers=3, n_heads=2, shards=1)
-    params, _ = oracle_files.load_meta(world.llama / "wide")
+    oracle_files.write_tiny_meta(toy.llama / "wide", toy.tokenizer.vocab_size(), dim=128, n_layers=3, n_heads=2, shards=1)
+    params, _ = oracle_files.load_meta(toy.llama / "wide")
     oracle_files.save_lineage(first, oracle.init_trainables(params, oracle.Hyper(bias=0.7), seed=5, random_gates=True))
-    common = ["train", *world.flags, "--model", "wide", *FLAGS, "--resume", str(first), "--no_shuffle", "--caption_crop", "none"]
+    common = ["train", *toy.flags, "--model", "wide", *FLAGS, "--resume", str(first), "--no_shuffle", "--caption_crop", "none"]
     bf16, zero3 = ["--precision", "bf16"], ["--precision", "bf16", "--deepspeed", "zero3"]
     kinds = {
         "bf16": bf16, "zero3": zero3, "recomputed": [*zero3, "--checkpoint_activations", "full"], "sdpa": [*bf16, "--attention", "sdpa"],

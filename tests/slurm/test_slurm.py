@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from support.toy_dataset import ROOT, World, records
+from support.toy_dataset import ROOT, ToyData, records
 from vico.distributed.launcher_env import SINGLE_RANK
 
 pytestmark = pytest.mark.slurm
@@ -48,8 +48,8 @@ def cluster() -> None:
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("slurm") / "world", num_train=600)
+def home(tmp_path_factory: pytest.TempPathFactory) -> ToyData:
+    return ToyData(tmp_path_factory.mktemp("slurm") / "world", num_train=600)
 
 
 @dataclass
@@ -99,7 +99,13 @@ class Job:
 
 
 def start(
-    folder: Path, home: World, name: str, *options: str, before: tuple[str, ...] = (), flags: tuple[str, ...] = (), ranks: int | None = None
+    folder: Path,
+    home: ToyData,
+    name: str,
+    *options: str,
+    before: tuple[str, ...] = (),
+    flags: tuple[str, ...] = (),
+    ranks: int | None = None,
 ) -> Job:
     """launch/slurm/NAME.sbatch on the small world; what it writes goes into `folder`. `before`: arguments in front of the flags."""
     # A test before this one may have been a rank, and sbatch hands its environment on.
@@ -118,14 +124,14 @@ Submit = Callable[..., Job]
 
 
 @pytest.fixture
-def submit(home: World, tmp_path: Path) -> Iterator[Submit]:
+def submit(home: ToyData, tmp_path: Path) -> Iterator[Submit]:
     yield partial(start, tmp_path, home)
     for path in tmp_path.glob("*.out"):
         subprocess.run(["scancel", path.stem], capture_output=True, check=False)
 
 
 @pytest.fixture(scope="session")
-def undisturbed(home: World, tmp_path_factory: pytest.TempPathFactory) -> Job:
+def undisturbed(home: ToyData, tmp_path_factory: pytest.TempPathFactory) -> Job:
     return start(tmp_path_factory.mktemp("undisturbed"), home, "tasks").completed(restarts=0)
 
 

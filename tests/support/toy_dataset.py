@@ -85,7 +85,7 @@ def write_csv(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 @dataclass
-class World:
+class ToyData:
     """A NExT-QA-shaped data set and a tiny LLaMA under `folder`, and the flags that name them."""
 
     folder: Path

@@ -12,7 +12,7 @@ from benchmarks.plain import PlainViCo
 from benchmarks.variants import Packed, Plain, Variant, fill, make_fast, make_pair, random_weights, take_gradients, with_vico_products
 from benchmarks.workload import Lengths, RealWorkload, ScoringWork, SyntheticWorkload, TrainingWork
 from reference import oracle, oracle_files
-from support.toy_dataset import World
+from support.toy_dataset import ToyData
 from vico.data.prompts import Prompts
 from vico.data.tokenizer import Tokenizer
 from vico.model.batch import VIDEO_SLOT, Question
@@ -25,22 +25,22 @@ FLAGS = ["cpu", "--tiny", "--rounds", "2"]
 LOSS_RTOL, SCORE_ATOL, GRAD_RTOL = 1e-6, 1e-5, 1e-5
 
 
-def test_the_plain_baseline_is_the_method(world: World) -> None:
+def test_the_plain_baseline_is_the_method(toy: ToyData) -> None:
     """Losses, gradients and scores of the baseline against the oracle, which shares no code with it."""
     hyper = oracle.Hyper(bias=0.7, max_seq_len=256)
-    weights, params = oracle_files.load_meta(world.llama / "tiny"), MetaWeights(world.llama / "tiny", world.tokenizer.vocab_size())
+    weights, params = oracle_files.load_meta(toy.llama / "tiny"), MetaWeights(toy.llama / "tiny", toy.tokenizer.vocab_size())
     trainables = oracle.init_trainables(weights[0], hyper, random_gates=True)
     model = PlainViCo(params.shape, hyper.adapter_len, hyper.max_feats, torch.float32)
     fill(model, {n: trainables[n].detach() if n in trainables else params.read(n).float() for n, _ in model.named_parameters()})
-    prompts = Prompts(Tokenizer(world.llama / "tokenizer.model"), 10, 160, 384, False)
-    items = world.items("train")[:4]
+    prompts = Prompts(Tokenizer(toy.llama / "tokenizer.model"), 10, 160, 384, False)
+    items = toy.items("train")[:4]
     asked = [Question(i, "0", "v", "CW", item.question, tuple(item.options), item.answer) for i, item in enumerate(items)]
     features = torch.stack([oracle.frames(item.features, 10) for item in items])
     options = tuple(tuple(prompts.vqa(q, a) for a in range(5)) for q in asked)
     vqa = tuple(o[item.answer] for o, item in zip(options, items, strict=True))
     work = TrainingWork(vqa, tuple(prompts.caption(item.caption or "") for item in items), features)
 
-    total, expected, _ = oracle.step_losses(weights, world.tokenizer, trainables, items, hyper)
+    total, expected, _ = oracle.step_losses(weights, toy.tokenizer, trainables, items, hyper)
     total.backward()
     plain = Plain(model, CPU)
     assert plain.train(work) == pytest.approx([float(v.detach()) for v in expected.values()], rel=LOSS_RTOL)
@@ -50,7 +50,7 @@ def test_the_plain_baseline_is_the_method(world: World) -> None:
         grad = trainables[name].grad
         assert grad is not None and float((gradient - grad).abs().max() / grad.abs().max()) < GRAD_RTOL, name
     with torch.no_grad():
-        scores = torch.tensor([oracle.score_options(weights, world.tokenizer, trainables, item, hyper) for item in items])
+        scores = torch.tensor([oracle.score_options(weights, toy.tokenizer, trainables, item, hyper) for item in items])
     assert (plain.score(ScoringWork(options, tuple(range(4)), features)) - scores).abs().max() < SCORE_ATOL
 
 
@@ -86,8 +86,8 @@ def test_synthetic_sequences_have_the_methods_structure() -> None:
     assert {c.tokens[: lengths.common_instruction] for c in training.cap} == {training.vqa[0].tokens[: lengths.common_instruction]}
 
 
-def test_real_files(world: World) -> None:
-    flags = (world.folder / "data", "nextqa", "val", world.llama / "tokenizer.model")
+def test_real_files(toy: ToyData) -> None:
+    flags = (toy.folder / "data", "nextqa", "val", toy.llama / "tokenizer.model")
     work = RealWorkload(*flags, vocab_size=10**6, seed=0, limits=(256, 384)).scoring(0, 2)
     small = RealWorkload(*flags, vocab_size=300, seed=0, limits=(256, 384)).scoring(0, 2)
     assert len(work.questions) == len(work.clips) and set(work.clips) == {0, 1}

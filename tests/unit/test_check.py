@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from support.toy_dataset import World, make_rows, records, write_csv
+from support.toy_dataset import ToyData, make_rows, records, write_csv
 from vico.cli.main import main
 from vico.data import length_stats
 from vico.data.features import Features
@@ -17,14 +17,14 @@ from vico.io import file_cache
 
 
 @pytest.fixture
-def fixture(world: World, tmp_path: Path) -> Path:
+def fixture(toy: ToyData, tmp_path: Path) -> Path:
     """A copy of the world's data, to be changed."""
-    shutil.copytree(world.folder / "data", tmp_path / "data")
+    shutil.copytree(toy.folder / "data", tmp_path / "data")
     return tmp_path
 
 
-def flags_of(world: World, fixture: Path, *more: str) -> list[str]:
-    return [*world.flags, "--data_path", str(fixture / "data"), "--output_dir", str(fixture / "out"), *more]
+def flags_of(toy: ToyData, fixture: Path, *more: str) -> list[str]:
+    return [*toy.flags, "--data_path", str(fixture / "data"), "--output_dir", str(fixture / "out"), *more]
 
 
 def change_features(fixture: Path, **videos: Any) -> None:
@@ -33,16 +33,16 @@ def change_features(fixture: Path, **videos: Any) -> None:
     torch.save({k: v for k, v in content.items() if v is not ...}, path)
 
 
-def test_a_sound_world_is_described(world: World, fixture: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_sound_world_is_described(toy: ToyData, fixture: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(fixture / "data" / "nextqa", fixture / "data" / "intentqa")
     rows = make_rows(6, 2, 2, "w")
     write_csv(fixture / "data" / "nextqa" / "test.csv", [*rows[:-1], rows[-1] | {"a1": rows[-1]["a0"], "a2": " "}])
     zero = torch.zeros(3, 768)
     change_features(fixture, odd=torch.zeros(7), nan=torch.full((2, 768), torch.nan), zero=zero)
-    assert main(["check", *flags_of(world, fixture, "--vaq", "--qav", "--max_cap_len", "60")]) == 0
+    assert main(["check", *flags_of(toy, fixture, "--vaq", "--qav", "--max_cap_len", "60")]) == 0
     out, err = capfd.readouterr()
     assert err == "" and not (fixture / "out").exists()
-    rows_train = world.rows["train"]
+    rows_train = toy.rows["train"]
     letter = f"({'ABCDE'[int(rows_train[0]['answer'])]})"
     for part in (
         "tiny: 3 layers (3 adapted), width 32, 4 heads; tokenizer.model of 400 pieces",
@@ -68,14 +68,14 @@ def test_a_sound_world_is_described(world: World, fixture: Path, capfd: pytest.C
     assert out.splitlines()[-1].startswith("vico check: 0 error(s), 9 warning(s), in ")
 
 
-def test_all_problems_are_said_at_once(world: World, fixture: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_all_problems_are_said_at_once(toy: ToyData, fixture: Path, capfd: pytest.CaptureFixture[str]) -> None:
     data = fixture / "data" / "nextqa"
-    write_csv(data / "val.csv", [{**row, "answer": "7"} for row in world.rows["val"]])
+    write_csv(data / "val.csv", [{**row, "answer": "7"} for row in toy.rows["val"]])
     change_features(fixture, v0000=..., v0001=torch.zeros(3, 7), v0002=torch.full((3, 768), torch.inf))
     captions = json.loads((data / "llava_v15_13b_n6.json").read_text())
     (data / "llava_v15_13b_n6.json").write_text(json.dumps({k: v for k, v in captions.items() if k != "v0003"}))
     (fixture / "out").write_text("")
-    assert main(["check", *flags_of(world, fixture, "--deepspeed", "zero4", "--model", "13B")]) == 2
+    assert main(["check", *flags_of(toy, fixture, "--deepspeed", "zero4", "--model", "13B")]) == 2
     err = capfd.readouterr().err.splitlines()
     parts = (
         "--output_dir",
@@ -92,7 +92,7 @@ def test_all_problems_are_said_at_once(world: World, fixture: Path, capfd: pytes
 
 
 def test_what_was_found_is_remembered(
-    world: World, fixture: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    toy: ToyData, fixture: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The second time neither features nor texts are gone through; a cache that is damaged or cannot be written changes nothing."""
     cache = fixture / "cache"
@@ -105,7 +105,7 @@ def test_what_was_found_is_remembered(
 
     def check() -> tuple[list[str], list[str]]:
         slow.clear()
-        assert main(["check", *flags_of(world, fixture)]) == 0
+        assert main(["check", *flags_of(toy, fixture)]) == 0
         out, err = capfd.readouterr()
         assert err == ""
         return out.splitlines()[:-1], list(slow)
@@ -125,14 +125,14 @@ def test_what_was_found_is_remembered(
 
 
 def test_dropped_questions_are_counted_in_every_result(
-    world: World, fixture: Path, alone: dist.World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    toy: ToyData, fixture: Path, alone: dist.World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Train, go on, and evaluate without the features of one video; the run then refuses to go on with them."""
     monkeypatch.setattr(dist, "connect", lambda *_: alone)
-    monkeypatch.setattr(dist, "disconnect", lambda world, together: None)
+    monkeypatch.setattr(dist, "disconnect", lambda toy, together: None)
     kept = torch.load(fixture / "data" / "nextqa" / "clipvitl14.pth", weights_only=True)
     change_features(fixture, v0003=..., w0001=...)
-    flags = flags_of(world, fixture, "--batch_size", "4", "--epochs", "2")
+    flags = flags_of(toy, fixture, "--batch_size", "4", "--epochs", "2")
     assert main(["train", *flags]) == 2
     assert "3 of 20 questions (1 videos) have no features, e.g. 'v0003'" in capfd.readouterr().err
     flags += ["--missing_features", "drop"]

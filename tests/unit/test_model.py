@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from reference import oracle, oracle_files
-from support.toy_dataset import World
+from support.toy_dataset import ToyData
 from vico.data.packing import Example, pack
 from vico.data.prompts import Prompts
 from vico.data.tokenizer import Tokenizer
@@ -20,19 +20,19 @@ TASKS = ("vqa", "cap", "vaq", "qav")
 LOSS_RTOL, GRAD_RTOL, SCORE_ATOL = 1e-6, 1e-5, 1e-5
 # bf16 keeps 8 bits (4e-3) and a random tiny model does not average: measured losses 1.3e-3, gradients 6e-2 and, for gate2, 0.25.
 BF16_LOSS_RTOL, BF16_GRAD_RTOL, BF16_GATE2_RTOL = 5e-3, 0.12, 0.5
-Setup = tuple[World, oracle.Model, oracle.Hyper, oracle.Trainables]
+Setup = tuple[ToyData, oracle.Model, oracle.Hyper, oracle.Trainables]
 
 
 @pytest.fixture(scope="module", params=[3, 2], ids=["all-layers", "top-2-of-3"])
-def setup(world: World, request: pytest.FixtureRequest) -> Setup:
+def setup(toy: ToyData, request: pytest.FixtureRequest) -> Setup:
     hyper = oracle.Hyper(adapter_layer=request.param, bias=0.7, vaq=True, qav=True)
-    model = oracle_files.load_meta(world.llama / "tiny")
-    return world, model, hyper, oracle.init_trainables(model[0], hyper, random_gates=True)
+    model = oracle_files.load_meta(toy.llama / "tiny")
+    return toy, model, hyper, oracle.init_trainables(model[0], hyper, random_gates=True)
 
 
 def make_model(setup: Setup, dtype: torch.dtype, attend: Attend) -> ViCo:
-    world, _, hyper, trainables = setup
-    weights = MetaWeights(world.llama / "tiny", world.tokenizer.vocab_size())
+    toy, _, hyper, trainables = setup
+    weights = MetaWeights(toy.llama / "tiny", toy.tokenizer.vocab_size())
     model = ViCo(weights.shape, hyper.adapter_layer or 3, hyper.adapter_len, hyper.max_feats, hyper.tau, dtype)
     for name, parameter in model.named_parameters():
         parameter.data.copy_(trainables[name].detach() if name in trainables else weights.read(name))
@@ -41,9 +41,9 @@ def make_model(setup: Setup, dtype: torch.dtype, attend: Attend) -> ViCo:
 
 
 def make_batch(setup: Setup, num: int, share: bool, scoring: bool) -> PackedBatch:
-    world = setup[0]
-    prompts = Prompts(Tokenizer(world.llama / "tokenizer.model"), 10, 512, 384, False)
-    items = world.items("train")[:num]
+    toy = setup[0]
+    prompts = Prompts(Tokenizer(toy.llama / "tokenizer.model"), 10, 512, 384, False)
+    items = toy.items("train")[:num]
     examples = []
     for i, item in enumerate(items):
         question = Question(i, "0", "v", "CW", item.question, item.options, item.answer)
@@ -64,10 +64,10 @@ def losses_and_gradients(model: ViCo, batch: PackedBatch) -> tuple[list[float], 
 
 
 def oracle_losses_and_gradients(setup: Setup, num: int) -> tuple[list[float], dict[str, Tensor]]:
-    world, model, hyper, trainables = setup
+    toy, model, hyper, trainables = setup
     for value in trainables.values():
         value.grad = None
-    total, losses, _ = oracle.step_losses(model, world.tokenizer, trainables, world.items("train")[:num], hyper)
+    total, losses, _ = oracle.step_losses(model, toy.tokenizer, trainables, toy.items("train")[:num], hyper)
     total.backward()
     return [float(v.detach()) for v in losses.values()], {n: v.grad for n, v in trainables.items() if v.grad is not None}
 
@@ -102,11 +102,11 @@ def test_bf16_stays_near_fp32(setup: Setup, attend: Attend) -> None:
 
 @pytest.mark.parametrize("share", [True, False], ids=["branches", "full-sequences"])
 def test_option_scores(setup: Setup, share: bool) -> None:
-    world, weights, hyper, trainables = setup
+    toy, weights, hyper, trainables = setup
     batch = make_batch(setup, 6, share, scoring=True)
     with torch.no_grad():
         losses = make_model(setup, torch.float32, attend_blocks)(batch)
-        expected = torch.tensor([oracle.score_options(weights, world.tokenizer, trainables, i, hyper) for i in world.items("train")[:6]])
+        expected = torch.tensor([oracle.score_options(weights, toy.tokenizer, trainables, i, hyper) for i in toy.items("train")[:6]])
     scores = torch.zeros(30).index_add(0, batch.target_sequences, losses) / torch.bincount(batch.target_sequences)
     assert (scores.view(6, 5) - expected).abs().max() < SCORE_ATOL
     assert torch.equal(scores.view(6, 5).argmin(1), expected.argmin(1))
@@ -124,8 +124,8 @@ def test_at_zero_gates_the_prompts_are_invisible(setup: Setup) -> None:
     assert losses_and_gradients(model, batch)[0] == before
 
 
-def test_initial_values(world: World) -> None:
-    shape = MetaWeights(world.llama / "tiny", world.tokenizer.vocab_size()).shape
+def test_initial_values(toy: ToyData) -> None:
+    shape = MetaWeights(toy.llama / "tiny", toy.tokenizer.vocab_size()).shape
     shapes = trainable_shapes(shape, 2, 10, 10)
     values = initial_trainables(shapes, bias=3.5, seed=0)
     assert {n: tuple(v.shape) for n, v in values.items()} == shapes
@@ -138,11 +138,11 @@ def test_initial_values(world: World) -> None:
     )
 
 
-def test_two_shards_are_one_model(world: World, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_two_shards_are_one_model(toy: ToyData, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("shards") / "two"
-    oracle_files.write_tiny_meta(folder, world.tokenizer.vocab_size(), dim=32, n_layers=3, n_heads=4, shards=2)
-    one, two = (MetaWeights(f, world.tokenizer.vocab_size()) for f in (world.llama / "tiny", folder))
+    oracle_files.write_tiny_meta(folder, toy.tokenizer.vocab_size(), dim=32, n_layers=3, n_heads=4, shards=2)
+    one, two = (MetaWeights(f, toy.tokenizer.vocab_size()) for f in (toy.llama / "tiny", folder))
     assert len(list(folder.glob("*.pth"))) == 2
-    _, expected = oracle_files.load_meta(world.llama / "tiny")
+    _, expected = oracle_files.load_meta(toy.llama / "tiny")
     for name in expected:
         assert torch.equal(one.read(name), two.read(name)) and torch.equal(one.read(name).float(), expected[name])

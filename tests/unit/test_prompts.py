@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reference import oracle
-from support.toy_dataset import World
+from support.toy_dataset import ToyData
 from vico.data.prompts import Prompts, crop_candidates
 from vico.data.tokenizer import Tokenizer
 from vico.errors import UserError
@@ -19,8 +19,8 @@ TRICKY = ["Answer: The answer is (C)", "Question: why", "Video:", "None", "nan",
 
 
 @pytest.fixture(scope="module")
-def tokenizer(world: World) -> Tokenizer:
-    return Tokenizer(world.llama / "tokenizer.model")
+def tokenizer(toy: ToyData) -> Tokenizer:
+    return Tokenizer(toy.llama / "tokenizer.model")
 
 
 def ours(item: oracle.Question) -> Question:
@@ -39,23 +39,23 @@ def prompts(tokenizer: Tokenizer, dialogue: bool = False, seq: int = 4096, cap: 
 
 @pytest.mark.parametrize("dataset", ["nextqa", "tvqa"])
 @pytest.mark.parametrize("dialogue", ["", " hello there. how are you"])
-def test_tokens_are_the_oracles(world: World, tokenizer: Tokenizer, dataset: str, dialogue: str) -> None:
+def test_tokens_are_the_oracles(toy: ToyData, tokenizer: Tokenizer, dataset: str, dialogue: str) -> None:
     built = prompts(tokenizer, dataset == "tvqa")
     rng = random.Random(0)
-    for item in world.items("train"):
+    for item in toy.items("train"):
         item = replace(item, dataset=dataset, dialogue=dialogue, options=(*item.options[:4], rng.choice(TRICKY)))
         question = ours(item)
         for answer in range(5):
-            assert_same(built.vqa(question, answer), oracle.vqa_sequence(world.tokenizer, item, 10, answer))
-        assert_same(built.vaq(question, item.answer), oracle.vaq_sequence(world.tokenizer, item, 10))
-        assert_same(built.qav(question, item.answer), oracle.qav_sequence(world.tokenizer, item, 10))
+            assert_same(built.vqa(question, answer), oracle.vqa_sequence(toy.tokenizer, item, 10, answer))
+        assert_same(built.vaq(question, item.answer), oracle.vaq_sequence(toy.tokenizer, item, 10))
+        assert_same(built.qav(question, item.answer), oracle.qav_sequence(toy.tokenizer, item, 10))
         for limit in (60, 90, 4096):
             cut = prompts(tokenizer, dataset == "tvqa", cap=limit)
-            assert_same(cut.caption(item.caption), oracle.caption_sequence(world.tokenizer, item, 10, limit))
+            assert_same(cut.caption(item.caption), oracle.caption_sequence(toy.tokenizer, item, 10, limit))
 
 
 @given(question=TEXT, options=st.lists(TEXT | st.sampled_from(TRICKY), min_size=2, max_size=6), data=st.data())
-def test_any_text_keeps_its_answer(world: World, tokenizer: Tokenizer, question: str, options: list[str], data: st.DataObject) -> None:
+def test_any_text_keeps_its_answer(toy: ToyData, tokenizer: Tokenizer, question: str, options: list[str], data: st.DataObject) -> None:
     """Whatever stands in a question, its targets decode to the letter, and all options share what stands before it."""
     answer = data.draw(st.integers(0, len(options) - 1))
     built = prompts(tokenizer).vqa(Question(0, "0", "v", "CW", question, tuple(options), answer), answer)
@@ -68,8 +68,8 @@ def test_any_text_keeps_its_answer(world: World, tokenizer: Tokenizer, question:
 
 
 @pytest.mark.parametrize("limit", [100, 115, 130, 170])
-def test_dialogue_then_options_are_shortened_never_the_answer(world: World, tokenizer: Tokenizer, limit: int) -> None:
-    item = replace(world.items("train")[0], dataset="tvqa", dialogue=" word" * 60)
+def test_dialogue_then_options_are_shortened_never_the_answer(toy: ToyData, tokenizer: Tokenizer, limit: int) -> None:
+    item = replace(toy.items("train")[0], dataset="tvqa", dialogue=" word" * 60)
     question, built = ours(item), prompts(tokenizer, True, seq=limit)
     try:
         fitted = built.fit(question, "vqa")
@@ -85,8 +85,8 @@ def test_dialogue_then_options_are_shortened_never_the_answer(world: World, toke
     )
 
 
-def test_what_fits_is_left_alone(world: World, tokenizer: Tokenizer) -> None:
-    question = ours(world.items("train")[0])
+def test_what_fits_is_left_alone(toy: ToyData, tokenizer: Tokenizer) -> None:
+    question = ours(toy.items("train")[0])
     exact = len(prompts(tokenizer).vqa(question, 0).tokens)
     assert prompts(tokenizer, seq=exact).fit(question, "vqa") is question
     assert prompts(tokenizer, seq=exact - 1).fit(question, "vqa") is not question

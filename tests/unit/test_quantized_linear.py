@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from support.toy_dataset import World, records, refusal, succeeds, vico
+from support.toy_dataset import ToyData, records, refusal, succeeds, vico
 from vico.model.llama import FrozenLinear, LlamaConfig
 from vico.model.quantized_linear import QuantizedLinear, library
 from vico.model.weights.meta import SHARDED_DIM
@@ -68,29 +68,29 @@ def test_a_backbone_is_as_large_as_planned() -> None:
 
 
 @pytest.fixture(scope="module")
-def models(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(toy: ToyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny` as it is, and `unpacked`: what `tiny` becomes in nf4, as weights of their own."""
     folder = tmp_path_factory.mktemp("models")
-    (folder / "tokenizer.model").symlink_to(world.llama / "tokenizer.model")
-    (folder / "tiny").symlink_to(world.llama / "tiny")
+    (folder / "tokenizer.model").symlink_to(toy.llama / "tokenizer.model")
+    (folder / "tiny").symlink_to(toy.llama / "tiny")
     (folder / "unpacked").mkdir()
-    (folder / "unpacked" / "params.json").symlink_to(world.llama / "tiny" / "params.json")
-    weights = torch.load(world.llama / "tiny" / "consolidated.00.pth", weights_only=True)
+    (folder / "unpacked" / "params.json").symlink_to(toy.llama / "tiny" / "params.json")
+    weights = torch.load(toy.llama / "tiny" / "consolidated.00.pth", weights_only=True)
     unpacked = {n: packed(v.float(), "nf4").weight if n.split(".")[-2] in PRODUCTS else v.float() for n, v in weights.items()}
     torch.save(unpacked, folder / "unpacked" / "consolidated.00.pth")
     return folder
 
 
-def flags_of(world: World, models: Path, model: str) -> list[str]:
-    where = ["--llama_model_path", str(models), "--model", model, "--data_path", str(world.folder / "data"), "--precision", "fp32"]
+def flags_of(toy: ToyData, models: Path, model: str) -> list[str]:
+    where = ["--llama_model_path", str(models), "--model", model, "--data_path", str(toy.folder / "data"), "--precision", "fp32"]
     return [*where, "--max_seq_len", "256", "--num_workers", "0"]
 
 
 @pytest.fixture(scope="module")
-def run(world: World, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(toy: ToyData, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps on two ranks, on packed weights, with recomputed layers; the last three after a stop."""
     folder = tmp_path_factory.mktemp("run") / "out"
-    flags = [*flags_of(world, models, "tiny"), *TRAINING, "--batch_size", "4", "--quantize", "nf4", "--checkpoint_activations", "2"]
+    flags = [*flags_of(toy, models, "tiny"), *TRAINING, "--batch_size", "4", "--quantize", "nf4", "--checkpoint_activations", "2"]
     flags += ["--attention", "sdpa"]  # whose blocks are one Function, with a gradient of their own
     succeeds("train", *flags, "--output_dir", str(folder), "--max_steps", "2", ranks=2)
     said = succeeds("train", *flags, "--output_dir", str(folder), ranks=2)
@@ -101,8 +101,8 @@ def run(world: World, models: Path, tmp_path_factory: pytest.TempPathFactory) ->
 TRAINING = ["--epochs", "2", "--warmup_epochs", "1", "--lr", "0.02", "--bias", "0.7"]
 
 
-def test_training_is_that_on_the_unpacked_weights(world: World, models: Path, run: Path, tmp_path: Path) -> None:
-    flags = [*flags_of(world, models, "unpacked"), *TRAINING, "--batch_size", "8", "--output_dir", str(tmp_path / "out")]
+def test_training_is_that_on_the_unpacked_weights(toy: ToyData, models: Path, run: Path, tmp_path: Path) -> None:
+    flags = [*flags_of(toy, models, "unpacked"), *TRAINING, "--batch_size", "8", "--output_dir", str(tmp_path / "out")]
     succeeds("train", *flags)
     ours, theirs = records(run / "steps.jsonl"), records(tmp_path / "out" / "steps.jsonl")
     assert [line["step"] for line in ours] == [1, 2, 3, 4, 5, 6]
@@ -110,12 +110,12 @@ def test_training_is_that_on_the_unpacked_weights(world: World, models: Path, ru
         assert a["loss"] == pytest.approx(b["loss"], rel=TWIN_LOSS_RTOL) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
-def test_what_it_costs_is_said(world: World, models: Path, run: Path, tmp_path: Path) -> None:
+def test_what_it_costs_is_said(toy: ToyData, models: Path, run: Path, tmp_path: Path) -> None:
     """And is what two evaluations differ by: the run's last one, and one of the same trainables on the weights as they are."""
     said = succeeds("cost", "--resume", str(run / "checkpoint-6")).stdouts[0].splitlines()
     found = json.loads(said[-1])
     weights = str(run / "checkpoint-6" / "adapter_model.safetensors")
-    succeeds("eval", "--resume", weights, *flags_of(world, models, "tiny"), "--output_dir", str(tmp_path))
+    succeeds("eval", "--resume", weights, *flags_of(toy, models, "tiny"), "--output_dir", str(tmp_path))
     with_nf4, whole = (torch.tensor([line["scores"] for line in records(f / "predictions_val.jsonl")]).double() for f in (run, tmp_path))
     apart = (with_nf4 - whole).abs()
     assert found["n"] == 10 and found["quantize"] == "nf4" and apart.mean() > 1e-3
@@ -126,8 +126,8 @@ def test_what_it_costs_is_said(world: World, models: Path, run: Path, tmp_path: 
     assert any(line.startswith("  scores apart     ") for line in said)
 
 
-def test_refusals_are_one_line(world: World, models: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = [*flags_of(world, models, "tiny"), *TRAINING]
+def test_refusals_are_one_line(toy: ToyData, models: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = [*flags_of(toy, models, "tiny"), *TRAINING]
     config = parse([*flags, "--quantize", "nf4", "--deepspeed", "zero3"], "vico train", "").resolve()
     said = refusal(choose, config, LlamaConfig(32, 3, 4, 400), 1, None, True)
     assert said == "--quantize nf4: is for ZeRO-2, and --deepspeed zero3 is ZeRO-3; leave one out"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import LlamaTokenizerFast
 
 from support.backbones import NUM_RANKS, make_llama_3_tokenizers
-from support.toy_dataset import World, refusal
+from support.toy_dataset import ToyData, refusal
 from vico.data.prompts import ANSWER_TEXT, Prompts, option_text, question_text
 from vico.data.tokenizer import LLAMA_3_WORDS, Tokenizer, find_tokenizer
 from vico.model.batch import VIDEO_SLOT, Question
@@ -86,9 +86,9 @@ def test_workers_get_the_same(tokenizer: Tokenizer) -> None:
     assert pickle.loads(pickle.dumps(tokenizer)).encode("a red ball") == tokenizer.encode("a red ball")
 
 
-def test_a_sentencepiece_in_json_makes_the_same_sequences(world: World, tmp_path: Path) -> None:
-    LlamaTokenizerFast.from_pretrained(world.llama).backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
-    own, other = (Prompts(Tokenizer(p), 10, 512, 384, False) for p in (world.llama / "tokenizer.model", tmp_path / "tokenizer.json"))
+def test_a_sentencepiece_in_json_makes_the_same_sequences(toy: ToyData, tmp_path: Path) -> None:
+    LlamaTokenizerFast.from_pretrained(toy.llama).backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    own, other = (Prompts(Tokenizer(p), 10, 512, 384, False) for p in (toy.llama / "tokenizer.model", tmp_path / "tokenizer.json"))
     for task in ("vqa", "vaq", "qav"):
         assert own.question_sequence(task, QUESTION, 2) == other.question_sequence(task, QUESTION, 2)
     assert own.caption("the dog: a red ball. é") == other.caption("the dog: a red ball. é")

@@ -25,7 +25,7 @@ from support.backbones import (
     make_model,
     text,
 )
-from support.toy_dataset import World, records, succeeds
+from support.toy_dataset import ToyData, records, succeeds
 from vico.data.packing import Example, pack
 from vico.distributed.world import World as Ranks
 from vico.errors import UserError
@@ -337,20 +337,20 @@ def test_hostile_files_are_one_line(name: str, layouts: dict[str, Path], tmp_pat
 # ---- a whole run's inputs ----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_opens_hugging_face_weights(world: World, tmp_path: Path) -> None:
+def test_a_run_opens_hugging_face_weights(toy: ToyData, tmp_path: Path) -> None:
     """The tokenizer in the model's own folder, as a download has it."""
-    make_hugging_face(tmp_path / "hf", {"vocab_size": world.tokenizer.vocab_size()})
-    shutil.copy(world.llama / "tokenizer.model", tmp_path / "hf")
-    flags = [*world.flags, "--output_dir", str(tmp_path / "out"), "--llama_model_path", str(tmp_path), "--model", "hf"]
+    make_hugging_face(tmp_path / "hf", {"vocab_size": toy.tokenizer.vocab_size()})
+    shutil.copy(toy.llama / "tokenizer.model", tmp_path / "hf")
+    flags = [*toy.flags, "--output_dir", str(tmp_path / "out"), "--llama_model_path", str(tmp_path), "--model", "hf"]
     inputs = read_inputs(parse(flags, "vico train", "").resolve(), ("train",), Ranks(0, 1, torch.device("cpu"), None))
     assert inputs.weights.shape.n_layers == inputs.num_adapted == 2
 
 
-def test_a_llama_3_is_trained_and_scored(world: World, tmp_path: Path) -> None:
+def test_a_llama_3_is_trained_and_scored(toy: ToyData, tmp_path: Path) -> None:
     """Grouped queries, another rotary base, Hugging Face's files and Meta's tokenizer beside them, from flags to accuracy."""
     make_hugging_face(tmp_path / "8B", KINDS["LLaMA-3"] | {"vocab_size": NUM_RANKS + 256})
     make_llama_3_tokenizers(tmp_path / "8B" / "tokenizer.model", tmp_path / "8B" / "tokenizer.json")
-    flags = [*world.flags, "--llama_model_path", str(tmp_path), "--model", "8B", "--max_seq_len", "512", "--max_cap_len", "512"]
+    flags = [*toy.flags, "--llama_model_path", str(tmp_path), "--model", "8B", "--max_seq_len", "512", "--max_cap_len", "512"]
     flags += ["--vaq", "--qav", "--adapter_layer", "1", "--batch_size", "4", "--max_steps", "2", "--deepspeed", "zero3"]
     succeeds("train", *flags, "--output_dir", str(tmp_path / "out"))
     steps = records(tmp_path / "out" / "steps.jsonl")
