@@ -10,8 +10,9 @@ from typing import Any
 
 from benchmarks.measure import spread
 from benchmarks.workload import ScoringWork, TrainingWork
-from vico.model.batch import PackedBatch, Segment, TokenSequence
-from vico.model.llama import LlamaConfig
+from vico.data.types import TokenSequence
+from vico.model.batch import PackedBatch, Segment
+from vico.model.config import LlamaConfig
 
 UNKNOWN = "n/a"
 FORMULAS = {
@@ -33,7 +34,11 @@ def layer_parameters(shape: LlamaConfig) -> int:
 
 def all_parameters(shape: LlamaConfig) -> int:
     """Of the frozen backbone."""
-    return layer_parameters(shape) + 2 * shape.vocab_size * shape.dim + (2 * shape.n_layers + 1) * shape.dim
+    return (
+        layer_parameters(shape)
+        + 2 * shape.vocab_size * shape.dim
+        + (2 * shape.n_layers + 1) * shape.dim
+    )
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,9 @@ class Amount:
     run_flops: float
 
 
-def _run_flops(shape: LlamaConfig, rows: int, head_rows: int, pairs: float, spared: float, training: bool) -> float:
+def _run_flops(
+    shape: LlamaConfig, rows: int, head_rows: int, pairs: float, spared: float, training: bool
+) -> float:
     """`spared`: parameters times rows that the last layer leaves out."""
     layers = layer_parameters(shape) * rows - spared
     head = shape.vocab_size * shape.dim * head_rows
@@ -57,25 +64,51 @@ def _run_flops(shape: LlamaConfig, rows: int, head_rows: int, pairs: float, spar
     return (4 if training else 2) * (layers + head) + (12 if training else 4) * attention
 
 
-def of_plain(shape: LlamaConfig, work: TrainingWork | ScoringWork, limits: tuple[int, int]) -> Amount:
+def of_plain(
+    shape: LlamaConfig, work: TrainingWork | ScoringWork, limits: tuple[int, int]
+) -> Amount:
     """The baseline pads VQA and captions to `limits` and runs the head on every row."""
     training = isinstance(work, TrainingWork)
     if isinstance(work, TrainingWork):
         batches: tuple[tuple[tuple[TokenSequence, ...], int], ...]
-        batches, questions = ((work.vqa, limits[0]), (work.cap, limits[1])), len(work.vqa) or len(work.cap)
+        batches, questions = (
+            ((work.vqa, limits[0]), (work.cap, limits[1])),
+            len(work.vqa) or len(work.cap),
+        )
     else:
-        batches, questions = ((tuple(s for q in work.questions for s in q), limits[0]),), len(work.questions)
-    rows, pairs = sum(len(s) * width for s, width in batches), sum(len(s) * width**2 for s, width in batches)
+        batches, questions = (
+            ((tuple(s for q in work.questions for s in q), limits[0]),),
+            len(work.questions),
+        )
+    rows, pairs = (
+        sum(len(s) * width for s, width in batches),
+        sum(len(s) * width**2 for s, width in batches),
+    )
     sequences = [s for group, _ in batches for s in group]
     useful = (4 if training else 2) * layer_parameters(shape) * work.num_real_tokens
     run = _run_flops(shape, rows, rows, pairs, 0, training)
-    return Amount(work.num_real_tokens, rows, sum(len(s.targets) for s in sequences), len(sequences), questions, useful, run)
+    return Amount(
+        work.num_real_tokens,
+        rows,
+        sum(len(s.targets) for s in sequences),
+        len(sequences),
+        questions,
+        useful,
+        run,
+    )
 
 
-def of_packed(shape: LlamaConfig, batches: Sequence[PackedBatch], samples: int, questions: int, training: bool) -> Amount:
+def of_packed(
+    shape: LlamaConfig, batches: Sequence[PackedBatch], samples: int, questions: int, training: bool
+) -> Amount:
     rows, wanted = sum(b.num_rows for b in batches), sum(len(b.wanted_rows_R) for b in batches)
-    real, targets = sum(b.num_real_tokens for b in batches), sum(len(b.target_tasks) for b in batches)
-    in_last = 2 * shape.dim**2 + 3 * shape.dim * shape.hidden_dim  # wq, wo and the feed-forward; keys and values need all rows
+    real, targets = (
+        sum(b.num_real_tokens for b in batches),
+        sum(len(b.target_tasks) for b in batches),
+    )
+    in_last = (
+        2 * shape.dim**2 + 3 * shape.dim * shape.hidden_dim
+    )  # wq, wo and the feed-forward; keys and values need all rows
     pairs = float(sum(visible_pairs(b.segments) for b in batches))
     useful = (4 if training else 2) * layer_parameters(shape) * real
     run = _run_flops(shape, rows, wanted, pairs, (rows - wanted) * in_last, training)
@@ -96,7 +129,11 @@ def visible_pairs(segments: Sequence[Segment]) -> int:
 
 
 def rates(
-    seconds: Sequence[float], amounts: Sequence[Amount], peak_tflops: float | None, ceiling_tflops: float, devices: int = 1
+    seconds: Sequence[float],
+    amounts: Sequence[Amount],
+    peak_tflops: float | None,
+    ceiling_tflops: float,
+    devices: int = 1,
 ) -> dict[str, Any]:
     """Spreads over the timed pieces; shares are of all `devices` together."""
 
@@ -106,11 +143,19 @@ def rates(
     def share(name: str, tflops: float | None) -> dict[str, float] | str:
         if tflops is None:
             return UNKNOWN
-        return spread([getattr(a, name) / s / (tflops * 1e12 * devices) for a, s in zip(amounts, seconds, strict=True)])
+        return spread(
+            [
+                getattr(a, name) / s / (tflops * 1e12 * devices)
+                for a, s in zip(amounts, seconds, strict=True)
+            ]
+        )
 
     return {
         "seconds": spread(seconds),
-        **{f"{name}_per_second": per_second(name) for name in ("real_tokens", "padded_tokens", "target_tokens", "samples", "questions")},
+        **{
+            f"{name}_per_second": per_second(name)
+            for name in ("real_tokens", "padded_tokens", "target_tokens", "samples", "questions")
+        },
         "mfu": share("useful_flops", peak_tflops),
         "hfu": share("run_flops", peak_tflops),
         "share_of_measured_ceiling": share("useful_flops", ceiling_tflops),

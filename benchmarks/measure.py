@@ -38,7 +38,10 @@ def ratio_spread(numerators: Sequence[float], denominators: Sequence[float]) -> 
 def cpu_ceilings(repeats: int = 5) -> dict[str, float]:
     """What one thread can do here: the best of a few fp32 matrix products, by torch's default library and by ViCo's choice, and copying."""
     a, b = torch.randn(1536, 1536), torch.randn(1536, 1536)
-    rates = [2 * 1536**3 / min(cpu_seconds(run)[0] for _ in range(repeats)) / 1e9 for run in (lambda: a @ b, lambda: linear(a, b))]
+    rates = [
+        2 * 1536**3 / min(cpu_seconds(run)[0] for _ in range(repeats)) / 1e9
+        for run in (lambda: a @ b, lambda: linear(a, b))
+    ]
     source = torch.randn(32 * 2**20)
     target = torch.empty_like(source).fill_(0)
     copy = min(cpu_seconds(lambda: target.copy_(source))[0] for _ in range(repeats))
@@ -78,10 +81,18 @@ class Clock:
 
     @property
     def kind(self) -> str:
-        return "device events" if self.device.type == "cuda" else "wall time" if self.wall else "process time"
+        return (
+            "device events"
+            if self.device.type == "cuda"
+            else "wall time"
+            if self.wall
+            else "process time"
+        )
 
 
-def device_ceilings(device: torch.device, dtype: torch.dtype, size: int, copy_mib: int, repeats: int = 20) -> dict[str, Any]:
+def device_ceilings(
+    device: torch.device, dtype: torch.dtype, size: int, copy_mib: int, repeats: int = 20
+) -> dict[str, Any]:
     """The median rate of a square product in `dtype`, and of copying within the device's memory (bytes read and written)."""
     clock = Clock(device)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -104,22 +115,43 @@ def device_ceilings(device: torch.device, dtype: torch.dtype, size: int, copy_mi
 def device_peak(run: Callable[[], Any], device: torch.device) -> dict[str, Any]:
     """Peak memory while `run` runs, GiB: allocated and reserved on a GPU, else the growth of this process, and "n/a"."""
     if device.type != "cuda":
-        return {"allocated_gib": peak_growth(run)["growth_mib"] / 1024, "reserved_gib": "n/a", "of": "growth of the process"}
+        return {
+            "allocated_gib": peak_growth(run)["growth_mib"] / 1024,
+            "reserved_gib": "n/a",
+            "of": "growth of the process",
+        }
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     run()
     torch.cuda.synchronize(device)
-    allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-    return {"before_gib": before / GIB, "allocated_gib": allocated / GIB, "reserved_gib": reserved / GIB, "of": "the device"}
+    allocated, reserved = (
+        torch.cuda.max_memory_allocated(device),
+        torch.cuda.max_memory_reserved(device),
+    )
+    return {
+        "before_gib": before / GIB,
+        "allocated_gib": allocated / GIB,
+        "reserved_gib": reserved / GIB,
+        "of": "the device",
+    }
 
 
 def hardware() -> dict[str, Any]:
-    facts: dict[str, Any] = {"machine": platform.machine(), "cores": os.cpu_count(), "cpu": _cpu_name(), "load": list(os.getloadavg())}
+    facts: dict[str, Any] = {
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "cpu": _cpu_name(),
+        "load": list(os.getloadavg()),
+    }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        facts |= {"gpu": properties.name, "gpus": torch.cuda.device_count(), "gpu_gib": round(properties.total_memory / GIB, 1)}
+        facts |= {
+            "gpu": properties.name,
+            "gpus": torch.cuda.device_count(),
+            "gpu_gib": round(properties.total_memory / GIB, 1),
+        }
     return facts
 
 
@@ -128,7 +160,9 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or "n/a"
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "n/a")
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "n/a"
+    )
 
 
 def peak_growth(run: Callable[[], Any]) -> dict[str, float]:
@@ -141,7 +175,12 @@ def peak_growth(run: Callable[[], Any]) -> dict[str, float]:
     reset = _reset_peak()
     before = _status("VmRSS")
     run()
-    return {"before_mib": before, "peak_mib": _status("VmHWM"), "growth_mib": _status("VmHWM") - before, "peak_was_reset": float(reset)}
+    return {
+        "before_mib": before,
+        "peak_mib": _status("VmHWM"),
+        "growth_mib": _status("VmHWM") - before,
+        "peak_was_reset": float(reset),
+    }
 
 
 def resident_peak_gib() -> float:
@@ -154,7 +193,9 @@ MALLOC_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD
 
 def _status(field: str) -> float:
     text = Path("/proc/self/status").read_text(encoding="utf-8")
-    return next(int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith(field + ":"))
+    return next(
+        int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith(field + ":")
+    )
 
 
 def _reset_peak() -> bool:

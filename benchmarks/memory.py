@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.measure import MALLOC_ENVIRONMENT, peak_growth
 from benchmarks.variants import Packed, Plain, Variant, fill, make_fast, make_plain, random_weights
 from benchmarks.workload import SyntheticWorkload
-from vico.model.llama import LlamaConfig
+from vico.model.config import LlamaConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,9 +46,14 @@ def held_by_backward(run: Callable[[], Any]) -> dict[str, Any]:
     kept: list[Tensor] = []  # alive, so that no address comes twice
 
     def note(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, torch.nn.Parameter) and not (tensor.is_leaf and tensor._base is not None):
+        if not isinstance(tensor, torch.nn.Parameter) and not (
+            tensor.is_leaf and tensor._base is not None
+        ):
             storage = tensor.untyped_storage()
-            storages.setdefault(storage.data_ptr(), (storage.nbytes(), f"{'x'.join(map(str, tensor.shape))} {tensor.dtype}"))
+            storages.setdefault(
+                storage.data_ptr(),
+                (storage.nbytes(), f"{'x'.join(map(str, tensor.shape))} {tensor.dtype}"),
+            )
             kept.append(tensor)
         return tensor
 
@@ -63,7 +68,11 @@ def held_by_backward(run: Callable[[], Any]) -> dict[str, Any]:
 
 def _variant(name: str, shape: LlamaConfig) -> Variant:
     cpu = torch.device("cpu")
-    variant: Variant = Plain(make_plain(shape, torch.float32), cpu) if name == "plain" else Packed(make_fast(shape, torch.float32), cpu)
+    variant: Variant = (
+        Plain(make_plain(shape, torch.float32), cpu)
+        if name == "plain"
+        else Packed(make_fast(shape, torch.float32), cpu)
+    )
     fill(variant.model, random_weights(variant.model))
     return variant
 
@@ -77,7 +86,11 @@ def main(name: str, config: dict[str, Any]) -> None:
     variant.model.zero_grad(set_to_none=True)
     growth = peak_growth(lambda: variant.train(work))
     variant.model.zero_grad(set_to_none=True)
-    print(json.dumps({"variant": variant.name, **growth, **held_by_backward(lambda: variant.train(work))}))
+    print(
+        json.dumps(
+            {"variant": variant.name, **growth, **held_by_backward(lambda: variant.train(work))}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vico.model.batch import VIDEO_SLOT, TokenSequence
-from vico.model.llama import LlamaConfig
-from vico.model.vico import FEATURE_WIDTH
+from vico.data.types import VIDEO_SLOT, TokenSequence
+from vico.model.config import FEATURE_WIDTH, LlamaConfig
 
 IGNORE = -100  # label of a position that is context or padding
 
@@ -30,7 +29,11 @@ def rotary_factors(head_dim: int, length: int, theta: float) -> Tensor:
 
 def rotate(x_BSHd: Tensor, factors: Tensor) -> Tensor:
     pairs = torch.view_as_complex(x_BSHd.float().reshape(*x_BSHd.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * factors.view(1, pairs.shape[1], 1, pairs.shape[3])).flatten(3).type_as(x_BSHd)
+    return (
+        torch.view_as_real(pairs * factors.view(1, pairs.shape[1], 1, pairs.shape[3]))
+        .flatten(3)
+        .type_as(x_BSHd)
+    )
 
 
 class RMSNorm(nn.Module):
@@ -41,7 +44,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
-        return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+        return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(
+            x
+        ) * self.weight
 
 
 def linear(num_in: int, num_out: int, dtype: torch.dtype) -> nn.Linear:
@@ -56,23 +61,40 @@ class Attention(nn.Module):
         self.gate1 = nn.Parameter(torch.zeros(1, shape.n_heads, 1, 1))
         self.gate2 = nn.Parameter(torch.zeros(1, shape.n_heads, 1, 1))
 
-    def forward(self, x_BSD: Tensor, factors: Tensor, mask: Tensor, prompt_1AD: Tensor, video_start: int) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, factors: Tensor, mask: Tensor, prompt_1AD: Tensor, video_start: int
+    ) -> Tensor:
         num, length, _ = x_BSD.shape
         num_prompts = prompt_1AD.shape[1]
-        q, k, v = (w(x_BSD).view(num, length, self.num_heads, self.head_dim) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (
+            w(x_BSD).view(num, length, self.num_heads, self.head_dim)
+            for w in (self.wq, self.wk, self.wv)
+        )
         q, k = rotate(q, factors), rotate(k, factors)
-        prompt_k = self.wk(prompt_1AD).view(1, num_prompts, self.num_heads, self.head_dim).repeat(num, 1, 1, 1)
-        prompt_v = self.wv(prompt_1AD).view(1, num_prompts, self.num_heads, self.head_dim).repeat(num, 1, 1, 1)
+        prompt_k = (
+            self.wk(prompt_1AD)
+            .view(1, num_prompts, self.num_heads, self.head_dim)
+            .repeat(num, 1, 1, 1)
+        )
+        prompt_v = (
+            self.wv(prompt_1AD)
+            .view(1, num_prompts, self.num_heads, self.head_dim)
+            .repeat(num, 1, 1, 1)
+        )
         k, v = torch.cat([prompt_k, k], dim=1), torch.cat([prompt_v, v], dim=1)
         mask = torch.cat([torch.zeros(1, 1, length, num_prompts).to(mask), mask], dim=-1)
 
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         scores = torch.matmul(q, k.transpose(2, 3)) / math.sqrt(self.head_dim)
         scores = scores + mask
-        to_prompt = F.softmax(scores[..., :num_prompts].float(), dim=-1).type_as(q) * self.gate1.tanh().type_as(q)
+        to_prompt = F.softmax(scores[..., :num_prompts].float(), dim=-1).type_as(
+            q
+        ) * self.gate1.tanh().type_as(q)
         to_text = scores[..., num_prompts:].clone()
         video_stop = video_start + self.num_slots
-        to_text[:, :, video_stop:, video_start:video_stop] = to_text[:, :, video_stop:, video_start:video_stop] + self.gate2.type_as(q)
+        to_text[:, :, video_stop:, video_start:video_stop] = to_text[
+            :, :, video_stop:, video_start:video_stop
+        ] + self.gate2.type_as(q)
         to_text = F.softmax(to_text.float(), dim=-1).type_as(q)
         out = torch.matmul(torch.cat([to_prompt, to_text], dim=-1), v)
         mixed: Tensor = self.wo(out.transpose(1, 2).contiguous().view(num, length, -1))
@@ -94,21 +116,35 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, shape: LlamaConfig, num_slots: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.attention, self.feed_forward = Attention(shape, num_slots, dtype), FeedForward(shape, dtype)
+        self.attention, self.feed_forward = (
+            Attention(shape, num_slots, dtype),
+            FeedForward(shape, dtype),
+        )
         self.attention_norm = RMSNorm(shape.dim, shape.norm_eps, dtype)
         self.ffn_norm = RMSNorm(shape.dim, shape.norm_eps, dtype)
 
-    def forward(self, x_BSD: Tensor, factors: Tensor, mask: Tensor, prompt_1AD: Tensor, video_start: int) -> Tensor:
-        h_BSD: Tensor = x_BSD + self.attention(self.attention_norm(x_BSD), factors, mask, prompt_1AD, video_start)
+    def forward(
+        self, x_BSD: Tensor, factors: Tensor, mask: Tensor, prompt_1AD: Tensor, video_start: int
+    ) -> Tensor:
+        h_BSD: Tensor = x_BSD + self.attention(
+            self.attention_norm(x_BSD), factors, mask, prompt_1AD, video_start
+        )
         return h_BSD + self.feed_forward(self.ffn_norm(h_BSD))
 
 
 class PlainViCo(nn.Module):
     """All layers adapted; parameters under the same names as ViCo's, the backbone frozen."""
 
-    def __init__(self, shape: LlamaConfig, adapter_len: int, num_slots: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, shape: LlamaConfig, adapter_len: int, num_slots: int, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        self.shape, self.adapter_len, self.num_slots, self.dtype = shape, adapter_len, num_slots, dtype
+        self.shape, self.adapter_len, self.num_slots, self.dtype = (
+            shape,
+            adapter_len,
+            num_slots,
+            dtype,
+        )
         self.tok_embeddings = nn.Embedding(shape.vocab_size, shape.dim, dtype=dtype)
         self.layers = nn.ModuleList(Block(shape, num_slots, dtype) for _ in range(shape.n_layers))
         self.norm = RMSNorm(shape.dim, shape.norm_eps, dtype)
@@ -124,9 +160,17 @@ class PlainViCo(nn.Module):
         length = ids_BS.shape[1]
         with torch.no_grad():
             h_BSD = self.tok_embeddings(ids_BS)
-        factors = rotary_factors(self.shape.head_dim, length, self.shape.rope_theta).to(ids_BS.device)
-        mask = torch.triu(torch.full((1, 1, length, length), -math.inf, device=ids_BS.device), diagonal=1).type_as(h_BSD)
-        prompts = self.adapter_query.weight.reshape(-1, self.adapter_len, self.shape.dim).unsqueeze(1).to(self.dtype)
+        factors = rotary_factors(self.shape.head_dim, length, self.shape.rope_theta).to(
+            ids_BS.device
+        )
+        mask = torch.triu(
+            torch.full((1, 1, length, length), -math.inf, device=ids_BS.device), diagonal=1
+        ).type_as(h_BSD)
+        prompts = (
+            self.adapter_query.weight.reshape(-1, self.adapter_len, self.shape.dim)
+            .unsqueeze(1)
+            .to(self.dtype)
+        )
         video_BFD = (self.visual_proj(features_BFC) + self.temporal_emb.weight[None]).to(self.dtype)
         h_BSD = h_BSD.clone()
         h_BSD[:, video_start : video_start + self.num_slots] = video_BFD
@@ -135,14 +179,22 @@ class PlainViCo(nn.Module):
         out: Tensor = self.output(self.norm(h_BSD))
         return out
 
-    def loss(self, sequences: Sequence[TokenSequence], features_BFC: Tensor, max_len: int) -> Tensor:
+    def loss(
+        self, sequences: Sequence[TokenSequence], features_BFC: Tensor, max_len: int
+    ) -> Tensor:
         """Mean cross-entropy of one task's batch over its targets."""
         ids_BS, labels_BS = pad(sequences, max_len)
-        logits = self.logits(ids_BS.to(features_BFC.device), features_BFC, common_video_start(sequences))
+        logits = self.logits(
+            ids_BS.to(features_BFC.device), features_BFC, common_video_start(sequences)
+        )
         logits_NV = logits[:, :-1, :].reshape(-1, self.shape.vocab_size).float()
-        return F.cross_entropy(logits_NV, labels_BS[:, 1:].flatten().to(logits.device), ignore_index=IGNORE)
+        return F.cross_entropy(
+            logits_NV, labels_BS[:, 1:].flatten().to(logits.device), ignore_index=IGNORE
+        )
 
-    def scores(self, questions: Sequence[Sequence[TokenSequence]], features_BFC: Tensor, max_len: int) -> Tensor:
+    def scores(
+        self, questions: Sequence[Sequence[TokenSequence]], features_BFC: Tensor, max_len: int
+    ) -> Tensor:
         """[questions, options]: the mean cross-entropy of each option's targets, every option a full sequence."""
         options = len(questions[0])
         flat = [sequence for question in questions for sequence in question]
@@ -151,7 +203,9 @@ class PlainViCo(nn.Module):
         logits = self.logits(ids_BS.to(features.device), features, common_video_start(flat))
         labels = labels_BS[:, 1:].to(logits.device)
         logits_NV = logits[:, :-1, :].reshape(-1, self.shape.vocab_size).float()
-        losses = F.cross_entropy(logits_NV, labels.flatten(), ignore_index=IGNORE, reduction="none").view(labels.shape)
+        losses = F.cross_entropy(
+            logits_NV, labels.flatten(), ignore_index=IGNORE, reduction="none"
+        ).view(labels.shape)
         # By the mask of targets: the published code counts losses that are not exactly zero (METHOD section 6, 9).
         return (losses.sum(-1) / (labels != IGNORE).sum(-1)).view(len(questions), options)
 
@@ -164,7 +218,9 @@ def pad(sequences: Sequence[TokenSequence], max_len: int) -> tuple[Tensor, Tenso
         tokens = torch.tensor(sequence.tokens)
         assert len(tokens) <= max_len, f"a sequence of {len(tokens)} tokens does not fit {max_len}"
         ids[i, : len(tokens)] = tokens.where(tokens != VIDEO_SLOT, 0)
-        labels[i, sequence.targets.start : sequence.targets.stop] = tokens[sequence.targets.start : sequence.targets.stop]
+        labels[i, sequence.targets.start : sequence.targets.stop] = tokens[
+            sequence.targets.start : sequence.targets.stop
+        ]
     return ids, labels
 
 

@@ -30,14 +30,15 @@ from vico.data.packing import Example, pack
 from vico.distributed import world as dist
 from vico.distributed.world import World
 from vico.io.atomic import write_text
-from vico.model import cuda_graphs
+from vico.model import config, cuda_graphs
 from vico.model.attention.varlen import choose
-from vico.model.llama import LlamaConfig
+from vico.model.config import LlamaConfig
 from vico.model.ops import triton_ops
 from vico.train.build import DTYPES, replay_refused
-from vico.train.engine import Engine, read_config, zero_init
-from vico.train.loop import train_step
+from vico.train.ds_config import read_config
+from vico.train.engine import Engine, zero_init
 from vico.train.optim import make_optimizer
+from vico.train.step import train_step
 
 TASK_WEIGHTS = (1.0, 0.5)
 LR = 0.0  # the update does all of its work, and every case sees the same weights: losses can be compared
@@ -46,7 +47,14 @@ LR = 0.0  # the update does all of its work, and every case sees the same weight
 class RankSteps(Dataset[Step]):
     """Item (epoch, place): this rank's share of a step whose samples are the same for any number of ranks."""
 
-    def __init__(self, workload: SyntheticWorkload, questions_per_step: int, micro_questions: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        workload: SyntheticWorkload,
+        questions_per_step: int,
+        micro_questions: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
         self._workload, self._num, self._micro, self._rank, self._world_size = (
             workload,
             questions_per_step,
@@ -59,14 +67,27 @@ class RankSteps(Dataset[Step]):
         work = self._workload.training(item[1], self._num)
         sizes = [len(v.tokens) + len(c.tokens) for v, c in zip(work.vqa, work.cap, strict=True)]
         mine = greedy_balance(sizes, self._world_size)[self._rank]
-        groups = greedy_balance([sizes[i] for i in mine], -(-len(mine) // self._micro)) if mine else []
+        groups = (
+            greedy_balance([sizes[i] for i in mine], -(-len(mine) // self._micro)) if mine else []
+        )
         batches = []
         for group in groups:
             places = [mine[i] for i in group]
-            examples = [Example(s[p], clip, task) for task, s in enumerate((work.vqa, work.cap)) for clip, p in enumerate(places)]
+            examples = [
+                Example(s[p], clip, task)
+                for task, s in enumerate((work.vqa, work.cap))
+                for clip, p in enumerate(places)
+            ]
             batches.append(pack(examples, work.features_VFC[places]))
-        dummy = pack([Example(work.vqa[0], 0, len(TASK_WEIGHTS))], work.features_VFC[:1]) if self._world_size > 1 else None
-        counts = sum((torch.bincount(b.target_tasks, minlength=2) for b in batches), start=torch.zeros(2, dtype=torch.int64))
+        dummy = (
+            pack([Example(work.vqa[0], 0, len(TASK_WEIGHTS))], work.features_VFC[:1])
+            if self._world_size > 1
+            else None
+        )
+        counts = sum(
+            (torch.bincount(b.target_tasks, minlength=2) for b in batches),
+            start=torch.zeros(2, dtype=torch.int64),
+        )
         return Step(tuple(batches), dummy, counts, sum(b.num_real_tokens for b in batches))
 
 
@@ -74,14 +95,22 @@ def measure(args: argparse.Namespace) -> dict[str, Any] | None:
     """All cases on these ranks; what rank 0 returns, the others return None."""
     world = dist.connect()
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, len(os.sched_getaffinity(0)) // local)))
+    torch.set_num_threads(
+        int(os.environ.get("OMP_NUM_THREADS") or max(1, len(os.sched_getaffinity(0)) // local))
+    )
     toy = args.sizes == ["toy"]
     dtype = DTYPES[args.precision]
     found: dict[str, Any] = {
-        "ranks": world.size, "hosts": _hosts(world), "hardware": hardware(), "clock": Clock(world.device, wall=True).kind,
-        "ceilings": device_ceilings(world.device, dtype, 256 if toy else 8192, 4 if toy else 1024, 5 if toy else 20),
-        "collectives": collectives(world, 4 if toy else 512, 5 if toy else 20), "cases": [],
-    }  # fmt: skip
+        "ranks": world.size,
+        "hosts": _hosts(world),
+        "hardware": hardware(),
+        "clock": Clock(world.device, wall=True).kind,
+        "ceilings": device_ceilings(
+            world.device, dtype, 256 if toy else 8192, 4 if toy else 1024, 5 if toy else 20
+        ),
+        "collectives": collectives(world, 4 if toy else 512, 5 if toy else 20),
+        "cases": [],
+    }
     for size in args.sizes:
         for stage in args.stages:
             for case in _cases(args, world, size, stage, found["ceilings"]["matmul_tflops"]):
@@ -99,21 +128,37 @@ def _hosts(world: World) -> list[str]:
     return sorted(set(names))
 
 
-def _cases(args: argparse.Namespace, world: World, size: str, stage: int, ceiling: float) -> Iterator[dict[str, Any]]:
+def _cases(
+    args: argparse.Namespace, world: World, size: str, stage: int, ceiling: float
+) -> Iterator[dict[str, Any]]:
     """Weak and strong scaling of one size and stage, on one engine."""
     shape, dtype = MODELS[size], DTYPES[args.precision]
-    facts: dict[str, Any] = {"size": size, "stage": stage, "ranks": world.size, "precision": args.precision, "shape": asdict(shape)}
+    facts: dict[str, Any] = {
+        "size": size,
+        "stage": stage,
+        "ranks": world.size,
+        "precision": args.precision,
+        "shape": asdict(shape),
+    }
     if stage < 3 and world.device.type == "cuda":
         needed = figures.all_parameters(shape) * dtype.itemsize
         there = torch.cuda.get_device_properties(world.device).total_memory
         if needed > 0.92 * there:
-            world.print_rank0(f"{size} ZeRO-{stage}: not run: {needed / GIB:.0f} GiB of weights on each GPU of {there / GIB:.0f} GiB")
-            yield facts | {"not_run": f"{needed / GIB:.0f} GiB of weights per GPU, {there / GIB:.0f} GiB of memory"}
+            world.print_rank0(
+                f"{size} ZeRO-{stage}: not run: {needed / GIB:.0f} GiB of weights on each GPU of {there / GIB:.0f} GiB"
+            )
+            yield facts | {
+                "not_run": f"{needed / GIB:.0f} GiB of weights per GPU, {there / GIB:.0f} GiB of memory"
+            }
             return
     engine = make_engine(args, world, shape, stage)
     for kind in args.scaling:
         questions = args.questions * world.size if kind == "weak" else args.strong_questions
-        yield facts | {"attention": engine.attention, "scaling": kind} | _timed(args, world, engine, shape, questions, ceiling)
+        yield (
+            facts
+            | {"attention": engine.attention, "scaling": kind}
+            | _timed(args, world, engine, shape, questions, ceiling)
+        )
     del engine
     gc.collect()
     if world.device.type == "cuda":
@@ -130,7 +175,9 @@ def make_engine(args: argparse.Namespace, world: World, shape: LlamaConfig, stag
     fill_random(model, args.seed, world)
     model.attend = attend
     why += f", {triton_ops.describe(world.device)}, {cuda_graphs.attach(model, replay_refused(config))}"
-    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], weight_decay=0.14)
+    optimizer = make_optimizer(
+        [p for p in model.parameters() if p.requires_grad], weight_decay=0.14
+    )
     return Engine(model, optimizer, config, dtype, why)
 
 
@@ -138,7 +185,9 @@ def fill_random(model: nn.Module, seed: int, world: World) -> None:
     """Under stage 3 a parameter is in parts, one per rank, laid out one after the other: each rank fills its own."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            generator = torch.Generator(world.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            generator = torch.Generator(world.device).manual_seed(
+                zlib.crc32(f"{seed} {name}".encode())
+            )
             value = random_value(name, getattr(parameter, "ds_shape", parameter.shape), generator)
             if hasattr(parameter, "ds_id"):
                 part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
@@ -148,8 +197,21 @@ def fill_random(model: nn.Module, seed: int, world: World) -> None:
                 parameter.copy_(value)
 
 
-def _timed(args: argparse.Namespace, world: World, engine: Engine, shape: LlamaConfig, questions: int, ceiling: float) -> dict[str, Any]:
-    steps = RankSteps(SyntheticWorkload(shape.vocab_size, seed=args.seed), questions, args.questions, world.rank, world.size)
+def _timed(
+    args: argparse.Namespace,
+    world: World,
+    engine: Engine,
+    shape: LlamaConfig,
+    questions: int,
+    ceiling: float,
+) -> dict[str, Any]:
+    steps = RankSteps(
+        SyntheticWorkload(shape.vocab_size, seed=args.seed),
+        questions,
+        args.questions,
+        world.rank,
+        world.size,
+    )
     schedule = [(0, place) for place in range(args.warmup + args.steps)]
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
@@ -164,20 +226,41 @@ def _timed(args: argparse.Namespace, world: World, engine: Engine, shape: LlamaC
         marks.append((start, clock.now()))
         losses.append(report.task_losses())
         samples = sum(len(b.target_sequences.unique()) for b in step.micro_batches)
-        amounts.append(figures.of_packed(shape, step.micro_batches, samples, samples // 2, training=True))
+        amounts.append(
+            figures.of_packed(shape, step.micro_batches, samples, samples // 2, training=True)
+        )
         num_micro_batches = max(num_micro_batches, len(step.micro_batches))
-    mine = torch.tensor([clock.between(*pair) for pair in marks[args.warmup :]], dtype=torch.float64)
+    mine = torch.tensor(
+        [clock.between(*pair) for pair in marks[args.warmup :]], dtype=torch.float64
+    )
     seconds = world.gather(mine).amax(dim=0).tolist()
-    totals = world.sum(torch.tensor([astuple(a) for a in amounts[args.warmup :]], dtype=torch.float64)).tolist()
+    totals = world.sum(
+        torch.tensor([astuple(a) for a in amounts[args.warmup :]], dtype=torch.float64)
+    ).tolist()
     everyone = [figures.Amount(*row) for row in totals]
-    peak = peak_of(torch.cuda.get_device_name(world.device), args.precision) if world.device.type == "cuda" else None
+    peak = (
+        peak_of(torch.cuda.get_device_name(world.device), args.precision)
+        if world.device.type == "cuda"
+        else None
+    )
     case: dict[str, Any] = {
-        "questions_per_step": questions, "micro_batches": num_micro_batches, "losses": losses,
-        "seconds": seconds, "work": [dict(zip((f.name for f in fields(figures.Amount)), row, strict=True)) for row in totals],
-        "figures": figures.rates(seconds, everyone, peak.tflops if peak else None, ceiling, world.size),
-        "memory": _memory(world), "communication": communication(shape, engine, world.size, num_micro_batches),
-    }  # fmt: skip
-    speed, held = case["figures"]["real_tokens_per_second"]["median"], case["memory"]["allocated_gib"]
+        "questions_per_step": questions,
+        "micro_batches": num_micro_batches,
+        "losses": losses,
+        "seconds": seconds,
+        "work": [
+            dict(zip((f.name for f in fields(figures.Amount)), row, strict=True)) for row in totals
+        ],
+        "figures": figures.rates(
+            seconds, everyone, peak.tflops if peak else None, ceiling, world.size
+        ),
+        "memory": _memory(world),
+        "communication": communication(shape, engine, world.size, num_micro_batches),
+    }
+    speed, held = (
+        case["figures"]["real_tokens_per_second"]["median"],
+        case["memory"]["allocated_gib"],
+    )
     loss = ", ".join(f"{value:.5f}" for value in losses[0])
     world.print_rank0(
         f"ZeRO-{engine.stage} {questions} questions a step: {speed:.1f} real tokens/s, {held:.2f} GiB at most; first losses vqa, cap {loss}"
@@ -185,10 +268,14 @@ def _timed(args: argparse.Namespace, world: World, engine: Engine, shape: LlamaC
     return case
 
 
-def _record_sizes(world: World, engine: Engine, steps: RankSteps, schedule: list[tuple[int, int]]) -> None:
+def _record_sizes(
+    world: World, engine: Engine, steps: RankSteps, schedule: list[tuple[int, int]]
+) -> None:
     """Where short micro-batches are replayed, meet each size twice: a run records it then, once, and goes on for hours."""
     replayed = engine.module.graphed
-    short = replayed is not None and any(batch.num_rows < cuda_graphs.MAX_ROWS for batch in steps[schedule[0]].micro_batches)
+    short = replayed is not None and any(
+        batch.num_rows < config.MAX_GRAPH_ROWS for batch in steps[schedule[0]].micro_batches
+    )
     if world.gather(torch.tensor(short)).any():  # all ranks step together
         for number, item in enumerate(schedule * 2):
             train_step(engine, steps[item], number + 1, TASK_WEIGHTS, LR, world)
@@ -203,14 +290,24 @@ def _memory(world: World) -> dict[str, Any]:
             "reserved_gib": figures.UNKNOWN,
             "of": "resident memory of a whole process, since its start",
         }
-    peaks = [torch.cuda.max_memory_allocated(world.device), torch.cuda.max_memory_reserved(world.device)]
-    allocated, reserved = (world.gather(torch.tensor(peaks, dtype=torch.float64)).amax(dim=0) / GIB).tolist()
+    peaks = [
+        torch.cuda.max_memory_allocated(world.device),
+        torch.cuda.max_memory_reserved(world.device),
+    ]
+    allocated, reserved = (
+        world.gather(torch.tensor(peaks, dtype=torch.float64)).amax(dim=0) / GIB
+    ).tolist()
     return {"allocated_gib": allocated, "reserved_gib": reserved, "of": "the device, in all steps"}
 
 
-def communication(shape: LlamaConfig, engine: Engine, ranks: int, micro_batches: int) -> dict[str, Any]:
+def communication(
+    shape: LlamaConfig, engine: Engine, ranks: int, micro_batches: int
+) -> dict[str, Any]:
     """Bytes that each rank receives per step. Computed, not measured."""
-    fp32_bytes, weight_bytes = 4, next(p for p in engine.module.parameters() if not p.requires_grad).element_size()
+    fp32_bytes, weight_bytes = (
+        4,
+        next(p for p in engine.module.parameters() if not p.requires_grad).element_size(),
+    )
     trainables = sum(getattr(p, "ds_numel", p.numel()) for p in engine.trainables.values())
     others = (ranks - 1) / ranks
     gradients = others * fp32_bytes * trainables * micro_batches
@@ -235,7 +332,10 @@ def communication(shape: LlamaConfig, engine: Engine, ranks: int, micro_batches:
 def collectives(world: World, mib: int, repeats: int) -> dict[str, Any]:
     """What the links between the ranks carry at best: bus bandwidth of an all-gather and an all-reduce of `mib` MiB."""
     if world.size == 1:
-        return {"all_gather_gb_per_second": figures.UNKNOWN, "all_reduce_gb_per_second": figures.UNKNOWN}
+        return {
+            "all_gather_gb_per_second": figures.UNKNOWN,
+            "all_reduce_gb_per_second": figures.UNKNOWN,
+        }
     clock, size = Clock(world.device, wall=True), mib * 2**18 // world.size * world.size
     whole = torch.ones(size, device=world.device)
     part = whole[: size // world.size].clone()
@@ -256,5 +356,13 @@ def collectives(world: World, mib: int, repeats: int) -> dict[str, Any]:
                 times.append(seconds)
         slowest = world.gather(torch.tensor(times, dtype=torch.float64)).amax(dim=0).tolist()
         found[f"{name}_seconds"] = spread(slowest)
-        found[f"{name}_gb_per_second"] = passes * (world.size - 1) / world.size * size * 4 / found[f"{name}_seconds"]["median"] / 1e9
+        found[f"{name}_gb_per_second"] = (
+            passes
+            * (world.size - 1)
+            / world.size
+            * size
+            * 4
+            / found[f"{name}_seconds"]["median"]
+            / 1e9
+        )
     return found

@@ -22,14 +22,19 @@ PACKAGES = ("torch", "deepspeed", "numpy", "flash-attn", "triton")
 
 def new_record(suite: str, config: dict[str, Any]) -> dict[str, Any]:
     """The fields that every record begins with."""
-    words = [word for word in sys.argv[1:] if not word.startswith(("--local_rank", "--local-rank"))]  # launchers add it
+    words = [
+        word for word in sys.argv[1:] if not word.startswith(("--local_rank", "--local-rank"))
+    ]  # launchers add it
     return {
         "suite": suite,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": f"bash benchmarks/run.sh {shlex.join(words)}",
         "config": config,
         "git_commit": git_commit(),
-        "versions": {"python": platform.python_version(), **{name: found for name in PACKAGES if (found := _version(name))}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: found for name in PACKAGES if (found := _version(name))},
+        },
         "hardware": hardware(),
     }
 
@@ -40,7 +45,9 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     def text(path: Path) -> str:
         return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
-    return {key: text(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    return {
+        key: text(value) if isinstance(value, Path) else value for key, value in vars(args).items()
+    }
 
 
 def git_commit() -> str:
@@ -48,9 +55,14 @@ def git_commit() -> str:
     if "VICO_COMMIT" in os.environ:
         return os.environ["VICO_COMMIT"]
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
         changed = subprocess.run(
-            ["git", "status", "--porcelain", "--", "vico", "benchmarks/*.py"], cwd=ROOT, capture_output=True, text=True
+            ["git", "status", "--porcelain", "--", "vico", "benchmarks/*.py"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return "n/a"

@@ -28,7 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks/run.sh", description=__doc__)
     parser.add_argument("--local_rank", "--local-rank", help="passed by launchers")
     suites = parser.add_subparsers(dest="suite", required=True)
-    chosen = next((word for word in (sys.argv[1:] if argv is None else argv) if word in SUITES), None)
+    chosen = next(
+        (word for word in (sys.argv[1:] if argv is None else argv) if word in SUITES), None
+    )
     # Only the chosen suite is imported: torch and DeepSpeed take seconds, and --help needs neither.
     from importlib import import_module
 
@@ -38,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
             module = import_module(f"benchmarks.{name}")
             module.add_flags(suite)
             if name != "report":
-                suite.add_argument("--results", type=Path, default=RESULTS, help="folder of the record")
+                suite.add_argument(
+                    "--results", type=Path, default=RESULTS, help="folder of the record"
+                )
             suite.set_defaults(run=module.run)
     args = parser.parse_args(argv)
     args.__dict__.pop("local_rank")
@@ -51,7 +55,9 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"vico: error: {one_line(str(problem))}", file=sys.stderr, flush=True)
         else:
-            time.sleep(SECONDS_FOR_RANK_0)  # launchers end every rank as soon as one has ended, also the one that speaks
+            time.sleep(
+                SECONDS_FOR_RANK_0
+            )  # launchers end every rank as soon as one has ended, also the one that speaks
         return problem.exit_code
 
 

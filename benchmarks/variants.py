@@ -14,16 +14,24 @@ from torch.profiler import record_function
 from benchmarks.plain import PlainViCo
 from benchmarks.workload import NUM_OPTIONS, ScoringWork, TrainingWork
 from vico.data.packing import Example, pack
-from vico.model.batch import PackedBatch, TokenSequence
-from vico.model.llama import FrozenLinear, LlamaConfig
+from vico.data.types import TokenSequence
+from vico.model.batch import PackedBatch
+from vico.model.config import LlamaConfig
+from vico.model.llama import FrozenLinear
 from vico.model.vico import ViCo
-from vico.train.loop import sums_by_task
+from vico.train.step import sums_by_task
 
 CAPTION_WEIGHT = 0.5
 MAX_SEQ_LEN, MAX_CAP_LEN = 160, 384
 PLAIN_QUESTIONS = 8  # questions that the plain baseline scores per forward, the published batch
-GAINS = {"wq": 1.4, "wk": 1.4, "wo": 2.0}  # of random weights: attention sharp enough to matter, not so sharp that rounding grows
-SCORE_TOKENS = 2048  # prompts of about this many tokens per packed scoring forward, as vico evaluates
+GAINS = {
+    "wq": 1.4,
+    "wk": 1.4,
+    "wo": 2.0,
+}  # of random weights: attention sharp enough to matter, not so sharp that rounding grows
+SCORE_TOKENS = (
+    2048  # prompts of about this many tokens per packed scoring forward, as vico evaluates
+)
 # The published LLaMA's dimensions, and a toy that shows that everything runs.
 MODELS = {
     "7B": LlamaConfig(4096, 32, 32, 32000),
@@ -52,7 +60,9 @@ class Variant(Protocol):
 class Plain:
     """The published way; `longest` pads to the longest sequence of the batch instead of the limit."""
 
-    def __init__(self, model: PlainViCo, device: torch.device, longest: bool = False, name: str = "plain") -> None:
+    def __init__(
+        self, model: PlainViCo, device: torch.device, longest: bool = False, name: str = "plain"
+    ) -> None:
         self.model, self._device, self.longest, self.name = model, device, longest, name
 
     def width(self, sequences: Sequence[TokenSequence], limit: int) -> int:
@@ -62,7 +72,9 @@ class Plain:
         features = work.features_VFC.to(self._device)
         none = torch.zeros((), device=self._device)
         losses = [
-            self.model.loss(sequences, features, self.width(sequences, limit)) if sequences else none
+            self.model.loss(sequences, features, self.width(sequences, limit))
+            if sequences
+            else none
             for sequences, limit in ((work.vqa, MAX_SEQ_LEN), (work.cap, MAX_CAP_LEN))
         ]
         (losses[0] + CAPTION_WEIGHT * losses[1]).backward()
@@ -75,14 +87,23 @@ class Plain:
         for first in range(0, len(work.questions), PLAIN_QUESTIONS):
             questions = work.questions[first : first + PLAIN_QUESTIONS]
             width = self.width([s for question in questions for s in question], MAX_SEQ_LEN)
-            scores.append(self.model.scores(questions, features[first : first + PLAIN_QUESTIONS], width))
+            scores.append(
+                self.model.scores(questions, features[first : first + PLAIN_QUESTIONS], width)
+            )
         return torch.cat(scores).cpu()
 
 
 class Packed:
     """ViCo; `share` off packs every sequence on its own."""
 
-    def __init__(self, model: ViCo, device: torch.device, share: bool = True, name: str = "fast", score_tokens: int = SCORE_TOKENS) -> None:
+    def __init__(
+        self,
+        model: ViCo,
+        device: torch.device,
+        share: bool = True,
+        name: str = "fast",
+        score_tokens: int = SCORE_TOKENS,
+    ) -> None:
         self.model, self._device, self.share, self.name = model, device, share, name
         self._score_tokens = score_tokens
 
@@ -91,7 +112,11 @@ class Packed:
 
     def train_batch(self, batch: PackedBatch) -> list[float]:
         # Counted on the host, as a run does; a work of one task alone has a loss of 0 for the other.
-        counts = torch.bincount(batch.target_tasks, minlength=2).clamp(min=1).to(self._device, torch.float32, non_blocking=True)
+        counts = (
+            torch.bincount(batch.target_tasks, minlength=2)
+            .clamp(min=1)
+            .to(self._device, torch.float32, non_blocking=True)
+        )
         batch = batch.to(self._device)
         means = sums_by_task(self.model(batch), batch, 2).float() / counts
         (means[0] + CAPTION_WEIGHT * means[1]).backward()
@@ -107,17 +132,26 @@ class Packed:
         losses = [self.model(batch.to(self._device)) for batch in batches]
         scores = []
         for batch, found in zip(batches, losses, strict=True):
-            scores.append(torch.bincount(batch.target_sequences, found.double().cpu()) / torch.bincount(batch.target_sequences))
+            scores.append(
+                torch.bincount(batch.target_sequences, found.double().cpu())
+                / torch.bincount(batch.target_sequences)
+            )
         return torch.cat(scores).view(-1, NUM_OPTIONS)
 
 
 def training_batch(work: TrainingWork, share: bool = True) -> PackedBatch:
     """On the host, as a data worker makes it."""
-    examples = [Example(s, clip, task) for task, sequences in enumerate((work.vqa, work.cap)) for clip, s in enumerate(sequences)]
+    examples = [
+        Example(s, clip, task)
+        for task, sequences in enumerate((work.vqa, work.cap))
+        for clip, s in enumerate(sequences)
+    ]
     return _pack(examples, work.features_VFC, share)
 
 
-def scoring_batches(work: ScoringWork, share: bool = True, score_tokens: int = SCORE_TOKENS) -> list[PackedBatch]:
+def scoring_batches(
+    work: ScoringWork, share: bool = True, score_tokens: int = SCORE_TOKENS
+) -> list[PackedBatch]:
     """Whole questions, cut where the prompts of a batch reach `score_tokens`; on the host."""
     batches, examples, size = [], list[Example](), 0
     for question, clip in zip(work.questions, work.clips, strict=True):
@@ -141,7 +175,9 @@ def random_value(name: str, shape: torch.Size, generator: torch.Generator) -> Te
         return normal.mul_(0.1).add_(1)
     if "gate" in name or name in ("adapter_query.weight", "temporal_emb.weight"):
         return normal
-    if name == "tok_embeddings.weight":  # small beside what attention adds: predictions then depend on the question
+    if (
+        name == "tok_embeddings.weight"
+    ):  # small beside what attention adds: predictions then depend on the question
         return normal.mul_(0.1)
     return normal.mul_(GAINS.get(name.split(".")[-2], 1.0) / shape[1] ** 0.5)
 
@@ -149,7 +185,10 @@ def random_value(name: str, shape: torch.Size, generator: torch.Generator) -> Te
 def random_weights(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
     """Values for every parameter of `model` by name, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: random_value(name, parameter.shape, generator) for name, parameter in sorted(model.named_parameters())}
+    return {
+        name: random_value(name, parameter.shape, generator)
+        for name, parameter in sorted(model.named_parameters())
+    }
 
 
 def fill(model: nn.Module, values: dict[str, Tensor]) -> None:
@@ -158,11 +197,15 @@ def fill(model: nn.Module, values: dict[str, Tensor]) -> None:
             parameter.copy_(values[name])
 
 
-def make_plain(shape: LlamaConfig, dtype: torch.dtype, adapter_len: int = 10, num_slots: int = 10) -> PlainViCo:
+def make_plain(
+    shape: LlamaConfig, dtype: torch.dtype, adapter_len: int = 10, num_slots: int = 10
+) -> PlainViCo:
     return PlainViCo(shape, adapter_len, num_slots, dtype)
 
 
-def make_fast(shape: LlamaConfig, dtype: torch.dtype, adapter_len: int = 10, num_slots: int = 10) -> ViCo:
+def make_fast(
+    shape: LlamaConfig, dtype: torch.dtype, adapter_len: int = 10, num_slots: int = 10
+) -> ViCo:
     return ViCo(shape, shape.n_layers, adapter_len, num_slots, 100.0, dtype)
 
 
@@ -194,7 +237,9 @@ def with_vico_products(model: PlainViCo) -> PlainViCo:
     return found
 
 
-def make_shared_pair(shape: LlamaConfig, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[PlainViCo, ViCo]:
+def make_shared_pair(
+    shape: LlamaConfig, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> tuple[PlainViCo, ViCo]:
     """Both models on `device` with the very same random parameters, made there and held once; frozen ones of `dtype`."""
     with device:
         plain = make_plain(shape, dtype)
@@ -212,6 +257,10 @@ def make_shared_pair(shape: LlamaConfig, dtype: torch.dtype, device: torch.devic
 
 def take_gradients(model: nn.Module) -> dict[str, Tensor]:
     """The trainables' gradients by name; the model's are cleared."""
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    gradients = {
+        name: p.grad
+        for name, p in model.named_parameters()
+        if p.requires_grad and p.grad is not None
+    }
     model.zero_grad(set_to_none=True)
     return gradients

@@ -21,8 +21,8 @@ from torch import Tensor
 from vico.data.datasets import read_questions
 from vico.data.prompts import Prompts
 from vico.data.tokenizer import Tokenizer
-from vico.model.batch import VIDEO_SLOT, Question, TokenSequence
-from vico.model.vico import FEATURE_WIDTH
+from vico.data.types import VIDEO_SLOT, Question, TokenSequence
+from vico.model.config import FEATURE_WIDTH
 
 LENGTHS = Path(__file__).with_name("lengths.json")
 NUM_OPTIONS = 5
@@ -97,15 +97,25 @@ def features(generator: np.random.Generator, num_videos: int, num_slots: int) ->
 class SyntheticWorkload:
     """Random ids in the structure of the method. Item `place` is a function of (seed, place)."""
 
-    def __init__(self, vocab_size: int, num_slots: int = 10, seed: int = 0, lengths: Lengths | None = None) -> None:
-        self._lengths, self._vocab, self._slots, self._seed = lengths or Lengths.load(), vocab_size, num_slots, seed
+    def __init__(
+        self, vocab_size: int, num_slots: int = 10, seed: int = 0, lengths: Lengths | None = None
+    ) -> None:
+        self._lengths, self._vocab, self._slots, self._seed = (
+            lengths or Lengths.load(),
+            vocab_size,
+            num_slots,
+            seed,
+        )
         fixed = np.random.default_rng([seed, 0])
         common = [BOS, *self._ids(fixed, self._lengths.common_instruction - 1)]
         self._heads = {
             "vqa": common + self._ids(fixed, self._lengths.vqa_instruction - len(common)),
             "cap": common + self._ids(fixed, self._lengths.cap_instruction - len(common)),
         }
-        self._question_head, self._description = self._ids(fixed, self._lengths.question_head), self._ids(fixed, DESCRIPTION_HEAD)
+        self._question_head, self._description = (
+            self._ids(fixed, self._lengths.question_head),
+            self._ids(fixed, DESCRIPTION_HEAD),
+        )
         distinct = fixed.permutation(np.arange(FIRST_FREE, vocab_size))[: NUM_OPTIONS + 2].tolist()
         self._open, self._close, self._letters = distinct[0], distinct[1], distinct[2:]
         self.description = f"synthetic ids, lengths of {self._lengths.source}, captions of {self._lengths.caption} tokens"
@@ -123,17 +133,23 @@ class SyntheticWorkload:
 
     def _option(self, prompt: list[int], letter: int) -> TokenSequence:
         tokens = (*prompt, self._open, letter, self._close, EOS)
-        return TokenSequence("vqa", tokens, range(len(prompt), len(tokens)), len(self._heads["vqa"]))
+        return TokenSequence(
+            "vqa", tokens, range(len(prompt), len(tokens)), len(self._heads["vqa"])
+        )
 
     def _caption(self, generator: np.random.Generator) -> TokenSequence:
         head = [*self._heads["cap"], *[VIDEO_SLOT] * self._slots, NEWLINE, *self._description]
         low, high = self._lengths.caption
         tokens = (*head, *self._ids(generator, int(generator.integers(low, high + 1))), EOS)
-        return TokenSequence("cap", tokens, range(len(head) + CAPTION_CONTEXT, len(tokens)), len(self._heads["cap"]))
+        return TokenSequence(
+            "cap", tokens, range(len(head) + CAPTION_CONTEXT, len(tokens)), len(self._heads["cap"])
+        )
 
     def training(self, place: int, num_questions: int) -> TrainingWork:
         generator = np.random.default_rng([self._seed, 1, place])
-        vqa = tuple(self._question(generator)[generator.integers(NUM_OPTIONS)] for _ in range(num_questions))
+        vqa = tuple(
+            self._question(generator)[generator.integers(NUM_OPTIONS)] for _ in range(num_questions)
+        )
         cap = tuple(self._caption(generator) for _ in range(num_questions))
         return TrainingWork(vqa, cap, features(generator, num_questions, self._slots))
 
@@ -141,7 +157,11 @@ class SyntheticWorkload:
         generator = np.random.default_rng([self._seed, 2, place])
         counts = [_draw(generator, self._lengths.questions_per_video) for _ in range(num_videos)]
         clips = tuple(video for video, count in enumerate(counts) for _ in range(count))
-        return ScoringWork(tuple(self._question(generator) for _ in clips), clips, features(generator, num_videos, self._slots))
+        return ScoringWork(
+            tuple(self._question(generator) for _ in clips),
+            clips,
+            features(generator, num_videos, self._slots),
+        )
 
 
 def _draw(generator: np.random.Generator, histogram: dict[int, int]) -> int:
@@ -157,7 +177,14 @@ class RealWorkload:
     """
 
     def __init__(
-        self, data_path: Path, dataset: str, split: str, tokenizer: Path, vocab_size: int, seed: int, limits: tuple[int, int]
+        self,
+        data_path: Path,
+        dataset: str,
+        split: str,
+        tokenizer: Path,
+        vocab_size: int,
+        seed: int,
+        limits: tuple[int, int],
     ) -> None:
         pieces = Tokenizer(tokenizer)
         self._prompts = Prompts(pieces, 10, *limits, dialogue=dataset == "tvqa")
@@ -176,18 +203,29 @@ class RealWorkload:
         for token in sequence.tokens:
             if token not in self._number:
                 known = len(self._number)
-                self._number[token] = known if known < self._vocab else FIRST_FREE + 200 + known % (self._vocab - FIRST_FREE - 200)
+                self._number[token] = (
+                    known
+                    if known < self._vocab
+                    else FIRST_FREE + 200 + known % (self._vocab - FIRST_FREE - 200)
+                )
             tokens.append(self._number[token])
         return TokenSequence(sequence.task, tuple(tokens), sequence.targets, sequence.video_start)
 
     def _options(self, question: Question) -> tuple[TokenSequence, ...]:
         fitted = self._prompts.fit(question, "vqa")
-        return tuple(self._renumbered(self._prompts.vqa(fitted, answer)) for answer in range(len(question.options)))
+        return tuple(
+            self._renumbered(self._prompts.vqa(fitted, answer))
+            for answer in range(len(question.options))
+        )
 
     def training(self, place: int, num_questions: int) -> TrainingWork:
-        chosen = np.random.default_rng([self._seed, 1, place]).choice(len(self._questions), num_questions, replace=False)
+        chosen = np.random.default_rng([self._seed, 1, place]).choice(
+            len(self._questions), num_questions, replace=False
+        )
         made = self._made.training(place, num_questions)
-        vqa = tuple(self._options(self._questions[i])[self._questions[i].answer or 0] for i in chosen)
+        vqa = tuple(
+            self._options(self._questions[i])[self._questions[i].answer or 0] for i in chosen
+        )
         return TrainingWork(vqa, made.cap, made.features_VFC)
 
     def scoring(self, place: int, num_videos: int) -> ScoringWork:
@@ -195,9 +233,16 @@ class RealWorkload:
         for question in self._questions:
             by_video.setdefault(question.video, []).append(question)
         generator = np.random.default_rng([self._seed, 2, place])
-        chosen = [list(by_video.values())[i] for i in generator.choice(len(by_video), num_videos, replace=False)]
+        chosen = [
+            list(by_video.values())[i]
+            for i in generator.choice(len(by_video), num_videos, replace=False)
+        ]
         clips = tuple(video for video, questions in enumerate(chosen) for _ in questions)
-        return ScoringWork(tuple(self._options(q) for questions in chosen for q in questions), clips, features(generator, num_videos, 10))
+        return ScoringWork(
+            tuple(self._options(q) for questions in chosen for q in questions),
+            clips,
+            features(generator, num_videos, 10),
+        )
 
 
 def measure(data_path: Path, tokenizer: Path, split: str) -> dict[str, Any]:
@@ -226,7 +271,8 @@ def _tails_differ_in_letter_only(prompts: Prompts, questions: Sequence[Question]
     options = [[prompts.vqa(q, answer) for answer in range(NUM_OPTIONS)] for q in questions]
     return all(
         len(s.targets) == ANSWER_TARGETS
-        and [a != b for a, b in zip(s.tokens[-4:], o[0].tokens[-4:], strict=True)] == [False, i > 0, False, False]
+        and [a != b for a, b in zip(s.tokens[-4:], o[0].tokens[-4:], strict=True)]
+        == [False, i > 0, False, False]
         for o in options
         for i, s in enumerate(o)
     )

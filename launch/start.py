@@ -42,12 +42,20 @@ def node_devices(ranks: int | None) -> list[str]:
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # or each rank warns that it found no GPU
-        return ["-1"] * (ranks or 1)  # -1 shows no GPU to a rank, also where DS_ACCELERATOR=cpu passes over some
+        return ["-1"] * (
+            ranks or 1
+        )  # -1 shows no GPU to a rank, also where DS_ACCELERATOR=cpu passes over some
     count = accelerator.device_count()
     visible = os.environ.get(accelerator.visible_devices_envs()[0])
-    devices = [name.strip() for name in visible.split(",")][:count] if visible else [str(i) for i in range(count)]
+    devices = (
+        [name.strip() for name in visible.split(",")][:count]
+        if visible
+        else [str(i) for i in range(count)]
+    )
     if ranks and ranks > len(devices):
-        fail(f"VICO_RANKS={ranks}: this node shows {len(devices)} devices, and each rank needs its own")
+        fail(
+            f"VICO_RANKS={ranks}: this node shows {len(devices)} devices, and each rank needs its own"
+        )
     return devices[:ranks]
 
 
@@ -57,7 +65,9 @@ def master_port() -> int:
     if not (asked.isdecimal() and int(asked) < 65536):
         fail(f"MASTER_PORT={asked}: must be a port number; unset it to get a free one")
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does: a port just left is free
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # as torch does: a port just left is free
         try:
             probe.bind(("", int(asked)))
         except OSError as problem:
@@ -73,17 +83,31 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
     threading.Thread(target=pass_signals_on, args=(passed_on,), daemon=True).start()
     ranks, port = asked_ranks(), master_port()
-    logging.disable(logging.WARNING)  # DeepSpeed's remarks on this process; the ranks make their own
+    logging.disable(
+        logging.WARNING
+    )  # DeepSpeed's remarks on this process; the ranks make their own
     try:
         from deepspeed.launcher import launch
     except ModuleNotFoundError as missing:
-        fail(f"{sys.executable} has no module '{missing.name}'; run 'bash launch/environment.sh', or set PYTHON to one that has")
+        fail(
+            f"{sys.executable} has no module '{missing.name}'; run 'bash launch/environment.sh', or set PYTHON to one that has"
+        )
     devices = node_devices(ranks)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // len(devices))))  # or every rank takes all cores
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", str(max(1, cores // len(devices)))
+    )  # or every rank takes all cores
     world = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
     # critical: below it the launcher repeats the whole command after a rank's own last line
-    sys.argv = ["launch", f"--world_info={world}", f"--master_port={port}", "--log_level=critical", *sys.argv[1:]]
+    sys.argv = [
+        "launch",
+        f"--world_info={world}",
+        f"--master_port={port}",
+        "--log_level=critical",
+        *sys.argv[1:],
+    ]
     try:
         launch.main()
     except SystemExit as end:
@@ -92,7 +116,10 @@ def main() -> None:
         if -end.code in passed_on:
             sys.exit(128 - end.code)
         name = signal.Signals(-end.code).name
-        whys = {"SIGKILL": "; the kernel does that when memory runs out", "SIGBUS": "; a file that it reads was cut off meanwhile"}
+        whys = {
+            "SIGKILL": "; the kernel does that when memory runs out",
+            "SIGBUS": "; a file that it reads was cut off meanwhile",
+        }
         fail(f"a rank was ended by {name}{whys.get(name, '')}", code=128 - end.code)
 
 

@@ -39,7 +39,10 @@ class UserError(ValueError):
     def rows(self) -> list[str]:
         """The table as text, in columns."""
         widths = [max(map(len, column)) for column in zip(*self.table, strict=True)]
-        return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in self.table]
+        return [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in self.table
+        ]
 
 
 class UnreachableError(UserError):

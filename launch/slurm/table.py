@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))  # before anything that is installed: these scripts run the checkout they lie in
+sys.path.insert(
+    0, str(ROOT)
+)  # before anything that is installed: these scripts run the checkout they lie in
 
+from vico.cli import flags as command_line  # noqa: E402
 from vico.errors import UserError, nearest, one_line, show  # noqa: E402
 from vico.io.atomic import make_folder, write_text  # noqa: E402
 from vico.train import config as configs  # noqa: E402
@@ -35,9 +38,17 @@ def read_table(path: Path) -> list[Row]:
     """Raises UserError naming line and column."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = [line for line in csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True) if any(line)]
+            lines = [
+                line
+                for line in csv.reader(
+                    file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True
+                )
+                if any(line)
+            ]
     except (OSError, UnicodeDecodeError, csv.Error) as problem:
-        raise UserError(f"{path}: the table of flags cannot be read ({getattr(problem, 'strerror', None) or problem})") from None
+        raise UserError(
+            f"{path}: the table of flags cannot be read ({getattr(problem, 'strerror', None) or problem})"
+        ) from None
     if len(lines) < 2:
         raise UserError(f"{path}: must hold a line of flag names and a line of values for each run")
     columns = [cell.strip().removeprefix("--") for cell in lines[0]]
@@ -46,18 +57,32 @@ def read_table(path: Path) -> list[Row]:
         if columns.count(column) > 1:
             raise UserError(f"{path}: column {show(column)} stands there twice; keep one")
         if column == "output_dir" or (column != "name" and column not in kinds):
-            why = "is made from the row's name" if column == "output_dir" else f"is no flag{nearest(column, kinds)}"
-            raise UserError(f"{path}: column {show(column)} {why}; a .tsv file has tabs between columns, others commas")
-    rows = [_row(number, columns, line, kinds, path) for number, line in enumerate(lines[1:], start=1)]
+            why = (
+                "is made from the row's name"
+                if column == "output_dir"
+                else f"is no flag{nearest(column, kinds)}"
+            )
+            raise UserError(
+                f"{path}: column {show(column)} {why}; a .tsv file has tabs between columns, others commas"
+            )
+    rows = [
+        _row(number, columns, line, kinds, path) for number, line in enumerate(lines[1:], start=1)
+    ]
     names = [row.name for row in rows]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"{path}: two rows are named {show(twice[0])}; each needs a folder of its own")
+        raise UserError(
+            f"{path}: two rows are named {show(twice[0])}; each needs a folder of its own"
+        )
     return rows
 
 
-def _row(number: int, columns: list[str], line: list[str], kinds: dict[str, Any], path: Path) -> Row:
+def _row(
+    number: int, columns: list[str], line: list[str], kinds: dict[str, Any], path: Path
+) -> Row:
     if len(line) != len(columns):
-        raise UserError(f"{path}: row {number} has {len(line)} fields and the first line {len(columns)}")
+        raise UserError(
+            f"{path}: row {number} has {len(line)} fields and the first line {len(columns)}"
+        )
     cells = dict(zip(columns, (cell.strip() for cell in line), strict=True))
     name = cells.pop("name", f"row-{number}")
     if not name or name.startswith(".") or "/" in name:
@@ -66,7 +91,9 @@ def _row(number: int, columns: list[str], line: list[str], kinds: dict[str, Any]
     for column, value in cells.items():
         if kinds[column] is bool:
             if value.lower() not in (*YES, *NO, ""):
-                raise UserError(f"{path}: row {number}: {column} is {show(value)}; a switch is yes or no")
+                raise UserError(
+                    f"{path}: row {number}: {column} is {show(value)}; a switch is yes or no"
+                )
             flags += [f"--{column}"] if value.lower() in YES else []
         elif value:
             flags.append(f"--{column}={value}")
@@ -81,9 +108,18 @@ def result(row: Row, folder: Path) -> dict[str, str]:
     last = epochs[-1] if epochs else {}
     code = (folder / ENDED).read_text().strip() if (folder / ENDED).exists() else ""
     status = {"": "not ended", "0": "done"}.get(code, f"failed ({code})")
-    found = {"best_val_acc": best.get("val_acc"), "best_epoch": best.get("epoch"), "val_acc": last.get("val_acc")}
+    found = {
+        "best_val_acc": best.get("val_acc"),
+        "best_epoch": best.get("epoch"),
+        "val_acc": last.get("val_acc"),
+    }
     found |= {"train_loss": last.get("train_loss"), "step": last.get("step")}
-    return {"name": row.name, **row.cells, "status": status, **{k: _shown(v) for k, v in found.items()}}
+    return {
+        "name": row.name,
+        **row.cells,
+        "status": status,
+        **{k: _shown(v) for k, v in found.items()},
+    }
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -106,19 +142,30 @@ def write_results(rows: list[Row], base: Path) -> None:
     lines = [list(results[0]), *(list(r.values()) for r in results)]
     path = base / "results.tsv"
     write_text(path, "".join("\t".join(line) + "\n" for line in lines))
-    num_ended, num_started = sum(r["status"] != "not ended" for r in results), int(os.environ.get("SLURM_ARRAY_TASK_COUNT", "1"))
+    num_ended, num_started = (
+        sum(r["status"] != "not ended" for r in results),
+        int(os.environ.get("SLURM_ARRAY_TASK_COUNT", "1")),
+    )
     print(f"{num_ended} of {len(rows)} rows have ended: {path}", flush=True)
     if num_ended >= min(num_started, len(rows)):
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        print("\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines), flush=True)
+        print(
+            "\n".join(
+                "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+                for line in lines
+            ),
+            flush=True,
+        )
 
 
 def main(verb: str, number: str, table: str, flags: list[str]) -> None:
     rows = read_table(Path(table))
     if not (number.isdecimal() and 1 <= int(number) <= len(rows)):
-        raise UserError(f"{table}: has {len(rows)} rows and no row {number}; start it by --array=1-{len(rows)}")
+        raise UserError(
+            f"{table}: has {len(rows)} rows and no row {number}; start it by --array=1-{len(rows)}"
+        )
     row = rows[int(number) - 1]
-    base = configs.parse(flags, "vico train", "").resolve().output_dir
+    base = command_line.parse(flags, "vico train", "").resolve().output_dir
     command = [*flags, *row.flags, f"--output_dir={base / row.name}"]
     ended = base / row.name / ENDED
 
@@ -130,11 +177,13 @@ def main(verb: str, number: str, table: str, flags: list[str]) -> None:
     if verb == "start":
         ended.unlink(missing_ok=True)
         try:
-            configs.parse(command, "vico train", "").resolve()
+            command_line.parse(command, "vico train", "").resolve()
         except UserError as error:
             end(str(error.exit_code))
             raise
-        print(f"row {number} of {len(rows)}, {row.name}: vico train {' '.join(command)}", flush=True)
+        print(
+            f"row {number} of {len(rows)}, {row.name}: vico train {' '.join(command)}", flush=True
+        )
     elif verb == "run":
         os.execvp("bash", ["bash", str(ROOT / "launch" / "train.sh"), *command])
     else:

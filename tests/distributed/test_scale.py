@@ -12,7 +12,18 @@ import safetensors.torch
 from reference import oracle_files
 from support.toy_dataset import ROOT, ToyData, end, records, start, succeeds
 
-FLAGS = ["--epochs", "5", "--warmup_epochs", "1", "--lr", "0.02", "--bias", "0.7", "--save_steps", "5"]  # 3 steps of 8 an epoch
+FLAGS = [
+    "--epochs",
+    "5",
+    "--warmup_epochs",
+    "1",
+    "--lr",
+    "0.02",
+    "--bias",
+    "0.7",
+    "--save_steps",
+    "5",
+]  # 3 steps of 8 an epoch
 SETUPS = list(itertools.product((1, 2, 4), (2, 3)))  # ranks, stage
 RESUMED_LOSS_RTOL = 1e-6  # sums in another order
 
@@ -26,20 +37,31 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> ToyData:
 def zero3(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("ds") / "zero3.json"
     config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # else nothing of a toy is partitioned
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = (
+        0  # else nothing of a toy is partitioned
+    )
     path.write_text(json.dumps(config))
     return str(path)
 
 
 def test_loading_takes_a_ranks_share_and_a_tensor(tmp_path: Path, zero3: str) -> None:
     """370 MB of fp32 in two shards of fp16, on two ranks."""
-    oracle_files.write_tiny_meta(tmp_path / "m", 30000, dim=768, n_layers=6, n_heads=12, multiple_of=256, shards=2)
-    ended = end(start(str(tmp_path / "m"), zero3, ranks=2, program=(str(ROOT / "tests" / "load_memory.py"),)), 240)
+    oracle_files.write_tiny_meta(
+        tmp_path / "m", 30000, dim=768, n_layers=6, n_heads=12, multiple_of=256, shards=2
+    )
+    ended = end(
+        start(
+            str(tmp_path / "m"), zero3, ranks=2, program=(str(ROOT / "tests" / "load_memory.py"),)
+        ),
+        240,
+    )
     assert ended.codes == [0, 0], ended.output
     for said in ended.stdouts:
         found = json.loads(said.splitlines()[-1])
         assert found["share"] > 170 and found["largest"] > 80
-        assert 0.9 * found["share"] < found["growth"] <= found["share"] + 1.5 * found["largest"], found
+        assert 0.9 * found["share"] < found["growth"] <= found["share"] + 1.5 * found["largest"], (
+            found
+        )
 
 
 class Runs:
@@ -49,7 +71,12 @@ class Runs:
         self.toy, self._zero3, self._folder = toy, zero3, folder
 
     def flags(self, ranks: int, stage: int) -> list[str]:
-        how = ["--batch_size", str(8 // ranks), "--deepspeed", self._zero3 if stage == 3 else "zero2"]
+        how = [
+            "--batch_size",
+            str(8 // ranks),
+            "--deepspeed",
+            self._zero3 if stage == 3 else "zero2",
+        ]
         return [*self.toy.flags, *FLAGS, *how]
 
     def whole(self, ranks: int, stage: int) -> Path:
@@ -61,7 +88,9 @@ class Runs:
     def loaded(self, checkpoint: Path, ranks: int, stage: int) -> str:
         """sha256 of what an engine of that setup holds."""
         args = [*self.flags(ranks, stage), "--resume", str(checkpoint)]
-        ended = end(start(*args, ranks=ranks, program=(str(ROOT / "tests" / "loaded_state.py"),)), 240)
+        ended = end(
+            start(*args, ranks=ranks, program=(str(ROOT / "tests" / "loaded_state.py"),)), 240
+        )
         assert ended.codes == [0] * ranks, ended.output
         return ended.stdouts[0].split("state ")[1].strip()
 
@@ -82,7 +111,9 @@ def written(checkpoint: Path) -> str:
     return digest.hexdigest()
 
 
-def resumes(runs: Runs, saved_on: tuple[int, int], resumed_on: tuple[int, int], folder: Path) -> None:
+def resumes(
+    runs: Runs, saved_on: tuple[int, int], resumed_on: tuple[int, int], folder: Path
+) -> None:
     """From step 5, in the middle of an epoch: the same bits at load, the same ten losses after it, the same end where nothing differs."""
     whole = runs.whole(*saved_on)
     assert runs.loaded(whole / "checkpoint-5", *resumed_on) == written(whole / "checkpoint-5")
@@ -100,20 +131,26 @@ def resumes(runs: Runs, saved_on: tuple[int, int], resumed_on: tuple[int, int], 
 
 
 @pytest.mark.parametrize(("saved_on", "resumed_on"), [((4, 3), (1, 2)), ((1, 2), (2, 3))])
-def test_a_run_moves(runs: Runs, saved_on: tuple[int, int], resumed_on: tuple[int, int], tmp_path: Path) -> None:
+def test_a_run_moves(
+    runs: Runs, saved_on: tuple[int, int], resumed_on: tuple[int, int], tmp_path: Path
+) -> None:
     resumes(runs, saved_on, resumed_on, tmp_path / "out")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("saved_on", SETUPS, ids=str)
 @pytest.mark.parametrize("resumed_on", SETUPS, ids=str)
-def test_a_run_moves_anywhere(runs: Runs, saved_on: tuple[int, int], resumed_on: tuple[int, int], tmp_path: Path) -> None:
+def test_a_run_moves_anywhere(
+    runs: Runs, saved_on: tuple[int, int], resumed_on: tuple[int, int], tmp_path: Path
+) -> None:
     resumes(runs, saved_on, resumed_on, tmp_path / "out")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setup", [(1, 2), (2, 2), (2, 3)], ids=str)
-def test_from_every_save_point_comes_the_same_end(runs: Runs, setup: tuple[int, int], tmp_path: Path) -> None:
+def test_from_every_save_point_comes_the_same_end(
+    runs: Runs, setup: tuple[int, int], tmp_path: Path
+) -> None:
     """A checkpoint behind each step of two epochs: each of them, alone, leads to the bits of the run that never stopped."""
     flags = [*runs.flags(*setup), "--epochs", "2", "--save_steps", "1"]
     whole = tmp_path / "whole"
@@ -124,6 +161,11 @@ def test_from_every_save_point_comes_the_same_end(runs: Runs, setup: tuple[int, 
         folder.mkdir()
         shutil.copy(whole / "args.json", folder)
         shutil.copytree(whole / f"checkpoint-{step}", folder / f"checkpoint-{step}")
-        assert f"resuming from step {step}\n" in succeeds("train", *flags, "--output_dir", str(folder), ranks=setup[0]).output
+        assert (
+            f"resuming from step {step}\n"
+            in succeeds("train", *flags, "--output_dir", str(folder), ranks=setup[0]).output
+        )
         assert written(folder / "checkpoint-6") == last, step
-        assert (folder / "predictions_val.jsonl").read_bytes() == (whole / "predictions_val.jsonl").read_bytes()
+        assert (folder / "predictions_val.jsonl").read_bytes() == (
+            whole / "predictions_val.jsonl"
+        ).read_bytes()

@@ -51,22 +51,34 @@ def in_this_process(patch: pytest.MonkeyPatch, alone: dist.World) -> None:
     patch.setattr(dist, "disconnect", lambda world, together: None)
 
 
-def test_one_line_says_where_and_what_to_do(original: RunFixture, workers: list[WarmProcess], tmp_path: Path) -> None:
+def test_one_line_says_where_and_what_to_do(
+    original: RunFixture, workers: list[WarmProcess], tmp_path: Path
+) -> None:
     assert len(CASES) > 200
-    results = attempt_all(list(CASES)[::EVERY], original, workers, tmp_path, limit=60)  # a busy machine is no fault
+    results = attempt_all(
+        list(CASES)[::EVERY], original, workers, tmp_path, limit=60
+    )  # a busy machine is no fault
     assert not {name: fault for name, (fault, _) in results.items() if fault}
 
 
 def test_debug_shows_where_an_error_comes_from(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--debug", "--batch_size", "0"]) == 2
     err = capfd.readouterr().err
-    assert "Traceback" in err and err.splitlines()[-1] == "vico: error: --batch_size 0: must be a whole number of at least 1"
+    assert (
+        "Traceback" in err
+        and err.splitlines()[-1]
+        == "vico: error: --batch_size 0: must be a whole number of at least 1"
+    )
 
 
-def test_what_looks_odd_and_is_legal(fixture: RunFixture, alone: dist.World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_looks_odd_and_is_legal(
+    fixture: RunFixture, alone: dist.World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Settings that the lineage saved and nobody can use, a byte order mark, a ds_config with every harmless word."""
     in_this_process(monkeypatch, alone)
-    saved = argparse.Namespace(batch_size=-3, lr="nan", sub=True, resume="", epochs=1.5, max_feats=10, data_path=3)
+    saved = argparse.Namespace(
+        batch_size=-3, lr="nan", sub=True, resume="", epochs=1.5, max_feats=10, data_path=3
+    )
     pth("lineage.pth", lambda content: content.update(args=saved))(fixture)
     quiet = {
         "bf16": {"enabled": False},
@@ -75,18 +87,30 @@ def test_what_looks_odd_and_is_legal(fixture: RunFixture, alone: dist.World, mon
         "wandb": {"enabled": False},
     }
     offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}, "overlap_comm": "auto"}
-    ds(**quiet, gradient_clipping=0.0, steps_per_print="auto", train_batch_size=4, zero_optimization=offload)(fixture)
+    ds(
+        **quiet,
+        gradient_clipping=0.0,
+        steps_per_print="auto",
+        train_batch_size=4,
+        zero_optimization=offload,
+    )(fixture)
     flags = f"--resume {fixture.folder}/lineage.pth --deepspeed {fixture.folder}/ds.json".split()
     assert main(["eval", *fixture.flags, *flags]) == 0
 
 
 @pytest.mark.parametrize("size", [150_000, 100_000, 2_500])
 def test_a_full_disk_ends_the_run_and_leaves_nothing_half_written(
-    size: int, fixture: RunFixture, alone: dist.World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    size: int,
+    fixture: RunFixture,
+    alone: dist.World,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """No file can grow beyond `size`: the optimizer's state, the weights, or the curves are what does not fit."""
     in_this_process(monkeypatch, alone)
-    monkeypatch.setattr("threading.excepthook", lambda args: None)  # the thread that TensorBoard writes in
+    monkeypatch.setattr(
+        "threading.excepthook", lambda args: None
+    )  # the thread that TensorBoard writes in
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     capfd.readouterr()
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -96,8 +120,15 @@ def test_a_full_disk_ends_the_run_and_leaves_nothing_half_written(
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     err = capfd.readouterr().err.splitlines()
     assert code == 6 and len(err) == 1
-    assert err[0].startswith(f"vico: error: {fixture.folder}/out") and f"({os.strerror(errno.EFBIG)}); free space" in err[0]
-    assert not [p.name for p in (fixture.folder / "out").iterdir() if p.name.startswith((".", "checkpoint")) and p.name != output_dir.NAME]
+    assert (
+        err[0].startswith(f"vico: error: {fixture.folder}/out")
+        and f"({os.strerror(errno.EFBIG)}); free space" in err[0]
+    )
+    assert not [
+        p.name
+        for p in (fixture.folder / "out").iterdir()
+        if p.name.startswith((".", "checkpoint")) and p.name != output_dir.NAME
+    ]
     assert main(["train", *fixture.flags]) == 0, "the same command goes on when there is space"
 
 
@@ -112,12 +143,41 @@ def spoil_rank_1(fixture: RunFixture) -> None:
 
 TWO_RANKS: dict[str, Case] = {
     "unknown flag": (None, "--epoch 3", 2, ["unknown flag --epoch; did you mean '--epochs'?"]),
-    "no features": (gone(FEATURES), "", 2, ["clipvitl14.pth: no such file; the video feature file should be there"]),
-    "a feature of rank 1": (spoil_rank_1, "", 2, ["clipvitl14.pth: 1 of 2 questions (1 videos) have features with NaN or infinite values, e.g. '100001'"]),
-    "batch size of one rank": (ds(train_batch_size=4), DS, 2, ["train_batch_size 4 does not fit --batch_size 4 --accum_iter 1 on 2 rank(s), which make 8"]),
-    "damaged checkpoint": (flip(OPTIMIZER, 5000), EVAL + CHECKPOINT, 3, ["optimizer.safetensors: damaged (its sha256 is not the recorded one)"]),
-    "output_dir fails late": (None, "--output_dir /proc/vico", 2, ["/proc/vico: cannot be made (No such file or directory); choose another"]),
-}  # fmt: skip
+    "no features": (
+        gone(FEATURES),
+        "",
+        2,
+        ["clipvitl14.pth: no such file; the video feature file should be there"],
+    ),
+    "a feature of rank 1": (
+        spoil_rank_1,
+        "",
+        2,
+        [
+            "clipvitl14.pth: 1 of 2 questions (1 videos) have features with NaN or infinite values, e.g. '100001'"
+        ],
+    ),
+    "batch size of one rank": (
+        ds(train_batch_size=4),
+        DS,
+        2,
+        [
+            "train_batch_size 4 does not fit --batch_size 4 --accum_iter 1 on 2 rank(s), which make 8"
+        ],
+    ),
+    "damaged checkpoint": (
+        flip(OPTIMIZER, 5000),
+        EVAL + CHECKPOINT,
+        3,
+        ["optimizer.safetensors: damaged (its sha256 is not the recorded one)"],
+    ),
+    "output_dir fails late": (
+        None,
+        "--output_dir /proc/vico",
+        2,
+        ["/proc/vico: cannot be made (No such file or directory); choose another"],
+    ),
+}
 WAITED_FOR = "unknown flag"  # the case whose second rank may end by itself
 
 
@@ -135,7 +195,9 @@ def end_as_launchers_do(fixture: RunFixture, line: str, wait: bool) -> tuple[int
 
 
 @pytest.fixture(scope="module")
-def two_ranks(original: RunFixture, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[int, Ended]]]:
+def two_ranks(
+    original: RunFixture, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, tuple[int, Ended]]]:
     """All cases at once: most of their time is spent in loading torch, and one in waiting."""
 
     def run(name: str) -> tuple[int, Ended]:
@@ -150,10 +212,18 @@ def two_ranks(original: RunFixture, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.mark.parametrize("name", TWO_RANKS)
-def test_rank_0_says_it_before_any_rank_ends(name: str, two_ranks: dict[str, tuple[int, Ended]]) -> None:
+def test_rank_0_says_it_before_any_rank_ends(
+    name: str, two_ranks: dict[str, tuple[int, Ended]]
+) -> None:
     _, _, code, parts = TWO_RANKS[name]
     first, ended = two_ranks[name]
-    assert first == 0 and ended.codes == [code, code if name == WAITED_FOR else -signal.SIGTERM], ended.output
+    assert first == 0 and ended.codes == [code, code if name == WAITED_FOR else -signal.SIGTERM], (
+        ended.output
+    )
     assert "Traceback" not in ended.output and ended.stderrs[1] == ""
     line = ended.stderrs[0]
-    assert line.startswith("vico: error: ") and line.count("\n") == 1 and all(part in line for part in parts), line
+    assert (
+        line.startswith("vico: error: ")
+        and line.count("\n") == 1
+        and all(part in line for part in parts)
+    ), line

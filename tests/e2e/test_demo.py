@@ -31,10 +31,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
-def test_the_same_seed_makes_the_same_files(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_seed_makes_the_same_files(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_toy_dataset(tmp_path / "again", steps=2, splits=SPLITS)
     assert digests(tmp_path / "again") == digests(world)
     make_toy_dataset(world, steps=2, splits=SPLITS)
@@ -67,7 +73,10 @@ def test_text_tells_nothing(world: Path) -> None:
 
 
 def test_swapped_features_are_another_videos(world: Path) -> None:
-    own, other = (torch.load(world / data / "nextqa" / "clipvitl14.pth", weights_only=True) for data in ("data", "data_swapped"))
+    own, other = (
+        torch.load(world / data / "nextqa" / "clipvitl14.pth", weights_only=True)
+        for data in ("data", "data_swapped")
+    )
     assert set(own) == set(other)
     assert not any(torch.equal(own[name], other[name]) for name in own)
     norms = torch.cat([v.float().norm(dim=1) for v in own.values()])
@@ -87,16 +96,32 @@ def test_the_first_step_comes_soon(tmp_path: Path) -> None:
     """Of the demo's recipe on two ranks, from the command on; caches are warm, and what importing takes is not counted."""
     make_toy_dataset(tmp_path / "demo", steps=0)
     began = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import vico.train.loop, deepspeed"], check=True, cwd=ROOT)
+    subprocess.run(
+        [sys.executable, "-c", "import vico.train.loop, deepspeed"], check=True, cwd=ROOT
+    )
     importing, seconds = time.monotonic() - began, []
-    where = ["--data_path", str(tmp_path / "demo" / "data"), "--llama_model_path", str(tmp_path / "demo" / "pretrained" / "llama")]
+    where = [
+        "--data_path",
+        str(tmp_path / "demo" / "data"),
+        "--llama_model_path",
+        str(tmp_path / "demo" / "pretrained" / "llama"),
+    ]
     for start in ("cold", "warm", "again"):
         steps = tmp_path / start / "steps.jsonl"
         began = time.monotonic()
-        recipe = ["--config", str(ROOT / "launch" / "recipes" / "demo.yaml"), "--output_dir", str(steps.parent), "--max_steps", "1"]
+        recipe = [
+            "--config",
+            str(ROOT / "launch" / "recipes" / "demo.yaml"),
+            "--output_dir",
+            str(steps.parent),
+            "--max_steps",
+            "1",
+        ]
         run = launch([*recipe, *where], tmp_path / "logs")
         assert run.reach(lambda steps=steps: steps.exists() and steps.stat().st_size > 0), run.said  # type: ignore[misc]
         seconds.append(time.monotonic() - began)
         assert run.end() == [0], run.said
-    print(f"first step after {seconds[1]:.1f} and {seconds[2]:.1f} s, of which imports take {importing:.1f} s")
+    print(
+        f"first step after {seconds[1]:.1f} and {seconds[2]:.1f} s, of which imports take {importing:.1f} s"
+    )
     assert min(seconds[1:]) - importing <= 15

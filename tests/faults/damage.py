@@ -22,7 +22,9 @@ from vico.cli.demo import CSV_COLUMNS, make_tokenizer
 from vico.io.safe_load import load_tensors
 
 Damage = Callable[[RunFixture], Any]
-Case = tuple[Damage | None, str, int, list[str]]  # what is spoilt, flags or a command, exit code, parts of the line
+Case = tuple[
+    Damage | None, str, int, list[str]
+]  # what is spoilt, flags or a command, exit code, parts of the line
 
 HTML = "<!DOCTYPE html><html>Quota exceeded</html>"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
@@ -84,7 +86,9 @@ def link(name: str, target: str) -> Damage:
 def copy(source: str, target: str) -> Damage:
     def damage(fixture: RunFixture) -> None:
         (fixture.folder / target).parent.mkdir(parents=True, exist_ok=True)
-        (shutil.copytree if (fixture.folder / source).is_dir() else shutil.copy)(fixture.folder / source, fixture.folder / target)
+        (shutil.copytree if (fixture.folder / source).is_dir() else shutil.copy)(
+            fixture.folder / source, fixture.folder / target
+        )
 
     return damage
 
@@ -118,7 +122,9 @@ def js(name: str, **changes: Any) -> Damage:
 
     def damage(fixture: RunFixture) -> None:
         content = json.loads((fixture.folder / name).read_text()) | changes
-        (fixture.folder / name).write_text(json.dumps({k: v for k, v in content.items() if v is not ...}))
+        (fixture.folder / name).write_text(
+            json.dumps({k: v for k, v in content.items() if v is not ...})
+        )
 
     return damage
 
@@ -139,7 +145,10 @@ def two_shards(*also: Damage) -> Damage:
         convert(whole, fixture.folder / "hf")
         convert(fixture.folder / "hf", fixture.folder / "split", to="meta", shards=2)
         weights = load_file(fixture.folder / "hf" / "model.safetensors")
-        save_file({name: value * 1.5 for name, value in weights.items()}, fixture.folder / "hf" / "model.safetensors")
+        save_file(
+            {name: value * 1.5 for name, value in weights.items()},
+            fixture.folder / "hf" / "model.safetensors",
+        )
         convert(fixture.folder / "hf", fixture.folder / "other", to="meta", shards=2)
         shutil.rmtree(whole)
         (fixture.folder / "split").rename(whole)
@@ -151,7 +160,15 @@ def two_shards(*also: Damage) -> Damage:
 
 # Tables
 
-SOUND = {"video": "100000", "frame_count": "9", "width": "4", "height": "3", "question": "why", "answer": "0", "type": "CW"}
+SOUND = {
+    "video": "100000",
+    "frame_count": "9",
+    "width": "4",
+    "height": "3",
+    "question": "why",
+    "answer": "0",
+    "type": "CW",
+}
 SOUND |= {f"a{k}": text for k, text in enumerate(("clap", "run", "sit", "jump", "bow"))}
 
 
@@ -170,29 +187,55 @@ def rows(*changes: Mapping[str, str], name: str = VAL) -> Damage:
 
 def star_item(**more: Any) -> dict[str, Any]:
     choices = [{"choice_id": i, "choice": c} for i, c in [(3, "d"), (1, "b"), (0, "a"), (2, "b")]]
-    item = {"question_id": "Interaction_T1_13", "question": "Which?", "video_id": "100000", "start": 1.5, "end": 6.099999999999998}
+    item = {
+        "question_id": "Interaction_T1_13",
+        "question": "Which?",
+        "video_id": "100000",
+        "start": 1.5,
+        "end": 6.099999999999998,
+    }
     return {**item, "answer": "b", "choices": choices, **more}
 
 
 def tvqa_row(**more: Any) -> dict[str, Any]:
-    facts = {"answer_idx": 1, "q": "Why?", "qid": 5, "vid_name": "100000", "show_name": "Castle", "ts": "1.62-2.02"}
-    return {**{f"a{i}": text for i, text in enumerate(("clap", "None", "nan", "NA ", "007"))}, **facts, **more}
+    facts = {
+        "answer_idx": 1,
+        "q": "Why?",
+        "qid": 5,
+        "vid_name": "100000",
+        "show_name": "Castle",
+        "ts": "1.62-2.02",
+    }
+    return {
+        **{f"a{i}": text for i, text in enumerate(("clap", "None", "nan", "NA ", "007"))},
+        **facts,
+        **more,
+    }
 
 
-SRT = "1\n00:00:01,000 --> 00:00:02,000\n(Ted:) into\n\n2\n00:00:02,000 --> 00:00:02,500\nthe clip\n"
+SRT = (
+    "1\n00:00:01,000 --> 00:00:02,000\n(Ted:) into\n\n2\n00:00:02,000 --> 00:00:02,500\nthe clip\n"
+)
 
 
 def star(val: Any, dump: Callable[[Any], str] = json.dumps) -> Damage:
     """The world as STAR's: `val`, dumped, is its STAR_val.json."""
     return _as(
-        "star", {"STAR_train.json": json.dumps([star_item(question_id="Sequence_1", video_id="000000")]), "STAR_val.json": dump(val)}
+        "star",
+        {
+            "STAR_train.json": json.dumps([star_item(question_id="Sequence_1", video_id="000000")]),
+            "STAR_val.json": dump(val),
+        },
     )
 
 
 def tvqa(*val: Mapping[str, Any] | str, subtitles: str | None = SRT) -> Damage:
     """The world as TVQA's: `val` are the rows of its tvqa_val.jsonl."""
     lines = "".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in val)
-    files = {"tvqa_train.jsonl": json.dumps(tvqa_row(vid_name="000000")) + "\n", "tvqa_val.jsonl": lines}
+    files = {
+        "tvqa_train.jsonl": json.dumps(tvqa_row(vid_name="000000")) + "\n",
+        "tvqa_val.jsonl": lines,
+    }
     if subtitles is not None:
         files |= {f"tvqa_subtitles/{video}.srt": subtitles for video in ("000000", "100000")}
     return _as("tvqa", files)
@@ -244,7 +287,11 @@ def claims(name: str, numbers: int) -> Damage:
 
     def lie(content: bytes, end: bytes) -> bytes:
         found, count = re.subn(
-            b"(K.|M..|J....)(" + end + b"tq.Q)", b"\x8a\x08" + struct.pack("<q", numbers) + rb"\2", content, count=1, flags=re.DOTALL
+            b"(K.|M..|J....)(" + end + b"tq.Q)",
+            b"\x8a\x08" + struct.pack("<q", numbers) + rb"\2",
+            content,
+            count=1,
+            flags=re.DOTALL,
         )
         assert count == 1, "no size of a storage was found"
         return found
@@ -257,7 +304,10 @@ def claims(name: str, numbers: int) -> Damage:
         with zipfile.ZipFile(path) as old, zipfile.ZipFile(fixture.folder / "new", "w") as new:
             for entry in old.infolist():
                 content = old.read(entry)
-                new.writestr(entry.filename, lie(content, b"") if entry.filename.endswith("data.pkl") else content)
+                new.writestr(
+                    entry.filename,
+                    lie(content, b"") if entry.filename.endswith("data.pkl") else content,
+                )
         (fixture.folder / "new").replace(path)
 
     return damage

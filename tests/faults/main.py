@@ -23,9 +23,22 @@ from vico.io.atomic import make_folder, write_json
 from vico.io.text import read_json_object
 
 SCENARIOS: tuple[str, ...] = (
-    "kill", "store", "damage", "signals", "disk_full", "hangs", "writers", "nan", "mutations", "save_cost",
-    "inputs", "legal", "evaluation", "fuzz", "pickles",
-)  # fmt: skip
+    "kill",
+    "store",
+    "damage",
+    "signals",
+    "disk_full",
+    "hangs",
+    "writers",
+    "nan",
+    "mutations",
+    "save_cost",
+    "inputs",
+    "legal",
+    "evaluation",
+    "fuzz",
+    "pickles",
+)
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -48,32 +61,66 @@ def main(argv: list[str]) -> int:
     scenarios = [_scenario(name) for name in SCENARIOS]
     flags = _parse(argv, scenarios)
     if unknown := [name for name in flags.only or () if name not in SCENARIOS]:
-        raise UserError(f"--only {unknown[0]}: no such scenario{nearest(unknown[0], SCENARIOS)}; there are {', '.join(SCENARIOS)}")
+        raise UserError(
+            f"--only {unknown[0]}: no such scenario{nearest(unknown[0], SCENARIOS)}; there are {', '.join(SCENARIOS)}"
+        )
     if flags.table:
         print(table(flags.out, scenarios))
         return DONE
     chosen = [scenario for scenario in scenarios if not flags.only or scenario.NAME in flags.only]
     make_folder(flags.out)
     minutes = sum(scenario.MINUTES[not flags.quick] for scenario in chosen)
-    print(f"vico selftest: {len(chosen)} scenario(s), about {minutes:.0f} minutes on two cores; results go to {flags.out}", flush=True)
+    print(
+        f"vico selftest: {len(chosen)} scenario(s), about {minutes:.0f} minutes on two cores; results go to {flags.out}",
+        flush=True,
+    )
     passed = [_run(scenario, flags) for scenario in chosen]
     print(json.dumps(results(flags.out)), flush=True)
     return DONE if all(passed) else INTERNAL_ERROR
 
 
 def _parse(argv: list[str], scenarios: list[Scenario]) -> argparse.Namespace:
-    lines = [f"  {f.NAME:<12}{f.TITLE} ({f.MINUTES[0]:g} / {f.MINUTES[1]:g} min)" for f in scenarios]
+    lines = [
+        f"  {f.NAME:<12}{f.TITLE} ({f.MINUTES[0]:g} / {f.MINUTES[1]:g} min)" for f in scenarios
+    ]
     parser = _Parser(
-        prog="vico selftest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="vico selftest",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="\n".join(["scenarios (minutes with --quick / --full):", *lines]),
-    )  # fmt: skip
+    )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="few cases of each scenario: ten minutes in all")
-    size.add_argument("--full", action="store_true", help="all cases (the default); hours in all, so take it in parts by --only")
-    parser.add_argument("--only", nargs="+", metavar="SCENARIO", help="these scenarios alone; their results are put to those in --out")
-    parser.add_argument("--out", type=Path, default=Path("selftest"), help="folder of the results (default: selftest)")
-    parser.add_argument("--table", action="store_true", help="run nothing: print the results in --out as the table of the README")
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is random: where a kill hits, which bit flips")
+    size.add_argument(
+        "--quick", action="store_true", help="few cases of each scenario: ten minutes in all"
+    )
+    size.add_argument(
+        "--full",
+        action="store_true",
+        help="all cases (the default); hours in all, so take it in parts by --only",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="SCENARIO",
+        help="these scenarios alone; their results are put to those in --out",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("selftest"),
+        help="folder of the results (default: selftest)",
+    )
+    parser.add_argument(
+        "--table",
+        action="store_true",
+        help="run nothing: print the results in --out as the table of the README",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of everything that is random: where a kill hits, which bit flips",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
@@ -84,7 +131,10 @@ def _scenario(name: str) -> Any:
 
 def _run(scenario: Scenario, flags: argparse.Namespace) -> bool:
     """Run it in a folder of its own, write its JSON, say how it went."""
-    print(f"== {scenario.NAME}: {scenario.TITLE} (about {scenario.MINUTES[not flags.quick]:g} min)", flush=True)
+    print(
+        f"== {scenario.NAME}: {scenario.TITLE} (about {scenario.MINUTES[not flags.quick]:g} min)",
+        flush=True,
+    )
     folder = Path(tempfile.mkdtemp(prefix=f"vico-selftest-{scenario.NAME}-"))
     began = time.monotonic()
     try:
@@ -95,12 +145,22 @@ def _run(scenario: Scenario, flags: argparse.Namespace) -> bool:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     good = result.passed == result.of > 0
-    record: dict[str, Any] = {"passed": result.passed, "of": result.of, "seconds": round(time.monotonic() - began, 1)}
+    record: dict[str, Any] = {
+        "passed": result.passed,
+        "of": result.of,
+        "seconds": round(time.monotonic() - began, 1),
+    }
     record |= {"date": time.strftime("%Y-%m-%d"), "scale": "quick" if flags.quick else "full"}
-    write_json(flags.out / f"{scenario.NAME}.json", {**record, "seed": flags.seed, **version(), "facts": result.facts})
+    write_json(
+        flags.out / f"{scenario.NAME}.json",
+        {**record, "seed": flags.seed, **version(), "facts": result.facts},
+    )
     for failure in list(result.facts.get("failures", []))[:5]:
         print(f"   failed: {failure}", flush=True)
-    print(f"   {result.passed} of {result.of} in {record['seconds']:.0f} s{'' if good else ': FAILED'}", flush=True)
+    print(
+        f"   {result.passed} of {result.of} in {record['seconds']:.0f} s{'' if good else ': FAILED'}",
+        flush=True,
+    )
     return good
 
 
@@ -124,7 +184,9 @@ def table(out: Path, scenarios: list[Scenario]) -> str:
         if path.exists():
             r = read_json_object(path, "a result of the self-test")
             held, when = f"{r['passed']} of {r['of']}", f"{r['date']}, {r['machine']}"
-            rows.append(f"| `{scenario.NAME}`: {scenario.TITLE} | {held} | {r['scale']} | {r['seconds'] / 60:.1f} min | {when} |")
+            rows.append(
+                f"| `{scenario.NAME}`: {scenario.TITLE} | {held} | {r['scale']} | {r['seconds'] / 60:.1f} min | {when} |"
+            )
     return "\n".join(rows)
 
 
@@ -133,7 +195,12 @@ def version() -> dict[str, str]:
     digest = hashlib.sha256()
     for path in sorted((ROOT / "vico").rglob("*.py")):
         digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return {
         "code": digest.hexdigest()[:16],
         "commit": commit.stdout.strip() or "unknown",

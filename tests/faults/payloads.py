@@ -28,7 +28,10 @@ import numpy as np
 import torch
 
 # Of torch < 1.6: magic number and version, and the empty list of storages behind the content.
-OLD_START, NO_KEYS = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + pickle.dumps(1001, protocol=2), pickle.dumps([], protocol=2)
+OLD_START, NO_KEYS = (
+    pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + pickle.dumps(1001, protocol=2),
+    pickle.dumps([], protocol=2),
+)
 
 
 class Call:
@@ -112,7 +115,11 @@ def bites(payload: bytes, canary: Path) -> bool:
 
 def canary_is_there(canary: Path) -> bool:
     """Some libraries add to the name that they are given."""
-    found = [path for path in canary.parent.iterdir() if path.name.startswith(canary.name) and path.suffix != ".py"]
+    found = [
+        path
+        for path in canary.parent.iterdir()
+        if path.name.startswith(canary.name) and path.suffix != ".py"
+    ]
     for path in found:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return bool(found)
@@ -143,7 +150,12 @@ def as_tar(payload: bytes) -> bytes:
     """torch's format before 0.1.10."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name, content in (("sys_info", payload), ("pickle", payload), ("storages", payload), ("tensors", payload)):
+        for name, content in (
+            ("sys_info", payload),
+            ("pickle", payload),
+            ("storages", payload),
+            ("tensors", payload),
+        ):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
@@ -164,4 +176,11 @@ def as_it_is(payload: bytes) -> bytes:
     return payload
 
 
-CARRIERS: tuple[Callable[[bytes], bytes], ...] = (as_zip, as_old, as_old_system, as_tar, as_npy, as_it_is)
+CARRIERS: tuple[Callable[[bytes], bytes], ...] = (
+    as_zip,
+    as_old,
+    as_old_system,
+    as_tar,
+    as_npy,
+    as_it_is,
+)

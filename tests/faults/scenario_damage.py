@@ -10,10 +10,11 @@ import torch
 
 from faults.result import Result, Scale
 from support.processes import LAST_STEP, ToyRun, start_ranks, undisturbed
-from vico.checkpoint.read import LATEST, OPTIMIZER, STATE, WEIGHTS
+from vico.checkpoint.format import LATEST, OPTIMIZER, STATE, WEIGHTS
 from vico.checkpoint.read import read as read_checkpoint
+from vico.cli.flags import parse
 from vico.errors import CheckpointError, UserError
-from vico.train.config import RunConfig, parse
+from vico.train.config import RunConfig
 from vico.train.resume import find_start
 
 NAME = "damage"
@@ -72,7 +73,9 @@ def _fault(out: Path, config: RunConfig, damage: Damage) -> str:
     older = read_checkpoint(out / f"checkpoint-{OLDER}")
     if found.checkpoint.path != older.path:
         return f"{found.checkpoint.path.name} was loaded"
-    if not all(torch.equal(found.checkpoint.weights[name], value) for name, value in older.weights.items()):
+    if not all(
+        torch.equal(found.checkpoint.weights[name], value) for name, value in older.weights.items()
+    ):
         return "other tensors were loaded than those of the older checkpoint"
     told = " ".join(found.notes)
     return "" if "passed over" in told and newest.name in told else "nothing was said"
@@ -115,8 +118,12 @@ def _sets(out: Path, other: Path) -> Iterator[Case]:
             ("doubled", _doubled),
         ):
             yield f"{name} is {what}", partial(change, name)
-        sources = {f"that of step {step}": out / f"checkpoint-{step}" / name for step in (2, 4, 6, OLDER)}
-        sources |= {f"{source} of step {OLDER}": older / source for source in FILES if source != name}
+        sources = {
+            f"that of step {step}": out / f"checkpoint-{step}" / name for step in (2, 4, 6, OLDER)
+        }
+        sources |= {
+            f"{source} of step {OLDER}": older / source for source in FILES if source != name
+        }
         sources |= {f"that of another run's step {OLDER}": other / f"checkpoint-{OLDER}" / name}
         if name == STATE:
             sources |= {"another run's": theirs / name}
@@ -170,6 +177,14 @@ def _real_start(world: ToyRun, out: Path) -> str:
     run = start_ranks(world.flags(2, out), world.folder / "logs")
     codes, said = run.end(), run.said
     before = said.partition("training steps")[0]
-    if codes != [0, 0] or "damaged (its sha256 is not the recorded one)" not in before or f"resuming from step {OLDER}" not in said:
+    if (
+        codes != [0, 0]
+        or "damaged (its sha256 is not the recorded one)" not in before
+        or f"resuming from step {OLDER}" not in said
+    ):
         return f"a real start ended with {codes}: {said[-300:]!r}"
-    return "" if (_newest(out) / WEIGHTS).read_bytes() == good else "a real start behind damage ended in other bits"
+    return (
+        ""
+        if (_newest(out) / WEIGHTS).read_bytes() == good
+        else "a real start behind damage ended in other bits"
+    )

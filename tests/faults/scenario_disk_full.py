@@ -26,11 +26,17 @@ def run(scale: Scale) -> Result:
     torch.set_num_threads(1)  # processes are forked
     mounts = _can_mount(scale.folder)
     save_both(scale.folder / "measured", 1)
-    one = sum(path.stat().st_size for path in (scale.folder / "measured").rglob("*") if path.is_file())
+    one = sum(
+        path.stat().st_size for path in (scale.folder / "measured").rglob("*") if path.is_file()
+    )
     failures, refused = [], 0
     for number in range(SIZES):
         # From no room for anything new to room for all of it: what two steps hold, the best of each replaced.
-        size = one + 16 * KIB + round(number / (SIZES - 1) * 1.2 * one) if mounts else round(number / (SIZES - 1) * one / 3)
+        size = (
+            one + 16 * KIB + round(number / (SIZES - 1) * 1.2 * one)
+            if mounts
+            else round(number / (SIZES - 1) * one / 3)
+        )
         code, fault = _store(scale.folder / f"disk{number}", size, mounts)
         refused += code
         if fault:
@@ -40,7 +46,12 @@ def run(scale: Scale) -> Result:
     real_runs = int(mounts)  # without a small disk there is none to make, and none is counted
     if mounts and (fault := _real_run(scale.folder)):
         failures.append(f"a real run: {fault}")
-    facts = {"failures": failures, "how": "tmpfs" if mounts else "RLIMIT_FSIZE", "sizes_too_small": refused, "real_runs": real_runs}
+    facts = {
+        "failures": failures,
+        "how": "tmpfs" if mounts else "RLIMIT_FSIZE",
+        "sizes_too_small": refused,
+        "real_runs": real_runs,
+    }
     return Result(max(0, SIZES + real_runs - len(failures)), SIZES + real_runs, facts)
 
 
@@ -76,17 +87,27 @@ def _real_run(folder: Path) -> str:
     world, out = ToyRun.make(folder / "world"), folder / "out"
     out.mkdir()
     flags, logs = world.flags(2, out), folder / "logs"
-    with _disk(out, 3_500 * KIB, mounts=True):  # a checkpoint takes 920 KiB, and the best one as much
+    with _disk(
+        out, 3_500 * KIB, mounts=True
+    ):  # a checkpoint takes 920 KiB, and the best one as much
         run = start_ranks(flags, logs)
         codes = run.end()
-        if codes != [6, 6] or len(run.errors) != 1 or "No space left on device" not in run.errors[0]:
+        if (
+            codes != [6, 6]
+            or len(run.errors) != 1
+            or "No space left on device" not in run.errors[0]
+        ):
             return f"ended with {codes}: {run.errors or first_line(run.said)}"
         if not newest(out):
             return "no checkpoint was left"
         subprocess.run(["mount", "-o", f"remount,size={64 * 1024 * KIB}", str(out)], check=True)
         again = start_ranks(flags, logs)
         codes = again.end()
-        return difference(world, 2, out) if codes == [0, 0] else f"with more room it ended with {codes}: {first_line(again.said)}"
+        return (
+            difference(world, 2, out)
+            if codes == [0, 0]
+            else f"with more room it ended with {codes}: {first_line(again.said)}"
+        )
 
 
 @contextmanager
@@ -94,7 +115,9 @@ def _disk(folder: Path, size: int, mounts: bool) -> Iterator[None]:
     if not mounts:
         yield
         return
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "vico-selftest", str(folder)], check=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "vico-selftest", str(folder)], check=True
+    )
     try:
         yield
     finally:
@@ -104,6 +127,8 @@ def _disk(folder: Path, size: int, mounts: bool) -> Iterator[None]:
 def _can_mount(folder: Path) -> bool:
     place = folder / "mounted"
     place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "vico-selftest", str(place)], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "vico-selftest", str(place)], capture_output=True, check=False
+    ).returncode:
         return False
     return subprocess.run(["umount", str(place)], capture_output=True, check=False).returncode == 0

@@ -29,21 +29,29 @@ from faults.damage import rows
 from faults.result import Result, Scale
 from support.run_fixture import CHECKPOINT, VAL, RunFixture, make_run_fixture
 from support.warm_process import WarmProcess
+from vico.cli.flags import parse
 from vico.data import batching
 from vico.data.batching import question_characters
 from vico.data.readers.nextqa import GROUPS
+from vico.data.types import Question
 from vico.distributed.world import World
 from vico.errors import UserError
-from vico.model.batch import PackedBatch, Question
+from vico.model.batch import PackedBatch
 from vico.train.build import Inputs, read_inputs
-from vico.train.config import RunConfig, parse
+from vico.train.config import RunConfig
 from vico.train.evaluate import Evaluation, evaluate
 
-NAME, TITLE = "evaluation", "Evaluation: equal counts and bytes over numbers of questions, batches and ranks"
+NAME, TITLE = (
+    "evaluation",
+    "Evaluation: equal counts and bytes over numbers of questions, batches and ranks",
+)
 MINUTES = (0.8, 4.0)
 BATCHES, RANKS, MOST = (1, 2, 3, 5, 8), range(1, 9), 33
 QUICK_NUMBERS = (0, 1, 2, 7, 9, 16, 33)
-REAL = {True: [(3, "zero3")], False: [(1, "zero2"), (1, "zero3"), (2, "zero3"), (3, "zero3"), (33, "zero2"), (33, "zero3")]}
+REAL = {
+    True: [(3, "zero3")],
+    False: [(1, "zero2"), (1, "zero3"), (2, "zero3"), (3, "zero3"), (33, "zero2"), (33, "zero3")],
+}
 ROOT = Path(__file__).resolve().parents[2]
 TYPES = ("CW", "CH", "TN", "TC", "TP", "DL", "DC", "DO")
 
@@ -104,12 +112,18 @@ class Scorer:
             parent = segment.parent
             state = hashlib.sha256() if parent is None else begun[parent].copy()
             if parent is not None:
-                state.update(_bytes(ids[batch.segments[parent].start : batch.segments[parent].stop]))
+                state.update(
+                    _bytes(ids[batch.segments[parent].start : batch.segments[parent].stop])
+                )
             begun.append(state)
         losses = []
-        for place, wanted in zip(batch.token_targets_N.tolist(), batch.token_target_ids_N.tolist(), strict=True):
+        for place, wanted in zip(
+            batch.token_targets_N.tolist(), batch.token_target_ids_N.tolist(), strict=True
+        ):
             row = int(batch.wanted_rows_R[place])
-            index = next(i for i, segment in enumerate(batch.segments) if segment.start <= row < segment.stop)
+            index = next(
+                i for i, segment in enumerate(batch.segments) if segment.start <= row < segment.stop
+            )
             state = begun[index].copy()
             state.update(_bytes([*ids[batch.segments[index].start : row + 1], wanted]))
             losses.append(_loss(state.digest()))
@@ -128,21 +142,27 @@ def _loss(digest: bytes) -> float:
 def run(scale: Scale) -> Result:
     with WarmProcess() as warm:
         fixture = make_run_fixture(scale.folder / "fixture", warm)
-        cases = list(itertools.product(QUICK_NUMBERS if scale.quick else range(MOST + 1), BATCHES, RANKS))
+        cases = list(
+            itertools.product(QUICK_NUMBERS if scale.quick else range(MOST + 1), BATCHES, RANKS)
+        )
         faults = emulate(fixture, cases)
         real = REAL[scale.quick]
         for n, stage in real:
             if fault := try_real(fixture, n, stage, warm):
                 faults.append(f"{n} questions, {stage}, 1 and 2 real ranks: {fault}")
     total = len(cases) + len(real)
-    return Result(total - len(faults), total, {"emulated": len(cases), "real": len(real), "failures": faults})
+    return Result(
+        total - len(faults), total, {"emulated": len(cases), "real": len(real), "failures": faults}
+    )
 
 
 def emulate(fixture: RunFixture, cases: Sequence[tuple[int, int, int]]) -> list[str]:
     """The faults of these (number of questions, questions per batch, ranks)."""
     config, inputs = open_home(fixture)
     questions, faults = make_questions(), []
-    size = 32 + question_characters(questions[0]) // 4  # by which chunks are cut: all questions are equally long
+    size = (
+        32 + question_characters(questions[0]) // 4
+    )  # by which chunks are cut: all questions are equally long
     was = batching.EVALUATION_TOKENS
     try:
         for n, batch, ranks in cases:
@@ -164,14 +184,30 @@ def make_questions() -> list[Question]:
     made = []
     for i in range(MOST):
         options = tuple(f"thing {i:02d} {k}" for k in range(5))
-        made.append(Question(i, str(i), f"10000{i % 2}", TYPES[i * len(TYPES) // MOST], f"why {i:03d}", options, i * 7 % 5))
+        made.append(
+            Question(
+                i,
+                str(i),
+                f"10000{i % 2}",
+                TYPES[i * len(TYPES) // MOST],
+                f"why {i:03d}",
+                options,
+                i * 7 % 5,
+            )
+        )
     return made
 
 
-def try_case(config: RunConfig, inputs: Inputs, questions: list[Question], ranks: int) -> str | None:
+def try_case(
+    config: RunConfig, inputs: Inputs, questions: list[Question], ranks: int
+) -> str | None:
     found = on_ranks(config, inputs, questions, ranks)
     if not questions:
-        return None if all(isinstance(f, UserError) for f in found) else f"no question, and no clear answer: {found}"
+        return (
+            None
+            if all(isinstance(f, UserError) for f in found)
+            else f"no question, and no clear answer: {found}"
+        )
     if wrong := next((f for f in found if not isinstance(f, Evaluation)), None):
         return f"{type(wrong).__name__}: {wrong}"
     texts = {"".join(json.dumps(record) + "\n" for record in f.records()) for f in found}
@@ -205,7 +241,19 @@ def expected_text(config: RunConfig, inputs: Inputs, questions: list[Question]) 
     for q in questions:
         scores = _scores_alone(config, inputs, q)
         right = {"answer": q.answer, "prediction": scores.index(min(scores))}
-        lines.append(json.dumps({"index": q.index, "qid": q.qid, "video": q.video, "type": q.type, "scores": scores, **right}) + "\n")
+        lines.append(
+            json.dumps(
+                {
+                    "index": q.index,
+                    "qid": q.qid,
+                    "video": q.video,
+                    "type": q.type,
+                    "scores": scores,
+                    **right,
+                }
+            )
+            + "\n"
+        )
     return "".join(lines)
 
 
@@ -218,7 +266,9 @@ def _scores_alone(config: RunConfig, inputs: Inputs, q: Question) -> list[float]
         for answer in range(len(q.options)):
             sequence = inputs.prompts.vqa(q, answer)
             tokens = [max(t, 0) for t in sequence.tokens]
-            losses = [_loss(hashlib.sha256(_bytes(tokens[: t + 1])).digest()) for t in sequence.targets]
+            losses = [
+                _loss(hashlib.sha256(_bytes(tokens[: t + 1])).digest()) for t in sequence.targets
+            ]
             scores.append(sum(losses) / len(losses))
         _known[q.qid] = scores
     return _known[q.qid]
@@ -226,31 +276,64 @@ def _scores_alone(config: RunConfig, inputs: Inputs, q: Question) -> list[float]
 
 def wrong_counts(found: Evaluation, questions: list[Question]) -> str | None:
     """Against counts of single predictions."""
-    right = Counter(GROUPS[q.type] for q, p in zip(questions, found.predictions, strict=True) if p == q.answer)
+    right = Counter(
+        GROUPS[q.type] for q, p in zip(questions, found.predictions, strict=True) if p == q.answer
+    )
     asked = Counter(GROUPS[q.type] for q in questions)
     plain = {group: (right[group], n) for group, n in asked.items()}
     n = len(questions)
-    results = {"n": n, "n_total": n, "acc": sum(right.values()) / n, **{group: right[group] / asked[group] for group in asked}}
+    results = {
+        "n": n,
+        "n_total": n,
+        "acc": sum(right.values()) / n,
+        **{group: right[group] / asked[group] for group in asked},
+    }
     if found.counts != plain or found.results() != results:
         return f"counts {found.counts} for {plain}"
-    return None if sum(a for _, a in found.counts.values()) == n else "the types' questions are not all"
+    return (
+        None
+        if sum(a for _, a in found.counts.values()) == n
+        else "the types' questions are not all"
+    )
 
 
 def try_real(fixture: RunFixture, n: int, stage: str, warm: WarmProcess) -> str | None:
     """`vico eval` of a real model in one process, and by launch/eval.sh on two ranks: the same file, byte for byte."""
-    rows(*({"question": f"why {i}", "video": f"10000{i % 2}", "type": TYPES[i % 8], "answer": str(i % 5)} for i in range(n)))(fixture)
+    rows(
+        *(
+            {
+                "question": f"why {i}",
+                "video": f"10000{i % 2}",
+                "type": TYPES[i % 8],
+                "answer": str(i % 5),
+            }
+            for i in range(n)
+        )
+    )(fixture)
     texts, results = [], []
     for ranks in (1, 2):
         out = fixture.folder / f"out{ranks}"
         shutil.rmtree(out, ignore_errors=True)
-        command = [*fixture.command(f"eval --resume {{fixture}}/{CHECKPOINT} --deepspeed {stage}"), "--output_dir", str(out)]
+        command = [
+            *fixture.command(f"eval --resume {{fixture}}/{CHECKPOINT} --deepspeed {stage}"),
+            "--output_dir",
+            str(out),
+        ]
         if ranks == 1:
             ended = warm.run(command, fixture.folder)
             code, said, err = ended.code, ended.out, ended.err
         else:
             environment = {**os.environ, "VICO_RANKS": "2", "OMP_NUM_THREADS": "1"}
             words = ["bash", str(ROOT / "launch" / "eval.sh"), *command[1:]]
-            done = subprocess.run(words, cwd=fixture.folder, env=environment, capture_output=True, text=True, timeout=240, check=False)
+            done = subprocess.run(
+                words,
+                cwd=fixture.folder,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=240,
+                check=False,
+            )
             code, said, err = done.returncode, done.stdout, done.stderr
         if code != 0:
             return f"exit code {code} on {ranks} rank(s): {err[-300:]}"
@@ -263,6 +346,8 @@ def try_real(fixture: RunFixture, n: int, stage: str, warm: WarmProcess) -> str 
     faults = {
         "the files of 1 and 2 ranks differ": texts[0] != texts[1],
         "not every question once, in the file's order": [r["qid"] for r in records] != ids,
-        f"results {results} for {right} of {n}": any((r["n"], r["acc"]) != (n, right / n) for r in results),
+        f"results {results} for {right} of {n}": any(
+            (r["n"], r["acc"]) != (n, right / n) for r in results
+        ),
     }
     return "; ".join(what for what, so in faults.items() if so) or None

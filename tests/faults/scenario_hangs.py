@@ -15,7 +15,12 @@ CASES = (2, 20)
 SECONDS = 10.0  # --hang_timeout; on a busy machine no phase of a start may take longer
 ALLOWED = 5.0
 # Where it hangs, by the failpoint that holds the rank there.
-PLACES = {"a step": "step@4", "a save": "save:written@2", "an evaluation": "evaluation@1", "loading": "inputs@1"}
+PLACES = {
+    "a step": "step@4",
+    "a save": "save:written@2",
+    "an evaluation": "evaluation@1",
+    "loading": "inputs@1",
+}
 
 
 def run(scale: Scale) -> Result:
@@ -24,15 +29,27 @@ def run(scale: Scale) -> Result:
     for number in range(num):
         place = list(PLACES)[(number // 2 + number % 2) % len(PLACES)]
         rank = 0 if place == "a save" else rng.randrange(RANKS)  # only rank 0 writes
-        stopped = number % 2 == 0  # the whole process; otherwise its main thread waits for ever, and the process lives
-        seconds, problem = _case(world, (2, 3)[number // 2 % 2], place, rank, stopped, scale.folder / f"run{number}")
+        stopped = (
+            number % 2 == 0
+        )  # the whole process; otherwise its main thread waits for ever, and the process lives
+        seconds, problem = _case(
+            world, (2, 3)[number // 2 % 2], place, rank, stopped, scale.folder / f"run{number}"
+        )
         longest = max(longest, seconds)
         if problem:
-            failures.append(f"case {number}, rank {rank} {'stopped' if stopped else 'held'} in {place}: {problem}")
-    return Result(num - len(failures), num, {"failures": failures, "set_seconds": SECONDS, "longest_seconds": round(longest, 1)})
+            failures.append(
+                f"case {number}, rank {rank} {'stopped' if stopped else 'held'} in {place}: {problem}"
+            )
+    return Result(
+        num - len(failures),
+        num,
+        {"failures": failures, "set_seconds": SECONDS, "longest_seconds": round(longest, 1)},
+    )
 
 
-def _case(world: ToyRun, stage: int, place: str, rank: int, stopped: bool, out: Path) -> tuple[float, str]:
+def _case(
+    world: ToyRun, stage: int, place: str, rank: int, stopped: bool, out: Path
+) -> tuple[float, str]:
     flags = [*world.flags(stage, out), "--hang_timeout", str(SECONDS / 60)]
     run = start_ranks(flags, world.folder / "logs", f"{PLACES[place]}#{rank}=sleep 600")
     if not run.reach(lambda: "vico: failpoint" in run.said):

@@ -16,7 +16,10 @@ from faults.result import Result, Scale
 from support.run_fixture import RunFixture, make_run_fixture
 from support.warm_process import Ended, WarmProcess, warm_processes
 
-NAME, TITLE = "inputs", "Corrupted inputs: each one line that helps, exit 2 or 3, within 10 s, nothing trained, nothing written"
+NAME, TITLE = (
+    "inputs",
+    "Corrupted inputs: each one line that helps, exit 2 or 3, within 10 s, nothing trained, nothing written",
+)
 MINUTES = (0.9, 1.5)
 SECONDS = 10.0
 CASES: dict[str, Case] = {**SETTINGS, **DATA, **MODEL}
@@ -35,14 +38,24 @@ def run(scale: Scale) -> Result:
     chosen = starts[::3] if scale.quick else starts
     for name, launched in chosen:
         if fault := start_case(name, original, scale.folder / "started", launched):
-            faults.append(f"{name} by {'launch/train.sh' if launched else 'a process of its own'}: {fault}")
+            faults.append(
+                f"{name} by {'launch/train.sh' if launched else 'a process of its own'}: {fault}"
+            )
     total = len(CASES) + len(chosen)
-    facts = {"distinct_cases": len(CASES), "own_starts": len(chosen), "slowest_seconds": round(max(s for _, s in results.values()), 2)}
+    facts = {
+        "distinct_cases": len(CASES),
+        "own_starts": len(chosen),
+        "slowest_seconds": round(max(s for _, s in results.values()), 2),
+    }
     return Result(total - len(faults), total, {**facts, "failures": faults})
 
 
 def attempt_all(
-    names: list[str], original: RunFixture, workers: list[WarmProcess], folder: Path, limit: float = SECONDS
+    names: list[str],
+    original: RunFixture,
+    workers: list[WarmProcess],
+    folder: Path,
+    limit: float = SECONDS,
 ) -> dict[str, tuple[str | None, float]]:
     """By name: what was not as it must be, and seconds."""
     free: queue.SimpleQueue[WarmProcess] = queue.SimpleQueue()
@@ -60,7 +73,9 @@ def attempt_all(
         return dict(zip(names, pool.map(attempt, names), strict=True))
 
 
-def try_case(case: Case, original: RunFixture, folder: Path, worker: WarmProcess, limit: float) -> tuple[str | None, float]:
+def try_case(
+    case: Case, original: RunFixture, folder: Path, worker: WarmProcess, limit: float
+) -> tuple[str | None, float]:
     """(what was not as it must be, seconds)."""
     shutil.rmtree(folder, ignore_errors=True)
     fixture = original.copy(folder)
@@ -72,10 +87,14 @@ def try_case(case: Case, original: RunFixture, folder: Path, worker: WarmProcess
     return judge(ended, case, fixture, before, limit), ended.seconds
 
 
-def judge(ended: Ended, case: Case, fixture: RunFixture, before: dict[str, str], seconds: float = SECONDS) -> str | None:
+def judge(
+    ended: Ended, case: Case, fixture: RunFixture, before: dict[str, str], seconds: float = SECONDS
+) -> str | None:
     _, _, code, parts = case
     first, *table = ended.err.splitlines() or [""]
-    missing = [part for part in parts if part.replace("{fixture}", str(fixture.folder)) not in ended.err]
+    missing = [
+        part for part in parts if part.replace("{fixture}", str(fixture.folder)) not in ended.err
+    ]
     faults = {
         f"exit code {ended.code}, not {code}": ended.code != code or code not in (2, 3),
         f"not one line: {ended.err[:500]!r}": not first.startswith("vico: error: ")
@@ -100,9 +119,19 @@ def start_case(name: str, original: RunFixture, folder: Path, launched: bool) ->
     if case[0] is not None:
         case[0](fixture)
     before, command = fixture.contents(), fixture.command(case[1])
-    words = ["bash", str(ROOT / "launch" / "train.sh"), *command[1:]] if launched else [sys.executable, "-m", "vico", *command]
+    words = (
+        ["bash", str(ROOT / "launch" / "train.sh"), *command[1:]]
+        if launched
+        else [sys.executable, "-m", "vico", *command]
+    )
     environment = {**os.environ, "VICO_RANKS": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    err = "\n".join(line for line in done.stderr.splitlines() if line.startswith(("vico: error", "Traceback", "  File")))
+    done = subprocess.run(
+        words, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    err = "\n".join(
+        line
+        for line in done.stderr.splitlines()
+        if line.startswith(("vico: error", "Traceback", "  File"))
+    )
     ended = Ended(done.returncode, done.stdout, err + "\n", 0.0)
     return judge(ended, case, fixture, before)

@@ -28,7 +28,17 @@ TITLE = "kill -9 at random moments, half inside a save, ZeRO-2 and 3: the same c
 MINUTES = (2.5, 25.0)
 CASES = (12, 100)
 AT_ONCE = 2  # a case waits as much as it computes
-MOMENTS = ("begun", "file", "written", "flushed", "aside", "renamed", "verified", "noted", "pruned")  # of a save, in order
+MOMENTS = (
+    "begun",
+    "file",
+    "written",
+    "flushed",
+    "aside",
+    "renamed",
+    "verified",
+    "noted",
+    "pruned",
+)  # of a save, in order
 PASSINGS = 5  # of most of them in a run: saves of steps 2, 4, 5, 6, 8, 10 and of the best
 
 
@@ -41,9 +51,16 @@ def run(scale: Scale) -> Result:
     def case(number: int) -> tuple[str, int]:
         stage, in_save, out = (2, 3)[number % 2], number % 4 >= 2, scale.folder / f"run{number}"
         workers = int(number % 5 == 4)  # per rank, which read ahead of the step that is killed
-        how, problem, lost = _case(world, stage, in_save, workers, out, random.Random(f"{scale.seed} {number}"))
+        how, problem, lost = _case(
+            world, stage, in_save, workers, out, random.Random(f"{scale.seed} {number}")
+        )
         shutil.rmtree(out)
-        return f"case {number}, ZeRO-{stage}, {workers} data workers, {how}: {problem}" if problem else "", lost
+        return (
+            f"case {number}, ZeRO-{stage}, {workers} data workers, {how}: {problem}"
+            if problem
+            else "",
+            lost,
+        )
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         results = list(pool.map(case, range(num)))
@@ -58,7 +75,9 @@ def run(scale: Scale) -> Result:
     return Result(num - len(failures), num, facts)
 
 
-def _case(world: ToyRun, stage: int, in_save: bool, workers: int, out: Path, rng: random.Random) -> tuple[str, str, int]:
+def _case(
+    world: ToyRun, stage: int, in_save: bool, workers: int, out: Path, rng: random.Random
+) -> tuple[str, str, int]:
     """(what was done, what is wrong or nothing, steps that were lost)."""
     flags, logs = [*world.flags(stage, out), "--num_workers", str(workers)], world.folder / "logs"
     while True:  # a kill that comes too late for this run is none
@@ -84,7 +103,9 @@ def _case(world: ToyRun, stage: int, in_save: bool, workers: int, out: Path, rng
     return how, difference(world, stage, out), lost
 
 
-def _disturb(flags: list[str], in_save: bool, out: Path, logs: Path, rng: random.Random) -> tuple[str, Started]:
+def _disturb(
+    flags: list[str], in_save: bool, out: Path, logs: Path, rng: random.Random
+) -> tuple[str, Started]:
     if in_save and rng.random() < 0.6:
         failpoint = f"save:{rng.choice(MOMENTS)}@{rng.randint(1, PASSINGS)}#0=kill"
         killed = start_ranks(flags, logs, failpoint)

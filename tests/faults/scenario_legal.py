@@ -13,16 +13,42 @@ from typing import Any
 
 import torch
 
-from faults.damage import SRT, Damage, both, copy, gone, js, pth, put, rows, star, star_item, tvqa, tvqa_row
+from faults.damage import (
+    SRT,
+    Damage,
+    both,
+    copy,
+    gone,
+    js,
+    pth,
+    put,
+    rows,
+    star,
+    star_item,
+    tvqa,
+    tvqa_row,
+)
 from faults.result import Result, Scale
-from support.run_fixture import CAPTIONS, FEATURES, NEXTQA, PARAMS, TINY, TOKENIZER, TRAIN, VAL, RunFixture, make_run_fixture
+from support.run_fixture import (
+    CAPTIONS,
+    FEATURES,
+    NEXTQA,
+    PARAMS,
+    TINY,
+    TOKENIZER,
+    TRAIN,
+    VAL,
+    RunFixture,
+    make_run_fixture,
+)
 from support.warm_process import WarmProcess
 from vico.cli.convert import convert
+from vico.cli.flags import parse
 from vico.data.batching import EvaluationChunks, TrainingSteps
 from vico.distributed.world import World
 from vico.model.batch import PackedBatch
 from vico.train.build import Inputs, read_inputs
-from vico.train.config import RunConfig, parse
+from vico.train.config import RunConfig
 
 NAME, TITLE = "legal", "Odd but legal files: the very samples of their clean twins, by hash"
 MINUTES = (0.4, 0.4)
@@ -31,22 +57,42 @@ MINUTES = (0.4, 0.4)
 TEXTS: list[dict[str, str]] = [
     {"a0": "None", "a1": "nan", "a2": "NA", "a3": "null", "a4": "1e3"},
     {"a0": "", "a1": "007", "a2": " x ", "a3": "True", "a4": "1.0"},
-    {"question": '  he said "why"  ', "a0": "Answer: (B)", "a1": "a,b", "a2": "caf\u00e9 \u732b", "a3": "(A)\nChoices:", "a4": "-"},
+    {
+        "question": '  he said "why"  ',
+        "a0": "Answer: (B)",
+        "a1": "a,b",
+        "a2": "caf\u00e9 \u732b",
+        "a3": "(A)\nChoices:",
+        "a4": "-",
+    },
 ]
 IDS = [{"video": "007", "qid": "01"}, {"video": "007", "qid": "1"}, {"video": "1e3", "qid": "0"}]
 CLEAN = both(
     rows(*TEXTS, *IDS),
-    pth(FEATURES, lambda videos: videos.update({"007": videos["100000"].clone(), "1e3": videos["100001"].clone()})),
-    pth(FEATURES, lambda videos: {name: value.bfloat16().half() for name, value in videos.items()}),  # numbers that all types can hold
+    pth(
+        FEATURES,
+        lambda videos: videos.update(
+            {"007": videos["100000"].clone(), "1e3": videos["100001"].clone()}
+        ),
+    ),
+    pth(
+        FEATURES, lambda videos: {name: value.bfloat16().half() for name, value in videos.items()}
+    ),  # numbers that all types can hold
 )
 
 
-def table(change: Callable[[list[list[str]]], list[list[str]]], end: str = "\n", **how: Any) -> Damage:
+def table(
+    change: Callable[[list[list[str]]], list[list[str]]], end: str = "\n", **how: Any
+) -> Damage:
     """Both tables with their fields changed and written by these rules."""
 
     def damage(fixture: RunFixture) -> None:
         for name in (TRAIN, VAL):
-            fields = list(csv.reader(io.StringIO((fixture.folder / name).read_text(encoding="utf-8"), newline="")))
+            fields = list(
+                csv.reader(
+                    io.StringIO((fixture.folder / name).read_text(encoding="utf-8"), newline="")
+                )
+            )
             out = io.StringIO()
             csv.writer(out, lineterminator=end, **how).writerows(change(fields))
             (fixture.folder / name).write_bytes(out.getvalue().encode())
@@ -65,11 +111,17 @@ def raw(change: Callable[[bytes], bytes], *names: str) -> Damage:
 def blanks(fields: list[list[str]]) -> list[list[str]]:
     """Around column names, ids, types and answers, never around texts."""
     spaced = [fields[0].index(name) for name in ("video", "qid", "type", "answer")]
-    return [[f" {name}\t" for name in fields[0]], *([f" {v} " if i in spaced else v for i, v in enumerate(row)] for row in fields[1:])]
+    return [
+        [f" {name}\t" for name in fields[0]],
+        *([f" {v} " if i in spaced else v for i, v in enumerate(row)] for row in fields[1:]),
+    ]
 
 
 def with_columns(fields: list[list[str]]) -> list[list[str]]:
-    return [[*row, "lemma" if i == 0 else 'x "y"\nz', "" if i else "note"] for i, row in enumerate(fields)]
+    return [
+        [*row, "lemma" if i == 0 else 'x "y"\nz', "" if i else "note"]
+        for i, row in enumerate(fields)
+    ]
 
 
 def features_as(change: Callable[[torch.Tensor], Any]) -> Damage:
@@ -89,7 +141,9 @@ def views(videos: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def shuffled(name: str) -> Damage:
     def damage(fixture: RunFixture) -> None:
         content = json.loads((fixture.folder / name).read_text(encoding="utf-8"))
-        (fixture.folder / name).write_text(json.dumps(dict(reversed(content.items())), indent=4), encoding="utf-8")
+        (fixture.folder / name).write_text(
+            json.dumps(dict(reversed(content.items())), indent=4), encoding="utf-8"
+        )
 
     return damage
 
@@ -113,7 +167,9 @@ NEXTQA_TWINS: dict[str, Damage] = {
     "further columns, newlines in them": table(with_columns),
     "further columns and CRLF": table(with_columns, end="\r\n"),
     "video_id for video": raw(lambda content: content.replace(b"video,", b"video_id,", 1)),
-    "without the columns that nothing uses": table(lambda fields: [[row[0], *row[4:]] for row in fields]),
+    "without the columns that nothing uses": table(
+        lambda fields: [[row[0], *row[4:]] for row in fields]
+    ),
     "empty lines": raw(lambda content: b"\n\n" + content + b"\n,,,,,,,,,,,,\n \n"),
     "no newline at the end": raw(lambda content: content.rstrip(b"\n")),
     "features, bfloat16": features_as(lambda v: v.bfloat16()),
@@ -121,53 +177,107 @@ NEXTQA_TWINS: dict[str, Damage] = {
     "features, float64": features_as(lambda v: v.double()),
     "features, views of one storage": pth(FEATURES, views),
     "features, transposed in memory": features_as(lambda v: v.t().contiguous().t()),
-    "features, another order and unused videos": pth(FEATURES, lambda vs: {"unused": torch.zeros(1, 768), **dict(reversed(vs.items()))}),
+    "features, another order and unused videos": pth(
+        FEATURES, lambda vs: {"unused": torch.zeros(1, 768), **dict(reversed(vs.items()))}
+    ),
     "features, an OrderedDict": pth(FEATURES, OrderedDict),
     "features, parameters": features_as(lambda v: torch.nn.Parameter(v, requires_grad=False)),
-    "features, blanks around ids": pth(FEATURES, lambda videos: {f" {name}\n": value for name, value in videos.items()}),
+    "features, blanks around ids": pth(
+        FEATURES, lambda videos: {f" {name}\n": value for name, value in videos.items()}
+    ),
     "captions, another order and layout": shuffled(CAPTIONS),
-    "captions, byte order mark, CRLF": raw(lambda content: BOM + content.replace(b"{", b"{\r\n"), CAPTIONS),
-    "captions, blanks around ids": raw(lambda content: content.replace(b'": "', b' ": "').replace(b', "', b', " '), CAPTIONS),
+    "captions, byte order mark, CRLF": raw(
+        lambda content: BOM + content.replace(b"{", b"{\r\n"), CAPTIONS
+    ),
+    "captions, blanks around ids": raw(
+        lambda content: content.replace(b'": "', b' ": "').replace(b', "', b', " '), CAPTIONS
+    ),
     "captions, escapes and unused ones": js(CAPTIONS, **{"\u732b": "unused"}),
-    "captions, another of the known names": both(copy(CAPTIONS, f"{NEXTQA}/blip2_n6.json"), gone(CAPTIONS)),
-    "params.json, byte order mark, unknown keys": both(js(PARAMS, max_seq_len=2048, _note="x"), raw(lambda content: BOM + content, PARAMS)),
+    "captions, another of the known names": both(
+        copy(CAPTIONS, f"{NEXTQA}/blip2_n6.json"), gone(CAPTIONS)
+    ),
+    "params.json, byte order mark, unknown keys": both(
+        js(PARAMS, max_seq_len=2048, _note="x"), raw(lambda content: BOM + content, PARAMS)
+    ),
     "weights in Hugging Face's layout": hugging_face,
-    "tokenizer in the model's folder": both(copy(TOKENIZER, f"{TINY}/tokenizer.model"), gone(TOKENIZER)),
-    "other files about": both(put(f"{NEXTQA}/notes.txt", b"\xff"), put(f"{NEXTQA}/val.csv.bak", "x"), put(f"{TINY}/checklist.chk", "x")),
+    "tokenizer in the model's folder": both(
+        copy(TOKENIZER, f"{TINY}/tokenizer.model"), gone(TOKENIZER)
+    ),
+    "other files about": both(
+        put(f"{NEXTQA}/notes.txt", b"\xff"),
+        put(f"{NEXTQA}/val.csv.bak", "x"),
+        put(f"{TINY}/checklist.chk", "x"),
+    ),
 }
-STAR_ITEMS = [star_item(), star_item(question_id="Odd", start=0, end=2, answer="d"), star_item(question_id="A_2", question=" None ")]
+STAR_ITEMS = [
+    star_item(),
+    star_item(question_id="Odd", start=0, end=2, answer="d"),
+    star_item(question_id="A_2", question=" None "),
+]
 
 
 def star_twins() -> dict[str, Damage]:
-    other = [dict(reversed({**item, "start": str(item["start"]), "extra": [1, {}]}.items())) for item in STAR_ITEMS]
+    other = [
+        dict(reversed({**item, "start": str(item["start"]), "extra": [1, {}]}.items()))
+        for item in STAR_ITEMS
+    ]
     return {
-        "STAR, pretty and CRLF": star(STAR_ITEMS, lambda val: "\ufeff" + json.dumps(val, indent=2).replace("\n", "\r\n")),
+        "STAR, pretty and CRLF": star(
+            STAR_ITEMS, lambda val: "\ufeff" + json.dumps(val, indent=2).replace("\n", "\r\n")
+        ),
         "STAR, keys in another order, times as text, more keys": star(other),
-        "STAR, choices in another order": star([{**i, "choices": i["choices"][::-1]} for i in STAR_ITEMS]),
+        "STAR, choices in another order": star(
+            [{**i, "choices": i["choices"][::-1]} for i in STAR_ITEMS]
+        ),
         "STAR, blanks around ids": star(
-            [{**i, "video_id": f" {i['video_id']} ", "question_id": f"{i['question_id']}\n"} for i in STAR_ITEMS]
+            [
+                {**i, "video_id": f" {i['video_id']} ", "question_id": f"{i['question_id']}\n"}
+                for i in STAR_ITEMS
+            ]
         ),
     }
 
 
-TVQA_ROWS = [tvqa_row(), tvqa_row(qid=6, ts="NaN-NaN", q="None"), tvqa_row(qid="007", a0="caf\u00e9", vid_name="100001")]
+TVQA_ROWS = [
+    tvqa_row(),
+    tvqa_row(qid=6, ts="NaN-NaN", q="None"),
+    tvqa_row(qid="007", a0="caf\u00e9", vid_name="100001"),
+]
 
 
 def tvqa_twins() -> dict[str, Damage]:
-    other = [json.dumps(dict(reversed({**row, "located_frame": [1]}.items())), ensure_ascii=False) + "\r\n\r\n" for row in TVQA_ROWS]
+    other = [
+        json.dumps(dict(reversed({**row, "located_frame": [1]}.items())), ensure_ascii=False)
+        + "\r\n\r\n"
+        for row in TVQA_ROWS
+    ]
     spaced = [
-        {**row, "vid_name": f" {row['vid_name']}", "qid": f"{row['qid']} ", "answer_idx": str(row["answer_idx"])} for row in TVQA_ROWS
+        {
+            **row,
+            "vid_name": f" {row['vid_name']}",
+            "qid": f"{row['qid']} ",
+            "answer_idx": str(row["answer_idx"]),
+        }
+        for row in TVQA_ROWS
     ]
     return {
-        "TVQA, byte order mark, CRLF, empty lines, another order": _with_srt(tvqa("\ufeff", *other), SRT),
+        "TVQA, byte order mark, CRLF, empty lines, another order": _with_srt(
+            tvqa("\ufeff", *other), SRT
+        ),
         "TVQA, blanks around ids, answers as text": _with_srt(tvqa(*spaced), SRT),
-        "TVQA, subtitles with byte order mark and CRLF": _with_srt(tvqa(*TVQA_ROWS), "\ufeff" + SRT.replace("\n", "\r\n")),
-        "TVQA, subtitles with more empty lines": _with_srt(tvqa(*TVQA_ROWS), "\n" + SRT.replace("\n\n", " \n\n\n")),
+        "TVQA, subtitles with byte order mark and CRLF": _with_srt(
+            tvqa(*TVQA_ROWS), "\ufeff" + SRT.replace("\n", "\r\n")
+        ),
+        "TVQA, subtitles with more empty lines": _with_srt(
+            tvqa(*TVQA_ROWS), "\n" + SRT.replace("\n\n", " \n\n\n")
+        ),
     }
 
 
 def _with_srt(damage: Damage, content: str) -> Damage:
-    names = [f"world/data/tvqa/tvqa_subtitles/{video}.srt" for video in ("000000", "100000", "100001")]
+    names = [
+        f"world/data/tvqa/tvqa_subtitles/{video}.srt" for video in ("000000", "100000", "100001")
+    ]
     return both(damage, *(put(name, content) for name in names))
 
 
@@ -190,7 +300,11 @@ def run(scale: Scale) -> Result:
             except Exception as problem:  # a refusal is as wrong as anything
                 fault = f"{type(problem).__name__}: {problem}"
             faults += [f"{name}: {fault}"] if fault else []
-    if different := [name for name, damage in not_twins().items() if digest(original, CLEAN, damage, scale.folder, []) in distinct]:
+    if different := [
+        name
+        for name, damage in not_twins().items()
+        if digest(original, CLEAN, damage, scale.folder, []) in distinct
+    ]:
         faults.append(f"changed texts that the hash does not see: {different}")
     total = sum(len(twins) for _, twins, _ in groups) + 1
     return Result(total - len(faults), total, {"twins": total - 1, "failures": faults})
@@ -206,7 +320,9 @@ def not_twins() -> dict[str, Damage]:
     }
 
 
-def digest(original: RunFixture, clean: Damage, damage: Damage | None, folder: Path, flags: list[str]) -> str:
+def digest(
+    original: RunFixture, clean: Damage, damage: Damage | None, folder: Path, flags: list[str]
+) -> str:
     """Of all that a run on the spoilt fixture would be fed with: both training epochs' first steps and the evaluation."""
     fixture = original.copy(folder / f"twin-{os.urandom(4).hex()}")
     clean(fixture)
@@ -226,13 +342,31 @@ def digest(original: RunFixture, clean: Damage, damage: Damage | None, folder: P
 
 def _batches(config: RunConfig, inputs: Inputs) -> Iterable[PackedBatch]:
     steps = TrainingSteps(
-        inputs.questions["train"], inputs.captions, inputs.features, inputs.prompts, num_slots=config.max_feats, tasks=config.tasks,
-        micro_batch_size=config.batch_size, accumulation=1, rank=0, world_size=1, seed=0, shuffle=True, crop=True,
-    )  # fmt: skip
+        inputs.questions["train"],
+        inputs.captions,
+        inputs.features,
+        inputs.prompts,
+        num_slots=config.max_feats,
+        tasks=config.tasks,
+        micro_batch_size=config.batch_size,
+        accumulation=1,
+        rank=0,
+        world_size=1,
+        seed=0,
+        shuffle=True,
+        crop=True,
+    )
     for epoch in range(2):
         for step in range(steps.steps_per_epoch):
             yield from steps[epoch, step].micro_batches
-    chunks = EvaluationChunks(inputs.questions["val"], inputs.features, inputs.prompts, num_slots=config.max_feats, rank=0, world_size=1)
+    chunks = EvaluationChunks(
+        inputs.questions["val"],
+        inputs.features,
+        inputs.prompts,
+        num_slots=config.max_feats,
+        rank=0,
+        world_size=1,
+    )
     for i in range(len(chunks)):
         batch = chunks[i].batch
         assert batch is not None

@@ -11,7 +11,8 @@ import torch
 
 from faults.result import Result, Scale
 from support.processes import RANKS, ToyRun, first_line, newest, start_ranks, steps_logged
-from vico.checkpoint.read import read, step_folders
+from vico.checkpoint.format import step_folders
+from vico.checkpoint.read import read
 from vico.data.features import Features
 from vico.io.safe_load import load_tensors
 
@@ -38,10 +39,16 @@ def run(scale: Scale) -> Result:
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(case, range(num)))
     failures = [problem for problem, _, _ in results if problem]
-    return Result(num - len(failures), num, {"failures": failures, "ranks_and_steps": [result[1:] for result in results]})
+    return Result(
+        num - len(failures),
+        num,
+        {"failures": failures, "ranks_and_steps": [result[1:] for result in results]},
+    )
 
 
-def _case(world: ToyRun, stage: int, kind: str, folder: Path, rng: random.Random) -> tuple[str, int, int]:
+def _case(
+    world: ToyRun, stage: int, kind: str, folder: Path, rng: random.Random
+) -> tuple[str, int, int]:
     """(what is wrong, the rank and the step that were named)."""
     score = kind == "score"
     spoilt = ToyRun(Path(shutil.copytree(world.folder, folder)))
@@ -56,32 +63,50 @@ def _case(world: ToyRun, stage: int, kind: str, folder: Path, rng: random.Random
             writer.writeheader()
             writer.writerows(rows)
         captions = (data / "llava_v15_13b_n6.json").read_text(encoding="utf-8")
-        (data / "llava_v15_13b_n6.json").write_text('{"spoilt": "The boy is happy.", ' + captions[1:], encoding="utf-8")
+        (data / "llava_v15_13b_n6.json").write_text(
+            '{"spoilt": "The boy is happy.", ' + captions[1:], encoding="utf-8"
+        )
     path = data / "clipvitl14.pth"
     features = {**load_tensors(path, "the features"), row["video"]: _spoilt(kind, rng)}
     torch.save(features, path.with_suffix(".new"))
     path.with_suffix(".new").replace(path)  # the old one is still mapped
     Features(path)  # as far as the files go, nothing is wrong
     out = folder / "out"
-    how = ["--precision", "fp16", "--seed", str(rng.randrange(1000)), *(("--qav", "--tau", "1") if kind == "gradient" else ())]
+    how = [
+        "--precision",
+        "fp16",
+        "--seed",
+        str(rng.randrange(1000)),
+        *(("--qav", "--tau", "1") if kind == "gradient" else ()),
+    ]
     ended = start_ranks([*spoilt.flags(stage, out), *how], folder / "logs")
     codes = ended.end()
     if codes != [4] * RANKS or len(ended.errors) != 1:
         return f"ended with {codes}: {ended.errors or first_line(ended.said)}", -1, -1
     for checkpoint in step_folders(out):
         read_back = read(checkpoint)
-        if not all(value.isfinite().all() for value in (*read_back.weights.values(), *(read_back.moments or {}).values())):
+        if not all(
+            value.isfinite().all()
+            for value in (*read_back.weights.values(), *(read_back.moments or {}).values())
+        ):
             return f"{checkpoint.name} holds a number that is not finite", -1, -1
     if score:
-        named = re.search(rf"first question \S+ of video '{row['video']}'", ended.errors[0])  # all that are about it have such scores
+        named = re.search(
+            rf"first question \S+ of video '{row['video']}'", ended.errors[0]
+        )  # all that are about it have such scores
         return "" if named else f"the question is not named: {ended.errors}", -1, newest(out)
     said = re.search(
-        rf"the {kind} is not finite on rank (\d) in step (\d+) \(questions ([^)]*)\); the update was not made", ended.errors[0]
+        rf"the {kind} is not finite on rank (\d) in step (\d+) \(questions ([^)]*)\); the update was not made",
+        ended.errors[0],
     )
     if said is None or f"{row['video']}/{row['qid']}" not in said[3]:
         return f"rank, step or question is not named: {ended.errors}", -1, -1
     if steps_logged(out) != int(said[2]) - 1:
-        return f"step {said[2]} was named, and {steps_logged(out)} steps were done", int(said[1]), int(said[2])
+        return (
+            f"step {said[2]} was named, and {steps_logged(out)} steps were done",
+            int(said[1]),
+            int(said[2]),
+        )
     return "", int(said[1]), int(said[2])
 
 
@@ -89,4 +114,6 @@ def _spoilt(kind: str, rng: random.Random) -> torch.Tensor:
     """A video's features: 12 frames, all finite."""
     if kind != "gradient":
         return torch.full((12, 768), HUGE)
-    return LARGE * torch.nn.functional.normalize(torch.randn(12, 768, generator=torch.Generator().manual_seed(rng.randrange(1000))), dim=1)
+    return LARGE * torch.nn.functional.normalize(
+        torch.randn(12, 768, generator=torch.Generator().manual_seed(rng.randrange(1000))), dim=1
+    )

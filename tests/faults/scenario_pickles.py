@@ -7,7 +7,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from faults.payloads import CARRIERS, as_it_is, as_old, as_safetensors, as_zip, bites, canary_is_there, payloads
+from faults.payloads import (
+    CARRIERS,
+    as_it_is,
+    as_old,
+    as_safetensors,
+    as_zip,
+    bites,
+    canary_is_there,
+    payloads,
+)
 from faults.result import Result, Scale
 from support.run_fixture import (
     CAPTIONS,
@@ -26,10 +35,15 @@ from support.run_fixture import (
 )
 from support.warm_process import WarmProcess, warm_processes
 
-NAME, TITLE = "pickles", "Pickle payloads through train, resume, eval, convert, check, plan: none is run (canaries and an audit hook)"
+NAME, TITLE = (
+    "pickles",
+    "Pickle payloads through train, resume, eval, convert, check, plan: none is run (canaries and an audit hook)",
+)
 MINUTES = (0.8, 4.0)
 Carrier = Callable[[bytes], bytes]
-Door = tuple[str, str, tuple[Carrier, ...]]  # a command, the file it is handed, and what the payload comes as
+Door = tuple[
+    str, str, tuple[Carrier, ...]
+]  # a command, the file it is handed, and what the payload comes as
 LINEAGE = "lineage.pth"
 OUT = OPTIMIZER.replace("run/", "out/")
 DOORS: dict[str, list[Door]] = {
@@ -71,7 +85,11 @@ OWN_ERRORS = "pickle.find_class ('vico.errors', "  # a rank's refusal, on its wa
 def run(scale: Scale) -> Result:
     canary = scale.folder / "canary"
     found = payloads(canary)
-    faults = [f"{name}: the payload does not bite, so it proves nothing" for name, payload in found.items() if not bites(payload, canary)]
+    faults = [
+        f"{name}: the payload does not bite, so it proves nothing"
+        for name, payload in found.items()
+        if not bites(payload, canary)
+    ]
     with warm_processes(2) as workers:
         original = make_run_fixture(scale.folder / "original", workers[0])
         jobs = [
@@ -88,36 +106,65 @@ def run(scale: Scale) -> Result:
             worker = free.get()
             try:
                 name, _, line, target, carrier = job
-                return try_payload(carrier(found[name]), line, target, original, scale.folder / str(id(worker)), canary, worker)
+                return try_payload(
+                    carrier(found[name]),
+                    line,
+                    target,
+                    original,
+                    scale.folder / str(id(worker)),
+                    canary,
+                    worker,
+                )
             finally:
                 free.put(worker)
 
         with ThreadPoolExecutor(len(workers)) as pool:
             results = list(pool.map(attempt, jobs))
-    faults += [f"{j[0]} as {j[4].__name__} in {j[3]}, {j[1]}: {fault}" for j, fault in zip(jobs, results, strict=True) if fault]
+    faults += [
+        f"{j[0]} as {j[4].__name__} in {j[3]}, {j[1]}: {fault}"
+        for j, fault in zip(jobs, results, strict=True)
+        if fault
+    ]
     total = len(found) + len(jobs)
-    return Result(total - len(faults), total, {"payloads": len(found), "loadings": len(jobs), "doors": list(DOORS), "failures": faults})
+    return Result(
+        total - len(faults),
+        total,
+        {"payloads": len(found), "loadings": len(jobs), "doors": list(DOORS), "failures": faults},
+    )
 
 
 def _choices(ways: list[Door], turn: int | None) -> list[tuple[str, str, Carrier]]:
     """All, or one that is another at every turn."""
     every = [(line, target, carrier) for line, target, carriers in ways for carrier in carriers]
-    return every if turn is None else list(itertools.islice(every, turn % len(every), turn % len(every) + 1))
+    return (
+        every
+        if turn is None
+        else list(itertools.islice(every, turn % len(every), turn % len(every) + 1))
+    )
 
 
 def try_payload(
-    content: bytes, line: str, target: str, original: RunFixture, folder: Path, canary: Path, worker: WarmProcess
+    content: bytes,
+    line: str,
+    target: str,
+    original: RunFixture,
+    folder: Path,
+    canary: Path,
+    worker: WarmProcess,
 ) -> str | None:
     shutil.rmtree(folder, ignore_errors=True)
     fixture, watched = original.copy(folder), folder.with_suffix(".watched")
     watched.write_text("")
     (fixture.folder / target).write_bytes(content)
     ended = worker.run(fixture.command(line), fixture.folder, watched=watched)
-    events = [event for event in watched.read_text().splitlines() if not event.startswith(OWN_ERRORS)]
+    events = [
+        event for event in watched.read_text().splitlines() if not event.startswith(OWN_ERRORS)
+    ]
     faults = {
         "the canary is there": canary_is_there(canary),
         f"ran {events}": bool(events),
         f"exit code {ended.code}: {ended.err[-300:]!r}": ended.code not in (2, 3),
-        f"not one line: {ended.err[-300:]!r}": ended.err.count("\n") != 1 or "Traceback" in ended.out,
+        f"not one line: {ended.err[-300:]!r}": ended.err.count("\n") != 1
+        or "Traceback" in ended.out,
     }
     return "; ".join(what for what, so in faults.items() if so) or None

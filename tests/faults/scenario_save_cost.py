@@ -8,10 +8,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from faults.result import Result, Scale
 from support.processes import ROOT, first_line, launch
-from vico.checkpoint.read import TrainState, read, save, validate_for_model
+from vico.checkpoint.format import TrainState
+from vico.checkpoint.read import read, validate_for_model
+from vico.checkpoint.write import save
 from vico.cli.demo import make_toy_dataset
-from vico.model.llama import LlamaConfig
-from vico.model.vico import trainable_shapes
+from vico.model.config import LlamaConfig, trainable_shapes
 from vico.train.config import RunConfig
 from vico.train.optim import MOMENTS
 from vico.train.run_log import read_records
@@ -31,8 +32,16 @@ def run(scale: Scale) -> Result:
         failures.append(f"a checkpoint of {size / 2**20:.0f} MiB was read in {read_seconds:.1f} s")
     share, facts = _share(scale.folder, EPOCHS[not scale.quick])
     if share is None or share > MOST_SHARE:
-        failures.append(f"saves took {share:.2%} of the run" if share is not None else f"the demo run failed: {facts['said']}")
-    seconds = {"seconds_to_save_7b": round(save_seconds, 2), "seconds_to_read_7b": round(read_seconds, 2), "mib_7b": round(size / 2**20, 1)}
+        failures.append(
+            f"saves took {share:.2%} of the run"
+            if share is not None
+            else f"the demo run failed: {facts['said']}"
+        )
+    seconds = {
+        "seconds_to_save_7b": round(save_seconds, 2),
+        "seconds_to_read_7b": round(read_seconds, 2),
+        "mib_7b": round(size / 2**20, 1),
+    }
     return Result(2 - len(failures), 2, {"failures": failures, **facts, **seconds})
 
 
@@ -40,21 +49,41 @@ def _of_7b(folder: Path) -> tuple[int, float, float]:
     """(bytes, seconds to save, seconds to check and read) of a checkpoint with the tensors of LLaMA-7B's adapter."""
     shapes = trainable_shapes(LLAMA_7B, num_adapted=32, adapter_len=10, num_slots=10)
     weights = {name: torch.randn(shape) for name, shape in shapes.items()}
-    moments = {f"{name}.{moment}": torch.rand(shape) for name, shape in shapes.items() for moment in MOMENTS}
+    moments = {
+        f"{name}.{moment}": torch.rand(shape)
+        for name, shape in shapes.items()
+        for moment in MOMENTS
+    }
     target = folder / "checkpoint-1"
     began = time.monotonic()
     save(target, weights, moments, TrainState(step=1), RunConfig(), {}, "selftest")
     saved = time.monotonic()
     validate_for_model(read(target), shapes, LLAMA_7B.n_layers)
-    return sum(path.stat().st_size for path in target.iterdir()), saved - began, time.monotonic() - saved
+    return (
+        sum(path.stat().st_size for path in target.iterdir()),
+        saved - began,
+        time.monotonic() - saved,
+    )
 
 
 def _share(folder: Path, epochs: int) -> tuple[float | None, dict[str, object]]:
     """The part of a run of the demo's recipe, from its first step to its end, evaluations included, that ranks spend in saving."""
     make_toy_dataset(folder / "demo", steps=0)  # what the LLaMA has learnt changes no time
-    where = ["--data_path", str(folder / "demo" / "data"), "--llama_model_path", str(folder / "demo" / "pretrained" / "llama")]
+    where = [
+        "--data_path",
+        str(folder / "demo" / "data"),
+        "--llama_model_path",
+        str(folder / "demo" / "pretrained" / "llama"),
+    ]
     out = folder / "run"
-    recipe = ["--config", str(ROOT / "launch" / "recipes" / "demo.yaml"), "--epochs", str(epochs), "--output_dir", str(out)]
+    recipe = [
+        "--config",
+        str(ROOT / "launch" / "recipes" / "demo.yaml"),
+        "--epochs",
+        str(epochs),
+        "--output_dir",
+        str(out),
+    ]
     ended = launch([*recipe, *where], folder / "logs")
     if ended.end(900) != [0]:
         return None, {"said": first_line(ended.said)}
@@ -64,10 +93,16 @@ def _share(folder: Path, epochs: int) -> tuple[float | None, dict[str, object]]:
     saves = [event.value for event in board.Scalars("perf/save_seconds")]
     training = sum(record["step_seconds"] for record in steps)
     num_val = read_records(out / "log.txt")[0]["val_n"]
-    evaluating = sum(num_val / event.value for event in board.Scalars("perf/eval_questions_per_second"))
+    evaluating = sum(
+        num_val / event.value for event in board.Scalars("perf/eval_questions_per_second")
+    )
     share = sum(saves) / (sum(saves) + training + evaluating)
     return share, {
-        "share": round(share, 5), "saves": len(saves), "steps": len(steps), "seconds_per_save": round(sum(saves) / len(saves), 3),
-        "training_seconds": round(training, 1), "evaluation_seconds": round(evaluating, 1),
+        "share": round(share, 5),
+        "saves": len(saves),
+        "steps": len(steps),
+        "seconds_per_save": round(sum(saves) / len(saves), 3),
+        "training_seconds": round(training, 1),
+        "evaluation_seconds": round(evaluating, 1),
         "share_without_evaluation": round(sum(saves) / (sum(saves) + training), 5),
-    }  # fmt: skip
+    }

@@ -5,7 +5,18 @@ import signal
 from pathlib import Path
 
 from faults.result import Result, Scale
-from support.processes import RANKS, Started, ToyRun, difference, first_line, launch, newest, start_ranks, steps_logged, undisturbed
+from support.processes import (
+    RANKS,
+    Started,
+    ToyRun,
+    difference,
+    first_line,
+    launch,
+    newest,
+    start_ranks,
+    steps_logged,
+    undisturbed,
+)
 
 NAME = "signals"
 TITLE = "SIGTERM and SIGUSR1, also during save and evaluation: exit 75, no step lost, the run goes on to the undisturbed end"
@@ -39,7 +50,9 @@ def run(scale: Scale) -> Result:
             name = ("SIGTERM", "SIGUSR1")[(number + place) % 2]
             who = ("the launcher", "rank 0", "rank 1")[(number + place) % 3]
             if problem := _stop(world, stage, out, moment, signal.Signals[name], who):
-                failures.append(f"run {number}, ZeRO-{stage}, {name} to {who} in {moment}: {problem}")
+                failures.append(
+                    f"run {number}, ZeRO-{stage}, {name} to {who} in {moment}: {problem}"
+                )
         last = launch(world.flags(stage, out), world.folder / "logs")
         if last.end() != [0]:
             failures.append(f"run {number}: it did not end: {first_line(last.said)}")
@@ -51,7 +64,11 @@ def run(scale: Scale) -> Result:
 
 def _stop(world: ToyRun, stage: int, out: Path, moment: str, number: int, who: str) -> str:
     flags, logs, failpoint = world.flags(stage, out), world.folder / "logs", LIVES[moment]
-    run = launch(flags, logs, failpoint) if who == "the launcher" else start_ranks(flags, logs, failpoint)
+    run = (
+        launch(flags, logs, failpoint)
+        if who == "the launcher"
+        else start_ranks(flags, logs, failpoint)
+    )
     if not run.reach(lambda: "vico: failpoint" in run.said):
         run.kill()
         return f"the moment did not come: {first_line(run.said)}"
@@ -68,5 +85,11 @@ def _stop(world: ToyRun, stage: int, out: Path, moment: str, number: int, who: s
 
 
 def _unsaid(run: Started, saved: int) -> str:
-    said = re.search(r"stopped by SIG\w+; saved \S+/checkpoint-(\d+); the same command goes on there", run.said)
-    return "" if said and int(said[1]) == saved else f"it is not said where it was saved: {first_line(run.said)}"
+    said = re.search(
+        r"stopped by SIG\w+; saved \S+/checkpoint-(\d+); the same command goes on there", run.said
+    )
+    return (
+        ""
+        if said and int(said[1]) == saved
+        else f"it is not said where it was saved: {first_line(run.said)}"
+    )

@@ -35,13 +35,21 @@ def run(scale: Scale) -> Result:
         if fault := fault_after(out, saved):
             failures.append(f"case {number}, {how}: {fault}")
         shutil.rmtree(out)
-    return Result(num - len(failures), num, {"failures": failures, "at_named_moments": named, "at_random_times": num - named})
+    return Result(
+        num - len(failures),
+        num,
+        {"failures": failures, "at_named_moments": named, "at_random_times": num - named},
+    )
 
 
 def _kill(out: Path, rng: random.Random, number: int) -> tuple[str, int]:
     """(how the process was killed, the last step it had said to be saved)."""
     keep = 1 + number % 4 // 2
-    failpoint = f"save:{MOMENTS[number // 2 % len(MOMENTS)]}@{rng.randint(1, PASSINGS)}=kill" if number % 2 else ""
+    failpoint = (
+        f"save:{MOMENTS[number // 2 % len(MOMENTS)]}@{rng.randint(1, PASSINGS)}=kill"
+        if number % 2
+        else ""
+    )
 
     def work(pipe: int) -> None:
         failpoints.arm(failpoint)
@@ -63,7 +71,9 @@ def _kill(out: Path, rng: random.Random, number: int) -> tuple[str, int]:
     while select.select([pipe], [], [], 0)[0] and (more := os.read(pipe, 100)):
         said += more
     os.close(pipe)
-    return f"{failpoint or f'kill -9 after {delay * 1000:.0f} ms'}, {keep} kept", max(said, default=0)
+    return f"{failpoint or f'kill -9 after {delay * 1000:.0f} ms'}, {keep} kept", max(
+        said, default=0
+    )
 
 
 def _wait(pid: int, seconds: float) -> bool:

@@ -24,7 +24,15 @@ def run(scale: Scale) -> Result:
     for number in range(TAKEOVERS[full]):
         out = scale.folder / f"run{number}"
         # Long enough to be met by all the others; a checkpoint is there soon.
-        flags = [*world.flags((2, 3)[number % 2], out), "--epochs", "2000", "--max_steps", "5000", "--num_workers", "1"]
+        flags = [
+            *world.flags((2, 3)[number % 2], out),
+            "--epochs",
+            "2000",
+            "--max_steps",
+            "5000",
+            "--num_workers",
+            "1",
+        ]
         owner = launch(flags, world.folder / "logs")
         if not owner.reach(lambda out=out: steps_logged(out) >= 3):  # type: ignore[misc]
             failures.append(f"the owner did not start: {first_line(owner.said)}")
@@ -37,8 +45,16 @@ def run(scale: Scale) -> Result:
         failures += [problem] if (problem := _orphans(owner, number)) else []
         failures += [problem] if (problem := _taken_over(world, flags, out)) else []
     total = REFUSALS[full] + 2 * TAKEOVERS[full]
-    counts = {"refusals": REFUSALS[full], "takeovers": TAKEOVERS[full], "launchers_killed": TAKEOVERS[full]}
-    return Result(max(0, total - len(failures)), total, {"failures": failures, **counts, "longest_refusal_seconds": round(max(times), 1)})
+    counts = {
+        "refusals": REFUSALS[full],
+        "takeovers": TAKEOVERS[full],
+        "launchers_killed": TAKEOVERS[full],
+    }
+    return Result(
+        max(0, total - len(failures)),
+        total,
+        {"failures": failures, **counts, "longest_refusal_seconds": round(max(times), 1)},
+    )
 
 
 def _refused(world: ToyRun, flags: list[str]) -> tuple[float, str]:
@@ -53,7 +69,9 @@ def _refused(world: ToyRun, flags: list[str]) -> tuple[float, str]:
 
 def _orphans(owner: Started, number: int) -> str:
     """Kill the launcher alone, in every other case by its shell's group; its ranks and their helpers must be gone in time."""
-    ranks = [p for p in psutil.Process(owner.processes[0].pid).children(recursive=True) if p.is_running()]
+    ranks = [
+        p for p in psutil.Process(owner.processes[0].pid).children(recursive=True) if p.is_running()
+    ]
     os.kill(owner.processes[0].pid, signal.SIGKILL)
     owner.processes[0].wait()
     _, alive = psutil.wait_procs(ranks, timeout=SECONDS)
@@ -61,11 +79,19 @@ def _orphans(owner: Started, number: int) -> str:
         process.kill()
     if len(ranks) < RANKS:
         return f"launcher {number}: it had {len(ranks)} processes"
-    return f"launcher {number}: {len(alive)} of {len(ranks)} processes lived on for {SECONDS:.0f} s" if alive else ""
+    return (
+        f"launcher {number}: {len(alive)} of {len(ranks)} processes lived on for {SECONDS:.0f} s"
+        if alive
+        else ""
+    )
 
 
 def _taken_over(world: ToyRun, flags: list[str], out: Path) -> str:
     before = steps_logged(out)
     heir = start_ranks([*flags, "--max_steps", str(before + 2)], world.folder / "logs")
     codes = heir.end()
-    return "" if codes == [0] * RANKS and steps_logged(out) == before + 2 else f"no takeover: {codes}, {first_line(heir.said)}"
+    return (
+        ""
+        if codes == [0] * RANKS and steps_logged(out) == before + 2
+        else f"no takeover: {codes}, {first_line(heir.said)}"
+    )

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from support.processes import strays
-from vico.checkpoint.read import TrainState, save, save_step, step_folders
+from vico.checkpoint.format import TrainState, step_folders
+from vico.checkpoint.write import save, save_step
 from vico.errors import UserError
 from vico.io.atomic import repair_folder
 from vico.train.config import RunConfig
@@ -22,7 +23,11 @@ SHAPES = {"adapter_query.weight": (30, 64), "visual_proj.weight": (64, 768)}
 def save_both(out: Path, step: int, keep: int | None = None) -> None:
     """What training saves at the end of an epoch."""
     weights = {name: torch.full(shape, float(step)) for name, shape in SHAPES.items()}
-    moments = {f"{name}.{moment}": torch.full(shape, step + 0.5) for name, shape in SHAPES.items() for moment in MOMENTS}
+    moments = {
+        f"{name}.{moment}": torch.full(shape, step + 0.5)
+        for name, shape in SHAPES.items()
+        for moment in MOMENTS
+    }
     progress = TrainState(step=step, questions_per_step=8, num_updates=step)
     save(out / "checkpoint_best", weights, moments, progress, CONFIG, {}, RUN)
     save_step(out, keep, weights, moments, progress, CONFIG, {}, RUN)

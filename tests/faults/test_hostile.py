@@ -59,7 +59,9 @@ def test_no_code_but_one_place_loads_pickles() -> None:
     assert "weights_only=True" in (ROOT / "vico" / "safeload.py").read_text()
 
 
-def test_payloads_bite_and_are_never_run(fixture: RunFixture, warm: WarmProcess, tmp_path: Path) -> None:
+def test_payloads_bite_and_are_never_run(
+    fixture: RunFixture, warm: WarmProcess, tmp_path: Path
+) -> None:
     canary = tmp_path / "canary"
     found = payloads(canary)
     assert len(found) >= 30
@@ -68,18 +70,30 @@ def test_payloads_bite_and_are_never_run(fixture: RunFixture, warm: WarmProcess,
         assert bites(payload, canary), name
         for door, ways in DOORS.items():
             line, target, carriers = ways[i % len(ways)]
-            fault = try_payload(carriers[i % len(carriers)](payload), line, target, fixture, tmp_path / "case", canary, warm)
+            fault = try_payload(
+                carriers[i % len(carriers)](payload),
+                line,
+                target,
+                fixture,
+                tmp_path / "case",
+                canary,
+                warm,
+            )
             assert fault is None, (name, door, fault)
 
 
 @pytest.mark.parametrize("numbers", [20_000, 2**40])
-def test_tensors_are_as_large_as_their_files(fixture: RunFixture, tmp_path: Path, numbers: int) -> None:
+def test_tensors_are_as_large_as_their_files(
+    fixture: RunFixture, tmp_path: Path, numbers: int
+) -> None:
     mine = fixture.copy(tmp_path / "fixture")
     claims(FEATURES, numbers)(mine)
     assert "clipvitl14.pth: the video feature file " in refusal(Features, mine.folder / FEATURES)
     old_format("lineage.pth")(mine)
     claims("lineage.pth", 2**40)(mine)
-    assert "numbers that are not all among its" in refusal(checkpoints.read, mine.folder / "lineage.pth")
+    assert "numbers that are not all among its" in refusal(
+        checkpoints.read, mine.folder / "lineage.pth"
+    )
 
 
 def test_evaluation_is_exact(fixture: RunFixture) -> None:
@@ -91,8 +105,12 @@ def test_features_that_change_during_a_run_end_it(fixture: RunFixture, tmp_path:
     mine = fixture.copy(tmp_path / "fixture")
     config, inputs = figure_evaluation.open_home(mine)
     os.utime(mine.folder / FEATURES, ns=(1, 1))
-    for problem in figure_evaluation.on_ranks(config, inputs, figure_evaluation.make_questions(), 2):
-        assert isinstance(problem, UserError) and "the video feature file changed during the run; start again" in str(problem)
+    for problem in figure_evaluation.on_ranks(
+        config, inputs, figure_evaluation.make_questions(), 2
+    ):
+        assert isinstance(
+            problem, UserError
+        ) and "the video feature file changed during the run; start again" in str(problem)
 
 
 def test_changed_files_are_taken_or_refused(fixture: RunFixture, tmp_path: Path) -> None:

@@ -19,7 +19,16 @@ import pytest
 from support.toy_dataset import ROOT, Ended, ToyData, end, records, start, succeeds, vico
 from vico.distributed.launcher_env import SINGLE_RANK
 
-FLAGS = ["--epochs", "2", "--warmup_epochs", "1", "--lr", "0.02", "--bias", "0.7"]  # of 20 questions: 3 steps of 8 an epoch
+FLAGS = [
+    "--epochs",
+    "2",
+    "--warmup_epochs",
+    "1",
+    "--lr",
+    "0.02",
+    "--bias",
+    "0.7",
+]  # of 20 questions: 3 steps of 8 an epoch
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -39,7 +48,12 @@ def undisturbed(toy: ToyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def disturb(command: list[str], ranks: int, when: Callable[[], bool], hit: Callable[[list["subprocess.Popen[str]"]], None]) -> Ended:
+def disturb(
+    command: list[str],
+    ranks: int,
+    when: Callable[[], bool],
+    hit: Callable[[list["subprocess.Popen[str]"]], None],
+) -> Ended:
     """Start, wait for `when`, then `hit` the ranks' processes."""
     processes = start(*command, ranks=ranks)
     deadline = time.monotonic() + 120
@@ -57,8 +71,14 @@ def steps_done(folder: Path) -> int:
 def same_end(a: Path, b: Path) -> None:
     for folder in ("checkpoint-6", "checkpoint_best"):
         for name in (WEIGHTS, "optimizer.safetensors"):
-            assert (a / folder / name).read_bytes() == (b / folder / name).read_bytes(), (folder, name)
-    losses = [[(line["step"], line["loss"]) for line in records(folder / "steps.jsonl")] for folder in (a, b)]
+            assert (a / folder / name).read_bytes() == (b / folder / name).read_bytes(), (
+                folder,
+                name,
+            )
+    losses = [
+        [(line["step"], line["loss"]) for line in records(folder / "steps.jsonl")]
+        for folder in (a, b)
+    ]
     assert losses[0] == losses[1] and [step for step, _ in losses[0]] == [1, 2, 3, 4, 5, 6]
     assert records(a / "log.txt") == records(b / "log.txt")
 
@@ -66,12 +86,20 @@ def same_end(a: Path, b: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "code", "who"),
     [
-        (signal.SIGTERM, 75, "one"), pytest.param(signal.SIGTERM, 75, "all", marks=pytest.mark.slow),
-        pytest.param(signal.SIGUSR1, 75, "all", marks=pytest.mark.slow), (signal.SIGINT, 130, "all"),
+        (signal.SIGTERM, 75, "one"),
+        pytest.param(signal.SIGTERM, 75, "all", marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, 75, "all", marks=pytest.mark.slow),
+        (signal.SIGINT, 130, "all"),
     ],
-)  # fmt: skip
+)
 def test_asked_to_stop_loses_no_step(
-    toy: ToyData, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int, who: str
+    toy: ToyData,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    code: int,
+    who: str,
 ) -> None:
     """Again and again, wherever the signal meets the run: in a step, in a save, in an evaluation. `all`: data workers and theirs, too.
 
@@ -90,7 +118,11 @@ def test_asked_to_stop_loses_no_step(
 
     for target in (1, 3):
         ended = disturb(command, 2, lambda t=target: steps_done(out) >= t, hit)  # type: ignore[misc]
-        assert ended.codes == [code, code] and "Traceback" not in ended.output and r"\xf6ut/checkpoint-" in ended.stdouts[0]
+        assert (
+            ended.codes == [code, code]
+            and "Traceback" not in ended.output
+            and r"\xf6ut/checkpoint-" in ended.stdouts[0]
+        )
         saved = max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*"))
         assert saved == steps_done(out) >= target
     said = succeeds(*command, ranks=2).stdouts[0]
@@ -101,7 +133,15 @@ def test_asked_to_stop_loses_no_step(
 def test_ctrl_c_on_a_terminal(toy: ToyData, tmp_path: Path) -> None:
     """The key reaches every process of the terminal, and the ranks once more through their launcher."""
     out = tmp_path / "out"
-    command = ["bash", str(ROOT / "launch" / "train.sh"), *flags(toy, 2)[1:], "--epochs", "200", "--save_steps", "1000"]
+    command = [
+        "bash",
+        str(ROOT / "launch" / "train.sh"),
+        *flags(toy, 2)[1:],
+        "--epochs",
+        "200",
+        "--save_steps",
+        "1000",
+    ]
     of_a_rank = (*SINGLE_RANK, "MASTER_PORT")  # which a test before this one may have been
     ours = {name: value for name, value in os.environ.items() if name not in of_a_rank}
     environment = {**ours, "VICO_RANKS": "2", "PYTHON": sys.executable}
@@ -121,7 +161,11 @@ def test_ctrl_c_on_a_terminal(toy: ToyData, tmp_path: Path) -> None:
     os.close(terminal)
     assert pressed and os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130, printed.decode()
     text = printed.decode()
-    assert text.count("vico: stopped by SIGINT; saved ") == 1 and "Traceback" not in text and "error" not in text, text
+    assert (
+        text.count("vico: stopped by SIGINT; saved ") == 1
+        and "Traceback" not in text
+        and "error" not in text
+    ), text
     assert (out / f"checkpoint-{steps_done(out)}").exists()
 
 
@@ -151,22 +195,41 @@ print("lives on", flush=True)
 )
 def test_asked_twice_it_ends_at_once(first: str, second: str, code: int, lives_on: str) -> None:
     """A scheduler's warning, SIGUSR1, is none to end at once; nor is a signal that comes once more through a launcher."""
-    done = subprocess.run([sys.executable, "-c", TWICE, first, second], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", TWICE, first, second],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert (done.returncode, done.stderr) == (code, ""), done
-    assert done.stdout.split("\n", 1) == [str(signal.Signals[first].value), f"{lives_on}\n" if lives_on else ""]
+    assert done.stdout.split("\n", 1) == [
+        str(signal.Signals[first].value),
+        f"{lives_on}\n" if lives_on else "",
+    ]
 
 
 @pytest.mark.slow
-def test_killed_ranks_go_on_at_the_last_save(toy: ToyData, undisturbed: Path, tmp_path: Path) -> None:
+def test_killed_ranks_go_on_at_the_last_save(
+    toy: ToyData, undisturbed: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     command = [*flags(toy, 2), "--output_dir", str(out)]
-    ended = disturb(command, 2, lambda: steps_done(out) >= 5, lambda processes: [p.kill() for p in processes] and None)
+    ended = disturb(
+        command,
+        2,
+        lambda: steps_done(out) >= 5,
+        lambda processes: [p.kill() for p in processes] and None,
+    )
     assert ended.codes == [-9, -9] and (out / "checkpoint-4").exists()
     assert "resuming from step" in succeeds(*command, ranks=2).stdouts[0]
     same_end(out, undisturbed)
 
 
-def test_a_damaged_checkpoint_is_passed_over(toy: ToyData, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over(
+    toy: ToyData, undisturbed: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
     shutil.rmtree(out / "checkpoint-6")
@@ -176,13 +239,20 @@ def test_a_damaged_checkpoint_is_passed_over(toy: ToyData, undisturbed: Path, tm
     os.truncate(out / "checkpoint-3" / "optimizer.safetensors", 1000)
     command = [*flags(toy, 1), "--output_dir", str(out)]
     said = succeeds(*command).stdouts[0]
-    assert f"passed over: {out}/checkpoint-4/{WEIGHTS}: damaged (its sha256 is not the recorded one)" in said
+    assert (
+        f"passed over: {out}/checkpoint-4/{WEIGHTS}: damaged (its sha256 is not the recorded one)"
+        in said
+    )
     assert f"passed over: {out}/checkpoint-3/optimizer.safetensors: damaged (1000 of " in said
     assert f"using {out}/checkpoint-2" in said and "resuming from step 2" in said
     for folder in out.glob("checkpoint-*"):
         (folder / "state.json").write_text("{}")
     ended = vico(*command)
-    assert ended.codes == [3] and ended.stderrs[0].count("\n") == 1 and "none of its 4 checkpoints can be used" in ended.stderrs[0]
+    assert (
+        ended.codes == [3]
+        and ended.stderrs[0].count("\n") == 1
+        and "none of its 4 checkpoints can be used" in ended.stderrs[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -194,7 +264,12 @@ def test_a_damaged_checkpoint_is_passed_over(toy: ToyData, undisturbed: Path, tm
     ],
 )
 def test_other_files_than_the_run_had_are_refused(
-    toy: ToyData, undisturbed: Path, tmp_path: Path, change: Callable[[ToyData], Path], name: str, says: str
+    toy: ToyData,
+    undisturbed: Path,
+    tmp_path: Path,
+    change: Callable[[ToyData], Path],
+    name: str,
+    says: str,
 ) -> None:
     other = ToyData(tmp_path / "other")  # the same but for the file that is then changed
     path = change(other)
@@ -210,14 +285,26 @@ def test_other_files_than_the_run_had_are_refused(
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
     shutil.rmtree(out / "checkpoint-6")
-    command = ["train", *other.flags, *FLAGS, "--batch_size", "8", "--output_dir", str(out), "--max_steps", "5"]
+    command = [
+        "train",
+        *other.flags,
+        *FLAGS,
+        "--batch_size",
+        "8",
+        "--output_dir",
+        str(out),
+        "--max_steps",
+        "5",
+    ]
     ended = vico(*command)
     assert ended.codes == [2] and says in ended.stderrs[0] and "--allow_change" in ended.stderrs[0]
     assert not (out / "checkpoint-5").exists()
     succeeds(*command, "--allow_change", name)
 
 
-def test_a_second_writer_is_refused_and_a_dead_ones_place_is_free(toy: ToyData, tmp_path: Path) -> None:
+def test_a_second_writer_is_refused_and_a_dead_ones_place_is_free(
+    toy: ToyData, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     command = [*flags(toy, 1), "--output_dir", str(out)]
 
@@ -225,7 +312,10 @@ def test_a_second_writer_is_refused_and_a_dead_ones_place_is_free(toy: ToyData, 
         began = time.monotonic()
         ended = vico(*command)
         assert ended.codes == [6] and time.monotonic() - began < 5
-        assert f"{out}: in use by process {processes[0].pid} on " in ended.stderrs[0] and ended.stderrs[0].count("\n") == 1
+        assert (
+            f"{out}: in use by process {processes[0].pid} on " in ended.stderrs[0]
+            and ended.stderrs[0].count("\n") == 1
+        )
         processes[0].kill()
 
     assert disturb(command, 1, lambda: steps_done(out) >= 1, second).codes == [-9]
@@ -233,7 +323,9 @@ def test_a_second_writer_is_refused_and_a_dead_ones_place_is_free(toy: ToyData, 
 
 
 @pytest.mark.slow
-def test_of_two_starts_on_a_new_folder_one_runs(toy: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_starts_on_a_new_folder_one_runs(
+    toy: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The later one looked while nothing was there yet; it must not write over what the other has done meanwhile."""
     out = tmp_path / "out"
     monkeypatch.setenv("VICO_FAILPOINT", "inputs=sleep 25")
@@ -242,15 +334,32 @@ def test_of_two_starts_on_a_new_folder_one_runs(toy: ToyData, tmp_path: Path, mo
     succeeds(*flags(toy, 1), "--output_dir", str(out))
     before = (out / "args.json").read_bytes(), (out / "checkpoint-6" / WEIGHTS).read_bytes()
     ended = end(late, 90)
-    assert ended.codes == [6] and "another run began and wrote here while this one was starting" in ended.stderrs[0], ended.output
-    assert ((out / "args.json").read_bytes(), (out / "checkpoint-6" / WEIGHTS).read_bytes()) == before
+    assert (
+        ended.codes == [6]
+        and "another run began and wrote here while this one was starting" in ended.stderrs[0]
+    ), ended.output
+    assert (
+        (out / "args.json").read_bytes(),
+        (out / "checkpoint-6" / WEIGHTS).read_bytes(),
+    ) == before
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_stopped_rank_ends_the_run(toy: ToyData, tmp_path: Path, rank: int) -> None:
     """The time is set to 6 s; the one that is stopped is named, and does not stay behind."""
     out = tmp_path / "out"
-    processes = start(*flags(toy, 2), "--output_dir", str(out), "--hang_timeout", "0.1", "--epochs", "200", "--save_steps", "1000", ranks=2)
+    processes = start(
+        *flags(toy, 2),
+        "--output_dir",
+        str(out),
+        "--hang_timeout",
+        "0.1",
+        "--epochs",
+        "200",
+        "--save_steps",
+        "1000",
+        ranks=2,
+    )
     while steps_done(out) < 3:
         time.sleep(0.01)
         assert all(p.poll() is None for p in processes)
@@ -267,14 +376,32 @@ def test_a_stopped_rank_ends_the_run(toy: ToyData, tmp_path: Path, rank: int) ->
 @pytest.mark.slow
 def test_ranks_0_and_1_killed_the_next_one_speaks(toy: ToyData, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    processes = start(*flags(toy, 4), "--output_dir", str(out), "--epochs", "200", "--save_steps", "1000", "--num_workers", "0", ranks=4)
+    processes = start(
+        *flags(toy, 4),
+        "--output_dir",
+        str(out),
+        "--epochs",
+        "200",
+        "--save_steps",
+        "1000",
+        "--num_workers",
+        "0",
+        ranks=4,
+    )
     while steps_done(out) < 2:
         time.sleep(0.01)
     for process in processes[:2]:
         process.kill()
     ended = end(processes, 30)
-    assert ended.codes == [-9, -9, 5, 5] and ended.stderrs[2].count("\n") == 1 and ended.stderrs[3] == "", ended.output
-    assert f"rank 0 on {socket.gethostname()} (process {processes[0].pid}), rank 1 on " in ended.stderrs[2]
+    assert (
+        ended.codes == [-9, -9, 5, 5]
+        and ended.stderrs[2].count("\n") == 1
+        and ended.stderrs[3] == ""
+    ), ended.output
+    assert (
+        f"rank 0 on {socket.gethostname()} (process {processes[0].pid}), rank 1 on "
+        in ended.stderrs[2]
+    )
 
 
 @pytest.mark.parametrize("told", ["b''", "b'half'", "pickle.dumps({'name': 'x' * 99})[:50]"])
@@ -291,18 +418,40 @@ os.close(to_worker)
 assert len(os.read(worker, 8)) == 8  # its process number
 assert os.read(worker, 8) and not os.read(worker, 8)  # its end
 """
-    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
 
 
 def test_a_killed_rank_is_one_line(toy: ToyData, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    processes = start(*flags(toy, 2), "--output_dir", str(out), "--epochs", "200", "--save_steps", "1000", "--num_workers", "1", ranks=2)
+    processes = start(
+        *flags(toy, 2),
+        "--output_dir",
+        str(out),
+        "--epochs",
+        "200",
+        "--save_steps",
+        "1000",
+        "--num_workers",
+        "1",
+        ranks=2,
+    )
     while steps_done(out) < 3:
         time.sleep(0.01)
-    helpers = [helper for process in processes for helper in psutil.Process(process.pid).children(recursive=True)]
+    helpers = [
+        helper
+        for process in processes
+        for helper in psutil.Process(process.pid).children(recursive=True)
+    ]
     processes[1].kill()
     ended = end(processes, 30)
     assert ended.codes == [5, -9] and ended.stderrs[1] == ""
-    assert len(helpers) >= 6 and not psutil.wait_procs(helpers, timeout=5)[1], "data workers, their server, and Python's own helper"
-    assert ended.stderrs[0].count("\n") == 1 and f"(process {processes[1].pid}) has ended while" in ended.stderrs[0]
+    assert len(helpers) >= 6 and not psutil.wait_procs(helpers, timeout=5)[1], (
+        "data workers, their server, and Python's own helper"
+    )
+    assert (
+        ended.stderrs[0].count("\n") == 1
+        and f"(process {processes[1].pid}) has ended while" in ended.stderrs[0]
+    )

@@ -8,24 +8,47 @@ import pytest
 import torch
 
 from benchmarks import correctness
-from benchmarks.variants import fill, random_weights, scoring_batches, take_gradients, training_batch
+from benchmarks.variants import (
+    fill,
+    random_weights,
+    scoring_batches,
+    take_gradients,
+    training_batch,
+)
 from benchmarks.workload import SyntheticWorkload
 from reference import oracle, oracle_files
 from support.toy_dataset import ToyData, end, records, start
 from vico.model import cuda_graphs
 from vico.model.attention.varlen import choose
-from vico.model.llama import LlamaConfig
+from vico.model.config import LlamaConfig
 from vico.model.vico import ViCo
 
 pytestmark = [
-    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-    *(pytest.mark.filterwarnings(f"ignore:{words}") for words in ("Attempting to run cuBLAS", "Synchronization debug mode")),
-]  # fmt: skip
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    *(
+        pytest.mark.filterwarnings(f"ignore:{words}")
+        for words in ("Attempting to run cuBLAS", "Synchronization debug mode")
+    ),
+]
 CUDA = torch.device("cuda")
 TOY = LlamaConfig(256, 4, 4, 2000, multiple_of=64)
 HEADS_OF_7B = LlamaConfig(4096, 1, 32, 32000)
 HALF_LOSS_RTOL = 1e-2  # bf16 on a random tiny model, as in test_training
-FLAGS = ["--epochs", "2", "--warmup_epochs", "1", "--lr", "5e-3", "--bias", "0.7", "--batch_size", "4", "--num_workers", "0"]
+FLAGS = [
+    "--epochs",
+    "2",
+    "--warmup_epochs",
+    "1",
+    "--lr",
+    "5e-3",
+    "--bias",
+    "0.7",
+    "--batch_size",
+    "4",
+    "--num_workers",
+    "0",
+]
 
 
 def toy_on_the_gpu(shape: LlamaConfig = TOY, num_adapted: int = 4) -> ViCo:
@@ -41,7 +64,9 @@ def test_every_backend_computes_the_definition(dtype: torch.dtype) -> None:
     found = correctness.attention_backends(HEADS_OF_7B, CUDA, dtype, repeats=1)
     worst = {name: entry["worst"] for name, entry in found["backends"].items() if entry["runs"]}
     assert found["equal"], (worst, found["bound"])
-    assert len(worst) >= (3 if dtype != torch.float32 else 2), found["backends"]  # sdpa, varlen, plain
+    assert len(worst) >= (3 if dtype != torch.float32 else 2), found[
+        "backends"
+    ]  # sdpa, varlen, plain
 
 
 def test_twenty_steps_against_fp32_on_the_cpu() -> None:
@@ -59,21 +84,43 @@ def losses(folder: Path) -> list[float]:
 
 
 def digest(folder: Path, step: int) -> str:
-    return hashlib.sha256((folder / f"checkpoint-{step}" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    return hashlib.sha256(
+        (folder / f"checkpoint-{step}" / "adapter_model.safetensors").read_bytes()
+    ).hexdigest()
 
 
 def test_whole_runs(toy: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real runs under DeepSpeed, side by side: stages 2 and 3, recomputed layers, fp32; and one that was cut and goes on."""
     first = tmp_path / "start.pth"
-    oracle_files.write_tiny_meta(toy.llama / "wide", toy.tokenizer.vocab_size(), dim=128, n_layers=3, n_heads=2, shards=1)
+    oracle_files.write_tiny_meta(
+        toy.llama / "wide", toy.tokenizer.vocab_size(), dim=128, n_layers=3, n_heads=2, shards=1
+    )
     params, _ = oracle_files.load_meta(toy.llama / "wide")
-    oracle_files.save_lineage(first, oracle.init_trainables(params, oracle.Hyper(bias=0.7), seed=5, random_gates=True))
-    common = ["train", *toy.flags, "--model", "wide", *FLAGS, "--resume", str(first), "--no_shuffle", "--caption_crop", "none"]
+    oracle_files.save_lineage(
+        first, oracle.init_trainables(params, oracle.Hyper(bias=0.7), seed=5, random_gates=True)
+    )
+    common = [
+        "train",
+        *toy.flags,
+        "--model",
+        "wide",
+        *FLAGS,
+        "--resume",
+        str(first),
+        "--no_shuffle",
+        "--caption_crop",
+        "none",
+    ]
     bf16, zero3 = ["--precision", "bf16"], ["--precision", "bf16", "--deepspeed", "zero3"]
     kinds = {
-        "bf16": bf16, "zero3": zero3, "recomputed": [*zero3, "--checkpoint_activations", "full"], "sdpa": [*bf16, "--attention", "sdpa"],
-        "cut": [*bf16, "--max_steps", "7"], "fp32": [], "cpu": [],
-    }  # fmt: skip
+        "bf16": bf16,
+        "zero3": zero3,
+        "recomputed": [*zero3, "--checkpoint_activations", "full"],
+        "sdpa": [*bf16, "--attention", "sdpa"],
+        "cut": [*bf16, "--max_steps", "7"],
+        "fp32": [],
+        "cpu": [],
+    }
     begun = {}
     for name, flags in kinds.items():
         if name == "cpu":
@@ -89,7 +136,9 @@ def test_whole_runs(toy: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     exact = losses(tmp_path / "cpu")
     assert len(exact) == 10
     for name in ("bf16", "zero3", "recomputed", "sdpa", "fp32"):
-        assert losses(tmp_path / name) == pytest.approx(exact, rel=1e-5 if name == "fp32" else HALF_LOSS_RTOL), name
+        assert losses(tmp_path / name) == pytest.approx(
+            exact, rel=1e-5 if name == "fp32" else HALF_LOSS_RTOL
+        ), name
     assert losses(tmp_path / "zero3") == pytest.approx(losses(tmp_path / "recomputed"), rel=1e-6)
 
     ended = end(start(*common, *bf16, "--output_dir", str(tmp_path / "cut"), ranks=1), 240)
@@ -97,12 +146,16 @@ def test_whole_runs(toy: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert digest(tmp_path / "cut", 10) == digest(tmp_path / "bf16", 10)
 
 
-def test_nothing_waits_and_nothing_is_compiled_after_the_third_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_waits_and_nothing_is_compiled_after_the_third_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Forward and backward of steps of many lengths, and scoring, start their kernels without one wait for the device."""
     import triton
 
     compiled: list[object] = []
-    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **_: compiled.append(1))
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_post_compile_hook", lambda **_: compiled.append(1)
+    )
     fast, work = toy_on_the_gpu(), SyntheticWorkload(TOY.vocab_size)
     counts = []
     for place in range(8):
@@ -126,10 +179,17 @@ def test_nothing_waits_and_nothing_is_compiled_after_the_third_step(monkeypatch:
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize(("num_adapted", "heads"), [(4, 4), (2, 4), (3, 2)], ids=["all", "some", "grouped"])
-def test_records_compute_what_they_recorded(num_adapted: int, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("num_adapted", "heads"), [(4, 4), (2, 4), (3, 2)], ids=["all", "some", "grouped"]
+)
+def test_records_compute_what_they_recorded(
+    num_adapted: int, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each size as kernels one by one, recorded, and replayed: the same losses to the bit; gradients up to attention's order of sums."""
-    fast, work = toy_on_the_gpu(replace(TOY, n_kv_heads=heads), num_adapted), SyntheticWorkload(TOY.vocab_size)
+    fast, work = (
+        toy_on_the_gpu(replace(TOY, n_kv_heads=heads), num_adapted),
+        SyntheticWorkload(TOY.vocab_size),
+    )
     assert cuda_graphs.attach(fast).endswith("rows by CUDA graphs")
     replayed = fast.graphed
     batches = [training_batch(work.training(place, 2 + place % 3)).to(CUDA) for place in range(12)]
@@ -143,7 +203,9 @@ def test_records_compute_what_they_recorded(num_adapted: int, heads: int, monkey
             losses = fast(batch)
             losses.sum().backward()
             found.setdefault(how, []).append((losses.detach(), take_gradients(fast)))
-    assert replayed is not None and all(program.is_recorded for program in replayed.programs.values())
+    assert replayed is not None and all(
+        program.is_recorded for program in replayed.programs.values()
+    )
     assert 1 < len(replayed.programs) < len(batches)
     fast.graphed = replayed
     for batch in batches[:2]:  # gradients add up: what a record returns is not where it writes next
@@ -152,7 +214,9 @@ def test_records_compute_what_they_recorded(num_adapted: int, heads: int, monkey
         both = found["third"][0][1][name] + found["third"][1][1][name]
         assert correctness.distance(gradient, both) <= 1e-2, name
     for how, steps in found.items():
-        for (losses, gradients), (same, of_same), (eager, of_eager) in zip(steps, found["unrecorded"], found["eager"], strict=True):
+        for (losses, gradients), (same, of_same), (eager, of_eager) in zip(
+            steps, found["unrecorded"], found["eager"], strict=True
+        ):
             assert how == "eager" or torch.equal(losses, same), how
             assert correctness.distance(losses, eager) <= 1e-2
             for name, gradient in gradients.items():

@@ -41,8 +41,13 @@ def slurm(*command: str) -> str:
 @pytest.fixture(scope="session", autouse=True)
 def cluster() -> None:
     without = pytest.fail if os.environ.get("VICO_WANTS_SLURM") else pytest.skip
-    if shutil.which("sinfo") is None or subprocess.run(["sinfo"], capture_output=True, check=False).returncode:
-        without('no cluster answers `sinfo`; eval "$(bash tests/slurm/local_slurm.sh up)" starts one')
+    if (
+        shutil.which("sinfo") is None
+        or subprocess.run(["sinfo"], capture_output=True, check=False).returncode
+    ):
+        without(
+            'no cluster answers `sinfo`; eval "$(bash tests/slurm/local_slurm.sh up)" starts one'
+        )
     if len(slurm("sinfo", "-h", "-N", "-t", "idle,mix,alloc,comp", "-o", "%N").split()) < 2:
         without("the cluster that answers `sinfo` has less than two nodes up")
 
@@ -89,12 +94,18 @@ class Job:
         return found[1]
 
     def weights(self) -> str:
-        return hashlib.sha256((self.output_dir / f"checkpoint-{LAST}" / "adapter_model.safetensors").read_bytes()).hexdigest()
+        return hashlib.sha256(
+            (self.output_dir / f"checkpoint-{LAST}" / "adapter_model.safetensors").read_bytes()
+        ).hexdigest()
 
     def completed(self, restarts: int) -> "Job":
         self.ended()
-        assert (self.word("JobState"), self.word("Restarts")) == ("COMPLETED", str(restarts)), self.text
-        assert [line["step"] for line in records(self.output_dir / "steps.jsonl")] == list(range(1, LAST + 1))
+        assert (self.word("JobState"), self.word("Restarts")) == ("COMPLETED", str(restarts)), (
+            self.text
+        )
+        assert [line["step"] for line in records(self.output_dir / "steps.jsonl")] == list(
+            range(1, LAST + 1)
+        )
         return self
 
 
@@ -109,12 +120,47 @@ def start(
 ) -> Job:
     """launch/slurm/NAME.sbatch on the small world; what it writes goes into `folder`. `before`: arguments in front of the flags."""
     # A test before this one may have been a rank, and sbatch hands its environment on.
-    kept = {word: value for word, value in os.environ.items() if word not in (*SINGLE_RANK, "MASTER_PORT")}
-    ours = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "VICO_RANKS": str(ranks or RANKS.get(name, 1))}
-    small = ["--gpus-per-node=0", "--cpus-per-task=1", "--ntasks-per-node=1", "--mem=2G", f"--output={folder}/%j.out", *options]
-    training = ["--batch_size", "2", "--epochs", str(EPOCHS), "--warmup_epochs", "0", "--output_dir", str(folder / "run"), *flags]
-    command = ["sbatch", "--parsable", *small, str(SCRIPTS / f"{name}.sbatch"), *before, *home.flags, *training]
-    answer = subprocess.run(command, cwd=folder, env={**kept, **ours}, capture_output=True, text=True, check=False)
+    kept = {
+        word: value
+        for word, value in os.environ.items()
+        if word not in (*SINGLE_RANK, "MASTER_PORT")
+    }
+    ours = {
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+        "VICO_RANKS": str(ranks or RANKS.get(name, 1)),
+    }
+    small = [
+        "--gpus-per-node=0",
+        "--cpus-per-task=1",
+        "--ntasks-per-node=1",
+        "--mem=2G",
+        f"--output={folder}/%j.out",
+        *options,
+    ]
+    training = [
+        "--batch_size",
+        "2",
+        "--epochs",
+        str(EPOCHS),
+        "--warmup_epochs",
+        "0",
+        "--output_dir",
+        str(folder / "run"),
+        *flags,
+    ]
+    command = [
+        "sbatch",
+        "--parsable",
+        *small,
+        str(SCRIPTS / f"{name}.sbatch"),
+        *before,
+        *home.flags,
+        *training,
+    ]
+    answer = subprocess.run(
+        command, cwd=folder, env={**kept, **ours}, capture_output=True, text=True, check=False
+    )
     assert answer.returncode == 0, answer.stderr
     number = answer.stdout.strip().split(";")[0]
     return Job(number, folder / "run", folder / f"{number}.out")
@@ -136,17 +182,29 @@ def undisturbed(home: ToyData, tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 
 def test_two_nodes_to_the_end(undisturbed: Job) -> None:
-    assert re.search(r"^world: 2 ranks on 2 hosts\n  \S+: rank 0 on .+\n  \S+: rank 1 on .+$", undisturbed.text, re.MULTILINE)
+    assert re.search(
+        r"^world: 2 ranks on 2 hosts\n  \S+: rank 0 on .+\n  \S+: rank 1 on .+$",
+        undisturbed.text,
+        re.MULTILINE,
+    )
 
 
 @pytest.mark.parametrize("name", RANKS)
-def test_asked_before_the_limit_a_job_goes_on_later_as_if_nothing_had_been(name: str, submit: Submit, undisturbed: Job) -> None:
+def test_asked_before_the_limit_a_job_goes_on_later_as_if_nothing_had_been(
+    name: str, submit: Submit, undisturbed: Job
+) -> None:
     """USR1 to the batch script alone, as --signal=B:USR1@120 sends it."""
     job = submit(name).at_step(30)
     slurm("scancel", "--batch", "--signal=USR1", job.number)
     job.completed(restarts=1)
-    saved = re.search(r"^vico: stopped by SIGUSR1; saved \S+/checkpoint-(\d+)", job.text, re.MULTILINE)
-    assert saved and 30 <= int(saved[1]) < STEPS_PER_EPOCH and f"resuming from step {saved[1]}\n" in job.text
+    saved = re.search(
+        r"^vico: stopped by SIGUSR1; saved \S+/checkpoint-(\d+)", job.text, re.MULTILINE
+    )
+    assert (
+        saved
+        and 30 <= int(saved[1]) < STEPS_PER_EPOCH
+        and f"resuming from step {saved[1]}\n" in job.text
+    )
     assert job.weights() == undisturbed.weights()
 
 
@@ -158,7 +216,10 @@ def test_requeued_by_hand(submit: Submit, undisturbed: Job) -> None:
     assert job.weights() == undisturbed.weights()
 
 
-@pytest.mark.skipif("SLURM_LOCAL_DIR" not in os.environ, reason="only nodes of tests/slurm/local_slurm.sh can be switched off")
+@pytest.mark.skipif(
+    "SLURM_LOCAL_DIR" not in os.environ,
+    reason="only nodes of tests/slurm/local_slurm.sh can be switched off",
+)
 def test_a_node_is_lost(submit: Submit, undisturbed: Job) -> None:
     """The node is back before the job is tried again; what was saved last is where it goes on."""
     job = submit("tasks", flags=("--save_steps", "20")).at_step(30)
@@ -169,11 +230,16 @@ def test_a_node_is_lost(submit: Submit, undisturbed: Job) -> None:
         time.sleep(0.3)
     slurm("bash", str(ROOT / "tests" / "slurm" / "local_slurm.sh"), "up")
     job.completed(restarts=1)
-    assert re.search(r"^resuming from step [24]0( \(\d+ step\(s\) to redo\))?$", job.text, re.MULTILINE)
+    assert re.search(
+        r"^resuming from step [24]0( \(\d+ step\(s\) to redo\))?$", job.text, re.MULTILINE
+    )
     assert job.weights() == undisturbed.weights()
 
 
-@pytest.mark.parametrize(("ranks", "says"), [(1, "srun started 2 tasks and this world has 1 rank(s)"), (2, "SLURM started 2 node(s) and")])
+@pytest.mark.parametrize(
+    ("ranks", "says"),
+    [(1, "srun started 2 tasks and this world has 1 rank(s)"), (2, "SLURM started 2 node(s) and")],
+)
 def test_a_file_for_one_node_on_two_is_refused(ranks: int, says: str, submit: Submit) -> None:
     """Each node would train alone, with one rank or with several."""
     begin = time.monotonic()
@@ -190,18 +256,41 @@ def test_a_world_of_another_size_than_expected_is_refused(submit: Submit) -> Non
     job = submit("tasks", flags=("--expect_world_size", "4")).ended()
     assert time.monotonic() - begin < REFUSED_WITHIN_SECONDS, job.text
     assert job.word("JobState") == "FAILED"
-    assert job.text.count("vico: error: --expect_world_size 4: the launcher made a world of 2 rank(s)") == 1, job.text
+    assert (
+        job.text.count("vico: error: --expect_world_size 4: the launcher made a world of 2 rank(s)")
+        == 1
+    ), job.text
 
 
 def test_an_array_writes_its_table(submit: Submit, tmp_path: Path) -> None:
     table = tmp_path / "table.tsv"
     table.write_text("name\tlr\tno_shuffle\nfast\t1e-2\t\nslow\t1e-4\tyes\nnone\t-1\tno\n")
     job = submit("array", "--array=1-3", before=(str(table),), flags=("--max_steps", "10")).ended()
-    header, *rows = [line.split("\t") for line in (job.output_dir / "results.tsv").read_text().splitlines()]
-    assert header == ["name", "lr", "no_shuffle", "status", "best_val_acc", "best_epoch", "val_acc", "train_loss", "step"]
-    assert [row[:4] for row in rows] == [["fast", "1e-2", "", "done"], ["slow", "1e-4", "yes", "done"], ["none", "-1", "no", "failed (2)"]]
+    header, *rows = [
+        line.split("\t") for line in (job.output_dir / "results.tsv").read_text().splitlines()
+    ]
+    assert header == [
+        "name",
+        "lr",
+        "no_shuffle",
+        "status",
+        "best_val_acc",
+        "best_epoch",
+        "val_acc",
+        "train_loss",
+        "step",
+    ]
+    assert [row[:4] for row in rows] == [
+        ["fast", "1e-2", "", "done"],
+        ["slow", "1e-4", "yes", "done"],
+        ["none", "-1", "no", "failed (2)"],
+    ]
     for name, *_, best, _, last, loss, step in rows[:2]:
         line = records(job.output_dir / name / "log.txt")[-1]
-        assert (last, loss, step) == (f"{line['val_acc']:.6g}", f"{line['train_loss']:.6g}", "10") and float(best) >= float(last)
+        assert (last, loss, step) == (
+            f"{line['val_acc']:.6g}",
+            f"{line['train_loss']:.6g}",
+            "10",
+        ) and float(best) >= float(last)
     printed = [path.read_text() for path in tmp_path.glob("*.out")]
     assert sum("  best_val_acc  " in text for text in printed) == 1

@@ -12,10 +12,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from support.toy_dataset import WORDS
 from vico.data.tokenizer import LLAMA_3_SPECIAL, LLAMA_3_WORDS
-from vico.model.attention.blockwise import Attend, attend_blocks, attention_mask
+from vico.model.attention.blockwise import attend_blocks
+from vico.model.attention.masks import Attend, attention_mask
 from vico.model.batch import Segment
+from vico.model.config import trainable_shapes
 from vico.model.llama import Context, rotary_angles
-from vico.model.vico import ViCo, initial_trainables, trainable_shapes
+from vico.model.vico import ViCo, initial_trainables
 from vico.model.weights.load import Weights
 
 # fp32 through two layers in another order of sums; measured: 1.1e-6 of the largest logit.
@@ -23,32 +25,56 @@ LOGITS_RTOL = 1e-5
 LENGTH = 24
 NUM_RANKS = 340  # pieces of the LLaMA-3 tokenizer, special ones not counted
 ROPE_3 = {"rope_type": "llama3", "rope_theta": 500000.0}
-ROPE_3_1 = ROPE_3 | {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+ROPE_3_1 = ROPE_3 | {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 # Where turns are counted in so short a context, the blend between fast and slow frequencies is in sight.
 STRETCHED = ROPE_3_1 | {"original_max_position_embeddings": 16, "factor": 4.0}
 KINDS: dict[str, dict[str, Any]] = {
     "LLaMA-1": {},
     "LLaMA-2-70B": {"num_key_value_heads": 2, "intermediate_size": 256},
-    "LLaMA-3": {"num_key_value_heads": 2, "vocab_size": 1024, "rope_parameters": ROPE_3 | {"rope_type": "default"}},
+    "LLaMA-3": {
+        "num_key_value_heads": 2,
+        "vocab_size": 1024,
+        "rope_parameters": ROPE_3 | {"rope_type": "default"},
+    },
     "LLaMA-3.1": {"num_key_value_heads": 1, "rope_parameters": ROPE_3_1},
     "stretched": {"rope_parameters": STRETCHED},
     "tied": {"num_key_value_heads": 2, "tie_word_embeddings": True},
 }
 
 
-def make_hugging_face(folder: Path, kind: dict[str, Any], shard_size: str = "1GB") -> LlamaForCausalLM:
+def make_hugging_face(
+    folder: Path, kind: dict[str, Any], shard_size: str = "1GB"
+) -> LlamaForCausalLM:
     """A random model, written by transformers itself."""
-    plain = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 192, "vocab_size": 400}
+    plain = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 192,
+        "vocab_size": 400,
+    }
     torch.manual_seed(7)
     model = LlamaForCausalLM(LlamaConfig(**{**plain, "rms_norm_eps": 1e-5, **kind})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(1.0, 0.2) if "norm" in name else parameter.normal_(0.0, 1 / math.sqrt(parameter.shape[-1]))
+            parameter.normal_(1.0, 0.2) if "norm" in name else parameter.normal_(
+                0.0, 1 / math.sqrt(parameter.shape[-1])
+            )
     model.save_pretrained(folder, max_shard_size=shard_size)
     return model
 
 
-def make_model(weights: Weights, attend: Attend = attend_blocks, num_adapted: int | None = None, gate1: float = 0.0) -> ViCo:
+def make_model(
+    weights: Weights,
+    attend: Attend = attend_blocks,
+    num_adapted: int | None = None,
+    gate1: float = 0.0,
+) -> ViCo:
     shapes = trainable_shapes(weights.shape, num_adapted or weights.shape.n_layers, 10, 10)
     trainables = initial_trainables(shapes, bias=0.7, seed=0)
     for name, value in trainables.items():
@@ -61,19 +87,28 @@ def make_model(weights: Weights, attend: Attend = attend_blocks, num_adapted: in
     return model
 
 
-def logits(weights: Weights, ids: Tensor, attend: Attend = attend_blocks, num_adapted: int | None = None) -> Tensor:
+def logits(
+    weights: Weights, ids: Tensor, attend: Attend = attend_blocks, num_adapted: int | None = None
+) -> Tensor:
     """[T, vocabulary] of a plain text: at gate1 = 0, and without a video, the adapter changes nothing."""
     model, shape = make_model(weights, attend, num_adapted), weights.shape
     segments = (Segment(0, len(ids), None, False, False),)
-    rotary_T = rotary_angles(torch.arange(len(ids)), shape.head_dim, shape.rope_theta, shape.rope_scaling)
+    rotary_T = rotary_angles(
+        torch.arange(len(ids)), shape.head_dim, shape.rope_theta, shape.rope_scaling
+    )
     prompts_GAD = model.adapter_query.weight.unflatten(0, (-1, 10))
     with torch.no_grad():
         context = Context(rotary_T, attention_mask(segments), attend)
-        return model.trunk(model.tok_embeddings(ids), prompts_GAD, context, torch.arange(len(ids))) @ model.output.weight.t()
+        return (
+            model.trunk(model.tok_embeddings(ids), prompts_GAD, context, torch.arange(len(ids)))
+            @ model.output.weight.t()
+        )
 
 
 def text(weights: Weights) -> Tensor:
-    return torch.randint(weights.shape.vocab_size, (LENGTH,), generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        weights.shape.vocab_size, (LENGTH,), generator=torch.Generator().manual_seed(1)
+    )
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -84,7 +119,9 @@ def byte_letters() -> dict[int, str]:
     """How byte-level pieces are written in JSON: bytes that can be shown as themselves, the others as letters from 256 on."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in shown]
-    return {byte: chr(byte) for byte in shown} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in shown} | {
+        byte: chr(256 + i) for i, byte in enumerate(others)
+    }
 
 
 def make_llama_3_tokenizers(tiktoken_file: Path, json_file: Path) -> None:
@@ -95,16 +132,34 @@ def make_llama_3_tokenizers(tiktoken_file: Path, json_file: Path) -> None:
     model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
     model.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=NUM_RANKS, initial_alphabet=alphabet, show_progress=False)
-    model.train_from_iterator([f"Question: {a} the {b}?\nAnswer: The answer is (A)" for a in WORDS for b in WORDS], trainer)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=NUM_RANKS, initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator(
+        [f"Question: {a} the {b}?\nAnswer: The answer is (A)" for a in WORDS for b in WORDS],
+        trainer,
+    )
     bytes_of = {letter: byte for byte, letter in byte_letters().items()}
-    ranks = sorted((rank, bytes(bytes_of[letter] for letter in piece)) for piece, rank in model.get_vocab().items())
+    ranks = sorted(
+        (rank, bytes(bytes_of[letter] for letter in piece))
+        for piece, rank in model.get_vocab().items()
+    )
     assert len(ranks) == NUM_RANKS
-    tiktoken_file.write_bytes(b"".join(base64.b64encode(piece) + b" %d\n" % rank for rank, piece in ranks))
-    special = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(LLAMA_3_SPECIAL - 2))]
+    tiktoken_file.write_bytes(
+        b"".join(base64.b64encode(piece) + b" %d\n" % rank for rank, piece in ranks)
+    )
+    special = [
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        *(f"<|reserved_special_token_{i}|>" for i in range(LLAMA_3_SPECIAL - 2)),
+    ]
     model.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in special])
     # What LLaMA-3's own file does besides, and the method does not want: BOS in front, blanks trimmed from offsets, texts cut.
-    template = tokenizers.processors.TemplateProcessing("<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", NUM_RANKS)])
-    model.post_processor = tokenizers.processors.Sequence([tokenizers.processors.ByteLevel(trim_offsets=True), template])
+    template = tokenizers.processors.TemplateProcessing(
+        "<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", NUM_RANKS)]
+    )
+    model.post_processor = tokenizers.processors.Sequence(
+        [tokenizers.processors.ByteLevel(trim_offsets=True), template]
+    )
     model.enable_truncation(5)
     model.save(str(json_file))

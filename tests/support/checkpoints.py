@@ -10,18 +10,23 @@ from torch import Tensor
 
 from vico.checkpoint.read import read, validate_for_model
 from vico.errors import CheckpointError
-from vico.model.llama import LlamaConfig
-from vico.model.vico import trainable_shapes
+from vico.model.config import LlamaConfig, trainable_shapes
 from vico.train.optim import MOMENTS
 
 LLAMA = LlamaConfig(dim=32, n_layers=3, n_heads=4, vocab_size=400)
 SHAPES = trainable_shapes(LLAMA, num_adapted=3, adapter_len=10, num_slots=10)
 
 
-def values(shapes: dict[str, tuple[int, ...]], seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def values(
+    shapes: dict[str, tuple[int, ...]], seed: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    return weights, {f"{name}.{m}": torch.rand(shape, generator=generator) for name, shape in shapes.items() for m in MOMENTS}
+    return weights, {
+        f"{name}.{m}": torch.rand(shape, generator=generator)
+        for name, shape in shapes.items()
+        for m in MOMENTS
+    }
 
 
 def refusal(path: Path, shapes: dict[str, tuple[int, ...]] = SHAPES) -> str:
@@ -34,7 +39,9 @@ def refusal(path: Path, shapes: dict[str, tuple[int, ...]] = SHAPES) -> str:
 def same(a: dict[str, Tensor] | None, b: dict[str, Tensor] | None) -> bool:
     if a is None or b is None:
         return a is b
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+    return a.keys() == b.keys() and all(
+        torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a
+    )
 
 
 class Payload:

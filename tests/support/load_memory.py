@@ -12,7 +12,8 @@ import torch
 from vico.distributed import world as dist
 from vico.model.vico import ViCo
 from vico.model.weights.load import open_weights
-from vico.train.engine import load_parameter, read_config, zero_init
+from vico.train.ds_config import read_config
+from vico.train.engine import load_parameter, zero_init
 
 MIB = 2**20
 

@@ -4,9 +4,9 @@ import hashlib
 import sys
 
 from vico.checkpoint import read as checkpoints
+from vico.cli.flags import parse
 from vico.distributed import world as dist
 from vico.train.build import build_engine, read_inputs
-from vico.train.config import parse
 
 
 def main(argv: list[str]) -> None:
@@ -14,7 +14,9 @@ def main(argv: list[str]) -> None:
     assert config.resume is not None
     world = dist.connect()
     inputs = read_inputs(config, ("train",), world)
-    found = checkpoints.validate_for_model(checkpoints.read(config.resume), inputs.trainable_shapes, inputs.weights.shape.n_layers)
+    found = checkpoints.validate_for_model(
+        checkpoints.read(config.resume), inputs.trainable_shapes, inputs.weights.shape.n_layers
+    )
     engine = build_engine(config, inputs, found.weights, world)
     assert found.moments is not None
     engine.set_moments(found.moments, found.progress.num_updates)

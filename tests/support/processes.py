@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vico.checkpoint.read import step_folders, step_of
+from vico.checkpoint.format import step_folders, step_of
 from vico.cli.demo import make_toy_dataset
 from vico.io.atomic import REPLACED, TEMPORARY, write_json
 from vico.io.text import read_json_object
-from vico.train.engine import SHIPPED_CONFIGS
+from vico.train.ds_config import SHIPPED_CONFIGS
 from vico.train.run_log import read_logs, read_records
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,9 +27,29 @@ LAST_STEP = 10  # of two epochs; saved every second step
 SAVE_STEPS = 2
 SECONDS_OF_A_RUN = 180.0  # a whole one takes about ten on two idle cores
 SETTINGS = (
-    "--model", "tiny", "--precision", "fp32", "--max_seq_len", "128", "--max_cap_len", "128", "--epochs", "2", "--warmup_epochs", "1",
-    "--lr", "0.02", "--bias", "0.7", "--batch_size", "2", "--save_steps", str(SAVE_STEPS), "--num_workers", "0",
-)  # fmt: skip
+    "--model",
+    "tiny",
+    "--precision",
+    "fp32",
+    "--max_seq_len",
+    "128",
+    "--max_cap_len",
+    "128",
+    "--epochs",
+    "2",
+    "--warmup_epochs",
+    "1",
+    "--lr",
+    "0.02",
+    "--bias",
+    "0.7",
+    "--batch_size",
+    "2",
+    "--save_steps",
+    str(SAVE_STEPS),
+    "--num_workers",
+    "0",
+)
 
 
 @dataclass(frozen=True)
@@ -48,8 +68,20 @@ class ToyRun:
         return cls(folder)
 
     def flags(self, stage: int, out: Path) -> list[str]:
-        where = ["--data_path", str(self.folder / "data"), "--llama_model_path", str(self.folder / "pretrained" / "llama")]
-        return [*where, *SETTINGS, "--deepspeed", "zero2" if stage == 2 else str(self.folder / "zero3.json"), "--output_dir", str(out)]
+        where = [
+            "--data_path",
+            str(self.folder / "data"),
+            "--llama_model_path",
+            str(self.folder / "pretrained" / "llama"),
+        ]
+        return [
+            *where,
+            *SETTINGS,
+            "--deepspeed",
+            "zero2" if stage == 2 else str(self.folder / "zero3.json"),
+            "--output_dir",
+            str(out),
+        ]
 
 
 class Started:
@@ -63,10 +95,20 @@ class Started:
             with log.open("wb") as file:
                 self.processes.append(
                     subprocess.Popen(
-                        command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-                        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "PYTHONPATH": PYTHONPATH, **more},
+                        command,
+                        stdin=subprocess.DEVNULL,
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                        env={
+                            **os.environ,
+                            "OMP_NUM_THREADS": "1",
+                            "PYTHONFAULTHANDLER": "1",
+                            "PYTHONPATH": PYTHONPATH,
+                            **more,
+                        },
                     )
-                )  # fmt: skip
+                )
 
     @property
     def said(self) -> str:
@@ -111,25 +153,42 @@ class Started:
             process.wait()
 
 
-def start_ranks(flags: list[str], logs: Path, failpoint: str = "", ranks: int = RANKS, command: str = "train") -> Started:
+def start_ranks(
+    flags: list[str], logs: Path, failpoint: str = "", ranks: int = RANKS, command: str = "train"
+) -> Started:
     """One process per rank on a free port, as srun or torchrun would start them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "VICO_FAILPOINT": failpoint}
+    world = {
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "VICO_FAILPOINT": failpoint,
+    }
     line = [sys.executable, "-m", "vico", command, *flags]
-    return Started([(line, {**world, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(ranks)], logs)
+    return Started(
+        [(line, {**world, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(ranks)], logs
+    )
 
 
 def launch(flags: list[str], logs: Path, failpoint: str = "", **more: str) -> Started:
     """By launch/train.sh, as users do."""
-    environment = {"VICO_RANKS": str(RANKS), "PYTHON": sys.executable, "VICO_FAILPOINT": failpoint, **more}
+    environment = {
+        "VICO_RANKS": str(RANKS),
+        "PYTHON": sys.executable,
+        "VICO_FAILPOINT": failpoint,
+        **more,
+    }
     return Started([(["bash", str(ROOT / "launch" / "train.sh"), *flags], environment)], logs)
 
 
 def sha256(out: Path, step: int = LAST_STEP) -> str:
     """Of the weights and the optimizer's state of the checkpoint of a step; empty: there is none."""
-    files = [out / f"checkpoint-{step}" / name for name in ("adapter_model.safetensors", "optimizer.safetensors")]
+    files = [
+        out / f"checkpoint-{step}" / name
+        for name in ("adapter_model.safetensors", "optimizer.safetensors")
+    ]
     if not all(path.exists() for path in files):
         return ""
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

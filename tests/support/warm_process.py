@@ -34,28 +34,57 @@ class WarmProcess:
     """The client's side: `with WarmProcess() as warm: warm.run(["train", ...], cwd)`. One command at a time."""
 
     def __enter__(self) -> "WarmProcess":
-        alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+        alone = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+        }
         self._folder = tempfile.TemporaryDirectory(prefix="vico-warm-")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "support.warm_process", self._folder.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-m", "support.warm_process", self._folder.name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             # On the CPU: a process that has touched a GPU cannot be forked.
-            env={**alone, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": self._folder.name, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}, cwd=Path(__file__).resolve().parents[1],
-        )  # fmt: skip
+            env={
+                **alone,
+                "OMP_NUM_THREADS": "1",
+                "XDG_CACHE_HOME": self._folder.name,
+                "CUDA_VISIBLE_DEVICES": "",
+                "DS_ACCELERATOR": "cpu",
+                "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+            },
+            cwd=Path(__file__).resolve().parents[1],
+        )
         return self
 
     def run(self, argv: Sequence[str], cwd: Path, *, watched: Path | None = None) -> Ended:
         """`vico ARGV` in `cwd`. `watched`: a file for what the child runs or unpickles (see `watch`)."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        order = {"argv": list(argv), "cwd": str(cwd), "watched": None if watched is None else str(watched)}
+        order = {
+            "argv": list(argv),
+            "cwd": str(cwd),
+            "watched": None if watched is None else str(watched),
+        }
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
-        assert line, (Path(self._folder.name) / "log").read_text(encoding="utf-8", errors="replace")[-2000:]
+        assert line, (Path(self._folder.name) / "log").read_text(
+            encoding="utf-8", errors="replace"
+        )[-2000:]
         answer = json.loads(line)
-        out, err = ((Path(self._folder.name) / name).read_text(encoding="utf-8", errors="replace") for name in ("out", "err"))
+        out, err = (
+            (Path(self._folder.name) / name).read_text(encoding="utf-8", errors="replace")
+            for name in ("out", "err")
+        )
         return Ended(answer["code"], out, err, answer["seconds"])
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
@@ -72,7 +101,15 @@ def watch(path: Path) -> None:
     file = path.open("a", encoding="utf-8")
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.forkpty", "subprocess.Popen", "pty.spawn"):
+        if event in (
+            "pickle.find_class",
+            "os.system",
+            "os.exec",
+            "os.posix_spawn",
+            "os.forkpty",
+            "subprocess.Popen",
+            "pty.spawn",
+        ):
             print(event, repr(arguments)[:300], file=file, flush=True)
 
     sys.addaudithook(hook)
@@ -116,7 +153,9 @@ def _obey(order: dict[str, Any], folder: Path) -> None:
     try:
         os.setsid()
         for descriptor, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
+            os.dup2(
+                os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor
+            )
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.chdir(order["cwd"])
         if order["watched"] is not None:

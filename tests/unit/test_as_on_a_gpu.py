@@ -16,11 +16,11 @@ from benchmarks.variants import scoring_batches, training_batch
 from benchmarks.workload import SyntheticWorkload
 from vico.model.attention.varlen import KERNELS, PackedAttention
 from vico.model.batch import PackedBatch
+from vico.model.config import LlamaConfig
 from vico.model.cuda_graphs import GraphedBlocks
-from vico.model.llama import LlamaConfig
 from vico.model.ops import triton_ops
 from vico.model.vico import ViCo
-from vico.train.loop import sums_by_task
+from vico.train.step import sums_by_task
 
 GPU = torch.device("meta")
 WORK = SyntheticWorkload(2000)
@@ -36,7 +36,9 @@ class Starts(TorchDispatchMode):
         self.seen: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        views = any(a.alias_info is not None and not a.alias_info.is_write for a in func._schema.arguments)
+        views = any(
+            a.alias_info is not None and not a.alias_info.is_write for a in func._schema.arguments
+        )
         if not views and "empty" not in str(func):
             self.seen[str(func)] += 1
         return func(*args, **(kwargs or {}))
@@ -61,8 +63,12 @@ class Programs:
 def starts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Starts:
     """With Triton's programs, or the operations that VICO_KERNELS=plain leaves in their place."""
     found = Starts()
-    triton = SimpleNamespace(cdiv=lambda a, b: -(-a // b), next_power_of_2=lambda n: 1 << (n - 1).bit_length())
-    monkeypatch.setattr(triton_ops, "serve", lambda x: request.param == "triton" and x.stride(-1) == 1)
+    triton = SimpleNamespace(
+        cdiv=lambda a, b: -(-a // b), next_power_of_2=lambda n: 1 << (n - 1).bit_length()
+    )
+    monkeypatch.setattr(
+        triton_ops, "serve", lambda x: request.param == "triton" and x.stride(-1) == 1
+    )
     monkeypatch.setattr(triton_ops, "triton", triton, raising=False)
     monkeypatch.setattr(triton_ops, "programs", Programs(found.seen), raising=False)
     return found
@@ -70,7 +76,9 @@ def starts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S
 
 def made(layers: int = 4, checkpointed: int = 0) -> ViCo:
     with GPU:
-        model = ViCo(LlamaConfig(256, layers, 4, 2000, multiple_of=64), layers, 10, 10, 100.0, torch.bfloat16)
+        model = ViCo(
+            LlamaConfig(256, layers, 4, 2000, multiple_of=64), layers, 10, 10, 100.0, torch.bfloat16
+        )
     model.attend, model.num_checkpointed = PackedAttention(KERNELS["varlen"]), checkpointed
     return model
 
@@ -85,7 +93,11 @@ def test_training_mixes_no_devices_and_waits_for_none(starts: Starts, checkpoint
     model = made(checkpointed=checkpointed)
     for place, questions in enumerate((1, 2, 8)):
         step(model, training_batch(WORK.training(place, questions)))
-        assert all(p.grad is not None and p.grad.device == GPU for p in model.parameters() if p.requires_grad)
+        assert all(
+            p.grad is not None and p.grad.device == GPU
+            for p in model.parameters()
+            if p.requires_grad
+        )
 
 
 def test_a_program_mixes_no_devices_and_waits_for_none(starts: Starts) -> None:
@@ -94,7 +106,11 @@ def test_a_program_mixes_no_devices_and_waits_for_none(starts: Starts) -> None:
     model.graphed = GraphedBlocks(model)
     for place, questions in enumerate((1, 2, 8, 1)):
         step(model, training_batch(WORK.training(place, questions)))
-        assert all(p.grad is not None and p.grad.device == GPU for p in model.parameters() if p.requires_grad)
+        assert all(
+            p.grad is not None and p.grad.device == GPU
+            for p in model.parameters()
+            if p.requires_grad
+        )
     assert model.graphed.programs
 
 
@@ -133,5 +149,7 @@ def test_a_block_starts_no_more_than_it_did(starts: Starts) -> None:
             losses.sum().backward()
         counts.append((forward, starts.seen - forward))
     forward, backward = (more - fewer for fewer, more in zip(*counts, strict=True))
-    print(f"forward {forward.total()}: {dict(forward)}\nbackward {backward.total()}: {dict(backward)}")
+    print(
+        f"forward {forward.total()}: {dict(forward)}\nbackward {backward.total()}: {dict(backward)}"
+    )
     assert forward.total() <= MOST_STARTS[0] and backward.total() <= MOST_STARTS[1]

@@ -9,13 +9,23 @@ import torch
 from benchmarks import cpu, run
 from benchmarks.measure import peak_growth
 from benchmarks.plain import PlainViCo
-from benchmarks.variants import Packed, Plain, Variant, fill, make_fast, make_pair, random_weights, take_gradients, with_vico_products
+from benchmarks.variants import (
+    Packed,
+    Plain,
+    Variant,
+    fill,
+    make_fast,
+    make_pair,
+    random_weights,
+    take_gradients,
+    with_vico_products,
+)
 from benchmarks.workload import Lengths, RealWorkload, ScoringWork, SyntheticWorkload, TrainingWork
 from reference import oracle, oracle_files
 from support.toy_dataset import ToyData
 from vico.data.prompts import Prompts
 from vico.data.tokenizer import Tokenizer
-from vico.model.batch import VIDEO_SLOT, Question
+from vico.data.types import VIDEO_SLOT, Question
 from vico.model.weights.meta import MetaWeights
 
 CPU = torch.device("cpu")
@@ -28,13 +38,25 @@ LOSS_RTOL, SCORE_ATOL, GRAD_RTOL = 1e-6, 1e-5, 1e-5
 def test_the_plain_baseline_is_the_method(toy: ToyData) -> None:
     """Losses, gradients and scores of the baseline against the oracle, which shares no code with it."""
     hyper = oracle.Hyper(bias=0.7, max_seq_len=256)
-    weights, params = oracle_files.load_meta(toy.llama / "tiny"), MetaWeights(toy.llama / "tiny", toy.tokenizer.vocab_size())
+    weights, params = (
+        oracle_files.load_meta(toy.llama / "tiny"),
+        MetaWeights(toy.llama / "tiny", toy.tokenizer.vocab_size()),
+    )
     trainables = oracle.init_trainables(weights[0], hyper, random_gates=True)
     model = PlainViCo(params.shape, hyper.adapter_len, hyper.max_feats, torch.float32)
-    fill(model, {n: trainables[n].detach() if n in trainables else params.read(n).float() for n, _ in model.named_parameters()})
+    fill(
+        model,
+        {
+            n: trainables[n].detach() if n in trainables else params.read(n).float()
+            for n, _ in model.named_parameters()
+        },
+    )
     prompts = Prompts(Tokenizer(toy.llama / "tokenizer.model"), 10, 160, 384, False)
     items = toy.items("train")[:4]
-    asked = [Question(i, "0", "v", "CW", item.question, tuple(item.options), item.answer) for i, item in enumerate(items)]
+    asked = [
+        Question(i, "0", "v", "CW", item.question, tuple(item.options), item.answer)
+        for i, item in enumerate(items)
+    ]
     features = torch.stack([oracle.frames(item.features, 10) for item in items])
     options = tuple(tuple(prompts.vqa(q, a) for a in range(5)) for q in asked)
     vqa = tuple(o[item.answer] for o, item in zip(options, items, strict=True))
@@ -43,15 +65,26 @@ def test_the_plain_baseline_is_the_method(toy: ToyData) -> None:
     total, expected, _ = oracle.step_losses(weights, toy.tokenizer, trainables, items, hyper)
     total.backward()
     plain = Plain(model, CPU)
-    assert plain.train(work) == pytest.approx([float(v.detach()) for v in expected.values()], rel=LOSS_RTOL)
+    assert plain.train(work) == pytest.approx(
+        [float(v.detach()) for v in expected.values()], rel=LOSS_RTOL
+    )
     gradients = take_gradients(model)
     assert set(gradients) == set(trainables)
     for name, gradient in gradients.items():
         grad = trainables[name].grad
-        assert grad is not None and float((gradient - grad).abs().max() / grad.abs().max()) < GRAD_RTOL, name
+        assert (
+            grad is not None and float((gradient - grad).abs().max() / grad.abs().max()) < GRAD_RTOL
+        ), name
     with torch.no_grad():
-        scores = torch.tensor([oracle.score_options(weights, toy.tokenizer, trainables, item, hyper) for item in items])
-    assert (plain.score(ScoringWork(options, tuple(range(4)), features)) - scores).abs().max() < SCORE_ATOL
+        scores = torch.tensor(
+            [
+                oracle.score_options(weights, toy.tokenizer, trainables, item, hyper)
+                for item in items
+            ]
+        )
+    assert (
+        plain.score(ScoringWork(options, tuple(range(4)), features)) - scores
+    ).abs().max() < SCORE_ATOL
 
 
 def test_variants_compute_the_same() -> None:
@@ -76,14 +109,26 @@ def test_synthetic_sequences_have_the_methods_structure() -> None:
     assert work.questions == again.questions and torch.equal(work.features_VFC, again.features_VFC)
     assert work.questions != SyntheticWorkload(TINY.vocab_size).scoring(4, 2).questions
     for options in work.questions:
-        assert len({o.tokens[:-3] for o in options}) == 1 and len({o.tokens[-3] for o in options}) == 5
+        assert (
+            len({o.tokens[:-3] for o in options}) == 1 and len({o.tokens[-3] for o in options}) == 5
+        )
         for sequence in options:
-            assert sequence.tokens.count(VIDEO_SLOT) == 10 and sequence.tokens[sequence.video_start] == VIDEO_SLOT
-            assert sequence.video_start == lengths.vqa_instruction and len(sequence.tokens) in lengths.vqa_total
-            assert list(sequence.targets) == list(range(len(sequence.tokens) - 4, len(sequence.tokens)))
+            assert (
+                sequence.tokens.count(VIDEO_SLOT) == 10
+                and sequence.tokens[sequence.video_start] == VIDEO_SLOT
+            )
+            assert (
+                sequence.video_start == lengths.vqa_instruction
+                and len(sequence.tokens) in lengths.vqa_total
+            )
+            assert list(sequence.targets) == list(
+                range(len(sequence.tokens) - 4, len(sequence.tokens))
+            )
     training = SyntheticWorkload(TINY.vocab_size).training(0, 8)
     assert all(80 <= len(c.targets) + 3 - 1 <= 250 for c in training.cap)
-    assert {c.tokens[: lengths.common_instruction] for c in training.cap} == {training.vqa[0].tokens[: lengths.common_instruction]}
+    assert {c.tokens[: lengths.common_instruction] for c in training.cap} == {
+        training.vqa[0].tokens[: lengths.common_instruction]
+    }
 
 
 def test_real_files(toy: ToyData) -> None:
@@ -102,13 +147,35 @@ def test_cpu_suite_writes_its_record(tmp_path: Path, capfd: pytest.CaptureFixtur
     record = json.loads(out.splitlines()[-1])
     assert record == json.loads(next(tmp_path.glob("cpu-*.json")).read_text())
     assert record["equal"] is True
-    assert set(record["ratios"]) == {"train_wide", "score_wide", "train_7b_geometry", "score_7b_geometry", "peak_memory_wide"}
-    assert {"suite", "date", "command", "config", "git_commit", "versions", "hardware", "ceilings"} <= set(record)
+    assert set(record["ratios"]) == {
+        "train_wide",
+        "score_wide",
+        "train_7b_geometry",
+        "score_7b_geometry",
+        "peak_memory_wide",
+    }
+    assert {
+        "suite",
+        "date",
+        "command",
+        "config",
+        "git_commit",
+        "versions",
+        "hardware",
+        "ceilings",
+    } <= set(record)
     wide = record["geometries"]["wide"]
     assert len(wide["cpu_seconds"]["train"]["plain"]) == len(wide["rounds"]) == 2
-    assert set(wide["rounds"][0]["losses"]) == set(wide["rounds"][0]["predictions"]) == set(wide["figures"])
+    assert (
+        set(wide["rounds"][0]["losses"])
+        == set(wide["rounds"][0]["predictions"])
+        == set(wide["figures"])
+    )
     assert "backbone products" in wide["time_split"]["fast"]["train"]
-    assert record["memory"]["plain"]["growth_mib"] > 0 and record["memory"]["plain"]["held_mib"] > record["memory"]["fast"]["held_mib"]
+    assert (
+        record["memory"]["plain"]["growth_mib"] > 0
+        and record["memory"]["plain"]["held_mib"] > record["memory"]["fast"]["held_mib"]
+    )
     assert "vqa " in out and "train_wide" in out
 
     written = str(next(tmp_path.glob("cpu-*.json")))
@@ -130,7 +197,9 @@ def test_what_differs_is_not_reported(
             gradient = self.model.visual_proj.weight.grad
             assert gradient is not None
             gradient.mul_(1.01)
-        return {"loss": [losses[0] * (1 + 1e-4), losses[1]], "nan": [losses[0], float("nan")]}.get(where, losses)
+        return {"loss": [losses[0] * (1 + 1e-4), losses[1]], "nan": [losses[0], float("nan")]}.get(
+            where, losses
+        )
 
     def other_score(self: Packed, work: ScoringWork) -> torch.Tensor:
         return score(self, work) + (0.01 if where == "score" else 0.0)
@@ -141,7 +210,10 @@ def test_what_differs_is_not_reported(
     out, err = capfd.readouterr()
     record = json.loads(out.splitlines()[-1])
     assert record["equal"] is False and record["ratios"] == {}
-    assert not any("cpu_seconds" in measured or "figures" in measured for measured in record["geometries"].values())
+    assert not any(
+        "cpu_seconds" in measured or "figures" in measured
+        for measured in record["geometries"].values()
+    )
     assert "do not compute the same" in err
 
 

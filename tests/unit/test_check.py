@@ -24,7 +24,14 @@ def fixture(toy: ToyData, tmp_path: Path) -> Path:
 
 
 def flags_of(toy: ToyData, fixture: Path, *more: str) -> list[str]:
-    return [*toy.flags, "--data_path", str(fixture / "data"), "--output_dir", str(fixture / "out"), *more]
+    return [
+        *toy.flags,
+        "--data_path",
+        str(fixture / "data"),
+        "--output_dir",
+        str(fixture / "out"),
+        *more,
+    ]
 
 
 def change_features(fixture: Path, **videos: Any) -> None:
@@ -33,10 +40,15 @@ def change_features(fixture: Path, **videos: Any) -> None:
     torch.save({k: v for k, v in content.items() if v is not ...}, path)
 
 
-def test_a_sound_world_is_described(toy: ToyData, fixture: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_sound_world_is_described(
+    toy: ToyData, fixture: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(fixture / "data" / "nextqa", fixture / "data" / "intentqa")
     rows = make_rows(6, 2, 2, "w")
-    write_csv(fixture / "data" / "nextqa" / "test.csv", [*rows[:-1], rows[-1] | {"a1": rows[-1]["a0"], "a2": " "}])
+    write_csv(
+        fixture / "data" / "nextqa" / "test.csv",
+        [*rows[:-1], rows[-1] | {"a1": rows[-1]["a0"], "a2": " "}],
+    )
     zero = torch.zeros(3, 768)
     change_features(fixture, odd=torch.zeros(7), nan=torch.full((2, 768), torch.nan), zero=zero)
     assert main(["check", *flags_of(toy, fixture, "--vaq", "--qav", "--max_cap_len", "60")]) == 0
@@ -68,12 +80,18 @@ def test_a_sound_world_is_described(toy: ToyData, fixture: Path, capfd: pytest.C
     assert out.splitlines()[-1].startswith("vico check: 0 error(s), 9 warning(s), in ")
 
 
-def test_all_problems_are_said_at_once(toy: ToyData, fixture: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_all_problems_are_said_at_once(
+    toy: ToyData, fixture: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     data = fixture / "data" / "nextqa"
     write_csv(data / "val.csv", [{**row, "answer": "7"} for row in toy.rows["val"]])
-    change_features(fixture, v0000=..., v0001=torch.zeros(3, 7), v0002=torch.full((3, 768), torch.inf))
+    change_features(
+        fixture, v0000=..., v0001=torch.zeros(3, 7), v0002=torch.full((3, 768), torch.inf)
+    )
     captions = json.loads((data / "llava_v15_13b_n6.json").read_text())
-    (data / "llava_v15_13b_n6.json").write_text(json.dumps({k: v for k, v in captions.items() if k != "v0003"}))
+    (data / "llava_v15_13b_n6.json").write_text(
+        json.dumps({k: v for k, v in captions.items() if k != "v0003"})
+    )
     (fixture / "out").write_text("")
     assert main(["check", *flags_of(toy, fixture, "--deepspeed", "zero4", "--model", "13B")]) == 2
     err = capfd.readouterr().err.splitlines()
@@ -86,9 +104,10 @@ def test_all_problems_are_said_at_once(toy: ToyData, fixture: Path, capfd: pytes
         "infinite",
         "have no features",
     )
-    assert len(err) == len(parts) and all(line.startswith("vico: error") and part in line for line, part in zip(err, parts, strict=True)), (
-        err
-    )
+    assert len(err) == len(parts) and all(
+        line.startswith("vico: error") and part in line
+        for line, part in zip(err, parts, strict=True)
+    ), err
 
 
 def test_what_was_found_is_remembered(
@@ -101,7 +120,9 @@ def test_what_was_found_is_remembered(
     slow: list[str] = []
     scan, measure = Features.scan, length_stats.of_questions
     monkeypatch.setattr(Features, "scan", lambda self: slow.append("scan") or scan(self))
-    monkeypatch.setattr(length_stats, "of_questions", lambda *a: slow.append("measure") or measure(*a))
+    monkeypatch.setattr(
+        length_stats, "of_questions", lambda *a: slow.append("measure") or measure(*a)
+    )
 
     def check() -> tuple[list[str], list[str]]:
         slow.clear()
@@ -116,7 +137,13 @@ def test_what_was_found_is_remembered(
     change_features(fixture, v0000=torch.ones(3, 768))
     assert check() == (first, ["scan"])
     stored = cache / "vico" / "checked.json"
-    for content in (b"", b"\xff{", b"[]", stored.read_bytes().replace(b"1", b"2", 1), stored.read_bytes()[:-5]):
+    for content in (
+        b"",
+        b"\xff{",
+        b"[]",
+        stored.read_bytes().replace(b"1", b"2", 1),
+        stored.read_bytes()[:-5],
+    ):
         stored.write_bytes(content)
         assert check() == (first, work)
     shutil.rmtree(cache)
@@ -125,7 +152,11 @@ def test_what_was_found_is_remembered(
 
 
 def test_dropped_questions_are_counted_in_every_result(
-    toy: ToyData, fixture: Path, alone: dist.World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    toy: ToyData,
+    fixture: Path,
+    alone: dist.World,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Train, go on, and evaluate without the features of one video; the run then refuses to go on with them."""
     monkeypatch.setattr(dist, "connect", lambda *_: alone)
@@ -139,24 +170,41 @@ def test_dropped_questions_are_counted_in_every_result(
     for steps in ("3", "5"):
         assert main(["train", *flags, "--max_steps", steps]) == 0
         out = capfd.readouterr().out
-        assert "train: 17 used / 20 total questions: 3 dropped, whose 1 videos have no features (--missing_features drop)" in out
+        assert (
+            "train: 17 used / 20 total questions: 3 dropped, whose 1 videos have no features (--missing_features drop)"
+            in out
+        )
         last = records(fixture / "out" / "log.txt")[-1]
         assert (last["val_n"], last["val_n_total"]) == (7, 10)
     predictions = records(fixture / "out" / "predictions_val.jsonl")
     assert [p["index"] for p in predictions] == [i for i in range(10) if i % 4 != 1]
     assert main(["check", *flags, "--max_steps", "9"]) == 0
-    assert f"start: {fixture / 'out' / 'checkpoint-5'}, goes on from step 5" in capfd.readouterr().out
+    assert (
+        f"start: {fixture / 'out' / 'checkpoint-5'}, goes on from step 5" in capfd.readouterr().out
+    )
     assert main(["check", *flags, "--seed", "1"]) == 2
     assert "holds a run with other settings (seed" in capfd.readouterr().err
     assert main(["eval", "--resume", str(fixture / "out" / "checkpoint-5")]) == 0
     *table, result = capfd.readouterr().out.splitlines()
     assert {"n": 7, "n_total": 10}.items() <= json.loads(result).items()
     assert any("val accuracy of 7 used / 10 total questions" in line for line in table)
-    assert next(line for line in table if line.startswith("  all ")).endswith("   7 used / 10 total")
-    assert sum(int(line.split("/")[1].split()[0]) for line in table if line.startswith(("  C ", "  T ", "  D "))) == 7
+    assert next(line for line in table if line.startswith("  all ")).endswith(
+        "   7 used / 10 total"
+    )
+    assert (
+        sum(
+            int(line.split("/")[1].split()[0])
+            for line in table
+            if line.startswith(("  C ", "  T ", "  D "))
+        )
+        == 7
+    )
     torch.save(kept, fixture / "data" / "nextqa" / "clipvitl14.pth")
     assert main(["train", *flags]) == 2
     assert "data train questions" in capfd.readouterr().err
     change_features(fixture, **{video: ... for video in kept if video.startswith("w")})
     assert main(["train", *flags]) == 2
-    assert "holds features of no video of the 10 val questions; fetch the file that belongs to them" in capfd.readouterr().err
+    assert (
+        "holds features of no video of the 10 val questions; fetch the file that belongs to them"
+        in capfd.readouterr().err
+    )

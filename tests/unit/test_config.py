@@ -10,12 +10,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vico.cli.flags import RETIRED, CommandLine, make_parser, parse
 from vico.cli.main import main
 from vico.errors import UserError
 from vico.train import config as configs
-from vico.train.config import NOT_IDENTITY, RETIRED, CommandLine, RunConfig, differences, make_parser, parse, refuse_changes, settings_from
+from vico.train.config import NOT_IDENTITY, RunConfig, settings_from
+from vico.train.resume import differences, refuse_changes
 
-RULES = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RULES = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def given_by(line: str) -> dict[str, Any]:
@@ -45,8 +49,23 @@ def test_defaults_are_the_lineages_and_ours() -> None:
         "adapter_len": 10,
         "adapter_layer": None,
     }
-    expected |= {"weight_decay": 0.05, "blr": 1e-3, "lr": None, "min_lr": 0.0, "warmup_epochs": 40.0, "bias": 3.0, "tau": 100.0}
-    expected |= {"num_workers": 2, "seed": 0, "cap": 0.5, "max_cap_len": 384, "data_path": Path("data"), "precision": "bf16"}
+    expected |= {
+        "weight_decay": 0.05,
+        "blr": 1e-3,
+        "lr": None,
+        "min_lr": 0.0,
+        "warmup_epochs": 40.0,
+        "bias": 3.0,
+        "tau": 100.0,
+    }
+    expected |= {
+        "num_workers": 2,
+        "seed": 0,
+        "cap": 0.5,
+        "max_cap_len": 384,
+        "data_path": Path("data"),
+        "precision": "bf16",
+    }
     assert {name: getattr(RunConfig(), name) for name in expected} == expected
 
 
@@ -61,8 +80,17 @@ def test_the_published_commands(dataset: str) -> None:
         "",
     )
     config = line.resolve()
-    assert (config.dataset, config.blr, config.bias, config.warmup_epochs, config.accum_iter) == (dataset, 0.09, 3.5, 2.0, 2)
-    assert config.output_dir == Path.cwd() / "checkpoint" / dataset and config.dataset_folder == Path.cwd() / "data" / dataset
+    assert (config.dataset, config.blr, config.bias, config.warmup_epochs, config.accum_iter) == (
+        dataset,
+        0.09,
+        3.5,
+        2.0,
+        2,
+    )
+    assert (
+        config.output_dir == Path.cwd() / "checkpoint" / dataset
+        and config.dataset_folder == Path.cwd() / "data" / dataset
+    )
     assert config.tasks == ("vqa", "cap") and config.task_weights == (1.0, 0.5) and line.notes == ()
 
 
@@ -78,12 +106,16 @@ def test_a_rate_that_another_one_overrules_is_said(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("lr: 1e-2\n")
     line = parse(["--config", str(tmp_path / "r.yaml"), "--blr", "1e-3"], "vico train", "")
     assert line.notes == ("--blr 0.001 is not used, since --lr 0.01 is given by the recipe",)
-    assert parse(["--lr", "1", "--blr", "2"], "vico train", "").notes == ("--blr 2 is not used, since --lr 1 is given",)
+    assert parse(["--lr", "1", "--blr", "2"], "vico train", "").notes == (
+        "--blr 2 is not used, since --lr 1 is given",
+    )
     assert parse(["--blr", "2"], "vico train", "").notes == ()
 
 
 @pytest.mark.parametrize("command", ["train", "eval"])
-def test_help_explains_every_flag_in_groups(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_explains_every_flag_in_groups(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
     text = capsys.readouterr().out
@@ -92,7 +124,9 @@ def test_help_explains_every_flag_in_groups(command: str, capsys: pytest.Capture
         assert f"\n  --{field.name} " in text or f"\n  --{field.name}\n" in text, field.name
         assert " ".join(field.metadata["help"].split()) in " ".join(text.split()), field.name
     assert all(f"--{name}" in text for name in RETIRED)
-    assert all(f"\n{group}:\n" in text for group in ("model", "data", "objective", "optimization", "run"))
+    assert all(
+        f"\n{group}:\n" in text for group in ("model", "data", "objective", "optimization", "run")
+    )
 
 
 def test_help_of_the_command_itself(capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,14 +144,20 @@ def test_help_of_the_command_itself(capsys: pytest.CaptureFixture[str]) -> None:
         ("--epoch=3", "unknown flag --epoch; did you mean '--epochs'?"),
         ("--max_seq 3", "unknown flag --max_seq; did you mean '--max_seq_len'?"),
         ("--zzz 4", "unknown flag --zzz; see --help"),
-        ("--lr 1 2", "unexpected word '2': a value follows a --flag, and switches take none; see --help"),
+        (
+            "--lr 1 2",
+            "unexpected word '2': a value follows a --flag, and switches take none; see --help",
+        ),
         ("--lr", "--lr: expected one argument (see --help)"),
         ("--lr 1,5", "--lr: '1,5' is not a number (see --help)"),
         ("--epochs 2.5", "--epochs: '2.5' is not a whole number (see --help)"),
         ("--resume caf\udce9", r"--resume: 'caf\udce9' is not a path in UTF-8 (see --help)"),
         ("--resume ''", "--resume: '' is not a path in UTF-8 (see --help)"),
         ("--sub=yes", "--sub: takes no value, but was given 'yes' (see --help)"),
-        ("--precision fp8", "--precision: invalid choice: 'fp8' (choose from 'bf16', 'fp16', 'fp32') (see --help)"),
+        (
+            "--precision fp8",
+            "--precision: invalid choice: 'fp8' (choose from 'bf16', 'fp16', 'fp32') (see --help)",
+        ),
         ("--accum_iter 0", "--accum_iter 0: must be a whole number of at least 1"),
         ("--max_steps -1", "--max_steps -1: must be a whole number of at least 1"),
         ("--cap nan", "--cap nan: must be 0 or more, and finite"),
@@ -125,7 +165,10 @@ def test_help_of_the_command_itself(capsys: pytest.CaptureFixture[str]) -> None:
         ("--blr inf", "--blr inf: must be 0 or more, and finite"),
         ("--seed -1", f"--seed -1: must be a whole number from 0 to {2**63 - 1}"),
         ("--max_feats 512", "--max_feats 512: must be below --max_seq_len 512"),
-        ("--dataset star --sub", "--sub: only TVQA has subtitles, and --dataset is star; drop --sub"),
+        (
+            "--dataset star --sub",
+            "--sub: only TVQA has subtitles, and --dataset is star; drop --sub",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_flag(line: str, message: str) -> None:
@@ -137,14 +180,19 @@ def test_the_last_of_a_repeated_flag_wins() -> None:
 
 
 def test_a_recipe_is_typed_and_flags_win(tmp_path: Path) -> None:
-    text = (
-        "# ours\nlr: 3e-4\nblr: 1\nepochs: 7\nvaq: true\nqav: no\nadapter_layer: null\ndata_path: some/where\nmodel: '7'\nprecision: fp32\n"
-    )
+    text = "# ours\nlr: 3e-4\nblr: 1\nepochs: 7\nvaq: true\nqav: no\nadapter_layer: null\ndata_path: some/where\nmodel: '7'\nprecision: fp32\n"
     values = given_by(f"{recipe(tmp_path, text)} --epochs 9")
     assert values == {
-        "lr": 0.0003, "blr": 1.0, "epochs": 9, "vaq": True, "qav": False, "adapter_layer": None, "data_path": Path("some/where"), "model": "7",
+        "lr": 0.0003,
+        "blr": 1.0,
+        "epochs": 9,
+        "vaq": True,
+        "qav": False,
+        "adapter_layer": None,
+        "data_path": Path("some/where"),
+        "model": "7",
         "precision": "fp32",
-    }  # fmt: skip
+    }
     assert isinstance(values["blr"], float)
 
 
@@ -170,7 +218,10 @@ def test_a_recipe_is_typed_and_flags_win(tmp_path: Path) -> None:
         ("dataset: [nextqa]", "dataset: ['nextqa'] is not one of nextqa, star, tvqa, intentqa"),
         ("config: other.yaml", "unknown key 'config'"),
         ("lr: 1\n---\nlr: 2", "not valid YAML: expected a single document"),
-        ("lr: !!python/name:os.system", "not valid YAML: could not determine a constructor for the tag"),
+        (
+            "lr: !!python/name:os.system",
+            "not valid YAML: could not determine a constructor for the tag",
+        ),
         ("lr: 2020-13-45", "not valid YAML: month must be in 1..12"),
         ("? [a]\n: b", "not valid YAML: "),
         ("hello", "must hold lines 'flag: value'"),
@@ -180,12 +231,31 @@ def test_a_recipe_is_typed_and_flags_win(tmp_path: Path) -> None:
 )
 def test_what_is_wrong_with_a_recipe(tmp_path: Path, text: str, message: str) -> None:
     said = refusal(recipe(tmp_path, text))
-    assert said.startswith(f"--config {tmp_path}/recipe.yaml: ") and message in said and len(said) < 500
+    assert (
+        said.startswith(f"--config {tmp_path}/recipe.yaml: ")
+        and message in said
+        and len(said) < 500
+    )
 
 
 WORDS = st.one_of(
     st.sampled_from(
-        ["--lr", "--lr=", "--seed", "--vaq", "--model", "--config", "-h3", "--", "-", "--lr=-1e-3", "-1", "9" * 5000, "=", "--=3"]
+        [
+            "--lr",
+            "--lr=",
+            "--seed",
+            "--vaq",
+            "--model",
+            "--config",
+            "-h3",
+            "--",
+            "-",
+            "--lr=-1e-3",
+            "-1",
+            "9" * 5000,
+            "=",
+            "--=3",
+        ]
     ),
     st.text(max_size=6),
 )
@@ -205,7 +275,9 @@ def test_no_command_line_ends_in_another_exception(words: list[str]) -> None:
 @RULES
 @given(
     content=st.one_of(
-        st.binary(max_size=30), st.text(max_size=30).map(str.encode), st.text("lr:-&*a[]{}?!|>\n '\"#%@", max_size=20).map(str.encode)
+        st.binary(max_size=30),
+        st.text(max_size=30).map(str.encode),
+        st.text("lr:-&*a[]{}?!|>\n '\"#%@", max_size=20).map(str.encode),
     )
 )
 def test_no_recipe_ends_in_another_exception(tmp_path: Path, content: bytes) -> None:
@@ -221,12 +293,17 @@ def values_of(annotation: Any) -> st.SearchStrategy[Any]:
     if choices:
         return st.sampled_from(choices)
     return {
-        bool: st.booleans(), int: st.integers(1, 400), float: st.floats(1e-6, 1e6), str: st.text(st.characters(codec="utf-8"), max_size=5),
+        bool: st.booleans(),
+        int: st.integers(1, 400),
+        float: st.floats(1e-6, 1e6),
+        str: st.text(st.characters(codec="utf-8"), max_size=5),
         Path: st.text("ab/.é ", min_size=1, max_size=9).filter(str.strip).map(Path),
-    }[kind] | (st.none() if type(None) in getattr(annotation, "__args__", ()) else st.nothing())  # fmt: skip
+    }[kind] | (st.none() if type(None) in getattr(annotation, "__args__", ()) else st.nothing())
 
 
-HINTS = {name: values_of(hint) for name, hint in configs.typing.get_type_hints(RunConfig).items()} | {
+HINTS = {
+    name: values_of(hint) for name, hint in configs.typing.get_type_hints(RunConfig).items()
+} | {
     "allow_change": st.sampled_from([None, "lr", "data, backbone"]),
     "checkpoint_activations": st.sampled_from(["none", "full", "7"]),
 }
@@ -235,7 +312,10 @@ HINTS = {name: values_of(hint) for name, hint in configs.typing.get_type_hints(R
 @RULES
 @given(values=st.fixed_dictionaries({}, optional=HINTS))
 def test_saved_settings_come_back_as_they_were(values: dict[str, Any]) -> None:
-    values |= {"max_seq_len": 512, "sub": values.get("sub", False) and values.get("dataset") == "tvqa"}
+    values |= {
+        "max_seq_len": 512,
+        "sub": values.get("sub", False) and values.get("dataset") == "tvqa",
+    }
     config = CommandLine(values, (), False).resolve()
     again = settings_from(config.to_json(), "args.json")
     assert RunConfig(**again) == config and differences(config.to_json(), config) == []
@@ -248,17 +328,32 @@ def test_given_wins_over_saved_over_defaults() -> None:
     assert (config.seed, config.epochs, config.batch_size) == (5, 7, 64)
 
 
-def test_paths_mean_the_users_directory_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_mean_the_users_directory_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    config = parse(["--data_path", "d", "--deepspeed", "my/ds.json", "--output_dir", "/abs"], "vico train", "").resolve()
-    assert (config.data_path, config.deepspeed, config.output_dir) == (tmp_path / "d", f"{tmp_path}/my/ds.json", Path("/abs"))
+    config = parse(
+        ["--data_path", "d", "--deepspeed", "my/ds.json", "--output_dir", "/abs"], "vico train", ""
+    ).resolve()
+    assert (config.data_path, config.deepspeed, config.output_dir) == (
+        tmp_path / "d",
+        f"{tmp_path}/my/ds.json",
+        Path("/abs"),
+    )
     assert parse([], "vico train", "").resolve().deepspeed == "auto"
 
 
 def test_differences_are_those_that_change_the_numbers() -> None:
     saved = RunConfig().to_json()
     now = RunConfig(
-        seed=1, lr=0.5, num_workers=9, data_path=Path("else"), output_dir=Path("else"), max_steps=3, deepspeed="zero3", split="test"
+        seed=1,
+        lr=0.5,
+        num_workers=9,
+        data_path=Path("else"),
+        output_dir=Path("else"),
+        max_steps=3,
+        deepspeed="zero3",
+        split="test",
     )
     assert differences(saved, now) == [("lr", "null", "0.5"), ("seed", "0", "1")]
     assert differences({}, RunConfig()), "settings that are not there differ"
@@ -268,12 +363,18 @@ IDENTITY = [f.name for f in dataclasses.fields(RunConfig) if f.name not in NOT_I
 
 
 @pytest.mark.parametrize("name", IDENTITY)
-def test_each_setting_that_defines_a_run_is_missed_when_changed_and_can_be_allowed(name: str) -> None:
+def test_each_setting_that_defines_a_run_is_missed_when_changed_and_can_be_allowed(
+    name: str,
+) -> None:
     config = RunConfig(dataset="tvqa", max_seq_len=512)  # which allow --sub
     before = config.to_json()
     value = before[name]
     kind, choices = configs._value_type(configs.typing.get_type_hints(RunConfig)[name])
-    other = next(c for c in choices if c != value) if choices else {bool: not value, str: "other", int: 300, float: 0.37}[kind]
+    other = (
+        next(c for c in choices if c != value)
+        if choices
+        else {bool: not value, str: "other", int: 300, float: 0.37}[kind]
+    )
     now = dataclasses.replace(config, **{name: other})
     assert differences(before, now) == [(name, json.dumps(value), json.dumps(other))]
     with pytest.raises(UserError, match=rf"^x \({name}; table below\); .* --allow_change {name}$"):
@@ -283,4 +384,6 @@ def test_each_setting_that_defines_a_run_is_missed_when_changed_and_can_be_allow
 
 def test_a_parser_knows_exactly_the_settings() -> None:
     known = {action.dest for action in make_parser("vico train", "")._actions}
-    assert known - {"help", "config", "debug", "local_rank", *RETIRED} == {f.name for f in dataclasses.fields(RunConfig)}
+    assert known - {"help", "config", "debug", "local_rank", *RETIRED} == {
+        f.name for f in dataclasses.fields(RunConfig)
+    }

@@ -14,14 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.variants import fill, random_weights, scoring_batches, take_gradients, training_batch
+from benchmarks.variants import (
+    fill,
+    random_weights,
+    scoring_batches,
+    take_gradients,
+    training_batch,
+)
 from benchmarks.workload import SyntheticWorkload
 from vico.model import cuda_graphs
 from vico.model.attention.segment_layout import segment_layout
 from vico.model.attention.varlen import KERNELS, PackedAttention, choose
 from vico.model.batch import PackedBatch, Segment
+from vico.model.config import LlamaConfig
 from vico.model.cuda_graphs import GraphedBlocks
-from vico.model.llama import LlamaConfig
 from vico.model.vico import ViCo
 from vico.train.build import replay_refused
 
@@ -37,7 +43,15 @@ def trees(draw: st.DrawFn) -> tuple[Segment, ...]:
     for i in range(draw(st.integers(1, 12))):
         start = segments[-1].stop if segments else 0
         parent = draw(st.none() | st.integers(0, i - 1)) if i else None
-        segments.append(Segment(start, start + draw(st.integers(1, 90)), parent, draw(st.booleans()), draw(st.booleans())))
+        segments.append(
+            Segment(
+                start,
+                start + draw(st.integers(1, 90)),
+                parent,
+                draw(st.booleans()),
+                draw(st.booleans()),
+            )
+        )
     return tuple(segments)
 
 
@@ -50,7 +64,9 @@ def pieces(numbers: np.ndarray, sizes: cuda_graphs.LayoutSizes) -> list[np.ndarr
 def test_what_fills_a_stream_up_sees_itself_alone(segments: tuple[Segment, ...]) -> None:
     found = segment_layout(segments)
     own, sizes = found.sizes, found.rounded
-    assert all(more >= fewer for more, fewer in zip(sizes, own, strict=True)) and sizes.rows > own.rows
+    assert (
+        all(more >= fewer for more, fewer in zip(sizes, own, strict=True)) and sizes.rows > own.rows
+    )
     assert sizes.rows % 128 == 0 and sizes.max_seqlen_q % 64 == 0 and sizes.max_seqlen_k % 64 == 0
     before, after = pieces(found.numbers(own), own), pieces(found.numbers(sizes), sizes)
     assert sum(map(len, after)) == sizes.numbers and all(piece.dtype == np.int64 for piece in after)
@@ -63,12 +79,18 @@ def test_what_fills_a_stream_up_sees_itself_alone(segments: tuple[Segment, ...])
     assert (shared[own.shared :] == own.rows).all()
     for starts, total in ((cu_seqlens_q, sizes.rows), (cu_seqlens_k, sizes.keys)):
         assert (np.diff(starts) >= 0).all() and starts[0] == 0 and starts[-1] == total
-    assert np.diff(cu_seqlens_q).max() <= sizes.max_seqlen_q and np.diff(cu_seqlens_k).max() <= sizes.max_seqlen_k
+    assert (
+        np.diff(cu_seqlens_q).max() <= sizes.max_seqlen_q
+        and np.diff(cu_seqlens_k).max() <= sizes.max_seqlen_k
+    )
     assert (np.diff(cu_seqlens_q) <= np.diff(cu_seqlens_k)).all()  # each row sees itself
 
 
 def test_few_sizes_serve_many_micro_batches() -> None:
-    sizes = {segment_layout(training_batch(WORK.training(place, 8)).segments).rounded for place in range(40)}
+    sizes = {
+        segment_layout(training_batch(WORK.training(place, 8)).segments).rounded
+        for place in range(40)
+    }
     assert len(sizes) <= 12, sizes
 
 
@@ -85,13 +107,20 @@ def step(made: ViCo, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
     return losses.detach(), take_gradients(made)
 
 
-def require_same(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> None:
+def require_same(
+    found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]
+) -> None:
     """Of losses and of every trainable's gradient, up to rounding."""
     assert torch.allclose(found[0], expected[0], rtol=1e-5, atol=1e-6)
-    assert all(torch.allclose(found[1][name], gradient, rtol=1e-4, atol=1e-5) for name, gradient in expected[1].items())
+    assert all(
+        torch.allclose(found[1][name], gradient, rtol=1e-4, atol=1e-5)
+        for name, gradient in expected[1].items()
+    )
 
 
-@pytest.mark.parametrize(("num_adapted", "shape"), [(4, SHAPE), (2, SHAPE), (3, GROUPED)], ids=["all", "some", "grouped"])
+@pytest.mark.parametrize(
+    ("num_adapted", "shape"), [(4, SHAPE), (2, SHAPE), (3, GROUPED)], ids=["all", "some", "grouped"]
+)
 def test_a_program_computes_what_the_blocks_do(num_adapted: int, shape: LlamaConfig) -> None:
     """Losses and every trainable's gradient, of streams of one size after each other and of several sizes."""
     made = model(num_adapted, shape=shape)
@@ -103,18 +132,24 @@ def test_a_program_computes_what_the_blocks_do(num_adapted: int, shape: LlamaCon
         assert torch.allclose(its_losses, losses, rtol=1e-5, atol=1e-6)
         assert set(its) == set(gradients)
         for name, gradient in gradients.items():
-            assert gradient.any() and float((its[name] - gradient).norm() / gradient.norm()) <= 1e-5, name
+            assert (
+                gradient.any() and float((its[name] - gradient).norm() / gradient.norm()) <= 1e-5
+            ), name
     assert 1 < len(made.graphed.programs) < len(batches)
 
 
-@pytest.mark.parametrize(("num_adapted", "shape"), [(4, SHAPE), (3, SHAPE), (4, GROUPED), (3, GROUPED)])
+@pytest.mark.parametrize(
+    ("num_adapted", "shape"), [(4, SHAPE), (3, SHAPE), (4, GROUPED), (3, GROUPED)]
+)
 def test_gradients_come_in_the_same_order(num_adapted: int, shape: LlamaConfig) -> None:
     """In which DeepSpeed puts them into the buffer that ranks sum: some may replay where others do not."""
     made = model(num_adapted, shape=shape)
     orders: list[list[str]] = []
     for name, parameter in made.named_parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda _, name=name: orders[-1].append(name))
+            parameter.register_post_accumulate_grad_hook(
+                lambda _, name=name: orders[-1].append(name)
+            )
     for how in (None, GraphedBlocks(made)):
         made.graphed = how
         orders.append([])
@@ -127,11 +162,15 @@ def test_what_fills_a_stream_up_is_as_finite_as_the_stream() -> None:
     made = model()
     made.graphed = GraphedBlocks(made)
     seen: list[Tensor] = []
-    made.layers[0].register_forward_hook(lambda _module, inputs, _out: seen.append(inputs[0].detach().clone()))
+    made.layers[0].register_forward_hook(
+        lambda _module, inputs, _out: seen.append(inputs[0].detach().clone())
+    )
     batch = training_batch(WORK.training(0, 1))
     made(batch)
     (x_TD,) = seen
-    assert len(x_TD) > batch.num_rows and (x_TD[batch.num_rows :] == x_TD[0]).all() and x_TD[0].any()
+    assert (
+        len(x_TD) > batch.num_rows and (x_TD[batch.num_rows :] == x_TD[0]).all() and x_TD[0].any()
+    )
 
 
 class Again(GraphedBlocks):
@@ -157,17 +196,27 @@ def test_what_is_recorded_is_replayed() -> None:
             require_same(step(made, batch), expected)
             for program in again.programs.values():
                 program._kept = 1  # as a GPU's allocator says after the first
-    assert again.records == len(again.programs) and all(program.is_recorded for program in again.programs.values())
+    assert again.records == len(again.programs) and all(
+        program.is_recorded for program in again.programs.values()
+    )
     for batch in batches:
         made(batch).sum().backward()
     for name, gradient in take_gradients(made).items():
-        assert torch.allclose(gradient, sum(gradients[name] for _, gradients in steps), rtol=1e-4, atol=1e-5), name
+        assert torch.allclose(
+            gradient, sum(gradients[name] for _, gradients in steps), rtol=1e-4, atol=1e-5
+        ), name
 
 
 @pytest.mark.parametrize(
     ("free", "reserved", "peak", "pooled", "may"),
     [
-        (28, 0, 20, 0, True),  # GiB; 10 are allocated and a forward keeps 4: 5 for the record, 11 for the largest step, 16 in all
+        (
+            28,
+            0,
+            20,
+            0,
+            True,
+        ),  # GiB; 10 are allocated and a forward keeps 4: 5 for the record, 11 for the largest step, 16 in all
         (15, 0, 20, 0, False),
         (6, 10, 20, 0, True),  # what the allocator holds and nobody has
         (6, 10, 20, 4, False),  # which is the other records'
@@ -177,7 +226,9 @@ def test_what_is_recorded_is_replayed() -> None:
         (10, 0, 10, 0, False),
     ],
 )
-def test_room_for_a_record(free: int, reserved: int, peak: int, pooled: int, may: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_for_a_record(
+    free: int, reserved: int, peak: int, pooled: int, may: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gib = 2**30
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * gib, 80 * gib))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 10 * gib)
@@ -250,7 +301,7 @@ def test_scoring_between_steps_has_no_program() -> None:
 
 
 def test_long_streams_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graphs, "MAX_ROWS", 64)
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPH_ROWS", 64)
     made = model()
     made.graphed = GraphedBlocks(made)
     step(made, training_batch(WORK.training(0, 1)))
@@ -274,7 +325,15 @@ def test_who_replays_and_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graphs, "USED", False)
     assert attach() == "no CUDA graphs (VICO_GRAPHS=off)" and made.graphed is None
     monkeypatch.setattr(cuda_graphs, "USED", True)
-    assert all("flops" in str(replay_refused({"flops_profiler": {"enabled": True}, "zero_optimization": {"stage": n}})) for n in (2, 3))
-    assert replay_refused({"zero_optimization": {"stage": 2}}) is None and replay_refused({"zero_optimization": {"stage": 3}})
+    assert all(
+        "flops"
+        in str(
+            replay_refused({"flops_profiler": {"enabled": True}, "zero_optimization": {"stage": n}})
+        )
+        for n in (2, 3)
+    )
+    assert replay_refused({"zero_optimization": {"stage": 2}}) is None and replay_refused(
+        {"zero_optimization": {"stage": 3}}
+    )
     one = model(1, "varlen")
     assert cuda_graphs.attach(one) == "no CUDA graphs (one adapted layer)"

@@ -18,21 +18,29 @@ from benchmarks.memory import measured
 from benchmarks.workload import SyntheticWorkload
 from support.toy_dataset import ROOT
 from vico.data.packing import Example, pack
-from vico.model import cuda_graphs
+from vico.model import config, cuda_graphs
 from vico.model.attention.blockwise import attend_blocks
 from vico.model.attention.segment_layout import segment_layout
 from vico.model.attention.varlen import KERNELS, PackedAttention
 from vico.model.batch import PackedBatch
-from vico.model.llama import LlamaConfig
-from vico.model.ops import autograd
-from vico.model.vico import ViCo, trainable_shapes
-from vico.model.weights.meta import backbone_shapes
+from vico.model.config import LlamaConfig, backbone_shapes, trainable_shapes
+from vico.model.vico import ViCo
 from vico.planner import plan as planner
 from vico.planner.gpu_specs import GPUS, Hardware
-from vico.planner.memory import HEAD_CHUNK_BYTES, REPLAYED_ROWS, BatchShape, RunShape, activations, layer, padded, size_of
+from vico.planner.memory import (
+    HEAD_CHUNK_BYTES,
+    REPLAYED_ROWS,
+    BatchShape,
+    RunShape,
+    activations,
+    layer,
+    padded,
+    size_of,
+)
 from vico.planner.plan import SIZES, PlanRequest, TokenLengths, memory
 from vico.planner.zero3_trace import BLOCK, gathered_modules, live_bytes
-from vico.train.engine import Engine, read_config, zero_init
+from vico.train.ds_config import read_config
+from vico.train.engine import Engine, zero_init
 from vico.train.optim import make_optimizer
 
 SHAPES = {
@@ -49,29 +57,45 @@ LENGTHS = TokenLengths(96, 194, 544, 34132)
 
 
 def test_sizes_are_those_of_the_models() -> None:
-    assert HEAD_CHUNK_BYTES == autograd.HEAD_CHUNK_BYTES
+    assert HEAD_CHUNK_BYTES == config.HEAD_CHUNK_BYTES
     assert set(SHAPES) == set(SIZES)
     for name, shape in SHAPES.items():
         size = SIZES[name]
         assert size_of(name, shape) == replace(size, kv_heads=size.kv_heads or size.n_heads)
         assert size.frozen == sum(torch.Size(s).numel() for s in backbone_shapes(shape).values())
-        assert size.trainables == sum(torch.Size(s).numel() for s in trainable_shapes(shape, shape.n_layers, 10, 10).values())
+        assert size.trainables == sum(
+            torch.Size(s).numel() for s in trainable_shapes(shape, shape.n_layers, 10, 10).values()
+        )
 
 
-def batch_of(num_questions: int, vocab_size: int = 32000, place: int = 1, seed: int = 0) -> PackedBatch:
+def batch_of(
+    num_questions: int, vocab_size: int = 32000, place: int = 1, seed: int = 0
+) -> PackedBatch:
     """Questions and captions of the real sets' lengths."""
     work = SyntheticWorkload(vocab_size, seed=seed).training(place, num_questions)
-    examples = [Example(s, clip, task) for task, sequences in enumerate((work.vqa, work.cap)) for clip, s in enumerate(sequences)]
+    examples = [
+        Example(s, clip, task)
+        for task, sequences in enumerate((work.vqa, work.cap))
+        for clip, s in enumerate(sequences)
+    ]
     return pack(examples, work.features_VFC)
 
 
 def batch_shape(batch: PackedBatch) -> BatchShape:
     keys = segment_layout(batch.segments).sizes.keys
-    return BatchShape(batch.num_rows, len(batch.wanted_rows_R), len(batch.token_targets_N), len(batch.features_VFC), keys)
+    return BatchShape(
+        batch.num_rows,
+        len(batch.wanted_rows_R),
+        len(batch.token_targets_N),
+        len(batch.features_VFC),
+        keys,
+    )
 
 
 def on_meta(batch: PackedBatch) -> PackedBatch:
-    moved: dict[str, Any] = {name: v.to("meta") for name, v in batch._tensors().items() if name != "wanted_rows_R"}
+    moved: dict[str, Any] = {
+        name: v.to("meta") for name, v in batch._tensors().items() if name != "wanted_rows_R"
+    }
     return replace(batch, **moved)
 
 
@@ -114,7 +138,10 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._known:
+            if (
+                isinstance(tensor, Tensor)
+                and (storage := tensor.untyped_storage())._cdata not in self._known
+            ):
                 self._known.add(storage._cdata)
                 self.now += storage.nbytes()
                 weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
@@ -126,7 +153,9 @@ class Live(TorchDispatchMode):
         self.now -= num_bytes
 
 
-@pytest.mark.parametrize(("name", "kernel"), [*((name, "packed") for name in SHAPES), ("7B", "blocks"), ("8B", "blocks")])
+@pytest.mark.parametrize(
+    ("name", "kernel"), [*((name, "packed") for name in SHAPES), ("7B", "blocks"), ("8B", "blocks")]
+)
 @pytest.mark.parametrize("checkpointed", [0, 20, 1000])
 def test_saved_for_backward_is_counted(name: str, kernel: Any, checkpointed: int) -> None:
     """All layers, on the meta device: a real forward of 8 questions and 8 captions."""
@@ -135,12 +164,19 @@ def test_saved_for_backward_is_counted(name: str, kernel: Any, checkpointed: int
     model.num_checkpointed = checkpointed = min(checkpointed, shape.n_layers)
     parameters = storages_of(model)
     counted = saved_bytes(lambda: model(on_meta(batch)), lambda: parameters)
-    predicted = activations(SIZES[name], batch_shape(batch), RunShape(2, kernel, checkpointed)).saved
+    predicted = activations(
+        SIZES[name], batch_shape(batch), RunShape(2, kernel, checkpointed)
+    ).saved
     assert predicted == pytest.approx(counted, rel=SAVED)
     if name == "7B" and not checkpointed:
         per_token_and_layer = counted / batch.num_rows / shape.n_layers / 1024
         assert per_token_and_layer <= 95
-        assert layer(SIZES[name], batch_shape(batch), RunShape(2, kernel), last=False).kept / batch.num_rows / 1024 <= 95
+        assert (
+            layer(SIZES[name], batch_shape(batch), RunShape(2, kernel), last=False).kept
+            / batch.num_rows
+            / 1024
+            <= 95
+        )
 
 
 @pytest.mark.parametrize(
@@ -161,10 +197,18 @@ def test_saved_for_backward_is_counted(name: str, kernel: Any, checkpointed: int
     ],
 )
 def test_peak_of_a_step_is_predicted(
-    name: str, kernel: Any, dtype: torch.dtype, num_questions: int, chunk: str, checkpointed: int, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    kernel: Any,
+    dtype: torch.dtype,
+    num_questions: int,
+    chunk: str,
+    checkpointed: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The largest sum of live tensors over forward and backward on the meta device. Inside the kernels nothing is seen."""
-    monkeypatch.setitem(autograd.HEAD_CHUNK_BYTES, "cpu", HEAD_CHUNK_BYTES[chunk])  # of meta tensors too
+    monkeypatch.setitem(
+        config.HEAD_CHUNK_BYTES, "cpu", HEAD_CHUNK_BYTES[chunk]
+    )  # of meta tensors too
     batch = batch_of(num_questions)
     model = meta_model(SHAPES[name], kernel, dtype)
     model.num_checkpointed = checkpointed
@@ -172,7 +216,11 @@ def test_peak_of_a_step_is_predicted(
     moved = on_meta(batch)
     with live:
         model(moved).sum().backward()
-    predicted = activations(SIZES[name], batch_shape(batch), RunShape(WIDTH[dtype], kernel, checkpointed, HEAD_CHUNK_BYTES[chunk]))
+    predicted = activations(
+        SIZES[name],
+        batch_shape(batch),
+        RunShape(WIDTH[dtype], kernel, checkpointed, HEAD_CHUNK_BYTES[chunk]),
+    )
     assert predicted.peak == pytest.approx(live.peak, rel=PEAK)
 
 
@@ -187,14 +235,22 @@ def test_real_lengths_share_and_gather_less_than_planned() -> None:
 def fetched(parameters: list[Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Bytes of gathered parameters after each of DeepSpeed's fetches."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+    from deepspeed.runtime.zero.partitioned_param_coordinator import (
+        PartitionedParameterCoordinator as Coordinator,
+    )
 
     seen: list[int] = []
     fetch = Coordinator._fetch_sub_module_impl
 
     def watched(self: Any, *args: Any, **named: Any) -> Any:
         fetch(self, *args, **named)
-        seen.append(sum(p.ds_numel * p.element_size() for p in parameters if p.ds_status != ZeroParamStatus.NOT_AVAILABLE))
+        seen.append(
+            sum(
+                p.ds_numel * p.element_size()
+                for p in parameters
+                if p.ds_status != ZeroParamStatus.NOT_AVAILABLE
+            )
+        )
 
     with monkeypatch.context() as patch:
         patch.setattr(Coordinator, "_fetch_sub_module_impl", watched)
@@ -202,9 +258,16 @@ def fetched(parameters: list[Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize(("blocks_ahead", "whole_blocks", "checkpointed"), [(0.5, True, 4), (1.0, True, 0), (1.0, False, 0)])
+@pytest.mark.parametrize(
+    ("blocks_ahead", "whole_blocks", "checkpointed"),
+    [(0.5, True, 4), (1.0, True, 0), (1.0, False, 0)],
+)
 def test_zero3_keeps_and_gathers_what_is_predicted(
-    blocks_ahead: float, whole_blocks: bool, checkpointed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    blocks_ahead: float,
+    whole_blocks: bool,
+    checkpointed: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """At toy width in this process, nothing persistent: weights, saved activations and gathered parameters."""
     from deepspeed.utils import z3_leaf_module
@@ -228,8 +291,15 @@ def test_zero3_keeps_and_gathers_what_is_predicted(
     with torch.no_grad():
         for parameter in parameters:
             parameter.ds_tensor.normal_(0, 0.02)
-    assert sum(p.ds_tensor.numel() for p in parameters if not p.requires_grad) == pytest.approx(size.frozen, rel=0.05)
-    engine = Engine(model, make_optimizer([p for p in parameters if p.requires_grad], 0.0), config, torch.float32)
+    assert sum(p.ds_tensor.numel() for p in parameters if not p.requires_grad) == pytest.approx(
+        size.frozen, rel=0.05
+    )
+    engine = Engine(
+        model,
+        make_optimizer([p for p in parameters if p.requires_grad], 0.0),
+        config,
+        torch.float32,
+    )
     assert z3_leaf_module(model.layers[0]) == whole_blocks
     model.num_checkpointed = checkpointed
     for _ in range(2):  # the first step records the order, and prefetches nothing
@@ -239,8 +309,12 @@ def test_zero3_keeps_and_gathers_what_is_predicted(
                 lambda: {p.data.untyped_storage()._cdata for p in parameters},
             )
         engine.step(1e-3)
-    assert activations(size, batch_shape(batch), RunShape(4, "blocks", checkpointed)).saved == pytest.approx(counted, rel=SAVED)
-    predicted, with_buffers = live_bytes(gathered_modules(size, 4, 0, whole_blocks), prefetch, 3 * size.block)
+    assert activations(
+        size, batch_shape(batch), RunShape(4, "blocks", checkpointed)
+    ).saved == pytest.approx(counted, rel=SAVED)
+    predicted, with_buffers = live_bytes(
+        gathered_modules(size, 4, 0, whole_blocks), prefetch, 3 * size.block
+    )
     assert predicted == pytest.approx(max(seen), rel=0.05)
     assert predicted <= with_buffers <= 2 * predicted
 
@@ -250,14 +324,16 @@ def test_peak_of_a_replayed_step_is_predicted(name: str, num_questions: int) -> 
     """At a size's first micro-batch, which runs as it is: what a record of it takes is the same, and has its own condition."""
     batch = batch_of(num_questions)
     model = meta_model(SHAPES[name], "packed", torch.bfloat16)
-    assert cuda_graphs.MAX_ROWS == REPLAYED_ROWS
+    assert config.MAX_GRAPH_ROWS == REPLAYED_ROWS
     model.graphed = cuda_graphs.GraphedBlocks(model)
     live, moved, work = Live(storages_of(model)), on_meta(batch), batch_shape(batch)
     with live:
         model(moved).sum().backward()
     rounded = segment_layout(batch.segments).rounded
     assert (padded(work).rows, padded(work).keys) == (rounded.rows, rounded.keys)
-    assert activations(SIZES[name], work, RunShape(2, replayed=True)).peak == pytest.approx(live.peak, rel=PEAK)
+    assert activations(SIZES[name], work, RunShape(2, replayed=True)).peak == pytest.approx(
+        live.peak, rel=PEAK
+    )
 
 
 FIRST_REPLAYED = "2026-11-27T12"  # records before it are of a code without CUDA graphs
@@ -277,15 +353,24 @@ def recorded(record: dict[str, Any]) -> Iterator[tuple[float, float]]:
         work = batch_shape(batch_of(record["config"]["questions"], size.vocab_size))
         predicted = activations(size, work, RunShape(4, "blocks", 0, HEAD_CHUNK_BYTES["cpu"]))
         yield predicted.saved / 2**20, fast["held_mib"]
-        yield (predicted.peak + 4 * size.trainables) / 2**20, fast["growth_mib"]  # and the trainables' gradients
+        yield (
+            (predicted.peak + 4 * size.trainables) / 2**20,
+            fast["growth_mib"],
+        )  # and the trainables' gradients
     if record["suite"] == "gpu" and record["memory"]["train"]["fast"]["of"] == "the device":
         config, size = record["config"], size_of("gpu", LlamaConfig(**record["shape"]))
         steps = [(0, config["questions"], record["memory"]["train"]["fast"])]
         last = config["warmup"] + config["steps"] - 1
-        steps += [(last, each["questions"], each["memory"]) for each in record["budgets"].values() if "memory" in each]
+        steps += [
+            (last, each["questions"], each["memory"])
+            for each in record["budgets"].values()
+            if "memory" in each
+        ]
         for place, questions, found in steps:
             work = batch_shape(batch_of(questions, size.vocab_size, place, config["seed"]))
-            predicted = activations(size, work, RunShape(2, replayed=record["date"] >= FIRST_REPLAYED))
+            predicted = activations(
+                size, work, RunShape(2, replayed=record["date"] >= FIRST_REPLAYED)
+            )
             yield predicted.peak / 2**20, (found["allocated_gib"] - found["before_gib"]) * 1024
 
 
@@ -293,7 +378,11 @@ def recorded_by_ranks(record: dict[str, Any]) -> Iterator[tuple[float, float]]:
     """Of one GPU under ZeRO-2: weights, trainables with their gradients and Adam's, buckets, and the largest micro-batch of all steps."""
     config = record["config"]
     for case in record["cases"]:
-        if case.get("ranks") != 1 or case["stage"] != 2 or not case.get("memory", {}).get("of", "").startswith("the device"):
+        if (
+            case.get("ranks") != 1
+            or case["stage"] != 2
+            or not case.get("memory", {}).get("of", "").startswith("the device")
+        ):
             continue
         size = size_of("node", LlamaConfig(**case["shape"]))
         works = [
@@ -301,9 +390,14 @@ def recorded_by_ranks(record: dict[str, Any]) -> Iterator[tuple[float, float]]:
             for p in range(config["warmup"] + config["steps"])
         ]
         largest = max(activations(size, work, RunShape(2, replayed=True)).peak for work in works)
-        task = PlanRequest(size, Hardware(GPUS["H200"], 1), TokenLengths(120, 250, 700, 1000), "bf16")
+        task = PlanRequest(
+            size, Hardware(GPUS["H200"], 1), TokenLengths(120, 250, 700, 1000), "bf16"
+        )
         found = memory(task, "zero2", 0, 1024)
-        yield (found.weights + found.trainables + found.buckets + largest) / 2**20, case["memory"]["allocated_gib"] * 1024
+        yield (
+            (found.weights + found.trainables + found.buckets + largest) / 2**20,
+            case["memory"]["allocated_gib"] * 1024,
+        )
 
 
 def test_every_recorded_run_took_what_is_predicted() -> None:
@@ -316,7 +410,11 @@ def test_every_recorded_run_took_what_is_predicted() -> None:
 def test_a_run_of_now_takes_what_is_predicted() -> None:
     """In a process of its own, as the cpu suite measures it."""
     shape = LlamaConfig(512, 4, 8, 8000)
-    record = {"suite": "cpu", "config": {"questions": 8}, "geometries": {"wide": {"shape": asdict(shape)}}}
+    record = {
+        "suite": "cpu",
+        "config": {"questions": 8},
+        "geometries": {"wide": {"shape": asdict(shape)}},
+    }
     record["memory"] = {"fast": measured("fast", shape, 8)}
     for predicted, found in recorded(record):
         assert predicted == pytest.approx(found, rel=0.05)

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vico.data.packing import Example, pack
-from vico.model.attention.blockwise import MaskBlock, attention_mask, restrict_queries
-from vico.model.batch import VIDEO_SLOT, PackedBatch, TokenSequence
+from vico.data.types import VIDEO_SLOT, TokenSequence
+from vico.model.attention.masks import MaskBlock, attention_mask, restrict_queries
+from vico.model.batch import PackedBatch
 
 SLOTS = 3
 
@@ -19,9 +20,17 @@ def sequences() -> st.SearchStrategy[Example]:
     def build(head: list[int], tail: list[int], clip: int, qav: bool) -> Example:
         if qav:
             tokens, start = [1, *head, *[VIDEO_SLOT] * SLOTS, 2], 1 + len(head)
-            return Example(TokenSequence("qav", tuple(tokens), range(start, start + SLOTS), start), clip, 1)
+            return Example(
+                TokenSequence("qav", tuple(tokens), range(start, start + SLOTS), start), clip, 1
+            )
         tokens, start = [1, *head, *[VIDEO_SLOT] * SLOTS, *tail, 2], 1 + len(head)
-        return Example(TokenSequence("vqa", tuple(tokens), range(start + SLOTS + len(tail) // 2, len(tokens)), start), clip, 0)
+        return Example(
+            TokenSequence(
+                "vqa", tuple(tokens), range(start + SLOTS + len(tail) // 2, len(tokens)), start
+            ),
+            clip,
+            0,
+        )
 
     tokens = st.lists(st.integers(3, 4), max_size=12)
     return st.builds(build, tokens, tokens, st.integers(0, 1), st.booleans())
@@ -33,7 +42,11 @@ def pasts(batch: PackedBatch) -> list[list[int]]:
     for i, segment in enumerate(batch.segments):
         before = [] if segment.parent is None else chains[segment.parent]
         chains[i] = before + list(range(segment.start, segment.stop))
-    return [chains[i][: len(chains[i]) - (s.stop - s.start) + r + 1] for i, s in enumerate(batch.segments) for r in range(s.stop - s.start)]
+    return [
+        chains[i][: len(chains[i]) - (s.stop - s.start) + r + 1]
+        for i, s in enumerate(batch.segments)
+        for r in range(s.stop - s.start)
+    ]
 
 
 @given(st.lists(sequences(), min_size=1, max_size=8), st.booleans())
@@ -47,18 +60,30 @@ def test_every_target_sees_exactly_its_sequence(examples: list[Example], share: 
     wanted = torch.cat([batch.token_target_ids_N, batch.frame_target_ids_M]).tolist()
     segment_of = [s for s in batch.segments for _ in range(s.start, s.stop)]
     seen: dict[int, list[int]] = {}
-    for row, target, place, task in zip(rows, wanted, batch.target_sequences.tolist(), batch.target_tasks.tolist(), strict=True):
+    for row, target, place, task in zip(
+        rows, wanted, batch.target_sequences.tolist(), batch.target_tasks.tolist(), strict=True
+    ):
         sequence, clip = examples[place].sequence, examples[place].clip
         position = len(past[row])
         seen.setdefault(place, []).append(position)
         slots = range(sequence.video_start, sequence.video_start + SLOTS)
         assert task == examples[place].task
-        assert target == (position - sequence.video_start if sequence.task == "qav" else sequence.tokens[position])
+        assert target == (
+            position - sequence.video_start if sequence.task == "qav" else sequence.tokens[position]
+        )
         for p, r in enumerate(past[row]):
             assert batch.positions_T[r] == p
-            assert segment_of[r].is_video == (p in slots) and segment_of[r].after_video == (p >= slots.stop)
-            assert frames[r] == clip * SLOTS + p - slots.start if p in slots else batch.token_ids_T[r] == sequence.tokens[p]
-    assert seen == {i: list(e.sequence.targets) for i, e in enumerate(examples) if len(e.sequence.targets)}
+            assert segment_of[r].is_video == (p in slots) and segment_of[r].after_video == (
+                p >= slots.stop
+            )
+            assert (
+                frames[r] == clip * SLOTS + p - slots.start
+                if p in slots
+                else batch.token_ids_T[r] == sequence.tokens[p]
+            )
+    assert seen == {
+        i: list(e.sequence.targets) for i, e in enumerate(examples) if len(e.sequence.targets)
+    }
     assert batch.num_real_tokens == sum(len(e.sequence.tokens) for e in examples)
     if not share:
         assert batch.num_rows == sum(e.sequence.num_inputs for e in examples)
@@ -78,13 +103,19 @@ def seen_rows(blocks: Iterable[MaskBlock], num_queries: int) -> list[list[int]]:
 
 
 @given(st.lists(sequences(), min_size=1, max_size=8), st.booleans(), st.data())
-def test_blocks_show_each_row_its_past_once(examples: list[Example], share: bool, data: st.DataObject) -> None:
+def test_blocks_show_each_row_its_past_once(
+    examples: list[Example], share: bool, data: st.DataObject
+) -> None:
     batch = pack(examples, torch.zeros(2, SLOTS, 768), share)
     past, whole = pasts(batch), attention_mask(batch.segments)
-    assert [sorted(rows) for rows in seen_rows(whole.blocks, batch.num_rows)] == [sorted(rows) for rows in past]
+    assert [sorted(rows) for rows in seen_rows(whole.blocks, batch.num_rows)] == [
+        sorted(rows) for rows in past
+    ]
     asking = sorted(data.draw(st.sets(st.integers(0, batch.num_rows - 1), min_size=1)))
     some = restrict_queries(whole, torch.tensor(asking))
-    assert [sorted(rows) for rows in seen_rows(some.blocks, len(asking))] == [sorted(past[row]) for row in asking]
+    assert [sorted(rows) for rows in seen_rows(some.blocks, len(asking))] == [
+        sorted(past[row]) for row in asking
+    ]
     segment_of = [s for s in batch.segments for _ in range(s.start, s.stop)]
     for block in whole.blocks:
         q, k = segment_of[block.q_start], segment_of[block.k_start]
@@ -93,7 +124,14 @@ def test_blocks_show_each_row_its_past_once(examples: list[Example], share: bool
 
 def options(prompt: list[int]) -> list[Example]:
     """Five options behind `prompt`, whose slots begin at 4."""
-    return [Example(TokenSequence("vqa", (*prompt, 20 + a, 10, 2), range(len(prompt), len(prompt) + 3), 4), 0, 0) for a in range(5)]
+    return [
+        Example(
+            TokenSequence("vqa", (*prompt, 20 + a, 10, 2), range(len(prompt), len(prompt) + 3), 4),
+            0,
+            0,
+        )
+        for a in range(5)
+    ]
 
 
 def test_options_hang_off_one_prompt() -> None:
@@ -101,8 +139,15 @@ def test_options_hang_off_one_prompt() -> None:
     batch = pack(options(head), torch.zeros(1, SLOTS, 768))
     assert [s.stop - s.start for s in batch.segments] == [4, SLOTS, 4, 2, 2, 2, 2, 2]
     blocks = attention_mask(batch.segments).blocks
-    assert [(b.q_stop - b.q_start, b.count) for b in blocks if b.causal] == [(4, 1), (3, 1), (4, 1), (10, 5)]
-    assert [(b.q_stop - b.q_start, b.k_stop - b.k_start, b.gated) for b in blocks if not b.causal] == [
+    assert [(b.q_stop - b.q_start, b.count) for b in blocks if b.causal] == [
+        (4, 1),
+        (3, 1),
+        (4, 1),
+        (10, 5),
+    ]
+    assert [
+        (b.q_stop - b.q_start, b.k_stop - b.k_start, b.gated) for b in blocks if not b.causal
+    ] == [
         (17, 4, False),
         (14, 3, True),
         (10, 4, False),

@@ -11,11 +11,22 @@ from reference import oracle
 from support.toy_dataset import ToyData
 from vico.data.prompts import Prompts, crop_candidates
 from vico.data.tokenizer import Tokenizer
+from vico.data.types import VIDEO_SLOT, Question, TokenSequence
 from vico.errors import UserError
-from vico.model.batch import VIDEO_SLOT, Question, TokenSequence
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
-TRICKY = ["Answer: The answer is (C)", "Question: why", "Video:", "None", "nan", "007", " two  blanks ", "😀 日本", "(B)", "Description: x"]
+TRICKY = [
+    "Answer: The answer is (C)",
+    "Question: why",
+    "Video:",
+    "None",
+    "nan",
+    "007",
+    " two  blanks ",
+    "😀 日本",
+    "(B)",
+    "Description: x",
+]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +35,17 @@ def tokenizer(toy: ToyData) -> Tokenizer:
 
 
 def ours(item: oracle.Question) -> Question:
-    return Question(0, "0", "v", "CW", item.question, item.options, item.answer, dialogue=item.dialogue, place="train.csv:2")
+    return Question(
+        0,
+        "0",
+        "v",
+        "CW",
+        item.question,
+        item.options,
+        item.answer,
+        dialogue=item.dialogue,
+        place="train.csv:2",
+    )
 
 
 def assert_same(sequence: TokenSequence, expected: oracle.OracleSequence) -> None:
@@ -33,42 +54,67 @@ def assert_same(sequence: TokenSequence, expected: oracle.OracleSequence) -> Non
     assert sequence.video_start == expected.video_start
 
 
-def prompts(tokenizer: Tokenizer, dialogue: bool = False, seq: int = 4096, cap: int = 4096) -> Prompts:
+def prompts(
+    tokenizer: Tokenizer, dialogue: bool = False, seq: int = 4096, cap: int = 4096
+) -> Prompts:
     return Prompts(tokenizer, 10, seq, cap, dialogue)
 
 
 @pytest.mark.parametrize("dataset", ["nextqa", "tvqa"])
 @pytest.mark.parametrize("dialogue", ["", " hello there. how are you"])
-def test_tokens_are_the_oracles(toy: ToyData, tokenizer: Tokenizer, dataset: str, dialogue: str) -> None:
+def test_tokens_are_the_oracles(
+    toy: ToyData, tokenizer: Tokenizer, dataset: str, dialogue: str
+) -> None:
     built = prompts(tokenizer, dataset == "tvqa")
     rng = random.Random(0)
     for item in toy.items("train"):
-        item = replace(item, dataset=dataset, dialogue=dialogue, options=(*item.options[:4], rng.choice(TRICKY)))
+        item = replace(
+            item,
+            dataset=dataset,
+            dialogue=dialogue,
+            options=(*item.options[:4], rng.choice(TRICKY)),
+        )
         question = ours(item)
         for answer in range(5):
-            assert_same(built.vqa(question, answer), oracle.vqa_sequence(toy.tokenizer, item, 10, answer))
+            assert_same(
+                built.vqa(question, answer), oracle.vqa_sequence(toy.tokenizer, item, 10, answer)
+            )
         assert_same(built.vaq(question, item.answer), oracle.vaq_sequence(toy.tokenizer, item, 10))
         assert_same(built.qav(question, item.answer), oracle.qav_sequence(toy.tokenizer, item, 10))
         for limit in (60, 90, 4096):
             cut = prompts(tokenizer, dataset == "tvqa", cap=limit)
-            assert_same(cut.caption(item.caption), oracle.caption_sequence(toy.tokenizer, item, 10, limit))
+            assert_same(
+                cut.caption(item.caption), oracle.caption_sequence(toy.tokenizer, item, 10, limit)
+            )
 
 
-@given(question=TEXT, options=st.lists(TEXT | st.sampled_from(TRICKY), min_size=2, max_size=6), data=st.data())
-def test_any_text_keeps_its_answer(toy: ToyData, tokenizer: Tokenizer, question: str, options: list[str], data: st.DataObject) -> None:
+@given(
+    question=TEXT,
+    options=st.lists(TEXT | st.sampled_from(TRICKY), min_size=2, max_size=6),
+    data=st.data(),
+)
+def test_any_text_keeps_its_answer(
+    toy: ToyData, tokenizer: Tokenizer, question: str, options: list[str], data: st.DataObject
+) -> None:
     """Whatever stands in a question, its targets decode to the letter, and all options share what stands before it."""
     answer = data.draw(st.integers(0, len(options) - 1))
-    built = prompts(tokenizer).vqa(Question(0, "0", "v", "CW", question, tuple(options), answer), answer)
+    built = prompts(tokenizer).vqa(
+        Question(0, "0", "v", "CW", question, tuple(options), answer), answer
+    )
     targets = [built.tokens[t] for t in built.targets]
     assert tokenizer.decode(targets[:-1]).strip() == f"({'ABCDEF'[answer]})"
     assert targets[-1] == tokenizer.eos == built.tokens[-1]
-    assert built.tokens.count(VIDEO_SLOT) == 10 and set(built.tokens[built.video_start :][:10]) == {VIDEO_SLOT}
+    assert built.tokens.count(VIDEO_SLOT) == 10 and set(built.tokens[built.video_start :][:10]) == {
+        VIDEO_SLOT
+    }
     other = prompts(tokenizer).vqa(Question(0, "0", "v", "CW", question, tuple(options), answer), 0)
     assert other.tokens[: other.targets.start] == built.tokens[: built.targets.start]
 
 
 @pytest.mark.parametrize("limit", [100, 115, 130, 170])
-def test_dialogue_then_options_are_shortened_never_the_answer(toy: ToyData, tokenizer: Tokenizer, limit: int) -> None:
+def test_dialogue_then_options_are_shortened_never_the_answer(
+    toy: ToyData, tokenizer: Tokenizer, limit: int
+) -> None:
     item = replace(toy.items("train")[0], dataset="tvqa", dialogue=" word" * 60)
     question, built = ours(item), prompts(tokenizer, True, seq=limit)
     try:
@@ -77,7 +123,9 @@ def test_dialogue_then_options_are_shortened_never_the_answer(toy: ToyData, toke
         assert str(error).startswith("train.csv:2: the question alone is") and limit == 100
         return
     assert fitted.question == question.question and len(fitted.options) == 5
-    assert fitted.dialogue == "" or fitted.options == question.options, "options are touched only when no dialogue is left"
+    assert fitted.dialogue == "" or fitted.options == question.options, (
+        "options are touched only when no dialogue is left"
+    )
     lengths = {len(built.vqa(fitted, a).tokens) for a in range(5)}
     assert max(lengths) <= limit
     assert question.dialogue.startswith(fitted.dialogue) and all(
@@ -99,5 +147,9 @@ def test_caption_limit_that_leaves_nothing_is_refused(tokenizer: Tokenizer) -> N
 
 def test_crop_starts_at_sentences() -> None:
     caption = "One. Two. Three. Four."
-    assert [caption[c:] for c in crop_candidates(caption)] == [caption, "Two. Three. Four.", "Three. Four."]
+    assert [caption[c:] for c in crop_candidates(caption)] == [
+        caption,
+        "Two. Three. Four.",
+        "Three. Four.",
+    ]
     assert crop_candidates("no dots") == [0] and crop_candidates("One. Two.") == [0]

@@ -18,7 +18,9 @@ if not torch.cuda.is_available() and os.environ.get(IN_A_CHILD) != "1":
         environment = {**os.environ, IN_A_CHILD: "1", "TRITON_INTERPRET": "1"}
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
         root = Path(__file__).resolve().parents[2]
-        ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+        ended = subprocess.run(
+            command, cwd=root, env=environment, capture_output=True, text=True, timeout=300
+        )
         assert ended.returncode == 0 and "passed" in ended.stdout, ended.stdout[-4000:]
 
 else:
@@ -27,7 +29,8 @@ else:
     from vico.model.attention.segment_layout import varlen_layout
     from vico.model.attention.varlen import KERNELS, PackedAttention, _unit, _widened
     from vico.model.batch import Segment
-    from vico.model.llama import LlamaConfig, rotary_angles
+    from vico.model.config import LlamaConfig
+    from vico.model.llama import rotary_angles
     from vico.model.ops import triton_ops
     from vico.model.ops.autograd import AdapterAttention, FrozenRMSNorm, RotaryEmbedding, SwiGLU
 
@@ -37,7 +40,10 @@ else:
     HEADS, WIDTH = 5, 16
 
     # Triton's interpreter (3.9) takes bf16 for whole numbers in products, and cuts where a GPU rounds.
-    @pytest.fixture(params=[torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])], ids=str)
+    @pytest.fixture(
+        params=[torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])],
+        ids=str,
+    )
     def dtype(request: pytest.FixtureRequest) -> torch.dtype:
         return request.param
 
@@ -53,12 +59,24 @@ else:
         a, b = a.detach().double(), b.detach().double()
         return float((a - b).norm() / b.norm().clamp(min=1e-12))
 
-    def same(function: Callable[..., Tensor], inputs: list[Tensor], constants: list[object], dtype: torch.dtype) -> None:
+    def same(
+        function: Callable[..., Tensor],
+        inputs: list[Tensor],
+        constants: list[object],
+        dtype: torch.dtype,
+    ) -> None:
         """Output and gradients of the kernels against those of the plain operations; against fp32 they may be no farther than twice."""
         found: dict[str, list[Tensor]] = {}
-        for name, kind, used in (("kernels", dtype, True), ("plain", dtype, False), ("exact", torch.float32, False)):
+        for name, kind, used in (
+            ("kernels", dtype, True),
+            ("plain", dtype, False),
+            ("exact", torch.float32, False),
+        ):
             triton_ops.USED = used
-            mine = [x.detach().to(kind if x.dtype == dtype else x.dtype).requires_grad_() for x in inputs]
+            mine = [
+                x.detach().to(kind if x.dtype == dtype else x.dtype).requires_grad_()
+                for x in inputs
+            ]
             out = function(*mine, *constants)
             upstream = made(*out.shape, dtype=torch.float32, seed=9).to(kind)
             gradients = torch.autograd.grad(out, mine, upstream, allow_unused=True)
@@ -66,42 +84,77 @@ else:
         assert len(found["kernels"]) == len(found["plain"])
         for a, b, exact in zip(found["kernels"], found["plain"], found["exact"], strict=True):
             assert a.dtype == b.dtype and a.shape == b.shape
-            assert distance(a, exact) <= max(2 * distance(b, exact), RTOL[torch.float32]), (distance(a, exact), distance(b, exact))
+            assert distance(a, exact) <= max(2 * distance(b, exact), RTOL[torch.float32]), (
+                distance(a, exact),
+                distance(b, exact),
+            )
             assert distance(a, b) <= RTOL[dtype]
 
     @pytest.mark.parametrize(("rows", "dim"), [(1, 64), (37, 48), (130, 200)])
     def test_norm(rows: int, dim: int, dtype: torch.dtype) -> None:
         weight = made(dim, dtype=dtype, seed=1)
-        same(lambda x: FrozenRMSNorm.apply(x, weight.to(x.dtype), 1e-5), [made(rows, dim, dtype=dtype)], [], dtype)
+        same(
+            lambda x: FrozenRMSNorm.apply(x, weight.to(x.dtype), 1e-5),
+            [made(rows, dim, dtype=dtype)],
+            [],
+            dtype,
+        )
 
     @pytest.mark.parametrize(("rows", "dim"), [(1, 64), (37, 88)])
     def test_swiglu(rows: int, dim: int, dtype: torch.dtype) -> None:
-        same(SwiGLU.apply, [made(rows, dim, dtype=dtype), made(rows, dim, dtype=dtype, seed=1)], [], dtype)
+        same(
+            SwiGLU.apply,
+            [made(rows, dim, dtype=dtype), made(rows, dim, dtype=dtype, seed=1)],
+            [],
+            dtype,
+        )
 
     def test_rotary(dtype: torch.dtype) -> None:
         angles = rotary_angles(torch.arange(7, device=DEVICE) * 3, WIDTH, 10000.0)
         same(RotaryEmbedding.apply, [made(7, HEADS, WIDTH, dtype=dtype)], [angles], dtype)
-        wide = made(7, HEADS, WIDTH + 8, dtype=dtype)  # rows that lie apart, as what attention's gradient leaves
+        wide = made(
+            7, HEADS, WIDTH + 8, dtype=dtype
+        )  # rows that lie apart, as what attention's gradient leaves
         turned = RotaryEmbedding.apply(wide[..., :WIDTH], angles)
         triton_ops.USED = False
-        assert distance(turned, RotaryEmbedding.apply(wide[..., :WIDTH].contiguous(), angles)) <= RTOL[dtype]
+        assert (
+            distance(turned, RotaryEmbedding.apply(wide[..., :WIDTH].contiguous(), angles))
+            <= RTOL[dtype]
+        )
         pair = [made(7, HEADS, WIDTH, dtype=dtype, seed=i) for i in range(2)]
-        for mine, x in zip(triton_ops.rotate_qk(pair[0], pair[1], torch.view_as_real(angles), -1.0), pair, strict=True):
+        for mine, x in zip(
+            triton_ops.rotate_qk(pair[0], pair[1], torch.view_as_real(angles), -1.0),
+            pair,
+            strict=True,
+        ):
             assert torch.equal(mine, triton_ops.rotate(x, torch.view_as_real(angles), -1.0))
 
-    @pytest.mark.parametrize(("rows", "width", "length"), [(1, 16, 10), (64, 16, 17), (70, 32, 50), (65, 128, 1)])
+    @pytest.mark.parametrize(
+        ("rows", "width", "length"), [(1, 16, 10), (64, 16, 17), (70, 32, 50), (65, 128, 1)]
+    )
     def test_adapter(rows: int, width: int, length: int, dtype: torch.dtype) -> None:
-        shapes = [(rows, HEADS, width), (rows, HEADS, width), (length, HEADS, width), (length, HEADS, width)]
+        shapes = [
+            (rows, HEADS, width),
+            (rows, HEADS, width),
+            (length, HEADS, width),
+            (length, HEADS, width),
+        ]
         inputs = [made(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
         same(AdapterAttention.apply, [*inputs, made(HEADS, dtype=torch.float32, seed=7)], [], dtype)
 
     def test_widening_is_exact(dtype: torch.dtype) -> None:
-        segments = (Segment(0, 3, None, False, False), Segment(3, 7, 0, True, False), Segment(7, 12, 1, False, True))
+        segments = (
+            Segment(0, 3, None, False, False),
+            Segment(3, 7, 0, True, False),
+            Segment(7, 12, 1, False, True),
+        )
         layout = varlen_layout(segments, DEVICE, dtype, True)
         inputs = [made(12, HEADS, WIDTH, dtype=dtype, seed=i) for i in range(3)]
         flags = (layout.after_video_T, layout.is_video_T, layout.key_rows_K, _unit(WIDTH), 8)
         gates = made(HEADS, dtype=torch.float32, seed=4)
-        for mine, its in zip(triton_ops.widen(*inputs, gates, *flags), _widened(*inputs, gates, *flags), strict=True):
+        for mine, its in zip(
+            triton_ops.widen(*inputs, gates, *flags), _widened(*inputs, gates, *flags), strict=True
+        ):
             assert torch.equal(mine, its)
 
     @pytest.mark.skipif(DEVICE.type != "cuda", reason="the interpreter takes minutes for it")
@@ -115,8 +168,15 @@ else:
         found = []
         for triton_ops.USED in (True, False):
             losses = variant.train(work.training(0, 2))
-            found.append((torch.tensor(losses), take_gradients(fast), variant.score(work.scoring(0, 1))))
+            found.append(
+                (torch.tensor(losses), take_gradients(fast), variant.score(work.scoring(0, 1)))
+            )
         (losses, gradients, scores), (its_losses, its_gradients, its_scores) = found
-        assert distance(losses, its_losses) <= RTOL[dtype] and distance(scores, its_scores) <= RTOL[dtype]
+        assert (
+            distance(losses, its_losses) <= RTOL[dtype]
+            and distance(scores, its_scores) <= RTOL[dtype]
+        )
         for name, gradient in gradients.items():
-            assert distance(gradient, its_gradients[name]) <= (2e-4 if dtype == torch.float32 else 0.1), name
+            assert distance(gradient, its_gradients[name]) <= (
+                2e-4 if dtype == torch.float32 else 0.1
+            ), name

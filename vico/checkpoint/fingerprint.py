@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from vico.data.features import Features
+from vico.data.types import Question
 from vico.io.file_cache import FileCache, cache_key, file_stamp
-from vico.model.batch import Question
+from vico.model.config import backbone_shapes
 from vico.model.weights.load import Weights
-from vico.model.weights.meta import backbone_shapes
 
 PIECE = 1 << 24  # numbers that a thread reads at a time
 MAX_THREADS = 8
@@ -56,30 +56,49 @@ def of_backbone(weights: Weights, cache: FileCache) -> str:
 
     def pieces(name: str) -> Iterable[Tensor]:
         size = torch.Size(shapes[name]).numel()
-        return (weights.read_slice(name, first, min(first + PIECE, size)) for first in range(0, size, PIECE))
+        return (
+            weights.read_slice(name, first, min(first + PIECE, size))
+            for first in range(0, size, PIECE)
+        )
 
     marks = [file_stamp(path) for path in sorted(weights.folder.iterdir()) if path.is_file()]
-    return _remembered(cache_key("backbone", *marks), cache, lambda: _of_tensors(sorted(shapes), pieces))
+    return _remembered(
+        cache_key("backbone", *marks), cache, lambda: _of_tensors(sorted(shapes), pieces)
+    )
 
 
 def of_run(
-    weights: Weights, questions: Mapping[str, Sequence[Question]], captions: Mapping[str, str], features: Features, cache: FileCache
-) -> dict[str, str]:  # fmt: skip
+    weights: Weights,
+    questions: Mapping[str, Sequence[Question]],
+    captions: Mapping[str, str],
+    features: Features,
+    cache: FileCache,
+) -> dict[str, str]:
     """Of all that a run must keep, by what it is called in messages."""
     trained_on = {split: questions[split] for split in ("train", "val")}
-    return {"backbone": of_backbone(weights, cache), **of_data(trained_on, captions, features, cache)}
+    return {
+        "backbone": of_backbone(weights, cache),
+        **of_data(trained_on, captions, features, cache),
+    }
 
 
 def of_data(
-    questions: Mapping[str, Sequence[Question]], captions: Mapping[str, str], features: Features, cache: FileCache
-) -> dict[str, str]:  # fmt: skip
+    questions: Mapping[str, Sequence[Question]],
+    captions: Mapping[str, str],
+    features: Features,
+    cache: FileCache,
+) -> dict[str, str]:
     """One digest for each split's questions, for the captions of those videos, and for their features."""
     videos = sorted({q.video for asked in questions.values() for q in asked})
-    key = cache_key("features", file_stamp(features.path), _digest(video.encode() for video in videos))
+    key = cache_key(
+        "features", file_stamp(features.path), _digest(video.encode() for video in videos)
+    )
     return {
         **{f"data {split} questions": of_questions(asked) for split, asked in questions.items()},
         "data captions": of_captions({v: captions[v] for v in videos if v in captions}),
-        "data features": _remembered(key, cache, lambda: _of_tensors(videos, lambda video: [features.frames(video)])),
+        "data features": _remembered(
+            key, cache, lambda: _of_tensors(videos, lambda video: [features.frames(video)])
+        ),
     }
 
 
@@ -92,4 +111,6 @@ def of_captions(captions: Mapping[str, str]) -> str:
 
 
 def _question(q: Question) -> bytes:
-    return repr((q.qid, q.video, q.type, q.question, q.options, q.answer, q.feature_rows, q.dialogue)).encode()
+    return repr(
+        (q.qid, q.video, q.type, q.question, q.options, q.answer, q.feature_rows, q.dialogue)
+    ).encode()

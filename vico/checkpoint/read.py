@@ -6,13 +6,11 @@ Ours hold whole tensors under the lineage's names, so they fit any number of ran
 import argparse
 import contextlib
 import hashlib
-import json
 import math
 import os
 import pathlib
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,127 +20,27 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from vico.errors import CheckpointError, DiskError, UserError, show
-from vico.io.atomic import read_bytes, remove_folder, write_folder, write_json
-from vico.io.failpoints import reached
+from vico.checkpoint.format import (
+    FORMAT,
+    GATE,
+    MAX_EPOCHS,
+    MAX_STEPS,
+    OPTIMIZER,
+    REMEDY,
+    STATE,
+    STEP_FOLDER,
+    WEIGHTS,
+    Checkpoint,
+    TrainState,
+    step_folders,
+    with_checksum,
+)
+from vico.errors import CheckpointError, UserError, show
+from vico.io.atomic import read_bytes
 from vico.io.safe_load import is_numbers, load_tensors
-from vico.io.text import as_object, parse_json, read_json_object, read_text
+from vico.io.text import as_object, parse_json, read_text
 from vico.train.config import RunConfig, settings_from
 from vico.train.optim import MOMENTS
-
-WEIGHTS, OPTIMIZER, STATE = "adapter_model.safetensors", "optimizer.safetensors", "state.json"
-LATEST = "latest.json"  # beside the checkpoints: which step was saved last, so that one that is gone is missed
-FORMAT = 1
-STEP_FOLDER = re.compile(r"checkpoint-(\d+)")
-GATE = re.compile(r"layers\.(\d+)\.attention\.gate[12]")
-MAX_EPOCHS, MAX_STEPS = 10**6, 10**12  # what a file may say; more is damage
-REMEDY = "use another checkpoint; a run goes on from an older one of its own when this is removed"
-
-
-@dataclass
-class TrainState:
-    """Where a run stands; all that resuming needs besides tensors and settings."""
-
-    step: int = 0  # optimizer steps done
-    questions_per_step: int = 0
-    num_updates: int = 0  # updates Adam has seen; differs from `step` after a lineage checkpoint on another batch size
-    best_accuracy: float | None = None
-    epoch_loss_sums: list[float] = field(default_factory=list)  # of the epoch under way, per task
-    epoch_target_counts: list[int] = field(default_factory=list)
-    evaluation_due: bool = False  # an epoch has ended and its evaluation has not
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    path: Path
-    weights: dict[str, Tensor]
-    moments: dict[str, Tensor] | None  # "name.exp_avg", "name.exp_avg_sq"; None: weights alone, a new run starts from them
-    progress: TrainState
-    settings: dict[str, Any]  # of the run that wrote it, as far as it says
-    fingerprints: dict[str, str] = field(default_factory=dict)  # of the backbone and the data that it was trained with
-    lineage_epoch: int | None = None  # the last finished epoch of a lineage file with an optimizer
-    lineage_optimizer: object = None  # its state as it lies in the file, until `fitted` makes moments of it
-    notes: tuple[str, ...] = ()
-
-
-def save(
-    target: Path, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], progress: TrainState, config: RunConfig,
-    fingerprints: Mapping[str, str] | None = None, run: str = "",
-) -> None:  # fmt: skip
-    """Written aside, flushed, renamed, and read back: what is there under its name is whole. Raises DiskError.
-
-    state.json is written last, and binds the other files to one step of one `run` by their sha256.
-    """
-
-    def fill(folder: Path) -> None:
-        files = {}
-        for name, tensors in ((WEIGHTS, weights), (OPTIMIZER, moments)):
-            data = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()})
-            (folder / name).write_bytes(data)
-            files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-            reached("save:file")
-        state = {"format": FORMAT, "run": run, "progress": asdict(progress), "settings": config.to_json()}
-        state |= {"fingerprints": dict(fingerprints or {}), "files": files}
-        (folder / STATE).write_text(with_checksum(state), encoding="utf-8")
-
-    def check(folder: Path) -> None:
-        try:
-            read(folder)
-        except CheckpointError as fault:
-            raise DiskError(f"{fault}; it was written a moment ago, so the disk does not keep what it is given") from None
-
-    write_folder(target, fill, check)
-    reached("save:verified")
-
-
-def save_step(
-    output_dir: Path, keep: int | None, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], progress: TrainState, config: RunConfig,
-    fingerprints: Mapping[str, str], run: str,
-) -> None:  # fmt: skip
-    """The checkpoint of a step under its name, noted as the latest one; only then the older ones go, but for the newest `keep`."""
-    save(output_dir / f"checkpoint-{progress.step}", weights, moments, progress, config, fingerprints, run)
-    write_json(output_dir / LATEST, {"step": progress.step})
-    reached("save:noted")
-    if keep is not None:
-        prune(output_dir, keep, progress.step)
-    reached("save:pruned")
-
-
-def latest_step(output_dir: Path) -> int | None:
-    """The step that was saved last. Only a hint: what is there counts, whatever this says or does not."""
-    if not os.path.exists(output_dir / LATEST):
-        return None
-    try:
-        step = read_json_object(output_dir / LATEST, LATEST).get("step")
-    except UserError:
-        return None
-    return step if isinstance(step, int) and not isinstance(step, bool) else None
-
-
-def prune(output_dir: Path, keep: int, step: int) -> None:
-    """Remove all but the newest `keep` checkpoint-<step> folders up to the one of `step`, which was just saved; checkpoint_best stays.
-
-    What bears a higher step is none that this run goes on from: the start passed it over, or it was put there since.
-    """
-    for folder in [f for f in step_folders(output_dir) if step_of(f) <= step][keep:]:
-        remove_folder(folder)
-
-
-def step_of(folder: Path) -> int:
-    return int(folder.name.partition("-")[2])
-
-
-def with_checksum(state: Mapping[str, Any]) -> str:
-    """The text of a state.json: it counts the steps, vouches for the other files and, by its last entry, for itself."""
-    seal = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**state, "sha256": seal}, indent=1)
-
-
-def step_folders(output_dir: Path) -> list[Path]:
-    """The checkpoint-<step> folders, newest first."""
-    if not os.path.isdir(output_dir):
-        return []
-    return sorted((p for p in output_dir.glob("checkpoint-*") if STEP_FOLDER.fullmatch(p.name) and p.is_dir()), key=step_of, reverse=True)
 
 
 def read(path: Path, run: str = "") -> Checkpoint:
@@ -151,7 +49,9 @@ def read(path: Path, run: str = "") -> Checkpoint:
     Raises CheckpointError when it cannot be used; never runs code from it.
     """
     if not os.path.exists(path):
-        raise CheckpointError(f"{path}: no such checkpoint; --resume takes a checkpoint folder or a .pth file")
+        raise CheckpointError(
+            f"{path}: no such checkpoint; --resume takes a checkpoint folder or a .pth file"
+        )
     if path.is_dir():
         return _read_folder(path, run)
     if path.suffix == ".safetensors":
@@ -169,7 +69,9 @@ def _read_folder(path: Path, run: str) -> Checkpoint:
     state = as_object(parse_json(text, where, 1, CheckpointError), where, CheckpointError)
     state.pop("sha256", None)
     if state.get("format") != FORMAT:
-        raise CheckpointError(f"{where}: 'format' is {show(state.get('format'))} and not {FORMAT}, so another version wrote it; {REMEDY}")
+        raise CheckpointError(
+            f"{where}: 'format' is {show(state.get('format'))} and not {FORMAT}, so another version wrote it; {REMEDY}"
+        )
     if text != with_checksum(state):
         raise CheckpointError(f"{where}: damaged (its sha256 is not the recorded one); {REMEDY}")
     _check_state(state, where)
@@ -180,13 +82,23 @@ def _read_folder(path: Path, run: str) -> Checkpoint:
     progress = TrainState(**state["progress"])
     named = STEP_FOLDER.fullmatch(path.name)
     if named and int(named[1]) != progress.step:
-        raise CheckpointError(f"{path}: holds the checkpoint of step {progress.step}, so it was renamed or copied over; {REMEDY}")
+        raise CheckpointError(
+            f"{path}: holds the checkpoint of step {progress.step}, so it was renamed or copied over; {REMEDY}"
+        )
     if run and state.get("run", run) != run:
-        raise CheckpointError(f"{path}: is of another run ({show(state['run'])} and not {run}), so it was copied here; move it away")
+        raise CheckpointError(
+            f"{path}: is of another run ({show(state['run'])} and not {run}), so it was copied here; move it away"
+        )
     if extra := sorted({entry.name for entry in path.iterdir()} - {WEIGHTS, OPTIMIZER, STATE}):
-        raise CheckpointError(f"{path}: holds '{extra[0]}', which is no part of a checkpoint; move it away")
-    weights, moments = (_read_safetensors(path / name, state["files"][name]) for name in (WEIGHTS, OPTIMIZER))
-    return Checkpoint(path, weights, moments, progress, settings, fingerprints=dict(state.get("fingerprints", {})))
+        raise CheckpointError(
+            f"{path}: holds '{extra[0]}', which is no part of a checkpoint; move it away"
+        )
+    weights, moments = (
+        _read_safetensors(path / name, state["files"][name]) for name in (WEIGHTS, OPTIMIZER)
+    )
+    return Checkpoint(
+        path, weights, moments, progress, settings, fingerprints=dict(state.get("fingerprints", {}))
+    )
 
 
 def _check_state(state: Mapping[str, Any], where: Path) -> None:
@@ -196,7 +108,9 @@ def _check_state(state: Mapping[str, Any], where: Path) -> None:
         return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
     def is_number(value: object) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return (
+            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        )
 
     def is_list_of(kind: Callable[[object], bool], value: object) -> bool:
         return isinstance(value, list) and all(map(kind, value))
@@ -208,18 +122,26 @@ def _check_state(state: Mapping[str, Any], where: Path) -> None:
         "epoch_target_counts": partial(is_list_of, is_count),
         "evaluation_due": lambda value: isinstance(value, bool),
     }
-    parts: dict[str, Any] = {name: state.get(name) for name in ("progress", "settings", "files")} | {
-        "fingerprints": state.get("fingerprints", {})
-    }
+    parts: dict[str, Any] = {
+        name: state.get(name) for name in ("progress", "settings", "files")
+    } | {"fingerprints": state.get("fingerprints", {})}
     for name, part in parts.items():
         if not isinstance(part, dict):
-            raise CheckpointError(f"{where}: '{name}' is {show(part)} and must be an object; {REMEDY}")
+            raise CheckpointError(
+                f"{where}: '{name}' is {show(part)} and must be an object; {REMEDY}"
+            )
     progress, files, prints = parts["progress"], parts["files"], parts["fingerprints"]
-    wrong = [name for name in {**rules, **progress} if name not in rules or name not in progress or not rules[name](progress[name])]
+    wrong = [
+        name
+        for name in {**rules, **progress}
+        if name not in rules or name not in progress or not rules[name](progress[name])
+    ]
     wrong += [name for name in (WEIGHTS, OPTIMIZER) if not isinstance(files.get(name), dict)]
     wrong += [name for name, value in prints.items() if not isinstance(value, str)]
     if wrong:
-        raise CheckpointError(f"{where}: the entry {show(wrong[0])} is missing, unknown or of another kind; {REMEDY}")
+        raise CheckpointError(
+            f"{where}: the entry {show(wrong[0])} is missing, unknown or of another kind; {REMEDY}"
+        )
 
 
 def _read_safetensors(path: Path, recorded: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
@@ -243,28 +165,57 @@ def _read_safetensors(path: Path, recorded: Mapping[str, Any] | None = None) -> 
 
 def _read_lineage(path: Path) -> Checkpoint:
     allowed = [argparse.Namespace, pathlib.PosixPath, pathlib.WindowsPath]
-    content = load_tensors(path, "the checkpoint", allowed, legacy=True, whole=True, error=CheckpointError)
+    content = load_tensors(
+        path, "the checkpoint", allowed, legacy=True, whole=True, error=CheckpointError
+    )
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise CheckpointError(f"{path}: has no 'model' dict of tensors; a lineage checkpoint has one")
+        raise CheckpointError(
+            f"{path}: has no 'model' dict of tensors; a lineage checkpoint has one"
+        )
     weights = content["model"]
     for name, value in weights.items():
         if not isinstance(name, str) or not is_numbers(value):
-            raise CheckpointError(f"{path}: 'model' entry {show(name)} is no dense tensor of floating-point numbers")
-    weights, settings = {name: value.detach() for name, value in weights.items()}, _lineage_settings(content.get("args"), path)
+            raise CheckpointError(
+                f"{path}: 'model' entry {show(name)} is no dense tensor of floating-point numbers"
+            )
+    weights, settings = (
+        {name: value.detach() for name, value in weights.items()},
+        _lineage_settings(content.get("args"), path),
+    )
     optimizer, epoch = content.get("optimizer"), content.get("epoch")
     if optimizer is None or epoch is None:
         return Checkpoint(path, weights, None, TrainState(), settings)
     if not isinstance(epoch, int) or isinstance(epoch, bool) or not 0 <= epoch < MAX_EPOCHS:
-        raise CheckpointError(f"{path}: 'epoch' is {show(epoch)}, not a whole number below {MAX_EPOCHS:,}")
-    return Checkpoint(path, weights, None, TrainState(), settings, lineage_epoch=epoch, lineage_optimizer=optimizer)
+        raise CheckpointError(
+            f"{path}: 'epoch' is {show(epoch)}, not a whole number below {MAX_EPOCHS:,}"
+        )
+    return Checkpoint(
+        path,
+        weights,
+        None,
+        TrainState(),
+        settings,
+        lineage_epoch=epoch,
+        lineage_optimizer=optimizer,
+    )
 
 
 def _lineage_settings(args: object, path: Path) -> dict[str, Any]:
     """What the file's Namespace, or dict, says under our names. The lineage's flags are not ours to judge: what cannot be is left out."""
     settings: dict[str, Any] = {}
-    said = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    said = (
+        vars(args)
+        if isinstance(args, argparse.Namespace)
+        else args
+        if isinstance(args, dict)
+        else {}
+    )
     for name, value in said.items():
-        if isinstance(name, str) and isinstance(value, str | int | float | bool) and name not in ("resume", "output_dir", "device"):
+        if (
+            isinstance(name, str)
+            and isinstance(value, str | int | float | bool)
+            and name not in ("resume", "output_dir", "device")
+        ):
             with contextlib.suppress(UserError):
                 typed = settings_from({name: value}, str(path))
                 RunConfig(**{"dataset": "tvqa", **typed})
@@ -274,39 +225,66 @@ def _lineage_settings(args: object, path: Path) -> dict[str, Any]:
     return settings
 
 
-def _lineage_moments(optimizer: object, weights: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], int]:
+def _lineage_moments(
+    optimizer: object, weights: Mapping[str, Tensor], path: Path
+) -> tuple[dict[str, Tensor], int]:
     """Adam's moments by name. torch numbers parameters in the order of the optimizer's groups, which is that of 'model'."""
     try:
         assert isinstance(optimizer, dict)
         numbers = [n for group in optimizer["param_groups"] for n in group["params"]]
-        states = {name: optimizer["state"][n] for n, name in zip(numbers, weights, strict=True) if n in optimizer["state"]}
-        moments = {f"{name}.{moment}": state[moment] for name, state in states.items() for moment in MOMENTS}
+        states = {
+            name: optimizer["state"][n]
+            for n, name in zip(numbers, weights, strict=True)
+            if n in optimizer["state"]
+        }
+        moments = {
+            f"{name}.{moment}": state[moment]
+            for name, state in states.items()
+            for moment in MOMENTS
+        }
         steps = {int(state["step"]) for state in states.values()}
     except (AssertionError, KeyError, TypeError, ValueError, OverflowError, RuntimeError):
         raise CheckpointError(
             f"{path}: 'optimizer' is not AdamW's state for the tensors of 'model'; drop it to start anew from 'model'"
         ) from None
     if len(steps) != 1 or not 1 <= min(steps) < MAX_STEPS:
-        raise CheckpointError(f"{path}: 'optimizer' holds states of steps {sorted(steps)}, not of one; drop it to start anew from 'model'")
+        raise CheckpointError(
+            f"{path}: 'optimizer' holds states of steps {sorted(steps)}, not of one; drop it to start anew from 'model'"
+        )
     return moments, steps.pop()
 
 
-def validate_for_model(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], num_layers: int) -> Checkpoint:
+def validate_for_model(
+    checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], num_layers: int
+) -> Checkpoint:
     """`checkpoint` with exactly the tensors that `shapes` asks for. Raises CheckpointError naming what differs.
 
     Gates of layers below the adapted ones, which lineage files hold although nothing used them, are left out and noted.
     """
-    unused = {n for n in checkpoint.weights if n not in shapes and (m := GATE.fullmatch(n)) and int(m[1]) < num_layers}
+    unused = {
+        n
+        for n in checkpoint.weights
+        if n not in shapes and (m := GATE.fullmatch(n)) and int(m[1]) < num_layers
+    }
     lowest = min((int(m[1]) for n in shapes if (m := GATE.fullmatch(n))), default=0)
     unused = {n for n in unused if int(n.split(".")[1]) < lowest}
     weights = {n: v for n, v in checkpoint.weights.items() if n not in unused}
-    missing, unexpected = [n for n in shapes if n not in weights], [n for n in weights if n not in shapes]
+    missing, unexpected = (
+        [n for n in shapes if n not in weights],
+        [n for n in weights if n not in shapes],
+    )
     misshapen = [
-        f"{n} {list(weights[n].shape)} instead of {list(s)}" for n, s in shapes.items() if n in weights and tuple(weights[n].shape) != s
+        f"{n} {list(weights[n].shape)} instead of {list(s)}"
+        for n, s in shapes.items()
+        if n in weights and tuple(weights[n].shape) != s
     ]
     faults = [
         f"{len(names)} {what} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+        for what, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("misshapen", misshapen),
+        )
         if names
     ]
     if faults:
@@ -318,33 +296,59 @@ def validate_for_model(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, .
         require_numbers(value, name, checkpoint.path)
     moments, progress = checkpoint.moments, checkpoint.progress
     if checkpoint.lineage_optimizer is not None:
-        moments, updates = _lineage_moments(checkpoint.lineage_optimizer, checkpoint.weights, checkpoint.path)
+        moments, updates = _lineage_moments(
+            checkpoint.lineage_optimizer, checkpoint.weights, checkpoint.path
+        )
         progress = replace(progress, num_updates=updates)
     if moments is not None:
         moments = {
-            f"{n}.{moment}": _moment(moments, n, moment, shape, checkpoint.path) for n, shape in shapes.items() for moment in MOMENTS
+            f"{n}.{moment}": _moment(moments, n, moment, shape, checkpoint.path)
+            for n, shape in shapes.items()
+            for moment in MOMENTS
         }
-    notes = (f"{checkpoint.path}: ignored {len(unused)} gates of layers below the adapted ones, which nothing uses",) if unused else ()
-    return replace(checkpoint, weights={n: weights[n].float() for n in shapes}, moments=moments, progress=progress, notes=notes)
+    notes = (
+        (
+            f"{checkpoint.path}: ignored {len(unused)} gates of layers below the adapted ones, which nothing uses",
+        )
+        if unused
+        else ()
+    )
+    return replace(
+        checkpoint,
+        weights={n: weights[n].float() for n in shapes},
+        moments=moments,
+        progress=progress,
+        notes=notes,
+    )
 
 
 def require_numbers(value: object, name: str, path: Path) -> None:
     if not is_numbers(value):
-        raise CheckpointError(f"{path}: '{name}' is no dense tensor of floating-point numbers; use another checkpoint")
+        raise CheckpointError(
+            f"{path}: '{name}' is no dense tensor of floating-point numbers; use another checkpoint"
+        )
     assert isinstance(value, Tensor)
     if not torch.isfinite(value.float()).all():
-        raise CheckpointError(f"{path}: '{name}' holds NaN or infinite values; use another checkpoint")
+        raise CheckpointError(
+            f"{path}: '{name}' holds NaN or infinite values; use another checkpoint"
+        )
 
 
-def _moment(moments: Mapping[str, Tensor], name: str, moment: str, shape: tuple[int, ...], path: Path) -> Tensor:
+def _moment(
+    moments: Mapping[str, Tensor], name: str, moment: str, shape: tuple[int, ...], path: Path
+) -> Tensor:
     key = f"{name}.{moment}"
     if key not in moments:
-        raise CheckpointError(f"{path}: the optimizer's state lacks '{key}'; use another checkpoint")
+        raise CheckpointError(
+            f"{path}: the optimizer's state lacks '{key}'; use another checkpoint"
+        )
     require_numbers(moments[key], key, path)
     if tuple(moments[key].shape) != shape:
         raise CheckpointError(
             f"{path}: '{key}' of the optimizer's state has shape {list(moments[key].shape)}, unlike its tensor; use another checkpoint"
         )
     if moment == "exp_avg_sq" and (moments[key] < 0).any():
-        raise CheckpointError(f"{path}: '{key}' of the optimizer's state, a mean of squares, is negative; use another checkpoint")
+        raise CheckpointError(
+            f"{path}: '{key}' of the optimizer's state, a mean of squares, is negative; use another checkpoint"
+        )
     return moments[key].float()

@@ -21,7 +21,9 @@ MAX_FAILURES = 3
 def begin(output_dir: Path, config: RunConfig, step: int) -> None:
     """Count this start of a run that had come to `step`. Raises TrainingError instead of a fourth try."""
     path = output_dir / NAME
-    settings = hashlib.sha256(json.dumps(config.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+    settings = hashlib.sha256(json.dumps(config.to_json(), sort_keys=True).encode()).hexdigest()[
+        :16
+    ]
     before = _read(path)
     failures = 0
     if before.get("settings") == settings:  # other settings are a new try

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from vico.data.datasets import DATASETS, read_questions
 from vico.data.prompts import Prompts
 from vico.data.tokenizer import Tokenizer
+from vico.data.types import VIDEO_SLOT, Question, TokenSequence
 from vico.errors import UserError
-from vico.model.batch import VIDEO_SLOT, Question, TokenSequence
 from vico.train.config import DATASET_NAMES, RunConfig
 
 ROWS = 2  # of each task
@@ -14,7 +14,11 @@ TAIL, HEAD = 24, 24  # tokens shown before the first target, and of the targets
 
 
 def samples(
-    config: RunConfig, questions: Mapping[str, Sequence[Question]], captions: Mapping[str, str], tokenizer: Tokenizer, prompts: Prompts
+    config: RunConfig,
+    questions: Mapping[str, Sequence[Question]],
+    captions: Mapping[str, str],
+    tokenizer: Tokenizer,
+    prompts: Prompts,
 ) -> Iterator[str]:
     """Of some rows, what stands before the targets and the targets, as text made from the tokens."""
     split = "train" if "train" in questions else next(iter(questions))
@@ -25,7 +29,11 @@ def samples(
                 continue
             try:
                 fitted = prompts.fit(q, "vqa" if task == "cap" else task)
-                sequence = prompts.caption(captions[q.video]) if task == "cap" else prompts.question_sequence(task, fitted, q.answer or 0)
+                sequence = (
+                    prompts.caption(captions[q.video])
+                    if task == "cap"
+                    else prompts.question_sequence(task, fitted, q.answer or 0)
+                )
             except UserError:  # which has been said
                 continue
             yield f"look: {q.place} {task}: {_shown(sequence, tokenizer)}"
@@ -44,9 +52,14 @@ def _shown(sequence: TokenSequence, tokenizer: Tokenizer) -> str:
     return f"...{tokenizer.decode(before)!r} -> {shown} ({len(wanted)} targets of {len(tokens)} tokens)"
 
 
-def shared_with_other_sets(config: RunConfig, questions: Mapping[str, Sequence[Question]]) -> Iterator[str]:
+def shared_with_other_sets(
+    config: RunConfig, questions: Mapping[str, Sequence[Question]]
+) -> Iterator[str]:
     """Warnings of videos and questions that another data set has too: IntentQA's questions are NExT-QA's."""
-    ours = {split: ({q.video for q in asked}, {_identity(q) for q in asked}) for split, asked in questions.items()}
+    ours = {
+        split: ({q.video for q in asked}, {_identity(q) for q in asked})
+        for split, asked in questions.items()
+    }
     for name in DATASET_NAMES:
         folder = config.data_path / name
         for split in ("train", "val", "test"):
@@ -58,10 +71,19 @@ def shared_with_other_sets(config: RunConfig, questions: Mapping[str, Sequence[Q
             except UserError as error:
                 yield f"{name}/{path.name} is not compared with {config.dataset}: {error}"
                 continue
-            asked = {own: sum(_identity(q) in identities for q in theirs) for own, (_, identities) in ours.items()}
-            filmed = {own: len({q.video for q in theirs} & videos) for own, (videos, _) in ours.items()}
+            asked = {
+                own: sum(_identity(q) in identities for q in theirs)
+                for own, (_, identities) in ours.items()
+            }
+            filmed = {
+                own: len({q.video for q in theirs} & videos) for own, (videos, _) in ours.items()
+            }
             if any(filmed.values()):
-                where = ", ".join(f"{filmed[own]} videos and {asked[own]} questions with {own}" for own in ours if filmed[own])
+                where = ", ".join(
+                    f"{filmed[own]} videos and {asked[own]} questions with {own}"
+                    for own in ours
+                    if filmed[own]
+                )
                 yield (
                     f"warning: {name}/{path.name}: of {len(theirs)} questions, shares {where} of {config.dataset}: "
                     "trained on the one, its accuracy on the other says nothing"

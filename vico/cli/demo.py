@@ -19,17 +19,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vico.cli.demo_dataset import CONCEPTS, PARTS, TYPES, Camera, Video, ask, caption, make_video, part
+from vico.cli.demo_dataset import (
+    CONCEPTS,
+    PARTS,
+    TYPES,
+    Camera,
+    Video,
+    ask,
+    caption,
+    make_video,
+    part,
+)
 from vico.data.prompts import ANSWER_TEXT, Prompts, letter, option_text, question_text
 from vico.data.tokenizer import Tokenizer
+from vico.data.types import Question, TokenSequence
 from vico.errors import UserError
 from vico.io.atomic import make_folder, write_json
 from vico.io.text import read_json_object
-from vico.model.batch import Question, TokenSequence
-from vico.model.llama import LlamaConfig, rotary_angles
+from vico.model.config import FEATURE_WIDTH, LlamaConfig, backbone_shapes
+from vico.model.llama import rotary_angles
 from vico.model.ops.autograd import rotate
-from vico.model.vico import FEATURE_WIDTH
-from vico.model.weights.meta import backbone_shapes
 
 VERSION = 1
 NUM_SLOTS = 10
@@ -41,7 +50,21 @@ TIME_STRENGTH = 1.5  # of the word for when a frame is, against a word for what 
 WORD_WEIGHT = 0.5
 LETTER_WEIGHT = 10.0  # of the answer's letter against a word: it is one token of sixty, and the one that matters
 SHAPE = {"dim": 96, "n_layers": 3, "n_heads": 4, "multiple_of": 32, "norm_eps": 1e-5}
-CSV_COLUMNS = ("video", "frame_count", "width", "height", "question", "answer", "qid", "type", "a0", "a1", "a2", "a3", "a4")
+CSV_COLUMNS = (
+    "video",
+    "frame_count",
+    "width",
+    "height",
+    "question",
+    "answer",
+    "qid",
+    "type",
+    "a0",
+    "a1",
+    "a2",
+    "a3",
+    "a4",
+)
 Weights = dict[str, Tensor]
 
 
@@ -51,15 +74,21 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str]) -> None:
-    parser = _Parser(prog="vico demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("demo"), help="where the world goes (default: demo)")
+    parser = _Parser(
+        prog="vico demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("demo"), help="where the world goes (default: demo)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     flags = parser.parse_args(argv)
     make_toy_dataset(flags.output_dir, flags.seed)
 
 
-def make_toy_dataset(out: Path, seed: int = 0, steps: int = PRETRAINING_STEPS, splits: dict[str, int] | None = None) -> None:
+def make_toy_dataset(
+    out: Path, seed: int = 0, steps: int = PRETRAINING_STEPS, splits: dict[str, int] | None = None
+) -> None:
     """`out` with pretrained/llama, data/nextqa and data_swapped/nextqa; what is whole already is left as it is.
 
     Each part is made under another name and renamed, the manifest last: a killed start is mended by the next one.
@@ -68,7 +97,9 @@ def make_toy_dataset(out: Path, seed: int = 0, steps: int = PRETRAINING_STEPS, s
     manifest = out / "world.json"
     if manifest.exists():
         if read_json_object(manifest, "the demo world's manifest") != made_of:
-            raise UserError(f"{out}: holds a demo world of other settings; remove it, or choose another --output_dir")
+            raise UserError(
+                f"{out}: holds a demo world of other settings; remove it, or choose another --output_dir"
+            )
         print(f"{out}: the demo world is there already", flush=True)
         return
     make_folder(out)
@@ -140,18 +171,31 @@ def make_tokenizer(path: Path, seed: int, vocab_size: int = 560) -> None:
 
     rng = random.Random(f"{seed} tokenizer")
     lines = ["Instruction: Predict the answer based on the video and question.", "Video:"] * 50
-    lines += ["Instruction: describe the what happens in the video."] * 50 + [*CONCEPTS, *PARTS] * 20
+    lines += ["Instruction: describe the what happens in the video."] * 50 + [
+        *CONCEPTS,
+        *PARTS,
+    ] * 20
     for i in range(400):
         video, kind = make_video(rng), TYPES[i % len(TYPES)]
         asked = _question(rng, video, kind)
-        lines += (question_text(asked) + option_text(asked) + ANSWER_TEXT + letter(i % 5)).split("\n")
+        lines += (question_text(asked) + option_text(asked) + ANSWER_TEXT + letter(i % 5)).split(
+            "\n"
+        )
         lines.append(f"Description: {caption(video)}")
     model = io.BytesIO()
     SentencePieceTrainer.train(
-        sentence_iterator=iter(line for line in lines if line), model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, hard_vocab_limit=False, num_threads=1,
+        sentence_iterator=iter(line for line in lines if line),
+        model_writer=model,
+        vocab_size=vocab_size,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        hard_vocab_limit=False,
+        num_threads=1,
         minloglevel=2,
-    )  # fmt: skip
+    )
     path.write_bytes(model.getvalue())
 
 
@@ -170,7 +214,10 @@ def _make_llama(folder: Path, seed: int, steps: int) -> None:
     if steps:
         torch.set_num_threads(1)  # the same bits on any number of cores
         _pretrain(weights, shape, tokenizer, seed, steps)
-    torch.save({name: value.detach().half() for name, value in weights.items()}, folder / "tiny" / "consolidated.00.pth")
+    torch.save(
+        {name: value.detach().half() for name, value in weights.items()},
+        folder / "tiny" / "consolidated.00.pth",
+    )
     write_json(folder / "tiny" / "params.json", {**SHAPE, "vocab_size": -1})
 
 
@@ -186,7 +233,9 @@ def _initial_weights(shape: LlamaConfig, seed: int) -> Weights:
     return {name: value.requires_grad_() for name, value in weights.items()}
 
 
-def _pretrain(weights: Weights, shape: LlamaConfig, tokenizer: Tokenizer, seed: int, steps: int) -> None:
+def _pretrain(
+    weights: Weights, shape: LlamaConfig, tokenizer: Tokenizer, seed: int, steps: int
+) -> None:
     """Next-token training on the method's prompts, slots filled with the embeddings of the words for what a frame shows."""
     rng, generator = random.Random(f"{seed} pretraining"), torch.Generator().manual_seed(seed + 2)
     prompts = Prompts(tokenizer, NUM_SLOTS, 512, 512, dialogue=False)
@@ -204,11 +253,19 @@ def _pretrain(weights: Weights, shape: LlamaConfig, tokenizer: Tokenizer, seed: 
         recent += (right - recent) / 8
         if step == 9 or (step + 1) % 100 == 0 or step + 1 == steps:
             left = (time.monotonic() - start) / (step + 1) * (steps - step - 1)
-            print(f"teaching a tiny LLaMA to read: step {step + 1}/{steps}, answers right {recent:.0%}, {left:.0f} s left", flush=True)
+            print(
+                f"teaching a tiny LLaMA to read: step {step + 1}/{steps}, answers right {recent:.0%}, {left:.0f} s left",
+                flush=True,
+            )
 
 
 def _reading_loss(
-    weights: Weights, shape: LlamaConfig, words: Tensor, prompts: Prompts, rng: random.Random, generator: torch.Generator
+    weights: Weights,
+    shape: LlamaConfig,
+    words: Tensor,
+    prompts: Prompts,
+    rng: random.Random,
+    generator: torch.Generator,
 ) -> tuple[Tensor, float]:
     """(loss of a batch of prompts about new videos, share of answers that are right)."""
     videos = [make_video(rng) for _ in range(BATCH)]
@@ -221,12 +278,16 @@ def _reading_loss(
             assert asked.answer is not None
             sequences.append(prompts.vqa(asked, asked.answer))
     longest = max(len(s.tokens) for s in sequences)
-    ids = torch.tensor([[max(t, 0) for t in s.tokens] + [0] * (longest - len(s.tokens)) for s in sequences])
+    ids = torch.tensor(
+        [[max(t, 0) for t in s.tokens] + [0] * (longest - len(s.tokens)) for s in sequences]
+    )
     rows, at, weight = (torch.tensor(column) for column in zip(*_wanted(sequences), strict=True))
     x_BSD = F.embedding(ids, weights["tok_embeddings.weight"])
     starts = torch.tensor([s.video_start for s in sequences])
     slots = (torch.arange(len(videos))[:, None], starts[:, None] + torch.arange(NUM_SLOTS))
-    h_BSD = _hidden(weights, shape, x_BSD.index_put(slots, _soft_words(weights, words, videos, generator)))
+    h_BSD = _hidden(
+        weights, shape, x_BSD.index_put(slots, _soft_words(weights, words, videos, generator))
+    )
     logits = F.linear(h_BSD[rows, at - 1], weights["output.weight"])
     losses = F.cross_entropy(logits, ids[rows, at], reduction="none")
     letters = weight == LETTER_WEIGHT
@@ -237,19 +298,32 @@ def _reading_loss(
 def _wanted(sequences: list[TokenSequence]) -> list[tuple[int, int, float]]:
     """(row, position, weight) of each token that is to be predicted."""
     found = [(row, t, WORD_WEIGHT) for row, s in enumerate(sequences) for t in s.targets]
-    letters = {(row, s.targets.stop - 3) for row, s in enumerate(sequences) if s.task == "vqa"}  # letter, ")", EOS
+    letters = {
+        (row, s.targets.stop - 3) for row, s in enumerate(sequences) if s.task == "vqa"
+    }  # letter, ")", EOS
     return [(row, t, LETTER_WEIGHT if (row, t) in letters else weight) for row, t, weight in found]
 
 
-def _soft_words(weights: Weights, words: Tensor, videos: list[Video], generator: torch.Generator) -> Tensor:
+def _soft_words(
+    weights: Weights, words: Tensor, videos: list[Video], generator: torch.Generator
+) -> Tensor:
     """[B, F, D] for the slots: each a mixture of the embeddings of what the frame shows, with noise, as a projection would make it."""
-    shown = torch.tensor([[[CONCEPTS.index(c) for c in v.shown(j, NUM_SLOTS)] for j in range(NUM_SLOTS)] for v in videos])
+    shown = torch.tensor(
+        [
+            [[CONCEPTS.index(c) for c in v.shown(j, NUM_SLOTS)] for j in range(NUM_SLOTS)]
+            for v in videos
+        ]
+    )
     strength = 0.5 + torch.rand(shown.shape, generator=generator)
-    mixed = (F.embedding(words[shown], weights["tok_embeddings.weight"]) * strength[..., None]).sum(dim=2)
+    mixed = (F.embedding(words[shown], weights["tok_embeddings.weight"]) * strength[..., None]).sum(
+        dim=2
+    )
     # When a frame is: what ViCo's temporal embedding is there to say.
     times = words[[len(CONCEPTS) + part(j, NUM_SLOTS) for j in range(NUM_SLOTS)]]
     mixed = mixed + TIME_STRENGTH * F.embedding(times, weights["tok_embeddings.weight"])
-    noise = torch.randn(mixed.shape, generator=generator) + torch.randn(len(videos), 1, mixed.shape[2], generator=generator)
+    noise = torch.randn(mixed.shape, generator=generator) + torch.randn(
+        len(videos), 1, mixed.shape[2], generator=generator
+    )
     return mixed + 0.3 * noise
 
 
@@ -267,9 +341,16 @@ def _hidden(weights: Weights, shape: LlamaConfig, x_BSD: Tensor) -> Tensor:
     for i in range(shape.n_layers):
         at = f"layers.{i}"
         h = norm(x_BSD, f"{at}.attention_norm.weight")
-        q, k, v = (product(h, f"{at}.attention.{w}").view(batch, length, shape.n_heads, -1) for w in ("wq", "wk", "wv"))
+        q, k, v = (
+            product(h, f"{at}.attention.{w}").view(batch, length, shape.n_heads, -1)
+            for w in ("wq", "wk", "wv")
+        )
         heads = [x.transpose(1, 2) for x in (rotate(q, rotary), rotate(k, rotary), v)]
-        seen = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True).transpose(1, 2).flatten(2)
+        seen = (
+            F.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True)
+            .transpose(1, 2)
+            .flatten(2)
+        )
         x_BSD = x_BSD + product(seen, f"{at}.attention.wo")
         h = norm(x_BSD, f"{at}.ffn_norm.weight")
         mixed = F.silu(product(h, f"{at}.feed_forward.w1")) * product(h, f"{at}.feed_forward.w3")

@@ -12,7 +12,13 @@ from torch import Tensor
 
 MOODS = ("angry", "bored", "happy", "sad", "tired")
 TUNES = ("drum", "flute", "guitar", "piano", "violin")
-VERBS = ("bow", "clap", "jump", "run", "wave")  # done at the start or at the end: only the order of frames tells which
+VERBS = (
+    "bow",
+    "clap",
+    "jump",
+    "run",
+    "wave",
+)  # done at the start or at the end: only the order of frames tells which
 MOVES = ("climb", "crawl", "dance", "kneel", "swim")  # done in the middle
 PLACES = ("beach", "garden", "kitchen", "park", "street")
 COUNTS = ("one", "two", "three", "four", "five")
@@ -21,11 +27,23 @@ CONCEPTS = (*MOODS, *TUNES, *VERBS, *MOVES, *PLACES, *COUNTS, *ANIMALS)
 
 # NExT-QA's eight types: causal (why, how), temporal (next, current, previous), descriptive (location, count, others).
 QUESTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "CW": (MOODS, ("why does the boy sit down, how does he feel", "why is the boy like that, what mood is it")),
+    "CW": (
+        MOODS,
+        (
+            "why does the boy sit down, how does he feel",
+            "why is the boy like that, what mood is it",
+        ),
+    ),
     "CH": (TUNES, ("how does the boy make music", "how is the music made by the boy")),
     "TN": (VERBS, ("what does the boy do at the end", "what is it that the boy does in the end")),
-    "TC": (MOVES, ("what does the boy do in the middle", "what is it that the boy does in the middle")),
-    "TP": (VERBS, ("what does the boy do at the start", "what is it that the boy does at the start")),
+    "TC": (
+        MOVES,
+        ("what does the boy do in the middle", "what is it that the boy does in the middle"),
+    ),
+    "TP": (
+        VERBS,
+        ("what does the boy do at the start", "what is it that the boy does at the start"),
+    ),
     "DL": (PLACES, ("where is the video taken", "where does this happen")),
     "DC": (COUNTS, ("how many people are there", "how many people are in the video")),
     "DO": (ANIMALS, ("which animal is there", "what animal is in the video")),
@@ -51,7 +69,14 @@ class Video:
 
     def shown(self, frame: int, num_frames: int) -> tuple[str, ...]:
         """Concepts that frame `frame` of `num_frames` shows."""
-        return (self.mood, self.tune, self.verbs[part(frame, num_frames)], self.place, self.count, self.animal)
+        return (
+            self.mood,
+            self.tune,
+            self.verbs[part(frame, num_frames)],
+            self.place,
+            self.count,
+            self.animal,
+        )
 
     def answer(self, kind: str) -> str:
         start, middle, end = self.verbs
@@ -70,8 +95,12 @@ class Video:
 def make_video(rng: random.Random) -> Video:
     """What is done at the start is not what is done at the end."""
     start, end = rng.sample(VERBS, 2)
-    mood, tune, middle, place, count, animal = (rng.choice(words) for words in (MOODS, TUNES, MOVES, PLACES, COUNTS, ANIMALS))
-    return Video(mood, tune, (start, middle, end), place, count, animal, num_frames=rng.randint(8, 24))
+    mood, tune, middle, place, count, animal = (
+        rng.choice(words) for words in (MOODS, TUNES, MOVES, PLACES, COUNTS, ANIMALS)
+    )
+    return Video(
+        mood, tune, (start, middle, end), place, count, animal, num_frames=rng.randint(8, 24)
+    )
 
 
 def ask(rng: random.Random, video: Video, kind: str) -> tuple[str, tuple[str, ...], int]:

@@ -27,7 +27,9 @@ SECONDS_TO_END = 0.7  # of a killed process, which lets go of its connections fi
 SECONDS_FOR_THE_LAST = 3.0  # more than the first that knew have waited
 SECONDS_FOR_A_SIGNAL = 1.0
 KEY = "vico cause"
-WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\) (?:is killed by signal: ([^.]*)|exited unexpectedly)")
+WORKER = re.compile(
+    r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\) (?:is killed by signal: ([^.]*)|exited unexpectedly)"
+)
 # What to do against too little memory, by the phase that a rank says it is in.
 REMEDIES = {
     "loading": "use --deepspeed zero3 or zero3_offload, more GPUs, or fewer ranks on this host",
@@ -97,7 +99,14 @@ def _known(problem: Exception, world: World) -> UserError | None:
         )
     if isinstance(problem, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         where = "GPU" if isinstance(problem, torch.OutOfMemoryError) else "host"
-        knob = next((advice for word, advice in REMEDIES.items() if word in world.phase and "micro-batch" not in world.phase), STEP_REMEDY)
+        knob = next(
+            (
+                advice
+                for word, advice in REMEDIES.items()
+                if word in world.phase and "micro-batch" not in world.phase
+            ),
+            STEP_REMEDY,
+        )
         return TrainingError(
             f"rank {world.rank} on {socket.gethostname()} is out of {where} memory while {world.phase} (peak {_peak(where)}); {knob}; "
             "`vico plan` says what fits"
@@ -106,14 +115,27 @@ def _known(problem: Exception, world: World) -> UserError | None:
 
 
 def _peak(where: str) -> str:
-    used = torch.cuda.max_memory_reserved() if where == "GPU" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    used = (
+        torch.cuda.max_memory_reserved()
+        if where == "GPU"
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
     return f"{used / 2**30:.2f} GiB"
 
 
 def is_lost_peer(problem: Exception) -> bool:
     """Whether an exchange failed because another rank has gone: gloo and NCCL say so in words only."""
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "remote process exited", "NCCL")
-    return isinstance(problem, torch_dist.DistError) or (isinstance(problem, RuntimeError) and any(sign in str(problem) for sign in signs))
+    signs = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "Timed out waiting",
+        "remote process exited",
+        "NCCL",
+    )
+    return isinstance(problem, torch_dist.DistError) or (
+        isinstance(problem, RuntimeError) and any(sign in str(problem) for sign in signs)
+    )
 
 
 def _on_peer_lost(world: World, problem: Exception) -> int:
@@ -131,7 +153,9 @@ def _on_peer_lost(world: World, problem: Exception) -> int:
     except RuntimeError:
         speaks = first_here
     if cause is not None:
-        if speaks and cause["host"] != socket.gethostname():  # there it stands in another log, or on another terminal
+        if (
+            speaks and cause["host"] != socket.gethostname()
+        ):  # there it stands in another log, or on another terminal
             _say(f"{cause['host']}: {cause['line']}")
         _linger(speaks)
         return int(cause["code"])
@@ -141,8 +165,10 @@ def _on_peer_lost(world: World, problem: Exception) -> int:
         who = f"{', '.join(gone)} has ended" if gone else "another rank has ended"
         if not gone and "NCCL" in str(problem):  # which can be its setting, and no rank's end
             who += f", or NCCL failed ({one_line(first_line(problem))})"
-        _say(f"{who} while {world.phase}, and this run with it; a line above, or the log of that rank, may say why; "
-             "the same command goes on at the last checkpoint")  # fmt: skip
+        _say(
+            f"{who} while {world.phase}, and this run with it; a line above, or the log of that rank, may say why; "
+            "the same command goes on at the last checkpoint"
+        )
     _linger(speaks)
     return PeerLostError.exit_code
 
@@ -153,7 +179,10 @@ def _publish_cause(world: World, line: str, code: int) -> bool:
     with suppress(RuntimeError):  # the keeper of the store has gone
         if world.store is not None:
             first = json.loads(world.store.compare_set(KEY, "", json.dumps(ours)))
-            return first["pid"] == ours["pid"] or (first["host"], first["line"]) != (ours["host"], ours["line"])
+            return first["pid"] == ours["pid"] or (first["host"], first["line"]) != (
+                ours["host"],
+                ours["line"],
+            )
     return True
 
 

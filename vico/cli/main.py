@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
 
+from vico.cli import flags
 from vico.distributed import launcher_env, signals
 from vico.errors import EXIT_CODES, INTERNAL_ERROR, UnreachableError, UserError, one_line
 from vico.io import output_dir
@@ -37,15 +38,25 @@ def main(argv: Sequence[str]) -> int:
     """Run one subcommand; returns the exit code (errors.py, EXIT_CODES)."""
     debug = "--debug" in argv
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a terminal that cannot show a name must not end a run
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # as stderr is: a terminal that cannot show a name must not end a run
     signals.unblock()
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # for libraries, DeepSpeed above all: nobody runs a pickle here
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = (
+        "1"  # for libraries, DeepSpeed above all: nobody runs a pickle here
+    )
     try:
         launcher_env.set_rank_variables()
         command, *rest = argv or [""]
         if command in ("-h", "--help", ""):
-            print("usage: vico COMMAND FLAGS\n" + "\n".join(f"  {name:<10}{text}" for name, (text, _) in COMMANDS.items()))
-            print("exit codes\n" + "\n".join(f"  {code:<10}{meaning}" for code, meaning in EXIT_CODES.items()))
+            print(
+                "usage: vico COMMAND FLAGS\n"
+                + "\n".join(f"  {name:<10}{text}" for name, (text, _) in COMMANDS.items())
+            )
+            print(
+                "exit codes\n"
+                + "\n".join(f"  {code:<10}{meaning}" for code, meaning in EXIT_CODES.items())
+            )
             return 0 if command else 2
         if command not in COMMANDS:
             raise UserError(f"unknown command '{command}'; use one of {', '.join(COMMANDS)}")
@@ -54,12 +65,19 @@ def main(argv: Sequence[str]) -> int:
         return _fail(error, debug)
     except signals.Stopped as stop:  # before the ranks had met
         signals.ignore_all()
-        if "0" in (os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK")):  # each host may have been asked alone
+        if "0" in (
+            os.environ.get("RANK", "0"),
+            os.environ.get("LOCAL_RANK"),
+        ):  # each host may have been asked alone
             print(f"vico: {stop.line}", flush=True)
         return stop.exit_code
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            print("vico: stopped by Ctrl-C; the same command goes on at the last checkpoint", file=sys.stderr, flush=True)
+            print(
+                "vico: stopped by Ctrl-C; the same command goes on at the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
         os._exit(130)  # at once: other ranks may be gone, and a collective would wait for them
 
 
@@ -70,7 +88,11 @@ def _fail(error: UserError, debug: bool) -> int:
     if os.environ.get("RANK", "0") == "0" or first_of_host:
         if debug:
             traceback.print_exception(error)
-        print("\n  ".join(one_line(line) for line in (f"vico: error: {error}", *error.rows)), file=sys.stderr, flush=True)
+        print(
+            "\n  ".join(one_line(line) for line in (f"vico: error: {error}", *error.rows)),
+            file=sys.stderr,
+            flush=True,
+        )
     else:
         time.sleep(SECONDS_FOR_RANK_0)
     return error.exit_code
@@ -78,11 +100,15 @@ def _fail(error: UserError, debug: bool) -> int:
 
 def _train(argv: list[str]) -> int:
     signals.install_handlers()
-    line = configs.parse(argv, "vico train", TRAIN)
+    line = flags.parse(argv, "vico train", TRAIN)
     config = line.resolve()
 
     writes = not (config.init_eval and config.resume is not None)
-    if writes and os.environ.get("RANK", "0") == "0" and os.path.exists(config.output_dir / "args.json"):
+    if (
+        writes
+        and os.environ.get("RANK", "0") == "0"
+        and os.path.exists(config.output_dir / "args.json")
+    ):
         output_dir.take(config.output_dir)  # a folder without a run is locked when it gets one
 
     def run(world: "World") -> None:
@@ -93,8 +119,8 @@ def _train(argv: list[str]) -> int:
     return _with_world(line, run)
 
 
-def _line_with_checkpoint(argv: list[str], command: str, description: str) -> configs.CommandLine:
-    line = configs.parse(argv, command, description)
+def _line_with_checkpoint(argv: list[str], command: str, description: str) -> flags.CommandLine:
+    line = flags.parse(argv, command, description)
     if line.given.get("resume") is None:
         raise UserError("--resume is missing: name the checkpoint folder or .pth file to evaluate")
     return line
@@ -115,31 +141,46 @@ def _evaluate(argv: list[str]) -> int:
     line = _line_with_checkpoint(argv, "vico eval", EVAL)
 
     def run(world: "World") -> None:
-        from vico.train.evaluate import evaluate_checkpoint
+        from vico.cli.evaluate import evaluate_checkpoint
 
         evaluate_checkpoint(line, world)
 
     return _with_world(line, run)
 
 
-def _with_world(line: configs.CommandLine, run: Callable[["World"], None]) -> int:
+def _with_world(line: flags.CommandLine, run: Callable[["World"], None]) -> int:
     """Connect the ranks, run, and leave together. Torch is loaded only here: a mistyped flag is answered before."""
     if (
         "LOCAL_RANK" in os.environ
     ):  # a launcher that is killed outright would leave its ranks training, and a second start write beside them
         signals.die_with_parent(os.getppid())
-    told = {name: line.given[name] for name in ("collective_timeout", "hang_timeout", "expect_world_size") if name in line.given}
+    told = {
+        name: line.given[name]
+        for name in ("collective_timeout", "hang_timeout", "expect_world_size")
+        if name in line.given
+    }
     meeting = configs.RunConfig(**told)
     launcher_env.check_world_size(meeting.expect_world_size)
-    cores, ranks = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))  # launchers differ in what they set
+    cores, ranks = (
+        len(os.sched_getaffinity(0)),
+        int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1),
+    )
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", str(max(1, cores // ranks))
+    )  # launchers differ in what they set
     if not line.debug:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is a warning there, with pages of C++ frames
+        os.environ.setdefault(
+            "TORCH_CPP_LOG_LEVEL", "ERROR"
+        )  # a lost rank is a warning there, with pages of C++ frames
     from vico.cli import exit_cause
     from vico.distributed import world as dist
     from vico.train.rank_consistency import require_same_code
 
-    world = dist.connect(timedelta(minutes=meeting.collective_timeout), meeting.expect_world_size, 60 * meeting.hang_timeout)
+    world = dist.connect(
+        timedelta(minutes=meeting.collective_timeout),
+        meeting.expect_world_size,
+        60 * meeting.hang_timeout,
+    )
     code, together = 0, True
     try:
         for note in line.notes:
@@ -155,7 +196,9 @@ def _with_world(line: configs.CommandLine, run: Callable[["World"], None]) -> in
     except Exception as problem:  # of this rank alone
         signals.restore_default_handlers()
         code, together = exit_cause.end(world, problem, line.debug), False
-    dist.disconnect(world, together)  # behind `except`, where the error is gone and holds nothing any more
+    dist.disconnect(
+        world, together
+    )  # behind `except`, where the error is gone and holds nothing any more
     return code
 
 
@@ -194,15 +237,30 @@ def _convert(argv: list[str]) -> int:
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "train": (TRAIN, _train),
     "eval": (EVAL, _evaluate),
-    "check": ("Find what is wrong with a run's files before it starts: the flags of train, nothing is trained.", _check),
+    "check": (
+        "Find what is wrong with a run's files before it starts: the flags of train, nothing is trained.",
+        _check,
+    ),
     "cost": (
         "What --quantize costs: scores and answers of a checkpoint on packed weights against those on the weights as they are.",
         _cost,
     ),
-    "plan": ("What a run will need (memory, ZeRO stage, token budget) and how fast it can be; no weights are loaded.", _plan),
-    "demo": ("Make a small world to try everything on: tokenizer, trained tiny LLaMA, videos, questions, captions.", _demo),
-    "convert": ("Weights between Meta's layout and Hugging Face's, adapters between ours and the lineage's.", _convert),
-    "selftest": ("Breaks runs, files and disks on purpose and counts what must hold then; its last line is one JSON object.", _selftest),
+    "plan": (
+        "What a run will need (memory, ZeRO stage, token budget) and how fast it can be; no weights are loaded.",
+        _plan,
+    ),
+    "demo": (
+        "Make a small world to try everything on: tokenizer, trained tiny LLaMA, videos, questions, captions.",
+        _demo,
+    ),
+    "convert": (
+        "Weights between Meta's layout and Hugging Face's, adapters between ours and the lineage's.",
+        _convert,
+    ),
+    "selftest": (
+        "Breaks runs, files and disks on purpose and counts what must hold then; its last line is one JSON object.",
+        _selftest,
+    ),
 }
 
 

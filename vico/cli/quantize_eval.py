@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from vico.checkpoint import format
 from vico.checkpoint import read as checkpoints
+from vico.cli.evaluate import settings_of
+from vico.cli.flags import CommandLine
 from vico.distributed.world import World
 from vico.errors import UserError
 from vico.train.build import build_engine, read_inputs
-from vico.train.config import CommandLine, RunConfig
-from vico.train.evaluate import Evaluation, evaluate, settings_of
+from vico.train.config import RunConfig
+from vico.train.evaluate import Evaluation, evaluate
 from vico.train.rank_consistency import require_same_files
 
 
@@ -26,15 +29,33 @@ class Cost:
 
     def to_json(self) -> dict[str, Any]:
         """`right_option` only where the split has answers."""
-        scores = [(np.array(a), np.array(b)) for a, b in zip(self.whole.scores, self.packed.scores, strict=True)]
+        scores = [
+            (np.array(a), np.array(b))
+            for a, b in zip(self.whole.scores, self.packed.scores, strict=True)
+        ]
         apart = np.concatenate([np.abs(b - a) for a, b in scores])
-        changed = sum(a != b for a, b in zip(self.whole.predictions, self.packed.predictions, strict=True))
-        found: dict[str, Any] = {"n": len(scores), "mean_score": float(np.concatenate([a for a, _ in scores]).mean())}
-        found |= {"mean_score_distance": float(apart.mean()), "largest_score_distance": float(apart.max()), "predictions_changed": changed}
+        changed = sum(
+            a != b for a, b in zip(self.whole.predictions, self.packed.predictions, strict=True)
+        )
+        found: dict[str, Any] = {
+            "n": len(scores),
+            "mean_score": float(np.concatenate([a for a, _ in scores]).mean()),
+        }
+        found |= {
+            "mean_score_distance": float(apart.mean()),
+            "largest_score_distance": float(apart.max()),
+            "predictions_changed": changed,
+        }
         if self.whole.accuracies:
-            gains = [b[q.answer] - a[q.answer] for (a, b), q in zip(scores, self.whole.questions, strict=True)]
+            gains = [
+                b[q.answer] - a[q.answer]
+                for (a, b), q in zip(scores, self.whole.questions, strict=True)
+            ]
             found |= {"right_option_loss_change": float(np.mean(gains))}
-            found |= {"acc": self.whole.accuracies["acc"], "acc_quantized": self.packed.accuracies["acc"]}
+            found |= {
+                "acc": self.whole.accuracies["acc"],
+                "acc_quantized": self.packed.accuracies["acc"],
+            }
         return found
 
 
@@ -59,20 +80,29 @@ def measure(line: CommandLine, world: World) -> None:
         found = checkpoints.read(line.given["resume"])
         config, notes = settings_of(found, line)
         if config.quantize is None:
-            raise UserError("--quantize is missing: name what is to be compared with the weights as they are, 8bit or nf4")
+            raise UserError(
+                "--quantize is missing: name what is to be compared with the weights as they are, 8bit or nf4"
+            )
     require_same_files(world, config)
     for note in notes:
         world.print_rank0(note)
-    cost = Cost(*(_evaluated(found, replace(config, quantize=kind), world) for kind in (None, config.quantize)))
+    cost = Cost(
+        *(
+            _evaluated(found, replace(config, quantize=kind), world)
+            for kind in (None, config.quantize)
+        )
+    )
     result = cost.to_json()
     world.print_rank0(describe(result, config.quantize, config.precision))
     world.print_rank0(json.dumps({"split": config.split, "quantize": config.quantize, **result}))
 
 
-def _evaluated(found: checkpoints.Checkpoint, config: RunConfig, world: World) -> Evaluation:
+def _evaluated(found: format.Checkpoint, config: RunConfig, world: World) -> Evaluation:
     with world.raise_together():
         inputs = read_inputs(config, (config.split,), world)
-        fitted = checkpoints.validate_for_model(found, inputs.trainable_shapes, inputs.weights.shape.n_layers)
+        fitted = checkpoints.validate_for_model(
+            found, inputs.trainable_shapes, inputs.weights.shape.n_layers
+        )
     engine = build_engine(config, inputs, fitted.weights, world)
     world.print_rank0(f"products in {config.quantize or config.precision}, {inputs.stage}")
     evaluation = evaluate(engine, inputs, config.split, config, world)

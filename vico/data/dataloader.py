@@ -35,9 +35,13 @@ def start_forkserver() -> None:
 
     The signals by which a run is asked to stop must not end it, nor Python's own helper: they stay blocked in both.
     """
-    multiprocessing.set_forkserver_preload(["torch", "vico.data.batching", "vico.data.forkserver_preload"])
+    multiprocessing.set_forkserver_preload(
+        ["torch", "vico.data.batching", "vico.data.forkserver_preload"]
+    )
     if QUIET not in os.environ.get("PYTHONWARNINGS", ""):
-        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), QUIET]))
+        os.environ["PYTHONWARNINGS"] = ",".join(
+            filter(None, [os.environ.get("PYTHONWARNINGS"), QUIET])
+        )
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)
     try:
         resource_tracker.ensure_running()  # which lets two of them through when it starts
@@ -47,11 +51,15 @@ def start_forkserver() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def loader(dataset: TrainingSteps | EvaluationChunks, items: Any, num_workers: int, pin: bool) -> DataLoader[Any]:
+def loader(
+    dataset: TrainingSteps | EvaluationChunks, items: Any, num_workers: int, pin: bool
+) -> DataLoader[Any]:
     """The dataset's `items` in this order, prepared ahead by `num_workers` processes."""
     if num_workers:
         start_forkserver()
-        _require_room_for_locks(12 + 3 * num_workers)  # at least as many as DataLoader makes (torch 2.13)
+        _require_room_for_locks(
+            12 + 3 * num_workers
+        )  # at least as many as DataLoader makes (torch 2.13)
     return DataLoader(
         dataset,
         sampler=items,
@@ -79,7 +87,9 @@ class _Pickler(pickle.Pickler):
     A library of matrix products may sum in another order where numbers lie elsewhere, and a run must not depend on its workers.
     """
 
-    dispatch_table = copyreg.dispatch_table | {Tensor: lambda tensor: (torch.tensor, (tensor.numpy(),))}
+    dispatch_table = copyreg.dispatch_table | {
+        Tensor: lambda tensor: (torch.tensor, (tensor.numpy(),))
+    }
 
 
 def _in_one_piece(item: Any) -> tuple[Callable[[Tensor], Any], tuple[Tensor]]:

@@ -6,17 +6,21 @@ from pathlib import Path
 
 from vico.data.readers import intentqa, nextqa, star, tvqa
 from vico.data.readers.rows import UNKNOWN
+from vico.data.types import Question
 from vico.errors import UserError
-from vico.model.batch import Question
 
 
 @dataclass(frozen=True)
 class Dataset:
     file_of: Callable[[Path, str], Path]  # (folder, split): the annotations
     read: Callable[..., list[Question]]  # (folder, split), and `subtitles` where there is dialogue
-    groups: Mapping[str, str] | None  # question type -> group an accuracy is reported for; None: each type is one
+    groups: (
+        Mapping[str, str] | None
+    )  # question type -> group an accuracy is reported for; None: each type is one
     mean_of: tuple[str, ...] = ()  # groups whose accuracies are also averaged
-    has_dialogue: bool = False  # has subtitles, and instructions that speak of "the dialogue, video and question"
+    has_dialogue: bool = (
+        False  # has subtitles, and instructions that speak of "the dialogue, video and question"
+    )
 
 
 DATASETS = {
@@ -27,7 +31,9 @@ DATASETS = {
 }
 
 
-def read_questions(dataset: str, folder: Path, split: str, subtitles: bool = False) -> list[Question]:
+def read_questions(
+    dataset: str, folder: Path, split: str, subtitles: bool = False
+) -> list[Question]:
     entry = DATASETS[dataset]
     if not entry.has_dialogue:
         if subtitles:
@@ -36,7 +42,9 @@ def read_questions(dataset: str, folder: Path, split: str, subtitles: bool = Fal
     return entry.read(folder, split, subtitles)
 
 
-NOT_GROUPS = frozenset(("split", "n", "n_total", "acc", "Mean", "all"))  # what else stands where accuracies by group do
+NOT_GROUPS = frozenset(
+    ("split", "n", "n_total", "acc", "Mean", "all")
+)  # what else stands where accuracies by group do
 
 
 def accuracy_groups(dataset: str, types: Iterable[str]) -> dict[str, list[str]]:
@@ -44,7 +52,11 @@ def accuracy_groups(dataset: str, types: Iterable[str]) -> dict[str, list[str]]:
     table = DATASETS[dataset].groups
     found: dict[str, list[str]] = {group: [] for group in table.values()} if table else {}
     for name in sorted(set(types)):
-        group = (f"'{name}'" if name in NOT_GROUPS else name) if table is None else table.get(name, UNKNOWN)
+        group = (
+            (f"'{name}'" if name in NOT_GROUPS else name)
+            if table is None
+            else table.get(name, UNKNOWN)
+        )
         found.setdefault(group, []).append(name)
     return {group: names for group, names in found.items() if names}
 

@@ -5,7 +5,9 @@ import sys
 from types import TracebackType
 
 
-def _unless_the_rank_has_gone(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
+def _unless_the_rank_has_gone(
+    kind: type[BaseException], value: BaseException, trace: TracebackType | None
+) -> None:
     """A rank that is killed while it starts a worker has told it nothing, or half: the worker ends, and nobody need read of it."""
     if not issubclass(kind, EOFError | pickle.UnpicklingError | ConnectionError):
         sys.__excepthook__(kind, value, trace)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from vico.data.prompts import Prompts
-from vico.model.batch import Question
+from vico.data.types import Question
 
 BUCKET = 32
 
@@ -36,11 +36,15 @@ class Lengths:
         buckets: Counter[int] = Counter()
         for length, count in self.counts.items():
             buckets[-(-length // BUCKET) * BUCKET] += count
-        shown = ", ".join(f"{top - BUCKET + 1}-{top}: {count}" for top, count in sorted(buckets.items()))
+        shown = ", ".join(
+            f"{top - BUCKET + 1}-{top}: {count}" for top, count in sorted(buckets.items())
+        )
         return f"{mean:.0f} tokens on average, {max(self.counts)} at most ({shown})"
 
 
-def of_questions(questions: Sequence[Question], prompts: Prompts, tasks: Sequence[str], limit: int) -> Lengths:
+def of_questions(
+    questions: Sequence[Question], prompts: Prompts, tasks: Sequence[str], limit: int
+) -> Lengths:
     """Of each question, its longest sequence. Raises UserError for one that cannot be shortened to `limit`."""
     asked = [task for task in tasks if task != "cap"]
     lengths = []

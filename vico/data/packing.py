@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vico.model.batch import VIDEO_SLOT, PackedBatch, Segment, TokenSequence
+from vico.data.types import VIDEO_SLOT, TokenSequence
+from vico.model.batch import PackedBatch, Segment
 
 COST_OF_SHARING = 20  # a shared row costs each layer an attention block against all rows below it: 1/20 of a row each, measured
 
@@ -42,7 +43,9 @@ def pack(examples: Sequence[Example], features_VFC: Tensor, share: bool = True) 
     nodes = _tree(paths, share)
     starts = np.cumsum([0, *(node.stop - node.start for node in nodes)])
 
-    rows_of = [np.empty(len(path), np.int64) for path in paths]  # stream row of each position of each sequence
+    rows_of = [
+        np.empty(len(path), np.int64) for path in paths
+    ]  # stream row of each position of each sequence
     keys, positions = np.empty(starts[-1], np.int64), np.empty(starts[-1], np.int64)
     segments = []
     for i, node in enumerate(nodes):
@@ -51,7 +54,11 @@ def pack(examples: Sequence[Example], features_VFC: Tensor, share: bool = True) 
         keys[rows] = paths[first][node.start : node.stop]
         positions[rows] = np.arange(node.start, node.stop)
         behind = node.start >= examples[first].sequence.video_start + num_slots
-        segments.append(Segment(int(starts[i]), int(starts[i + 1]), node.parent, bool(keys[starts[i]] < 0), behind))
+        segments.append(
+            Segment(
+                int(starts[i]), int(starts[i + 1]), node.parent, bool(keys[starts[i]] < 0), behind
+            )
+        )
         for member in node.members:
             rows_of[member][node.start : node.stop] = np.arange(starts[i], starts[i + 1])
 
@@ -91,7 +98,9 @@ def _tree(paths: list[list[int]], share: bool) -> list[_Node]:
     while work:
         members, depth, parent = work.popleft()
         for group in _branches(paths, members, depth):
-            stop = _kind_stop(paths[group[0]], depth, _common_stop([paths[m] for m in group], depth))
+            stop = _kind_stop(
+                paths[group[0]], depth, _common_stop([paths[m] for m in group], depth)
+            )
             nodes.append(_Node(depth, stop, group, parent))
             work.append((group, stop, len(nodes) - 1))
     return nodes
@@ -109,13 +118,17 @@ def _branches(paths: list[list[int]], members: list[int], depth: int) -> list[li
         if _is_worth_sharing(paths, group, depth, stop):
             branches.append(group)
         else:
-            branches += [[m] for m in group if len(paths[m]) == stop] + _branches(paths, group, stop)
+            branches += [[m] for m in group if len(paths[m]) == stop] + _branches(
+                paths, group, stop
+            )
     return branches
 
 
 def _is_worth_sharing(paths: list[list[int]], group: list[int], depth: int, stop: int) -> bool:
     """Whether the rows that sharing [depth, stop) saves are more than it costs the rows below."""
-    below = {paths[m][stop]: len(paths[m]) - stop for m in group if len(paths[m]) > stop}  # one path for each way to go on
+    below = {
+        paths[m][stop]: len(paths[m]) - stop for m in group if len(paths[m]) > stop
+    }  # one path for each way to go on
     ended = sum(len(paths[m]) == stop for m in group)
     saved = (stop - depth) * (len(below) + ended - 1)
     return saved * COST_OF_SHARING >= sum(below.values())
@@ -146,7 +159,9 @@ def _targets(examples: Sequence[Example], rows_of: list[np.ndarray]) -> dict[str
         return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
 
     def rows(of: list[tuple[int, Example]]) -> np.ndarray:
-        return joined([rows_of[i][e.sequence.targets.start - 1 : e.sequence.targets.stop - 1] for i, e in of])
+        return joined(
+            [rows_of[i][e.sequence.targets.start - 1 : e.sequence.targets.stop - 1] for i, e in of]
+        )
 
     def repeated(of: list[tuple[int, Example]], values: list[int]) -> np.ndarray:
         return np.repeat(np.array(values, np.int64), [len(e.sequence.targets) for _, e in of])
@@ -156,11 +171,20 @@ def _targets(examples: Sequence[Example], rows_of: list[np.ndarray]) -> dict[str
     fields = {
         "wanted_rows_R": wanted,
         "token_targets_N": places[: len(token_rows)],
-        "token_target_ids_N": joined([np.array(e.sequence.tokens[e.sequence.targets.start : e.sequence.targets.stop]) for _, e in tokens]),
+        "token_target_ids_N": joined(
+            [
+                np.array(e.sequence.tokens[e.sequence.targets.start : e.sequence.targets.stop])
+                for _, e in tokens
+            ]
+        ),
         "frame_targets_M": places[len(token_rows) :],
         "frame_videos_M": repeated(frames, [e.clip for _, e in frames]),
         "frame_target_ids_M": joined([np.arange(len(e.sequence.targets)) for _, e in frames]),
-        "target_tasks": np.concatenate([repeated(of, [e.task for _, e in of]) for of in (tokens, frames)]),
-        "target_sequences": np.concatenate([repeated(of, [i for i, _ in of]) for of in (tokens, frames)]),
+        "target_tasks": np.concatenate(
+            [repeated(of, [e.task for _, e in of]) for of in (tokens, frames)]
+        ),
+        "target_sequences": np.concatenate(
+            [repeated(of, [i for i, _ in of]) for of in (tokens, frames)]
+        ),
     }
     return {name: torch.from_numpy(value) for name, value in fields.items()}

@@ -7,8 +7,8 @@ target text begins. No token id is ever searched for, so an option may contain "
 from dataclasses import replace
 
 from vico.data.tokenizer import Tokenizer
+from vico.data.types import VIDEO_SLOT, Question, TokenSequence
 from vico.errors import UserError
-from vico.model.batch import VIDEO_SLOT, Question, TokenSequence
 
 QUESTION_TASKS = ("vqa", "vaq", "qav")
 CAPTION_CONTEXT = 3  # caption tokens that are context, not targets
@@ -21,7 +21,9 @@ def question_text(question: Question) -> str:
 
 
 def option_text(question: Question) -> str:
-    return "Choices: \n" + "".join(f"{letter(i)} {option}\n" for i, option in enumerate(question.options))
+    return "Choices: \n" + "".join(
+        f"{letter(i)} {option}\n" for i, option in enumerate(question.options)
+    )
 
 
 def letter(option: int) -> str:
@@ -37,7 +39,14 @@ class Prompts:
     `dialogue` chooses TVQA's instructions, which read "based on the dialogue, ..." with or without subtitles.
     """
 
-    def __init__(self, tokenizer: Tokenizer, num_slots: int, max_seq_len: int, max_cap_len: int, dialogue: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        num_slots: int,
+        max_seq_len: int,
+        max_cap_len: int,
+        dialogue: bool,
+    ) -> None:
         self._tokenizer, self._slots = tokenizer, [VIDEO_SLOT] * num_slots
         self._max_seq_len, self._max_cap_len = max_seq_len, max_cap_len
         given = "dialogue, " if dialogue else ""
@@ -46,22 +55,40 @@ class Prompts:
             "cap": "Instruction: describe the what happens in the video.\n",  # the published wording
             "vaq": f"Instruction: Predict the question based on the {given}video and answer.\n",
         }
-        self._heads = {task: [tokenizer.bos, *tokenizer.encode(line + "Video:")] for task, line in lines.items()}
-        self._qav_line = f"Instruction: Predict the video based on the {given}question and answer.\n"
+        self._heads = {
+            task: [tokenizer.bos, *tokenizer.encode(line + "Video:")]
+            for task, line in lines.items()
+        }
+        self._qav_line = (
+            f"Instruction: Predict the video based on the {given}question and answer.\n"
+        )
 
     def vqa(self, question: Question, answer: int) -> TokenSequence:
         """The pieces of the answer's letter and EOS are the targets; the blank before the letter is its first piece's."""
         prompt = question_text(question) + option_text(question) + ANSWER_TEXT
-        return self._behind_video("vqa", question.dialogue, prompt + letter(answer), len(prompt.rstrip()))
+        return self._behind_video(
+            "vqa", question.dialogue, prompt + letter(answer), len(prompt.rstrip())
+        )
 
     def vaq(self, question: Question, answer: int) -> TokenSequence:
         """What follows "Question:", and EOS, are the targets."""
         head = option_text(question) + ANSWER_TEXT + letter(answer) + "\n"
-        return self._behind_video("vaq", question.dialogue, head + question_text(question).strip(), len(head) + len("Question:"))
+        return self._behind_video(
+            "vaq",
+            question.dialogue,
+            head + question_text(question).strip(),
+            len(head) + len("Question:"),
+        )
 
     def qav(self, question: Question, answer: int) -> TokenSequence:
         """The video slots are the targets; they stand at the end."""
-        text = question_text(question) + option_text(question) + ANSWER_TEXT + letter(answer) + "\nVideo:"
+        text = (
+            question_text(question)
+            + option_text(question)
+            + ANSWER_TEXT
+            + letter(answer)
+            + "\nVideo:"
+        )
         encode = self._tokenizer.encode
         if question.dialogue:
             head = encode(self._qav_line) + self._dialogue(question.dialogue) + encode(text)
@@ -75,9 +102,13 @@ class Prompts:
         """Everything from the 4th caption token on is a target; a caption that is too long is cut, and loses its EOS."""
         whole = self._behind_video("cap", "", f"Description: {text}\n", len("Description:"))
         stop = min(whole.targets.stop, self._max_cap_len)
-        first = min(whole.targets.start + CAPTION_CONTEXT, whole.targets.stop)  # a caption of two words has no target
+        first = min(
+            whole.targets.start + CAPTION_CONTEXT, whole.targets.stop
+        )  # a caption of two words has no target
         if first >= stop and stop < whole.targets.stop:
-            raise UserError(f"--max_cap_len {self._max_cap_len}: leaves no caption token to learn; {first + 1} is the least")
+            raise UserError(
+                f"--max_cap_len {self._max_cap_len}: leaves no caption token to learn; {first + 1} is the least"
+            )
         return TokenSequence("cap", whole.tokens[:stop], range(first, stop), whole.video_start)
 
     def fit(self, question: Question, task: str) -> Question:
@@ -93,7 +124,11 @@ class Prompts:
             elif any(fitted.options):
                 longest = max(fitted.options, key=len)
                 place = fitted.options.index(longest)
-                options = (*fitted.options[:place], _without_last_words(longest, 1), *fitted.options[place + 1 :])
+                options = (
+                    *fitted.options[:place],
+                    _without_last_words(longest, 1),
+                    *fitted.options[place + 1 :],
+                )
                 fitted = replace(fitted, options=options)
             else:
                 raise UserError(
@@ -107,11 +142,16 @@ class Prompts:
         length = len(self.question_sequence(task, question, 0).tokens)
         if length + LETTER_SPREAD <= self._max_seq_len:
             return length
-        return max(len(self.question_sequence(task, question, a).tokens) for a in range(len(question.options)))
+        return max(
+            len(self.question_sequence(task, question, a).tokens)
+            for a in range(len(question.options))
+        )
 
     def caption_length(self, text: str) -> int:
         """Tokens of a caption's sequence, before it is cut."""
-        return len(self._behind_video("cap", "", f"Description: {text}\n", len("Description:")).tokens)
+        return len(
+            self._behind_video("cap", "", f"Description: {text}\n", len("Description:")).tokens
+        )
 
     def question_sequence(self, task: str, question: Question, answer: int) -> TokenSequence:
         build = {"vqa": self.vqa, "vaq": self.vaq, "qav": self.qav}[task]
@@ -120,11 +160,18 @@ class Prompts:
     def _dialogue(self, text: str) -> list[int]:
         return self._tokenizer.encode(f"Dialogue: {text}\n") if text else []
 
-    def _behind_video(self, task: str, dialogue: str, text: str, target_character: int) -> TokenSequence:
+    def _behind_video(
+        self, task: str, dialogue: str, text: str, target_character: int
+    ) -> TokenSequence:
         """BOS, instruction, slots, newline, dialogue, text, EOS; targets from the piece that ends behind `target_character`."""
         ids, ends = self._tokenizer.encode_with_ends(text)
         video_start = len(self._heads[task])
-        head = [*self._heads[task], *self._slots, self._tokenizer.newline, *self._dialogue(dialogue)]
+        head = [
+            *self._heads[task],
+            *self._slots,
+            self._tokenizer.newline,
+            *self._dialogue(dialogue),
+        ]
         first = len(head) + sum(end <= target_character for end in ends)
         tokens = (*head, *ids, self._tokenizer.eos)
         return TokenSequence(task, tokens, range(first, len(tokens)), video_start)

@@ -17,7 +17,10 @@ from vico.io.atomic import read_bytes
 from vico.io.safe_load import disguise
 from vico.io.text import parse_json
 
-NAMES = ("tokenizer.model", "tokenizer.json")  # where both lie, they are the same tokenizer and the first is the original
+NAMES = (
+    "tokenizer.model",
+    "tokenizer.json",
+)  # where both lie, they are the same tokenizer and the first is the original
 LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 # LLaMA-3, as Meta published it: how a text is cut before pieces are merged, and 256 special tokens behind the others.
 LLAMA_3_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -46,20 +49,30 @@ class Tokenizer:
         try:
             data = read_bytes(path)
         except OSError as problem:
-            raise UserError(f"{path}: {problem.strerror}; --llama_model_path must name the folder that holds tokenizer.model") from None
+            raise UserError(
+                f"{path}: {problem.strerror}; --llama_model_path must name the folder that holds tokenizer.model"
+            ) from None
         if found := disguise(data[:512], len(data)):
             raise UserError(f"{path}: the tokenizer is {found}")
         self._path = path
         self._pieces = _open(data, path)
-        self.vocab_size, self.bos, self.eos = self._pieces.vocab_size, self._pieces.bos, self._pieces.eos
+        self.vocab_size, self.bos, self.eos = (
+            self._pieces.vocab_size,
+            self._pieces.bos,
+            self._pieces.eos,
+        )
         if self.bos < 0 or self.eos < 0:
-            raise UserError(f"{path}: the tokenizer has no BOS or no EOS piece; a LLaMA tokenizer has both")
+            raise UserError(
+                f"{path}: the tokenizer has no BOS or no EOS piece; a LLaMA tokenizer has both"
+            )
         self.newline = self._newline()
 
     def _newline(self) -> int:
         ids = self.encode("\n")
         if not ids or self._pieces.decode(ids[-1:]) != "\n":
-            raise UserError(f"{self._path}: the tokenizer has no newline piece; a LLaMA tokenizer has one")
+            raise UserError(
+                f"{self._path}: the tokenizer has no newline piece; a LLaMA tokenizer has one"
+            )
         return ids[-1]
 
     def encode(self, text: str) -> list[int]:
@@ -81,14 +94,19 @@ class Tokenizer:
 
 def find_tokenizer(llama_folder: Path, model_folder: Path) -> Path:
     """The tokenizer's file, in the folder of all models or in the model's own. Raises UserError where they hold different ones."""
-    found = [next((f / name for name in NAMES if (f / name).exists()), None) for f in (llama_folder, model_folder)]
+    found = [
+        next((f / name for name in NAMES if (f / name).exists()), None)
+        for f in (llama_folder, model_folder)
+    ]
     shared, own = found
     if shared is None or own is None:
         return shared or own or llama_folder / NAMES[0]
     try:
         same = read_bytes(shared) == read_bytes(own)
     except OSError as problem:
-        raise UserError(f"{problem.filename}: {problem.strerror}; the tokenizer must be a readable file") from None
+        raise UserError(
+            f"{problem.filename}: {problem.strerror}; the tokenizer must be a readable file"
+        ) from None
     if not same:
         raise UserError(
             f"{own}: is another tokenizer than {shared}; remove the one that is not this model's, or keep models with different "
@@ -110,17 +128,27 @@ class _SentencePiece:
         from sentencepiece import SentencePieceProcessor
 
         try:
-            self._model = SentencePieceProcessor(model_proto=data or b"empty")  # which would be no model without a word
+            self._model = SentencePieceProcessor(
+                model_proto=data or b"empty"
+            )  # which would be no model without a word
         except Exception:  # sentencepiece's own, and what damaged bytes run into
-            raise UserError(f"{path}: not a sentencepiece model; copy tokenizer.model of the LLaMA weights again") from None
-        self.vocab_size, self.bos, self.eos = self._model.vocab_size(), self._model.bos_id(), self._model.eos_id()
+            raise UserError(
+                f"{path}: not a sentencepiece model; copy tokenizer.model of the LLaMA weights again"
+            ) from None
+        self.vocab_size, self.bos, self.eos = (
+            self._model.vocab_size(),
+            self._model.bos_id(),
+            self._model.eos_id(),
+        )
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._model.encode(text)
         return ids
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
-        pieces = self._model.encode(text, return_type="offset_mapping")  # characters, not bytes: sentencepiece >= 0.2.3
+        pieces = self._model.encode(
+            text, return_type="offset_mapping"
+        )  # characters, not bytes: sentencepiece >= 0.2.3
         return pieces["ids"], [end for _, end in pieces["offsets"]]
 
     def decode(self, ids: list[int]) -> str:
@@ -135,11 +163,15 @@ class _Tiktoken:
         try:
             import tiktoken
         except ModuleNotFoundError:
-            raise UserError(f"{path}: a LLaMA-3 tokenizer, and the package tiktoken is not installed; pip install '.[llama3]'") from None
+            raise UserError(
+                f"{path}: a LLaMA-3 tokenizer, and the package tiktoken is not installed; pip install '.[llama3]'"
+            ) from None
         ranks = _ranks(data, path)
         self.bos, self.eos = len(ranks), len(ranks) + 1
         self.vocab_size = len(ranks) + LLAMA_3_SPECIAL
-        self._model = tiktoken.Encoding(path.name, pat_str=LLAMA_3_WORDS, mergeable_ranks=ranks, special_tokens={})
+        self._model = tiktoken.Encoding(
+            path.name, pat_str=LLAMA_3_WORDS, mergeable_ranks=ranks, special_tokens={}
+        )
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode_ordinary(text)
@@ -147,7 +179,10 @@ class _Tiktoken:
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
         ids = self.encode(text)
         # A piece can end inside a character's bytes: that character counts.
-        sizes = (sum(byte & 0xC0 != 0x80 for byte in self._model.decode_single_token_bytes(i)) for i in ids)
+        sizes = (
+            sum(byte & 0xC0 != 0x80 for byte in self._model.decode_single_token_bytes(i))
+            for i in ids
+        )
         return ids, list(accumulate(sizes))
 
     def decode(self, ids: list[int]) -> str:
@@ -161,11 +196,17 @@ def _ranks(data: bytes, path: Path) -> dict[bytes, int]:
             piece, rank = line.split()
             ranks[base64.b64decode(piece, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
-            raise UserError(f"{path.name}:{number}: not a piece in base64 and its rank; copy {path} again") from None
+            raise UserError(
+                f"{path.name}:{number}: not a piece in base64 and its rank; copy {path} again"
+            ) from None
         if len(ranks) != number or int(rank) != number - 1:
-            raise UserError(f"{path.name}:{number}: ranks must count from 0, each piece once; copy {path} again")
+            raise UserError(
+                f"{path.name}:{number}: ranks must count from 0, each piece once; copy {path} again"
+            )
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise UserError(f"{path}: lacks {len(missing)} of the 256 single bytes, so some texts have no tokens; copy it again")
+        raise UserError(
+            f"{path}: lacks {len(missing)} of the 256 single bytes, so some texts have no tokens; copy it again"
+        )
     return ranks
 
 
@@ -174,11 +215,15 @@ class _HuggingFace:
         try:
             import tokenizers
         except ModuleNotFoundError:
-            raise UserError(f"{path}: needs the package tokenizers, which is not installed; pip install '.[llama3]'") from None
+            raise UserError(
+                f"{path}: needs the package tokenizers, which is not installed; pip install '.[llama3]'"
+            ) from None
         try:
             text = data.decode()
         except UnicodeDecodeError as problem:
-            raise UserError(f"{path}: not UTF-8 (byte offset {problem.start}); copy it again") from None
+            raise UserError(
+                f"{path}: not UTF-8 (byte offset {problem.start}); copy it again"
+            ) from None
         content: dict[str, Any] = parse_json(text, path, 1)
         # BOS and EOS are put by the prompts, nothing is cut or padded, and offsets keep their blanks.
         content |= {"post_processor": None, "truncation": None, "padding": None}
@@ -188,10 +233,16 @@ class _HuggingFace:
             self._model.encode("A text.")
         except Exception as problem:  # tokenizers raises Exception itself
             reason = (str(problem).splitlines() or [""])[0][:160]
-            raise UserError(f"{path}: not a tokenizer.json that the package tokenizers reads ({reason}); copy it again") from None
+            raise UserError(
+                f"{path}: not a tokenizer.json that the package tokenizers reads ({reason}); copy it again"
+            ) from None
         self.vocab_size = self._model.get_vocab_size()
         self.bos, self.eos = next(
-            ((b, e) for b, e in (map(self._model.token_to_id, names) for names in BEGIN_AND_END) if b is not None and e is not None),
+            (
+                (b, e)
+                for b, e in (map(self._model.token_to_id, names) for names in BEGIN_AND_END)
+                if b is not None and e is not None
+            ),
             (-1, -1),
         )
 

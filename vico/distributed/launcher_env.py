@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from vico.errors import UnreachableError, UserError
 
 SINGLE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "LOCAL_SIZE")  # in the environment of torchrun's ranks, of DeepSpeed's
+LAUNCHER_VARIABLES = (
+    "TORCHELASTIC_RUN_ID",
+    "LOCAL_SIZE",
+)  # in the environment of torchrun's ranks, of DeepSpeed's
 BATCH_SCRIPT = "SLURM_PROCID"  # SLURM names it there and in steps, not in the shell of salloc
 INTERACTIVE_STEP = "4294967290"  # the step of that shell, where the cluster puts it on a node
 HINT = "use a script of launch/slurm/, or say the number of ranks by --expect_world_size"
@@ -36,7 +39,9 @@ def int_variable(environment: Mapping[str, str], name: str) -> int | None:
     """The whole number of a variable. Raises UserError for anything else."""
     text = environment.get(name) or None
     if text is not None and not text.isdecimal():
-        raise UserError(f"{name}={text}: must be a whole number; unset it, or let the launcher set it")
+        raise UserError(
+            f"{name}={text}: must be a whole number; unset it, or let the launcher set it"
+        )
     return None if text is None else int(text)
 
 
@@ -48,17 +53,30 @@ def set_rank_variables(environment: MutableMapping[str, str] = os.environ) -> No
     if "RANK" in environment:
         return
     if "OMPI_COMM_WORLD_SIZE" in environment:
-        of_mpi = {"RANK": "RANK", "WORLD_SIZE": "SIZE", "LOCAL_RANK": "LOCAL_RANK", "LOCAL_WORLD_SIZE": "LOCAL_SIZE"}
-        environment.update({ours: environment[f"OMPI_COMM_WORLD_{theirs}"] for ours, theirs in of_mpi.items()})
+        of_mpi = {
+            "RANK": "RANK",
+            "WORLD_SIZE": "SIZE",
+            "LOCAL_RANK": "LOCAL_RANK",
+            "LOCAL_WORLD_SIZE": "LOCAL_SIZE",
+        }
+        environment.update(
+            {ours: environment[f"OMPI_COMM_WORLD_{theirs}"] for ours, theirs in of_mpi.items()}
+        )
     elif (slurm_allocation(environment).tasks or 1) > 1 and "SLURM_STEP_ID" in environment:
-        environment.update({"RANK": environment["SLURM_PROCID"], "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"]})
+        environment.update(
+            {"RANK": environment["SLURM_PROCID"], "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"]}
+        )
         environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
         on_nodes = _counts(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
         node = int_variable(environment, "SLURM_NODEID") or 0
         if node < len(on_nodes):
             environment["LOCAL_WORLD_SIZE"] = str(on_nodes[node])
-        environment.setdefault("MASTER_ADDR", _first_host(environment.get("SLURM_STEP_NODELIST", "")))
-        job, step = (int_variable(environment, name) or 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+        environment.setdefault(
+            "MASTER_ADDR", _first_host(environment.get("SLURM_STEP_NODELIST", ""))
+        )
+        job, step = (
+            int_variable(environment, name) or 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")
+        )
         environment.setdefault("MASTER_PORT", str(20000 + (job + 1009 * step) % 10000))
 
 
@@ -76,10 +94,17 @@ def _first_host(nodes: str) -> str:
 
 def slurm_allocation(environment: Mapping[str, str] = os.environ) -> SlurmAllocation:
     """What of a SLURM job this process belongs to: a step of srun, or the whole job in its batch script."""
-    if BATCH_SCRIPT not in environment or "SLURM_PTY_PORT" in environment or environment.get("SLURM_STEP_ID") == INTERACTIVE_STEP:
+    if (
+        BATCH_SCRIPT not in environment
+        or "SLURM_PTY_PORT" in environment
+        or environment.get("SLURM_STEP_ID") == INTERACTIVE_STEP
+    ):
         return SlurmAllocation()
     if "SLURM_STEP_ID" in environment:
-        return SlurmAllocation(int_variable(environment, "SLURM_STEP_NUM_NODES"), int_variable(environment, "SLURM_STEP_NUM_TASKS"))
+        return SlurmAllocation(
+            int_variable(environment, "SLURM_STEP_NUM_NODES"),
+            int_variable(environment, "SLURM_STEP_NUM_TASKS"),
+        )
     return SlurmAllocation(nodes=int_variable(environment, "SLURM_JOB_NUM_NODES"))
 
 
@@ -88,23 +113,33 @@ def check_world_size(expected: int | None, environment: Mapping[str, str] = os.e
     size = int_variable(environment, "WORLD_SIZE") or 1
     rank = int_variable(environment, "RANK") or 0
     if rank >= size:
-        raise UnreachableError(f"RANK={rank}: must be below WORLD_SIZE={size}; the launcher sets both")
+        raise UnreachableError(
+            f"RANK={rank}: must be below WORLD_SIZE={size}; the launcher sets both"
+        )
     if expected is not None and size != expected:
-        raise UserError(f"--expect_world_size {expected}: the launcher made a world of {size} rank(s); start as many, or change the flag")
+        raise UserError(
+            f"--expect_world_size {expected}: the launcher made a world of {size} rank(s); start as many, or change the flag"
+        )
     there = slurm_allocation(environment)
     if expected is None and "RANK" in environment:
         _check_tasks(size, there, launched=any(name in environment for name in LAUNCHER_VARIABLES))
     if expected is None and size < (there.nodes or 1):
-        raise UserError(f"SLURM gave {there.nodes} nodes and this world has {size} rank(s), so nodes would be idle or train apart; {HINT}")
+        raise UserError(
+            f"SLURM gave {there.nodes} nodes and this world has {size} rank(s), so nodes would be idle or train apart; {HINT}"
+        )
     if size > 1:
         _check_master_address(environment)
 
 
 def _check_tasks(size: int, there: SlurmAllocation, launched: bool) -> None:
     if there.tasks is not None and size < there.tasks:
-        raise UserError(f"srun started {there.tasks} tasks and this world has {size} rank(s), so they would train apart; {HINT}")
+        raise UserError(
+            f"srun started {there.tasks} tasks and this world has {size} rank(s), so they would train apart; {HINT}"
+        )
     if there.tasks is not None and size > there.tasks and not launched:
-        raise UserError(f"WORLD_SIZE={size}: srun started {there.tasks} task(s), and the others would never come; {HINT}")
+        raise UserError(
+            f"WORLD_SIZE={size}: srun started {there.tasks} task(s), and the others would never come; {HINT}"
+        )
 
 
 def _check_master_address(environment: Mapping[str, str]) -> None:

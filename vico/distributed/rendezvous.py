@@ -29,7 +29,10 @@ INTERFACE_HINT = "name the network interface that the hosts share by GLOO_SOCKET
 def rendezvous(rank: int, size: int, timeout: timedelta, word: str) -> tuple[Store, list[str]]:
     """The store, and the words that all ranks left there. Raises PeerLostError naming those who did not come, NoAnswerError, Stopped."""
     end = time.monotonic() + timeout.total_seconds()
-    store = PrefixStore(f"vico/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", _open_store(rank, size, timeout))
+    store = PrefixStore(
+        f"vico/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}",
+        _open_store(rank, size, timeout),
+    )
     names = [f"rank {other}" for other in range(size)]
     try:
         store.set(names[rank], word)
@@ -40,14 +43,20 @@ def rendezvous(rank: int, size: int, timeout: timedelta, word: str) -> tuple[Sto
         for _ in range(10):  # it may have been asked a moment before this rank
             _stop_if_asked()
             time.sleep(SECONDS_BETWEEN_CALLS)
-        raise NoAnswerError(f"rank 0 has left {_address()} ({first_line(problem)}); its log says why") from None
+        raise NoAnswerError(
+            f"rank 0 has left {_address()} ({first_line(problem)}); its log says why"
+        ) from None
     if rank == 0:  # which may refuse the world and end, and the store with it
         with suppress(torch_dist.DistError):
-            store.wait([f"{name} has read" for name in names], timedelta(seconds=SECONDS_OF_SILENCE))
+            store.wait(
+                [f"{name} has read" for name in names], timedelta(seconds=SECONDS_OF_SILENCE)
+            )
     return store, words
 
 
-def _wait_for(names: Sequence[str], store: Store, rank: int, timeout: timedelta, end: float) -> None:
+def _wait_for(
+    names: Sequence[str], store: Store, rank: int, timeout: timedelta, end: float
+) -> None:
     def come(until: float) -> bool:
         while not store.check(list(names)):
             if time.monotonic() >= until:
@@ -72,24 +81,37 @@ def _wait_for(names: Sequence[str], store: Store, rank: int, timeout: timedelta,
 
 def _open_store(rank: int, size: int, timeout: timedelta) -> TCPStore:
     """Rank 0 keeps it, or torchrun does."""
-    address, port, host = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), socket.gethostname()
+    address, port, host = (
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        socket.gethostname(),
+    )
     keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    end, speaks_at = time.monotonic() + timeout.total_seconds(), time.monotonic() + SECONDS_OF_SILENCE
+    end, speaks_at = (
+        time.monotonic() + timeout.total_seconds(),
+        time.monotonic() + SECONDS_OF_SILENCE,
+    )
 
     def wait() -> None:
         nonlocal speaks_at
         _stop_if_asked()
         if time.monotonic() >= end:
-            raise NoAnswerError(f"{host}: nobody answers at {_address()}, where rank 0 should be, for {timeout}; its log says why")
+            raise NoAnswerError(
+                f"{host}: nobody answers at {_address()}, where rank 0 should be, for {timeout}; its log says why"
+            )
         if time.monotonic() >= speaks_at:
             speaks_at = time.monotonic() + SECONDS_OF_SILENCE
             if os.environ.get("LOCAL_RANK", "0") == "0":
-                _say(f"{host} waits for an answer at {_address()}, where rank 0 should be; at most {timeout}")
+                _say(
+                    f"{host} waits for an answer at {_address()}, where rank 0 should be; at most {timeout}"
+                )
         time.sleep(SECONDS_BETWEEN_CALLS)
 
     def make() -> TCPStore:
         patience = timedelta(seconds=min(SECONDS_OF_SILENCE, timeout.total_seconds()))
-        return TCPStore(address, port, size, keeps, timeout=patience, wait_for_workers=False, multi_tenant=True)
+        return TCPStore(
+            address, port, size, keeps, timeout=patience, wait_for_workers=False, multi_tenant=True
+        )
 
     while True:
         if not keeps and not _answers(address, port):  # torch's own way prints C++ frames meanwhile
@@ -101,7 +123,9 @@ def _open_store(rank: int, size: int, timeout: timedelta) -> TCPStore:
             return store
         except torch_dist.DistError as problem:
             if keeps:
-                raise InUseError(f"MASTER_PORT={port}: cannot be opened on {host} ({first_line(problem)}); choose another") from None
+                raise InUseError(
+                    f"MASTER_PORT={port}: cannot be opened on {host} ({first_line(problem)}); choose another"
+                ) from None
             wait()
 
 
@@ -131,7 +155,10 @@ def _run_in_thread(wait: Callable[[], None], work: Callable[[], Any]) -> Any:
 
 def _stop_if_asked() -> None:
     if number := signals.stop_requested():
-        raise signals.Stopped(number, f"stopped by {signal.Signals(number).name} before the ranks had met; the same command begins")
+        raise signals.Stopped(
+            number,
+            f"stopped by {signal.Signals(number).name} before the ranks had met; the same command begins",
+        )
 
 
 def clone_store(store: Store) -> Store:
@@ -147,7 +174,9 @@ def _address() -> str:
 @contextmanager
 def hint_when_slow(what: str, rank: int) -> Iterator[None]:
     """Around the first exchanges: over a wrong interface they hang without a word, or fail in words that name no remedy."""
-    message = f"{what} takes more than {SECONDS_OF_SILENCE:.0f} s; if it does not end, {INTERFACE_HINT}"
+    message = (
+        f"{what} takes more than {SECONDS_OF_SILENCE:.0f} s; if it does not end, {INTERFACE_HINT}"
+    )
     hint = threading.Timer(SECONDS_OF_SILENCE, _say, [message])
     hint.daemon = True
     if rank == 0:
@@ -155,7 +184,9 @@ def hint_when_slow(what: str, rank: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as problem:
-        raise UserError(f"{what} failed on {socket.gethostname()} ({first_line(problem)}); {INTERFACE_HINT}") from None
+        raise UserError(
+            f"{what} failed on {socket.gethostname()} ({first_line(problem)}); {INTERFACE_HINT}"
+        ) from None
     finally:
         hint.cancel()
 

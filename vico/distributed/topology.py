@@ -13,9 +13,11 @@ import torch
 
 from vico.distributed.launcher_env import HINT, SlurmAllocation, host_name, int_variable
 from vico.errors import UserError
-from vico.planner.gpu_specs import GIB, Hardware, detected_gpu
 
-OF_SLURM = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS")  # there when SLURM, and not a person, chose CUDA_VISIBLE_DEVICES
+OF_SLURM = (
+    "SLURM_STEP_GPUS",
+    "SLURM_JOB_GPUS",
+)  # there when SLURM, and not a person, chose CUDA_VISIBLE_DEVICES
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,19 @@ class Member:
     pid: int = 0
 
     @classmethod
-    def of_this_process(cls, rank: int, device: torch.device, environment: Mapping[str, str] = os.environ) -> "Member":
+    def of_this_process(
+        cls, rank: int, device: torch.device, environment: Mapping[str, str] = os.environ
+    ) -> "Member":
         host = host_name(environment)
-        local_size = int_variable(environment, "LOCAL_WORLD_SIZE") or int_variable(environment, "LOCAL_SIZE")
+        local_size = int_variable(environment, "LOCAL_WORLD_SIZE") or int_variable(
+            environment, "LOCAL_SIZE"
+        )
         if device.type == "cpu":
             return cls(rank, host, "cpu", None, 0, True, local_size, pid=os.getpid())
         about = torch.cuda.get_device_properties(device)
-        chosen = "CUDA_VISIBLE_DEVICES" in environment and not any(name in environment for name in OF_SLURM)
+        chosen = "CUDA_VISIBLE_DEVICES" in environment and not any(
+            name in environment for name in OF_SLURM
+        )
         host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         count = torch.cuda.device_count()
         gpu = (about.name, str(about.uuid), count, chosen)
@@ -64,18 +72,16 @@ def by_host(members: Sequence[Member]) -> dict[str, list[Member]]:
 def describe(members: Sequence[Member]) -> str:
     """The lines that every run begins with: ranks, hosts and devices."""
     hosts = by_host(members)
-    where = [f"{host}: {_ranks(there)} on {', '.join(dict.fromkeys(m.device for m in there))}" for host, there in hosts.items()]
+    where = [
+        f"{host}: {_ranks(there)} on {', '.join(dict.fromkeys(m.device for m in there))}"
+        for host, there in hosts.items()
+    ]
     count = f"{len(members)} rank{'s' if len(members) > 1 else ''}"
-    return f"world: {count}, {where[0]}" if len(hosts) == 1 else "\n  ".join([f"world: {count} on {len(hosts)} hosts", *where])
-
-
-def hardware(members: Sequence[Member]) -> Hardware | None:
-    """Their machines as the planner sees them: equal ones, each the smallest that came. None where a rank has no GPU."""
-    if not all(m.gpu_bytes for m in members):
-        return None
-    hosts, smallest = by_host(members), min(members, key=lambda m: m.gpu_bytes)
-    gpu, host_gib = detected_gpu(smallest.device, smallest.gpu_bytes), min(m.host_bytes for m in members) / GIB
-    return Hardware(gpu, min(map(len, hosts.values())), len(hosts), host_gib=host_gib)
+    return (
+        f"world: {count}, {where[0]}"
+        if len(hosts) == 1
+        else "\n  ".join([f"world: {count} on {len(hosts)} hosts", *where])
+    )
 
 
 def _ranks(members: Sequence[Member]) -> str:
@@ -104,7 +110,9 @@ def check_topology(members: Sequence[Member], there: SlurmAllocation, expected: 
     for host, ranks in hosts.items():
         told = max(m.local_size or 0 for m in ranks)
         if told > len(ranks):
-            raise UserError(f"{host}: the launcher speaks of {told} ranks on this host and {len(ranks)} came ({_ranks(ranks)}); {HINT}")
+            raise UserError(
+                f"{host}: the launcher speaks of {told} ranks on this host and {len(ranks)} came ({_ranks(ranks)}); {HINT}"
+            )
         _check_gpus(host, ranks, expected)
 
 
@@ -112,7 +120,9 @@ def _check_gpus(host: str, ranks: Sequence[Member], expected: int | None) -> Non
     used = [m.gpu for m in ranks if m.gpu is not None]
     shared = [m for m in ranks if m.gpu is not None and used.count(m.gpu) > 1]
     if shared:
-        raise UserError(f"{host}: {_ranks(shared)} share a GPU; start one rank per GPU of a host (VICO_RANKS, --ntasks-per-node)")
+        raise UserError(
+            f"{host}: {_ranks(shared)} share a GPU; start one rank per GPU of a host (VICO_RANKS, --ntasks-per-node)"
+        )
     idle = max(m.num_visible for m in ranks) - len(ranks)
     if idle > 0 and expected is None and not all(m.chosen for m in ranks):
         raise UserError(

@@ -24,7 +24,11 @@ from vico.distributed.topology import Member
 from vico.errors import PeerLostError
 
 WAITING = "waiting for the others, after: "  # how what a rank does begins where it can be told that it waits
-EXCHANGES = ("/torch/distributed/", "/deepspeed/comm/", "/deepspeed/runtime/zero/")  # whose code waits for other ranks
+EXCHANGES = (
+    "/torch/distributed/",
+    "/deepspeed/comm/",
+    "/deepspeed/runtime/zero/",
+)  # whose code waits for other ranks
 INNERMOST = 4  # frames of a stack in which such code is looked for
 
 
@@ -61,12 +65,21 @@ class Watchdog:
         self._doing, self._moved, self._tick = "starting", time.monotonic(), 0
         # A rank can be lost before its first word; who it was is known from the start.
         own = members[rank].host  # as the cluster calls it; a word says what the host calls itself
-        self._words = {m.rank: _Word(0, 0.0, "starting", socket.gethostname() if m.host == own else m.host, m.pid) for m in members}
-        self._last_new = dict.fromkeys(self._words, self._moved)  # when a rank's tick was last seen to change
+        self._words = {
+            m.rank: _Word(
+                0, 0.0, "starting", socket.gethostname() if m.host == own else m.host, m.pid
+            )
+            for m in members
+        }
+        self._last_new = dict.fromkeys(
+            self._words, self._moved
+        )  # when a rank's tick was last seen to change
         self._talked = self._moved  # the end of the last round of talk
         self._over = threading.Event()
         for work in (self._talk, self._judge):
-            threading.Thread(target=work, daemon=True, name=f"vico watchdog {work.__name__}").start()
+            threading.Thread(
+                target=work, daemon=True, name=f"vico watchdog {work.__name__}"
+            ).start()
 
     def set_phase(self, what: str) -> None:
         self._doing, self._moved = what, time.monotonic()
@@ -77,11 +90,19 @@ class Watchdog:
 
     def gone(self) -> list[str]:
         """The ranks of this host whose processes have ended, in words."""
-        return [f"rank {rank} {word.name}" for rank, word in sorted(self._words.items()) if word.is_gone()]
+        return [
+            f"rank {rank} {word.name}"
+            for rank, word in sorted(self._words.items())
+            if word.is_gone()
+        ]
 
     def is_first_here(self) -> bool:
         """Whether no rank below this one is left on this host, rank 0 aside: it is asked where that has gone, with the store."""
-        below = [word for rank, word in self._words.items() if 0 < rank < self._rank and word.host == socket.gethostname()]
+        below = [
+            word
+            for rank, word in self._words.items()
+            if 0 < rank < self._rank and word.host == socket.gethostname()
+        ]
         return all(word.is_gone() for word in below)
 
     def close(self) -> None:
@@ -103,7 +124,10 @@ class Watchdog:
 
     def _told(self) -> str:
         """What the main thread said, and whether its stack shows it in an exchange: DeepSpeed's are entered without a word."""
-        frame, waits = sys._current_frames().get(threading.main_thread().ident or 0), self._doing.startswith(WAITING)
+        frame, waits = (
+            sys._current_frames().get(threading.main_thread().ident or 0),
+            self._doing.startswith(WAITING),
+        )
         for _ in range(INNERMOST):
             if frame is not None:
                 waits = waits or any(part in frame.f_code.co_filename for part in EXCHANGES)
@@ -145,7 +169,10 @@ class Watchdog:
 
     def verdict(self, silent: set[int]) -> str:
         """Who is to blame, as far as can be told."""
-        states = [f"rank {r} ({word.host}): {word.doing}, for {word.seconds:.0f} s" for r, word in sorted(self._words.items())][:16]
+        states = [
+            f"rank {r} ({word.host}): {word.doing}, for {word.seconds:.0f} s"
+            for r, word in sorted(self._words.items())
+        ][:16]
         stuck = [r for r, word in sorted(self._words.items()) if not word.doing.startswith(WAITING)]
         if silent:
             who = f"{', '.join(f'rank {r} {self._words[r].name}' for r in sorted(silent))} no longer runs"

@@ -22,6 +22,7 @@ from vico.distributed.rendezvous import clone_store, hint_when_slow, rendezvous
 from vico.distributed.watchdog import WAITING, Watchdog
 from vico.errors import UserError
 from vico.planner.gpu_specs import Hardware
+from vico.train import zero_stage
 
 TIMEOUT = timedelta(minutes=30)  # for every collective, unless --collective_timeout says another
 
@@ -35,7 +36,9 @@ class World:
     timeout: timedelta = TIMEOUT
     watchdog: Watchdog | None = None
     store: Store | None = None
-    hardware: Hardware | None = None  # the ranks' GPUs, the same word on every rank; None: there are none
+    hardware: Hardware | None = (
+        None  # the ranks' GPUs, the same word on every rank; None: there are none
+    )
 
     def set_phase(self, what: str) -> None:
         """Tell the watchdog that this rank has got on, and with what."""
@@ -106,7 +109,9 @@ class World:
                 raise found from None
 
 
-def connect(timeout: timedelta = TIMEOUT, expected: int | None = None, hang_seconds: float | None = None) -> World:
+def connect(
+    timeout: timedelta = TIMEOUT, expected: int | None = None, hang_seconds: float | None = None
+) -> World:
     """Join the process group that the launcher described; alone, without a launcher, a group of one.
 
     `hang_seconds`: the run ends when a rank has not got on for so long (None: it waits).
@@ -117,15 +122,21 @@ def connect(timeout: timedelta = TIMEOUT, expected: int | None = None, hang_seco
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = _choose_device()
-    os.environ.setdefault("DS_ACCELERATOR", device.type)  # else DeepSpeed guesses, and warns of its guess
+    os.environ.setdefault(
+        "DS_ACCELERATOR", device.type
+    )  # else DeepSpeed guesses, and warns of its guess
     # DeepSpeed 0.19.8 calls names that torch 2.13 renamed; once per call is too often to be told.
     warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
     import deepspeed
 
     _disable_shm_op()
-    store, words = rendezvous(rank, size, timeout, topology.Member.of_this_process(rank, device).to_text())
+    store, words = rendezvous(
+        rank, size, timeout, topology.Member.of_this_process(rank, device).to_text()
+    )
     if device.type == "cuda":
-        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the number of the device; until here it said who speaks
+        os.environ["LOCAL_RANK"] = str(
+            device.index
+        )  # DeepSpeed takes it for the number of the device; until here it said who speaks
     members = [topology.Member.from_text(text) for text in words]
     if rank == 0:
         print(topology.describe(members), flush=True)
@@ -134,12 +145,20 @@ def connect(timeout: timedelta = TIMEOUT, expected: int | None = None, hang_seco
     with hint_when_slow(f"connecting the ranks over {backend}", rank):
         # As DeepSpeed would: a group that is bound to its device connects at once; alone there is nobody to reach.
         bound = device if device.type == "cuda" and size > 1 else None
-        torch_dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=bound)
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+        torch_dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=bound
+        )
+        deepspeed.init_distributed(
+            dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False
+        )
         host_group = torch_dist.new_group(backend="gloo", timeout=timeout)
         _check_sum(rank, size, device)
-    watchdog = None if hang_seconds is None else Watchdog(rank, members, clone_store(store), hang_seconds)
-    return World(rank, size, device, host_group, timeout, watchdog, store, topology.hardware(members))
+    watchdog = (
+        None if hang_seconds is None else Watchdog(rank, members, clone_store(store), hang_seconds)
+    )
+    return World(
+        rank, size, device, host_group, timeout, watchdog, store, zero_stage.hardware(members)
+    )
 
 
 def _choose_device() -> torch.device:
@@ -147,7 +166,9 @@ def _choose_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    device = torch.device("cuda", local_rank % count)  # ranks that share a GPU are found, and named, by topology.check_topology
+    device = torch.device(
+        "cuda", local_rank % count
+    )  # ranks that share a GPU are found, and named, by topology.check_topology
     torch.cuda.set_device(device)
     return device
 
@@ -157,7 +178,9 @@ def _check_sum(rank: int, size: int, device: torch.device) -> None:
     numbers = torch.tensor([rank + 1, 1], device=device)
     torch_dist.all_reduce(numbers)
     if numbers.tolist() != [size * (size + 1) // 2, size]:
-        raise UserError(f"the sum over {size} ranks is {numbers.tolist()}: the ranks do not form one world; start them by one launcher")
+        raise UserError(
+            f"the sum over {size} ranks is {numbers.tolist()}: the ranks do not form one world; start them by one launcher"
+        )
 
 
 def set_collective_timeout(timeout: timedelta) -> None:
@@ -171,7 +194,10 @@ def set_collective_timeout(timeout: timedelta) -> None:
     set_timeout = getattr(c10d, "_set_pg_timeout", None)
     groups = getattr(getattr(c10d, "_world", None), "pg_map", None)
     if set_timeout is None or groups is None:
-        warnings.warn("this torch lets nobody change the timeout of DeepSpeed's process groups; they keep their own", stacklevel=2)
+        warnings.warn(
+            "this torch lets nobody change the timeout of DeepSpeed's process groups; they keep their own",
+            stacklevel=2,
+        )
         return
     for group in list(groups):
         set_timeout(timeout, group)

@@ -13,7 +13,10 @@ from typing import Any
 from vico.errors import DiskError, UserError
 from vico.io.failpoints import reached
 
-TEMPORARY, REPLACED = ".vico-tmp", ".vico-old"  # no other program's, for `repair_folder` removes what bears them
+TEMPORARY, REPLACED = (
+    ".vico-tmp",
+    ".vico-old",
+)  # no other program's, for `repair_folder` removes what bears them
 REMEDY = "free space or mend the permissions, then start again"
 
 
@@ -55,7 +58,9 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        raise UserError(f"{folder}: cannot be made ({problem.strerror}); choose another --output_dir") from None
+        raise UserError(
+            f"{folder}: cannot be made ({problem.strerror}); choose another --output_dir"
+        ) from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -63,7 +68,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")  # an evaluation may write beside a training
+    temporary = path.with_name(
+        f".{path.name}.{os.getpid()}{TEMPORARY}"
+    )  # an evaluation may write beside a training
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -86,12 +93,16 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def write_folder(target: Path, fill: Callable[[Path], None], check: Callable[[Path], None] = lambda folder: None) -> None:
+def write_folder(
+    target: Path, fill: Callable[[Path], None], check: Callable[[Path], None] = lambda folder: None
+) -> None:
     """`fill` writes files into a new folder, which then takes the place of `target`.
 
     `check` may refuse what came to lie there, by a UserError: an older `target` goes for good only behind it, or comes back.
     """
-    temporary, old = (target.with_name(f".{target.name}{suffix}") for suffix in (TEMPORARY, REPLACED))
+    temporary, old = (
+        target.with_name(f".{target.name}{suffix}") for suffix in (TEMPORARY, REPLACED)
+    )
     try:
         _discard(temporary)
         temporary.mkdir(parents=True)
@@ -156,7 +167,9 @@ def repair_folder(parent: Path) -> list[str]:
     try:
         return _repair(parent)
     except OSError as problem:
-        raise DiskError(f"{problem.filename}: cannot be moved or removed ({problem.strerror}); {REMEDY}") from None
+        raise DiskError(
+            f"{problem.filename}: cannot be moved or removed ({problem.strerror}); {REMEDY}"
+        ) from None
 
 
 def _repair(parent: Path) -> list[str]:
@@ -183,7 +196,9 @@ def _why(error: OSError, folder: Path) -> str:
 
 
 def _flush_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # some network file systems cannot; what counts, the files, is flushed
+    with contextlib.suppress(
+        OSError
+    ):  # some network file systems cannot; what counts, the files, is flushed
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -37,7 +37,11 @@ def arm(text: str | None) -> None:
 
 def reached(moment: str) -> None:
     """The program says where it is."""
-    if _plan is not None and _plan.moment == moment and _plan.rank in (None, os.environ.get("RANK", "0")):
+    if (
+        _plan is not None
+        and _plan.moment == moment
+        and _plan.rank in (None, os.environ.get("RANK", "0"))
+    ):
         _plan.left -= 1
         if _plan.left == 0:
             _act(_plan)

@@ -15,7 +15,9 @@ from vico.errors import UserError
 from vico.io.atomic import write_text
 
 MAX_ENTRIES = 200
-SETTLED_SECONDS = 2.0  # a file younger than that may be written again within one tick of the clock of its times
+SETTLED_SECONDS = (
+    2.0  # a file younger than that may be written again within one tick of the clock of its times
+)
 
 
 def file_stamp(path: Path) -> str | None:
@@ -55,7 +57,11 @@ class FileCache:
 
 def cache_key(what: str, *parts: object) -> str | None:
     """A key of what the finding follows from, the code included; None when a part is not to be relied on."""
-    return None if None in parts else hashlib.sha256(json.dumps([_code(), what, *map(str, parts)]).encode()).hexdigest()
+    return (
+        None
+        if None in parts
+        else hashlib.sha256(json.dumps([_code(), what, *map(str, parts)]).encode()).hexdigest()
+    )
 
 
 def _code() -> str:
@@ -72,7 +78,9 @@ def _path() -> Path:
 
 
 def _read() -> dict[str, Any]:
-    with contextlib.suppress(OSError, RuntimeError, ValueError, KeyError, TypeError, RecursionError):
+    with contextlib.suppress(
+        OSError, RuntimeError, ValueError, KeyError, TypeError, RecursionError
+    ):
         content = json.loads(_path().read_bytes())
         if content["sha256"] == _seal(content["entries"]):
             return dict(content["entries"])

@@ -25,13 +25,17 @@ def take(output_dir: Path) -> str | None:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as problem:
-        raise DiskError(f"{path}: cannot be written ({problem.strerror}); mend the permissions, or choose another --output_dir") from None
+        raise DiskError(
+            f"{path}: cannot be written ({problem.strerror}); mend the permissions, or choose another --output_dir"
+        ) from None
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         owner = os.read(descriptor, 200).decode(errors="replace").strip() or "another run"
         os.close(descriptor)
-        raise InUseError(f"{output_dir}: in use by {owner}; wait for it, or choose another --output_dir") from None
+        raise InUseError(
+            f"{output_dir}: in use by {owner}; wait for it, or choose another --output_dir"
+        ) from None
     except OSError as problem:
         os.close(descriptor)
         return f"{output_dir}: cannot be locked ({problem.strerror}); make sure that no second run uses it"

@@ -38,11 +38,22 @@ def is_numbers(value: object) -> bool:
     """An ordinary tensor of floating-point numbers: not sparse, nested, quantised, or a shape without content ("meta")."""
     import torch
 
-    return isinstance(value, torch.Tensor) and value.layout is torch.strided and value.is_floating_point() and not value.is_meta
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout is torch.strided
+        and value.is_floating_point()
+        and not value.is_meta
+    )
 
 
 def load_tensors(
-    path: Path, what: str, allow: Sequence[type] = (), *, legacy: bool = False, whole: bool = False, error: type[UserError] = UserError
+    path: Path,
+    what: str,
+    allow: Sequence[type] = (),
+    *,
+    legacy: bool = False,
+    whole: bool = False,
+    error: type[UserError] = UserError,
 ) -> Any:
     """The content of a torch file, memory-mapped: pages are read when touched and shared by all processes of a machine.
 
@@ -64,12 +75,20 @@ def load_tensors(
                 # Not by its path: torch would look for its still older format first, a tar archive, and unpack it.
                 data = read_bytes(path)
                 fault = _old_format_fault(data)
-                content = None if fault else torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+                content = (
+                    None
+                    if fault
+                    else torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+                )
         if not fault:
             return content
     except pickle.UnpicklingError as problem:
         named = re.search(r"GLOBAL (\S+)", str(problem))
-        fault = f"holds the Python object {named[1]}" if named else "holds more than tensors and plain containers"
+        fault = (
+            f"holds the Python object {named[1]}"
+            if named
+            else "holds more than tensors and plain containers"
+        )
         fault += ", refused because loading it can run code; save it again as plain tensors where you trust it"
     except Exception as problem:  # a damaged stream can make the unpickler raise anything
         reason = (str(problem).splitlines() or [""])[0][:160]
@@ -87,7 +106,10 @@ def _format_fault(path: Path, what: str, legacy: bool, whole: bool) -> tuple[str
     except FileNotFoundError:
         return f"{path}: no such file; {what} should be there", False
     except (OSError, ValueError) as problem:
-        return f"{path}: {what} cannot be opened ({getattr(problem, 'strerror', None) or problem})", False
+        return (
+            f"{path}: {what} cannot be opened ({getattr(problem, 'strerror', None) or problem})",
+            False,
+        )
     if found := disguise(head, num_bytes):
         return f"{path}: {what} is {found}", False
     if head.startswith(b"PK\x03\x04"):
@@ -97,10 +119,16 @@ def _format_fault(path: Path, what: str, legacy: bool, whole: bool) -> tuple[str
         if legacy:
             return None, False
         again = "python -c \"import torch; torch.save(torch.load('IN', weights_only=True), 'OUT')\""
-        return f"{path}: {what} is in torch's old format, which cannot be memory-mapped; convert it: {again}", False
+        return (
+            f"{path}: {what} is in torch's old format, which cannot be memory-mapped; convert it: {again}",
+            False,
+        )
     if len(head) < len(_OLD_TORCH):
         return f"{path}: {what} {_DAMAGED} ({num_bytes} bytes)", False
-    return f"{path}: {what} is no torch file (it begins with {head[:8]!r}); fetch the right one", False
+    return (
+        f"{path}: {what} is no torch file (it begins with {head[:8]!r}); fetch the right one",
+        False,
+    )
 
 
 def _zip_fault(path: Path, whole: bool) -> str | None:
@@ -124,9 +152,17 @@ def _zip_fault(path: Path, whole: bool) -> str | None:
 def _stored_otherwise(path: Path, content: Any) -> str | None:
     """A tensor of a zip file is as large as its record: torch does not look, and maps what lies behind it as numbers."""
     with zipfile.ZipFile(path) as archive:
-        records = Counter(e.file_size for e in archive.infolist() if e.filename.rpartition("/")[0].endswith("/data"))
+        records = Counter(
+            e.file_size
+            for e in archive.infolist()
+            if e.filename.rpartition("/")[0].endswith("/data")
+        )
     found = Counter(_storages(content).values())
-    return "claims tensors of other sizes than it holds; fetch or copy it again" if found - records else None
+    return (
+        "claims tensors of other sizes than it holds; fetch or copy it again"
+        if found - records
+        else None
+    )
 
 
 def _storages(content: Any) -> dict[int, int]:
@@ -178,8 +214,15 @@ def _old_format_fault(data: bytes) -> str | None:
                 memo[argument] = recent[-1]
             elif opcode.name == "BINPERSID":
                 key, _, size, nothing, closed = recent[-5:]
-                if not isinstance(key, str) or not isinstance(size, int) or size < 0 or (nothing, closed) != ("NONE", "TUPLE"):
-                    return "was not written by torch.save as it is; save it again where you trust it"
+                if (
+                    not isinstance(key, str)
+                    or not isinstance(size, int)
+                    or size < 0
+                    or (nothing, closed) != ("NONE", "TUPLE")
+                ):
+                    return (
+                        "was not written by torch.save as it is; save it again where you trust it"
+                    )
                 sizes[key] = max(size, sizes.get(key, 0))
             else:
                 value = memo.get(argument) if opcode.name.endswith("BINGET") else argument

@@ -22,20 +22,31 @@ def read_text(path: Path, what: str, error: type[UserError] = UserError) -> str:
     except FileNotFoundError:
         fail(f"{path}: no such file; {what} should be there", error)
     except (OSError, ValueError) as problem:
-        fail(f"{path}: {what} cannot be read ({getattr(problem, 'strerror', None) or problem})", error)
+        fail(
+            f"{path}: {what} cannot be read ({getattr(problem, 'strerror', None) or problem})",
+            error,
+        )
     if found := disguise(data[:512], len(data)):
         fail(f"{path}: {what} is {found}", error)
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        fail(f"{path}: is UTF-16 (byte offset 0 holds its mark), not UTF-8; save it as UTF-8", error)
+        fail(
+            f"{path}: is UTF-16 (byte offset 0 holds its mark), not UTF-8; save it as UTF-8", error
+        )
     if (at := data.find(b"\0")) >= 0:
         guess = ", so this is UTF-16 or UTF-32" if at < 4 else ""
-        fail(f"{path.name}:{_line(data, at)}: a NUL byte at offset {at}{guess}; save {path} as UTF-8 text or fetch it again", error)
+        fail(
+            f"{path.name}:{_line(data, at)}: a NUL byte at offset {at}{guess}; save {path} as UTF-8 text or fetch it again",
+            error,
+        )
     mark = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
     try:
         text = data[mark:].decode("utf-8")
     except UnicodeDecodeError as problem:
         at = mark + problem.start
-        fail(f"{path.name}:{_line(data, at)}: not UTF-8 (byte 0x{data[at]:02x} at offset {at}); save {path} as UTF-8", error)
+        fail(
+            f"{path.name}:{_line(data, at)}: not UTF-8 (byte 0x{data[at]:02x} at offset {at}); save {path} as UTF-8",
+            error,
+        )
     if not text.strip():
         fail(f"{path}: is empty; {what} should be there: fetch it again", error)
     return text
@@ -52,12 +63,21 @@ def read_json_object(path: Path, what: str, error: type[UserError] = UserError) 
 def as_object(value: object, path: Path, error: type[UserError] = UserError) -> dict[str, Any]:
     """`value`, which is all of `path`, if it is a JSON object."""
     if not isinstance(value, dict):
-        fail(f"{path.name}:1: column 1: {json_kind(value)} where a JSON object is expected; correct {path}", error)
+        fail(
+            f"{path.name}:1: column 1: {json_kind(value)} where a JSON object is expected; correct {path}",
+            error,
+        )
     return value
 
 
 def json_kind(value: object) -> str:
-    return {dict: "an object", list: "a list", str: "a text", bool: "a truth value", type(None): "null"}.get(type(value), "a number")
+    return {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "a truth value",
+        type(None): "null",
+    }.get(type(value), "a number")
 
 
 class _Refused(ValueError):
@@ -85,10 +105,16 @@ def parse_json(text: str, path: Path, first_line: int, error: type[UserError] = 
             fault += ", the text is cut off here"
     except _Refused:
         at, fault = _find_refused(text)
-    except (ValueError, RecursionError) as problem:  # a number of thousands of digits, thousands of brackets
+    except (
+        ValueError,
+        RecursionError,
+    ) as problem:  # a number of thousands of digits, thousands of brackets
         at, fault = 0, str(problem)
     line = first_line + text.count("\n", 0, at)
-    fail(f"{path.name}:{line}: column {at - text.rfind(chr(10), 0, at)}: {fault}; correct {path} or fetch it again", error)
+    fail(
+        f"{path.name}:{line}: column {at - text.rfind(chr(10), 0, at)}: {fault}; correct {path} or fetch it again",
+        error,
+    )
 
 
 def _find_refused(text: str) -> tuple[int, str]:

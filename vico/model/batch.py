@@ -14,40 +14,6 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """One multiple-choice question as its annotation file states it; texts are verbatim."""
-
-    index: int  # place among the questions of its file, 0-based
-    qid: str
-    video: str
-    type: str  # what accuracies are grouped by: "CW", "Interaction", a show's name; "(unknown)" when the file says nothing
-    question: str
-    options: tuple[str, ...]
-    answer: int | None  # 0-based; None in a split that is published without answers
-    feature_rows: tuple[int, int] | None = None  # [first, last) row of the clip in the video's features; None: all of them
-    dialogue: str = ""  # subtitles inside the clip (TVQA with --sub), each line preceded by one blank
-    place: str = ""  # "val.csv:17", for messages
-
-
-@dataclass(frozen=True, slots=True)
-class TokenSequence:
-    """One task's tokens. Position t is a target when t is in `targets`; the row before it (t - 1) predicts it."""
-
-    task: str  # "vqa", "cap", "vaq" or "qav"
-    tokens: tuple[int, ...]  # piece ids; VIDEO_SLOT in the video slots
-    targets: range
-    video_start: int  # position of the first slot
-
-    @property
-    def num_inputs(self) -> int:
-        """Positions that the model must run: what follows the row of the last target predicts nothing."""
-        return self.targets.stop - 1
-
-
-VIDEO_SLOT = -1
-
-
-@dataclass(frozen=True, slots=True)
 class Segment:
     """Consecutive rows of a packed stream. A row sees every row of its segment's ancestors, and its own segment causally.
 
@@ -56,7 +22,9 @@ class Segment:
 
     start: int
     stop: int
-    parent: int | None  # place of the parent in the list of segments; parents stand before their children
+    parent: (
+        int | None
+    )  # place of the parent in the list of segments; parents stand before their children
     is_video: bool  # all rows are video slots; else none is
     after_video: bool  # all rows stand behind their sequence's video block; else none does
 
@@ -83,7 +51,9 @@ class PackedBatch:
     frame_target_ids_M: Tensor  # int64: j
     target_tasks: Tensor  # int64 [N + M]: place of the task in the run's list of tasks
     target_sequences: Tensor  # int64 [N + M]: place of the sequence in the micro-batch
-    num_real_tokens: int  # tokens of the sequences, each counted whole, however much of it is shared
+    num_real_tokens: (
+        int  # tokens of the sequences, each counted whole, however much of it is shared
+    )
 
     @property
     def num_rows(self) -> int:
@@ -92,7 +62,11 @@ class PackedBatch:
     def to(self, device: torch.device) -> "PackedBatch":
         if device.type == "cpu":
             return self
-        moved = {name: v.to(device, non_blocking=True) for name, v in self._tensors().items() if name != "wanted_rows_R"}
+        moved = {
+            name: v.to(device, non_blocking=True)
+            for name, v in self._tensors().items()
+            if name != "wanted_rows_R"
+        }
         return replace(self, **cast(dict[str, Any], moved))
 
     def pin_memory(self) -> "PackedBatch":

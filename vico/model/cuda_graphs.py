@@ -18,34 +18,43 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.func import functional_call
 
-from vico.model.attention.blockwise import AttentionMask
+from vico.model.attention.masks import AttentionMask
 from vico.model.attention.segment_layout import LayoutSizes, on_device, segment_layout, sent
 from vico.model.attention.varlen import KERNELS, PackedAttention
 from vico.model.batch import Segment
+from vico.model.config import MAX_GRAPH_ROWS
 from vico.model.llama import Block, Context
 from vico.model.vico import ViCo
 
 USED = os.environ.get("VICO_GRAPHS", "on") != "off"  # the one switch, for comparisons
-MAX_ROWS = 4096  # of more, a GPU takes longer than any host
 MAX_GRAPHS = 32  # each record holds its output and the stream's gradient: 16 KiB per row at 7B
 # What a record takes, of what a forward keeps: backward's work and the allocator's rounding besides (seen: 1.2); and at least, though
 # it can use most of what earlier records took.
 TAKES, TAKES_AT_LEAST = 1.25, 0.3
-SPARE, MARGIN = 1.5, 1.1  # of what a forward keeps must then be left for one of another size that runs as it is; of the largest step so far
+SPARE, MARGIN = (
+    1.5,
+    1.1,
+)  # of what a forward keeps must then be left for one of another size that runs as it is; of the largest step so far
 
 
 def attach(model: ViCo, why_not: str | None = None) -> str:
     """Let `model` replay where it can; what was decided, and why, for the start line. `why_not`: the caller's own reason."""
     reasons = (
-        (not _is_gpu(model.tok_embeddings.weight.device), "a CPU"), (not USED, "VICO_GRAPHS=off"), (why_not is not None, why_not),
-        (getattr(model.attend, "kernel", None) is not KERNELS["varlen"], "only with --attention varlen"),
-        (model.num_checkpointed > 0, "layers are recomputed"), (model.num_adapted < 2, "one adapted layer"),
-    )  # fmt: skip
+        (not _is_gpu(model.tok_embeddings.weight.device), "a CPU"),
+        (not USED, "VICO_GRAPHS=off"),
+        (why_not is not None, why_not),
+        (
+            getattr(model.attend, "kernel", None) is not KERNELS["varlen"],
+            "only with --attention varlen",
+        ),
+        (model.num_checkpointed > 0, "layers are recomputed"),
+        (model.num_adapted < 2, "one adapted layer"),
+    )
     model.graphed = None
     if (why := next((why for is_so, why in reasons if is_so), None)) is not None:
         return f"no CUDA graphs ({why})"
     model.graphed = GraphedBlocks(model)
-    return f"training on up to {MAX_ROWS:,} rows by CUDA graphs"
+    return f"training on up to {MAX_GRAPH_ROWS:,} rows by CUDA graphs"
 
 
 def _is_gpu(device: torch.device) -> bool:
@@ -63,14 +72,18 @@ class GraphedBlocks:
         self.num_plain = len(model.layers) - model.num_adapted
         self.turn = 0  # the number of the forward whose results lie in the programs' tensors
         self.programs: dict[LayoutSizes, _Program] = {}
-        self._gates = [gate for block in self.blocks[self.num_plain :] for gate in (block.attention.gate1, block.attention.gate2)]
+        self._gates = [
+            gate
+            for block in self.blocks[self.num_plain :]
+            for gate in (block.attention.gate1, block.attention.gate2)
+        ]
         self._inputs: tuple[_Inputs, Tensor] | None = None  # and the gradient of what goes out
         self._pool: Any = None  # records take turns: they share their memory
         self._pooled = 0  # bytes of it, which nobody else can have
         self._is_full = False  # memory ended while a record was made
 
     def serves(self, x_TD: Tensor) -> bool:
-        return torch.is_grad_enabled() and len(x_TD) < MAX_ROWS
+        return torch.is_grad_enabled() and len(x_TD) < MAX_GRAPH_ROWS
 
     def is_recorded(self, segments: tuple[Segment, ...]) -> bool:
         program = self.programs.get(segment_layout(segments).rounded)
@@ -81,12 +94,17 @@ class GraphedBlocks:
         found = segment_layout(context.mask.segments)
         sizes = found.rounded
         given = _Inputs(
-            x_TD, context.rotary_T, torch.stack([prompt_AD for prompt_AD in prompts if prompt_AD is not None]),
+            x_TD,
+            context.rotary_T,
+            torch.stack([prompt_AD for prompt_AD in prompts if prompt_AD is not None]),
             torch.stack([gate.flatten() for gate in self._gates]),
-        )  # fmt: skip
+        )
         if self._inputs is None:
-            most = [x.detach().new_zeros((MAX_ROWS, *x.shape[1:])) for x in given[:2]]
-            self._inputs = _Inputs(*most, *(torch.empty_like(x) for x in given[2:])), torch.empty_like(most[0])
+            most = [x.detach().new_zeros((MAX_GRAPH_ROWS, *x.shape[1:])) for x in given[:2]]
+            self._inputs = (
+                _Inputs(*most, *(torch.empty_like(x) for x in given[2:])),
+                torch.empty_like(most[0]),
+            )
         if (program := self.programs.get(sizes)) is None:
             program = self.programs[sizes] = _Program(self, *self._inputs, sizes)
         out: Tensor = _Replay.apply(*given, found.numbers(sizes), program)
@@ -94,11 +112,21 @@ class GraphedBlocks:
 
     def may_record(self, kept: int) -> bool:
         """Whether there is room for one record more, of a forward that keeps so many bytes, and then for the largest step so far."""
-        if self._is_full or sum(program.is_recorded for program in self.programs.values()) >= MAX_GRAPHS:
+        if (
+            self._is_full
+            or sum(program.is_recorded for program in self.programs.values()) >= MAX_GRAPHS
+        ):
             return False
-        allocated, taken = torch.cuda.memory_allocated(), max(TAKES * kept - self._pooled, TAKES_AT_LEAST * kept)
-        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - allocated - self._pooled
-        return free - taken >= max(MARGIN * (torch.cuda.max_memory_allocated() - allocated), SPARE * kept)
+        allocated, taken = (
+            torch.cuda.memory_allocated(),
+            max(TAKES * kept - self._pooled, TAKES_AT_LEAST * kept),
+        )
+        free = (
+            torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - allocated - self._pooled
+        )
+        return free - taken >= max(
+            MARGIN * (torch.cuda.max_memory_allocated() - allocated), SPARE * kept
+        )
 
     def record(self, *runs: Callable[[], None]) -> list[Callable[[], None]]:
         """Each of `runs`, whose kernels are only noted, as a graph; none where memory ends."""
@@ -121,7 +149,7 @@ class GraphedBlocks:
 
 
 class _Inputs(NamedTuple):
-    """What comes in besides the layout; for the programs' own, which all of them share, T is MAX_ROWS."""
+    """What comes in besides the layout; for the programs' own, which all of them share, T is MAX_GRAPH_ROWS."""
 
     x_TD: Tensor
     rotary_T: Tensor
@@ -132,10 +160,14 @@ class _Inputs(NamedTuple):
 class _Program:
     """The blocks at one size, over tensors of their own: what comes in is copied there, what goes out is read there."""
 
-    def __init__(self, owner: GraphedBlocks, inputs: _Inputs, upstream_TD: Tensor, sizes: LayoutSizes) -> None:
+    def __init__(
+        self, owner: GraphedBlocks, inputs: _Inputs, upstream_TD: Tensor, sizes: LayoutSizes
+    ) -> None:
         self.owner, self._sizes = owner, sizes
         self._numbers_N = torch.empty(sizes.numbers, dtype=torch.int64, device=inputs.x_TD.device)
-        self._inputs = _Inputs(*(x.detach()[: sizes.rows] for x in inputs[:2]), *(x.detach() for x in inputs[2:]))
+        self._inputs = _Inputs(
+            *(x.detach()[: sizes.rows] for x in inputs[:2]), *(x.detach() for x in inputs[2:])
+        )
         self._upstream_TD = upstream_TD[: sizes.rows]
         self._differentiable = [x.requires_grad_() for x in (self._inputs.x_TD, *self._inputs[2:])]
         self._out_TD: Tensor | None = None
@@ -189,10 +221,15 @@ class _Program:
     def _compute(self) -> None:
         owner, own = self.owner, self._inputs
         layout = on_device(self._numbers_N, self._sizes, own.x_TD.dtype, gradient=True)
-        context = Context(own.rotary_T, AttentionMask((), ()), PackedAttention(owner.kernel, layout))
+        context = Context(
+            own.rotary_T, AttentionMask((), ()), PackedAttention(owner.kernel, layout)
+        )
         out_TD, names = own.x_TD, ("attention.gate1", "attention.gate2")
         with torch.enable_grad():
-            prompts, gates = own.prompts_LAD.unbind(0), [gate_H[None, :, None, None] for gate_H in own.gates_2LH.unbind(0)]
+            prompts, gates = (
+                own.prompts_LAD.unbind(0),
+                [gate_H[None, :, None, None] for gate_H in own.gates_2LH.unbind(0)],
+            )
             for block in owner.blocks[: owner.num_plain]:
                 out_TD = block(out_TD, None, context)
             for i, block in enumerate(owner.blocks[owner.num_plain :]):
@@ -208,7 +245,13 @@ class _Program:
 class _Replay(Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, rotary_T: Tensor, prompts_LAD: Tensor, gates_2LH: Tensor, numbers: np.ndarray, program: _Program
+        ctx: Any,
+        x_TD: Tensor,
+        rotary_T: Tensor,
+        prompts_LAD: Tensor,
+        gates_2LH: Tensor,
+        numbers: np.ndarray,
+        program: _Program,
     ) -> Tensor:
         out = program.forward(_Inputs(x_TD, rotary_T, prompts_LAD, gates_2LH), numbers)
         ctx.program, ctx.turn = program, program.owner.turn
@@ -218,7 +261,9 @@ class _Replay(Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         owner = ctx.program.owner
         if ctx.turn != owner.turn:
-            raise RuntimeError("a micro-batch's backward came after another one's forward; with VICO_GRAPHS=off that is possible")
+            raise RuntimeError(
+                "a micro-batch's backward came after another one's forward; with VICO_GRAPHS=off that is possible"
+            )
         owner.turn += 1  # what backward needs is gone: it does not come twice
         x_TD, prompts_LAD, gates_2LH = ctx.program.backward(gradients[0])
         return x_TD, None, prompts_LAD, gates_2LH, None, None

@@ -17,53 +17,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vico.model import fused_block
-from vico.model.attention.blockwise import Attend, AttentionMask, restrict_queries
-from vico.model.ops.autograd import AdapterAttention, FrozenLinearFunction, FrozenRMSNorm, FusedLinearCrossEntropy, RotaryEmbedding, SwiGLU
+from vico.model.attention.masks import Attend, AttentionMask, restrict_queries
+from vico.model.config import LlamaConfig, RopeScaling
+from vico.model.ops.autograd import (
+    AdapterAttention,
+    FrozenLinearFunction,
+    FrozenRMSNorm,
+    FusedLinearCrossEntropy,
+    RotaryEmbedding,
+    SwiGLU,
+)
 
 if TYPE_CHECKING:
     from vico.model.cuda_graphs import GraphedBlocks
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """LLaMA-3.1's stretched rotary embedding: frequencies slower than old_context / low_factor turns are divided by `factor`."""
-
-    factor: float = 8.0
-    low_factor: float = 1.0
-    high_factor: float = 4.0
-    old_context: int = 8192
-
-
-@dataclass(frozen=True)
-class LlamaConfig:
-    """Dimensions of a backbone, as its params.json states them."""
-
-    dim: int
-    n_layers: int
-    n_heads: int
-    vocab_size: int
-    multiple_of: int = 256
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    n_kv_heads: int | None = None  # None: as many as n_heads; fewer: each serves a group of neighbouring query heads
-    ffn_dim_multiplier: float | None = None
-    rope_scaling: RopeScaling | None = None
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
-
-    @property
-    def kv_heads(self) -> int:
-        return self.n_kv_heads or self.n_heads
-
-    @property
-    def hidden_dim(self) -> int:
-        """SwiGLU's width: two thirds of 4 * dim, times the multiplier, rounded up to a multiple."""
-        width = int(2 * (4 * self.dim) / 3)
-        if self.ffn_dim_multiplier is not None:
-            width = int(self.ffn_dim_multiplier * width)
-        return -(-width // self.multiple_of) * self.multiple_of
 
 
 def _frozen(*size: int, dtype: torch.dtype) -> nn.Parameter:
@@ -122,9 +88,13 @@ class RMSNorm(nn.Module):
         return FrozenRMSNorm.apply(x_TD, self.weight, self.eps)
 
 
-def rotary_angles(positions_T: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
+def rotary_angles(
+    positions_T: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> Tensor:
     """exp(i angle), complex64 [T, 1, head_dim / 2], of each row's position."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim)
+    frequencies = theta ** (
+        -torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim
+    )
     if scaling is not None:
         frequencies = _stretched(frequencies, scaling)
     angles = positions_T.float()[:, None, None] * frequencies
@@ -149,13 +119,20 @@ class Context:
 
     def restrict_queries(self, rows: Tensor) -> "Context":
         """The same where only `rows` (host int64, ascending, pinned where a GPU is: nobody waits for the copy) ask."""
-        return Context(self.rotary_T, restrict_queries(self.mask, rows), self.attend, rows.to(self.rotary_T.device, non_blocking=True))
+        return Context(
+            self.rotary_T,
+            restrict_queries(self.mask, rows),
+            self.attend,
+            rows.to(self.rotary_T.device, non_blocking=True),
+        )
 
 
 class Attention(nn.Module):
     """wo(softmax over the visible rows, plus tanh(gate1) times the softmax over the prompt)."""
 
-    def __init__(self, shape: LlamaConfig, adapted: bool, dtype: torch.dtype, linear: Linear) -> None:
+    def __init__(
+        self, shape: LlamaConfig, adapted: bool, dtype: torch.dtype, linear: Linear
+    ) -> None:
         super().__init__()
         self.head_dim, self.group = shape.head_dim, shape.n_heads // shape.kv_heads
         self.wq = linear(shape.dim, shape.dim, dtype)
@@ -171,9 +148,16 @@ class Attention(nn.Module):
         asking = context.query_rows_Q
         # Together, so that their gradients come together and in this order: DeepSpeed sums ranks' gradients in the order they come.
         gates = (self.gate1.flatten(), self.gate2.flatten()) if prompt_AD is not None else None
-        x_QD, rotary_Q = (x_TD, context.rotary_T) if asking is None else (x_TD[asking], context.rotary_T[asking])
-        q_QHd, k_THd, v_THd = (self.heads(w(x)) for w, x in ((self.wq, x_QD), (self.wk, x_TD), (self.wv, x_TD)))
-        q_QHd, k_THd = RotaryEmbedding.apply(q_QHd, rotary_Q), RotaryEmbedding.apply(k_THd, context.rotary_T)
+        x_QD, rotary_Q = (
+            (x_TD, context.rotary_T) if asking is None else (x_TD[asking], context.rotary_T[asking])
+        )
+        q_QHd, k_THd, v_THd = (
+            self.heads(w(x)) for w, x in ((self.wq, x_QD), (self.wk, x_TD), (self.wv, x_TD))
+        )
+        q_QHd, k_THd = (
+            RotaryEmbedding.apply(q_QHd, rotary_Q),
+            RotaryEmbedding.apply(k_THd, context.rotary_T),
+        )
         k_THd, v_THd = self._for_every_head(k_THd), self._for_every_head(v_THd)
         if prompt_AD is None or gates is None:
             return self.wo(context.attend(q_QHd, k_THd, v_THd, None, context.mask).flatten(-2))
@@ -202,7 +186,9 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, shape: LlamaConfig, adapted: bool, dtype: torch.dtype, linear: Linear) -> None:
+    def __init__(
+        self, shape: LlamaConfig, adapted: bool, dtype: torch.dtype, linear: Linear
+    ) -> None:
         super().__init__()
         self.attention = Attention(shape, adapted, dtype, linear)
         self.feed_forward = FeedForward(shape, dtype, linear)
@@ -218,7 +204,9 @@ class Block(nn.Module):
         return h_QD + self.feed_forward(self.ffn_norm(h_QD))
 
 
-def _checkpointed(layer: nn.Module, x_TD: Tensor, prompt_AD: Tensor | None, context: Context) -> Tensor:
+def _checkpointed(
+    layer: nn.Module, x_TD: Tensor, prompt_AD: Tensor | None, context: Context
+) -> Tensor:
     """The layer, of which only the input is kept until backward, when it runs again.
 
     Again means without the hooks of the layer itself: under ZeRO-3 backward has gathered its weights by then, and the hook
@@ -229,39 +217,70 @@ def _checkpointed(layer: nn.Module, x_TD: Tensor, prompt_AD: Tensor | None, cont
     def run(x_TD: Tensor, prompt_AD: Tensor | None, context: Context) -> Tensor:
         return (layer if next(calls) == 0 else layer.forward)(x_TD, prompt_AD, context)
 
-    out: Tensor = checkpoint(run, x_TD, prompt_AD, context, use_reentrant=False, preserve_rng_state=False, early_stop=False)
+    out: Tensor = checkpoint(
+        run,
+        x_TD,
+        prompt_AD,
+        context,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        early_stop=False,
+    )
     return out
 
 
 class Llama(nn.Module):
     """Embeddings, blocks, final norm and output head; the top `num_adapted` blocks carry gates."""
 
-    def __init__(self, shape: LlamaConfig, num_adapted: int, dtype: torch.dtype, linear: Linear = FrozenLinear) -> None:
+    def __init__(
+        self,
+        shape: LlamaConfig,
+        num_adapted: int,
+        dtype: torch.dtype,
+        linear: Linear = FrozenLinear,
+    ) -> None:
         super().__init__()
         self.shape, self.dtype, self.num_adapted = shape, dtype, num_adapted
-        self.num_checkpointed = 0  # so many of the lower layers keep only their input, and run again in backward
+        self.num_checkpointed = (
+            0  # so many of the lower layers keep only their input, and run again in backward
+        )
         self.graphed: GraphedBlocks | None = None  # what runs all layers but the last where it can
         self.tok_embeddings = FrozenEmbedding(shape.vocab_size, shape.dim, dtype)
-        self.layers = nn.ModuleList(Block(shape, i >= shape.n_layers - num_adapted, dtype, linear) for i in range(shape.n_layers))
+        self.layers = nn.ModuleList(
+            Block(shape, i >= shape.n_layers - num_adapted, dtype, linear)
+            for i in range(shape.n_layers)
+        )
         self.norm = RMSNorm(shape.dim, shape.norm_eps, dtype)
         self.output = OutputHead(shape.dim, shape.vocab_size, dtype)
 
-    def trunk(self, x_TD: Tensor, prompts_GAD: Tensor, context: Context, wanted_R: Tensor) -> Tensor:
+    def trunk(
+        self, x_TD: Tensor, prompts_GAD: Tensor, context: Context, wanted_R: Tensor
+    ) -> Tensor:
         """Hidden states [R, D] behind the final norm, of the rows `wanted_R` (host int64, ascending).
 
         All layers run, the lower ones without prompt and gates; the last one only where its output is wanted.
         """
         *lower, last = self.layers
         # unbind: one gradient for all; a slice's would be as large as the whole, for each layer.
-        prompts: list[Tensor | None] = [None] * (len(self.layers) - self.num_adapted) + [*prompts_GAD.unbind(0)]
+        prompts: list[Tensor | None] = [None] * (len(self.layers) - self.num_adapted) + [
+            *prompts_GAD.unbind(0)
+        ]
         if self.graphed is not None and self.graphed.serves(x_TD):
             x_TD = self.graphed(x_TD, prompts[:-1], context)
         else:
             for i, (layer, prompt_AD) in enumerate(zip(lower, prompts[:-1], strict=True)):
                 x_TD = self._run(i, layer, x_TD, prompt_AD, context)
-        return self.norm(self._run(len(lower), last, x_TD, prompts[-1], context.restrict_queries(wanted_R)))
+        return self.norm(
+            self._run(len(lower), last, x_TD, prompts[-1], context.restrict_queries(wanted_R))
+        )
 
-    def _run(self, place: int, layer: nn.Module, x_TD: Tensor, prompt_AD: Tensor | None, context: Context) -> Tensor:
+    def _run(
+        self, place: int, layer: nn.Module, x_TD: Tensor, prompt_AD: Tensor | None, context: Context
+    ) -> Tensor:
         twice = place < self.num_checkpointed and torch.is_grad_enabled()
-        out: Tensor = _checkpointed(layer, x_TD, prompt_AD, context) if twice else layer(x_TD, prompt_AD, context)
+        out: Tensor = (
+            _checkpointed(layer, x_TD, prompt_AD, context)
+            if twice
+            else layer(x_TD, prompt_AD, context)
+        )
         return out

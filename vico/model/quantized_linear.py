@@ -16,17 +16,28 @@ from vico.errors import UserError
 from vico.model.ops.autograd import linear
 
 Kind = Literal["8bit", "nf4"]
-BLOCK_SIZES: dict[Kind, int] = {"8bit": 256, "nf4": 64}  # numbers that share a scale; footprint.py counts the scales
+BLOCK_SIZES: dict[Kind, int] = {
+    "8bit": 256,
+    "nf4": 64,
+}  # numbers that share a scale; footprint.py counts the scales
 
 
 def library() -> Any:
     """bitsandbytes' functions. Raises UserError where it is not installed, or does not run."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it misses a faster kernel of another package
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # on a CPU it misses a faster kernel of another package
     try:
         return importlib.import_module("bitsandbytes.functional")
     except ImportError as problem:
-        why = "is not installed" if getattr(problem, "name", "") == "bitsandbytes" else f"cannot be loaded ({problem})"
-        raise UserError(f"--quantize: bitsandbytes {why}; run pip install -c launch/constraints.txt -e '.[quantized]'") from None
+        why = (
+            "is not installed"
+            if getattr(problem, "name", "") == "bitsandbytes"
+            else f"cannot be loaded ({problem})"
+        )
+        raise UserError(
+            f"--quantize: bitsandbytes {why}; run pip install -c launch/constraints.txt -e '.[quantized]'"
+        ) from None
 
 
 class QuantizedLinear(nn.Module):
@@ -42,7 +53,9 @@ class QuantizedLinear(nn.Module):
         assert tuple(weight.shape) == self.shape and weight.dtype == self.dtype
         functions, size = library(), BLOCK_SIZES[self.kind]
         if self.kind == "nf4":  # the scales are packed as well
-            self._packed = functions.quantize_4bit(weight.contiguous(), blocksize=size, compress_statistics=True, quant_type="nf4")
+            self._packed = functions.quantize_4bit(
+                weight.contiguous(), blocksize=size, compress_statistics=True, quant_type="nf4"
+            )
         else:
             self._packed = functions.quantize_blockwise(weight.contiguous(), blocksize=size)
 
@@ -51,13 +64,21 @@ class QuantizedLinear(nn.Module):
         """Unpacked, anew at every look."""
         assert self._packed is not None, "filled before it is used"
         numbers, scales = self._packed
-        return library().dequantize_4bit(numbers, scales) if self.kind == "nf4" else library().dequantize_blockwise(numbers, scales)
+        return (
+            library().dequantize_4bit(numbers, scales)
+            if self.kind == "nf4"
+            else library().dequantize_blockwise(numbers, scales)
+        )
 
     @property
     def num_bytes(self) -> int:
         assert self._packed is not None
         numbers, scales = self._packed
-        return numbers.nbytes + scales.absmax.nbytes + (scales.state2.absmax.nbytes if self.kind == "nf4" else 0)
+        return (
+            numbers.nbytes
+            + scales.absmax.nbytes
+            + (scales.state2.absmax.nbytes if self.kind == "nf4" else 0)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return QuantizedProduct.apply(x, self)
@@ -73,4 +94,6 @@ class QuantizedProduct(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
-        return linear(gradients[0], ctx.module.weight.t()) if ctx.needs_input_grad[0] else None, None
+        return linear(gradients[0], ctx.module.weight.t()) if ctx.needs_input_grad[
+            0
+        ] else None, None

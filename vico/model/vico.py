@@ -9,20 +9,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vico.model.attention.blockwise import Attend, attend_blocks, attention_mask
+from vico.model.attention.blockwise import attend_blocks
+from vico.model.attention.masks import Attend, attention_mask
 from vico.model.batch import PackedBatch
-from vico.model.llama import Context, FrozenLinear, Linear, Llama, LlamaConfig, rotary_angles
-
-FEATURE_WIDTH = 768  # CLIP ViT-L/14
+from vico.model.config import FEATURE_WIDTH, LlamaConfig
+from vico.model.llama import Context, FrozenLinear, Linear, Llama, rotary_angles
 
 
 class ViCo(Llama):
     """The backbone with its trainables, under the lineage's names: adapter_query, visual_proj, temporal_emb, gate1, gate2."""
 
     def __init__(
-        self, shape: LlamaConfig, num_adapted: int, adapter_len: int, num_slots: int, tau: float, dtype: torch.dtype,
+        self,
+        shape: LlamaConfig,
+        num_adapted: int,
+        adapter_len: int,
+        num_slots: int,
+        tau: float,
+        dtype: torch.dtype,
         linear: Linear = FrozenLinear,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(shape, num_adapted, dtype, linear)
         self.adapter_len, self.tau = adapter_len, tau
         self.attend: Attend = attend_blocks
@@ -33,14 +39,25 @@ class ViCo(Llama):
     def forward(self, batch: PackedBatch) -> Tensor:
         """fp32 losses [N + M]: token targets, then frame targets."""
         everyone = torch.arange(self.adapter_query.num_embeddings, device=batch.token_ids_T.device)
-        prompts_GAD = self.adapter_query(everyone).to(self.dtype).unflatten(0, (-1, self.adapter_len))
+        prompts_GAD = (
+            self.adapter_query(everyone).to(self.dtype).unflatten(0, (-1, self.adapter_len))
+        )
         projected_VFD = self.visual_proj(batch.features_VFC)
-        frames_VFD = projected_VFD + self.temporal_emb(torch.arange(projected_VFD.shape[1], device=projected_VFD.device))
+        frames_VFD = projected_VFD + self.temporal_emb(
+            torch.arange(projected_VFD.shape[1], device=projected_VFD.device)
+        )
         # embedding, not indexing: a clip that fills the slots of several sequences then has a deterministic gradient.
         slots_SD = F.embedding(batch.slot_frames_S, frames_VFD.flatten(0, 1)).to(self.dtype)
         x_TD = self.tok_embeddings(batch.token_ids_T).index_copy(0, batch.slot_rows_S, slots_SD)
-        rotary_T = rotary_angles(batch.positions_T, self.shape.head_dim, self.shape.rope_theta, self.shape.rope_scaling)
-        h_RD = self.trunk(x_TD, prompts_GAD, Context(rotary_T, attention_mask(batch.segments), self.attend), batch.wanted_rows_R)
+        rotary_T = rotary_angles(
+            batch.positions_T, self.shape.head_dim, self.shape.rope_theta, self.shape.rope_scaling
+        )
+        h_RD = self.trunk(
+            x_TD,
+            prompts_GAD,
+            Context(rotary_T, attention_mask(batch.segments), self.attend),
+            batch.wanted_rows_R,
+        )
         token_losses_N = self.output(h_RD, batch.token_targets_N, batch.token_target_ids_N)
         return torch.cat([token_losses_N, self._frame_losses(h_RD, projected_VFD, batch)])
 
@@ -52,18 +69,9 @@ class ViCo(Llama):
         return F.cross_entropy(logits_MF, batch.frame_target_ids_M, reduction="none")
 
 
-def trainable_shapes(shape: LlamaConfig, num_adapted: int, adapter_len: int, num_slots: int) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every trainable, in the order of the lineage's checkpoints."""
-    gates = [f"layers.{i}.attention.gate{g}" for i in range(shape.n_layers - num_adapted, shape.n_layers) for g in (1, 2)]
-    return {
-        "adapter_query.weight": (num_adapted * adapter_len, shape.dim),
-        "visual_proj.weight": (shape.dim, FEATURE_WIDTH),
-        "temporal_emb.weight": (num_slots, shape.dim),
-        **{name: (1, shape.n_heads, 1, 1) for name in gates},
-    }
-
-
-def initial_trainables(shapes: dict[str, tuple[int, ...]], bias: float, seed: int) -> dict[str, Tensor]:
+def initial_trainables(
+    shapes: dict[str, tuple[int, ...]], bias: float, seed: int
+) -> dict[str, Tensor]:
     """METHOD section 1's initial values; the same for the same seed, whatever the device or the ranks."""
     generator = torch.Generator().manual_seed(seed)
     values = {}

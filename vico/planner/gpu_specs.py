@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from vico.errors import UserError, nearest
 
 GIB = 2**30
-VISIBLE_SHARE = 0.98  # of the nominal size, when only the size is given: cards show programs 0.8 to 2 % less
+VISIBLE_SHARE = (
+    0.98  # of the nominal size, when only the size is given: cards show programs 0.8 to 2 % less
+)
 
 
 @dataclass(frozen=True)
@@ -16,13 +18,17 @@ class Gpu:
     memory_gib: float  # as torch.cuda.get_device_properties shows it
     tflops: float | None = None  # of products in `peak_precision`, accumulated in fp32
     peak_precision: str = "bf16"
-    link_gb: float | None = None  # GB/s between the GPUs of a node: NVLink through a switch; None where it depends on the machine
+    link_gb: float | None = (
+        None  # GB/s between the GPUs of a node: NVLink through a switch; None where it depends on the machine
+    )
     host_gb: float | None = None  # GB/s from the host's memory: PCI Express, 16 lanes
     torch_names: tuple[str, ...] = ()
 
     def peak(self, precision: str) -> float | None:
         half = precision in ("bf16", "fp16")
-        return self.tflops if half and (self.peak_precision == "bf16" or precision == "fp16") else None
+        return (
+            self.tflops if half and (self.peak_precision == "bf16" or precision == "fp16") else None
+        )
 
 
 GPUS = {
@@ -69,14 +75,21 @@ def gpu_by_name(name: str) -> Gpu:
     """The GPU of this short or full name. Raises UserError for one that is not known."""
     wanted = name.lower().replace(" ", "")
     for gpu in GPUS.values():
-        if wanted in (gpu.name.lower(), *(full.lower().replace(" ", "") for full in gpu.torch_names)):
+        if wanted in (
+            gpu.name.lower(),
+            *(full.lower().replace(" ", "") for full in gpu.torch_names),
+        ):
             return gpu
-    raise UserError(f"--gpu {name}: not in the table ({', '.join(GPUS)}){nearest(name, GPUS)}; give --gpu_memory GIB instead")
+    raise UserError(
+        f"--gpu {name}: not in the table ({', '.join(GPUS)}){nearest(name, GPUS)}; give --gpu_memory GIB instead"
+    )
 
 
 def detected_gpu(full_name: str, memory_bytes: int) -> Gpu:
     """The GPU that torch found, with the memory that it shows; its rates, where the name is known."""
-    known = next((gpu for gpu in GPUS.values() if full_name in gpu.torch_names), Gpu(full_name, 0.0))
+    known = next(
+        (gpu for gpu in GPUS.values() if full_name in gpu.torch_names), Gpu(full_name, 0.0)
+    )
     return replace(known, memory_gib=memory_bytes / GIB)
 
 

@@ -13,8 +13,13 @@ from typing import Literal, Protocol
 FEATURE_WIDTH = 768  # CLIP ViT-L/14
 LLAMA_VOCAB_SIZE = 32000  # of the tokenizer of LLaMA-1 and 2
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-HEAD_CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}  # of fp32 logits at a time, as in model/functions.py
-REPLAYED_ROWS = 4096  # shorter micro-batches are filled up, and replayed by CUDA graphs; as in model/graphs.py
+HEAD_CHUNK_BYTES = {
+    "cpu": 2**25,
+    "cuda": 2**28,
+}  # of fp32 logits at a time, as in model/functions.py
+REPLAYED_ROWS = (
+    4096  # shorter micro-batches are filled up, and replayed by CUDA graphs; as in model/graphs.py
+)
 
 # Per number of a packed weight, its share of the scales included: one of 4 bytes for each 256; one of a byte for each 64, and of 4
 # bytes for each 256 of those. Whole blocks; model/quantized.py.
@@ -60,7 +65,10 @@ class ModelSize:
         """Of the backbone; --quantize packs the blocks' products."""
         if quantize is None:
             return self.frozen * width
-        return math.ceil(self.n_layers * self.block * QUANTIZED_BYTES[quantize]) + (2 * self.head + self.norms) * width
+        return (
+            math.ceil(self.n_layers * self.block * QUANTIZED_BYTES[quantize])
+            + (2 * self.head + self.norms) * width
+        )
 
     @property
     def norms(self) -> int:
@@ -73,7 +81,11 @@ class ModelSize:
     @property
     def trainables(self) -> int:
         """adapter_query, visual_proj, temporal_emb and two gates per layer; fp32 always."""
-        return self.prompts + (FEATURE_WIDTH + self.num_slots) * self.dim + 2 * self.n_layers * self.n_heads
+        return (
+            self.prompts
+            + (FEATURE_WIDTH + self.num_slots) * self.dim
+            + 2 * self.n_layers * self.n_heads
+        )
 
 
 class Shape(Protocol):
@@ -96,7 +108,14 @@ class Shape(Protocol):
 def size_of(name: str, shape: Shape, adapter_len: int = 10, num_slots: int = 10) -> ModelSize:
     """Of a model whose params.json leaves the vocabulary to the tokenizer (-1): LLaMA-1's and 2's."""
     vocabulary = LLAMA_VOCAB_SIZE if shape.vocab_size == -1 else shape.vocab_size
-    numbers = (shape.dim, shape.n_layers, shape.n_heads, shape.hidden_dim, vocabulary, shape.kv_heads)
+    numbers = (
+        shape.dim,
+        shape.n_layers,
+        shape.n_heads,
+        shape.hidden_dim,
+        vocabulary,
+        shape.kv_heads,
+    )
     return ModelSize(name, *numbers, adapter_len, num_slots)
 
 
@@ -154,7 +173,9 @@ def layer(size: ModelSize, work: BatchShape, setting: RunShape, last: bool) -> L
     asking = work.wanted if last else rows
     prompt = 2 * size.adapter_len * size.dim * width  # its keys and values
     if setting.kernel == "packed":  # where few ask, q is spread over all rows, and kept twice
-        heads = (3 * rows + (asking if last else 0)) * size.dim * width + rows * size.n_heads * (_widened(size) * width + 4)
+        heads = (3 * rows + (asking if last else 0)) * size.dim * width + rows * size.n_heads * (
+            _widened(size) * width + 4
+        )
     else:
         heads = (2 * rows + 2 * asking) * size.dim * width + asking * size.n_heads * 4
     rotary = asking * size.head_dim * 4 if last else 0  # of the rows that ask, its own copy
@@ -174,16 +195,23 @@ def activations(size: ModelSize, work: BatchShape, setting: RunShape) -> Activat
     if setting.replayed:
         work = padded(work) if work.rows < REPLAYED_ROWS else work
         # The stream and its gradient, rotary angles and prompts, at places that stay.
-        own = REPLAYED_ROWS * (2 * size.dim * setting.width + size.head_dim * 4) + size.prompts * setting.width
+        own = (
+            REPLAYED_ROWS * (2 * size.dim * setting.width + size.head_dim * 4)
+            + size.prompts * setting.width
+        )
     full, last = layer(size, work, setting, last=False), layer(size, work, setting, last=True)
     layers = [full] * (size.n_layers - 1) + [last]
     stream = work.rows * size.dim * setting.width
     kept = [stream if i < setting.num_checkpointed else each.kept for i, each in enumerate(layers)]
-    inputs = own + work.rows * size.head_dim * 4 + work.clips * size.num_slots * FEATURE_WIDTH * 4  # rotary angles, features
+    inputs = (
+        own + work.rows * size.head_dim * 4 + work.clips * size.num_slots * FEATURE_WIDTH * 4
+    )  # rotary angles, features
     if setting.num_checkpointed:
         inputs += size.prompts * setting.width
     final_norm = work.wanted * (size.dim * setting.width + 4)
-    differences = work.targets * size.dim * setting.width  # of the output head, the gradient but for a factor
+    differences = (
+        work.targets * size.dim * setting.width
+    )  # of the output head, the gradient but for a factor
     saved = sum(kept) + inputs + final_norm + differences
     worst = max(inputs + below + top for below, top in _backward(size, work, setting, layers, kept))
     return Activations(saved, _head(size, work, setting) - differences, max(0, worst - saved))
@@ -195,37 +223,64 @@ def _head(size: ModelSize, work: BatchShape, setting: RunShape) -> int:
     row_logits = 4 * size.vocab_size
     chunk = min(work.wanted, max(1, setting.head_chunk_bytes // row_logits))
     following = min(chunk, work.wanted - chunk)  # rows of the second chunk, 0: there is none
-    half = row_logits * width // 4 if width < 4 else 0  # of a row, where the product is narrower than fp32
+    half = (
+        row_logits * width // 4 if width < 4 else 0
+    )  # of a row, where the product is narrower than fp32
     # The logits of one chunk are still held while those of the next are made.
-    in_loop = max(chunk * (row_logits + half + row), chunk * row_logits + following * (row_logits + half))
+    in_loop = max(
+        chunk * (row_logits + half + row), chunk * row_logits + following * (row_logits + half)
+    )
     behind = (work.wanted % chunk or chunk) * row_logits + work.targets * (row + 12 * size.dim)
     prompts = size.prompts * width
     frames = work.clips * size.num_slots * size.dim * 8
-    return 2 * work.wanted * row + prompts + frames + max(in_loop, behind)  # 2: h, and what the softmax expects of the weights
+    return (
+        2 * work.wanted * row + prompts + frames + max(in_loop, behind)
+    )  # 2: h, and what the softmax expects of the weights
 
 
-def _backward(size: ModelSize, work: BatchShape, setting: RunShape, layers: list[Layer], kept: list[int]) -> Iterator[tuple[int, int]]:
+def _backward(
+    size: ModelSize, work: BatchShape, setting: RunShape, layers: list[Layer], kept: list[int]
+) -> Iterator[tuple[int, int]]:
     """(what the layers below keep, what this layer needs) for each layer's feed-forward and attention."""
     width, below = setting.width, 0
-    small = 2 * size.prompts * width + work.clips * size.num_slots * size.dim * 4  # gradients of the prompts and of the frames
+    small = (
+        2 * size.prompts * width + work.clips * size.num_slots * size.dim * 4
+    )  # gradients of the prompts and of the frames
     for i, each in enumerate(layers):
         asking = work.wanted if i + 1 == size.n_layers else work.rows
         stream = asking * size.dim * width
-        again = work.rows * size.dim * width if i < setting.num_checkpointed else 0  # a recomputed layer's input, besides
+        again = (
+            work.rows * size.dim * width if i < setting.num_checkpointed else 0
+        )  # a recomputed layer's input, besides
         # SwiGLU: the gradient that comes in, sigmoid, silu and two of its slope; the residual's gradient waits.
         yield below, again + each.kept + stream + 5 * asking * size.hidden_dim * width + small
         # Attention: where a block is one Function (packed kernels), what its feed-forward kept is still there.
-        kept_here = each.kept if setting.kernel == "packed" and i + 1 < size.n_layers else each.attention
-        yield below, again + kept_here + 2 * stream + _attention_backward(size, work, setting, asking) + small
+        kept_here = (
+            each.kept if setting.kernel == "packed" and i + 1 < size.n_layers else each.attention
+        )
+        yield (
+            below,
+            again
+            + kept_here
+            + 2 * stream
+            + _attention_backward(size, work, setting, asking)
+            + small,
+        )
         below += kept[i]
 
 
 def _attention_backward(size: ModelSize, work: BatchShape, setting: RunShape, asking: int) -> int:
-    if setting.kernel == "blocks":  # fp32 throughout: gradients, and copies where the stream is narrower
+    if (
+        setting.kernel == "blocks"
+    ):  # fp32 throughout: gradients, and copies where the stream is narrower
         copies = 0 if setting.width == 4 else 2 * work.rows + 3 * asking
         return (2 * work.rows + asking + copies) * size.dim * 4
-    made_again = (3 * work.rows + 4 * work.keys) * size.n_heads * _widened(size) * setting.width  # q, k, v, all gradients
-    accumulator = work.rows * size.n_heads * (-(-_widened(size) // 32) * 32) * 4  # FlashAttention's fp32 sum of q's gradient
+    made_again = (
+        (3 * work.rows + 4 * work.keys) * size.n_heads * _widened(size) * setting.width
+    )  # q, k, v, all gradients
+    accumulator = (
+        work.rows * size.n_heads * (-(-_widened(size) // 32) * 32) * 4
+    )  # FlashAttention's fp32 sum of q's gradient
     return made_again + accumulator
 
 

@@ -13,7 +13,15 @@ from typing import Any, Literal
 
 from vico.errors import UserError
 from vico.planner.gpu_specs import GIB, VISIBLE_SHARE, Hardware, gpu_of_size
-from vico.planner.memory import BYTES, QUANTIZED_BYTES, Activations, BatchShape, ModelSize, RunShape, activations
+from vico.planner.memory import (
+    BYTES,
+    QUANTIZED_BYTES,
+    Activations,
+    BatchShape,
+    ModelSize,
+    RunShape,
+    activations,
+)
 from vico.planner.zero3_trace import BLOCK, gathered_modules, live_bytes
 
 Stage = Literal["zero2", "zero3", "zero3_offload"]
@@ -22,7 +30,9 @@ SHIPPED_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 CONTEXT_BYTES = GIB // 2  # CUDA's context, cuBLAS's workspace
 COMMUNICATOR_BYTES = GIB // 2  # NCCL's buffers, where there is more than one GPU
-FRAGMENTATION = 0.05  # of what is allocated and freed in every step: what PyTorch's allocator holds besides
+FRAGMENTATION = (
+    0.05  # of what is allocated and freed in every step: what PyTorch's allocator holds besides
+)
 EFFICIENCY = 0.5  # share of the datasheet's rate that the products reach: the goal for one H100, not a measurement
 LINK_SHARE = 0.8  # share of a link's datasheet rate that a gather reaches
 TOKEN_STEP = 64  # budgets are multiples of this
@@ -64,7 +74,12 @@ class TokenLengths:
 
 
 # Mean tokens of a question's sequence (LLaMA tokenizer, 10 slots, the sets' public files) and questions of the training split.
-DATASETS = {"nextqa": (96, 34132), "star": (98, 45731), "tvqa": (121, 122039), "intentqa": (98, 12119)}
+DATASETS = {
+    "nextqa": (96, 34132),
+    "star": (98, 45731),
+    "tvqa": (121, 122039),
+    "intentqa": (98, 12119),
+}
 CAPTION_TOKENS = 194  # captions of 80 to 250 tokens, the instruction and the slots
 
 
@@ -87,7 +102,9 @@ class PlanRequest:
     @property
     def batch_tokens(self) -> int:
         """Of a micro-batch of --batch_size questions, on average, up to the next possible budget."""
-        return min(MAX_TOKENS, math.ceil(self.batch_size * self.lengths.both / TOKEN_STEP) * TOKEN_STEP)
+        return min(
+            MAX_TOKENS, math.ceil(self.batch_size * self.lengths.both / TOKEN_STEP) * TOKEN_STEP
+        )
 
     @property
     def longest_tokens(self) -> int:
@@ -118,7 +135,13 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         return (
-            self.weights + self.gathered + self.activations + max(self.head, self.backward) + self.trainables + self.buckets + self.reserve
+            self.weights
+            + self.gathered
+            + self.activations
+            + max(self.head, self.backward)
+            + self.trainables
+            + self.buckets
+            + self.reserve
         )
 
     @property
@@ -151,21 +174,30 @@ class Plan:
     @property
     def checkpointing(self) -> str:
         """The value of --checkpoint_activations."""
-        return {0: "none", self.task.size.n_layers: "full"}.get(self.checkpointed, str(self.checkpointed))
+        return {0: "none", self.task.size.n_layers: "full"}.get(
+            self.checkpointed, str(self.checkpointed)
+        )
 
 
 def batch_shape(tokens: int, lengths: TokenLengths) -> BatchShape:
     """A micro-batch of so many tokens, none of them shared: an upper bound of its rows."""
     targets = math.ceil(tokens * lengths.target_share)
-    return BatchShape(tokens, targets, targets, math.ceil(tokens / lengths.both), math.ceil(tokens * KEYS_PER_ROW))
+    return BatchShape(
+        tokens, targets, targets, math.ceil(tokens / lengths.both), math.ceil(tokens * KEYS_PER_ROW)
+    )
 
 
 def ds_config(stage: Stage, size: ModelSize) -> dict[str, Any]:
     """The shipped config, under ZeRO-3 with the prefetch of one decoder block of this model."""
-    config: dict[str, Any] = json.loads((SHIPPED_CONFIGS / f"{stage}.json").read_text(encoding="utf-8"))
+    config: dict[str, Any] = json.loads(
+        (SHIPPED_CONFIGS / f"{stage}.json").read_text(encoding="utf-8")
+    )
     if stage != "zero2":
         block = size.block + 2 * size.dim + 2 * size.n_heads
-        sized = {"stage3_prefetch_bucket_size": block, "stage3_max_live_parameters": 2 * block + size.head}
+        sized = {
+            "stage3_prefetch_bucket_size": block,
+            "stage3_max_live_parameters": 2 * block + size.head,
+        }
         config["zero_optimization"] = {**config["zero_optimization"], **sized}
     return config
 
@@ -175,34 +207,63 @@ def _gathered(stage: Stage, size: ModelSize, width: int) -> int:
     zero = ds_config(stage, size)["zero_optimization"]
     whole = BLOCK in zero.get("leaf_module", {}).get("classes", ())
     modules = gathered_modules(size, width, zero["stage3_param_persistence_threshold"], whole)
-    return live_bytes(modules, zero["stage3_prefetch_bucket_size"], zero["stage3_max_live_parameters"])[1]
+    return live_bytes(
+        modules, zero["stage3_prefetch_bucket_size"], zero["stage3_max_live_parameters"]
+    )[1]
 
 
 @lru_cache(maxsize=16)
 def _buckets(stage: Stage) -> int:
-    zero = json.loads((SHIPPED_CONFIGS / f"{stage}.json").read_text(encoding="utf-8"))["zero_optimization"]
+    zero = json.loads((SHIPPED_CONFIGS / f"{stage}.json").read_text(encoding="utf-8"))[
+        "zero_optimization"
+    ]
     return 4 * zero["reduce_bucket_size"] * (2 if zero.get("overlap_comm") else 1)
 
 
 def memory(task: PlanRequest, stage: Stage, checkpointed: int, tokens: int) -> MemoryEstimate:
     """Of one GPU in the middle of a step whose micro-batches have `tokens` tokens."""
     size, ranks, width = task.size, task.hardware.ranks, BYTES[task.precision]
-    replayed = stage == "zero2" and not checkpointed and task.quantize is None and task.precision != "fp32"
+    replayed = (
+        stage == "zero2" and not checkpointed and task.quantize is None and task.precision != "fp32"
+    )
     setting = RunShape(width, num_checkpointed=checkpointed, replayed=replayed)
     acts: Activations = activations(size, batch_shape(tokens, task.lengths), setting)
     small = size.norms * width if stage != "zero2" else 0
     whole = size.frozen_bytes(width, task.quantize)
-    share = {"zero2": whole, "zero3": math.ceil(size.frozen * width / ranks) + small, "zero3_offload": small}[stage]
-    unpacked = size.dim * max(3 * size.dim, size.hidden_dim) * width if task.quantize else 0  # w1 alone; wq, wk and wv together
+    share = {
+        "zero2": whole,
+        "zero3": math.ceil(size.frozen * width / ranks) + small,
+        "zero3_offload": small,
+    }[stage]
+    unpacked = (
+        size.dim * max(3 * size.dim, size.hidden_dim) * width if task.quantize else 0
+    )  # w1 alone; wq, wk and wv together
     gathered = unpacked if stage == "zero2" else _gathered(stage, size, width)
     trained = size.trainables * 4
     # Weights and gradients whole below stage 3; the optimizer's copy, its two moments and the summed gradient by ranks.
-    optimizer = 2 * trained + math.ceil(4 * trained / ranks) if stage == "zero2" else trained + math.ceil(6 * trained / ranks)
+    optimizer = (
+        2 * trained + math.ceil(4 * trained / ranks)
+        if stage == "zero2"
+        else trained + math.ceil(6 * trained / ranks)
+    )
     moving = acts.peak + gathered
-    reserve = CONTEXT_BYTES + (COMMUNICATOR_BYTES if ranks > 1 else 0) + math.ceil(FRAGMENTATION * moving)
+    reserve = (
+        CONTEXT_BYTES + (COMMUNICATOR_BYTES if ranks > 1 else 0) + math.ceil(FRAGMENTATION * moving)
+    )
     host = size.frozen * width // task.hardware.nodes if stage == "zero3_offload" else 0
     available = int(task.hardware.gpu.memory_gib * GIB)
-    return MemoryEstimate(share, gathered, acts.saved, acts.head, acts.backward, optimizer, _buckets(stage), reserve, available, host)
+    return MemoryEstimate(
+        share,
+        gathered,
+        acts.saved,
+        acts.head,
+        acts.backward,
+        optimizer,
+        _buckets(stage),
+        reserve,
+        available,
+        host,
+    )
 
 
 def max_budget(task: PlanRequest, stage: Stage, checkpointed: int) -> int:
@@ -215,7 +276,9 @@ def max_budget(task: PlanRequest, stage: Stage, checkpointed: int) -> int:
     return low * TOKEN_STEP
 
 
-def speed(task: PlanRequest, stage: Stage, checkpointed: int, max_tokens: int) -> tuple[Speed | None, str]:
+def speed(
+    task: PlanRequest, stage: Stage, checkpointed: int, max_tokens: int
+) -> tuple[Speed | None, str]:
     """(modelled speed, "") or (None, what is not known). Per micro-batch: the slower of products and gathers, which overlap."""
     hardware, size = task.hardware, task.size
     tflops = hardware.gpu.peak(task.precision)
@@ -226,13 +289,21 @@ def speed(task: PlanRequest, stage: Stage, checkpointed: int, max_tokens: int) -
     pieces = math.ceil(task.step_tokens / max_tokens)
     tokens = task.step_tokens / pieces
     layers = size.n_layers * size.block
-    flops = 4 * (layers + size.head * task.lengths.target_share) + 2 * layers * checkpointed / size.n_layers
+    flops = (
+        4 * (layers + size.head * task.lengths.target_share)
+        + 2 * layers * checkpointed / size.n_layers
+    )
     compute, gather = flops * tokens / (tflops * 1e12 * task.efficiency), 0.0
     if stage != "zero2":
         rates = [hardware.gpu.link_gb] if hardware.gpus > 1 else []
         rates += [hardware.network_gbit and hardware.network_gbit / 8] if hardware.nodes > 1 else []
         if None in rates:
-            return None, "the link between the GPUs (--link)" if hardware.gpu.link_gb is None else "the network of a node (--network)"
+            return (
+                None,
+                "the link between the GPUs (--link)"
+                if hardware.gpu.link_gb is None
+                else "the network of a node (--network)",
+            )
         moved = 2 * size.frozen * BYTES[task.precision]
         slowest = min((rate for rate in rates if rate), default=math.inf)
         gather = moved * (hardware.ranks - 1) / hardware.ranks / (slowest * 1e9 * LINK_SHARE)
@@ -246,25 +317,40 @@ def speed(task: PlanRequest, stage: Stage, checkpointed: int, max_tokens: int) -
 
 def plan(task: PlanRequest) -> Plan:
     """The best way that fits. Raises UserError, saying what is short and what would help, where none does."""
-    ways = [way for way in (_try_candidate(task, stage, n) for stage, n in _candidates(task)) if way is not None]
+    ways = [
+        way
+        for way in (_try_candidate(task, stage, n) for stage, n in _candidates(task))
+        if way is not None
+    ]
     if not ways:
         raise UserError(_shortage(task))
     roomy = [way for way in ways if way.largest_tokens >= task.batch_tokens]
-    roomy = [way for way in roomy if way.stage != "zero3_offload"] or roomy  # off-loading is the last resort
+    roomy = [
+        way for way in roomy if way.stage != "zero3_offload"
+    ] or roomy  # off-loading is the last resort
     if not roomy:
         return max(ways, key=lambda way: way.largest_tokens)
     if all(way.speed is not None for way in roomy):
         # In hundredths, so that between equals the simpler one, which comes first, wins.
-        return max(roomy, key=lambda way: round(math.log(way.speed.tokens_per_second) * 50) if way.speed else 0)
+        return max(
+            roomy,
+            key=lambda way: round(math.log(way.speed.tokens_per_second) * 50) if way.speed else 0,
+        )
     return roomy[0]
 
 
 def _candidates(task: PlanRequest) -> list[tuple[Stage, int | None]]:
     """Ways to run, the simplest first; None: as many recomputed layers as are needed."""
     possible = STAGES if task.quantize is None else STAGES[:1]
-    stages = [task.stage] if task.stage else [s for s in possible if s != "zero3" or task.hardware.ranks > 1]
+    stages = (
+        [task.stage]
+        if task.stage
+        else [s for s in possible if s != "zero3" or task.hardware.ranks > 1]
+    )
     counts = [task.checkpointed] if task.checkpointed is not None else [0, None]
-    on_gpu: list[tuple[Stage, int | None]] = [(s, n) for n in counts for s in stages if s != "zero3_offload"]
+    on_gpu: list[tuple[Stage, int | None]] = [
+        (s, n) for n in counts for s in stages if s != "zero3_offload"
+    ]
     return on_gpu + [("zero3_offload", n) for n in counts if "zero3_offload" in stages]
 
 
@@ -273,10 +359,15 @@ def _try_candidate(task: PlanRequest, stage: Stage, checkpointed: int | None) ->
     layers = task.size.n_layers
     if checkpointed is None:
         wanted = task.max_tokens or max(task.batch_tokens, task.longest_tokens)
-        low, high = 0, layers  # the fewest layers with which the batch fits in one piece; all of them where none does
+        low, high = (
+            0,
+            layers,
+        )  # the fewest layers with which the batch fits in one piece; all of them where none does
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if memory(task, stage, middle, wanted).spare >= 0 else (middle, high)
+            low, high = (
+                (low, middle) if memory(task, stage, middle, wanted).spare >= 0 else (middle, high)
+            )
         checkpointed = high
     largest = max_budget(task, stage, checkpointed)
     if task.max_tokens and memory(task, stage, checkpointed, task.max_tokens).spare >= 0:
@@ -288,7 +379,17 @@ def _try_candidate(task: PlanRequest, stage: Stage, checkpointed: int | None) ->
     if task.hardware.host_gib is not None and needs.host > task.hardware.host_gib * GIB:
         return None
     modelled, unknown = speed(task, stage, checkpointed, used)
-    return Plan(task, stage, checkpointed, largest, used, needs, modelled, unknown, ds_config(stage, task.size))
+    return Plan(
+        task,
+        stage,
+        checkpointed,
+        largest,
+        used,
+        needs,
+        modelled,
+        unknown,
+        ds_config(stage, task.size),
+    )
 
 
 def _shortage(task: PlanRequest) -> str:
@@ -306,7 +407,13 @@ def _shortage(task: PlanRequest) -> str:
 
 
 def layers_named(count: int, size: ModelSize) -> str:
-    return "no layer" if count == 0 else "all layers" if count == size.n_layers else f"{count} of {size.n_layers} layers"
+    return (
+        "no layer"
+        if count == 0
+        else "all layers"
+        if count == size.n_layers
+        else f"{count} of {size.n_layers} layers"
+    )
 
 
 def _suggestions(task: PlanRequest) -> str:
@@ -315,15 +422,34 @@ def _suggestions(task: PlanRequest) -> str:
     free = replace(task, hardware=replace(hardware, host_gib=None))
     helps = ["more host memory"] if _fits(free) else []
     more = (replace(hardware, gpus=hardware.gpus * factor) for factor in (2, 4, 8, 16))
-    larger = (replace(hardware, gpu=gpu_of_size(gib)) for gib in NOMINAL_SIZES if gib * VISIBLE_SHARE > gpu.memory_gib)
+    larger = (
+        replace(hardware, gpu=gpu_of_size(gib))
+        for gib in NOMINAL_SIZES
+        if gib * VISIBLE_SHARE > gpu.memory_gib
+    )
     if not helps:
-        found = (next((machine for machine in machines if _fits(replace(task, hardware=machine))), None) for machines in (more, larger))
+        found = (
+            next((machine for machine in machines if _fits(replace(task, hardware=machine))), None)
+            for machines in (more, larger)
+        )
         helps = [str(machine) for machine in found if machine is not None]
     if task.quantize is None and task.stage in (None, "zero2"):
-        helps += [f"--quantize {kind}" for kind in list(QUANTIZED_BYTES) if _fits(replace(task, quantize=kind))][:1]
-    forced = {"--deepspeed": task.stage, "--checkpoint_activations": task.checkpointed, "--max_tokens": task.max_tokens}
+        helps += [
+            f"--quantize {kind}"
+            for kind in list(QUANTIZED_BYTES)
+            if _fits(replace(task, quantize=kind))
+        ][:1]
+    forced = {
+        "--deepspeed": task.stage,
+        "--checkpoint_activations": task.checkpointed,
+        "--max_tokens": task.max_tokens,
+    }
     given = [flag for flag, value in forced.items() if value is not None]
-    helps.append(f"leaving {' and '.join(given)} out" if given else "a shorter --max_cap_len or --max_seq_len")
+    helps.append(
+        f"leaving {' and '.join(given)} out"
+        if given
+        else "a shorter --max_cap_len or --max_seq_len"
+    )
     return f"what would help: {', or '.join(helps)}"
 
 

@@ -26,9 +26,14 @@ class Parameter:
 Module = tuple[Parameter, ...]
 
 
-def gathered_modules(size: ModelSize, width: int, threshold: int, whole_blocks: bool) -> list[Module]:
+def gathered_modules(
+    size: ModelSize, width: int, threshold: int, whole_blocks: bool
+) -> list[Module]:
     """Modules in forward's order with the parameters that each gathers; those smaller than `threshold` always stay."""
-    kept = (tuple(p for p in module if p.numel >= threshold) for module in _modules(size, width, whole_blocks))
+    kept = (
+        tuple(p for p in module if p.numel >= threshold)
+        for module in _modules(size, width, whole_blocks)
+    )
     return [module for module in kept if module]
 
 
@@ -53,7 +58,14 @@ def _block(size: ModelSize, width: int, place: int) -> Iterator[Module]:
     kv = size.dim * (size.kv_heads or size.n_heads) * size.head_dim
     yield (Parameter(f"{place}.attention_norm", size.dim, width),)
     yield tuple(Parameter(f"{place}.gate{g}", size.n_heads, 4) for g in (1, 2))
-    for name, numel in (("wq", square), ("wk", kv), ("wv", kv), ("wk", kv), ("wv", kv), ("wo", square)):
+    for name, numel in (
+        ("wq", square),
+        ("wk", kv),
+        ("wv", kv),
+        ("wk", kv),
+        ("wv", kv),
+        ("wo", square),
+    ):
         yield (Parameter(f"{place}.{name}", numel, width),)
     yield (Parameter(f"{place}.ffn_norm", size.dim, width),)
     for name in ("w1", "w3", "w2"):
@@ -72,7 +84,9 @@ class _Fetch:
 class FetchSimulator:
     def __init__(self, order: Sequence[Module], prefetch: int, most_live: int) -> None:
         self._prefetch, self._most_live = prefetch, most_live
-        self._queue = deque((parameter, step) for step, module in enumerate(order) for parameter in module)
+        self._queue = deque(
+            (parameter, step) for step, module in enumerate(order) for parameter in module
+        )
         self._last_use: dict[Parameter, int] = {}  # as far as the queue has been looked at
         self._live: dict[Parameter, _Fetch] = {}
         self._fetches: list[_Fetch] = []
@@ -89,7 +103,9 @@ class FetchSimulator:
         for _ in new:
             parameter, use = self._queue.popleft()
             self._last_use[parameter] = use
-        room = min(self._prefetch, self._most_live - sum(parameter.numel for parameter in self._live))
+        room = min(
+            self._prefetch, self._most_live - sum(parameter.numel for parameter in self._live)
+        )
         ahead: list[Parameter] = []
         while self._queue and sum(parameter.numel for parameter in ahead) < room:
             parameter, use = self._queue.popleft()
@@ -111,7 +127,9 @@ class FetchSimulator:
     def _note(self) -> None:
         copies = sum(parameter.size for parameter, fetch in self._live.items() if fetch.arrived)
         buffers = sum(fetch.size for fetch in self._fetches if fetch.waiting)
-        self.most_parameters = max(self.most_parameters, sum(parameter.size for parameter in self._live))
+        self.most_parameters = max(
+            self.most_parameters, sum(parameter.size for parameter in self._live)
+        )
         self.most_bytes = max(self.most_bytes, copies + buffers)
 
 

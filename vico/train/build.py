@@ -10,16 +10,17 @@ from torch import Tensor, nn
 from vico.data.datasets import read_questions
 from vico.data.features import Features
 from vico.data.prompts import Prompts
+from vico.data.types import Question
 from vico.distributed.world import World, set_collective_timeout
 from vico.io.atomic import require_writable
 from vico.io.file_cache import FileCache
 from vico.model import cuda_graphs
 from vico.model.attention.varlen import choose
-from vico.model.batch import Question
+from vico.model.config import trainable_shapes
 from vico.model.llama import FrozenLinear, Linear
 from vico.model.ops import triton_ops
 from vico.model.quantized_linear import QuantizedLinear
-from vico.model.vico import ViCo, trainable_shapes
+from vico.model.vico import ViCo
 from vico.model.weights.load import Weights
 from vico.train import preflight, zero_stage
 from vico.train.config import RunConfig
@@ -35,7 +36,9 @@ class Inputs:
     prompts: Prompts
     features: Features
     questions: dict[str, list[Question]]  # by split
-    dropped: dict[str, list[Question]]  # by split: those that are not used, because of --missing_features drop
+    dropped: dict[
+        str, list[Question]
+    ]  # by split: those that are not used, because of --missing_features drop
     captions: dict[str, str]  # empty without the caption task
     num_adapted: int  # adapted layers
     trainable_shapes: dict[str, tuple[int, ...]]
@@ -50,25 +53,45 @@ def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inp
     require_writable(config.output_dir)
     cache = FileCache()
     backbone = preflight.open_backbone(config)
-    chosen = zero_stage.choose(config, backbone.weights.shape, world.size, world.hardware, training="train" in splits)
+    chosen = zero_stage.choose(
+        config, backbone.weights.shape, world.size, world.hardware, training="train" in splits
+    )
     prompts = backbone.prompts(config)
     folder = config.dataset_folder
-    asked = {split: read_questions(config.dataset, folder, split, subtitles=config.sub) for split in splits}
+    asked = {
+        split: read_questions(config.dataset, folder, split, subtitles=config.sub)
+        for split in splits
+    }
     features = Features(folder / "clipvitl14.pth")
     questions, dropped, notes = {}, {}, [*chosen.notes]
     for split in splits:
-        questions[split], dropped[split] = preflight.with_features(config, split, asked[split], features)
+        questions[split], dropped[split] = preflight.with_features(
+            config, split, asked[split], features
+        )
     captions: dict[str, str] = {}
     if config.cap and "train" in splits:
         captions = preflight.read_captions(config, questions["train"], prompts)
     for split in splits:
-        past_end = preflight.check_features(config, questions[split], features, cache, world.rank, world.size)
-        measured = preflight.measure_questions(config, split, questions[split], backbone, prompts, cache)
-        notes += preflight.split_notes(config, split, questions[split], dropped[split], past_end, measured)
+        past_end = preflight.check_features(
+            config, questions[split], features, cache, world.rank, world.size
+        )
+        measured = preflight.measure_questions(
+            config, split, questions[split], backbone, prompts, cache
+        )
+        notes += preflight.split_notes(
+            config, split, questions[split], dropped[split], past_end, measured
+        )
     if captions:
-        notes += preflight.caption_notes(config, preflight.measure_captions(config, captions, questions["train"], backbone, prompts, cache))
+        notes += preflight.caption_notes(
+            config,
+            preflight.measure_captions(
+                config, captions, questions["train"], backbone, prompts, cache
+            ),
+        )
     notes += preflight.shared_videos(questions)
-    shapes = trainable_shapes(backbone.weights.shape, backbone.num_adapted, config.adapter_len, config.max_feats)
+    shapes = trainable_shapes(
+        backbone.weights.shape, backbone.num_adapted, config.adapter_len, config.max_feats
+    )
     return Inputs(
         backbone.weights,
         prompts,
@@ -85,28 +108,49 @@ def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inp
     )
 
 
-def build_engine(config: RunConfig, inputs: Inputs, trainables: dict[str, Tensor], world: World) -> Engine:
+def build_engine(
+    config: RunConfig, inputs: Inputs, trainables: dict[str, Tensor], world: World
+) -> Engine:
     """The model with the backbone from the files and these trainables, under DeepSpeed. A collective of all ranks."""
     with world.raise_together():
         dtype = DTYPES[config.precision]
         attend, description = choose(config.attention, world.device, dtype)
         description += f", {triton_ops.describe(world.device)}"
-    linear: Linear = FrozenLinear if config.quantize is None else partial(QuantizedLinear, kind=config.quantize)
+    linear: Linear = (
+        FrozenLinear if config.quantize is None else partial(QuantizedLinear, kind=config.quantize)
+    )
     with zero_init(inputs.ds_config, world.device):
-        model = ViCo(inputs.weights.shape, inputs.num_adapted, config.adapter_len, config.max_feats, config.tau, dtype, linear)
+        model = ViCo(
+            inputs.weights.shape,
+            inputs.num_adapted,
+            config.adapter_len,
+            config.max_feats,
+            config.tau,
+            dtype,
+            linear,
+        )
     for name, parameter in model.named_parameters():
         world.set_phase(f"loading {name}")
         value = trainables.get(name)
-        load_parameter(parameter, partial(inputs.weights.read_slice, name) if value is None else partial(_slice, value))
+        load_parameter(
+            parameter,
+            partial(inputs.weights.read_slice, name) if value is None else partial(_slice, value),
+        )
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             world.set_phase(f"loading {name}")
             module.fill(inputs.weights.read(f"{name}.weight").to(world.device, dtype))
     model.attend = attend
-    model.num_checkpointed = len(model.layers) if config.num_checkpointed is None else config.num_checkpointed
-    description += f", {cuda_graphs.attach(model, replay_refused(inputs.ds_config, config.quantize))}"
+    model.num_checkpointed = (
+        len(model.layers) if config.num_checkpointed is None else config.num_checkpointed
+    )
+    description += (
+        f", {cuda_graphs.attach(model, replay_refused(inputs.ds_config, config.quantize))}"
+    )
     _require_declared(model, inputs.trainable_shapes)
-    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], config.weight_decay)
+    optimizer = make_optimizer(
+        [p for p in model.parameters() if p.requires_grad], config.weight_decay
+    )
     world.set_phase("building the engine")
     engine = Engine(model, optimizer, inputs.ds_config, dtype, description)
     set_collective_timeout(world.timeout)
@@ -119,7 +163,11 @@ def replay_refused(ds_config: dict[str, Any], quantize: str | None = None) -> st
         return "--quantize makes weights at every use"
     if ds_config.get("flops_profiler", {}).get("enabled"):
         return "DeepSpeed's flops_profiler waits behind every module"
-    return "ZeRO-3 gathers weights at every use" if ds_config["zero_optimization"]["stage"] == 3 else None
+    return (
+        "ZeRO-3 gathers weights at every use"
+        if ds_config["zero_optimization"]["stage"] == 3
+        else None
+    )
 
 
 def _slice(value: Tensor, start: int, stop: int) -> Tensor:

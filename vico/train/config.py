@@ -4,26 +4,25 @@ The names are the published flags. Nothing here imports torch, so that a mistype
 get plain values from it, never the whole record.
 """
 
-import argparse
 import contextlib
 import dataclasses
-import json
 import types
 import typing
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from vico.errors import UserError, nearest, show
-from vico.io.text import read_text
 
 
 def _flag(default: Any, group: str, help: str, **extra: Any) -> Any:
     return field(default=default, metadata={"group": group, "help": help, **extra})
 
 
-MAX_FLOAT, MAX_SEED = 3e38, 2**63 - 1  # of fp32, in which settings meet tensors; of torch's generator
+MAX_FLOAT, MAX_SEED = (
+    3e38,
+    2**63 - 1,
+)  # of fp32, in which settings meet tensors; of torch's generator
 MODEL, DATA, OBJECTIVE, OPTIMIZATION, RUN = "model", "data", "objective", "optimization", "run"
 DATASET_NAMES = ("nextqa", "star", "tvqa", "intentqa")
 
@@ -32,10 +31,18 @@ DATASET_NAMES = ("nextqa", "star", "tvqa", "intentqa")
 class RunConfig:
     """Everything a run is told. Defaults are the lineage's where it has the flag (METHOD section 5)."""
 
-    model: str = _flag("7B", MODEL, "folder of the weights inside --llama_model_path: 7B, 13B, 33B, 65B or your own")
-    llama_model_path: Path = _flag(Path("pretrained/llama"), MODEL, "folder with tokenizer.model and one folder per model")
+    model: str = _flag(
+        "7B",
+        MODEL,
+        "folder of the weights inside --llama_model_path: 7B, 13B, 33B, 65B or your own",
+    )
+    llama_model_path: Path = _flag(
+        Path("pretrained/llama"), MODEL, "folder with tokenizer.model and one folder per model"
+    )
     adapter_layer: int | None = _flag(
-        None, MODEL, "how many of the top layers get adapter prompts and gates (default: all); all layers always run"
+        None,
+        MODEL,
+        "how many of the top layers get adapter prompts and gates (default: all); all layers always run",
     )
     attention: Literal["auto", "plain", "blocks", "sdpa", "varlen", "flash_attn"] = _flag(
         "auto", MODEL, "how attention is computed; all compute the same"
@@ -46,11 +53,17 @@ class RunConfig:
         "none, full, or N: the lower N layers keep only their input and run again in backward (less memory, up to 1.5x the time)",
     )
     adapter_len: int = _flag(10, MODEL, "adapter prompts per adapted layer")
-    max_feats: int = _flag(10, MODEL, "video slots per sequence; longer videos are sampled evenly, shorter ones padded with zero features")
+    max_feats: int = _flag(
+        10,
+        MODEL,
+        "video slots per sequence; longer videos are sampled evenly, shorter ones padded with zero features",
+    )
     bias: float = _flag(3.0, MODEL, "the video gates start at minus this")
     tau: float = _flag(100.0, MODEL, "temperature of the QAV objective's softmax over frames")
     precision: Literal["bf16", "fp16", "fp32"] = _flag(
-        "bf16", MODEL, "type of the frozen weights and of the arithmetic; trainables are always fp32"
+        "bf16",
+        MODEL,
+        "type of the frozen weights and of the arithmetic; trainables are always fp32",
     )
 
     quantize: Literal["8bit", "nf4"] | None = _flag(
@@ -64,47 +77,99 @@ class RunConfig:
         "nextqa", DATA, "which annotation format to read, from DATA_PATH/DATASET"
     )
     data_path: Path = _flag(Path("data"), DATA, "folder that holds one folder per data set")
-    captions: Path | None = _flag(None, DATA, "caption JSON, where the data set's folder holds none or several of the known ones")
+    captions: Path | None = _flag(
+        None,
+        DATA,
+        "caption JSON, where the data set's folder holds none or several of the known ones",
+    )
     missing_features: Literal["error", "drop"] = _flag(
-        "error", DATA, "questions whose video has no features: end with an error, or drop them and say how many with every result"
+        "error",
+        DATA,
+        "questions whose video has no features: end with an error, or drop them and say how many with every result",
     )
     sub: bool = _flag(False, DATA, "TVQA: put the subtitles of the clip into the prompt")
     max_seq_len: int = _flag(
-        512, DATA, "most tokens of a question's sequence; longer ones are shortened (dialogue, then options), never the answer"
+        512,
+        DATA,
+        "most tokens of a question's sequence; longer ones are shortened (dialogue, then options), never the answer",
     )
-    max_cap_len: int = _flag(384, DATA, "most tokens of a caption's sequence; a longer caption is cut")
+    max_cap_len: int = _flag(
+        384, DATA, "most tokens of a caption's sequence; a longer caption is cut"
+    )
     caption_crop: Literal["sentence", "none"] = _flag(
-        "sentence", DATA, "train on a random suffix of the caption that starts at a sentence, or on all of it"
+        "sentence",
+        DATA,
+        "train on a random suffix of the caption that starts at a sentence, or on all of it",
     )
     no_shuffle: bool = _flag(False, DATA, "take the training questions in file order")
-    num_workers: int = _flag(2, DATA, "processes per rank that prepare batches ahead; 0: prepare in the training process")
+    num_workers: int = _flag(
+        2, DATA, "processes per rank that prepare batches ahead; 0: prepare in the training process"
+    )
 
     cap: float = _flag(0.5, OBJECTIVE, "weight of the captioning loss; 0: no caption file is read")
-    vaq: bool = _flag(False, OBJECTIVE, "add the objective: predict the question from video and answer")
-    qav: bool = _flag(False, OBJECTIVE, "add the objective: predict the video from question and answer")
+    vaq: bool = _flag(
+        False, OBJECTIVE, "add the objective: predict the question from video and answer"
+    )
+    qav: bool = _flag(
+        False, OBJECTIVE, "add the objective: predict the video from question and answer"
+    )
 
     batch_size: int = _flag(64, OPTIMIZATION, "questions per device and micro-batch")
     max_tokens: int | None = _flag(
-        None, OPTIMIZATION, "cut a step's questions into micro-batches of at most this many tokens instead of by --batch_size"
+        None,
+        OPTIMIZATION,
+        "cut a step's questions into micro-batches of at most this many tokens instead of by --batch_size",
     )
     accum_iter: int = _flag(1, OPTIMIZATION, "micro-batches per optimizer step")
-    epochs: int = _flag(400, OPTIMIZATION, "passes over the training questions; also the length of the learning-rate schedule")
-    warmup_epochs: float = _flag(40.0, OPTIMIZATION, "epochs of linear warm-up from 0, then half a cosine to --min_lr")
-    lr: float | None = _flag(None, OPTIMIZATION, "peak learning rate (default: blr * questions per step / 256)")
+    epochs: int = _flag(
+        400,
+        OPTIMIZATION,
+        "passes over the training questions; also the length of the learning-rate schedule",
+    )
+    warmup_epochs: float = _flag(
+        40.0, OPTIMIZATION, "epochs of linear warm-up from 0, then half a cosine to --min_lr"
+    )
+    lr: float | None = _flag(
+        None, OPTIMIZATION, "peak learning rate (default: blr * questions per step / 256)"
+    )
     blr: float = _flag(1e-3, OPTIMIZATION, "base learning rate, per 256 questions of a step")
     min_lr: float = _flag(0.0, OPTIMIZATION, "learning rate at the end of the schedule")
     weight_decay: float = _flag(0.05, OPTIMIZATION, "AdamW's decay, on every trainable")
 
-    output_dir: Path = _flag(Path("output_dir"), RUN, "where logs, predictions and checkpoints go; the same command on it again resumes")
+    output_dir: Path = _flag(
+        Path("output_dir"),
+        RUN,
+        "where logs, predictions and checkpoints go; the same command on it again resumes",
+    )
     resume: Path | None = _flag(None, RUN, "checkpoint folder of ours, or a lineage .pth file")
-    init_eval: bool = _flag(False, RUN, "with --resume: evaluate it and stop; without: evaluate the untrained start, then train")
+    init_eval: bool = _flag(
+        False,
+        RUN,
+        "with --resume: evaluate it and stop; without: evaluate the untrained start, then train",
+    )
     split: Literal["val", "test"] = _flag("val", RUN, "the split that is evaluated")
-    max_steps: int | None = _flag(None, RUN, "end after this many optimizer steps, as an epoch ends, on the schedule of --epochs")
-    save_steps: int | None = _flag(None, RUN, "save a checkpoint every so many steps (default: at the end of each epoch only)")
-    save_total_limit: int | None = _flag(None, RUN, "keep only the newest so many checkpoint-STEP folders; checkpoint_best always stays")
-    save_legacy: bool = _flag(False, RUN, "also write the best weights as checkpoint_best.pth, the file of the published code")
+    max_steps: int | None = _flag(
+        None,
+        RUN,
+        "end after this many optimizer steps, as an epoch ends, on the schedule of --epochs",
+    )
+    save_steps: int | None = _flag(
+        None, RUN, "save a checkpoint every so many steps (default: at the end of each epoch only)"
+    )
+    save_total_limit: int | None = _flag(
+        None,
+        RUN,
+        "keep only the newest so many checkpoint-STEP folders; checkpoint_best always stays",
+    )
+    save_legacy: bool = _flag(
+        False,
+        RUN,
+        "also write the best weights as checkpoint_best.pth, the file of the published code",
+    )
     allow_change: str | None = _flag(
-        None, RUN, "settings, 'data' or 'backbone' (separated by commas) that may differ from those of the run that is resumed"
+        None,
+        RUN,
+        "settings, 'data' or 'backbone' (separated by commas) that may differ from those of the run that is resumed",
     )
     deepspeed: str = _flag(
         "auto",
@@ -112,38 +177,80 @@ class RunConfig:
         "zero2, zero3, zero3_nodes, zero3_offload (files of ds_configs/) or the path of a DeepSpeed config; auto: what `vico plan` "
         "finds best for the model on the GPUs that are there (without one: zero2)",
     )
-    seed: int = _flag(0, RUN, "order of the questions, caption crops and initial trainables follow from it")
+    seed: int = _flag(
+        0, RUN, "order of the questions, caption crops and initial trainables follow from it"
+    )
     collective_timeout: float = _flag(
-        30.0, RUN, "minutes that a rank waits for the others, at the start and in every exchange, before it ends"
+        30.0,
+        RUN,
+        "minutes that a rank waits for the others, at the start and in every exchange, before it ends",
     )
     hang_timeout: float = _flag(
-        20.0, RUN, "minutes without a move of some rank (a micro-batch, a batch of evaluation, a save) that end the run"
+        20.0,
+        RUN,
+        "minutes without a move of some rank (a micro-batch, a batch of evaluation, a save) that end the run",
     )
     expect_world_size: int | None = _flag(
-        None, RUN, "refuse to start unless there are exactly this many ranks; stands above what SLURM and the visible GPUs suggest"
+        None,
+        RUN,
+        "refuse to start unless there are exactly this many ranks; stands above what SLURM and the visible GPUs suggest",
     )
 
     def __post_init__(self) -> None:
-        for name in ("adapter_len", "max_feats", "max_seq_len", "max_cap_len", "batch_size", "accum_iter", "epochs"):
+        for name in (
+            "adapter_len",
+            "max_feats",
+            "max_seq_len",
+            "max_cap_len",
+            "batch_size",
+            "accum_iter",
+            "epochs",
+        ):
             _require(getattr(self, name) >= 1, name, self, "a whole number of at least 1")
         for name in ("adapter_layer", "max_steps", "max_tokens", "expect_world_size"):
-            _require(getattr(self, name) is None or getattr(self, name) >= 1, name, self, "a whole number of at least 1")
+            _require(
+                getattr(self, name) is None or getattr(self, name) >= 1,
+                name,
+                self,
+                "a whole number of at least 1",
+            )
         for name in ("cap", "blr", "min_lr", "weight_decay", "warmup_epochs", "num_workers"):
             _require(0 <= getattr(self, name) <= MAX_FLOAT, name, self, "0 or more, and finite")
         for name in ("lr", "tau"):
-            _require(getattr(self, name) is None or 0 < getattr(self, name) <= MAX_FLOAT, name, self, "above 0, and finite")
+            _require(
+                getattr(self, name) is None or 0 < getattr(self, name) <= MAX_FLOAT,
+                name,
+                self,
+                "above 0, and finite",
+            )
         for name in ("collective_timeout", "hang_timeout"):
-            _require(0 < getattr(self, name) <= 1e6, name, self, "minutes above 0, at most a million")
+            _require(
+                0 < getattr(self, name) <= 1e6, name, self, "minutes above 0, at most a million"
+            )
         _require(abs(self.bias) <= MAX_FLOAT, "bias", self, "finite")
         _require(0 <= self.seed <= MAX_SEED, "seed", self, f"a whole number from 0 to {MAX_SEED}")
-        _require(self.max_feats < self.max_seq_len, "max_feats", self, f"below --max_seq_len {self.max_seq_len}")
+        _require(
+            self.max_feats < self.max_seq_len,
+            "max_feats",
+            self,
+            f"below --max_seq_len {self.max_seq_len}",
+        )
         if self.checkpoint_activations not in ("none", "full"):
-            _require(self.checkpoint_activations.isdecimal(), "checkpoint_activations", self, "none, full or a number of layers")
+            _require(
+                self.checkpoint_activations.isdecimal(),
+                "checkpoint_activations",
+                self,
+                "none, full or a number of layers",
+            )
         for name in self.allowed_changes:
             if name not in (*_setting_names(), *FINGERPRINTED):
-                raise UserError(f"--allow_change {name}: no such setting{nearest(name, (*_setting_names(), *FINGERPRINTED))}")
+                raise UserError(
+                    f"--allow_change {name}: no such setting{nearest(name, (*_setting_names(), *FINGERPRINTED))}"
+                )
         if self.sub and self.dataset != "tvqa":
-            raise UserError(f"--sub: only TVQA has subtitles, and --dataset is {self.dataset}; drop --sub")
+            raise UserError(
+                f"--sub: only TVQA has subtitles, and --dataset is {self.dataset}; drop --sub"
+            )
 
     @property
     def num_checkpointed(self) -> int | None:
@@ -163,34 +270,57 @@ class RunConfig:
     @property
     def tasks(self) -> tuple[str, ...]:
         """Objectives of this run, in the order of their columns everywhere."""
-        return ("vqa", *(["cap"] if self.cap else []), *(["vaq"] if self.vaq else []), *(["qav"] if self.qav else []))
+        return (
+            "vqa",
+            *(["cap"] if self.cap else []),
+            *(["vaq"] if self.vaq else []),
+            *(["qav"] if self.qav else []),
+        )
 
     @property
     def task_weights(self) -> tuple[float, ...]:
         return tuple(self.cap if task == "cap" else 1.0 for task in self.tasks)
 
     def to_json(self) -> dict[str, Any]:
-        return {f.name: str(v) if isinstance(v := getattr(self, f.name), Path) else v for f in dataclasses.fields(self)}
+        return {
+            f.name: str(v) if isinstance(v := getattr(self, f.name), Path) else v
+            for f in dataclasses.fields(self)
+        }
 
 
 # What may differ between a run and its continuation: where things lie, how they are shown and how a step is divided, never what
 # is computed (the questions of a step must stay as many; resuming checks their number).
-NOT_IDENTITY = frozenset((
-    "model", "llama_model_path", "data_path", "captions", "missing_features", "output_dir", "resume", "init_eval", "split", "max_steps", "num_workers",
-    "deepspeed", "attention", "checkpoint_activations", "batch_size", "accum_iter", "max_tokens", "save_steps", "save_total_limit", "save_legacy", "allow_change",
-    "collective_timeout", "hang_timeout", "expect_world_size",
-))  # fmt: skip
+NOT_IDENTITY = frozenset(
+    (
+        "model",
+        "llama_model_path",
+        "data_path",
+        "captions",
+        "missing_features",
+        "output_dir",
+        "resume",
+        "init_eval",
+        "split",
+        "max_steps",
+        "num_workers",
+        "deepspeed",
+        "attention",
+        "checkpoint_activations",
+        "batch_size",
+        "accum_iter",
+        "max_tokens",
+        "save_steps",
+        "save_total_limit",
+        "save_legacy",
+        "allow_change",
+        "collective_timeout",
+        "hang_timeout",
+        "expect_world_size",
+    )
+)
 FINGERPRINTED = ("data", "backbone")  # besides settings, what a run must keep (fingerprint.py)
 # What a checkpoint's tensors are shaped by; evaluation takes these from the checkpoint whatever the flags say.
 SHAPES = ("adapter_layer", "adapter_len", "max_feats")
-
-# Flags of the lineage that no longer do anything, with what does.
-RETIRED = {
-    "device": "the device is found", "pin_mem": "batches are pinned where a GPU is", "no_pin_mem": "batches are pinned where a GPU is",
-    "start_epoch": "the checkpoint says where to go on", "world_size": "the launcher says it", "dist_url": "the launcher says it",
-    "dist_on_itp": "the launcher says it",
-}  # fmt: skip
-_RETIRED_SWITCHES = {"pin_mem", "no_pin_mem", "dist_on_itp"}
 
 
 def _setting_names() -> tuple[str, ...]:
@@ -202,23 +332,13 @@ def _require(ok: bool, name: str, config: RunConfig, allowed: str) -> None:
         raise UserError(f"--{name} {getattr(config, name)}: must be {allowed}")
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse that raises our one-line error, with the nearest known flag, instead of printing its usage."""
-
-    def error(self, message: str) -> NoReturn:
-        message = message.removeprefix("argument ").replace("ignored explicit argument", "takes no value, but was given")
-        raise UserError(f"{message} (see --help)")
-
-    def refuse_unknown(self, unknown: Sequence[str]) -> None:
-        flags = [name for name in self._option_string_actions if name.startswith("--")]
-        for word in unknown:
-            if word.startswith("-"):
-                name = word.split("=")[0]
-                raise UserError(f"unknown flag {name}{nearest(name, flags) or '; see --help'}")
-        raise UserError(f"unexpected word {show(unknown[0])}: a value follows a --flag, and switches take none; see --help")
-
-
-NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text (quote it)", Path: "a path in UTF-8"}
+NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text (quote it)",
+    Path: "a path in UTF-8",
+}
 
 
 def path_of(text: str) -> Path:
@@ -229,23 +349,6 @@ def path_of(text: str) -> Path:
     return Path(text)
 
 
-def is_path(deepspeed: str) -> bool:
-    """Whether --deepspeed names a file of the user's, not one of ds_configs/."""
-    return "/" in deepspeed or deepspeed.endswith(".json")
-
-
-def _parser_of(kind: type) -> Callable[[str], Any]:
-    """argparse's converter of one flag value."""
-
-    def parse(text: str) -> Any:
-        try:
-            return path_of(text) if kind is Path else kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{show(text)} is not {NAMES[kind]}") from None
-
-    return parse
-
-
 def _value_type(annotation: Any) -> tuple[Any, tuple[str, ...] | None]:
     """(parser of one flag value, allowed values or None) of a field's annotation."""
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
@@ -253,87 +356,6 @@ def _value_type(annotation: Any) -> tuple[Any, tuple[str, ...] | None]:
     if typing.get_origin(annotation) is Literal:
         return str, typing.get_args(annotation)
     return annotation, None
-
-
-def make_parser(command: str, description: str) -> argparse.ArgumentParser:
-    """A parser of RunConfig's fields whose defaults are absent, so that given flags can be told from defaults."""
-    parser = _Parser(
-        prog=command, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
-    )  # fmt: skip
-    parser.add_argument("--config", type=_parser_of(Path), metavar="RECIPE", help="YAML file of these settings; flags win over it")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    groups = {f.metadata["group"]: None for f in dataclasses.fields(RunConfig)}
-    titled = {name: parser.add_argument_group(name) for name in groups}
-    hints = typing.get_type_hints(RunConfig)
-    for f in dataclasses.fields(RunConfig):
-        kind, choices = _value_type(hints[f.name])
-        group, text = titled[f.metadata["group"]], f.metadata["help"]
-        if kind is bool:
-            group.add_argument(f"--{f.name}", action="store_true", help=text)
-        else:
-            shown = f"{text} (default: {f.default})" if f.default is not None else text
-            group.add_argument(
-                f"--{f.name}", type=_parser_of(kind), choices=choices, metavar=None if choices else kind.__name__.upper(), help=shown
-            )
-    launcher = parser.add_argument_group("launcher and retired flags", "accepted so that published commands run unchanged")
-    launcher.add_argument("--local_rank", "--local-rank", type=int, help="passed by launchers")
-    for name, why in RETIRED.items():
-        if name in _RETIRED_SWITCHES:
-            launcher.add_argument(f"--{name}", action="store_true", help=f"does nothing now: {why}")
-        else:
-            launcher.add_argument(f"--{name}", metavar="VALUE", help=f"does nothing now: {why}")
-    return parser
-
-
-@dataclass(frozen=True)
-class CommandLine:
-    """What was typed: the settings that were given (by recipe or flag), and what the user should be told."""
-
-    given: dict[str, Any]
-    notes: tuple[str, ...]
-    debug: bool
-
-    def resolve(self, saved: dict[str, Any] | None = None) -> RunConfig:
-        """Defaults, then `saved` (a checkpoint's settings), then what was given. Raises UserError for a value out of range."""
-        return _absolute(RunConfig(**{**(saved or {}), **self.given}))
-
-
-def parse(argv: Sequence[str], command: str, description: str) -> CommandLine:
-    """Read flags and the recipe they name. Raises UserError for an unknown flag or key, or a value of the wrong type."""
-    parser = make_parser(command, description)
-    namespace, unknown = parser.parse_known_args(list(argv))
-    if unknown:
-        assert isinstance(parser, _Parser)
-        parser.refuse_unknown(unknown)
-    typed = vars(namespace)
-    names = {f.name for f in dataclasses.fields(RunConfig)}
-    recipe = _read_recipe(typed["config"]) if "config" in typed else {}
-    notes = tuple(f"--{name} does nothing now: {why}" for name, why in RETIRED.items() if name in typed)
-    given = {**recipe, **{k: v for k, v in typed.items() if k in names}}
-    if given.get("lr") is not None and given.get("blr") is not None:  # a sweep over --blr on a recipe with lr would be one run
-        notes += (
-            f"--blr {given['blr']:g} is not used, since --lr {given['lr']:g} is given{' by the recipe' if 'lr' not in typed else ''}",
-        )
-    return CommandLine(given, notes, "debug" in typed)
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    import yaml
-
-    text = read_text(path, "the recipe (--config)")
-    try:
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        keys = [node.value for node, _ in tree.value] if isinstance(tree, yaml.MappingNode) else []
-        recipe = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(recipe, dict):
-        raise UserError(f"--config {path}: must hold lines 'flag: value'")
-    for key in keys:
-        if keys.count(key) > 1:
-            raise UserError(f"--config {path}: '{key}' stands there twice; keep one")
-    return settings_from(recipe, f"--config {path}")
 
 
 def settings_from(values: dict[str, Any], source: str) -> dict[str, Any]:
@@ -355,7 +377,9 @@ def _typed(key: str, value: Any, annotation: Any, source: str) -> Any:
         if value in choices:
             return value
         raise UserError(f"{source}: {key}: {show(value)} is not one of {', '.join(choices)}")
-    accepted = {float: (int, float, str), Path: (str,)}.get(kind, (kind,))  # YAML 1.1 reads 3e-4 as text
+    accepted = {float: (int, float, str), Path: (str,)}.get(
+        kind, (kind,)
+    )  # YAML 1.1 reads 3e-4 as text
     if isinstance(value, accepted) and isinstance(value, bool) == (kind is bool):
         with contextlib.suppress(ValueError, OverflowError):
             return path_of(value) if kind is Path else kind(value)
@@ -365,28 +389,15 @@ def _typed(key: str, value: Any, annotation: Any, source: str) -> Any:
 def _absolute(config: RunConfig) -> RunConfig:
     """Paths seen from the user's directory now, so that a saved setting means the same from any other."""
     paths: dict[str, Any] = {
-        f.name: Path(v).absolute() for f in dataclasses.fields(config) if isinstance(v := getattr(config, f.name), Path)
+        f.name: Path(v).absolute()
+        for f in dataclasses.fields(config)
+        if isinstance(v := getattr(config, f.name), Path)
     }
     if is_path(config.deepspeed):
         paths["deepspeed"] = str(Path(config.deepspeed).absolute())
     return dataclasses.replace(config, **paths)
 
 
-Change = tuple[str, str, str]  # of a setting or file: (name, what it was, what it is)
-
-
-def differences(saved: dict[str, Any], now: RunConfig) -> list[Change]:
-    """Every setting that defines a run, is not what it was, and may not differ by --allow_change."""
-    current = now.to_json()
-    return [(name, json.dumps(saved.get(name)), json.dumps(current[name])) for name in current
-            if name not in NOT_IDENTITY and name not in now.allowed_changes and saved.get(name) != current[name]]  # fmt: skip
-
-
-def refuse_changes(where: str, changes: Sequence[Change], remedy: str) -> None:
-    """Raises UserError with a table of what changed, if anything did."""
-    if changes:
-        names = list(dict.fromkeys(name.split()[0] for name, _, _ in changes))
-        raise UserError(
-            f"{where} ({', '.join(names)}; table below); {remedy}, or allow it by --allow_change {','.join(names)}",
-            [("changed", "was", "is"), *changes],
-        )
+def is_path(deepspeed: str) -> bool:
+    """Whether --deepspeed names a file of the user's, not one of ds_configs/."""
+    return "/" in deepspeed or deepspeed.endswith(".json")

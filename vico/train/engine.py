@@ -4,138 +4,19 @@ The frozen backbone keeps its own type and the trainables are fp32, so DeepSpeed
 fixed factor keeps small fp16 gradients from vanishing (`GRADIENT_SCALE`).
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vico.errors import UserError, nearest, show
-from vico.io.text import read_json_object
+from vico.errors import UserError
 from vico.model.batch import PackedBatch
-from vico.train.config import is_path
 from vico.train.optim import MOMENTS
 
-SHIPPED_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
-# What the run decides. "auto" or absent is right; a number must be the one that the flags give.
-RUN_KEYS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
-# Settings of DeepSpeed that would compute something else than the method, or nothing here, with what to use instead.
-REFUSED = {
-    "optimizer": "the optimizer is AdamW as the method sets it; use --lr, --blr and --weight_decay",
-    "scheduler": "the schedule is the method's; use --lr, --min_lr, --warmup_epochs and --epochs",
-    "gradient_clipping": "the method does not clip gradients",
-    "amp": "use --precision",
-    "data_types": "gradients are accumulated in fp32",
-    "gradient_predivide_factor": "gradients are summed exactly",
-    "prescale_gradients": "gradients are summed exactly",
-    "gradient_allreduce_op": "gradients are summed exactly",
-    "compression_training": "the backbone is frozen",
-    "activation_checkpointing": "DeepSpeed does not recompute this model's activations",
-    "tensorboard": "curves are written to OUTPUT_DIR/runs",
-    "wandb": "curves are written to OUTPUT_DIR/runs",
-    "csv_monitor": "curves are written to OUTPUT_DIR/runs",
-    "zero_optimization.zero_quantized_weights": "weights are exchanged exactly",
-    "zero_optimization.zero_quantized_nontrainable_weights": "weights are exchanged exactly",
-    "zero_optimization.zero_quantized_gradients": "gradients are summed exactly",
-    "zero_optimization.zenflow": "gradients are summed exactly",
-}
-SECTIONS = ("zero_optimization", "bf16", "fp16", "aio", "flops_profiler", "comms_logger")  # DeepSpeed checks what they hold
-SWITCHES = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")
-KNOWN = frozenset({*RUN_KEYS, *REFUSED, *SECTIONS, *SWITCHES, "steps_per_print", "communication_data_type"})
 GRADIENT_SCALE = {torch.float16: 2.0**10, torch.bfloat16: 1.0, torch.float32: 1.0}
-
-
-def read_config(name: str, precision: str, micro_batch_size: int, accumulation: int, world_size: int) -> dict[str, Any]:
-    """The ds_config of this name (of ds_configs/) or path, as `resolve_auto` makes it. Raises UserError for what does not fit."""
-    path = Path(name)
-    if not is_path(name):
-        path = SHIPPED_CONFIGS / f"{name}.json"
-        shipped = sorted(p.stem for p in SHIPPED_CONFIGS.glob("*.json"))
-        if name not in shipped:
-            names = ["auto", *shipped]
-            raise UserError(f"--deepspeed {name}: must be {', '.join(names)} or the path of a JSON file{nearest(name, names)}")
-    config = read_json_object(path, "the DeepSpeed config (--deepspeed)")
-    return resolve_auto(config, path, precision, micro_batch_size, accumulation, world_size)
-
-
-def resolve_auto(
-    config: dict[str, Any], path: Path, precision: str, micro_batch_size: int, accumulation: int, world_size: int
-) -> dict[str, Any]:  # fmt: skip
-    """The ds_config of a run with every "auto" resolve_auto. Raises UserError, naming `path`, for what does not fit."""
-    _check_keys(config, path)
-    numbers = dict(zip(RUN_KEYS, (micro_batch_size, accumulation, micro_batch_size * accumulation * world_size), strict=True))
-    for key, value in numbers.items():
-        given = config.get(key, "auto")
-        if given != "auto" and (given != value or isinstance(given, bool)):
-            flags = f"--batch_size {micro_batch_size} --accum_iter {accumulation} on {world_size} rank(s)"
-            raise UserError(f'--deepspeed {path}: {key} {_brief(given)} does not fit {flags}, which make {value}; write "auto"')
-    for kind in ("bf16", "fp16"):
-        enabled = config.get(kind, {}).get("enabled", "auto")
-        if enabled not in ("auto", precision == kind):
-            raise UserError(f'--deepspeed {path}: {kind}.enabled {_brief(enabled)} against --precision {precision}; write "auto"')
-    config = {key: value for key, value in config.items() if value != "auto" and key not in REFUSED}
-    config["zero_optimization"] = {key: value for key, value in config["zero_optimization"].items() if value != "auto"}
-    # The method does not clip, and DeepSpeed does, at 1.0, unless told otherwise; its own step lines come only when asked for.
-    # Our AdamW is torch's, also where its state is offloaded.
-    config = {"gradient_clipping": 0.0, "steps_per_print": 10**9, **config, **numbers}
-    config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-    _let_deepspeed_check(config, path)
-    return {key: value for key, value in config.items() if key not in ("bf16", "fp16")}
-
-
-def _check_keys(config: dict[str, Any], path: Path) -> None:
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    fields = DeepSpeedZeroConfig.model_fields
-    known_of_zero = {*fields, *(field.alias for field in fields.values() if field.alias)}
-    for key, value in config.items():
-        if key not in KNOWN:
-            raise UserError(f"--deepspeed {path}: unknown key {show(key)}{nearest(key, KNOWN)}")
-        _refuse(key, value, path)
-        if key in SECTIONS and not isinstance(value, dict):
-            raise UserError(f"--deepspeed {path}: '{key}' must be a section of its own")
-        if key in SWITCHES and not (value == "auto" or isinstance(value, bool)):
-            raise UserError(f"--deepspeed {path}: {key} is {_brief(value)} and must be true or false")
-    for key, value in config.get("zero_optimization", {}).items():
-        if key not in known_of_zero:
-            raise UserError(f"--deepspeed {path}: unknown key {show(f'zero_optimization.{key}')}{nearest(key, known_of_zero)}")
-        _refuse(f"zero_optimization.{key}", value, path)
-    stage = config.get("zero_optimization", {}).get("stage")
-    if stage not in (1, 2, 3) or not isinstance(stage, int) or isinstance(stage, bool):
-        raise UserError(f"--deepspeed {path}: zero_optimization.stage is {_brief(stage)}; use 1, 2 or 3")
-    every = config.get("steps_per_print", "auto")
-    if every != "auto" and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
-        raise UserError(f"--deepspeed {path}: steps_per_print is {_brief(every)} and must be a whole number of at least 1")
-
-
-def _brief(value: Any) -> str:
-    """A value as JSON writes it, short enough for a message."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _refuse(key: str, value: Any, path: Path) -> None:
-    off = value in ("auto", None, 0, False) or (isinstance(value, dict) and value.get("enabled") is False)
-    if key in REFUSED and not off:
-        raise UserError(f"--deepspeed {path}: '{key}' must go: {REFUSED[key]}")
-
-
-def _let_deepspeed_check(config: dict[str, Any], path: Path) -> None:
-    import pydantic
-    from deepspeed.runtime.config import DeepSpeedConfig
-
-    try:
-        DeepSpeedConfig({key: value for key, value in config.items() if key != "train_batch_size"})  # which follows from the ranks
-    except pydantic.ValidationError as problem:
-        first = problem.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"--deepspeed {path}: DeepSpeed refuses {where} {show(first['input'])}: {first['msg'][:300]}") from None
-    except Exception as problem:  # whatever a wrong value runs into: the keys are known, the values alone are the user's
-        raise UserError(f"--deepspeed {path}: DeepSpeed refuses a value: {' '.join(str(problem).split())[:300]}") from None
 
 
 @contextmanager
@@ -155,7 +36,9 @@ def zero_init(config: Mapping[str, Any], device: torch.device) -> Iterator[None]
                 parameter.partition()  # type: ignore[attr-defined]
 
         # Types stay as they are: by default every new tensor would take the one type of the ds_config.
-        with Init(config_dict_or_path=dict(config), tensor_overrides=[DeepSpeedTensorOverride.device]):
+        with Init(
+            config_dict_or_path=dict(config), tensor_overrides=[DeepSpeedTensorOverride.device]
+        ):
             yield
 
 
@@ -173,7 +56,9 @@ def load_parameter(parameter: nn.Parameter, read: Callable[[int, int], Tensor]) 
         partitioned: Any = parameter
         mine, size = partitioned.ds_tensor, partitioned.ds_numel
         if getattr(parameter, "ds_secondary_tensor", None) is not None:
-            raise UserError("--deepspeed: zero_hpz_partition_size must go: a second copy of each part is not kept right")
+            raise UserError(
+                "--deepspeed: zero_hpz_partition_size must go: a second copy of each part is not kept right"
+            )
         start = min(mine.ds_numel * torch.distributed.get_rank(), size)
         stop = min(start + mine.ds_numel, size)
         mine.zero_()
@@ -184,18 +69,27 @@ class Engine:
     """A model under DeepSpeed: forward, backward of micro-batches, step, and the trainables' full state."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], dtype: torch.dtype, attention: str = ""
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: Mapping[str, Any],
+        dtype: torch.dtype,
+        attention: str = "",
     ) -> None:
         import deepspeed
 
         self.attention = attention  # what it is and why, for the log
 
         self.module, self._scale = model, GRADIENT_SCALE[dtype]
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(config))
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=dict(config)
+        )
         self._world_size: int = self._engine.world_size
         self.stage: int = config["zero_optimization"]["stage"]
         self.trainables = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._largest_gradient = torch.zeros((), device=self._engine.device)  # NaN, once there, stays the largest
+        self._largest_gradient = torch.zeros(
+            (), device=self._engine.device
+        )  # NaN, once there, stays the largest
         self._is_dry_run = False
         for parameter in self.trainables.values():
             parameter.register_hook(self._pass_gradient)
@@ -206,7 +100,9 @@ class Engine:
             return torch.zeros_like(gradient)
         gradient = gradient / self._scale if self._scale != 1.0 else gradient
         largest = torch.linalg.vector_norm(gradient, math.inf, dtype=torch.float32)
-        torch.maximum(self._largest_gradient, largest, out=self._largest_gradient)  # two kernels; isfinite, all, not, or: seven
+        torch.maximum(
+            self._largest_gradient, largest, out=self._largest_gradient
+        )  # two kernels; isfinite, all, not, or: seven
         return gradient
 
     def had_bad_gradient(self) -> bool:
@@ -216,7 +112,9 @@ class Engine:
         return not found
 
     def train(self, mode: bool) -> None:
-        if self.module.training != mode:  # a walk through all modules, 2 ms of a slow host's time while a GPU waits
+        if (
+            self.module.training != mode
+        ):  # a walk through all modules, 2 ms of a slow host's time while a GPU waits
             self._engine.train(mode)
 
     def forward(self, batch: PackedBatch) -> Tensor:
@@ -232,7 +130,9 @@ class Engine:
         """
         self._engine.set_gradient_accumulation_boundary(last)
         nothing = loss.detach() - loss.detach()  # or NaN
-        self._engine.backward(loss * (nothing + self._world_size * self._scale), scale_wrt_gas=False)
+        self._engine.backward(
+            loss * (nothing + self._world_size * self._scale), scale_wrt_gas=False
+        )
         if not last:
             self._engine.step()  # counts the micro-batch, updates nothing
 
@@ -264,7 +164,10 @@ class Engine:
         for name, parameter in self.trainables.items():
             shape = _shape(parameter)
             weights[name] = next(whole)[: shape.numel()].view(shape).clone()
-            moments |= {f"{name}.{moment}": next(whole)[: shape.numel()].view(shape).clone() for moment in MOMENTS}
+            moments |= {
+                f"{name}.{moment}": next(whole)[: shape.numel()].view(shape).clone()
+                for moment in MOMENTS
+            }
         return weights, moments
 
     def _summed_state(self) -> list[Tensor]:
@@ -276,7 +179,9 @@ class Engine:
                 share = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
                 if (held := parameter._hp_mapping) is not None:
                     place = held.lp_fragment_address
-                    share[place.start : place.start + place.numel].copy_(held.get_hp_fragment(moment))
+                    share[place.start : place.start + place.numel].copy_(
+                        held.get_hp_fragment(moment)
+                    )
                 shares.append(share)
         whole = torch.cat(shares)
         torch.distributed.all_reduce(whole, group=parameters[0]._dp_group)
@@ -288,18 +193,27 @@ class Engine:
 
         parts = []
         for parameter in self.trainables.values():
-            parts += [safe_get_local_fp32_param(parameter), *(safe_get_local_optimizer_state(parameter, moment) for moment in MOMENTS)]
+            parts += [
+                safe_get_local_fp32_param(parameter),
+                *(safe_get_local_optimizer_state(parameter, moment) for moment in MOMENTS),
+            ]
         mine = torch.cat(parts)
         whole = mine.new_empty(self._world_size * mine.numel())
         torch.distributed.all_gather_into_tensor(whole, mine)
-        of_ranks = whole.cpu().view(self._world_size, -1).split([part.numel() for part in parts], dim=1)
+        of_ranks = (
+            whole.cpu().view(self._world_size, -1).split([part.numel() for part in parts], dim=1)
+        )
         return [of_rank.flatten() for of_rank in of_ranks]
 
     def set_moments(self, moments: Mapping[str, Tensor], num_updates: int) -> None:
         """Put Adam back to where it stood after `num_updates` updates."""
         zero = self._engine.optimizer
         # DeepSpeed has no call for an optimizer that has not stepped yet: its flat master tensors get their state here.
-        for flat in zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups:
+        for flat in (
+            zero.fp32_partitioned_groups_flat
+            if self.stage == 3
+            else zero.single_partition_of_fp32_groups
+        ):
             empty = {moment: torch.zeros_like(flat, requires_grad=False) for moment in MOMENTS}
             zero.optimizer.state[flat] = {"step": torch.tensor(float(num_updates)), **empty}
         if self.stage < 3:
@@ -314,7 +228,11 @@ def _shape(parameter: nn.Parameter) -> torch.Size:
 
 
 def _set_moment(parameter: nn.Parameter, value: Tensor, moment: str) -> None:
-    from deepspeed.utils import safe_get_local_optimizer_state, safe_set_full_optimizer_state, safe_set_local_optimizer_state
+    from deepspeed.utils import (
+        safe_get_local_optimizer_state,
+        safe_set_full_optimizer_state,
+        safe_set_local_optimizer_state,
+    )
 
     if not hasattr(parameter, "ds_id"):
         safe_set_full_optimizer_state(parameter, value.to(parameter.device), moment)

@@ -12,22 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from vico.checkpoint import read as checkpoints
-from vico.checkpoint.read import Checkpoint
 from vico.data.batching import Chunk, EvaluationChunks
 from vico.data.dataloader import loader
 from vico.data.datasets import DATASETS, accuracy_groups
+from vico.data.types import Question
 from vico.distributed import signals
 from vico.distributed.world import World
 from vico.errors import TrainingError, UserError, one_line
 from vico.io.atomic import make_folder, write_lines
 from vico.io.failpoints import reached
-from vico.model.batch import PackedBatch, Question
-from vico.train.build import Inputs, build_engine, read_inputs
-from vico.train.config import SHAPES, CommandLine, RunConfig
+from vico.model.batch import PackedBatch
+from vico.train.build import Inputs
+from vico.train.config import RunConfig
 from vico.train.engine import Engine
-from vico.train.rank_consistency import require_same_files
-from vico.train.run_log import ProgressBar
+from vico.train.progress_bar import ProgressBar
 
 CHUNKS_PER_ASKING = 8  # forwards between two looks at whether a rank was asked to stop: the looks make ranks wait for each other
 
@@ -38,7 +36,9 @@ class Evaluation:
     scores: list[list[float]]  # per question, per option
     accuracies: dict[str, float]  # "acc" and one per group; empty where the split has no answers
     counts: dict[str, tuple[int, int]]  # group -> (right, asked)
-    dropped: dict[str, int] = field(default_factory=dict)  # group -> questions of the file that were not asked (--missing_features drop)
+    dropped: dict[str, int] = field(
+        default_factory=dict
+    )  # group -> questions of the file that were not asked (--missing_features drop)
 
     @property
     def num_total(self) -> int:
@@ -61,7 +61,15 @@ class Evaluation:
 
     def records(self) -> list[dict[str, Any]]:
         return [
-            {"index": q.index, "qid": q.qid, "video": q.video, "type": q.type, "scores": s, "answer": q.answer, "prediction": p}
+            {
+                "index": q.index,
+                "qid": q.qid,
+                "video": q.video,
+                "type": q.type,
+                "scores": s,
+                "answer": q.answer,
+                "prediction": p,
+            }
             for q, s, p in zip(self.questions, self.scores, self.predictions, strict=True)
         ]
 
@@ -74,18 +82,33 @@ class Evaluation:
         """Accuracy by group, as text."""
         if not self.accuracies:
             return f"{self.used} without answers: predictions only"
-        rows = [self._row(group, *counts, self.dropped.get(group, 0)) for group, counts in self.counts.items()]
-        rows += [f"  {one_line(group):<16}{0:>6} used / {n} total" for group, n in self.dropped.items() if group not in self.counts]
+        rows = [
+            self._row(group, *counts, self.dropped.get(group, 0))
+            for group, counts in self.counts.items()
+        ]
+        rows += [
+            f"  {one_line(group):<16}{0:>6} used / {n} total"
+            for group, n in self.dropped.items()
+            if group not in self.counts
+        ]
         right, asked = (sum(c[i] for c in self.counts.values()) for i in (0, 1))
-        extra = [f"  {name:<16}{'':>15}{value:8.2%}" for name, value in self.accuracies.items() if name == "Mean"]
-        return "\n".join([*rows, self._row("all", right, asked, sum(self.dropped.values())), *extra])
+        extra = [
+            f"  {name:<16}{'':>15}{value:8.2%}"
+            for name, value in self.accuracies.items()
+            if name == "Mean"
+        ]
+        return "\n".join(
+            [*rows, self._row("all", right, asked, sum(self.dropped.values())), *extra]
+        )
 
     def _row(self, group: str, right: int, asked: int, dropped: int) -> str:
         of = f"   {asked} used / {asked + dropped} total" if self.dropped else ""
         return f"  {one_line(group):<16}{right:>6} / {asked:<6}{right / asked:8.2%}{of}"
 
 
-def evaluate(engine: Engine, inputs: Inputs, split: str, config: RunConfig, world: World) -> Evaluation:
+def evaluate(
+    engine: Engine, inputs: Inputs, split: str, config: RunConfig, world: World
+) -> Evaluation:
     """Score the split's questions. A collective: every rank runs as many forwards, and every rank gets the result."""
     questions = inputs.questions[split]
     if not questions:
@@ -93,19 +116,33 @@ def evaluate(engine: Engine, inputs: Inputs, split: str, config: RunConfig, worl
     with world.raise_together():
         inputs.features.check_unchanged()
     chunks = EvaluationChunks(
-        questions, inputs.features, inputs.prompts, num_slots=config.max_feats, rank=world.rank, world_size=world.size
+        questions,
+        inputs.features,
+        inputs.prompts,
+        num_slots=config.max_feats,
+        rank=world.rank,
+        world_size=world.size,
     )
-    batches = loader(chunks, range(len(chunks)), config.num_workers, pin=world.device.type == "cuda")
+    batches = loader(
+        chunks, range(len(chunks)), config.num_workers, pin=world.device.type == "cuda"
+    )
     engine.train(False)
     error: UserError | None = None
     spare: PackedBatch | None = None
     done: list[tuple[Chunk, torch.Tensor]] = []
-    with torch.no_grad(), ProgressBar(f"evaluating {len(questions)} {split} questions", len(chunks), "batch", world.is_main) as progress:
+    with (
+        torch.no_grad(),
+        ProgressBar(
+            f"evaluating {len(questions)} {split} questions", len(chunks), "batch", world.is_main
+        ) as progress,
+    ):
         for number, chunk in enumerate(batches, start=1):
             world.set_phase(f"batch {number} of the {split} evaluation")
             reached("evaluation")
             error = error or chunk.error
-            spare = chunk.batch or spare  # after an error a rank goes on with some batch: the others count on its forwards
+            spare = (
+                chunk.batch or spare
+            )  # after an error a rank goes on with some batch: the others count on its forwards
             if spare is None:
                 raise error or AssertionError("a chunk without batch brings its error")
             losses = engine.forward(spare.to(world.device))  # they stay on the device: no sync
@@ -113,7 +150,10 @@ def evaluate(engine: Engine, inputs: Inputs, split: str, config: RunConfig, worl
                 done.append((chunk, losses))
             progress.advance()
             if number % CHUNKS_PER_ASKING == 0 and (signal := world.max(signals.stop_requested())):
-                raise signals.Stopped(signal, f"stopped in the evaluation of {len(questions)} {split} questions; start it again")
+                raise signals.Stopped(
+                    signal,
+                    f"stopped in the evaluation of {len(questions)} {split} questions; start it again",
+                )
     with world.raise_together():
         if error is not None:
             raise error
@@ -122,7 +162,9 @@ def evaluate(engine: Engine, inputs: Inputs, split: str, config: RunConfig, worl
     return summarize(questions, scores, config.dataset, inputs.dropped[split])
 
 
-def _gather(done: list[tuple[Chunk, torch.Tensor]], questions: Sequence[Question], world: World) -> list[list[float]]:
+def _gather(
+    done: list[tuple[Chunk, torch.Tensor]], questions: Sequence[Question], world: World
+) -> list[list[float]]:
     """Scores of all ranks. Each question is scored by one rank, so that adding the ranks' tables changes no bit."""
     width = max(len(q.options) for q in questions)
     table = torch.zeros(len(questions), width, dtype=torch.float64)
@@ -151,20 +193,30 @@ def _require_finite(scores: list[list[float]], questions: Sequence[Question]) ->
         )
 
 
-def summarize(questions: Sequence[Question], scores: list[list[float]], dataset: str, dropped: Sequence[Question] = ()) -> Evaluation:
+def summarize(
+    questions: Sequence[Question],
+    scores: list[list[float]],
+    dataset: str,
+    dropped: Sequence[Question] = (),
+) -> Evaluation:
     """Accuracies as counts over questions: in all, and by the data set's groups of types. `dropped` were not asked."""
     groups = accuracy_groups(dataset, [q.type for q in dropped])
     left_out = {group: sum(q.type in members for q in dropped) for group, members in groups.items()}
     if any(q.answer is None for q in questions):
         return Evaluation(questions, scores, {}, {}, left_out)
-    right = np.array([int(np.argmin(s)) == q.answer for s, q in zip(scores, questions, strict=True)])
+    right = np.array(
+        [int(np.argmin(s)) == q.answer for s, q in zip(scores, questions, strict=True)]
+    )
     types = np.array([q.type for q in questions])
     counts = {}
     for group, members in accuracy_groups(dataset, types.tolist()).items():
         chosen = np.isin(types, members)
         counts[group] = (int(right[chosen].sum()), int(chosen.sum()))
     assert sum(asked for _, asked in counts.values()) == len(questions)
-    accuracies = {"acc": float(right.sum() / len(right)), **{group: r / n for group, (r, n) in counts.items()}}
+    accuracies = {
+        "acc": float(right.sum() / len(right)),
+        **{group: r / n for group, (r, n) in counts.items()},
+    }
     if mean_of := [accuracies[group] for group in DATASETS[dataset].mean_of if group in counts]:
         accuracies["Mean"] = float(np.mean(mean_of))
     return Evaluation(questions, scores, accuracies, counts, left_out)
@@ -176,36 +228,7 @@ def report(evaluation: Evaluation, split: str, config: RunConfig, world: World) 
         if world.is_main:
             make_folder(config.output_dir)
             path = evaluation.write(config.output_dir, split)
-            print(f"{split} accuracy of {evaluation.used} ({path}):\n{evaluation.table()}", flush=True)
+            print(
+                f"{split} accuracy of {evaluation.used} ({path}):\n{evaluation.table()}", flush=True
+            )
             print(json.dumps({"split": split, **evaluation.results()}), flush=True)
-
-
-def evaluate_checkpoint(line: CommandLine, world: World) -> None:
-    """`vico eval`: evaluate --resume on --split, by the checkpoint's own settings where no flag is given."""
-    with world.raise_together():
-        found = checkpoints.read(line.given["resume"])
-        config, notes = settings_of(found, line)
-    require_same_files(world, config)
-    with world.raise_together():
-        inputs = read_inputs(config, (config.split,), world)
-        found = checkpoints.validate_for_model(found, inputs.trainable_shapes, inputs.weights.shape.n_layers)
-    if world.is_main:
-        inputs.cache.flush()
-    for note in (*notes, *found.notes, *inputs.notes):
-        world.print_rank0(note)
-    engine = build_engine(config, inputs, found.weights, world)
-    report(evaluate(engine, inputs, config.split, config, world), config.split, config, world)
-
-
-def settings_of(found: Checkpoint, line: CommandLine) -> tuple[RunConfig, list[str]]:
-    """(settings, what the user should know): the checkpoint's, then the flags', its tensors' shapes always its own."""
-    kept = {name: found.settings[name] for name in SHAPES if name in found.settings}
-    notes = [
-        f"note: --{name} {line.given[name]} is not used: the checkpoint has {value}"
-        for name, value in kept.items()
-        if name in line.given and line.given[name] != value
-    ]
-    # Predictions go beside the checkpoint, wherever it has been copied since, and no split is remembered.
-    saved = {**found.settings, "output_dir": found.path.parent, "split": "val", "init_eval": False}
-    given = {name: value for name, value in line.given.items() if name not in kept}
-    return CommandLine(given, line.notes, line.debug).resolve(saved), notes

@@ -9,44 +9,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from vico.checkpoint import fingerprint, published, restart_limit
+from vico.checkpoint import fingerprint, published, restart_limit, write
 from vico.checkpoint import read as checkpoints
-from vico.checkpoint.read import Checkpoint, TrainState
-from vico.data.batching import Step, TrainingSteps
+from vico.checkpoint.format import Checkpoint, TrainState
+from vico.data.batching import TrainingSteps
 from vico.data.dataloader import loader, start_forkserver
 from vico.distributed import signals
 from vico.distributed.world import World
-from vico.errors import DiskError, InUseError, TrainingError, UserError
+from vico.errors import DiskError, InUseError
 from vico.io import output_dir as lock
 from vico.io.atomic import make_folder, repair_folder, write_bytes, write_json
 from vico.io.failpoints import reached
-from vico.model.batch import PackedBatch
 from vico.model.vico import initial_trainables
 from vico.train.build import Inputs, build_engine, read_inputs
 from vico.train.config import RunConfig
 from vico.train.engine import Engine
 from vico.train.evaluate import Evaluation, evaluate, report
 from vico.train.optim import learning_rate, peak_learning_rate
+from vico.train.progress_bar import ProgressBar
 from vico.train.rank_consistency import require_same_files
 from vico.train.resume import find_start, read_args, run_of, start_progress, with_empty_sums
-from vico.train.run_log import ProgressBar, RunLog, gaps, memory_curves, read_logs
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """Of one optimizer step, over all ranks and micro-batches."""
-
-    loss_sums: list[float]  # per task
-    target_counts: list[int]  # per task
-    grad_norm: float
-    num_real_tokens: int
-    stop_signal: int  # the number of the signal by which a rank was asked to stop; 0: none
-
-    def task_losses(self) -> list[float | None]:
-        return [s / n if n else None for s, n in zip(self.loss_sums, self.target_counts, strict=True)]
+from vico.train.run_log import RunLog, gaps, memory_curves, read_logs
+from vico.train.step import StepReport, train_step
 
 
 def train(config: RunConfig, world: World) -> None:
@@ -66,20 +52,37 @@ def train(config: RunConfig, world: World) -> None:
     with world.raise_together():
         found = find_start(config)
         start = found.checkpoint
-        splits = (evaluation_split,) if only_evaluate else tuple(dict.fromkeys(("train", "val", evaluation_split)))
+        splits = (
+            (evaluation_split,)
+            if only_evaluate
+            else tuple(dict.fromkeys(("train", "val", evaluation_split)))
+        )
         inputs = read_inputs(config, splits, world)
         reached("inputs")
         if start is not None:
-            start = checkpoints.validate_for_model(start, inputs.trainable_shapes, inputs.weights.shape.n_layers)
+            start = checkpoints.validate_for_model(
+                start, inputs.trainable_shapes, inputs.weights.shape.n_layers
+            )
     if world.is_main:
         inputs.cache.flush()
     for note in (*found.notes, *inputs.notes, *(start.notes if start else ())):
         world.print_rank0(note)
-    place = None if only_evaluate else _find_position(config, world, inputs, start)  # before minutes are spent on loading the weights
-    trainables = start.weights if start else initial_trainables(inputs.trainable_shapes, config.bias, config.seed)
+    place = (
+        None if only_evaluate else _find_position(config, world, inputs, start)
+    )  # before minutes are spent on loading the weights
+    trainables = (
+        start.weights
+        if start
+        else initial_trainables(inputs.trainable_shapes, config.bias, config.seed)
+    )
     engine = build_engine(config, inputs, trainables, world)
     if config.init_eval and (only_evaluate or start is None):
-        report(evaluate(engine, inputs, evaluation_split, config, world), evaluation_split, config, world)
+        report(
+            evaluate(engine, inputs, evaluation_split, config, world),
+            evaluation_split,
+            config,
+            world,
+        )
     if place is not None:
         _train(config, world, inputs, engine, found.run, start, *place)
 
@@ -94,39 +97,70 @@ def _take_over(output_dir: Path) -> None:
 
 def _find_position(
     config: RunConfig, world: World, inputs: Inputs, start: Checkpoint | None
-) -> tuple[TrainingSteps, dict[str, str], TrainState]:  # fmt: skip
+) -> tuple[TrainingSteps, dict[str, str], TrainState]:
     """The steps of this run, the fingerprints of what it is trained on, and where it stands."""
     steps = TrainingSteps(
-        inputs.questions["train"], inputs.captions, inputs.features, inputs.prompts, num_slots=config.max_feats, tasks=config.tasks,
-        micro_batch_size=config.batch_size, accumulation=config.accum_iter, rank=world.rank, world_size=world.size, seed=config.seed,
-        shuffle=not config.no_shuffle, crop=config.caption_crop == "sentence", max_tokens=config.max_tokens,
-    )  # fmt: skip
+        inputs.questions["train"],
+        inputs.captions,
+        inputs.features,
+        inputs.prompts,
+        num_slots=config.max_feats,
+        tasks=config.tasks,
+        micro_batch_size=config.batch_size,
+        accumulation=config.accum_iter,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.seed,
+        shuffle=not config.no_shuffle,
+        crop=config.caption_crop == "sentence",
+        max_tokens=config.max_tokens,
+    )
     world.set_phase("taking fingerprints of backbone and data")
     with world.raise_together():
         # Rank 0's are enough: that the hosts have the same files is known. It alone writes checkpoints, too.
         prints = (
-            fingerprint.of_run(inputs.weights, inputs.questions, inputs.captions, inputs.features, inputs.cache) if world.is_main else {}
+            fingerprint.of_run(
+                inputs.weights, inputs.questions, inputs.captions, inputs.features, inputs.cache
+            )
+            if world.is_main
+            else {}
         )
-        progress = start_progress(start, steps.steps_per_epoch, steps.questions_per_step, config, prints)
+        progress = start_progress(
+            start, steps.steps_per_epoch, steps.questions_per_step, config, prints
+        )
     if world.is_main:
         inputs.cache.flush()
     return steps, prints, progress
 
 
 def _train(
-    config: RunConfig, world: World, inputs: Inputs, engine: Engine, run_id: str, start: Checkpoint | None, steps: TrainingSteps,
-    prints: dict[str, str], progress: TrainState,
-) -> None:  # fmt: skip
+    config: RunConfig,
+    world: World,
+    inputs: Inputs,
+    engine: Engine,
+    run_id: str,
+    start: Checkpoint | None,
+    steps: TrainingSteps,
+    prints: dict[str, str],
+    progress: TrainState,
+) -> None:
     if start is not None and start.moments is not None:
         engine.set_moments(start.moments, progress.num_updates)
-    last_step = min(config.epochs * steps.steps_per_epoch, config.max_steps or config.epochs * steps.steps_per_epoch)
+    last_step = min(
+        config.epochs * steps.steps_per_epoch,
+        config.max_steps or config.epochs * steps.steps_per_epoch,
+    )
     if progress.step >= last_step and not progress.evaluation_due:
-        world.print_rank0(f"{config.output_dir}: this run is complete at step {progress.step} of {last_step}; nothing to train")
+        world.print_rank0(
+            f"{config.output_dir}: this run is complete at step {progress.step} of {last_step}; nothing to train"
+        )
         return
     peak_lr = peak_learning_rate(config.lr, config.blr, steps.questions_per_step)
     with world.raise_together():
         log = _open_log(config, world, run_id, progress, steps, peak_lr)
-    run = _Run(config, world, inputs, engine, run_id, prints, log, progress, steps.steps_per_epoch, peak_lr)
+    run = _Run(
+        config, world, inputs, engine, run_id, prints, log, progress, steps.steps_per_epoch, peak_lr
+    )
     where = f"{world.size} rank(s) on {world.device.type}, {inputs.stage}, {config.precision}, {engine.attention}"
     world.print_rank0(
         f"training steps {progress.step + 1} to {last_step}, {steps.steps_per_epoch} per epoch, {steps.questions_per_step} questions each; {where}"
@@ -137,8 +171,13 @@ def _train(
         _save(run, progress)
         if world.is_main:
             restart_limit.end(config.output_dir)
-        name, place = signal.Signals(stop.number).name, config.output_dir / f"checkpoint-{progress.step}"
-        raise signals.Stopped(stop.number, f"stopped by {name}; saved {place}; the same command goes on there") from None
+        name, place = (
+            signal.Signals(stop.number).name,
+            config.output_dir / f"checkpoint-{progress.step}",
+        )
+        raise signals.Stopped(
+            stop.number, f"stopped by {name}; saved {place}; the same command goes on there"
+        ) from None
     except DiskError:
         if world.is_main:
             restart_limit.end(config.output_dir)  # with more space the same command does not fail
@@ -146,7 +185,9 @@ def _train(
     if log is not None:
         log.close()
         restart_limit.end(config.output_dir)
-    world.print_rank0(f"done: {config.output_dir}; curves: tensorboard --logdir {config.output_dir / 'runs'}")
+    world.print_rank0(
+        f"done: {config.output_dir}; curves: tensorboard --logdir {config.output_dir / 'runs'}"
+    )
 
 
 @dataclass(frozen=True)
@@ -166,12 +207,16 @@ class _Run:
 
     def lr(self, step: int) -> float:
         c = self.config
-        return learning_rate(step, self.steps_per_epoch, self.peak_lr, c.min_lr, c.warmup_epochs, c.epochs)
+        return learning_rate(
+            step, self.steps_per_epoch, self.peak_lr, c.min_lr, c.warmup_epochs, c.epochs
+        )
 
 
 def _run_steps(run: _Run, steps: TrainingSteps, last_step: int) -> None:
     config, world, progress = run.config, run.world, run.progress
-    if progress.evaluation_due:  # the run was stopped between an epoch's last step and the end of its evaluation
+    if (
+        progress.evaluation_due
+    ):  # the run was stopped between an epoch's last step and the end of its evaluation
         _end_epoch(run)
     schedule = [divmod(k, steps.steps_per_epoch) for k in range(progress.step, last_step)]
     if schedule:
@@ -179,16 +224,33 @@ def _run_steps(run: _Run, steps: TrainingSteps, last_step: int) -> None:
         world.set_phase(f"waiting for the data of step {progress.step + 1}")
     with ProgressBar("training", last_step, "step", world.is_main, done=progress.step) as bar:
         step_start = time.perf_counter()
-        for (epoch, place), batch in zip(schedule, loader(steps, schedule, config.num_workers, world.device.type == "cuda"), strict=True):
+        for (epoch, place), batch in zip(
+            schedule,
+            loader(steps, schedule, config.num_workers, world.device.type == "cuda"),
+            strict=True,
+        ):
             lr = run.lr(progress.step)
             number = progress.step + 1
-            report = train_step(run.engine, batch, number, config.task_weights, lr, world, run.log.error if run.log else None)
-            seconds, step_start = time.perf_counter() - step_start, time.perf_counter()  # waiting for data included
+            report = train_step(
+                run.engine,
+                batch,
+                number,
+                config.task_weights,
+                lr,
+                world,
+                run.log.error if run.log else None,
+            )
+            seconds, step_start = (
+                time.perf_counter() - step_start,
+                time.perf_counter(),
+            )  # waiting for data included
             _advance(progress, report)
             world.set_phase(f"waiting for the data of step {number + 1}")
             loss = _log_step(run.log, config, progress.step, epoch, report, lr, seconds)
             bar.advance(f"epoch {epoch}  loss {loss:.4f}  lr {lr:.2e}  {seconds:.2f} s/step")
-            progress.evaluation_due = place + 1 == steps.steps_per_epoch or progress.step == last_step
+            progress.evaluation_due = (
+                place + 1 == steps.steps_per_epoch or progress.step == last_step
+            )
             if report.stop_signal:
                 raise signals.Stopped(report.stop_signal, "stopped between two steps")
             if progress.evaluation_due:
@@ -215,85 +277,38 @@ def _dry_run(run: _Run, steps: TrainingSteps) -> None:
     )
 
 
-def train_step(
-    engine: Engine, step: Step, number: int, task_weights: tuple[float, ...], lr: float, world: World, error: UserError | None = None
-) -> StepReport:
-    """One optimizer step: agree on the targets of all ranks, then forward and backward each micro-batch, then update.
-
-    The loss is the weighted sum over tasks of the mean over the task's targets in the whole step (METHOD section 3), so
-    each micro-batch adds its sum of losses divided by the step's count. `number` is the step's, for messages.
-    """
-    world.set_phase(f"raise_together on step {number}")
-    error = step.error or error
-    numbers = torch.tensor([len(step.micro_batches), step.num_real_tokens, error is not None])
-    totals = world.gather(torch.cat([step.target_counts, numbers]))
-    if totals[:, -1].any():
-        with world.raise_together():
-            if error is not None:
-                raise error
-    counts, num_micro_batches = totals[:, :-3].sum(dim=0), int(totals[:, -3].max())
-    weights = torch.tensor(task_weights, dtype=torch.float64) / counts.clamp(min=1)
-    weights = weights.to(world.device, torch.float32, non_blocking=True)
-    engine.train(True)
-    loss_sums = torch.zeros(len(counts), dtype=torch.float64, device=world.device)
-    for i in range(num_micro_batches):
-        micro_batch = step.micro_batches[i] if i < len(step.micro_batches) else step.dummy
-        assert micro_batch is not None
-        world.set_phase(f"micro-batch {i + 1} of {num_micro_batches} of step {number}")
-        micro_batch = micro_batch.to(world.device)
-        losses = engine.forward(micro_batch)
-        reached("step")
-        sums = sums_by_task(losses, micro_batch, len(counts))
-        loss_sums += sums.detach()
-        engine.backward((sums.float() * weights).sum(), last=i + 1 == num_micro_batches)
-    world.set_phase(f"updating in step {number}")
-    grad_norm, updated = engine.step(lr)  # not made where a loss or a gradient of any rank is not finite
-    found_RT = world.gather(torch.cat([loss_sums.cpu(), torch.tensor([signals.stop_requested()], dtype=torch.float64)]))
-    _require_finite(~found_RT.isfinite().all(dim=1), "loss", number, step, world)
-    if not updated:
-        _require_finite(world.gather(torch.tensor(engine.had_bad_gradient())), "gradient", number, step, world)
-        raise TrainingError(f"step {number}: the sum of the ranks' gradients is not finite; the update was not made; {NOT_FINITE_REMEDY}")
-    loss_sums_T = found_RT[:, :-1].sum(dim=0)
-    return StepReport(loss_sums_T.tolist(), counts.tolist(), grad_norm, int(totals[:, -2].sum()), int(found_RT[:, -1].max()))
-
-
-NOT_FINITE_REMEDY = "try a lower --blr, or --precision bf16 or fp32; at step 1, look for NaN in the weights"
-
-
-def _require_finite(bad_R: Tensor, what: str, number: int, step: Step, world: World) -> None:
-    """All ranks stop here together when one of them has met what is not finite; that rank names its questions."""
-    if not bad_R.any():
-        return
-    with world.raise_together():
-        if bad_R[world.rank]:
-            shown = ", ".join(step.names[:4]) + (f" and {len(step.names) - 4} more" if len(step.names) > 4 else "")
-            raise TrainingError(
-                f"the {what} is not finite on rank {world.rank} in step {number} (questions {shown}); the update was not made; {NOT_FINITE_REMEDY}"
-            )
-
-
-def sums_by_task(losses: Tensor, batch: PackedBatch, num_tasks: int) -> Tensor:
-    """Sum of the losses of each task, float64 [tasks]; masked sums, because adding by index has no fixed order on a GPU."""
-    return torch.stack([torch.where(batch.target_tasks == task, losses, 0.0).double().sum() for task in range(num_tasks)])
-
-
 def _advance(progress: TrainState, report: StepReport) -> None:
     progress.step += 1
     progress.num_updates += 1
-    progress.epoch_loss_sums = [a + b for a, b in zip(progress.epoch_loss_sums, report.loss_sums, strict=True)]
-    progress.epoch_target_counts = [a + b for a, b in zip(progress.epoch_target_counts, report.target_counts, strict=True)]
+    progress.epoch_loss_sums = [
+        a + b for a, b in zip(progress.epoch_loss_sums, report.loss_sums, strict=True)
+    ]
+    progress.epoch_target_counts = [
+        a + b for a, b in zip(progress.epoch_target_counts, report.target_counts, strict=True)
+    ]
 
 
 def _open_log(
-    config: RunConfig, world: World, run_id: str, progress: TrainState, steps: TrainingSteps, peak_lr: float
-) -> RunLog | None:  # fmt: skip
+    config: RunConfig,
+    world: World,
+    run_id: str,
+    progress: TrainState,
+    steps: TrainingSteps,
+    peak_lr: float,
+) -> RunLog | None:
     if not world.is_main:
         return None
     make_folder(config.output_dir)
     _take_over(config.output_dir)
-    saved = read_args(config.output_dir / "args.json") if os.path.exists(config.output_dir / "args.json") else None
+    saved = (
+        read_args(config.output_dir / "args.json")
+        if os.path.exists(config.output_dir / "args.json")
+        else None
+    )
     if saved is not None and run_of(saved) != run_id:
-        raise InUseError(f"{config.output_dir}: another run began and wrote here while this one was starting; choose another --output_dir")
+        raise InUseError(
+            f"{config.output_dir}: another run began and wrote here while this one was starting; choose another --output_dir"
+        )
     found = read_logs(config.output_dir)
     restart_limit.begin(config.output_dir, config, found.last_step)
     if config.resume is None and saved is not None:  # what this run started from stays known
@@ -303,36 +318,71 @@ def _open_log(
         where = progress.step, progress.evaluation_due, steps.steps_per_epoch
         for line in gaps(config.output_dir, found, *where, from_start=config.resume is None):
             print(f"note: {line}", flush=True)
-    facts = {"world_size": world.size, "steps_per_epoch": steps.steps_per_epoch, "peak_lr": peak_lr, "run": run_id}
+    facts = {
+        "world_size": world.size,
+        "steps_per_epoch": steps.steps_per_epoch,
+        "peak_lr": peak_lr,
+        "run": run_id,
+    }
     write_json(config.output_dir / "args.json", {**config.to_json(), **facts})
     log = RunLog(config.output_dir, found, progress.step, progress.evaluation_due)
     again = f" ({log.num_dropped} step(s) to redo)" if log.num_dropped else ""
     if progress.step:
         print(f"resuming from step {progress.step}{again}", flush=True)
     elif again:
-        print(f"no checkpoint had been saved yet: starting at step 1 again{again}; --save_steps saves more often", flush=True)
+        print(
+            f"no checkpoint had been saved yet: starting at step 1 again{again}; --save_steps saves more often",
+            flush=True,
+        )
     return log
 
 
 def _total_loss(config: RunConfig, losses: list[float | None]) -> float:
-    return sum(w * loss for w, loss in zip(config.task_weights, losses, strict=True) if loss is not None)
+    return sum(
+        w * loss for w, loss in zip(config.task_weights, losses, strict=True) if loss is not None
+    )
 
 
-def _log_step(log: RunLog | None, config: RunConfig, step: int, epoch: int, report: StepReport, lr: float, seconds: float) -> float:
+def _log_step(
+    log: RunLog | None,
+    config: RunConfig,
+    step: int,
+    epoch: int,
+    report: StepReport,
+    lr: float,
+    seconds: float,
+) -> float:
     """Write the step's line; returns its loss."""
     losses = report.task_losses()
     total = _total_loss(config, losses)
     if log is not None:
-        by_task = {"vqa_loss": None, "cap_loss": None, **{f"{task}_loss": loss for task, loss in zip(config.tasks, losses, strict=True)}}
-        counted = {f"{task}_targets": n for task, n in zip(config.tasks, report.target_counts, strict=True)}
+        by_task = {
+            "vqa_loss": None,
+            "cap_loss": None,
+            **{f"{task}_loss": loss for task, loss in zip(config.tasks, losses, strict=True)},
+        }
+        counted = {
+            f"{task}_targets": n for task, n in zip(config.tasks, report.target_counts, strict=True)
+        }
         targets = {"vqa_targets": 0, "cap_targets": 0, **counted}
         sizes = {**targets, "real_tokens": report.num_real_tokens, "step_seconds": seconds}
         log.step(
-            {"step": step, "epoch": epoch, "loss": total, **by_task, "lr": lr, "grad_norm": report.grad_norm, **sizes},
+            {
+                "step": step,
+                "epoch": epoch,
+                "loss": total,
+                **by_task,
+                "lr": lr,
+                "grad_norm": report.grad_norm,
+                **sizes,
+            },
             {
                 **{f"train/{name}": value for name, value in by_task.items() if value is not None},
                 **{"train/loss": total, "train/lr": lr, "train/grad_norm": report.grad_norm},
-                **{"perf/step_seconds": seconds, "perf/real_tokens_per_second": report.num_real_tokens / seconds},
+                **{
+                    "perf/step_seconds": seconds,
+                    "perf/real_tokens_per_second": report.num_real_tokens / seconds,
+                },
             },
         )
     return total
@@ -344,24 +394,50 @@ def _end_epoch(run: _Run) -> None:
     start = time.perf_counter()
     evaluation = evaluate(run.engine, run.inputs, "val", config, world)
     eval_seconds = time.perf_counter() - start
-    losses = [s / n if n else None for s, n in zip(progress.epoch_loss_sums, progress.epoch_target_counts, strict=True)]
+    losses = [
+        s / n if n else None
+        for s, n in zip(progress.epoch_loss_sums, progress.epoch_target_counts, strict=True)
+    ]
     accuracy = evaluation.accuracies["acc"]
     improved = progress.best_accuracy is None or accuracy > progress.best_accuracy
-    after = replace(progress, best_accuracy=accuracy if improved else progress.best_accuracy, evaluation_due=False)
+    after = replace(
+        progress,
+        best_accuracy=accuracy if improved else progress.best_accuracy,
+        evaluation_due=False,
+    )
     if progress.step % run.steps_per_epoch == 0:
         after = with_empty_sums(after, config)
 
     def write_epoch(weights: dict[str, Tensor]) -> None:
         epoch, lr = (progress.step - 1) // run.steps_per_epoch, run.lr(progress.step - 1)
-        record = _log_epoch(run.log, config, world, progress.step, epoch, lr, losses, evaluation, weights, eval_seconds)
+        record = _log_epoch(
+            run.log,
+            config,
+            world,
+            progress.step,
+            epoch,
+            lr,
+            losses,
+            evaluation,
+            weights,
+            eval_seconds,
+        )
         evaluation.write(config.output_dir, "val")
-        print(f"epoch {epoch}: {json.dumps({k: v for k, v in record.items() if k != 'epoch'})}", flush=True)
+        print(
+            f"epoch {epoch}: {json.dumps({k: v for k, v in record.items() if k != 'epoch'})}",
+            flush=True,
+        )
 
     _save(run, after, best=improved, first=write_epoch)
     vars(progress).update(vars(after))
 
 
-def _save(run: _Run, progress: TrainState, best: bool = False, first: Callable[[dict[str, Tensor]], None] | None = None) -> None:
+def _save(
+    run: _Run,
+    progress: TrainState,
+    best: bool = False,
+    first: Callable[[dict[str, Tensor]], None] | None = None,
+) -> None:
     """Write the checkpoint of this step, on the main rank, after what comes `first`. A collective of all ranks."""
     run.world.set_phase(f"saving step {progress.step}")
     start = time.perf_counter()
@@ -376,25 +452,59 @@ def _save(run: _Run, progress: TrainState, best: bool = False, first: Callable[[
             start += time.perf_counter() - begun
         if best:  # before the other one, which already says that this accuracy is the best
             if run.config.save_legacy:
-                write_bytes(output_dir / published.BEST, published.to_bytes(weights, run.config.to_json()))
-            checkpoints.save(output_dir / "checkpoint_best", weights, moments, progress, run.config, run.fingerprints, run.id)
-        checkpoints.save_step(output_dir, keep, weights, moments, progress, run.config, run.fingerprints, run.id)
+                write_bytes(
+                    output_dir / published.BEST, published.to_bytes(weights, run.config.to_json())
+                )
+            write.save(
+                output_dir / "checkpoint_best",
+                weights,
+                moments,
+                progress,
+                run.config,
+                run.fingerprints,
+                run.id,
+            )
+        write.save_step(
+            output_dir, keep, weights, moments, progress, run.config, run.fingerprints, run.id
+        )
         if run.log is not None:
             run.log.saved(progress.step, time.perf_counter() - start)
 
 
 def _log_epoch(
-    log: RunLog | None, config: RunConfig, world: World, step: int, epoch: int, lr: float, losses: list[float | None],
-    evaluation: Evaluation, weights: dict[str, Tensor], eval_seconds: float,
-) -> dict[str, Any]:  # fmt: skip
+    log: RunLog | None,
+    config: RunConfig,
+    world: World,
+    step: int,
+    epoch: int,
+    lr: float,
+    losses: list[float | None],
+    evaluation: Evaluation,
+    weights: dict[str, Tensor],
+    eval_seconds: float,
+) -> dict[str, Any]:
     assert log is not None
     by_task = {f"train_{task}_loss": loss for task, loss in zip(config.tasks, losses, strict=True)}
-    train = {"train_loss": _total_loss(config, losses), "train_vqa_loss": None, "train_cap_loss": None, **by_task}
-    record = {**train, "train_lr": lr, "epoch": epoch, "step": step, **{f"val_{k}": v for k, v in evaluation.results().items()}}
+    train = {
+        "train_loss": _total_loss(config, losses),
+        "train_vqa_loss": None,
+        "train_cap_loss": None,
+        **by_task,
+    }
+    record = {
+        **train,
+        "train_lr": lr,
+        "epoch": epoch,
+        "step": step,
+        **{f"val_{k}": v for k, v in evaluation.results().items()},
+    }
     gates = {f"gates/{n.replace('.attention', '')}": v for n, v in weights.items() if "gate" in n}
     curves = {
         **{f"eval/{name}": value for name, value in evaluation.accuracies.items()},
-        **{name: float((value.tanh() if name.endswith("gate1") else value).mean()) for name, value in gates.items()},
+        **{
+            name: float((value.tanh() if name.endswith("gate1") else value).mean())
+            for name, value in gates.items()
+        },
         **{"perf/eval_questions_per_second": len(evaluation.questions) / eval_seconds},
         **memory_curves(world.device),
     }

@@ -15,12 +15,18 @@ def make_optimizer(trainables: Iterable[nn.Parameter], weight_decay: float) -> t
     return torch.optim.AdamW(trainables, lr=0.0, betas=BETAS, eps=1e-8, weight_decay=weight_decay)
 
 
-def learning_rate(step: int, steps_per_epoch: int, peak: float, minimum: float, warmup_epochs: float, epochs: int) -> float:
+def learning_rate(
+    step: int, steps_per_epoch: int, peak: float, minimum: float, warmup_epochs: float, epochs: int
+) -> float:
     """Of the update after `step` updates: linear from 0 over the warm-up, then half a cosine down to `minimum`."""
     epoch = step / steps_per_epoch
     if epoch < warmup_epochs:
         return peak * epoch / warmup_epochs
-    progress = min(1.0, (epoch - warmup_epochs) / (epochs - warmup_epochs)) if epochs > warmup_epochs else 1.0
+    progress = (
+        min(1.0, (epoch - warmup_epochs) / (epochs - warmup_epochs))
+        if epochs > warmup_epochs
+        else 1.0
+    )
     return minimum + (peak - minimum) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 

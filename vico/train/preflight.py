@@ -16,9 +16,9 @@ from vico.data.length_stats import Lengths
 from vico.data.prompts import Prompts
 from vico.data.readers import captions as caption_files
 from vico.data.tokenizer import Tokenizer, find_tokenizer
+from vico.data.types import Question
 from vico.errors import UserError, fail
 from vico.io.file_cache import FileCache, cache_key, file_stamp
-from vico.model.batch import Question
 from vico.model.weights.load import Weights, holds_weights, open_weights
 from vico.train.config import RunConfig
 
@@ -34,48 +34,75 @@ class Backbone:
 
     def prompts(self, config: RunConfig) -> Prompts:
         dialogue = DATASETS[config.dataset].has_dialogue
-        return Prompts(self.tokenizer, config.max_feats, config.max_seq_len, config.max_cap_len, dialogue=dialogue)
+        return Prompts(
+            self.tokenizer,
+            config.max_feats,
+            config.max_seq_len,
+            config.max_cap_len,
+            dialogue=dialogue,
+        )
 
 
 def open_backbone(config: RunConfig) -> Backbone:
     folder = config.llama_model_path / config.model
     if not os.path.isdir(folder):
         there = sorted(p.name for p in config.llama_model_path.glob("*/") if holds_weights(p))
-        hint = f"--model can be {', '.join(there)}" if there else "it must hold LLaMA weights of Meta or Hugging Face"
+        hint = (
+            f"--model can be {', '.join(there)}"
+            if there
+            else "it must hold LLaMA weights of Meta or Hugging Face"
+        )
         raise UserError(f"{folder}: no such folder of weights; {hint}")
     path = find_tokenizer(config.llama_model_path, folder)
     tokenizer = Tokenizer(path)
     weights = open_weights(folder, tokenizer.vocab_size)
     num_adapted = config.adapter_layer or weights.shape.n_layers
     if num_adapted > weights.shape.n_layers:
-        raise UserError(f"--adapter_layer {num_adapted}: the model has {weights.shape.n_layers} layers; leave it out to adapt all")
+        raise UserError(
+            f"--adapter_layer {num_adapted}: the model has {weights.shape.n_layers} layers; leave it out to adapt all"
+        )
     return Backbone(tokenizer, path, weights, num_adapted)
 
 
-def with_features(config: RunConfig, split: str, asked: list[Question], features: Features) -> tuple[list[Question], list[Question]]:
+def with_features(
+    config: RunConfig, split: str, asked: list[Question], features: Features
+) -> tuple[list[Question], list[Question]]:
     """(questions to use, questions dropped because their video has no features). Raises UserError where that is not allowed."""
     if config.missing_features == "error":
         return asked, []
     used = [q for q in asked if q.video in features]
     if not used:
-        fail(f"{features.path}: holds features of no video of the {len(asked)} {split} questions; fetch the file that belongs to them")
+        fail(
+            f"{features.path}: holds features of no video of the {len(asked)} {split} questions; fetch the file that belongs to them"
+        )
     return used, [q for q in asked if q.video not in features]
 
 
-def read_captions(config: RunConfig, asked: Sequence[Question], prompts: Prompts | None) -> dict[str, str]:
+def read_captions(
+    config: RunConfig, asked: Sequence[Question], prompts: Prompts | None
+) -> dict[str, str]:
     """The captions, of each question's video one; without `prompts`, whether they fit is not asked."""
     folder = config.dataset_folder
     captions = caption_files.read(folder, config.captions)
     caption_files.check(captions, asked, caption_files.find(folder, config.captions))
     if prompts is not None:
-        prompts.caption(captions[asked[0].video])  # a --max_cap_len below any caption is known at once
+        prompts.caption(
+            captions[asked[0].video]
+        )  # a --max_cap_len below any caption is known at once
     return captions
 
 
 # What is counted. Findings that take long are remembered by what they follow from.
 
 
-def check_features(config: RunConfig, asked: Sequence[Question], features: Features, cache: FileCache, rank: int, num_ranks: int) -> int:
+def check_features(
+    config: RunConfig,
+    asked: Sequence[Question],
+    features: Features,
+    cache: FileCache,
+    rank: int,
+    num_ranks: int,
+) -> int:
     """All is there, well formed and finite; returns how many clips lie past the end of their video. A rank looks at its share."""
     past_end = features.check(asked)
     mark = file_stamp(features.path)
@@ -87,10 +114,21 @@ def check_features(config: RunConfig, asked: Sequence[Question], features: Featu
 
 
 def measure_questions(
-    config: RunConfig, split: str, asked: Sequence[Question], backbone: Backbone, prompts: Prompts, cache: FileCache
+    config: RunConfig,
+    split: str,
+    asked: Sequence[Question],
+    backbone: Backbone,
+    prompts: Prompts,
+    cache: FileCache,
 ) -> Lengths:
     tasks = [task for task in config.tasks if task != "cap"] if split == "train" else ["vqa"]
-    follows_from = (fingerprint.of_questions(asked), file_stamp(backbone.tokenizer_path), config.max_feats, config.max_seq_len, tasks)
+    follows_from = (
+        fingerprint.of_questions(asked),
+        file_stamp(backbone.tokenizer_path),
+        config.max_feats,
+        config.max_seq_len,
+        tasks,
+    )
     key = cache_key("questions", config.dataset, *follows_from)
     if (known := cache.get(key)) is not None:
         return Lengths.from_json(known)
@@ -100,11 +138,21 @@ def measure_questions(
 
 
 def measure_captions(
-    config: RunConfig, captions: Mapping[str, str], asked: Sequence[Question], backbone: Backbone, prompts: Prompts, cache: FileCache
+    config: RunConfig,
+    captions: Mapping[str, str],
+    asked: Sequence[Question],
+    backbone: Backbone,
+    prompts: Prompts,
+    cache: FileCache,
 ) -> Lengths:
     """Of the captions of these questions' videos, one each."""
     used = {video: captions[video] for video in sorted({q.video for q in asked})}
-    key = cache_key("captions", fingerprint.of_captions(used), file_stamp(backbone.tokenizer_path), config.max_feats)
+    key = cache_key(
+        "captions",
+        fingerprint.of_captions(used),
+        file_stamp(backbone.tokenizer_path),
+        config.max_feats,
+    )
     if (known := cache.get(key)) is not None:
         return Lengths.from_json(known)
     found = length_stats.of_captions(used.values(), prompts)
@@ -113,7 +161,12 @@ def measure_captions(
 
 
 def split_notes(
-    config: RunConfig, split: str, asked: Sequence[Question], dropped: Sequence[Question], past_end: int, measured: Lengths
+    config: RunConfig,
+    split: str,
+    asked: Sequence[Question],
+    dropped: Sequence[Question],
+    past_end: int,
+    measured: Lengths,
 ) -> list[str]:
     """What a user should know about a split."""
     total = len(asked) + len(dropped)
@@ -135,12 +188,22 @@ def split_notes(
             "(--missing_features drop)"
         ]
     notes += [f"{split}: {n} of {len(asked)} questions {what}" for what, n in counts.items() if n]
-    return notes + [f"warning: {split}: {n} of {len(asked)} questions {what}" for what, n in warnings.items() if n]
+    return notes + [
+        f"warning: {split}: {n} of {len(asked)} questions {what}"
+        for what, n in warnings.items()
+        if n
+    ]
 
 
 def caption_notes(config: RunConfig, measured: Lengths) -> list[str]:
     cut, total = measured.above(config.max_cap_len), sum(measured.counts.values())
-    return [f"train: {cut} of {total} captions are longer than --max_cap_len {config.max_cap_len} when whole, and are cut"] if cut else []
+    return (
+        [
+            f"train: {cut} of {total} captions are longer than --max_cap_len {config.max_cap_len} when whole, and are cut"
+        ]
+        if cut
+        else []
+    )
 
 
 def shared_videos(splits: Mapping[str, Sequence[Question]]) -> list[str]:

@@ -18,14 +18,16 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 
-from vico.checkpoint.read import step_folders, step_of
+from vico.checkpoint.format import step_folders, step_of
 from vico.distributed.launcher_env import host_name
 from vico.distributed.world import World
 from vico.errors import UserError
 from vico.io.atomic import require_file
 from vico.train.config import RunConfig, is_path
 
-END_BYTES = 1 << 18  # read at each end of a large file: .pth files are zip archives, whose end has the checksums of all of it
+END_BYTES = (
+    1 << 18
+)  # read at each end of a large file: .pth files are zip archives, whose end has the checksums of all of it
 DATA_SUFFIXES = (".csv", ".json", ".jsonl", ".pth")
 NUM_SHOWN = 3
 SECONDS_UNTIL_SEEN = 90  # NFS keeps what it knows of a folder for up to 60 (acdirmax)
@@ -36,11 +38,18 @@ def require_same_code(world: World, settings: Mapping[str, Any]) -> None:
     """Raises UserError, on every rank, naming the hosts whose code, libraries or settings are not rank 0's."""
     here = Path(__file__).resolve().parents[1]
     code = {f"vico/{path.relative_to(here)}": _digest(path) for path in sorted(here.rglob("*.py"))}
-    code |= {name: _version(name) for name in ("torch", "deepspeed", "numpy", "safetensors")} | {"Python": platform.python_version()}
+    code |= {name: _version(name) for name in ("torch", "deepspeed", "numpy", "safetensors")} | {
+        "Python": platform.python_version()
+    }
     if "quantize" in settings:
         code["bitsandbytes"] = _version("bitsandbytes")  # another one may pack otherwise
     _require_same(world, "code", code, "bring all hosts to the same checkout and environment")
-    _require_same(world, "settings", {f"--{k}": json.dumps(v, default=str) for k, v in settings.items()}, "give every rank the same flags")
+    _require_same(
+        world,
+        "settings",
+        {f"--{k}": json.dumps(v, default=str) for k, v in settings.items()},
+        "give every rank the same flags",
+    )
 
 
 def _version(name: str) -> str:
@@ -59,7 +68,9 @@ def require_same_files(world: World, config: RunConfig) -> None:
     stands = {str(out): next((folder.name for folder in step_folders(out)), "no checkpoint")}
     if os.path.exists(out / "args.json"):
         stands[str(out / "args.json")] = _fingerprint(out / "args.json")
-    _require_same(world, "checkpoints", stands, "--output_dir must be a folder that all hosts share")
+    _require_same(
+        world, "checkpoints", stands, "--output_dir must be a folder that all hosts share"
+    )
 
 
 def _wait_until_seen(world: World, config: RunConfig) -> None:
@@ -82,20 +93,42 @@ def _wait_until_seen(world: World, config: RunConfig) -> None:
 def _seen(config: RunConfig) -> list[int]:
     """What this rank sees of that which runs write and go on from: a step, and whether files are there."""
     newest = next(map(step_of, step_folders(config.output_dir)), -1)
-    return [newest, os.path.exists(config.output_dir / "args.json"), config.resume is not None and os.path.exists(config.resume)]
+    return [
+        newest,
+        os.path.exists(config.output_dir / "args.json"),
+        config.resume is not None and os.path.exists(config.resume),
+    ]
 
 
 def _names(config: RunConfig, seen_RN: torch.Tensor) -> list[str]:
     """The things of `_seen` that not all ranks see alike."""
     most = seen_RN.amax(dim=0)
-    names = [str(config.output_dir / f"checkpoint-{int(most[0])}"), str(config.output_dir / "args.json"), str(config.resume)]
-    return [name for name, differs in zip(names, (seen_RN != most).any(dim=0).tolist(), strict=True) if differs]
+    names = [
+        str(config.output_dir / f"checkpoint-{int(most[0])}"),
+        str(config.output_dir / "args.json"),
+        str(config.resume),
+    ]
+    return [
+        name
+        for name, differs in zip(names, (seen_RN != most).any(dim=0).tolist(), strict=True)
+        if differs
+    ]
 
 
 def _inputs(config: RunConfig) -> list[Path]:
     folders = (config.dataset_folder, config.llama_model_path / config.model)
-    found = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()) if path.is_file()]
-    inputs = [path for path in found if path.suffix in DATA_SUFFIXES or path.parent != config.dataset_folder]
+    found = [
+        path
+        for folder in folders
+        if folder.is_dir()
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+    ]
+    inputs = [
+        path
+        for path in found
+        if path.suffix in DATA_SUFFIXES or path.parent != config.dataset_folder
+    ]
     named = [config.llama_model_path / "tokenizer.model", config.captions, config.resume]
     if is_path(config.deepspeed):
         named.append(Path(config.deepspeed))
@@ -127,16 +160,24 @@ def _require_same(world: World, what: str, mine: dict[str, str], remedy: str) ->
     """A short digest travels from every rank; the whole only when two differ."""
     if world.size == 1:
         return
-    digest = int.from_bytes(hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).digest()[:7], "big")
+    digest = int.from_bytes(
+        hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).digest()[:7], "big"
+    )
     if world.max(digest) == -world.max(-digest):
         return
     words: list[tuple[str, dict[str, str]] | None] = [None] * world.size
     torch_dist.all_gather_object(words, (host_name(), mine), group=world.host_group)
     told = [word for word in words if word is not None]
-    (first_host, first), others = told[0], [(rank, *word) for rank, word in enumerate(told) if word[1] != told[0][1]]
+    (first_host, first), others = (
+        told[0],
+        [(rank, *word) for rank, word in enumerate(told) if word[1] != told[0][1]],
+    )
     rank, _, theirs = others[0]
     names = [name for name in {**first, **theirs} if first.get(name) != theirs.get(name)]
-    shown = [f"{name}: {first.get(name, 'none')} -> {theirs.get(name, 'none')}" for name in names[:NUM_SHOWN]]
+    shown = [
+        f"{name}: {first.get(name, 'none')} -> {theirs.get(name, 'none')}"
+        for name in names[:NUM_SHOWN]
+    ]
     raise UserError(
         f"the ranks have different {what}: {', '.join(dict.fromkeys(word[1] for word in others))} ({len(others)} rank(s), the first is {rank}) "
         f"against rank 0 on {first_host}: {'; '.join(shown)}{'; ...' if len(names) > NUM_SHOWN else ''}; {remedy}"

@@ -3,65 +3,15 @@
 import contextlib
 import json
 import resource
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 
 from vico.errors import DiskError, UserError
 from vico.io.atomic import REMEDY, write_lines
-
-PLAIN_SECONDS = 20.0  # between progress lines where there is no terminal
-
-
-class ProgressBar:
-    """A bar on a terminal; elsewhere a line now and then, with the time that is left. Only the main rank shows it."""
-
-    def __init__(self, what: str, total: int, unit: str, shown: bool, done: int = 0) -> None:
-        self._what, self._total, self._unit, self._shown = what, total, unit, shown
-        self._done = self._first = done
-        self._start = self._last = time.monotonic()
-        self._bar: Any = None
-
-    def __enter__(self) -> "ProgressBar":
-        if self._shown and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=self._total, initial=self._done, desc=self._what, unit=self._unit, leave=False)
-        elif self._shown:
-            print(f"{self._what}: {self._total - self._done} {self._unit}(s) to do", flush=True)
-        return self
-
-    def advance(self, note: str = "") -> None:
-        self._done += 1
-        if self._bar is not None:
-            self._bar.set_postfix_str(note, refresh=False)
-            self._bar.update()
-        elif self._shown:
-            self._line(note)
-
-    def _line(self, note: str) -> None:
-        now = time.monotonic()
-        early = self._done - self._first in (1, 10)  # soon after the start: does it run, and how long will it take
-        if not early and now - self._last < PLAIN_SECONDS:
-            return
-        self._last = now
-        left = (now - self._start) / (self._done - self._first) * (self._total - self._done)
-        print(f"{self._what}: {self._unit} {self._done}/{self._total}  {note}  {duration(left)} left", flush=True)
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 class RunLog:
@@ -71,16 +21,23 @@ class RunLog:
     logged leaves its `error`, for only the main rank meets it, and the ranks must end together.
     """
 
-    def __init__(self, output_dir: Path, found: "Logs", step: int, evaluation_due: bool = False) -> None:
+    def __init__(
+        self, output_dir: Path, found: "Logs", step: int, evaluation_due: bool = False
+    ) -> None:
         self._steps, self._epochs = output_dir / "steps.jsonl", output_dir / "log.txt"
         self.error: UserError | None = None
         from torch.utils.tensorboard import SummaryWriter
 
         with _writing(output_dir):
             self.num_dropped = max(0, found.last_step - step)  # steps that are done again
-            for path, records, last in ((self._steps, found.steps, step), (self._epochs, found.epochs, step - evaluation_due)):
+            for path, records, last in (
+                (self._steps, found.steps, step),
+                (self._epochs, found.epochs, step - evaluation_due),
+            ):
                 write_lines(path, [record for record in records if record["step"] <= last])
-            self._board = SummaryWriter(str(output_dir / "runs"), purge_step=step + 1 if step else None)
+            self._board = SummaryWriter(
+                str(output_dir / "runs"), purge_step=step + 1 if step else None
+            )
 
     def step(self, record: dict[str, Any], curves: dict[str, float]) -> None:
         try:
@@ -117,7 +74,9 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as problem:
-        raise DiskError(f"{problem.filename or folder}: cannot be written ({problem.strerror}); {REMEDY}") from None
+        raise DiskError(
+            f"{problem.filename or folder}: cannot be written ({problem.strerror}); {REMEDY}"
+        ) from None
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:
@@ -133,7 +92,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as problem:
-        raise UserError(f"{path}: cannot be read ({problem.strerror}); move it away, or choose another --output_dir") from None
+        raise UserError(
+            f"{path}: cannot be read ({problem.strerror}); move it away, or choose another --output_dir"
+        ) from None
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
             record = json.loads(line)
@@ -159,16 +120,27 @@ def read_logs(output_dir: Path) -> Logs:
     return Logs(read_records(output_dir / "steps.jsonl"), read_records(output_dir / "log.txt"))
 
 
-def gaps(output_dir: Path, found: Logs, step: int, evaluation_due: bool, steps_per_epoch: int, from_start: bool) -> list[str]:
+def gaps(
+    output_dir: Path,
+    found: Logs,
+    step: int,
+    evaluation_due: bool,
+    steps_per_epoch: int,
+    from_start: bool,
+) -> list[str]:
     """A line for each log that lacks what the run has done up to `step`. `from_start`: it began at step 1, and not at another run's."""
     logged = [{record["step"] for record in records} for records in (found.steps, found.epochs)]
     first = 1 if from_start else min(logged[0], default=step + 1)
     done = range(first, step + 1)
     epochs = [end for end in done if end % steps_per_epoch == 0 and end <= step - evaluation_due]
     lines = []
-    for name, has, should, unit in zip(("steps.jsonl", "log.txt"), logged, (done, epochs), ("step", "epoch"), strict=True):
+    for name, has, should, unit in zip(
+        ("steps.jsonl", "log.txt"), logged, (done, epochs), ("step", "epoch"), strict=True
+    ):
         if lost := sum(number not in has for number in should):
-            lines.append(f"{output_dir / name}: lacks {lost} of {len(should)} {unit}(s) up to step {step}, which are not done again for it")
+            lines.append(
+                f"{output_dir / name}: lacks {lost} of {len(should)} {unit}(s) up to step {step}, which are not done again for it"
+            )
     return lines
 
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vico.data.readers import rows
+from vico.data.types import Question
 from vico.errors import fail, show
 from vico.io.text import read_json_object
-from vico.model.batch import Question
 
 NAMES = ("llava_v15_13b_n6.json", "star_caption_7B.json", "blip2_n6.json")
 
@@ -18,9 +18,13 @@ def find(folder: Path, path: Path | None) -> Path:
         return path if os.path.exists(path) or not os.path.exists(folder / path) else folder / path
     found = [folder / name for name in NAMES if os.path.exists(folder / name)]
     if len(found) > 1:
-        fail(f"{folder}: holds {' and '.join(file.name for file in found)}; say which by --captions PATH")
+        fail(
+            f"{folder}: holds {' and '.join(file.name for file in found)}; say which by --captions PATH"
+        )
     if not found:
-        fail(f"{folder}: holds no caption file ({', '.join(NAMES)}); name one by --captions PATH, or train with --cap 0")
+        fail(
+            f"{folder}: holds no caption file ({', '.join(NAMES)}); name one by --captions PATH, or train with --cap 0"
+        )
     return found[0]
 
 

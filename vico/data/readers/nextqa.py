@@ -4,9 +4,19 @@ from pathlib import Path
 
 from vico.data.readers import rows as tables
 from vico.data.readers.rows import Row
-from vico.model.batch import Question
+from vico.data.types import Question
 
-GROUPS = {"CW": "C", "CH": "C", "TN": "T", "TC": "T", "TP": "T", "DL": "D", "DC": "D", "DO": "D", "DB": "D"}
+GROUPS = {
+    "CW": "C",
+    "CH": "C",
+    "TN": "T",
+    "TC": "T",
+    "TP": "T",
+    "DL": "D",
+    "DC": "D",
+    "DO": "D",
+    "DB": "D",
+}
 _OPTIONS = ("a0", "a1", "a2", "a3", "a4")
 
 
@@ -17,7 +27,9 @@ def file_of(folder: Path, split: str) -> Path:
 def read(folder: Path, split: str) -> list[Question]:
     path = file_of(folder, split)
     required = ["video", "question", "qid", *_OPTIONS] + ([] if split == "test" else ["answer"])
-    rows = tables.read_csv(path, f"the CSV of the {split} questions", required, aliases={"video_id": "video"})
+    rows = tables.read_csv(
+        path, f"the CSV of the {split} questions", required, aliases={"video_id": "video"}
+    )
 
     def question(index: int, place: str, row: Row) -> Question:
         return Question(

@@ -12,14 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vico.data.types import Question
 from vico.errors import fail, show
 from vico.io.text import json_kind, parse_json, read_text
-from vico.model.batch import Question
 
 Row = Mapping[str, Any]
 Rows = list[tuple[str, Row]]  # (place such as "val.csv:17", the row's fields)
 
-UNKNOWN = "(unknown)"  # the type of questions whose file states none, and the group of types nobody knows
+UNKNOWN = (
+    "(unknown)"  # the type of questions whose file states none, and the group of types nobody knows
+)
 NUM_SHOWN = 3  # examples in a message
 
 
@@ -35,7 +37,9 @@ def refuse(path: Path, bad: Sequence[str], total: int, remedy: str = "") -> None
     if len(bad) == 1:
         fail(f"{bad[0]}; {remedy}")
     more = "; ..." if len(bad) > NUM_SHOWN else ""
-    fail(f"{path.name}: {len(bad)} of {total} rows are bad: {'; '.join(bad[:NUM_SHOWN])}{more}; {remedy}")
+    fail(
+        f"{path.name}: {len(bad)} of {total} rows are bad: {'; '.join(bad[:NUM_SHOWN])}{more}; {remedy}"
+    )
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -44,7 +48,9 @@ def refuse(path: Path, bad: Sequence[str], total: int, remedy: str = "") -> None
 def read_csv(path: Path, what: str, required: Sequence[str], aliases: Mapping[str, str]) -> Rows:
     """All rows, fields verbatim, with the physical line each begins on. `aliases`: other names of required columns."""
     text = read_text(path, what)
-    if text.partition("\n")[0].endswith("\r"):  # line ends inside quotes were converted along with the others
+    if text.partition("\n")[0].endswith(
+        "\r"
+    ):  # line ends inside quotes were converted along with the others
         text = text.replace("\r\n", "\n")
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     records: list[tuple[int, list[str]]] = []
@@ -56,19 +62,30 @@ def read_csv(path: Path, what: str, required: Sequence[str], aliases: Mapping[st
             line = reader.line_num + 1
     except csv.Error as problem:
         never = "unexpected end" in str(problem) or "field limit" in str(problem)
-        fault = "a quote that opens in this row is never closed" if never else f"broken quotes in this row ({problem})"
+        fault = (
+            "a quote that opens in this row is never closed"
+            if never
+            else f"broken quotes in this row ({problem})"
+        )
         fail(f"{path.name}:{line}: {fault}; correct {path} or fetch it again")
     header_line, header = records[0][0], [name.strip() for name in records[0][1]]
-    header = [aliases[name] if name in aliases and aliases[name] not in header else name for name in header]
+    header = [
+        aliases[name] if name in aliases and aliases[name] not in header else name
+        for name in header
+    ]
     _check_header(f"{path.name}:{header_line}", header, required, path)
     if len(records) == 1:
         fail(f"{path}: holds a header and no rows; fetch it again")
     rows: Rows = []
     bad = []
-    unended = None if text.endswith(("\n", "\r")) else records[-1][0]  # the line that a cut-off copy would have lost the rest of
+    unended = (
+        None if text.endswith(("\n", "\r")) else records[-1][0]
+    )  # the line that a cut-off copy would have lost the rest of
     for line, fields in records[1:]:
         count = f"{len(fields)} fields, header has {len(header)}"
-        if line == unended and (len(fields) < len(header) or (header[-1] in required and not fields[-1])):
+        if line == unended and (
+            len(fields) < len(header) or (header[-1] in required and not fields[-1])
+        ):
             bad.append(f"{path.name}:{line}: the last line is cut off ({count})")
         elif len(fields) != len(header):
             bad.append(f"{path.name}:{line}: {count}")
@@ -81,9 +98,13 @@ def _check_header(place: str, header: Sequence[str], required: Sequence[str], pa
     has = f"has: {', '.join(show(name) for name in header[:20])}"
     if missing := [name for name in required if name not in header]:
         names = ", ".join(f"'{name}'" for name in missing)
-        fail(f"{place}: column{'s' if len(missing) > 1 else ''} {names} missing ({has}); add what is missing to {path}")
+        fail(
+            f"{place}: column{'s' if len(missing) > 1 else ''} {names} missing ({has}); add what is missing to {path}"
+        )
     if twice := sorted({name for name in header if name and header.count(name) > 1}):
-        fail(f"{place}: column {show(twice[0])} stands there twice ({has}); rename or remove one in {path}")
+        fail(
+            f"{place}: column {show(twice[0])} stands there twice ({has}); rename or remove one in {path}"
+        )
 
 
 def read_jsonl(path: Path, what: str) -> Rows:
@@ -94,7 +115,9 @@ def read_jsonl(path: Path, what: str) -> Rows:
             continue
         row = parse_json(text, path, line)
         if not isinstance(row, dict):
-            fail(f"{path.name}:{line}: column 1: {json_kind(row)} where one JSON object per line is expected; correct {path}")
+            fail(
+                f"{path.name}:{line}: column 1: {json_kind(row)} where one JSON object per line is expected; correct {path}"
+            )
         rows.append((f"{path.name}:{line}", row))
     return rows
 
@@ -103,10 +126,16 @@ def read_json_list(path: Path, what: str) -> Rows:
     """A JSON list of objects; the place is the item's index, as in `jq '.[16]'`, for such files may be one huge line."""
     items = parse_json(read_text(path, what), path, 1)
     if not isinstance(items, list):
-        fail(f"{path.name}:1: column 1: {json_kind(items)} where a JSON list of questions is expected; correct {path}")
+        fail(
+            f"{path.name}:1: column 1: {json_kind(items)} where a JSON list of questions is expected; correct {path}"
+        )
     if not items:
         fail(f"{path}: is an empty list; {what} should be there: fetch it again")
-    bad = [f"{path.name}[{i}]: {json_kind(item)} where an object is expected" for i, item in enumerate(items) if not isinstance(item, dict)]
+    bad = [
+        f"{path.name}[{i}]: {json_kind(item)} where an object is expected"
+        for i, item in enumerate(items)
+        if not isinstance(item, dict)
+    ]
     refuse(path, bad, len(items))
     return [(f"{path.name}[{i}]", item) for i, item in enumerate(items)]
 
@@ -116,7 +145,9 @@ def read_json_list(path: Path, what: str) -> Rows:
 
 def field(row: Row, key: str) -> Any:
     if key not in row:
-        raise RowError(f"'{key}' is missing (has: {', '.join(show(name) for name in list(row)[:20])})")
+        raise RowError(
+            f"'{key}' is missing (has: {', '.join(show(name) for name in list(row)[:20])})"
+        )
     return row[key]
 
 
@@ -125,7 +156,9 @@ def text_field(row: Row, key: str) -> str:
     value = field(row, key)
     if not isinstance(value, str):
         raise RowError(f"'{key}' is {show(value)}, not a text")
-    if re.search("[\0\ud800-\udfff]", value):  # JSON escapes can spell both; no tokenizer takes them
+    if re.search(
+        "[\0\ud800-\udfff]", value
+    ):  # JSON escapes can spell both; no tokenizer takes them
         raise RowError(f"'{key}' holds a NUL or half a character: {show(value)}")
     return value
 
@@ -153,7 +186,9 @@ def strip_ids(entries: Mapping[str, Any], path: Path) -> dict[str, Any]:
     found = {name.strip(): value for name, value in entries.items()}
     if len(found) < len(entries):
         times = Counter(name.strip() for name in entries)
-        fail(f"{path}: two entries are called {show(max(times, key=lambda name: times[name]))} but for blanks around it; keep one")
+        fail(
+            f"{path}: two entries are called {show(max(times, key=lambda name: times[name]))} but for blanks around it; keep one"
+        )
     return found
 
 
@@ -170,10 +205,14 @@ def answer_field(row: Row, key: str, num_options: int, split: str) -> int | None
         return int(text)
     if split == "test" and text in ("", "-1"):
         return None
-    raise RowError(f"'{key}' is {show(row[key]) if key in row else 'missing'}, not one of {', '.join(allowed)}")
+    raise RowError(
+        f"'{key}' is {show(row[key]) if key in row else 'missing'}, not one of {', '.join(allowed)}"
+    )
 
 
-def questions_from(path: Path, rows: Rows, make: Callable[[int, str, Row], Question]) -> list[Question]:
+def questions_from(
+    path: Path, rows: Rows, make: Callable[[int, str, Row], Question]
+) -> list[Question]:
     """A `Question` per row by `make(index, place, row)`; all bad rows are counted before the run ends."""
     questions, bad = [], []
     for index, (place, row) in enumerate(rows):
@@ -185,7 +224,9 @@ def questions_from(path: Path, rows: Rows, make: Callable[[int, str, Row], Quest
     first: dict[tuple[str, str], str] = {}
     for q in questions:
         if (earlier := first.setdefault((q.video, q.qid), q.place)) != q.place:
-            bad.append(f"{q.place}: video {show(q.video)} qid {show(q.qid)} stands already at {earlier} and would count twice")
+            bad.append(
+                f"{q.place}: video {show(q.video)} qid {show(q.qid)} stands already at {earlier} and would count twice"
+            )
     refuse(path, bad, len(rows))
     unanswered = [q for q in questions if q.answer is None]
     if 0 < len(unanswered) < len(questions):

@@ -6,8 +6,8 @@ from typing import Any
 
 from vico.data.readers import rows as tables
 from vico.data.readers.rows import Row, RowError
+from vico.data.types import Question
 from vico.errors import show
-from vico.model.batch import Question
 
 GROUPS = {name: name for name in ("Interaction", "Sequence", "Prediction", "Feasibility")}
 MEAN_OF = tuple(GROUPS)  # published next to the total: the mean of these four accuracies
@@ -41,7 +41,11 @@ def read(folder: Path, split: str) -> list[Question]:
 
 
 def _options(choices: Any) -> tuple[str, ...]:
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, dict) for choice in choices):
+    if (
+        not isinstance(choices, list)
+        or len(choices) < 2
+        or not all(isinstance(choice, dict) for choice in choices)
+    ):
         raise RowError(f"'choices' is {show(choices)}, not a list of two or more objects")
     texts: dict[int, str] = {}
     for choice in choices:

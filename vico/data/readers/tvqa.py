@@ -9,9 +9,9 @@ from pathlib import Path
 
 from vico.data.readers import rows as tables
 from vico.data.readers.rows import Row, RowError, Rows
+from vico.data.types import Question
 from vico.errors import fail, show
 from vico.io.atomic import read_bytes
-from vico.model.batch import Question
 
 FEATURES_PER_SECOND = 3
 _OPTIONS = ("a0", "a1", "a2", "a3", "a4")
@@ -22,7 +22,9 @@ Lines = list[tuple[int, int, str]]  # subtitles: start and end in whole seconds,
 
 def file_of(folder: Path, split: str) -> Path:
     path, public = folder / f"tvqa_{split}.jsonl", folder / "tvqa_test_public.jsonl"
-    return public if split == "test" and not os.path.exists(path) and os.path.exists(public) else path
+    return (
+        public if split == "test" and not os.path.exists(path) and os.path.exists(public) else path
+    )
 
 
 def read(folder: Path, split: str, subtitles: bool = False) -> list[Question]:
@@ -39,7 +41,8 @@ def read(folder: Path, split: str, subtitles: bool = False) -> list[Question]:
             question=tables.question_field(row, "q"),
             options=tuple(tables.text_field(row, key) for key in _OPTIONS),
             answer=tables.answer_field(row, "answer_idx", len(_OPTIONS), split),
-            feature_rows=clip and (clip[0] * FEATURES_PER_SECOND, (clip[1] + 1) * FEATURES_PER_SECOND),
+            feature_rows=clip
+            and (clip[0] * FEATURES_PER_SECOND, (clip[1] + 1) * FEATURES_PER_SECOND),
             place=place,
         )
 
@@ -63,7 +66,9 @@ def _clip(row: Row) -> tuple[int, int] | None:
 
 def _with_dialogue(questions: list[Question], rows: Rows, folder: Path) -> list[Question]:
     if not os.path.isdir(folder):
-        fail(f"{folder}: no such folder; the subtitles VID_NAME.srt should be there: fetch them, or run without --sub")
+        fail(
+            f"{folder}: no such folder; the subtitles VID_NAME.srt should be there: fetch them, or run without --sub"
+        )
     spoken: dict[str, Lines] = {}
     bad: dict[str, str] = {}
     for video in dict.fromkeys(q.video for q in questions):
@@ -73,12 +78,17 @@ def _with_dialogue(questions: list[Question], rows: Rows, folder: Path) -> list[
             bad[video] = str(problem)
     if bad:
         affected = sum(q.video in bad for q in questions)
-        shown = "; ".join(list(bad.values())[: tables.NUM_SHOWN]) + ("; ..." if len(bad) > tables.NUM_SHOWN else "")
+        shown = "; ".join(list(bad.values())[: tables.NUM_SHOWN]) + (
+            "; ..." if len(bad) > tables.NUM_SHOWN else ""
+        )
         fail(
             f"{affected} of {len(questions)} questions ({len(bad)} videos) have no usable subtitle file, e.g. {shown}; "
             f"fetch the missing ones into {folder}, or run without --sub"
         )
-    return [dataclasses.replace(q, dialogue=dialogue(spoken[q.video], _clip(row))) for q, (_, row) in zip(questions, rows, strict=True)]
+    return [
+        dataclasses.replace(q, dialogue=dialogue(spoken[q.video], _clip(row)))
+        for q, (_, row) in zip(questions, rows, strict=True)
+    ]
 
 
 def dialogue(lines: Lines, clip: tuple[int, int] | None) -> str:
@@ -89,12 +99,16 @@ def dialogue(lines: Lines, clip: tuple[int, int] | None) -> str:
     if clip is None:
         return "".join(f" {text}" for _, _, text in lines)
     first, last = clip
-    inside = [text for start, end, text in lines if end <= last and (start >= first or end >= first)]
+    inside = [
+        text for start, end, text in lines if end <= last and (start >= first or end >= first)
+    ]
     return "".join(f" {text}" for text in inside)
 
 
 def _read_srt(folder: Path, video: str) -> Lines:
-    if any(part in video for part in ("/", "\\", "..", "\0")):  # ids come from a file: they must not lead elsewhere
+    if any(
+        part in video for part in ("/", "\\", "..", "\0")
+    ):  # ids come from a file: they must not lead elsewhere
         raise RowError(f"vid_name {show(video)} is no file name")
     path = folder / f"{video}.srt"
     try:

@@ -44,7 +44,13 @@ class SegmentLayout:
     def sizes(self) -> LayoutSizes:
         # Rounded up: kernels are chosen by these, and a new value for every batch would mean a new compilation.
         longest = (_up(int(lengths.max()), 64) for lengths in (self.q_lengths, self.k_lengths))
-        return LayoutSizes(int(self.q_lengths.sum()), len(self.key_rows), len(self.shared_rows), len(self.q_lengths), *longest)
+        return LayoutSizes(
+            int(self.q_lengths.sum()),
+            len(self.key_rows),
+            len(self.shared_rows),
+            len(self.q_lengths),
+            *longest,
+        )
 
     @property
     def rounded(self) -> LayoutSizes:
@@ -55,8 +61,13 @@ class SegmentLayout:
         rows, keys, shared, segments, max_seqlen_q, max_seqlen_k = self.sizes
         more_rows = _up(rows + 1, 128)
         more_keys = more_rows + _coarse(keys - rows, 256)
-        longest = _up(max(max_seqlen_q, more_rows - rows), 256), _up(max(max_seqlen_k, more_keys - keys), 512)
-        return LayoutSizes(more_rows, more_keys, _coarse(shared, 128), _coarse(segments + 1, 32), *longest)
+        longest = (
+            _up(max(max_seqlen_q, more_rows - rows), 256),
+            _up(max(max_seqlen_k, more_keys - keys), 512),
+        )
+        return LayoutSizes(
+            more_rows, more_keys, _coarse(shared, 128), _coarse(segments + 1, 32), *longest
+        )
 
     def numbers(self, sizes: LayoutSizes) -> np.ndarray:
         """int64 [sizes.numbers]: what `on_device` cuts into a VarlenLayout. `sizes`: this stream's own, or `rounded`.
@@ -64,19 +75,33 @@ class SegmentLayout:
         The rows behind the stream are one more segment, which only its own rows see: they change nothing, and where what is made
         of them has a gradient of 0 they get none. Its keys fill up those of the stream; segments without rows fill up the rest.
         """
-        more_rows, more_keys = sizes.rows - int(self.q_lengths.sum()), sizes.keys - len(self.key_rows)
+        more_rows, more_keys = (
+            sizes.rows - int(self.q_lengths.sum()),
+            sizes.keys - len(self.key_rows),
+        )
         first = sizes.rows - more_rows
         key_rows, q_lengths, k_lengths = self.key_rows, self.q_lengths, self.k_lengths
         if more_rows:
-            fill = np.concatenate([np.full(more_keys - more_rows, first), np.arange(first, sizes.rows)])
+            fill = np.concatenate(
+                [np.full(more_keys - more_rows, first), np.arange(first, sizes.rows)]
+            )
             key_rows = np.concatenate([key_rows, fill])
             q_lengths, k_lengths = np.append(q_lengths, more_rows), np.append(k_lengths, more_keys)
-        cu_seqlens_q, cu_seqlens_k = (np.concatenate([[0], lengths.cumsum()]) for lengths in (q_lengths, k_lengths))
+        cu_seqlens_q, cu_seqlens_k = (
+            np.concatenate([[0], lengths.cumsum()]) for lengths in (q_lengths, k_lengths)
+        )
         # A segment's own rows are the last of its keys, and rows stand in the order of segments.
-        own_keys = np.concatenate([np.arange(stop - n, stop) for stop, n in zip(cu_seqlens_k[1:], q_lengths, strict=True)])
-        flags = (_filled(np.repeat(by_segment, self.q_lengths), sizes.rows, 0) for by_segment in (self.after_video, self.is_video))
+        own_keys = np.concatenate(
+            [np.arange(stop - n, stop) for stop, n in zip(cu_seqlens_k[1:], q_lengths, strict=True)]
+        )
+        flags = (
+            _filled(np.repeat(by_segment, self.q_lengths), sizes.rows, 0)
+            for by_segment in (self.after_video, self.is_video)
+        )
         starts = (_filled(x, sizes.segments + 1, x[-1]) for x in (cu_seqlens_q, cu_seqlens_k))
-        return np.concatenate([key_rows, own_keys, *flags, _filled(self.shared_rows, sizes.shared, first), *starts])
+        return np.concatenate(
+            [key_rows, own_keys, *flags, _filled(self.shared_rows, sizes.shared, first), *starts]
+        )
 
 
 def _up(number: int, multiple: int) -> int:
@@ -124,16 +149,24 @@ class VarlenLayout:
 def sent(numbers: np.ndarray, device: torch.device) -> Tensor:
     """On the device, by a copy that nobody waits for."""
     tensor = torch.from_numpy(numbers)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else tensor.to(device)
+    )
 
 
-def varlen_layout(segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype, gradient: bool) -> VarlenLayout:
+def varlen_layout(
+    segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype, gradient: bool
+) -> VarlenLayout:
     """Of the stream as it is."""
     found = segment_layout(segments)
     return on_device(sent(found.numbers(found.sizes), device), found.sizes, dtype, gradient)
 
 
-def on_device(numbers: Tensor, sizes: LayoutSizes, dtype: torch.dtype, gradient: bool) -> VarlenLayout:
+def on_device(
+    numbers: Tensor, sizes: LayoutSizes, dtype: torch.dtype, gradient: bool
+) -> VarlenLayout:
     """What `SegmentLayout.numbers` made, sent; `dtype`: of keys and values; ready for backward with `gradient`. Nothing waits."""
     rows, starts = sizes.rows, sizes.segments + 1
     key_rows_K, own_keys_T, after_T, video_T, shared_S, cu_seqlens_q, cu_seqlens_k = numbers.split(
@@ -142,5 +175,14 @@ def on_device(numbers: Tensor, sizes: LayoutSizes, dtype: torch.dtype, gradient:
     sharing_SK = (shared_S[:, None] == key_rows_K).to(dtype) if gradient else None
     of_q, of_k = cu_seqlens_q.to(torch.int32), cu_seqlens_k.to(torch.int32)
     return VarlenLayout(
-        key_rows_K, own_keys_T, shared_S, sharing_SK, of_q, of_k, sizes.max_seqlen_q, sizes.max_seqlen_k, after_T.bool(), video_T.bool()
+        key_rows_K,
+        own_keys_T,
+        shared_S,
+        sharing_SK,
+        of_q,
+        of_k,
+        sizes.max_seqlen_q,
+        sizes.max_seqlen_k,
+        after_T.bool(),
+        video_T.bool(),
     )

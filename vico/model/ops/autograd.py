@@ -11,16 +11,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from vico.model.config import HEAD_CHUNK_BYTES
 from vico.model.ops import triton_ops
 
-HEAD_CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}  # of fp32 logits at a time
 # oneDNN's fp32 product, which torch.compile uses too: 10 % faster than MKL's, the default, at these shapes. Private: guarded.
-_ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_ONEDNN_LINEAR = (
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if torch.backends.mkldnn.is_available()
+    else None
+)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T."""
-    if _ONEDNN_LINEAR is not None and x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim == 2 and len(x):
+    if (
+        _ONEDNN_LINEAR is not None
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.ndim == 2
+        and len(x)
+    ):
         return _ONEDNN_LINEAR(x, weight, None, "none", [], "")
     return x @ weight.t()
 
@@ -47,7 +57,11 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(w x / rms(x) over the last dimension, 1 / rms(x)), in fp32."""
     if triton_ops.serve(x):
         return triton_ops.norm(x, weight, eps)
-    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(x.shape[-1])
+    mean_square = (
+        torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        .square_()
+        .div_(x.shape[-1])
+    )
     scale = mean_square.add_(eps).rsqrt_()
     return (x.float() * scale).to(x.dtype).mul_(weight), scale
 
@@ -118,7 +132,9 @@ def apply_rotary_emb(x_THd: Tensor, rotary_T1h: Tensor, sign: float) -> Tensor:
     return rotate(x_THd, rotary_T1h if sign > 0 else rotary_T1h.conj())
 
 
-def apply_rotary_emb_qk(q_THd: Tensor, k_THd: Tensor, rotary_T1h: Tensor, sign: float) -> tuple[Tensor, Tensor]:
+def apply_rotary_emb_qk(
+    q_THd: Tensor, k_THd: Tensor, rotary_T1h: Tensor, sign: float
+) -> tuple[Tensor, Tensor]:
     if triton_ops.serve_heads(q_THd):
         return triton_ops.rotate_qk(q_THd, k_THd, torch.view_as_real(rotary_T1h), sign)
     return apply_rotary_emb(q_THd, rotary_T1h, sign), apply_rotary_emb(k_THd, rotary_T1h, sign)
@@ -137,15 +153,21 @@ class RotaryEmbedding(Function):
         return apply_rotary_emb(gradients[0], ctx.rotary, -1.0), None
 
 
-def adapter(base_THd: Tensor, q_THd: Tensor, k_AHd: Tensor, v_AHd: Tensor, gate1_H: Tensor) -> Tensor:
+def adapter(
+    base_THd: Tensor, q_THd: Tensor, k_AHd: Tensor, v_AHd: Tensor, gate1_H: Tensor
+) -> Tensor:
     """base + tanh(gate1_h) softmax_a(q.K_a / sqrt d) V, the same few keys for every row."""
     if triton_ops.serve_heads(q_THd):
         return triton_ops.adapter(base_THd, q_THd, k_AHd, v_AHd, gate1_H.tanh())
     weights_HTA = _adapter_weights(q_THd, k_AHd) * gate1_H.tanh()[:, None, None]
-    return base_THd + torch.matmul(weights_HTA.to(v_AHd.dtype), v_AHd.transpose(0, 1)).transpose(0, 1)
+    return base_THd + torch.matmul(weights_HTA.to(v_AHd.dtype), v_AHd.transpose(0, 1)).transpose(
+        0, 1
+    )
 
 
-def adapter_backward(g_THd: Tensor, q_THd: Tensor, k_AHd: Tensor, v_AHd: Tensor, gate1_H: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def adapter_backward(
+    g_THd: Tensor, q_THd: Tensor, k_AHd: Tensor, v_AHd: Tensor, gate1_H: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, K, V and gate1; that of `base` is the gradient itself."""
     gate_H = gate1_H.tanh()
     backward = triton_ops.adapter_backward if triton_ops.serve_heads(q_THd) else _adapter_backward
@@ -153,17 +175,23 @@ def adapter_backward(g_THd: Tensor, q_THd: Tensor, k_AHd: Tensor, v_AHd: Tensor,
     return q_gradient, k_gradient, v_gradient, gate_gradient * (1 - gate_H.square())
 
 
-def _adapter_backward(g_THd: Tensor, q_THd: Tensor, k_AHd: Tensor, v_AHd: Tensor, gate_H: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _adapter_backward(
+    g_THd: Tensor, q_THd: Tensor, k_AHd: Tensor, v_AHd: Tensor, gate_H: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, K, V and of the gate, tanh(gate1)."""
     g_HTd, gate_H11 = g_THd.transpose(0, 1), gate_H[:, None, None]
     weights_HTA = _adapter_weights(q_THd, k_AHd)
     # Gradient with respect to the softmax's output, before the gate.
     along_HTA = torch.matmul(g_HTd, v_AHd.permute(1, 2, 0)).float()
     mean_HT1 = (weights_HTA * along_HTA).sum(dim=-1, keepdim=True)
-    scores_HTA = (weights_HTA * (along_HTA - mean_HT1) * (gate_H11 / q_THd.shape[-1] ** 0.5)).to(q_THd.dtype)
+    scores_HTA = (weights_HTA * (along_HTA - mean_HT1) * (gate_H11 / q_THd.shape[-1] ** 0.5)).to(
+        q_THd.dtype
+    )
     q_gradient = torch.matmul(scores_HTA, k_AHd.transpose(0, 1)).transpose(0, 1)
     k_gradient = torch.matmul(scores_HTA.transpose(1, 2), q_THd.transpose(0, 1)).transpose(0, 1)
-    v_gradient = torch.matmul((weights_HTA * gate_H11).to(g_HTd.dtype).transpose(1, 2), g_HTd).transpose(0, 1)
+    v_gradient = torch.matmul(
+        (weights_HTA * gate_H11).to(g_HTd.dtype).transpose(1, 2), g_HTd
+    ).transpose(0, 1)
     return q_gradient, k_gradient, v_gradient, mean_HT1.sum(dim=(1, 2))
 
 
@@ -176,7 +204,9 @@ class AdapterAttention(Function):
     """`adapter`; keeps q and recomputes the rest."""
 
     @staticmethod
-    def forward(ctx: Any, base_THd: Tensor, q_THd: Tensor, k_AHd: Tensor, v_AHd: Tensor, gate1_H: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, base_THd: Tensor, q_THd: Tensor, k_AHd: Tensor, v_AHd: Tensor, gate1_H: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(q_THd, k_AHd, v_AHd, gate1_H)
         return adapter(base_THd, q_THd, k_AHd, v_AHd, gate1_H)
 
@@ -192,9 +222,13 @@ class FusedLinearCrossEntropy(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h_RD: Tensor, weight_VD: Tensor, heads_N: Tensor, ids_N: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, h_RD: Tensor, weight_VD: Tensor, heads_N: Tensor, ids_N: Tensor
+    ) -> Tensor:
         num_rows = h_RD.shape[0]
-        chunk = max(1, HEAD_CHUNK_BYTES["cuda" if h_RD.is_cuda else "cpu"] // (4 * weight_VD.shape[0]))
+        chunk = max(
+            1, HEAD_CHUNK_BYTES["cuda" if h_RD.is_cuda else "cpu"] // (4 * weight_VD.shape[0])
+        )
         normalizer_R = h_RD.new_empty(num_rows, dtype=torch.float32)
         expected_RD = torch.empty_like(h_RD) if ctx.needs_input_grad[0] else None
         for first in range(0, num_rows, chunk):
@@ -219,4 +253,9 @@ class FusedLinearCrossEntropy(Function):
         difference_ND, heads_N = ctx.saved_tensors
         scaled_ND = difference_ND * gradients[0].to(difference_ND.dtype)[:, None]
         # Each row has one target where nothing is shared; adding is right where several have the same row.
-        return scaled_ND.new_zeros(ctx.num_rows, scaled_ND.shape[1]).index_add_(0, heads_N, scaled_ND), None, None, None
+        return (
+            scaled_ND.new_zeros(ctx.num_rows, scaled_ND.shape[1]).index_add_(0, heads_N, scaled_ND),
+            None,
+            None,
+            None,
+        )

@@ -17,10 +17,8 @@ from vico.errors import CheckpointError, UserError, show
 from vico.io.atomic import require_file
 from vico.io.safe_load import disguise
 from vico.io.text import read_json_object
-from vico.model.llama import LlamaConfig, RopeScaling
+from vico.model.config import EMBEDDINGS, LlamaConfig, RopeScaling, backbone_shapes
 from vico.model.weights.meta import (
-    EMBEDDINGS,
-    backbone_shapes,
     require_heads,
     require_positive,
     require_same_names,
@@ -30,10 +28,18 @@ from vico.model.weights.meta import (
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 OUTPUT = "lm_head.weight"
-ENDS = {EMBEDDINGS: "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "output.weight": OUTPUT}
+ENDS = {
+    EMBEDDINGS: "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": OUTPUT,
+}
 IN_LAYER = {
     **{f"attention.w{x}": f"self_attn.{x}_proj" for x in "qkvo"},
-    **{"feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj"},
+    **{
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj",
+    },
     **{"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
 }
 PASSED_OVER = re.compile(r"rotary_emb\.inv_freq$")  # a buffer, computed anew
@@ -47,7 +53,9 @@ class HuggingFaceWeights:
 
     def __init__(self, folder: Path, vocab_size: int | None) -> None:
         self.folder = folder
-        config = read_json_object(folder / CONFIG, "config.json, which comes with the LLaMA weights,")
+        config = read_json_object(
+            folder / CONFIG, "config.json, which comes with the LLaMA weights,"
+        )
         self.shape = read_shape(config, folder / CONFIG)
         if vocab_size is not None and self.shape.vocab_size != vocab_size:
             raise UserError(unlike_tokenizer(folder, self.shape.vocab_size, vocab_size))
@@ -80,18 +88,31 @@ class HuggingFaceWeights:
         if self._tied and OUTPUT not in self._files:
             del shapes[OUTPUT]
         found = {name for name in self._files if not PASSED_OVER.search(name)}
-        require_same_names(found, set(shapes), self.folder, "config.json and the safetensors files must be those of one LLaMA")
+        require_same_names(
+            found,
+            set(shapes),
+            self.folder,
+            "config.json and the safetensors files must be those of one LLaMA",
+        )
         for name, shape in shapes.items():
             path, file = self._files[name]
             stored = file.get_slice(name)
             if stored.get_dtype() not in FLOATS:
-                raise UserError(f"{path}: '{name}' is of type {stored.get_dtype()}; quantised weights are not read")
+                raise UserError(
+                    f"{path}: '{name}' is of type {stored.get_dtype()}; quantised weights are not read"
+                )
             if tuple(stored.get_shape()) != shape:
                 raise UserError(
                     f"{path}: '{name}' has shape {stored.get_shape()}, and config.json asks for {list(shape)}; "
                     "config.json and the safetensors files must be those of one model"
                 )
-        if self._tied and OUTPUT in self._files and not torch.equal(*(self._files[n][1].get_tensor(n) for n in (OUTPUT, ENDS[EMBEDDINGS]))):
+        if (
+            self._tied
+            and OUTPUT in self._files
+            and not torch.equal(
+                *(self._files[n][1].get_tensor(n) for n in (OUTPUT, ENDS[EMBEDDINGS]))
+            )
+        ):
             raise UserError(
                 f"{self.folder}: tie_word_embeddings is true, and {OUTPUT} is not the embeddings; set it to false in config.json"
             )
@@ -125,21 +146,36 @@ def _open_files(folder: Path) -> dict[str, tuple[Path, Any]]:
     """Of each tensor, the file that holds it, mapped. An index must agree with its files."""
     if not (folder / INDEX).exists():
         if not (folder / SINGLE).exists():
-            there = "pytorch_model*.bin is there: save it again as safetensors" if any(folder.glob("pytorch_model*.bin")) else "copy it"
+            there = (
+                "pytorch_model*.bin is there: save it again as safetensors"
+                if any(folder.glob("pytorch_model*.bin"))
+                else "copy it"
+            )
             raise UserError(f"{folder}: no {SINGLE} and no {INDEX}; {there}")
         file = _open(folder / SINGLE)
         return dict.fromkeys(file.keys(), (folder / SINGLE, file))
     if (folder / SINGLE).exists():
-        raise UserError(f"{folder}: holds {SINGLE} and {INDEX}; leave the one that belongs to config.json")
+        raise UserError(
+            f"{folder}: holds {SINGLE} and {INDEX}; leave the one that belongs to config.json"
+        )
     where = read_json_object(folder / INDEX, "the index of LLaMA weights").get("weight_map")
     # A name with a folder in it would lead out of this one.
-    if not isinstance(where, dict) or not where or not all(isinstance(v, str) and v == Path(v).name for v in where.values()):
-        raise UserError(f"{folder / INDEX}: 'weight_map' is no object of tensor names and names of files beside it; copy the file again")
+    if (
+        not isinstance(where, dict)
+        or not where
+        or not all(isinstance(v, str) and v == Path(v).name for v in where.values())
+    ):
+        raise UserError(
+            f"{folder / INDEX}: 'weight_map' is no object of tensor names and names of files beside it; copy the file again"
+        )
     files = {name: _open(folder / name) for name in sorted(set(where.values()))}
     for file_name, file in files.items():
         listed = {name for name, value in where.items() if value == file_name}
         require_same_names(
-            set(file.keys()), listed, folder / file_name, f"{INDEX} lists others: both must be of one model, copy them again"
+            set(file.keys()),
+            listed,
+            folder / file_name,
+            f"{INDEX} lists others: both must be of one model, copy them again",
         )
     return {name: (folder / value, files[value]) for name, value in where.items()}
 
@@ -155,39 +191,85 @@ def _open(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; copy all files of the model") from None
     except OSError as problem:
-        raise UserError(f"{path}: {WHAT} cannot be opened ({problem.strerror or problem})") from None
+        raise UserError(
+            f"{path}: {WHAT} cannot be opened ({problem.strerror or problem})"
+        ) from None
     except SafetensorError as problem:
-        raise CheckpointError(f"{path}: {WHAT} is cut off or damaged ({problem}); fetch or copy it again and compare the sizes") from None
+        raise CheckpointError(
+            f"{path}: {WHAT} is cut off or damaged ({problem}); fetch or copy it again and compare the sizes"
+        ) from None
 
 
 def read_shape(config: Mapping[str, Any], path: Path) -> LlamaConfig:
     kind = config.get("model_type")
     if kind != "llama":
-        raise UserError(f"{path}: 'model_type' is {show(kind)}, and only 'llama' is read; use LLaMA weights")
-    for key, allowed in {"hidden_act": (None, "silu"), "attention_bias": (None, False), "mlp_bias": (None, False)}.items():
+        raise UserError(
+            f"{path}: 'model_type' is {show(kind)}, and only 'llama' is read; use LLaMA weights"
+        )
+    for key, allowed in {
+        "hidden_act": (None, "silu"),
+        "attention_bias": (None, False),
+        "mlp_bias": (None, False),
+    }.items():
         if config.get(key) not in allowed:
-            raise UserError(f"{path}: {key} {show(config[key])}: no LLaMA has this, and ViCo cannot run it; use LLaMA weights")
+            raise UserError(
+                f"{path}: {key} {show(config[key])}: no LLaMA has this, and ViCo cannot run it; use LLaMA weights"
+            )
     if config.get("quantization_config") is not None:
-        raise UserError(f"{path}: 'quantization_config' is given; quantised weights are not read: use the original ones")
+        raise UserError(
+            f"{path}: 'quantization_config' is given; quantised weights are not read: use the original ones"
+        )
     if not isinstance(config.get("tie_word_embeddings", False), bool):
-        raise UserError(f"{path}: 'tie_word_embeddings' is {show(config['tie_word_embeddings'])} and must be true or false")
-    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+        raise UserError(
+            f"{path}: 'tie_word_embeddings' is {show(config['tie_word_embeddings'])} and must be true or false"
+        )
+    keys = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "vocab_size",
+    )
     dim, layers, heads, width, vocab = (whole_number(config, key, path) for key in keys)
-    kv_heads = heads if config.get("num_key_value_heads") is None else whole_number(config, "num_key_value_heads", path)
-    require_heads(dim, heads, kv_heads, ("hidden_size", "num_attention_heads", "num_key_value_heads"), path)
+    kv_heads = (
+        heads
+        if config.get("num_key_value_heads") is None
+        else whole_number(config, "num_key_value_heads", path)
+    )
+    require_heads(
+        dim, heads, kv_heads, ("hidden_size", "num_attention_heads", "num_key_value_heads"), path
+    )
     if config.get("head_dim") not in (None, dim // heads):
-        raise UserError(f"{path}: head_dim {show(config['head_dim'])}: must be hidden_size over num_attention_heads, {dim // heads}")
+        raise UserError(
+            f"{path}: head_dim {show(config['head_dim'])}: must be hidden_size over num_attention_heads, {dim // heads}"
+        )
     rope = {**_object(config, "rope_scaling", path), **_object(config, "rope_parameters", path)}
-    eps, theta = config.get("rms_norm_eps", 1e-6), rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    eps, theta = (
+        config.get("rms_norm_eps", 1e-6),
+        rope.get("rope_theta", config.get("rope_theta", 10000.0)),
+    )
     require_positive({"rms_norm_eps": eps, "rope_theta": theta}, path)
     multiple, widened = mlp_rule(dim, width)
-    return LlamaConfig(dim, layers, heads, vocab, multiple, float(eps), float(theta), kv_heads, widened, _read_scaling(rope, path))
+    return LlamaConfig(
+        dim,
+        layers,
+        heads,
+        vocab,
+        multiple,
+        float(eps),
+        float(theta),
+        kv_heads,
+        widened,
+        _read_scaling(rope, path),
+    )
 
 
 def _object(config: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
     value = config.get(key)
     if value is not None and not isinstance(value, dict):
-        raise UserError(f"{path}: '{key}' is {show(value)} and must be an object; copy the file again")
+        raise UserError(
+            f"{path}: '{key}' is {show(value)} and must be an object; copy the file again"
+        )
     return value or {}
 
 
@@ -196,12 +278,16 @@ def _read_scaling(rope: Mapping[str, Any], path: Path) -> RopeScaling | None:
     if kind == "default":
         return None
     if kind != "llama3":
-        raise UserError(f"{path}: rope_type {show(kind)}: only LLaMA-3's way of stretching the rotary embedding is supported")
+        raise UserError(
+            f"{path}: rope_type {show(kind)}: only LLaMA-3's way of stretching the rotary embedding is supported"
+        )
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     require_positive({key: rope.get(key) for key in keys}, path)
     factor, low, high, context = (rope[key] for key in keys)
     if low >= high:
-        raise UserError(f"{path}: low_freq_factor {show(low)} must be below high_freq_factor {show(high)}")
+        raise UserError(
+            f"{path}: low_freq_factor {show(low)} must be below high_freq_factor {show(high)}"
+        )
     return RopeScaling(float(factor), float(low), float(high), int(context))
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vico.errors import UserError
 from vico.io.text import read_json_object
-from vico.model.llama import LlamaConfig
+from vico.model.config import LlamaConfig
 from vico.model.weights import hf
 from vico.model.weights import meta as weights
 from vico.model.weights.hf import CONFIG, HuggingFaceWeights
@@ -27,12 +27,17 @@ class Weights(Protocol):
 
 def open_weights(folder: Path, vocab_size: int | None) -> Weights:
     """The weights in `folder`, checked whole. `vocab_size`: of the tokenizer; None: there is none to compare with."""
-    meta, hugging_face = any(folder.glob("consolidated.*.pth")), any(folder.glob("model*.safetensors"))
+    meta, hugging_face = (
+        any(folder.glob("consolidated.*.pth")),
+        any(folder.glob("model*.safetensors")),
+    )
     if meta and hugging_face:
         raise UserError(
             f"{folder}: holds weights in Meta's layout (*.pth) and in Hugging Face's (model*.safetensors); leave one of them there"
         )
-    if hugging_face or (not meta and (folder / CONFIG).exists() and not (folder / "params.json").exists()):
+    if hugging_face or (
+        not meta and (folder / CONFIG).exists() and not (folder / "params.json").exists()
+    ):
         return HuggingFaceWeights(folder, vocab_size)
     return MetaWeights(folder, vocab_size)
 
@@ -41,9 +46,15 @@ def read_shape(folder: Path) -> LlamaConfig:
     """The dimensions alone; no weights need be there. vocab_size is -1 where the file leaves it to the tokenizer."""
     if (folder / "params.json").exists() or not (folder / CONFIG).exists():
         return weights.read_shape(folder / "params.json")
-    return hf.read_shape(read_json_object(folder / CONFIG, "config.json, which comes with the LLaMA weights,"), folder / CONFIG)
+    return hf.read_shape(
+        read_json_object(folder / CONFIG, "config.json, which comes with the LLaMA weights,"),
+        folder / CONFIG,
+    )
 
 
 def holds_weights(folder: Path) -> bool:
     """As far as a look at its files tells; for hints."""
-    return any(any(folder.glob(name)) for name in ("params.json", CONFIG, "consolidated.*.pth", "model*.safetensors"))
+    return any(
+        any(folder.glob(name))
+        for name in ("params.json", CONFIG, "consolidated.*.pth", "model*.safetensors")
+    )
