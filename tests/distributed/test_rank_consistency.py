@@ -120,7 +120,7 @@ def test_a_process_of_mpirun_is_a_rank() -> None:
         "LOCAL_WORLD_SIZE": "1",
     }
     assert "MASTER_ADDR and MASTER_PORT must say" in refusal(
-        launcher_env.check, None, {**mpi, **adopted(mpi)}
+        launcher_env.check_world_size, None, {**mpi, **adopted(mpi)}
     )
 
 
@@ -181,7 +181,7 @@ def test_worlds_that_may_be(environment: dict[str, str], expected: int | None) -
 def test_worlds_that_contradict_themselves(
     environment: dict[str, str], expected: int | None, says: str
 ) -> None:
-    assert refusal(launcher_env.check, expected, environment).startswith(says)
+    assert refusal(launcher_env.check_world_size, expected, environment).startswith(says)
 
 
 # ---- who came --------------------------------------------------------------------------------------------------------
@@ -332,7 +332,10 @@ def outputs(processes: list[subprocess.Popen[str]], seconds: float = 120) -> lis
             process.kill()
 
 
-MAIN = "from vico import cli, meeting; meeting.SECONDS_OF_SILENCE = 1.0; cli.SECONDS_FOR_RANK_0 = 1.0; cli.console()"
+MAIN = (
+    "from vico.cli import main; from vico.distributed import rendezvous; "
+    "rendezvous.SECONDS_OF_SILENCE = 1.0; main.SECONDS_FOR_RANK_0 = 1.0; main.console()"
+)
 
 
 def test_a_rank_that_does_not_come_is_waited_for_aloud_and_named(
@@ -458,7 +461,7 @@ def test_ranks_with_other_code_are_refused(toy: ToyData, tmp_path: Path) -> None
     shutil.copytree(
         ROOT / "vico", tmp_path / "other" / "vico", ignore=shutil.ignore_patterns("__pycache__")
     )
-    with (tmp_path / "other" / "vico" / "optim.py").open("a") as file:
+    with (tmp_path / "other" / "vico" / "train" / "optim.py").open("a") as file:
         file.write("# pulled on one host only\n")
     begin = time.monotonic()
     processes = ranks(
@@ -486,10 +489,11 @@ import json, os, sys, threading, time
 from datetime import timedelta
 from pathlib import Path
 import torch, torch.distributed as torch_dist
-from vico import dist, world_check
-from vico.config import RunConfig
+from vico.distributed import world as dist
+from vico.train import rank_consistency
+from vico.train.config import RunConfig
 from vico.errors import UserError
-from vico.world_check import require_same_code, require_same_files
+from vico.train.rank_consistency import require_same_code, require_same_files
 
 base = Path(sys.argv[1])
 world = dist.connect(timedelta(minutes=2))
@@ -507,13 +511,13 @@ note("settings", require_same_code, {"seed": world.rank, "blr": 0.1})
 note("files", require_same_files, config(data=f"data{world.rank}"))
 note("same files", require_same_files, config())
 os.chdir(base / f"host{world.rank}")  # what each host sees under the same names
-world_check.SECONDS_UNTIL_SEEN, world_check.SECONDS_OF_SILENCE = 10, 1
+rank_consistency.SECONDS_UNTIL_SEEN, rank_consistency.SECONDS_OF_SILENCE = 10, 1
 if world.rank == 1:
     threading.Timer(2, Path("late-hidden").rename, ["late"]).start()
 begin = time.monotonic()
 note("late", require_same_files, config(out=Path("late")))
 said["late after"] = time.monotonic() - begin
-world_check.SECONDS_UNTIL_SEEN = 2
+rank_consistency.SECONDS_UNTIL_SEEN = 2
 begin = time.monotonic()
 note("output", require_same_files, config(out=Path("apart")))
 said["output after"] = time.monotonic() - begin

@@ -51,7 +51,10 @@ def test_loading_takes_a_ranks_share_and_a_tensor(tmp_path: Path, zero3: str) ->
     )
     ended = end(
         start(
-            str(tmp_path / "m"), zero3, ranks=2, program=(str(ROOT / "tests" / "load_memory.py"),)
+            str(tmp_path / "m"),
+            zero3,
+            ranks=2,
+            program=(str(ROOT / "tests" / "support" / "load_memory.py"),),
         ),
         240,
     )
@@ -89,7 +92,10 @@ class Runs:
         """sha256 of what an engine of that setup holds."""
         args = [*self.flags(ranks, stage), "--resume", str(checkpoint)]
         ended = end(
-            start(*args, ranks=ranks, program=(str(ROOT / "tests" / "loaded_state.py"),)), 240
+            start(
+                *args, ranks=ranks, program=(str(ROOT / "tests" / "support" / "loaded_state.py"),)
+            ),
+            240,
         )
         assert ended.codes == [0] * ranks, ended.output
         return ended.stdouts[0].split("state ")[1].strip()

@@ -410,7 +410,7 @@ def test_a_rank_that_is_killed_while_it_starts_a_worker(told: str) -> None:
     script = f"""
 import os, pickle
 from multiprocessing import forkserver
-from vico.data.workers import start_forkserver
+from vico.data.dataloader import start_forkserver
 start_forkserver()
 worker, to_worker = forkserver.connect_to_new_process([])
 os.write(to_worker, {told})

@@ -225,7 +225,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotary(x: Tensor) -> Tensor:
-    """RotaryEmbedding the pairs (x[2i], x[2i+1]) of [H, S, d] by position * 10000^(-2i/d)."""
+    """Rotate the pairs (x[2i], x[2i+1]) of [H, S, d] by position * 10000^(-2i/d)."""
     _, length, width = x.shape
     freqs = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * freqs[None, :]

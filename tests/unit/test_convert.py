@@ -20,6 +20,7 @@ from support.backbones import KINDS, LOGITS_RTOL, distance, logits, make_hugging
 from support.toy_dataset import refusal
 from vico.checkpoint import format, write
 from vico.checkpoint import read as checkpoints
+from vico.checkpoint.format import TrainState
 from vico.cli import convert as converter
 from vico.cli.convert import convert
 from vico.cli.main import main
@@ -129,7 +130,7 @@ def save(folder: Path) -> dict[str, Tensor]:
         for m in ("exp_avg", "exp_avg_sq")
     }
     config = RunConfig(dataset="star", bias=3.5, adapter_layer=2, output_dir=folder)
-    write.save(folder, weights, moments, checkpoints.Progress(step=1), config, {})
+    write.save(folder, weights, moments, TrainState(step=1), config, {})
     return weights
 
 
@@ -164,7 +165,7 @@ def test_the_published_code_s_own_files_are_read(tmp_path: Path) -> None:
     own = oracle.init_trainables({"dim": 32, "n_heads": 4, "n_layers": 3}, hyper, random_gates=True)
     oracle_files.save_lineage(tmp_path / "lineage.pth", own, lower_gates=1)
     convert(tmp_path / "lineage.pth", tmp_path / "ours.safetensors")
-    found = checkpoints.fitted(
+    found = checkpoints.validate_for_model(
         checkpoints.read(tmp_path / "ours.safetensors"), trainable_shapes(SHAPE, 2, 10, 10), 3
     )
     assert (

@@ -142,7 +142,7 @@ class TrainingSteps(_Builder, Dataset[Step]):
         self.steps_per_epoch = -(-len(questions) // self.questions_per_step)
 
     def order(self, epoch: int) -> np.ndarray:
-        """SegmentLayout of the questions in the order in which the epoch takes them."""
+        """Places of the questions in the order in which the epoch takes them."""
         if not self._shuffle:
             return np.arange(len(self.questions))
         return np.random.default_rng([self._seed, epoch]).permutation(len(self.questions))
@@ -254,7 +254,7 @@ def _tokens(triples: Sequence[Triple]) -> int:
 
 
 def best_fill(sizes: Sequence[int], most: int, budget: int | None) -> list[int]:
-    """SegmentLayout of at most `most` of `sizes`, whose sum is the largest that the budget allows; of one alone where each is too large."""
+    """Places of at most `most` of `sizes`, whose sum is the largest that the budget allows; of one alone where each is too large."""
     by_size = sorted(range(len(sizes)), key=lambda i: -sizes[i])
     if budget is None:
         return by_size[:most]
@@ -269,7 +269,7 @@ def best_fill(sizes: Sequence[int], most: int, budget: int | None) -> list[int]:
 
 
 def greedy_balance(sizes: Sequence[int], num_bins: int) -> list[list[int]]:
-    """SegmentLayout of `sizes` dealt to bins, the longest first onto the lightest bin that has room; counts differ by at most one."""
+    """Places of `sizes` dealt to bins, the longest first onto the lightest bin that has room; counts differ by at most one."""
     room = -(-len(sizes) // num_bins)
     full_bins = (
         len(sizes) - (room - 1) * num_bins
@@ -318,7 +318,7 @@ class EvaluationChunks(_Builder, Dataset[Chunk]):
         self._mine = [*chunks[rank::world_size], *([[]] * per_rank)][:per_rank]
 
     def _divide(self) -> list[list[int]]:
-        """SegmentLayout of the questions, those of one video together, cut where a chunk's prompts reach EVALUATION_TOKENS."""
+        """Places of the questions, those of one video together, cut where a chunk's prompts reach EVALUATION_TOKENS."""
         by_video: dict[tuple[str, tuple[int, int] | None], list[int]] = {}
         for place, question in enumerate(self.questions):
             by_video.setdefault((question.video, question.feature_rows), []).append(place)

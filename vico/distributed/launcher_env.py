@@ -147,7 +147,7 @@ def _check_master_address(environment: Mapping[str, str]) -> None:
     address, port = environment.get("MASTER_ADDR"), int_variable(environment, "MASTER_PORT")
     if not address or port is None:
         raise UnreachableError(
-            "MASTER_ADDR and MASTER_PORT must say where the ranks rendezvous: the first host's name, and a free port of it"
+            "MASTER_ADDR and MASTER_PORT must say where the ranks meet: the first host's name, and a free port of it"
         )
     try:
         socket.getaddrinfo(address, port)

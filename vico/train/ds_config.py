@@ -86,7 +86,7 @@ def resolve_auto(
     accumulation: int,
     world_size: int,
 ) -> dict[str, Any]:
-    """The ds_config of a run with every "auto" resolve_auto. Raises UserError, naming `path`, for what does not fit."""
+    """The ds_config of a run with every "auto" resolved. Raises UserError, naming `path`, for what does not fit."""
     _check_keys(config, path)
     numbers = dict(
         zip(

@@ -44,7 +44,7 @@ def train_step(
     The loss is the weighted sum over tasks of the mean over the task's targets in the whole step (METHOD section 3), so
     each micro-batch adds its sum of losses divided by the step's count. `number` is the step's, for messages.
     """
-    world.set_phase(f"raise_together on step {number}")
+    world.set_phase(f"agreeing on step {number}")
     error = step.error or error
     numbers = torch.tensor([len(step.micro_batches), step.num_real_tokens, error is not None])
     totals = world.gather(torch.cat([step.target_counts, numbers]))

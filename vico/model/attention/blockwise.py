@@ -128,6 +128,6 @@ def _backward(
 def attend_blocks(
     q_QHd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, mask: AttentionMask
 ) -> Tensor:
-    """MaskBlock by block on a CPU; keeps q, k, v, the output and one number per row and head. Returns [Q, H, d]."""
+    """Block by block on a CPU; keeps q, k, v, the output and one number per row and head. Returns [Q, H, d]."""
     out: Tensor = _BlockAttention.apply(q_QHd, k_THd, v_THd, gate2_H, mask.blocks)
     return out
