@@ -1,0 +1,49 @@
+"""The help of every command, word for word as it was committed.
+
+A changed line here is a change that users see. Renew the files with
+`VICO_RENEW_HELP=1 bash tests/run.sh tests/unit/test_help.py`, and read the diff.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from vico.cli.main import COMMANDS, main
+
+GOLDEN = Path(__file__).resolve().parent / "golden"
+RENEW = "VICO_RENEW_HELP=1 bash tests/run.sh tests/unit/test_help.py"
+
+
+def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What `vico COMMAND --help` prints; `vico --help` for an empty command."""
+    words = [command, "--help"] if command else ["--help"]
+    try:
+        code: object = main(words)
+    except SystemExit as end:  # argparse ends the process behind its help
+        code = end.code
+    assert code == 0
+    return capsys.readouterr().out
+
+
+def golden_file(command: str) -> Path:
+    return GOLDEN / (f"help_{command}.txt" if command else "help.txt")
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_is_golden(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("NO_COLOR", "1")  # argparse colours its help from Python 3.14 on
+    text, file = help_of(command, capsys), golden_file(command)
+    if os.environ.get("VICO_RENEW_HELP"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    expected = file.read_text(encoding="utf-8") if file.exists() else ""
+    assert text == expected, f"the help has changed; if that is meant: {RENEW}"
+
+
+def test_no_golden_file_is_left_over() -> None:
+    expected = {golden_file(command).name for command in ["", *COMMANDS]}
+    assert {file.name for file in GOLDEN.glob("*.txt")} == expected, f"delete it, or {RENEW}"
