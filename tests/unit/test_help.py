@@ -29,7 +29,7 @@ def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def layout_of(text: str) -> object:
-    """What must be equal. Python 3.13 breaks some lines elsewhere, and names an alias's value once."""
+    """What must be equal. Python 3.13 breaks lines elsewhere, and names an alias's value once."""
     if sys.version_info < (3, 13):
         return text
     return text.replace("--local_rank LOCAL_RANK, ", "--local_rank, ").split()
