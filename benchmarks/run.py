@@ -11,9 +11,15 @@ if (
 ):  # a launcher starts this file itself: its folder must not shadow modules, the checkout must be found
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks.record import RESULTS
+from benchmarks.report.record import RESULTS
 
 SECONDS_FOR_RANK_0 = 5.0
+MODULES = {
+    "cpu": "suites.cpu",
+    "gpu": "suites.gpu",
+    "node": "suites.node",
+    "report": "report.report",
+}
 SUITES = {
     "cpu": "plain against packed on this machine's CPU, fp32, one thread: speed, peak memory, equality; about 5 minutes",
     "gpu": "one GPU: attention backends, plain against packed, memory, smaller cards, time split; 4 minutes for a 7B on an H100; "
@@ -37,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, text in SUITES.items():
         suite = suites.add_parser(name, help=text, description=text)
         if name == chosen:
-            module = import_module(f"benchmarks.{name}")
+            module = import_module(f"benchmarks.{MODULES[name]}")
             module.add_flags(suite)
             if name != "report":
                 suite.add_argument(

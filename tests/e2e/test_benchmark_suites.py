@@ -11,12 +11,21 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import correctness, figures, node, run
-from benchmarks.gpus import SOURCES, peak_of
-from benchmarks.measure import Clock, device_ceilings
-from benchmarks.record import ROOT
-from benchmarks.variants import MODELS, Packed, make_shared_pair, scoring_batches, training_batch
-from benchmarks.workload import SyntheticWorkload
+from benchmarks import run
+from benchmarks.baseline import correctness
+from benchmarks.baseline.variants import (
+    MODELS,
+    Packed,
+    make_shared_pair,
+    scoring_batches,
+    training_batch,
+)
+from benchmarks.measure import metrics as figures
+from benchmarks.measure.clocks import Clock, device_ceilings
+from benchmarks.measure.peak_rates import SOURCES, peak_of
+from benchmarks.measure.workload import SyntheticWorkload
+from benchmarks.report.record import ROOT
+from benchmarks.suites import node
 from vico.errors import UserError
 from vico.model.attention import varlen
 from vico.model.attention.masks import attention_mask, restrict_queries

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import correctness
-from benchmarks.variants import (
+from benchmarks.baseline import correctness
+from benchmarks.baseline.variants import (
     fill,
     random_weights,
     scoring_batches,
     take_gradients,
     training_batch,
 )
-from benchmarks.workload import SyntheticWorkload
+from benchmarks.measure.workload import SyntheticWorkload
 from reference import oracle, oracle_files
 from support.toy_dataset import ToyData, end, records, start
 from vico.model import cuda_graphs

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.variants import scoring_batches, training_batch
-from benchmarks.workload import SyntheticWorkload
+from benchmarks.baseline.variants import scoring_batches, training_batch
+from benchmarks.measure.workload import SyntheticWorkload
 from vico.model.attention.varlen import KERNELS, PackedAttention
 from vico.model.batch import PackedBatch
 from vico.model.config import LlamaConfig

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cpu, run
-from benchmarks.measure import peak_growth
-from benchmarks.plain import PlainViCo
-from benchmarks.variants import (
+from benchmarks import run
+from benchmarks.baseline.plain import PlainViCo
+from benchmarks.baseline.variants import (
     Packed,
     Plain,
     Variant,
@@ -20,7 +19,15 @@ from benchmarks.variants import (
     take_gradients,
     with_vico_products,
 )
-from benchmarks.workload import Lengths, RealWorkload, ScoringWork, SyntheticWorkload, TrainingWork
+from benchmarks.measure.clocks import peak_growth
+from benchmarks.measure.workload import (
+    Lengths,
+    RealWorkload,
+    ScoringWork,
+    SyntheticWorkload,
+    TrainingWork,
+)
+from benchmarks.suites import cpu
 from reference import oracle, oracle_files
 from support.toy_dataset import ToyData
 from vico.data.prompts import Prompts

@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.variants import (
+from benchmarks.baseline.variants import (
     fill,
     random_weights,
     scoring_batches,
     take_gradients,
     training_batch,
 )
-from benchmarks.workload import SyntheticWorkload
+from benchmarks.measure.workload import SyntheticWorkload
 from vico.model import cuda_graphs
 from vico.model.attention.segment_layout import segment_layout
 from vico.model.attention.varlen import KERNELS, PackedAttention, choose

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.memory import measured
-from benchmarks.workload import SyntheticWorkload
+from benchmarks.measure.workload import SyntheticWorkload
+from benchmarks.suites.step_memory import measured
 from support.toy_dataset import ROOT
 from vico.data.packing import Example, pack
 from vico.model import config, cuda_graphs

@@ -24,8 +24,8 @@ if not torch.cuda.is_available() and os.environ.get(IN_A_CHILD) != "1":
         assert ended.returncode == 0 and "passed" in ended.stdout, ended.stdout[-4000:]
 
 else:
-    from benchmarks.variants import Packed, fill, make_fast, random_weights, take_gradients
-    from benchmarks.workload import SyntheticWorkload
+    from benchmarks.baseline.variants import Packed, fill, make_fast, random_weights, take_gradients
+    from benchmarks.measure.workload import SyntheticWorkload
     from vico.model.attention.segment_layout import varlen_layout
     from vico.model.attention.varlen import KERNELS, PackedAttention, _unit, _widened
     from vico.model.batch import Segment

@@ -3,7 +3,7 @@
 Synthetic by default: lengths from lengths.json, ids random, instructions, slots, answer tails and questions per video as
 the method makes them. Or real annotation files with a tokenizer (`RealWorkload`).
 
-`python -m benchmarks.workload --data_path FOLDER --tokenizer FILE` measures real NExT-QA files and prints lengths.json.
+`python -m benchmarks.measure.workload --data_path FOLDER --tokenizer FILE` measures real NExT-QA files and prints lengths.json.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from vico.data.tokenizer import Tokenizer
 from vico.data.types import VIDEO_SLOT, Question, TokenSequence
 from vico.model.config import FEATURE_WIDTH
 
-LENGTHS = Path(__file__).with_name("lengths.json")
+LENGTHS = Path(__file__).parents[1] / "lengths.json"
 NUM_OPTIONS = 5
 ANSWER_TARGETS = 4  # "(", the letter, ")", EOS
 DESCRIPTION_HEAD = 2  # "Description", ":"

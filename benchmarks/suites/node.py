@@ -14,9 +14,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import FORMULAS, UNKNOWN, median_of
-from benchmarks.record import ROOT, new_record, settings, write
-from benchmarks.variants import MODELS
+from benchmarks.baseline.variants import MODELS
+from benchmarks.measure.metrics import FORMULAS, UNKNOWN, median_of
+from benchmarks.report.record import ROOT, new_record, settings, write
 from vico.distributed import launcher_env
 from vico.errors import UserError
 
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _as_rank(args: argparse.Namespace) -> int:
-    from benchmarks import ranks
+    from benchmarks.suites import node_rank as ranks
 
     if args.ranks is not None:
         raise UserError(

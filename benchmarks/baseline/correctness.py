@@ -10,8 +10,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Clock, spread
-from benchmarks.variants import (
+from benchmarks.baseline.variants import (
     CAPTION_WEIGHT,
     Packed,
     Plain,
@@ -24,7 +23,8 @@ from benchmarks.variants import (
     take_gradients,
     training_batch,
 )
-from benchmarks.workload import SyntheticWorkload
+from benchmarks.measure.clocks import Clock, spread
+from benchmarks.measure.workload import SyntheticWorkload
 from vico.errors import UserError
 from vico.model import cuda_graphs
 from vico.model.attention.masks import Attend, AttentionMask, attention_mask, restrict_queries

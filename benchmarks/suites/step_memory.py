@@ -1,4 +1,4 @@
-"""Peak memory of one training step in a process of its own: `python -m benchmarks.memory VARIANT CONFIG-JSON`.
+"""Peak memory of one training step in a process of its own: `python -m benchmarks.suites.step_memory VARIANT CONFIG-JSON`.
 
 The last line of stdout is a JSON object: the growth of VmHWM over the step, and what autograd holds after the forward.
 """
@@ -16,12 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import MALLOC_ENVIRONMENT, peak_growth
-from benchmarks.variants import Packed, Plain, Variant, fill, make_fast, make_plain, random_weights
-from benchmarks.workload import SyntheticWorkload
+from benchmarks.baseline.variants import (
+    Packed,
+    Plain,
+    Variant,
+    fill,
+    make_fast,
+    make_plain,
+    random_weights,
+)
+from benchmarks.measure.clocks import MALLOC_ENVIRONMENT, peak_growth
+from benchmarks.measure.workload import SyntheticWorkload
 from vico.model.config import LlamaConfig
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def measured(variant: str, shape: LlamaConfig, num_questions: int) -> dict[str, Any]:
@@ -29,7 +37,7 @@ def measured(variant: str, shape: LlamaConfig, num_questions: int) -> dict[str, 
     config = json.dumps({"shape": asdict(shape), "num_questions": num_questions})
     environment = {**os.environ, **MALLOC_ENVIRONMENT, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory", variant, config],
+        [sys.executable, "-m", "benchmarks.suites.step_memory", variant, config],
         env=environment,
         cwd=ROOT,
         stdout=subprocess.PIPE,

@@ -15,12 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import memory
-from benchmarks.figures import Amount, layer_parameters, of_packed, of_plain
-from benchmarks.measure import cpu_ceilings, cpu_seconds, ratio_spread, spread
-from benchmarks.record import new_record, settings, write
-from benchmarks.timesplit import time_split
-from benchmarks.variants import (
+from benchmarks.baseline.variants import (
     MAX_CAP_LEN,
     MAX_SEQ_LEN,
     Packed,
@@ -31,7 +26,18 @@ from benchmarks.variants import (
     training_batch,
     with_vico_products,
 )
-from benchmarks.workload import RealWorkload, ScoringWork, SyntheticWorkload, TrainingWork, Workload
+from benchmarks.measure.clocks import cpu_ceilings, cpu_seconds, ratio_spread, spread
+from benchmarks.measure.metrics import Amount, layer_parameters, of_packed, of_plain
+from benchmarks.measure.time_split import time_split
+from benchmarks.measure.workload import (
+    RealWorkload,
+    ScoringWork,
+    SyntheticWorkload,
+    TrainingWork,
+    Workload,
+)
+from benchmarks.report.record import new_record, settings, write
+from benchmarks.suites import step_memory as memory
 from vico.model.config import LlamaConfig
 
 CPU = torch.device("cpu")

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import UNKNOWN, median_of
-from benchmarks.node import scaling
-from benchmarks.record import RESULTS
+from benchmarks.measure.metrics import UNKNOWN, median_of
+from benchmarks.report.record import RESULTS
+from benchmarks.suites.node import scaling
 from vico.errors import UserError
 from vico.io.atomic import write_text
 from vico.io.text import read_json_object
@@ -141,7 +141,7 @@ def _ratios(record: dict[str, Any]) -> list[str]:
 
 
 def _cpu(record: dict[str, Any], folder: Path) -> tuple[list[str], list[Path]]:
-    from benchmarks import plots
+    from benchmarks.report import plots
 
     lines: list[str] = []
     if record.get("ratios"):
@@ -189,7 +189,7 @@ def _cpu(record: dict[str, Any], folder: Path) -> tuple[list[str], list[Path]]:
 
 
 def _gpu(record: dict[str, Any], folder: Path) -> tuple[list[str], list[Path]]:
-    from benchmarks import plots
+    from benchmarks.report import plots
 
     lines = _checks(record)
     if record.get("ratios"):
@@ -313,7 +313,7 @@ def _checks(record: dict[str, Any]) -> list[str]:
 
 
 def _node(record: dict[str, Any], folder: Path) -> tuple[list[str], list[Path]]:
-    from benchmarks import plots
+    from benchmarks.report import plots
 
     lines: list[str] = []
     rows = []

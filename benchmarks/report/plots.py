@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.figures import median_of
+from benchmarks.measure.metrics import median_of
 
 PLAIN, FAST, IDEAL = "#8a8f98", "#1b6ca8", "#c4c7cc"
 KINDS = 7  # of operators that are told apart; the others are one more

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from benchmarks.plain import PlainViCo
-from benchmarks.workload import NUM_OPTIONS, ScoringWork, TrainingWork
+from benchmarks.baseline.plain import PlainViCo
+from benchmarks.measure.workload import NUM_OPTIONS, ScoringWork, TrainingWork
 from vico.data.packing import Example, pack
 from vico.data.types import TokenSequence
 from vico.model.batch import PackedBatch

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.measure import spread
-from benchmarks.workload import ScoringWork, TrainingWork
+from benchmarks.measure.clocks import spread
+from benchmarks.measure.workload import ScoringWork, TrainingWork
 from vico.data.types import TokenSequence
 from vico.model.batch import PackedBatch, Segment
 from vico.model.config import LlamaConfig

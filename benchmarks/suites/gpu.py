@@ -17,12 +17,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks import correctness, figures
-from benchmarks.gpus import peak_of
-from benchmarks.measure import GIB, Clock, device_ceilings, device_peak, ratio_spread, spread
-from benchmarks.record import new_record, settings, write
-from benchmarks.timesplit import time_split
-from benchmarks.variants import (
+from benchmarks.baseline import correctness
+from benchmarks.baseline.variants import (
     MAX_CAP_LEN,
     MAX_SEQ_LEN,
     MODELS,
@@ -32,7 +28,12 @@ from benchmarks.variants import (
     scoring_batches,
     training_batch,
 )
-from benchmarks.workload import ScoringWork, SyntheticWorkload, TrainingWork
+from benchmarks.measure import metrics as figures
+from benchmarks.measure.clocks import GIB, Clock, device_ceilings, device_peak, ratio_spread, spread
+from benchmarks.measure.peak_rates import peak_of
+from benchmarks.measure.time_split import time_split
+from benchmarks.measure.workload import ScoringWork, SyntheticWorkload, TrainingWork
+from benchmarks.report.record import new_record, settings, write
 from vico.data.batching import EVALUATION_TOKENS
 from vico.errors import UserError
 from vico.model import config, cuda_graphs

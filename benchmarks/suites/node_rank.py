@@ -19,11 +19,18 @@ import torch.distributed as torch_dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from benchmarks import figures
-from benchmarks.gpus import peak_of
-from benchmarks.measure import GIB, Clock, device_ceilings, hardware, resident_peak_gib, spread
-from benchmarks.variants import MODELS, make_fast, random_value
-from benchmarks.workload import SyntheticWorkload
+from benchmarks.baseline.variants import MODELS, make_fast, random_value
+from benchmarks.measure import metrics as figures
+from benchmarks.measure.clocks import (
+    GIB,
+    Clock,
+    device_ceilings,
+    hardware,
+    resident_peak_gib,
+    spread,
+)
+from benchmarks.measure.peak_rates import peak_of
+from benchmarks.measure.workload import SyntheticWorkload
 from vico.data.batching import Step, greedy_balance
 from vico.data.dataloader import loader
 from vico.data.packing import Example, pack
