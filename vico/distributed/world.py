@@ -21,8 +21,6 @@ from vico.distributed import launcher_env, topology
 from vico.distributed.rendezvous import clone_store, hint_when_slow, rendezvous
 from vico.distributed.watchdog import WAITING, Watchdog
 from vico.errors import UserError
-from vico.planner.gpu_specs import Hardware
-from vico.train import zero_stage
 
 TIMEOUT = timedelta(minutes=30)  # for every collective, unless --collective_timeout says another
 
@@ -36,9 +34,9 @@ class World:
     timeout: timedelta = TIMEOUT
     watchdog: Watchdog | None = None
     store: Store | None = None
-    hardware: Hardware | None = (
-        None  # the ranks' GPUs, the same word on every rank; None: there are none
-    )
+    members: tuple[
+        topology.Member, ...
+    ] = ()  # of all ranks, in their order; the same on every rank
 
     def set_phase(self, what: str) -> None:
         """Tell the watchdog that this rank has got on, and with what."""
@@ -156,9 +154,7 @@ def connect(
     watchdog = (
         None if hang_seconds is None else Watchdog(rank, members, clone_store(store), hang_seconds)
     )
-    return World(
-        rank, size, device, host_group, timeout, watchdog, store, zero_stage.hardware(members)
-    )
+    return World(rank, size, device, host_group, timeout, watchdog, store, tuple(members))
 
 
 def _choose_device() -> torch.device:

@@ -54,7 +54,11 @@ def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inp
     cache = FileCache()
     backbone = preflight.open_backbone(config)
     chosen = zero_stage.choose(
-        config, backbone.weights.shape, world.size, world.hardware, training="train" in splits
+        config,
+        backbone.weights.shape,
+        world.size,
+        zero_stage.hardware(world.members),
+        training="train" in splits,
     )
     prompts = backbone.prompts(config)
     folder = config.dataset_folder

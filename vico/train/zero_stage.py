@@ -152,7 +152,7 @@ def _title(stage: planner.Stage) -> str:
 
 def hardware(members: Sequence[Member]) -> Hardware | None:
     """Their machines as the planner sees them: equal ones, each the smallest that came. None where a rank has no GPU."""
-    if not all(m.gpu_bytes for m in members):
+    if not members or not all(m.gpu_bytes for m in members):
         return None
     hosts, smallest = by_host(members), min(members, key=lambda m: m.gpu_bytes)
     gpu, host_gib = (
