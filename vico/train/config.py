@@ -42,83 +42,91 @@ class RunConfig:
     adapter_layer: int | None = _flag(
         None,
         MODEL,
-        "how many of the top layers get adapter prompts and gates (default: all); all layers always run",
+        "number of top layers with adapter prompts and gates (default: all); all layers always run",
     )
     attention: Literal["auto", "plain", "blocks", "sdpa", "varlen", "flash_attn"] = _flag(
-        "auto", MODEL, "how attention is computed; all compute the same"
+        "auto", MODEL, "attention implementation; all compute the same function"
     )
     checkpoint_activations: str = _flag(
         "none",
         MODEL,
-        "none, full, or N: the lower N layers keep only their input and run again in backward (less memory, up to 1.5x the time)",
+        "none, full or N: recompute no layer, all layers or the lower N in backward (less memory, "
+        "up to 1.5x the time)",
     )
     adapter_len: int = _flag(10, MODEL, "adapter prompts per adapted layer")
     max_feats: int = _flag(
         10,
         MODEL,
-        "video slots per sequence; longer videos are sampled evenly, shorter ones padded with zero features",
+        "video slots per sequence; longer videos are sampled evenly, shorter ones padded with "
+        "zero features",
     )
-    bias: float = _flag(3.0, MODEL, "the video gates start at minus this")
-    tau: float = _flag(100.0, MODEL, "temperature of the QAV objective's softmax over frames")
+    bias: float = _flag(3.0, MODEL, "initial video-gate logit is -BIAS")
+    tau: float = _flag(100.0, MODEL, "temperature of the softmax over frames in the QAV objective")
     precision: Literal["bf16", "fp16", "fp32"] = _flag(
         "bf16",
         MODEL,
-        "type of the frozen weights and of the arithmetic; trainables are always fp32",
+        "dtype of the frozen weights and of the computation; trainables are always fp32",
     )
 
     quantize: Literal["8bit", "nf4"] | None = _flag(
         None,
         MODEL,
-        "keep the products' frozen weights in 8 or 4 bits, for cards of 8 to 12 GB; ZeRO-2 only, needs the extra 'quantized'; "
-        "`vico cost` says what it costs",
+        "quantize the frozen linear layers (8-bit or NF4) for small GPUs; ZeRO-2 only, needs the "
+        "extra 'quantized'; `vico cost` measures the loss in accuracy",
     )
 
     dataset: Literal["nextqa", "star", "tvqa", "intentqa"] = _flag(
-        "nextqa", DATA, "which annotation format to read, from DATA_PATH/DATASET"
+        "nextqa", DATA, "annotation format, read from DATA_PATH/DATASET"
     )
-    data_path: Path = _flag(Path("data"), DATA, "folder that holds one folder per data set")
+    data_path: Path = _flag(Path("data"), DATA, "folder that holds one folder per dataset")
     captions: Path | None = _flag(
         None,
         DATA,
-        "caption JSON, where the data set's folder holds none or several of the known ones",
+        "caption file (JSON), if the dataset's folder holds no known one, or several",
     )
     missing_features: Literal["error", "drop"] = _flag(
         "error",
         DATA,
-        "questions whose video has no features: end with an error, or drop them and say how many with every result",
+        "questions whose video has no features: stop with an error, or drop them and report the "
+        "count with every result",
     )
-    sub: bool = _flag(False, DATA, "TVQA: put the subtitles of the clip into the prompt")
+    sub: bool = _flag(False, DATA, "TVQA: put the clip's subtitles into the prompt")
     max_seq_len: int = _flag(
         512,
         DATA,
-        "most tokens of a question's sequence; longer ones are shortened (dialogue, then options), never the answer",
+        "maximum tokens of a question's sequence; longer ones are shortened (dialogue first, then "
+        "options), never the answer",
     )
     max_cap_len: int = _flag(
-        384, DATA, "most tokens of a caption's sequence; a longer caption is cut"
+        384, DATA, "maximum tokens of a caption's sequence; longer captions are cut"
     )
     caption_crop: Literal["sentence", "none"] = _flag(
         "sentence",
         DATA,
-        "train on a random suffix of the caption that starts at a sentence, or on all of it",
+        "train on a random suffix of the caption that starts at a sentence, or on the whole "
+        "caption",
     )
     no_shuffle: bool = _flag(False, DATA, "take the training questions in file order")
     num_workers: int = _flag(
-        2, DATA, "processes per rank that prepare batches ahead; 0: prepare in the training process"
+        2, DATA, "data-loading processes per rank; 0: load in the training process"
     )
 
-    cap: float = _flag(0.5, OBJECTIVE, "weight of the captioning loss; 0: no caption file is read")
+    cap: float = _flag(
+        0.5, OBJECTIVE, "weight of the captioning loss; 0: off, no caption file is read"
+    )
     vaq: bool = _flag(
-        False, OBJECTIVE, "add the objective: predict the question from video and answer"
+        False, OBJECTIVE, "add the VAQ objective: predict the question from video and answer"
     )
     qav: bool = _flag(
-        False, OBJECTIVE, "add the objective: predict the video from question and answer"
+        False, OBJECTIVE, "add the QAV objective: predict the video from question and answer"
     )
 
     batch_size: int = _flag(64, OPTIMIZATION, "questions per device and micro-batch")
     max_tokens: int | None = _flag(
         None,
         OPTIMIZATION,
-        "cut a step's questions into micro-batches of at most this many tokens instead of by --batch_size",
+        "maximum tokens per micro-batch; a step's questions are then split by tokens instead of "
+        "by --batch_size",
     )
     accum_iter: int = _flag(1, OPTIMIZATION, "micro-batches per optimizer step")
     epochs: int = _flag(
@@ -127,73 +135,87 @@ class RunConfig:
         "passes over the training questions; also the length of the learning-rate schedule",
     )
     warmup_epochs: float = _flag(
-        40.0, OPTIMIZATION, "epochs of linear warm-up from 0, then half a cosine to --min_lr"
+        40.0,
+        OPTIMIZATION,
+        "epochs of linear warm-up from 0, followed by a half cosine down to --min_lr",
     )
     lr: float | None = _flag(
-        None, OPTIMIZATION, "peak learning rate (default: blr * questions per step / 256)"
+        None, OPTIMIZATION, "peak learning rate (default: BLR * questions per step / 256)"
     )
     blr: float = _flag(1e-3, OPTIMIZATION, "base learning rate, per 256 questions of a step")
     min_lr: float = _flag(0.0, OPTIMIZATION, "learning rate at the end of the schedule")
-    weight_decay: float = _flag(0.05, OPTIMIZATION, "AdamW's decay, on every trainable")
+    weight_decay: float = _flag(
+        0.05, OPTIMIZATION, "AdamW weight decay, applied to every trainable"
+    )
 
     output_dir: Path = _flag(
         Path("output_dir"),
         RUN,
-        "where logs, predictions and checkpoints go; the same command on it again resumes",
+        "where logs, predictions and checkpoints go; rerun the same command to resume",
     )
-    resume: Path | None = _flag(None, RUN, "checkpoint folder of ours, or a lineage .pth file")
+    resume: Path | None = _flag(
+        None, RUN, "checkpoint to start from: a checkpoint folder of ViCo or a published .pth file"
+    )
     init_eval: bool = _flag(
         False,
         RUN,
-        "with --resume: evaluate it and stop; without: evaluate the untrained start, then train",
+        "with --resume: evaluate it and stop; without: evaluate the untrained model, then train",
     )
-    split: Literal["val", "test"] = _flag("val", RUN, "the split that is evaluated")
+    split: Literal["val", "test"] = _flag("val", RUN, "split to evaluate")
     max_steps: int | None = _flag(
         None,
         RUN,
-        "end after this many optimizer steps, as an epoch ends, on the schedule of --epochs",
+        "stop after this many optimizer steps, as at an epoch's end; the schedule still spans "
+        "--epochs",
     )
     save_steps: int | None = _flag(
-        None, RUN, "save a checkpoint every so many steps (default: at the end of each epoch only)"
+        None,
+        RUN,
+        "save a checkpoint every N steps as well (default: at the end of each epoch only)",
     )
     save_total_limit: int | None = _flag(
         None,
         RUN,
-        "keep only the newest so many checkpoint-STEP folders; checkpoint_best always stays",
+        "keep only the newest N checkpoint-STEP folders; checkpoint_best always stays",
     )
     save_legacy: bool = _flag(
         False,
         RUN,
-        "also write the best weights as checkpoint_best.pth, the file of the published code",
+        "also write the best weights as checkpoint_best.pth, in the format of the published code",
     )
     allow_change: str | None = _flag(
         None,
         RUN,
-        "settings, 'data' or 'backbone' (separated by commas) that may differ from those of the run that is resumed",
+        "comma-separated settings, 'data' or 'backbone', that may differ from those of the "
+        "resumed run",
     )
     deepspeed: str = _flag(
         "auto",
         RUN,
-        "zero2, zero3, zero3_nodes, zero3_offload (files of ds_configs/) or the path of a DeepSpeed config; auto: what `vico plan` "
-        "finds best for the model on the GPUs that are there (without one: zero2)",
+        "zero2, zero3, zero3_nodes or zero3_offload (files of ds_configs/), or the path of a "
+        "DeepSpeed config; auto: the plan of `vico plan` for this model and these GPUs (without a "
+        "GPU: zero2)",
     )
     seed: int = _flag(
-        0, RUN, "order of the questions, caption crops and initial trainables follow from it"
+        0, RUN, "seed of the question order, the caption crops and the initial trainables"
     )
     collective_timeout: float = _flag(
         30.0,
         RUN,
-        "minutes that a rank waits for the others, at the start and in every exchange, before it ends",
+        "minutes that a rank waits for the others, at the start and in every collective, before "
+        "it aborts",
     )
     hang_timeout: float = _flag(
         20.0,
         RUN,
-        "minutes without a move of some rank (a micro-batch, a batch of evaluation, a save) that end the run",
+        "abort if any rank makes no progress (a micro-batch, an evaluation batch, a save) for "
+        "this many minutes",
     )
     expect_world_size: int | None = _flag(
         None,
         RUN,
-        "refuse to start unless there are exactly this many ranks; stands above what SLURM and the visible GPUs suggest",
+        "refuse to start unless there are exactly N ranks; takes precedence over SLURM's "
+        "variables and the number of visible GPUs",
     )
 
     def __post_init__(self) -> None:
