@@ -75,12 +75,14 @@ def make_model(
     num_adapted: int | None = None,
     gate1: float = 0.0,
 ) -> ViCo:
-    shapes = trainable_shapes(weights.shape, num_adapted or weights.shape.n_layers, 10, 10)
+    shapes = trainable_shapes(weights.config, num_adapted or weights.config.n_layers, 10, 10)
     trainables = initial_trainables(shapes, bias=0.7, seed=0)
     for name, value in trainables.items():
         if name.endswith("gate1"):
             value.fill_(gate1)
-    model = ViCo(weights.shape, num_adapted or weights.shape.n_layers, 10, 10, 100.0, torch.float32)
+    model = ViCo(
+        weights.config, num_adapted or weights.config.n_layers, 10, 10, 100.0, torch.float32
+    )
     for name, parameter in model.named_parameters():
         parameter.data.copy_(trainables[name] if name in trainables else weights.read(name))
     model.attend = attend
@@ -91,7 +93,7 @@ def logits(
     weights: Weights, ids: Tensor, attend: Attend = attend_blocks, num_adapted: int | None = None
 ) -> Tensor:
     """[T, vocabulary] of a plain text: at gate1 = 0, and without a video, the adapter changes nothing."""
-    model, shape = make_model(weights, attend, num_adapted), weights.shape
+    model, shape = make_model(weights, attend, num_adapted), weights.config
     segments = (Segment(0, len(ids), None, False, False),)
     rotary_T = rotary_angles(
         torch.arange(len(ids)), shape.head_dim, shape.rope_theta, shape.rope_scaling
@@ -107,7 +109,7 @@ def logits(
 
 def text(weights: Weights) -> Tensor:
     return torch.randint(
-        weights.shape.vocab_size, (LENGTH,), generator=torch.Generator().manual_seed(1)
+        weights.config.vocab_size, (LENGTH,), generator=torch.Generator().manual_seed(1)
     )
 
 

@@ -38,7 +38,7 @@ def main(folder: Path, ds_config: str) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     with zero_init(config, world.device):
-        model = ViCo(weights.shape, weights.shape.n_layers, 10, 10, 100.0, torch.float32)
+        model = ViCo(weights.config, weights.config.n_layers, 10, 10, 100.0, torch.float32)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             load_parameter(parameter, partial(weights.read_slice, name))

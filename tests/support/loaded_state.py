@@ -15,7 +15,7 @@ def main(argv: list[str]) -> None:
     world = dist.connect()
     inputs = read_inputs(config, ("train",), world)
     found = checkpoints.validate_for_model(
-        checkpoints.read(config.resume), inputs.trainable_shapes, inputs.weights.shape.n_layers
+        checkpoints.read(config.resume), inputs.trainable_shapes, inputs.weights.config.n_layers
     )
     engine = build_engine(config, inputs, found.weights, world)
     assert found.moments is not None

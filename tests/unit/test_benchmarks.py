@@ -50,7 +50,7 @@ def test_the_plain_baseline_is_the_method(toy: ToyData) -> None:
         MetaWeights(toy.llama / "tiny", toy.tokenizer.vocab_size()),
     )
     trainables = oracle.init_trainables(weights[0], hyper, random_gates=True)
-    model = PlainViCo(params.shape, hyper.adapter_len, hyper.max_feats, torch.float32)
+    model = PlainViCo(params.config, hyper.adapter_len, hyper.max_feats, torch.float32)
     fill(
         model,
         {

@@ -38,7 +38,7 @@ def make_model(setup: Setup, dtype: torch.dtype, attend: Attend) -> ViCo:
     toy, _, hyper, trainables = setup
     weights = MetaWeights(toy.llama / "tiny", toy.tokenizer.vocab_size())
     model = ViCo(
-        weights.shape,
+        weights.config,
         hyper.adapter_layer or 3,
         hyper.adapter_len,
         hyper.max_feats,
@@ -167,7 +167,7 @@ def test_at_zero_gates_the_prompts_are_invisible(setup: Setup) -> None:
 
 
 def test_initial_values(toy: ToyData) -> None:
-    shape = MetaWeights(toy.llama / "tiny", toy.tokenizer.vocab_size()).shape
+    shape = MetaWeights(toy.llama / "tiny", toy.tokenizer.vocab_size()).config
     shapes = trainable_shapes(shape, 2, 10, 10)
     values = initial_trainables(shapes, bias=3.5, seed=0)
     assert {n: tuple(v.shape) for n, v in values.items()} == shapes

@@ -94,9 +94,9 @@ class Ungrouped:
     """The same model with every key and value head written out once per query head: no grouped-query attention anywhere."""
 
     def __init__(self, weights: Weights) -> None:
-        self.folder, self._weights, shape = weights.folder, weights, weights.shape
+        self.folder, self._weights, shape = weights.folder, weights, weights.config
         self._head_dim, self._group = shape.head_dim, shape.n_heads // shape.kv_heads
-        self.shape = LlamaConfig(**{**vars(shape), "n_kv_heads": None})
+        self.config = LlamaConfig(**{**vars(shape), "n_kv_heads": None})
 
     def read(self, name: str) -> Tensor:
         tensor = self._weights.read(name)
@@ -144,7 +144,7 @@ def video_batch(vocabulary: int) -> PackedBatch:
 def test_gradients_of_every_trainable_under_grouped_queries(attend: Attend, tmp_path: Path) -> None:
     make_hugging_face(tmp_path, KINDS["LLaMA-2-70B"])
     weights = open_weights(tmp_path, None)
-    batch, found = video_batch(weights.shape.vocab_size), []
+    batch, found = video_batch(weights.config.vocab_size), []
     for model in (
         make_model(weights, attend, gate1=0.4),
         make_model(Ungrouped(weights), attend_plain, gate1=0.4),
@@ -156,7 +156,7 @@ def test_gradients_of_every_trainable_under_grouped_queries(attend: Attend, tmp_
         )
     (losses, gradients), (expected_losses, expected) = found
     assert distance(losses, expected_losses) < LOGITS_RTOL
-    assert set(gradients) == set(trainable_shapes(weights.shape, 2, 10, 10))
+    assert set(gradients) == set(trainable_shapes(weights.config, 2, 10, 10))
     for name, gradient in gradients.items():
         assert (
             gradient is not None and expected[name] is not None and expected[name].abs().max() > 0
@@ -229,8 +229,8 @@ LAYOUTS = ("two", "two of LLaMA-3", "HF", "HF in files")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_is_the_same_model_bit_for_bit(layout: str, layouts: dict[str, Path]) -> None:
     one, other = open_weights(layouts["one"], 400), open_weights(layouts[layout], 400)
-    assert backbone_shapes(one.shape) == backbone_shapes(other.shape)
-    for name, shape in backbone_shapes(one.shape).items():
+    assert backbone_shapes(one.config) == backbone_shapes(other.config)
+    for name, shape in backbone_shapes(one.config).items():
         assert torch.equal(one.read(name), other.read(name)) and one.read(name).shape == shape, name
     assert torch.equal(logits(one, text(one)), logits(other, text(one)))
 
@@ -238,7 +238,7 @@ def test_every_layout_is_the_same_model_bit_for_bit(layout: str, layouts: dict[s
 @pytest.mark.parametrize("layout", ("one", *LAYOUTS))
 def test_slices_are_those_of_the_flattened_tensor(layout: str, layouts: dict[str, Path]) -> None:
     weights = open_weights(layouts[layout], 400)
-    for name in backbone_shapes(weights.shape):
+    for name in backbone_shapes(weights.config):
         whole = weights.read(name).flatten()
         size, half = whole.numel(), whole.numel() // 2
         for start, stop in (
@@ -264,16 +264,16 @@ def test_memory_holds_a_tensor_at_most(layout: str, tmp_path: Path) -> None:
     """Anonymous memory (what is not the files' own pages) while a model of 140 MB is read, and while slices of it are."""
     make_big(tmp_path, layout)
     weights = open_weights(tmp_path, None)
-    largest = max(math.prod(s) for s in backbone_shapes(weights.shape).values()) * 4
+    largest = max(math.prod(s) for s in backbone_shapes(weights.config).values()) * 4
     before, peak = anonymous_bytes(), 0
-    for name in backbone_shapes(weights.shape):
+    for name in backbone_shapes(weights.config):
         tensor = weights.read(name)
         peak = max(peak, anonymous_bytes() - before)
         assert tensor.numel()
         del tensor
     assert peak < 1.5 * largest
     before, peak = anonymous_bytes(), 0
-    for name, shape in backbone_shapes(weights.shape).items():
+    for name, shape in backbone_shapes(weights.config).items():
         size = math.prod(shape)
         part = weights.read_slice(name, size // 2, size // 2 + size // 8)
         peak = max(peak, anonymous_bytes() - before)
@@ -602,7 +602,7 @@ def test_a_run_opens_hugging_face_weights(toy: ToyData, tmp_path: Path) -> None:
     inputs = read_inputs(
         parse(flags, "vico train", "").resolve(), ("train",), Ranks(0, 1, torch.device("cpu"), None)
     )
-    assert inputs.weights.shape.n_layers == inputs.num_adapted == 2
+    assert inputs.weights.config.n_layers == inputs.num_adapted == 2
 
 
 def test_a_llama_3_is_trained_and_scored(toy: ToyData, tmp_path: Path) -> None:

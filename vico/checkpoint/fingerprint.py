@@ -52,7 +52,7 @@ def _remembered(key: str | None, cache: FileCache, make: Callable[[], str]) -> s
 
 
 def of_backbone(weights: Weights, cache: FileCache) -> str:
-    shapes = backbone_shapes(weights.shape)
+    shapes = backbone_shapes(weights.config)
 
     def pieces(name: str) -> Iterable[Tensor]:
         size = torch.Size(shapes[name]).numel()

@@ -123,7 +123,7 @@ class Check:
     def _open_backbone(self) -> None:
         self._backbone = backbone = self._try(preflight.open_backbone, self.config)
         if backbone is not None:
-            self._prompts, shape = backbone.prompts(self.config), backbone.weights.shape
+            self._prompts, shape = backbone.prompts(self.config), backbone.weights.config
             self._say(
                 f"model: {backbone.weights.folder}: {shape.n_layers} layers ({backbone.num_adapted} adapted), width {shape.dim}, "
                 f"{shape.n_heads} heads; {backbone.tokenizer_path.name} of {backbone.tokenizer.vocab_size} pieces"
@@ -269,7 +269,7 @@ class Check:
         """Whether the run, or what it resumes, is one that these files continue."""
         config, backbone, features = self.config, self._backbone, self._features
         assert backbone is not None and features is not None, "what is missing is an error"
-        found, shape = find_start(config), backbone.weights.shape
+        found, shape = find_start(config), backbone.weights.config
         for note in found.notes:
             self._say(note)
         if found.checkpoint is None:

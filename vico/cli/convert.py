@@ -101,7 +101,7 @@ def _convert_weights(source: Path, target: Path, to: str | None, shards: int | N
         )
     num = 1 if shards is None else shards
     if to == "meta":
-        _require_divisible(weights.shape, num)
+        _require_divisible(weights.config, num)
     _write_folder(
         target,
         lambda folder: (
@@ -143,7 +143,7 @@ def _checked(weights: Weights, name: str) -> Tensor:
 
 
 def _write_meta(weights: Weights, folder: Path, num_shards: int) -> None:
-    shape = weights.shape
+    shape = weights.config
     for rank in range(num_shards):
         # Clones: torch.save writes a view's whole storage.
         part = {
@@ -226,7 +226,7 @@ def _write_hugging_face(weights: Weights, folder: Path) -> None:
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    config = _config(weights.shape, str(weights.read(EMBEDDINGS).dtype).removeprefix("torch."))
+    config = _config(weights.config, str(weights.read(EMBEDDINGS).dtype).removeprefix("torch."))
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -234,10 +234,10 @@ def _split(weights: Weights) -> Iterator[list[str]]:
     """The tensors' names, file by file."""
     names: list[str] = []
     num_bytes = 0
-    for name in backbone_shapes(weights.shape):
+    for name in backbone_shapes(weights.config):
         size = (
             weights.read_slice(name, 0, 1).element_size()
-            * torch.Size(backbone_shapes(weights.shape)[name]).numel()
+            * torch.Size(backbone_shapes(weights.config)[name]).numel()
         )
         if names and num_bytes + size > FILE_BYTES:
             yield names
@@ -250,7 +250,7 @@ def _split(weights: Weights) -> Iterator[list[str]]:
 def _stored(weights: Weights, name: str) -> Tensor:
     tensor = _checked(weights, name)
     return (
-        stored_rows(tensor, weights.shape.head_dim) if ROTATED.search(name) else tensor
+        stored_rows(tensor, weights.config.head_dim) if ROTATED.search(name) else tensor
     ).contiguous()
 
 

@@ -19,7 +19,7 @@ def evaluate_checkpoint(line: CommandLine, world: World) -> None:
     with world.raise_together():
         inputs = read_inputs(config, (config.split,), world)
         found = checkpoints.validate_for_model(
-            found, inputs.trainable_shapes, inputs.weights.shape.n_layers
+            found, inputs.trainable_shapes, inputs.weights.config.n_layers
         )
     if world.is_main:
         inputs.cache.flush()

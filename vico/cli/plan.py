@@ -226,9 +226,9 @@ def model_size(model: str) -> ModelSize:
         raise UserError(
             f"--model {model}: must be {', '.join(planner.SIZES)} or a folder with params.json{nearest(model, planner.SIZES)}"
         )
-    from vico.model.weights.load import read_shape
+    from vico.model.weights.load import read_llama_config
 
-    return size_of(folder.resolve().name, read_shape(folder))
+    return size_of(folder.resolve().name, read_llama_config(folder))
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

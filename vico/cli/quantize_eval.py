@@ -101,7 +101,7 @@ def _evaluated(found: format.Checkpoint, config: RunConfig, world: World) -> Eva
     with world.raise_together():
         inputs = read_inputs(config, (config.split,), world)
         fitted = checkpoints.validate_for_model(
-            found, inputs.trainable_shapes, inputs.weights.shape.n_layers
+            found, inputs.trainable_shapes, inputs.weights.config.n_layers
         )
     engine = build_engine(config, inputs, fitted.weights, world)
     world.print_rank0(f"products in {config.quantize or config.precision}, {inputs.stage}")

@@ -240,7 +240,7 @@ class Llama(nn.Module):
         linear: Linear = FrozenLinear,
     ) -> None:
         super().__init__()
-        self.shape, self.dtype, self.num_adapted = shape, dtype, num_adapted
+        self.config, self.dtype, self.num_adapted = shape, dtype, num_adapted
         self.num_checkpointed = (
             0  # so many of the lower layers keep only their input, and run again in backward
         )

@@ -50,7 +50,10 @@ class ViCo(Llama):
         slots_SD = F.embedding(batch.slot_frames_S, frames_VFD.flatten(0, 1)).to(self.dtype)
         x_TD = self.tok_embeddings(batch.token_ids_T).index_copy(0, batch.slot_rows_S, slots_SD)
         rotary_T = rotary_angles(
-            batch.positions_T, self.shape.head_dim, self.shape.rope_theta, self.shape.rope_scaling
+            batch.positions_T,
+            self.config.head_dim,
+            self.config.rope_theta,
+            self.config.rope_scaling,
         )
         h_RD = self.trunk(
             x_TD,

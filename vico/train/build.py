@@ -55,7 +55,7 @@ def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inp
     backbone = preflight.open_backbone(config)
     chosen = zero_stage.choose(
         config,
-        backbone.weights.shape,
+        backbone.weights.config,
         world.size,
         zero_stage.hardware(world.members),
         training="train" in splits,
@@ -94,7 +94,7 @@ def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inp
         )
     notes += preflight.shared_videos(questions)
     shapes = trainable_shapes(
-        backbone.weights.shape, backbone.num_adapted, config.adapter_len, config.max_feats
+        backbone.weights.config, backbone.num_adapted, config.adapter_len, config.max_feats
     )
     return Inputs(
         backbone.weights,
@@ -125,7 +125,7 @@ def build_engine(
     )
     with zero_init(inputs.ds_config, world.device):
         model = ViCo(
-            inputs.weights.shape,
+            inputs.weights.config,
             inputs.num_adapted,
             config.adapter_len,
             config.max_feats,

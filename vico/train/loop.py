@@ -61,7 +61,7 @@ def train(config: RunConfig, world: World) -> None:
         reached("inputs")
         if start is not None:
             start = checkpoints.validate_for_model(
-                start, inputs.trainable_shapes, inputs.weights.shape.n_layers
+                start, inputs.trainable_shapes, inputs.weights.config.n_layers
             )
     if world.is_main:
         inputs.cache.flush()

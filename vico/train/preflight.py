@@ -56,10 +56,10 @@ def open_backbone(config: RunConfig) -> Backbone:
     path = find_tokenizer(config.llama_model_path, folder)
     tokenizer = Tokenizer(path)
     weights = open_weights(folder, tokenizer.vocab_size)
-    num_adapted = config.adapter_layer or weights.shape.n_layers
-    if num_adapted > weights.shape.n_layers:
+    num_adapted = config.adapter_layer or weights.config.n_layers
+    if num_adapted > weights.config.n_layers:
         raise UserError(
-            f"--adapter_layer {num_adapted}: the model has {weights.shape.n_layers} layers; leave it out to adapt all"
+            f"--adapter_layer {num_adapted}: the model has {weights.config.n_layers} layers; leave it out to adapt all"
         )
     return Backbone(tokenizer, path, weights, num_adapted)
 

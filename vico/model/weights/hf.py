@@ -56,9 +56,9 @@ class HuggingFaceWeights:
         config = read_json_object(
             folder / CONFIG, "config.json, which comes with the LLaMA weights,"
         )
-        self.shape = read_shape(config, folder / CONFIG)
-        if vocab_size is not None and self.shape.vocab_size != vocab_size:
-            raise UserError(unlike_tokenizer(folder, self.shape.vocab_size, vocab_size))
+        self.config = read_llama_config(config, folder / CONFIG)
+        if vocab_size is not None and self.config.vocab_size != vocab_size:
+            raise UserError(unlike_tokenizer(folder, self.config.vocab_size, vocab_size))
         self._files = _open_files(folder)
         self._tied = bool(config.get("tie_word_embeddings", False))
         self._check()
@@ -66,7 +66,7 @@ class HuggingFaceWeights:
     def read(self, name: str) -> Tensor:
         """The whole tensor in the file's dtype; a view of the mapped file but for wq and wk, whose rows are put back in order."""
         tensor = self._mapped(name)
-        return meta_rows(tensor, self.shape.head_dim) if ROTATED.search(name) else tensor
+        return meta_rows(tensor, self.config.head_dim) if ROTATED.search(name) else tensor
 
     def read_slice(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor; no other page of the files is touched, but the rest of its rows."""
@@ -75,7 +75,7 @@ class HuggingFaceWeights:
             return tensor.view(-1)[start:stop]
         width = tensor.shape[1]
         first = start // width
-        rows = tensor[_stored_row(torch.arange(first, -(-stop // width)), self.shape.head_dim)]
+        rows = tensor[_stored_row(torch.arange(first, -(-stop // width)), self.config.head_dim)]
         return rows.view(-1)[start - first * width : stop - first * width]
 
     def _mapped(self, name: str) -> Tensor:
@@ -84,7 +84,7 @@ class HuggingFaceWeights:
         return tensor
 
     def _check(self) -> None:
-        shapes = {stored_name(name): shape for name, shape in backbone_shapes(self.shape).items()}
+        shapes = {stored_name(name): shape for name, shape in backbone_shapes(self.config).items()}
         if self._tied and OUTPUT not in self._files:
             del shapes[OUTPUT]
         found = {name for name in self._files if not PASSED_OVER.search(name)}
@@ -200,7 +200,7 @@ def _open(path: Path) -> Any:
         ) from None
 
 
-def read_shape(config: Mapping[str, Any], path: Path) -> LlamaConfig:
+def read_llama_config(config: Mapping[str, Any], path: Path) -> LlamaConfig:
     kind = config.get("model_type")
     if kind != "llama":
         raise UserError(

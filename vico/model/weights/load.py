@@ -18,7 +18,7 @@ class Weights(Protocol):
     """A frozen backbone on the disk; its tensors have Meta's names and layout whatever the files'."""
 
     folder: Path
-    shape: LlamaConfig
+    config: LlamaConfig
 
     def read(self, name: str) -> Tensor: ...
 
@@ -42,11 +42,11 @@ def open_weights(folder: Path, vocab_size: int | None) -> Weights:
     return MetaWeights(folder, vocab_size)
 
 
-def read_shape(folder: Path) -> LlamaConfig:
+def read_llama_config(folder: Path) -> LlamaConfig:
     """The dimensions alone; no weights need be there. vocab_size is -1 where the file leaves it to the tokenizer."""
     if (folder / "params.json").exists() or not (folder / CONFIG).exists():
-        return weights.read_shape(folder / "params.json")
-    return hf.read_shape(
+        return weights.read_llama_config(folder / "params.json")
+    return hf.read_llama_config(
         read_json_object(folder / CONFIG, "config.json, which comes with the LLaMA weights,"),
         folder / CONFIG,
     )

@@ -50,10 +50,10 @@ class MetaWeights:
 
     def __init__(self, folder: Path, vocab_size: int | None) -> None:
         self.folder = folder
-        self.shape = read_shape(folder / "params.json")
+        self.config = read_llama_config(folder / "params.json")
         self._shards = [(path, _load(path)) for path in shard_paths(folder)]
         parts = [shard[EMBEDDINGS] for _, shard in self._shards if EMBEDDINGS in shard]
-        self._embeddings_dim = 0 if parts and parts[0].shape[1:] == (self.shape.dim,) else 1
+        self._embeddings_dim = 0 if parts and parts[0].shape[1:] == (self.config.dim,) else 1
         rows = (
             sum(len(part) for part in parts)
             if self._embeddings_dim == 0
@@ -61,8 +61,10 @@ class MetaWeights:
             if parts and parts[0].ndim
             else 0
         )
-        if self.shape.vocab_size == -1:
-            self.shape = replace(self.shape, vocab_size=rows if vocab_size is None else vocab_size)
+        if self.config.vocab_size == -1:
+            self.config = replace(
+                self.config, vocab_size=rows if vocab_size is None else vocab_size
+            )
         self._check(vocab_size, rows)
 
     def read(self, name: str) -> Tensor:
@@ -94,7 +96,7 @@ class MetaWeights:
         return [shard[name] for _, shard in self._shards], dim
 
     def _check(self, vocab_size: int | None, rows: int) -> None:
-        expected = backbone_shapes(self.shape)
+        expected = backbone_shapes(self.config)
         for path, shard in self._shards:
             names = {name for name in shard if not PASSED_OVER.search(name)}
             require_same_names(
@@ -110,7 +112,7 @@ class MetaWeights:
         if (
             vocab_size is not None
             and rows != vocab_size
-            and self.shape.vocab_size in (vocab_size, rows)
+            and self.config.vocab_size in (vocab_size, rows)
         ):
             raise UserError(unlike_tokenizer(self.folder, rows, vocab_size))
         for name, shape in expected.items():
@@ -180,7 +182,7 @@ def _load(path: Path) -> dict[str, Tensor]:
     return shard
 
 
-def read_shape(path: Path) -> LlamaConfig:
+def read_llama_config(path: Path) -> LlamaConfig:
     """vocab_size is -1 where params.json leaves it to the tokenizer."""
     params = read_json_object(path, "params.json, which comes with the LLaMA weights,")
     dim, layers, heads = (whole_number(params, key, path) for key in ("dim", "n_layers", "n_heads"))
