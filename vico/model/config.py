@@ -102,3 +102,31 @@ def backbone_shapes(shape: LlamaConfig) -> dict[str, tuple[int, ...]]:
             for name, dims in layer.items()
         },
     }
+
+
+# Numbers of a quantized weight that share one scale.
+QUANTIZATION_BLOCK_SIZES = {"8bit": 256, "nf4": 64}
+
+
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def round_up_coarsely(number: int, multiple: int) -> int:
+    """To a multiple of `multiple`, or of an eighth to a quarter of `number` where that is more: few results in all."""
+    return round_up(number, max(multiple, 1 << max(0, number.bit_length() - 3)))
+
+
+def widened_head_dim(head_dim: int) -> int:
+    """Head width with the two dimensions that carry gate2, as the CUDA kernels want it: a multiple of 8."""
+    return round_up(head_dim + 2, 8)
+
+
+def padded_rows(num_rows: int) -> int:
+    """Rows of a micro-batch as CUDA graphs replay it: one more at least, in whole tiles of a matrix product."""
+    return round_up(num_rows + 1, 128)
+
+
+def padded_keys(num_rows: int, num_keys: int) -> int:
+    """Gathered keys of a micro-batch as CUDA graphs replay it, of `num_rows` rows with `num_keys` keys."""
+    return padded_rows(num_rows) + round_up_coarsely(num_keys - num_rows, 256)
