@@ -1,18 +1,34 @@
-"""The dimensions of a model, as plain numbers. No torch: the planner and the command line read it too."""
+"""A model's dimensions as plain numbers; constants that model, planner and benchmarks share.
 
+No torch: the planner and the command line answer without it.
+"""
+
+import math
 from dataclasses import dataclass
+
+Shapes = dict[str, tuple[int, ...]]  # parameter name -> shape
 
 FEATURE_WIDTH = 768  # of CLIP ViT-L/14
 EMBEDDINGS = "tok_embeddings.weight"
+LLAMA_VOCAB_SIZE = 32000  # of the tokenizer of LLaMA-1 and 2
 # fp32 logits that the output head holds at a time.
 HEAD_CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
-# Longer micro-batches are not replayed by CUDA graphs: a GPU then takes longer than any host.
+# Longer micro-batches are not replayed by CUDA graphs: the host launches faster than they compute.
 MAX_GRAPH_ROWS = 4096
+
+# Weights that share a scale under --quantize.
+QUANTIZATION_BLOCK_SIZES = {"8bit": 256, "nf4": 64}
+# Bytes per weight, with its share of the scales. 8bit: an fp32 scale per block of 256.
+# nf4: an 8-bit scale per block of 64, and an fp32 scale for every 256 of those.
+QUANTIZED_BYTES = {"8bit": 1 + 4 / 256, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """LLaMA-3.1's stretched rotary embedding: frequencies slower than old_context / low_factor turns are divided by `factor`."""
+    """LLaMA-3.1's scaled rotary embedding.
+
+    Frequencies that turn fewer than old_context / low_factor times are divided by `factor`.
+    """
 
     factor: float = 8.0
     low_factor: float = 1.0
@@ -31,9 +47,8 @@ class LlamaConfig:
     multiple_of: int = 256
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    n_kv_heads: int | None = (
-        None  # None: as many as n_heads; fewer: each serves a group of neighbouring query heads
-    )
+    # None: as many as n_heads. Fewer: each one serves a group of neighbouring query heads.
+    n_kv_heads: int | None = None
     ffn_dim_multiplier: float | None = None
     rope_scaling: RopeScaling | None = None
 
@@ -47,65 +62,117 @@ class LlamaConfig:
 
     @property
     def hidden_dim(self) -> int:
-        """SwiGLU's width: two thirds of 4 * dim, times the multiplier, rounded up to a multiple."""
+        """SwiGLU's width: two thirds of 4 * dim, times the multiplier, rounded up."""
         width = int(2 * (4 * self.dim) / 3)
         if self.ffn_dim_multiplier is not None:
             width = int(self.ffn_dim_multiplier * width)
-        return -(-width // self.multiple_of) * self.multiple_of
+        return round_up(width, self.multiple_of)
+
+    @property
+    def num_block_parameters(self) -> int:
+        """Of the linear layers of one decoder block."""
+        return sum(math.prod(shape) for shape in block_shapes(self).values() if len(shape) == 2)
+
+    @property
+    def num_embedding_parameters(self) -> int:
+        """Of the embeddings; the output head has as many."""
+        return self.vocab_size * self.dim
+
+    @property
+    def num_norm_parameters(self) -> int:
+        """Of two norms per decoder block, and the last one."""
+        return (2 * self.n_layers + 1) * self.dim
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole backbone, which is frozen."""
+        linear = self.n_layers * self.num_block_parameters
+        return linear + 2 * self.num_embedding_parameters + self.num_norm_parameters
+
+
+@dataclass(frozen=True)
+class ViCoConfig(LlamaConfig):
+    """A backbone and the adapter's dimensions, with all decoder blocks adapted."""
+
+    adapter_len: int = 10  # rows of the prompt per layer
+    num_slots: int = 10  # video frames
+
+    @classmethod
+    def from_llama(
+        cls, config: LlamaConfig, adapter_len: int = 10, num_slots: int = 10
+    ) -> "ViCoConfig":
+        return cls(**vars(config), adapter_len=adapter_len, num_slots=num_slots)
+
+    @property
+    def trainable_shapes(self) -> Shapes:
+        return trainable_shapes(self, self.n_layers, self.adapter_len, self.num_slots)
+
+    @property
+    def num_prompt_parameters(self) -> int:
+        return math.prod(self.trainable_shapes["adapter_query.weight"])
+
+    @property
+    def num_trainables(self) -> int:
+        """Trainable parameters, which are fp32 always."""
+        return num_elements(self.trainable_shapes)
+
+
+LLAMA_CONFIGS = {
+    "7B": LlamaConfig(4096, 32, 32, LLAMA_VOCAB_SIZE),
+    "13B": LlamaConfig(5120, 40, 40, LLAMA_VOCAB_SIZE),
+    "33B": LlamaConfig(6656, 60, 52, LLAMA_VOCAB_SIZE),
+    "65B": LlamaConfig(8192, 80, 64, LLAMA_VOCAB_SIZE),
+    "8B": LlamaConfig(4096, 32, 32, 128256, 1024, n_kv_heads=8, ffn_dim_multiplier=1.3),
+    "70B": LlamaConfig(8192, 80, 64, LLAMA_VOCAB_SIZE, 4096, n_kv_heads=8, ffn_dim_multiplier=1.3),
+}
 
 
 def trainable_shapes(
-    shape: LlamaConfig, num_adapted: int, adapter_len: int, num_slots: int
-) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every trainable, in the order of the lineage's checkpoints."""
-    gates = [
-        f"layers.{i}.attention.gate{g}"
-        for i in range(shape.n_layers - num_adapted, shape.n_layers)
-        for g in (1, 2)
-    ]
+    config: LlamaConfig, num_adapted: int, adapter_len: int, num_slots: int
+) -> Shapes:
+    """Name and shape of every trainable, in the order of published checkpoints."""
+    shapes: Shapes = {
+        "adapter_query.weight": (num_adapted * adapter_len, config.dim),
+        "visual_proj.weight": (config.dim, FEATURE_WIDTH),
+        "temporal_emb.weight": (num_slots, config.dim),
+    }
+    for i in range(config.n_layers - num_adapted, config.n_layers):
+        for gate in ("gate1", "gate2"):
+            shapes[f"layers.{i}.attention.{gate}"] = (1, config.n_heads, 1, 1)
+    return shapes
+
+
+def block_shapes(config: LlamaConfig) -> Shapes:
+    """Name and shape of every frozen tensor of one decoder block, in Meta's layout."""
+    dim, kv_dim, hidden_dim = config.dim, config.kv_heads * config.head_dim, config.hidden_dim
     return {
-        "adapter_query.weight": (num_adapted * adapter_len, shape.dim),
-        "visual_proj.weight": (shape.dim, FEATURE_WIDTH),
-        "temporal_emb.weight": (num_slots, shape.dim),
-        **{name: (1, shape.n_heads, 1, 1) for name in gates},
+        "attention.wq.weight": (dim, dim),
+        "attention.wk.weight": (kv_dim, dim),
+        "attention.wv.weight": (kv_dim, dim),
+        "attention.wo.weight": (dim, dim),
+        "feed_forward.w1.weight": (hidden_dim, dim),
+        "feed_forward.w2.weight": (dim, hidden_dim),
+        "feed_forward.w3.weight": (hidden_dim, dim),
+        "attention_norm.weight": (dim,),
+        "ffn_norm.weight": (dim,),
     }
 
 
-def backbone_shapes(shape: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every frozen tensor in Meta's layout."""
-    square, grouped = (shape.dim, shape.dim), (shape.kv_heads * shape.head_dim, shape.dim)
-    up, down = (shape.hidden_dim, shape.dim), (shape.dim, shape.hidden_dim)
-    layer = {
-        **{
-            "attention.wq.weight": square,
-            "attention.wk.weight": grouped,
-            "attention.wv.weight": grouped,
-            "attention.wo.weight": square,
-        },
-        **{
-            "feed_forward.w1.weight": up,
-            "feed_forward.w2.weight": down,
-            "feed_forward.w3.weight": up,
-        },
-        **{"attention_norm.weight": (shape.dim,), "ffn_norm.weight": (shape.dim,)},
+def backbone_shapes(config: LlamaConfig) -> Shapes:
+    """Name and shape of every frozen tensor, in Meta's layout."""
+    shapes: Shapes = {
+        EMBEDDINGS: (config.vocab_size, config.dim),
+        "norm.weight": (config.dim,),
+        "output.weight": (config.vocab_size, config.dim),
     }
-    ends = {
-        EMBEDDINGS: (shape.vocab_size, shape.dim),
-        "norm.weight": (shape.dim,),
-        "output.weight": (shape.vocab_size, shape.dim),
-    }
-    return {
-        **ends,
-        **{
-            f"layers.{i}.{name}": dims
-            for i in range(shape.n_layers)
-            for name, dims in layer.items()
-        },
-    }
+    block = block_shapes(config)
+    for i in range(config.n_layers):
+        shapes.update({f"layers.{i}.{name}": shape for name, shape in block.items()})
+    return shapes
 
 
-# Numbers of a quantized weight that share one scale.
-QUANTIZATION_BLOCK_SIZES = {"8bit": 256, "nf4": 64}
+def num_elements(shapes: Shapes) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -113,20 +180,23 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def round_up_coarsely(number: int, multiple: int) -> int:
-    """To a multiple of `multiple`, or of an eighth to a quarter of `number` where that is more: few results in all."""
+    """To a multiple of `multiple`, or of an eighth to a quarter of `number` where that is more.
+
+    So few different results are possible.
+    """
     return round_up(number, max(multiple, 1 << max(0, number.bit_length() - 3)))
 
 
 def widened_head_dim(head_dim: int) -> int:
-    """Head width with the two dimensions that carry gate2, as the CUDA kernels want it: a multiple of 8."""
+    """Head width with the two dimensions that carry gate2; CUDA's kernels take multiples of 8."""
     return round_up(head_dim + 2, 8)
 
 
 def padded_rows(num_rows: int) -> int:
-    """Rows of a micro-batch as CUDA graphs replay it: one more at least, in whole tiles of a matrix product."""
+    """Rows of a micro-batch as CUDA graphs replay it: one more at least, in whole tiles of 128."""
     return round_up(num_rows + 1, 128)
 
 
 def padded_keys(num_rows: int, num_keys: int) -> int:
-    """Gathered keys of a micro-batch as CUDA graphs replay it, of `num_rows` rows with `num_keys` keys."""
+    """Keys gathered for a micro-batch of `num_rows` rows as CUDA graphs replay it."""
     return padded_rows(num_rows) + round_up_coarsely(num_keys - num_rows, 256)
