@@ -1,4 +1,4 @@
-"""The argument parser of every command: an error is one line, not a usage text; and converters of flag values."""
+"""The argument parser of every command, and converters of flag values."""
 
 import argparse
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ class OneLineParser(argparse.ArgumentParser):
         return f"see {self.prog} --help"
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Reads all of `argv`. Raises UserError for an unknown flag, a stray word or an invalid value."""
+        """Read all of `argv`. Raises UserError for an unknown flag, word or invalid value."""
         namespace, unknown = self.parse_known_args(list(argv))
         if unknown:
             self.refuse_unknown(unknown)
