@@ -1,7 +1,8 @@
-"""Every way a run can end badly, its exit code, and the one line the user reads.
+"""The errors that end a run, their exit codes, and helpers for one-line error messages.
 
-A mistake of the user's (a flag, a file, a row) is a `UserError`: it carries one line that says where, what and what to
-do, and the command ends with its exit code and without a traceback. Mistakes of ours stay ordinary exceptions.
+A `UserError` is caused by the user's input (a flag, a file, a row). Its message is one line that
+says where the problem is, what it is and what to do. The command prints that line without a
+traceback and ends with the error's exit code. Bugs in ViCo itself stay ordinary exceptions.
 """
 
 import difflib
@@ -12,22 +13,27 @@ from typing import NoReturn
 DONE, INTERNAL_ERROR, RESUMABLE, INTERRUPTED = 0, 1, 75, 130
 EXIT_CODES = {
     DONE: "done",
-    INTERNAL_ERROR: "a mistake of ViCo's own, with its traceback; a figure of the self-test that did not pass",
+    INTERNAL_ERROR: "internal error (bug), with its traceback; or a self-test scenario that failed",
     2: "bad input or settings: nothing was trained",
-    3: "a checkpoint, or weights, that cannot be used",
-    4: "training cannot go on: numbers that are not finite, no more memory, a killed data worker, the same step failing again and again",
-    5: "another rank has ended, hangs or did not come",
-    6: "a full disk; an output_dir or a port that another run uses",
-    RESUMABLE: "stopped by SIGTERM or SIGUSR1, and saved: the same command goes on",
-    INTERRUPTED: "stopped by Ctrl-C, and saved: the same command goes on",
+    3: "a checkpoint or weights that cannot be used",
+    4: "training failed: non-finite numbers, out of memory, a killed data worker, "
+    "or the same step failed repeatedly",
+    5: "a peer rank exited, hung or failed to join",
+    6: "the disk is full, or another run uses the output_dir or the port",
+    RESUMABLE: "stopped by SIGTERM or SIGUSR1, and saved: rerun the same command to resume",
+    INTERRUPTED: "stopped by Ctrl-C, and saved: rerun the same command to resume",
 }
 
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 100, 100
+MAX_SHOWN_CHARACTERS = 60
+_SHORT_REPR = reprlib.Repr()
+_SHORT_REPR.maxlevel, _SHORT_REPR.maxstring, _SHORT_REPR.maxother = 2, 100, 100
 
 
 class UserError(ValueError):
-    """Bad input or configuration; nothing was trained. Exit code 2. `table`: rows that are shown below the line."""
+    """Bad input or settings; nothing was trained. Exit code 2.
+
+    `table`: rows of cells that are printed below the message.
+    """
 
     exit_code = 2
 
@@ -37,70 +43,75 @@ class UserError(ValueError):
 
     @property
     def rows(self) -> list[str]:
-        """The table as text, in columns."""
+        """The table as text, one line per row, in aligned columns."""
         widths = [max(map(len, column)) for column in zip(*self.table, strict=True)]
-        return [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in self.table
-        ]
+        lines = []
+        for row in self.table:
+            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+            lines.append("  ".join(cells).rstrip())
+        return lines
 
 
 class UnreachableError(UserError):
-    """Rank 0 cannot be asked, so that another rank, the first of its host, has to say it. Exit code 2."""
+    """Rank 0 cannot report this error, so the first rank of each host does. Exit code 2."""
 
 
 class NoAnswerError(UnreachableError):
-    """Rank 0 did not come. Exit code 5."""
+    """Rank 0 did not join. Exit code 5."""
 
     exit_code = 5
 
 
 class CheckpointError(UserError):
-    """A checkpoint (ours, a lineage `.pth`, a shard of LLaMA's) that cannot be used. Exit code 3."""
+    """A checkpoint or weights that cannot be used, in any supported format. Exit code 3."""
 
     exit_code = 3
 
 
 class TrainingError(UserError):
-    """The run cannot go on: numbers that are not finite, no more memory, a killed data worker. Exit code 4."""
+    """Training failed: non-finite numbers, out of memory, a killed data worker. Exit code 4."""
 
     exit_code = 4
 
 
 class PeerLostError(UserError):
-    """Another rank has ended, no longer answers or did not come. Exit code 5."""
+    """A peer rank exited, hung or failed to join. Exit code 5."""
 
     exit_code = 5
 
 
 class InUseError(UserError):
-    """An output_dir or a port that another run holds. Exit code 6."""
+    """Another run holds the output_dir or the port. Exit code 6."""
 
     exit_code = 6
 
 
 class DiskError(UserError):
-    """A disk that is full or refuses to be written in the middle of a run. Exit code 6."""
+    """The disk is full, or a write failed during the run. Exit code 6."""
 
     exit_code = 6
 
 
 def fail(message: str, error: type[UserError] = UserError) -> NoReturn:
+    """Raises `error` with `message` on one line."""
     raise error(one_line(message))
 
 
 def show(value: object) -> str:
-    """A value from a file, quoted, escaped and short enough for a message, also when it is a YAML bomb."""
-    text = _SHORT.repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    """`repr` of a value read from a file, cut to at most 60 characters.
+
+    The value may be huge or deeply nested (a YAML bomb): only its beginning is visited.
+    """
+    text = _SHORT_REPR.repr(value)
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else text[: MAX_SHOWN_CHARACTERS - 3] + "..."
 
 
 def one_line(message: str) -> str:
-    """`message` with control characters escaped: text from files must not forge or break log lines."""
+    """`message` with control characters escaped: text from files must not break or forge lines."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the known word closest to `word`, or nothing when none is close."""
+    """`; did you mean 'x'?` for the known word closest to `word`; empty when none is close."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean '{close[0]}'?" if close else ""

@@ -109,7 +109,7 @@ def pth(name: str, change: Callable[[Any], Any]) -> Damage:
 
     def damage(fixture: RunFixture) -> None:
         path = fixture.folder / name
-        content = load_tensors(path, "the file", [argparse.Namespace], legacy=True)
+        content = load_tensors(path, "the file", [argparse.Namespace], allow_old_format=True)
         changed = change(content)
         torch.save(content if changed is None else changed, path.with_suffix(".new"))
         path.with_suffix(".new").replace(path)  # the old one is still mapped

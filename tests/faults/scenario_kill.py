@@ -21,7 +21,7 @@ from support.processes import (
     strays,
     undisturbed,
 )
-from vico.io.atomic import REPLACED, TEMPORARY
+from vico.io.atomic import REPLACED_SUFFIX, TEMPORARY_SUFFIX
 
 NAME = "kill"
 TITLE = "kill -9 at random moments, half inside a save, ZeRO-2 and 3: the same command ends in the undisturbed run's sha256"
@@ -131,4 +131,6 @@ def _disturb(
 
 
 def _is_saving(out: Path) -> bool:
-    return any(out.glob(f".checkpoint*{TEMPORARY}")) or any(out.glob(f".checkpoint*{REPLACED}"))
+    return any(out.glob(f".checkpoint*{TEMPORARY_SUFFIX}")) or any(
+        out.glob(f".checkpoint*{REPLACED_SUFFIX}")
+    )

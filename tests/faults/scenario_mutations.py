@@ -33,8 +33,8 @@ BREAKS = (
     Break(
         "no file is flushed",
         "vico/io/atomic.py",
-        "                os.fsync(file.fileno())\n        _flush",
-        "                pass\n        _flush",
+        "            os.fsync(file.fileno())\n    _flush",
+        "            pass\n    _flush",
         ORDER,
     ),
     Break(

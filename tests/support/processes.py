@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vico.checkpoint.format import step_folders, step_of
 from vico.cli.demo import make_toy_dataset
-from vico.io.atomic import REPLACED, TEMPORARY, write_json
+from vico.io.atomic import REPLACED_SUFFIX, TEMPORARY_SUFFIX, write_json
 from vico.io.text import read_json_object
 from vico.train.ds_config import SHIPPED_CONFIGS
 from vico.train.run_log import read_logs, read_records
@@ -203,7 +203,11 @@ def newest(out: Path) -> int:
 
 
 def strays(out: Path) -> list[str]:
-    return sorted(path.name for path in out.rglob("*") if path.name.endswith((TEMPORARY, REPLACED)))
+    return sorted(
+        path.name
+        for path in out.rglob("*")
+        if path.name.endswith((TEMPORARY_SUFFIX, REPLACED_SUFFIX))
+    )
 
 
 def undisturbed(world: ToyRun, stage: int) -> tuple[str, list[tuple[int, float]]]:

@@ -255,7 +255,7 @@ def test_a_disk_that_refuses_leaves_the_old_one(
     monkeypatch.setattr(place, refuses)
     with pytest.raises(
         DiskError,
-        match=rf"checkpoint-12: cannot be written \({os.strerror(number)}\); free space or mend",
+        match=rf"checkpoint-12: cannot be written \({os.strerror(number)}\); free space or fix",
     ):
         save(own, *values(SHAPES, 2), PROGRESS, CONFIG)
     assert passings[0] <= 0

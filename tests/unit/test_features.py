@@ -247,14 +247,14 @@ def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
     save(tmp_path / "old.pth", {"v": Payload(canary)}, _use_new_zipfile_serialization=False)
     (tmp_path / "plain.pth").write_bytes(pickle.dumps({"v": Payload(canary)}))
     for name in ("zip.pth", "old.pth"):
-        message = refusal(load_tensors, tmp_path / name, "the checkpoint", legacy=True)
+        message = refusal(load_tensors, tmp_path / name, "the checkpoint", allow_old_format=True)
         assert (
             f"{tmp_path / name}: the checkpoint holds the Python object posix.mkdir, refused"
             in message
             and "tensors" in message
         )
     assert "is no torch file" in refusal(
-        load_tensors, tmp_path / "plain.pth", "the checkpoint", legacy=True
+        load_tensors, tmp_path / "plain.pth", "the checkpoint", allow_old_format=True
     )
     assert "numpy" in refusal(Features, save(tmp_path / "np.pth", {"v": np.zeros((2, WIDTH))}))
     assert not canary.exists()
@@ -272,10 +272,10 @@ def test_the_old_format_is_read_only_where_asked(tmp_path: Path) -> None:
     path = save(tmp_path / "old.pth", {"v": numbered(4)}, _use_new_zipfile_serialization=False)
     message = refusal(Features, path)
     assert "old format, which cannot be memory-mapped; convert it: python -c" in message
-    assert torch.equal(load_tensors(path, "the shard", legacy=True)["v"], numbered(4))
+    assert torch.equal(load_tensors(path, "the shard", allow_old_format=True)["v"], numbered(4))
     path.write_bytes(path.read_bytes()[:5000])
     assert "the shard is cut off or damaged" in refusal(
-        load_tensors, path, "the shard", legacy=True
+        load_tensors, path, "the shard", allow_old_format=True
     )
 
 

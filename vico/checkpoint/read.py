@@ -37,7 +37,7 @@ from vico.checkpoint.format import (
 )
 from vico.errors import CheckpointError, UserError, show
 from vico.io.atomic import read_bytes
-from vico.io.safe_load import is_numbers, load_tensors
+from vico.io.safe_load import is_float_tensor, load_tensors
 from vico.io.text import as_object, parse_json, read_text
 from vico.train.config import RunConfig, settings_from
 from vico.train.optim import MOMENTS
@@ -166,7 +166,12 @@ def _read_safetensors(path: Path, recorded: Mapping[str, Any] | None = None) -> 
 def _read_lineage(path: Path) -> Checkpoint:
     allowed = [argparse.Namespace, pathlib.PosixPath, pathlib.WindowsPath]
     content = load_tensors(
-        path, "the checkpoint", allowed, legacy=True, whole=True, error=CheckpointError
+        path,
+        "the checkpoint",
+        allowed,
+        allow_old_format=True,
+        verify_checksums=True,
+        error=CheckpointError,
     )
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise CheckpointError(
@@ -174,7 +179,7 @@ def _read_lineage(path: Path) -> Checkpoint:
         )
     weights = content["model"]
     for name, value in weights.items():
-        if not isinstance(name, str) or not is_numbers(value):
+        if not isinstance(name, str) or not is_float_tensor(value):
             raise CheckpointError(
                 f"{path}: 'model' entry {show(name)} is no dense tensor of floating-point numbers"
             )
@@ -323,7 +328,7 @@ def validate_for_model(
 
 
 def require_numbers(value: object, name: str, path: Path) -> None:
-    if not is_numbers(value):
+    if not is_float_tensor(value):
         raise CheckpointError(
             f"{path}: '{name}' is no dense tensor of floating-point numbers; use another checkpoint"
         )

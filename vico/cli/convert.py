@@ -89,7 +89,9 @@ def _convert_weights(source: Path, target: Path, to: str | None, shards: int | N
     is_meta = isinstance(weights, MetaWeights)
     if is_meta:
         for path in shard_paths(source):
-            load_tensors(path, "the shard of LLaMA weights", whole=True, error=CheckpointError)
+            load_tensors(
+                path, "the shard of LLaMA weights", verify_checksums=True, error=CheckpointError
+            )
     to = to or ("hf" if is_meta else "meta")
     if to == "hf" and not is_meta:
         raise UserError(

@@ -14,7 +14,7 @@ from torch import Tensor
 from vico.data.readers.rows import NUM_SHOWN, strip_ids
 from vico.data.types import Question
 from vico.errors import TrainingError, UserError, fail, show
-from vico.io.safe_load import is_numbers, load_tensors
+from vico.io.safe_load import is_float_tensor, load_tensors
 
 WIDTH = 768  # CLIP ViT-L/14
 Rows = tuple[int, int]
@@ -191,7 +191,12 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _is_clip(value: Any) -> bool:
-    return is_numbers(value) and value.ndim == 2 and value.shape[0] >= 1 and value.shape[1] == WIDTH
+    return (
+        is_float_tensor(value)
+        and value.ndim == 2
+        and value.shape[0] >= 1
+        and value.shape[1] == WIDTH
+    )
 
 
 def _describe(value: object) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from vico.errors import UserError
 from vico.io.atomic import read_bytes
-from vico.io.safe_load import disguise
+from vico.io.safe_load import failed_download
 from vico.io.text import parse_json
 
 NAMES = (
@@ -52,7 +52,7 @@ class Tokenizer:
             raise UserError(
                 f"{path}: {problem.strerror}; --llama_model_path must name the folder that holds tokenizer.model"
             ) from None
-        if found := disguise(data[:512], len(data)):
+        if found := failed_download(data[:512], len(data)):
             raise UserError(f"{path}: the tokenizer is {found}")
         self._path = path
         self._pieces = _open(data, path)

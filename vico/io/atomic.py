@@ -1,4 +1,7 @@
-"""Writing files that are whole or not there: a temporary name beside the target, flushed to the disk, then renamed."""
+"""Atomic writes: a file or folder is either whole or absent under its name.
+
+Everything is written under a temporary name beside the target, flushed to the disk, then renamed.
+"""
 
 import contextlib
 import errno
@@ -13,40 +16,33 @@ from typing import Any
 from vico.errors import DiskError, UserError
 from vico.io.failpoints import reached
 
-TEMPORARY, REPLACED = (
-    ".vico-tmp",
-    ".vico-old",
-)  # no other program's, for `repair_folder` removes what bears them
-REMEDY = "free space or mend the permissions, then start again"
+# Names with these endings belong to ViCo alone: `repair_folder` removes or renames them.
+TEMPORARY_SUFFIX, REPLACED_SUFFIX = ".vico-tmp", ".vico-old"
+REMEDY = "free space or fix the permissions, then start again"
 
 
-def require_writable(folder: Path, called: str = "--output_dir") -> None:
-    """Known before any work: files can be made in `folder`, which need not exist yet. Creates nothing. Raises UserError."""
+# Checks before reading and writing
+
+
+def require_writable(folder: Path, name: str = "--output_dir") -> None:
+    """Check that files can be created in `folder`, which need not exist yet. Creates nothing.
+
+    `name` is what the message calls the folder. Raises UserError.
+    """
     try:
-        there = next(path for path in (folder, *folder.parents) if _exists(path))
-        if not there.is_dir():
-            raise NotADirectoryError(0, f"'{there}' is not a folder")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise PermissionError(0, f"'{there}' may not be written to")
+        existing = folder
+        while not _exists(existing) and existing != existing.parent:
+            existing = existing.parent
+        if not existing.is_dir():
+            raise NotADirectoryError(0, f"'{existing}' is not a folder")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(0, f"'{existing}' may not be written to")
     except OSError as problem:
-        raise UserError(f"{called} {folder}: {problem.strerror}; choose another") from None
-
-
-def read_bytes(path: Path) -> bytes:
-    """All of a file; an OSError also where it is none."""
-    require_file(path)
-    return path.read_bytes()
-
-
-def require_file(path: Path) -> None:
-    """Raises OSError for a device or a pipe: it would be read without end, or waited for."""
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise OSError(errno.EINVAL, "a device or a pipe, not a file")
+        raise UserError(f"{name} {folder}: {problem.strerror}; choose another") from None
 
 
 def _exists(path: Path) -> bool:
-    """Links that lead nowhere included. Raises OSError for a path that can never be."""
+    """True also for a dangling link. Raises OSError for a path that cannot exist."""
     try:
         path.lstat()
     except FileNotFoundError:
@@ -54,7 +50,21 @@ def _exists(path: Path) -> bool:
     return True
 
 
+def require_file(path: Path) -> None:
+    """Raises OSError for a device or a pipe: reading one may never end."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "a device or a pipe, not a file")
+
+
+def read_bytes(path: Path) -> bytes:
+    """The whole file. Raises OSError, also for a device or a pipe."""
+    require_file(path)
+    return path.read_bytes()
+
+
 def make_folder(folder: Path) -> None:
+    """Create `folder` and its parents. Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
@@ -63,14 +73,13 @@ def make_folder(folder: Path) -> None:
         ) from None
 
 
-def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode("utf-8"))
+# Files
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    temporary = path.with_name(
-        f".{path.name}.{os.getpid()}{TEMPORARY}"
-    )  # an evaluation may write beside a training
+    """Write `data` to `path`, flushed to the disk. Raises DiskError."""
+    # The process id keeps an evaluation that writes beside a training run apart from it.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -78,69 +87,90 @@ def write_bytes(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        why = _why(error, path.parent)
+        # The free space is measured before the half-written file is removed.
+        reason = _reason(error, path.parent)
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise DiskError(f"{path}: cannot be written ({why}); {REMEDY}") from None
+        raise DiskError(f"{path}: cannot be written ({reason}); {REMEDY}") from None
     _flush_folder(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write `text` in UTF-8, like `write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write one JSON object, like `write_bytes`."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """Write JSON lines, one record per line, like `write_bytes`."""
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def write_folder(
-    target: Path, fill: Callable[[Path], None], check: Callable[[Path], None] = lambda folder: None
-) -> None:
-    """`fill` writes files into a new folder, which then takes the place of `target`.
+# Folders
 
-    `check` may refuse what came to lie there, by a UserError: an older `target` goes for good only behind it, or comes back.
+
+def write_folder(
+    target: Path, fill: Callable[[Path], None], check: Callable[[Path], None] | None = None
+) -> None:
+    """`fill` writes files into a new folder, which then replaces `target`. Raises DiskError.
+
+    `check` reads the written folder and may reject it with a UserError. An older `target` is
+    removed only after `check` has passed; when it fails, the older one is restored.
     """
-    temporary, old = (
-        target.with_name(f".{target.name}{suffix}") for suffix in (TEMPORARY, REPLACED)
-    )
+    temporary = target.with_name(f".{target.name}{TEMPORARY_SUFFIX}")
+    replaced = target.with_name(f".{target.name}{REPLACED_SUFFIX}")
     try:
-        _discard(temporary)
-        temporary.mkdir(parents=True)
-        reached("save:begun")
-        fill(temporary)
-        reached("save:written")
-        for path in temporary.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        _flush_folder(temporary)
-        reached("save:flushed")
+        _write_temporary(temporary, fill)
         if target.exists():
-            _discard(old)
-            target.rename(old)
+            _discard(replaced)
+            target.rename(replaced)
         reached("save:aside")
         temporary.rename(target)
     except OSError as error:
-        why = _why(error, target.parent)
+        reason = _reason(error, target.parent)
         _discard(temporary)
-        with contextlib.suppress(OSError):  # else the next start puts it back
-            if old.exists() and not target.exists():
-                old.rename(target)
-        raise DiskError(f"{target}: cannot be written ({why}); {REMEDY}") from None
+        # A failure here is repaired by the next start.
+        with contextlib.suppress(OSError):
+            if replaced.exists() and not target.exists():
+                replaced.rename(target)
+        raise DiskError(f"{target}: cannot be written ({reason}); {REMEDY}") from None
     _flush_folder(target.parent)
     reached("save:renamed")
     try:
-        check(target)
+        if check is not None:
+            check(target)
     except UserError:
-        if old.exists():
+        if replaced.exists():
             _discard(target)
-            old.rename(target)
+            replaced.rename(target)
         raise
-    _discard(old)
+    _discard(replaced)
+
+
+def _write_temporary(temporary: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a new folder and flush its files to the disk. Raises OSError."""
+    _discard(temporary)
+    temporary.mkdir(parents=True)
+    reached("save:begun")
+    fill(temporary)
+    reached("save:written")
+    for path in temporary.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    _flush_folder(temporary)
+    reached("save:flushed")
 
 
 def remove_folder(target: Path) -> None:
-    """Out of sight at once by its name, so that a kill in between leaves no half of it under that name."""
-    doomed = target.with_name(f".{target.name}{TEMPORARY}")
+    """Remove `target`. Raises DiskError.
+
+    It is renamed first: a kill in between leaves no partial folder under its name.
+    """
+    doomed = target.with_name(f".{target.name}{TEMPORARY_SUFFIX}")
     try:
         _discard(doomed)
         target.rename(doomed)
@@ -151,7 +181,7 @@ def remove_folder(target: Path) -> None:
 
 
 def _discard(path: Path) -> None:
-    """A file, a link, or a folder with all that is in it; what cannot go stays."""
+    """Remove a file, a link, or a folder with its content; what cannot be removed stays."""
     with contextlib.suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -160,9 +190,10 @@ def _discard(path: Path) -> None:
 
 
 def repair_folder(parent: Path) -> list[str]:
-    """Undo what a run that was killed while it wrote left: half-written files and folders go, a replaced folder comes back.
+    """Clean up after a run that was killed while writing.
 
-    Returns what was found, for the user to read. Raises DiskError where that is not allowed.
+    Partial files are removed, a replaced folder is restored. Returns one note per repair, for the
+    user. Raises DiskError where the repair is not permitted.
     """
     try:
         return _repair(parent)
@@ -173,32 +204,31 @@ def repair_folder(parent: Path) -> list[str]:
 
 
 def _repair(parent: Path) -> list[str]:
-    found = []
-    for old in sorted(parent.glob(f".*{REPLACED}")):
-        target = parent / old.name[1 : -len(REPLACED)]
+    notes = []
+    for replaced in sorted(parent.glob(f".*{REPLACED_SUFFIX}")):
+        target = parent / replaced.name[1 : -len(REPLACED_SUFFIX)]
         if not target.exists():
-            old.rename(target)
-            found.append(f"{target.name} put back")
+            replaced.rename(target)
+            notes.append(f"{target.name} put back")
         else:
-            _discard(old)
-            found.append(f"{old.name} removed")
-    for temporary in sorted(parent.glob(f".*{TEMPORARY}")):
+            _discard(replaced)
+            notes.append(f"{replaced.name} removed")
+    for temporary in sorted(parent.glob(f".*{TEMPORARY_SUFFIX}")):
         _discard(temporary)
-        found.append(f"{temporary.name} removed")
-    return found
+        notes.append(f"{temporary.name} removed")
+    return notes
 
 
-def _why(error: OSError, folder: Path) -> str:
-    """What the system says; of a full disk also how much room there was, when what was half-written had not gone yet."""
+def _reason(error: OSError, folder: Path) -> str:
+    """The system's message; for a full disk or quota, also the free space."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return str(error.strerror)
     return f"{error.strerror}: {shutil.disk_usage(folder).free:,} bytes free"
 
 
 def _flush_folder(folder: Path) -> None:
-    with contextlib.suppress(
-        OSError
-    ):  # some network file systems cannot; what counts, the files, is flushed
+    # Some network file systems cannot flush a folder; the files themselves have been flushed.
+    with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

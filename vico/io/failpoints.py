@@ -1,7 +1,8 @@
-"""Named moments at which the self-test kills, delays or breaks a run. Without VICO_FAILPOINT nothing here does anything.
+"""Named points in the program at which the fault tests kill, delay or break a run.
 
-VICO_FAILPOINT=MOMENT[@N][#RANK]=ACTION: at the N-th passing (1) of the moment, on that rank (any), `kill` (this process, as
-kill -9 does), `sleep SECONDS` or `raise NAME` (a built-in exception).
+VICO_FAILPOINT=POINT[@N][#RANK]=ACTION acts the N-th time (default 1) that rank RANK (default: any)
+passes POINT. ACTION is `kill` (this process, like kill -9), `sleep SECONDS` or `raise NAME` (a
+built-in exception). Without VICO_FAILPOINT nothing here does anything.
 """
 
 import builtins
@@ -14,47 +15,49 @@ from dataclasses import dataclass
 
 
 @dataclass
-class _Plan:
-    moment: str
-    left: int  # passings, until it is time
+class _Failpoint:
+    point: str
+    # Passes left until the action.
+    remaining: int
     rank: str | None
     action: str
     argument: str
 
 
-_plan: _Plan | None = None
+_failpoint: _Failpoint | None = None
 
 
 def arm(text: str | None) -> None:
-    global _plan
-    _plan = None
+    """Set the failpoint from the text of VICO_FAILPOINT; None or empty disarms it."""
+    global _failpoint
+    _failpoint = None
     if text:
-        found = re.fullmatch(r"([a-z :]+)(?:@(\d+))?(?:#(\d+))?=(kill|sleep|raise) ?(.*)", text)
-        assert found is not None, f"VICO_FAILPOINT={text}"
-        moment, number, rank, action, argument = found.groups()
-        _plan = _Plan(moment, int(number or 1), rank, action, argument)
+        match = re.fullmatch(r"([a-z :]+)(?:@(\d+))?(?:#(\d+))?=(kill|sleep|raise) ?(.*)", text)
+        assert match is not None, f"VICO_FAILPOINT={text}"
+        point, count, rank, action, argument = match.groups()
+        _failpoint = _Failpoint(point, int(count or 1), rank, action, argument)
 
 
-def reached(moment: str) -> None:
-    """The program says where it is."""
-    if (
-        _plan is not None
-        and _plan.moment == moment
-        and _plan.rank in (None, os.environ.get("RANK", "0"))
-    ):
-        _plan.left -= 1
-        if _plan.left == 0:
-            _act(_plan)
+def reached(point: str) -> None:
+    """Mark a point of the program: acts when the armed failpoint names it."""
+    if _failpoint is None or _failpoint.point != point:
+        return
+    if _failpoint.rank not in (None, os.environ.get("RANK", "0")):
+        return
+    _failpoint.remaining -= 1
+    if _failpoint.remaining == 0:
+        _act(_failpoint)
 
 
-def _act(plan: _Plan) -> None:
-    print(f"vico: failpoint {plan.moment}", file=sys.stderr, flush=True)
-    if plan.action == "kill":
+def _act(failpoint: _Failpoint) -> None:
+    # Not by vico.io.log: the tests wait for exactly this line, from any rank.
+    print(f"vico: failpoint {failpoint.point}", file=sys.stderr, flush=True)
+    if failpoint.action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    elif plan.action == "sleep":
-        time.sleep(float(plan.argument))
+    elif failpoint.action == "sleep":
+        time.sleep(float(failpoint.argument))
     else:
-        raise getattr(builtins, plan.argument)(f"failpoint {plan.moment}")
+        raise getattr(builtins, failpoint.argument)(f"failpoint {failpoint.point}")
 
 
 arm(os.environ.get("VICO_FAILPOINT"))

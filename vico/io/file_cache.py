@@ -1,10 +1,10 @@
-"""What earlier starts found out about files, so that the next start is quick: one small file in the user's cache folder.
+"""Caches slow results about files between starts, in one small file in the user's cache folder.
 
-Nothing hangs on it. A file that is damaged, of other code, or cannot be written is passed over, and things are found out anew.
+The cache only saves time. A file that is damaged, written by other code or not writable is
+ignored, and the results are computed again.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import time
@@ -13,15 +13,15 @@ from typing import Any
 
 from vico.errors import UserError
 from vico.io.atomic import write_text
+from vico.io.digest import digest_files, digest_json
 
 MAX_ENTRIES = 200
-SETTLED_SECONDS = (
-    2.0  # a file younger than that may be written again within one tick of the clock of its times
-)
+# A younger file may be written again without a change of its times, which have a finite resolution.
+SETTLED_SECONDS = 2.0
 
 
 def file_stamp(path: Path) -> str | None:
-    """What changes when a file does; None: not to be relied on. Raises OSError."""
+    """A text that changes when the file does; None: the file is too young. Raises OSError."""
     status = path.stat()
     if time.time() - status.st_ctime < SETTLED_SECONDS:
         return None
@@ -29,47 +29,49 @@ def file_stamp(path: Path) -> str | None:
 
 
 class FileCache:
-    """What is known by key. New findings are kept by `keep`, when everybody has agreed that nothing is wrong."""
+    """Results by key. `put` results reach the disk by `flush`, once all ranks found no error."""
 
     def __init__(self) -> None:
         self._entries = _read()
         self._new: dict[str, Any] = {}
 
     def get(self, key: str | None) -> Any:
+        """The stored result; None when there is none, or `key` is None."""
         return None if key is None else self._entries.get(key)
 
     def put(self, key: str | None, value: Any) -> None:
-        """`value`: what JSON can hold."""
+        """Remember a result that JSON can hold; ignored when `key` is None."""
         if key is not None:
             self._new[key] = value
 
     def flush(self) -> None:
+        """Add the new results to the file, the latest MAX_ENTRIES in all."""
         if not self._new:
             return
-        entries = _read() | self._new  # another run may have written meanwhile
+        # Read again: another run may have written since.
+        entries = _read() | self._new
         entries = dict(list(entries.items())[-MAX_ENTRIES:])
         with contextlib.suppress(OSError, RuntimeError, UserError):
             path = _path()
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps({"entries": entries, "sha256": _seal(entries)}))
+            write_text(path, json.dumps({"entries": entries, "sha256": _checksum(entries)}))
         self._new = {}
 
 
-def cache_key(what: str, *parts: object) -> str | None:
-    """A key of what the finding follows from, the code included; None when a part is not to be relied on."""
-    return (
-        None
-        if None in parts
-        else hashlib.sha256(json.dumps([_code(), what, *map(str, parts)]).encode()).hexdigest()
-    )
+def cache_key(name: str, *parts: object) -> str | None:
+    """The key of the result `name`, which follows from `parts` and the code that reads data.
+
+    None when a part is None: the result is not cached.
+    """
+    if None in parts:
+        return None
+    return digest_json([_code_digest(), name, *map(str, parts)])
 
 
-def _code() -> str:
-    """The findings are those of the readers as they are now."""
-    digest = hashlib.sha256()
-    for path in sorted((Path(__file__).resolve().parents[1] / "data").rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+def _code_digest() -> str:
+    """Of the modules that read data: a change there invalidates the cache."""
+    folder = Path(__file__).resolve().parents[1] / "data"
+    return digest_files(sorted(folder.rglob("*.py")))
 
 
 def _path() -> Path:
@@ -78,14 +80,13 @@ def _path() -> Path:
 
 
 def _read() -> dict[str, Any]:
-    with contextlib.suppress(
-        OSError, RuntimeError, ValueError, KeyError, TypeError, RecursionError
-    ):
+    damages = (OSError, RuntimeError, ValueError, KeyError, TypeError, RecursionError)
+    with contextlib.suppress(*damages):
         content = json.loads(_path().read_bytes())
-        if content["sha256"] == _seal(content["entries"]):
+        if content["sha256"] == _checksum(content["entries"]):
             return dict(content["entries"])
     return {}
 
 
-def _seal(entries: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+def _checksum(entries: dict[str, Any]) -> str:
+    return digest_json(entries, sort_keys=False)

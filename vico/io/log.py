@@ -1,6 +1,6 @@
-"""The one way to speak: notes go to stdout, warnings and errors to stderr, each as one line.
+"""ViCo's log: notes go to stdout, warnings and errors to stderr, each as one line.
 
-Python's `logging` carries the lines under the name "vico", so that a program that imports ViCo
+The lines pass through Python's `logging` under the name "vico", so that a program that imports ViCo
 can redirect or silence them.
 """
 
@@ -13,7 +13,7 @@ LOGGER = logging.getLogger("vico")
 
 
 class _LineHandler(logging.Handler):
-    """Prints to the stream that stands there now: tests and notebooks replace sys.stdout."""
+    """Prints to the current sys.stdout and sys.stderr: tests and notebooks replace them."""
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
@@ -21,15 +21,16 @@ class _LineHandler(logging.Handler):
 
 
 class _LineFormatter(logging.Formatter):
-    """Notes are plain; "vico: " marks what goes to stderr; ranks other than 0 say who they are."""
+    """Notes are plain; lines on stderr begin with "vico: "; ranks other than 0 name themselves."""
 
     def format(self, record: logging.LogRecord) -> str:
-        rank = os.environ.get("RANK", "0")
-        speaker = "" if rank == "0" else f"[rank {rank}] "
+        message = record.getMessage()
         if record.levelno >= logging.ERROR:
-            return f"vico: error: {record.getMessage()}"
-        prefix = "vico: " if record.levelno >= logging.WARNING else ""
-        return f"{prefix}{speaker}{record.getMessage()}"
+            return f"vico: error: {message}"
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            message = f"[rank {rank}] {message}"
+        return f"vico: {message}" if record.levelno >= logging.WARNING else message
 
 
 def _set_up() -> None:
@@ -37,7 +38,8 @@ def _set_up() -> None:
     handler.setFormatter(_LineFormatter())
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO)
-    LOGGER.propagate = False  # libraries that call basicConfig would print every line twice
+    # Otherwise every line is printed twice when a library calls logging.basicConfig.
+    LOGGER.propagate = False
 
 
 _set_up()
@@ -49,16 +51,16 @@ def info(message: str) -> None:
 
 
 def warning(message: str) -> None:
-    """Something that needs attention and ends nothing, on stderr: `vico: MESSAGE`."""
+    """A problem that does not end the run, on stderr: `vico: MESSAGE`."""
     LOGGER.warning("%s", message)
 
 
 def error(message: str) -> None:
-    """What ends the run, on stderr: `vico: error: MESSAGE`."""
+    """An error that ends the run, on stderr: `vico: error: MESSAGE`."""
     LOGGER.error("%s", message)
 
 
 def fields(values: Mapping[str, object]) -> None:
-    """One `key: value` line per entry, for a reader who scans."""
+    """One `key: value` line per entry, on stdout."""
     for key, value in values.items():
         info(f"{key}: {value}")

@@ -1,7 +1,7 @@
-"""Reading text that a person or another program wrote: UTF-8 and strict JSON, or one line that says where it is not.
+"""Strict reading of UTF-8 text and JSON.
 
-`json` takes NaN and repeated keys, and says neither the file nor what became of a failed download. Here such things are
-refused with file, line and column.
+Python's json accepts NaN and repeated keys, and its errors do not name the file. Here every fault
+is one line that names the file, the line and, for JSON, the column.
 """
 
 import codecs
@@ -12,39 +12,46 @@ from typing import Any, NoReturn
 
 from vico.errors import UserError, fail, show
 from vico.io.atomic import read_bytes
-from vico.io.safe_load import disguise
+from vico.io.safe_load import failed_download
+
+_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]|-?Infinity|NaN')
+_COLON = re.compile(r"\s*:")
+_KINDS: dict[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    bool: "a truth value",
+    type(None): "null",
+}
 
 
 def read_text(path: Path, what: str, error: type[UserError] = UserError) -> str:
-    """The file as text, UTF-8 with or without a byte order mark. `what` says in messages what should be there."""
-    try:
-        data = read_bytes(path)
-    except FileNotFoundError:
-        fail(f"{path}: no such file; {what} should be there", error)
-    except (OSError, ValueError) as problem:
-        fail(
-            f"{path}: {what} cannot be read ({getattr(problem, 'strerror', None) or problem})",
-            error,
-        )
-    if found := disguise(data[:512], len(data)):
-        fail(f"{path}: {what} is {found}", error)
+    """The file as text, UTF-8 with or without a byte order mark. Raises `error`.
+
+    `what` describes the expected content in messages.
+    """
+    data = _read_bytes(path, what, error)
+    if description := failed_download(data[:512], len(data)):
+        fail(f"{path}: {what} is {description}", error)
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        reason = "is UTF-16 (byte offset 0 holds its mark), not UTF-8; save it as UTF-8"
+        fail(f"{path}: {reason}", error)
+    offset = data.find(b"\0")
+    if offset >= 0:
+        guess = ", so this is UTF-16 or UTF-32" if offset < 4 else ""
         fail(
-            f"{path}: is UTF-16 (byte offset 0 holds its mark), not UTF-8; save it as UTF-8", error
-        )
-    if (at := data.find(b"\0")) >= 0:
-        guess = ", so this is UTF-16 or UTF-32" if at < 4 else ""
-        fail(
-            f"{path.name}:{_line(data, at)}: a NUL byte at offset {at}{guess}; save {path} as UTF-8 text or fetch it again",
+            f"{path.name}:{_line_number(data, offset)}: a NUL byte at offset {offset}{guess}; "
+            f"save {path} as UTF-8 text or fetch it again",
             error,
         )
     mark = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
     try:
         text = data[mark:].decode("utf-8")
     except UnicodeDecodeError as problem:
-        at = mark + problem.start
+        offset = mark + problem.start
         fail(
-            f"{path.name}:{_line(data, at)}: not UTF-8 (byte 0x{data[at]:02x} at offset {at}); save {path} as UTF-8",
+            f"{path.name}:{_line_number(data, offset)}: not UTF-8 "
+            f"(byte 0x{data[offset]:02x} at offset {offset}); save {path} as UTF-8",
             error,
         )
     if not text.strip():
@@ -52,75 +59,84 @@ def read_text(path: Path, what: str, error: type[UserError] = UserError) -> str:
     return text
 
 
-def _line(data: bytes, at: int) -> int:
-    return data.count(b"\n", 0, at) + 1
+def _read_bytes(path: Path, what: str, error: type[UserError]) -> bytes:
+    try:
+        return read_bytes(path)
+    except FileNotFoundError:
+        fail(f"{path}: no such file; {what} should be there", error)
+    except (OSError, ValueError) as problem:
+        reason = getattr(problem, "strerror", None) or problem
+        fail(f"{path}: {what} cannot be read ({reason})", error)
+
+
+def _line_number(data: bytes, offset: int) -> int:
+    return data.count(b"\n", 0, offset) + 1
 
 
 def read_json_object(path: Path, what: str, error: type[UserError] = UserError) -> dict[str, Any]:
-    return as_object(parse_json(read_text(path, what, error), path, 1, error), path, error)
+    """The file's JSON object; `what` describes it in messages. Raises `error`."""
+    text = read_text(path, what, error)
+    return as_object(parse_json(text, path, 1, error), path, error)
 
 
 def as_object(value: object, path: Path, error: type[UserError] = UserError) -> dict[str, Any]:
-    """`value`, which is all of `path`, if it is a JSON object."""
+    """`value`, the whole content of `path`, if it is a JSON object. Raises `error`."""
     if not isinstance(value, dict):
         fail(
-            f"{path.name}:1: column 1: {json_kind(value)} where a JSON object is expected; correct {path}",
+            f"{path.name}:1: column 1: {json_kind(value)} where a JSON object is expected; "
+            f"correct {path}",
             error,
         )
     return value
 
 
 def json_kind(value: object) -> str:
-    return {
-        dict: "an object",
-        list: "a list",
-        str: "a text",
-        bool: "a truth value",
-        type(None): "null",
-    }.get(type(value), "a number")
+    """What a parsed JSON value is, for messages: "a list", "null"."""
+    return _KINDS.get(type(value), "a number")
 
 
-class _Refused(ValueError):
-    """JSON that Python's parser would take, and that is ambiguous or no JSON."""
+class _RejectedError(ValueError):
+    """JSON that Python's parser accepts although it is ambiguous or not JSON."""
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise _Refused
+def _reject_constant(name: str) -> NoReturn:
+    raise _RejectedError
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise _Refused
-    return found
+def _require_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        raise _RejectedError
+    return unique
 
 
 def parse_json(text: str, path: Path, first_line: int, error: type[UserError] = UserError) -> Any:
-    """JSON whose text begins on `first_line` of `path`."""
+    """The value of JSON text that begins on line `first_line` of `path`. Raises `error`."""
     try:
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        return json.loads(
+            text, parse_constant=_reject_constant, object_pairs_hook=_require_unique_keys
+        )
     except json.JSONDecodeError as problem:
-        at, fault = problem.pos, problem.msg
-        if not text[at:].strip() or fault.startswith("Unterminated string"):
+        offset, fault = problem.pos, problem.msg
+        if not text[offset:].strip() or fault.startswith("Unterminated string"):
             fault += ", the text is cut off here"
-    except _Refused:
-        at, fault = _find_refused(text)
-    except (
-        ValueError,
-        RecursionError,
-    ) as problem:  # a number of thousands of digits, thousands of brackets
-        at, fault = 0, str(problem)
-    line = first_line + text.count("\n", 0, at)
+    except _RejectedError:
+        offset, fault = _find_rejected(text)
+    except (ValueError, RecursionError) as problem:
+        # A number of thousands of digits, or thousands of nested brackets.
+        offset, fault = 0, str(problem)
+    line = first_line + text.count("\n", 0, offset)
+    column = offset - text.rfind("\n", 0, offset)
     fail(
-        f"{path.name}:{line}: column {at - text.rfind(chr(10), 0, at)}: {fault}; correct {path} or fetch it again",
+        f"{path.name}:{line}: column {column}: {fault}; correct {path} or fetch it again",
         error,
     )
 
 
-def _find_refused(text: str) -> tuple[int, str]:
-    """Where the refused constant or the repeated key stands: the parser's hooks are not told."""
+def _find_rejected(text: str) -> tuple[int, str]:
+    """(offset, fault) of the first constant or repeated key: the parser's hooks get no offset."""
     keys: list[set[str]] = [set()]
-    for token in re.finditer(r'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]|-?Infinity|NaN', text):
+    for token in _TOKEN.finditer(text):
         word = token[0]
         if word in "[{":
             keys.append(set())
@@ -128,9 +144,9 @@ def _find_refused(text: str) -> tuple[int, str]:
             keys.pop()
         elif not word.startswith('"'):
             return token.start(), f"{word} is not JSON"
-        elif re.compile(r"\s*:").match(text, token.end()):
+        elif _COLON.match(text, token.end()):
             key = json.loads(word)
             if key in keys[-1]:
                 return token.start(), f"key {show(key)} stands twice in one object"
             keys[-1].add(key)
-    raise AssertionError("the parser refused what cannot be found")
+    raise AssertionError("the parser rejected the text, but no cause was found")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vico.errors import CheckpointError, UserError, show
 from vico.io.atomic import require_file
-from vico.io.safe_load import disguise
+from vico.io.safe_load import failed_download
 from vico.io.text import read_json_object
 from vico.model.config import EMBEDDINGS, LlamaConfig, RopeScaling, backbone_shapes
 from vico.model.weights.meta import (
@@ -185,7 +185,7 @@ def _open(path: Path) -> Any:
     try:
         require_file(path)
         with path.open("rb") as file:
-            if found := disguise(file.read(512), path.stat().st_size):
+            if found := failed_download(file.read(512), path.stat().st_size):
                 raise CheckpointError(f"{path}: {WHAT} is {found}")
         return safe_open(path, "pt")
     except FileNotFoundError:

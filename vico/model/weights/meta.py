@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vico.errors import CheckpointError, UserError, show
-from vico.io.safe_load import is_numbers, load_tensors
+from vico.io.safe_load import is_float_tensor, load_tensors
 from vico.io.text import read_json_object
 from vico.model.config import EMBEDDINGS, LlamaConfig, RopeScaling, backbone_shapes
 
@@ -105,7 +105,9 @@ class MetaWeights:
                 path,
                 "params.json and consolidated.*.pth must be those of one LLaMA in Meta's layout",
             )
-            if odd := next((name for name in sorted(names) if not is_numbers(shard[name])), None):
+            if odd := next(
+                (name for name in sorted(names) if not is_float_tensor(shard[name])), None
+            ):
                 raise UserError(
                     f"{path}: '{odd}' is no dense tensor of floating-point numbers; quantised weights are not read"
                 )
