@@ -1,7 +1,8 @@
-"""What ViCo stands on, and why each bound is what it is. Exact versions of a tested environment: launch/constraints.txt.
+"""ViCo's dependencies, and the reason for each bound.
 
-The checkout is where ViCo runs from (ds_configs/ and launch/ lie beside the package): install it with `pip install -e .`,
-or not at all, launch/*.sh find it either way.
+launch/constraints.txt has the exact versions of a tested environment. ViCo runs from its checkout,
+where ds_configs/ and launch/ lie beside the package: install it with `pip install -e .`, or not at
+all. launch/*.sh find the package in both cases.
 """
 
 from setuptools import find_packages, setup
@@ -11,7 +12,8 @@ LLAMA_3 = [
     "tokenizers>=0.21,<1",  # Hugging Face's tokenizer.json
 ]
 QUANTIZED = [
-    "bitsandbytes>=0.50,<0.51",  # --quantize: packs and unpacks on GPUs and CPUs; what its 0.x versions make of a weight may differ
+    # For --quantize, on GPUs and CPUs. Other 0.x versions may quantize a weight differently.
+    "bitsandbytes>=0.50,<0.51",
 ]
 
 setup(
@@ -21,29 +23,31 @@ setup(
     packages=find_packages(include=["vico", "vico.*"]),
     python_requires=">=3.10",
     install_requires=[
-        # From 2.11 varlen_attn has the signature that is used here (it changed in 2.11 and 2.12, both are known);
-        # from 2.10 weights_only loading has no known hole. 2.14 is untried.
+        # From 2.11 varlen_attn has the signature that ViCo calls (2.12 changed it: both work).
+        # From 2.10 weights_only loading has no known vulnerability. 2.14 is untested.
         "torch>=2.11,<2.14",
-        # Exactly: engine.py relies on how this version scales gradients, scatters parameters and lays out its state.
-        # Nothing before 0.19.6: mixed dtypes with frozen parameters under ZeRO-3 were wrong.
+        # Pinned: vico/train/engine.py relies on how this version scales gradients, partitions
+        # parameters and lays out its state. Before 0.19.6 mixed dtypes with frozen parameters were
+        # wrong under ZeRO-3.
         "deepspeed==0.19.8",
-        # Tokens of a text do not change within 0.2; 0.2.3 gives their offsets in the text. 0.3 is untried.
+        # The tokens of a text are stable within 0.2. 0.2.3 adds their offsets. 0.3 is untested.
         "sentencepiece>=0.2.3,<0.3",
-        # Reads and writes adapters; the file format has been stable since 0.4.
+        # Reads and writes checkpoints. The file format has been stable since 0.4.
         "safetensors>=0.4,<1",
-        # numpy 1 is untried. Python 3.10 ends with 2.2.
+        # numpy 1 is untested. 2.2 is the last version for Python 3.10.
         "numpy>=2.1,<3",
-        # Writes the curves; `tensorboard --logdir` shows them.
+        # Writes the curves that `tensorboard --logdir` shows.
         "tensorboard>=2.16,<3",
-        # safe_load of recipes.
+        # Reads recipes, by safe_load.
         "pyyaml>=6,<7",
-        # Who a launcher's ranks are, to pass signals on to them. DeepSpeed brings it too.
+        # Finds a launcher's ranks, to forward signals. DeepSpeed needs it too.
         "psutil>=6,<8",
-        # The bar on a terminal.
+        # The progress bar on a terminal.
         "tqdm>=4.66,<5",
     ],
     extras_require={
-        # Source only: needs nvcc and `pip install --no-build-isolation`. Without it torch's own kernels run.
+        # Source only: needs nvcc and `pip install --no-build-isolation`. Without it torch's
+        # own kernels run.
         "flash": ["flash-attn>=2.8,<3"],
         "llama3": LLAMA_3,
         "quantized": QUANTIZED,
@@ -52,14 +56,14 @@ setup(
         "dev": [
             *LLAMA_3,
             *QUANTIZED,
-            "transformers>=5.20,<6",  # what the backbone's logits are held against
-            # Its interpreter runs the GPU's kernels in tests without one. With a GPU torch brings its own.
+            "transformers>=5.20,<6",  # the reference for the backbone's logits
+            # Its interpreter runs the GPU kernels in tests without a GPU. With one torch has it.
             "triton>=3.6,<4; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "pytest>=9,<10",
             "hypothesis>=6.100,<7",
-            "ruff==0.17.6",  # exactly: the formatter's taste changes between versions
-            "mypy==2.4.1",  # exactly: so do the checker's findings
-            "matplotlib>=3.9,<4",  # as the extra benchmarks
+            "ruff==0.17.6",  # pinned: the formatter's output changes between versions
+            "mypy==2.4.1",  # pinned: so do the checker's findings
+            "matplotlib>=3.9,<4",  # as in the extra "benchmarks"
         ],
     },
     entry_points={"console_scripts": ["vico=vico.cli.main:console"]},
