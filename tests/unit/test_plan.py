@@ -66,10 +66,27 @@ def test_small_cards_hold_a_7b_at_the_published_batch() -> None:
     assert whole.activations < on_16.memory.activations and whole.spare > 0
 
 
-def test_readme_has_the_table() -> None:
-    assert table() in (ROOT / "README.md").read_text(encoding="utf-8"), (
-        "put the output of `vico plan --table` into README.md"
+def cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_guide_has_the_table() -> None:
+    guide = ROOT / "vico" / "planner" / "README.md"
+    assert table() in guide.read_text(encoding="utf-8"), (
+        f"put the output of `vico plan --table` into {guide}"
     )
+
+
+def test_readme_has_rows_of_the_table() -> None:
+    """README.md shows some rows, without the parts of the memory and the token budget."""
+    shown = []
+    for row in map(cells, table().splitlines()[2:]):
+        model, gpus, stage, recomputed, *_, memory, _, speed, epoch = row
+        total, _, _ = memory.split()
+        shown.append(f"| {model} | {gpus} | {stage} | {recomputed} | {total} | {speed} | {epoch} |")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = readme.split("| epoch |\n")[1].split("\n\n")[0].splitlines()[1:]
+    assert len(rows) >= 5 and set(rows) <= set(shown), rows
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> str:

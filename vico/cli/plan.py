@@ -1,4 +1,4 @@
-"""`vico plan`: its flags, what it prints, and the README's table."""
+"""`vico plan`: its flags, what it prints, and the table of its guide."""
 
 import argparse
 import dataclasses
@@ -140,7 +140,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--deepspeed", choices=planner.STAGES, help="plan with this stage")
     add("--write", type=Path, metavar="FILE", help="write the ds_config")
     add("--json", action="store_true", help="all figures, in bytes and seconds, as one JSON object")
-    add("--table", action="store_true", help="the README's table of models and machines")
+    add(
+        "--table",
+        action="store_true",
+        help="print the table of models and machines of vico/planner/README.md",
+    )
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -353,7 +357,7 @@ def duration(seconds: float) -> str:
 
 
 def table() -> str:
-    """The README's table: each model and machine, and the way that fits."""
+    """The table of vico/planner/README.md: each model and machine, and the way that fits."""
     rows = [_row(*case) for case in CASES] + [_row(*case) for case in QUANTIZED_CASES]
     heads = (
         "model",
