@@ -218,21 +218,21 @@ def test_lines_that_a_log_lacks_are_counted(tmp_path: Path) -> None:
 
 
 def test_three_failures_at_one_step_are_enough(tmp_path: Path) -> None:
+    settings, other_settings = RunConfig().to_json(), RunConfig(batch_size=1).to_json()
     for _ in range(3):
-        restart_limit.begin(tmp_path, RunConfig(), 7)
+        restart_limit.record_start(tmp_path, settings, 7)
     for _ in range(2):
         assert "step 8 has failed 3 times in a row" in refusal(
-            restart_limit.begin, tmp_path, RunConfig(), 7
+            restart_limit.record_start, tmp_path, settings, 7
         )
-    another = RunConfig(batch_size=1)
-    restart_limit.begin(tmp_path, another, 7)
+    restart_limit.record_start(tmp_path, other_settings, 7)
     for _ in range(2):
-        restart_limit.begin(tmp_path, another, 8)  # farther than before
-    restart_limit.end(tmp_path)
+        restart_limit.record_start(tmp_path, other_settings, 8)  # farther than before
+    restart_limit.clear(tmp_path)
     for _ in range(3):
-        restart_limit.begin(tmp_path, another, 8)
+        restart_limit.record_start(tmp_path, other_settings, 8)
     with pytest.raises(TrainingError):
-        restart_limit.begin(tmp_path, another, 8)
+        restart_limit.record_start(tmp_path, other_settings, 8)
 
 
 def test_failpoints_are_off_and_count(monkeypatch: pytest.MonkeyPatch) -> None:

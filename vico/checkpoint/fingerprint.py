@@ -1,10 +1,10 @@
-"""Short digests of what a run is trained on, kept in its checkpoints: another LLaMA or other data is noticed at resume.
+"""Digests of what a run is trained on: the backbone, the questions, the captions, the features.
 
-They follow from content alone, not from paths, shards or file formats, and every number counts. What has been read once is
-remembered by the marks of its files: a 7B backbone takes some seconds the first time, and none after that.
+Checkpoints store them, so that resuming with another LLaMA or other data is detected. They depend
+on content alone, not on paths, shards or file formats, and cover every number. Results are cached
+per file: a 7B backbone takes some seconds the first time and none after that.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,57 +14,15 @@ from torch import Tensor
 
 from vico.data.features import Features
 from vico.data.types import Question
+from vico.io.digest import digest_chunks
 from vico.io.file_cache import FileCache, cache_key, file_stamp
 from vico.model.config import backbone_shapes
 from vico.model.weights.load import Weights
 
-PIECE = 1 << 24  # numbers that a thread reads at a time
+DIGEST_LENGTH = 16
+# Elements of a tensor that a thread reads at a time.
+CHUNK_ELEMENTS = 1 << 24
 MAX_THREADS = 8
-
-
-def _digest(parts: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()[:16]
-
-
-def _of_tensors(names: Sequence[str], pieces: Callable[[str], Iterable[Tensor]]) -> str:
-    """Of named tensors that are given piece by piece; hashing leaves Python's lock, so that threads share the work."""
-
-    def one(name: str) -> bytes:
-        digest = hashlib.sha256(name.encode())
-        for piece in pieces(name):
-            digest.update(str(piece.dtype).encode())
-            digest.update(piece.contiguous().view(torch.uint8).numpy().data)
-        return digest.digest()
-
-    with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
-        return _digest(pool.map(one, names))
-
-
-def _remembered(key: str | None, cache: FileCache, make: Callable[[], str]) -> str:
-    found = cache.get(key)
-    if not isinstance(found, str):
-        found = make()
-        cache.put(key, found)
-    return found
-
-
-def of_backbone(weights: Weights, cache: FileCache) -> str:
-    shapes = backbone_shapes(weights.config)
-
-    def pieces(name: str) -> Iterable[Tensor]:
-        size = torch.Size(shapes[name]).numel()
-        return (
-            weights.read_slice(name, first, min(first + PIECE, size))
-            for first in range(0, size, PIECE)
-        )
-
-    marks = [file_stamp(path) for path in sorted(weights.folder.iterdir()) if path.is_file()]
-    return _remembered(
-        cache_key("backbone", *marks), cache, lambda: _of_tensors(sorted(shapes), pieces)
-    )
 
 
 def of_run(
@@ -74,12 +32,24 @@ def of_run(
     features: Features,
     cache: FileCache,
 ) -> dict[str, str]:
-    """Of all that a run must keep, by what it is called in messages."""
+    """The fingerprints of everything a resumed run must keep, by the names used in messages."""
     trained_on = {split: questions[split] for split in ("train", "val")}
-    return {
-        "backbone": of_backbone(weights, cache),
-        **of_data(trained_on, captions, features, cache),
-    }
+    data = of_data(trained_on, captions, features, cache)
+    return {"backbone": of_backbone(weights, cache), **data}
+
+
+def of_backbone(weights: Weights, cache: FileCache) -> str:
+    """Of all frozen tensors under Meta's names."""
+    shapes = backbone_shapes(weights.config)
+
+    def read_chunks(name: str) -> Iterable[Tensor]:
+        num_elements = torch.Size(shapes[name]).numel()
+        for start in range(0, num_elements, CHUNK_ELEMENTS):
+            yield weights.read_slice(name, start, min(start + CHUNK_ELEMENTS, num_elements))
+
+    stamps = [file_stamp(path) for path in sorted(weights.folder.iterdir()) if path.is_file()]
+    key = cache_key("backbone", *stamps)
+    return _cached(key, cache, lambda: _digest_tensors(sorted(shapes), read_chunks))
 
 
 def of_data(
@@ -88,29 +58,62 @@ def of_data(
     features: Features,
     cache: FileCache,
 ) -> dict[str, str]:
-    """One digest for each split's questions, for the captions of those videos, and for their features."""
-    videos = sorted({q.video for asked in questions.values() for q in asked})
-    key = cache_key(
-        "features", file_stamp(features.path), _digest(video.encode() for video in videos)
-    )
-    return {
-        **{f"data {split} questions": of_questions(asked) for split, asked in questions.items()},
-        "data captions": of_captions({v: captions[v] for v in videos if v in captions}),
-        "data features": _remembered(
-            key, cache, lambda: _of_tensors(videos, lambda video: [features.frames(video)])
-        ),
-    }
+    """Of each split's questions, and of the captions and features of their videos."""
+    videos = sorted({q.video for split in questions.values() for q in split})
+    video_digest = _digest_parts(video.encode() for video in videos)
+    key = cache_key("features", file_stamp(features.path), video_digest)
+
+    def digest_features() -> str:
+        return _digest_tensors(videos, lambda video: [features.frames(video)])
+
+    fingerprints = {f"data {split} questions": of_questions(q) for split, q in questions.items()}
+    fingerprints["data captions"] = of_captions({v: captions[v] for v in videos if v in captions})
+    fingerprints["data features"] = _cached(key, cache, digest_features)
+    return fingerprints
 
 
 def of_questions(questions: Sequence[Question]) -> str:
-    return _digest(map(_question, questions))
+    """Of everything in the questions that training or evaluation uses, in their order."""
+    return _digest_parts(map(_encode_question, questions))
+
+
+def _encode_question(q: Question) -> bytes:
+    fields = (q.qid, q.video, q.type, q.question, q.options, q.answer, q.feature_rows, q.dialogue)
+    return repr(fields).encode()
 
 
 def of_captions(captions: Mapping[str, str]) -> str:
-    return _digest(text.encode() for text in captions.values())
+    """Of the texts, in the mapping's order."""
+    return _digest_parts(text.encode() for text in captions.values())
 
 
-def _question(q: Question) -> bytes:
-    return repr(
-        (q.qid, q.video, q.type, q.question, q.options, q.answer, q.feature_rows, q.dialogue)
-    ).encode()
+def _digest_tensors(names: Sequence[str], read_chunks: Callable[[str], Iterable[Tensor]]) -> str:
+    """Of named tensors, read in chunks. Threads share the work: hashing releases the GIL."""
+
+    def buffers(name: str) -> Iterable[bytes | memoryview]:
+        yield name.encode()
+        for chunk in read_chunks(name):
+            yield str(chunk.dtype).encode()
+            yield chunk.contiguous().view(torch.uint8).numpy().data
+
+    def digest_one(name: str) -> bytes:
+        return bytes.fromhex(digest_chunks(buffers(name)))
+
+    num_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(num_threads) as pool:
+        return _digest_parts(pool.map(digest_one, names))
+
+
+def _digest_parts(parts: Iterable[bytes]) -> str:
+    """Each part is preceded by its length, so that no two lists of parts share a digest."""
+    framed = (len(part).to_bytes(8, "little") + part for part in parts)
+    return digest_chunks(framed, DIGEST_LENGTH)
+
+
+def _cached(key: str | None, cache: FileCache, compute: Callable[[], str]) -> str:
+    known = cache.get(key)
+    if isinstance(known, str):
+        return known
+    result = compute()
+    cache.put(key, result)
+    return result

@@ -1,4 +1,7 @@
-"""The file of the published code, as `vico convert` and --save_legacy write it: {"model", "args"}, plain values only."""
+"""Writes the published code's checkpoint, for `vico convert` and --save_legacy.
+
+It is one .pth file, {"model": tensors, "args": settings}, that holds plain values only.
+"""
 
 import io
 from collections.abc import Mapping
@@ -8,27 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ENDS = (
-    "adapter_query.weight",
-    "visual_proj.weight",
-    "temporal_emb.weight",
-)  # what comes before the layers' gates
-BEST = "checkpoint_best.pth"  # in OUTPUT_DIR
+# Trainable tensors outside the layers; the gates of the layers follow them in the file.
+NON_LAYER_NAMES = ("adapter_query.weight", "visual_proj.weight", "temporal_emb.weight")
+# In the run's output_dir.
+BEST_FILE = "checkpoint_best.pth"
 
 
-def ordered(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The trainables in the published order, each with a storage of its own: torch.save writes whole storages."""
-    gates = sorted(weights.keys() - {*ENDS}, key=lambda name: (int(name.split(".")[1]), name))
-    return {
-        name: weights[name].clone(memory_format=torch.contiguous_format) for name in (*ENDS, *gates)
-    }
+def in_published_order(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The trainables in the published order, copied: torch.save writes a view's whole storage."""
+    gates = weights.keys() - {*NON_LAYER_NAMES}
+    gates_by_layer = sorted(gates, key=lambda name: (int(name.split(".")[1]), name))
+    names = (*NON_LAYER_NAMES, *gates_by_layer)
+    return {name: weights[name].clone(memory_format=torch.contiguous_format) for name in names}
 
 
 def to_bytes(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> bytes:
-    """`settings` become a dict of plain values, which any torch loads without being allowed anything."""
+    """The file's content. `settings` become plain values, which torch loads with weights_only."""
     plain = {
         name: str(value) if isinstance(value, Path) else value for name, value in settings.items()
     }
     buffer = io.BytesIO()
-    torch.save({"model": ordered(weights), "args": plain}, buffer)
+    torch.save({"model": in_published_order(weights), "args": plain}, buffer)
     return buffer.getvalue()

@@ -1,49 +1,54 @@
-"""Ends a run that fails at the same step again and again: a scheduler would start it for ever.
+"""Stops a run that keeps failing at the same step: a scheduler would restart it forever.
 
-Beside the checkpoints lies how far the run had come when it was last begun, and how many starts in a row came no further.
+attempts.json in the output_dir holds the step that the latest start began at, and how many starts
+in a row failed there.
 """
 
 import contextlib
-import hashlib
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vico.errors import TrainingError, UserError
 from vico.io.atomic import write_json
+from vico.io.digest import digest_json
 from vico.io.text import read_json_object
-from vico.train.config import RunConfig
 
-NAME = "attempts.json"
+FILE_NAME = "attempts.json"
 MAX_FAILURES = 3
+DIGEST_LENGTH = 16
 
 
-def begin(output_dir: Path, config: RunConfig, step: int) -> None:
-    """Count this start of a run that had come to `step`. Raises TrainingError instead of a fourth try."""
-    path = output_dir / NAME
-    settings = hashlib.sha256(json.dumps(config.to_json(), sort_keys=True).encode()).hexdigest()[
-        :16
-    ]
-    before = _read(path)
+def record_start(output_dir: Path, settings: Mapping[str, Any], step: int) -> None:
+    """Count a start of the run with `settings` at `step`, the number of steps done before.
+
+    Other settings start a new count. Raises TrainingError after MAX_FAILURES failures.
+    """
+    path = output_dir / FILE_NAME
+    digest = digest_json(settings, DIGEST_LENGTH)
+    previous = _read(path)
     failures = 0
-    if before.get("settings") == settings:  # other settings are a new try
-        failures = 1 + (before.get("failures", 0) if before.get("step") == step else 0)
+    if previous.get("settings") == digest:
+        is_same_step = previous.get("step") == step
+        failures = 1 + (previous.get("failures", 0) if is_same_step else 0)
     if failures >= MAX_FAILURES:
         raise TrainingError(
-            f"{output_dir}: step {step + 1} has failed {failures} times in a row, so this start would fail too; the output of those starts says "
-            f"why; change the settings, or remove {path} to try as it is"
+            f"{output_dir}: step {step + 1} has failed {failures} times in a row, so this start "
+            "would fail too; the output of those starts says why; change the settings, or remove "
+            f"{path} to try again without a change"
         )
-    write_json(path, {"step": step, "failures": failures, "settings": settings})
+    write_json(path, {"step": step, "failures": failures, "settings": digest})
 
 
-def end(output_dir: Path) -> None:
-    """The run has not failed."""
-    with contextlib.suppress(OSError):  # a folder that has gone, or may not be written to any more
-        (output_dir / NAME).unlink(missing_ok=True)
+def clear(output_dir: Path) -> None:
+    """The run ended without a failure: forget the count."""
+    # The folder may be gone, or no longer writable.
+    with contextlib.suppress(OSError):
+        (output_dir / FILE_NAME).unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return read_json_object(path, NAME) if path.exists() else {}
+        return read_json_object(path, FILE_NAME) if path.exists() else {}
     except UserError:
         return {}

@@ -27,7 +27,7 @@ from vico.io.file_cache import FileCache, cache_key, file_stamp
 from vico.model.config import trainable_shapes
 from vico.train import preflight, zero_stage
 from vico.train.config import RunConfig
-from vico.train.preflight import Backbone
+from vico.train.preflight import BackboneFiles
 from vico.train.resume import find_start, start_progress
 
 CHECK = (
@@ -57,7 +57,7 @@ class Check:
         self.errors: list[UserError] = []
         self.num_warnings = 0
         self._cache = FileCache()
-        self._backbone: Backbone | None = None
+        self._backbone: BackboneFiles | None = None
         self._prompts: Prompts | None = None
         self._features: Features | None = None
         self._questions: dict[str, list[Question]] = {}  # by split
@@ -87,7 +87,7 @@ class Check:
             self._look_at_split(split, dropped[split])
         self._measure_captions()
         for warning in (
-            *preflight.shared_videos(self._questions),
+            *preflight.shared_video_notes(self._questions),
             *shared_with_other_sets(config, self._questions),
         ):
             self._say(warning)

@@ -297,7 +297,7 @@ def _config(shape: LlamaConfig, dtype: str) -> dict[str, Any]:
 def _convert_adapter(source: Path, target: Path) -> str:
     checkpoint = checkpoints.read(source)
     _check_adapter(checkpoint.weights, source)
-    weights = published.ordered(checkpoint.weights)
+    weights = published.in_published_order(checkpoint.weights)
     make_folder(target.parent)
     if source.is_dir() or source.suffix == ".safetensors":
         _require_suffix(target, ".pth")
@@ -317,8 +317,8 @@ def _check_adapter(weights: Mapping[str, Tensor], source: Path) -> None:
     gates = {name for name in weights if format.GATE.fullmatch(name)}
     pairs = {f"{name[:-1]}{n}" for name in gates for n in (1, 2)}
     missing, unknown = (
-        ({*published.ENDS} | pairs) - weights.keys(),
-        weights.keys() - {*published.ENDS} - gates,
+        ({*published.NON_LAYER_NAMES} | pairs) - weights.keys(),
+        weights.keys() - {*published.NON_LAYER_NAMES} - gates,
     )
     if missing or unknown or not gates:
         odd = ", ".join(sorted(missing or unknown)[:3]) or "gates"

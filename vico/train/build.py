@@ -92,7 +92,7 @@ def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inp
                 config, captions, questions["train"], backbone, prompts, cache
             ),
         )
-    notes += preflight.shared_videos(questions)
+    notes += preflight.shared_video_notes(questions)
     shapes = trainable_shapes(
         backbone.weights.config, backbone.num_adapted, config.adapter_len, config.max_feats
     )

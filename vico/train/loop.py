@@ -170,7 +170,7 @@ def _train(
     except signals.Stopped as stop:
         _save(run, progress)
         if world.is_main:
-            restart_limit.end(config.output_dir)
+            restart_limit.clear(config.output_dir)
         name, place = (
             signal.Signals(stop.number).name,
             config.output_dir / f"checkpoint-{progress.step}",
@@ -180,11 +180,11 @@ def _train(
         ) from None
     except DiskError:
         if world.is_main:
-            restart_limit.end(config.output_dir)  # with more space the same command does not fail
+            restart_limit.clear(config.output_dir)  # with more space the same command does not fail
         raise
     if log is not None:
         log.close()
-        restart_limit.end(config.output_dir)
+        restart_limit.clear(config.output_dir)
     world.print_rank0(
         f"done: {config.output_dir}; curves: tensorboard --logdir {config.output_dir / 'runs'}"
     )
@@ -310,7 +310,7 @@ def _open_log(
             f"{config.output_dir}: another run began and wrote here while this one was starting; choose another --output_dir"
         )
     found = read_logs(config.output_dir)
-    restart_limit.begin(config.output_dir, config, found.last_step)
+    restart_limit.record_start(config.output_dir, config.to_json(), found.last_step)
     if config.resume is None and saved is not None:  # what this run started from stays known
         resumed = saved.get("resume")
         config = replace(config, resume=None if resumed is None else Path(resumed))
@@ -453,7 +453,8 @@ def _save(
         if best:  # before the other one, which already says that this accuracy is the best
             if run.config.save_legacy:
                 write_bytes(
-                    output_dir / published.BEST, published.to_bytes(weights, run.config.to_json())
+                    output_dir / published.BEST_FILE,
+                    published.to_bytes(weights, run.config.to_json()),
                 )
             write.save(
                 output_dir / "checkpoint_best",

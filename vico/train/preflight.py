@@ -1,11 +1,13 @@
-"""The data gate: what is looked at in a run's files before anything is built, at every start and, more of it, by `vico check`.
+"""Checks of a run's files, made at every start before anything is built.
 
-What is wrong ends the run with one line. What is odd, or was left out or shortened, is counted and said.
+`vico check` makes them too, and more. An error ends the run with one line. Whatever is left out,
+shortened or suspicious is counted and reported in notes.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 from vico.checkpoint import fingerprint
@@ -24,197 +26,241 @@ from vico.train.config import RunConfig
 
 
 @dataclass(frozen=True)
-class Backbone:
-    """The frozen LLaMA's files, which fit each other."""
+class BackboneFiles:
+    """The tokenizer and weights of the frozen LLaMA, which have been checked against each other."""
 
     tokenizer: Tokenizer
     tokenizer_path: Path
     weights: Weights
-    num_adapted: int  # adapted layers
+    num_adapted: int  # layers with gates, counted from the top
 
     def prompts(self, config: RunConfig) -> Prompts:
-        dialogue = DATASETS[config.dataset].has_dialogue
         return Prompts(
             self.tokenizer,
             config.max_feats,
             config.max_seq_len,
             config.max_cap_len,
-            dialogue=dialogue,
+            dialogue=DATASETS[config.dataset].has_dialogue,
         )
 
 
-def open_backbone(config: RunConfig) -> Backbone:
+def open_backbone(config: RunConfig) -> BackboneFiles:
+    """Open the tokenizer and the weights of --model. Raises UserError."""
     folder = config.llama_model_path / config.model
     if not os.path.isdir(folder):
-        there = sorted(p.name for p in config.llama_model_path.glob("*/") if holds_weights(p))
-        hint = (
-            f"--model can be {', '.join(there)}"
-            if there
-            else "it must hold LLaMA weights of Meta or Hugging Face"
-        )
+        models = sorted(p.name for p in config.llama_model_path.glob("*/") if holds_weights(p))
+        hint = "it must hold LLaMA weights of Meta or Hugging Face"
+        if models:
+            hint = f"--model can be {', '.join(models)}"
         raise UserError(f"{folder}: no such folder of weights; {hint}")
-    path = find_tokenizer(config.llama_model_path, folder)
-    tokenizer = Tokenizer(path)
+    tokenizer_path = find_tokenizer(config.llama_model_path, folder)
+    tokenizer = Tokenizer(tokenizer_path)
     weights = open_weights(folder, tokenizer.vocab_size)
-    num_adapted = config.adapter_layer or weights.config.n_layers
-    if num_adapted > weights.config.n_layers:
+    num_layers = weights.config.n_layers
+    num_adapted = config.adapter_layer or num_layers
+    if num_adapted > num_layers:
         raise UserError(
-            f"--adapter_layer {num_adapted}: the model has {weights.config.n_layers} layers; leave it out to adapt all"
+            f"--adapter_layer {num_adapted}: the model has {num_layers} layers; "
+            "leave it out to adapt all"
         )
-    return Backbone(tokenizer, path, weights, num_adapted)
+    return BackboneFiles(tokenizer, tokenizer_path, weights, num_adapted)
 
 
 def with_features(
-    config: RunConfig, split: str, asked: list[Question], features: Features
+    config: RunConfig, split: str, questions: list[Question], features: Features
 ) -> tuple[list[Question], list[Question]]:
-    """(questions to use, questions dropped because their video has no features). Raises UserError where that is not allowed."""
+    """(questions to use, questions dropped because their video has no features).
+
+    Drops only with --missing_features drop. Raises UserError when that leaves no question.
+    """
     if config.missing_features == "error":
-        return asked, []
-    used = [q for q in asked if q.video in features]
+        return questions, []
+    used = [q for q in questions if q.video in features]
     if not used:
         fail(
-            f"{features.path}: holds features of no video of the {len(asked)} {split} questions; fetch the file that belongs to them"
+            f"{features.path}: holds features of no video of the {len(questions)} {split} "
+            "questions; fetch the file that belongs to them"
         )
-    return used, [q for q in asked if q.video not in features]
+    return used, [q for q in questions if q.video not in features]
 
 
 def read_captions(
-    config: RunConfig, asked: Sequence[Question], prompts: Prompts | None
+    config: RunConfig, questions: Sequence[Question], prompts: Prompts | None
 ) -> dict[str, str]:
-    """The captions, of each question's video one; without `prompts`, whether they fit is not asked."""
+    """The captions by video; each question's video has one. Raises UserError.
+
+    `prompts`: also check that --max_cap_len leaves room for a caption.
+    """
     folder = config.dataset_folder
     captions = caption_files.read(folder, config.captions)
-    caption_files.check(captions, asked, caption_files.find(folder, config.captions))
+    caption_files.check(captions, questions, caption_files.find(folder, config.captions))
     if prompts is not None:
-        prompts.caption(
-            captions[asked[0].video]
-        )  # a --max_cap_len below any caption is known at once
+        prompts.caption(captions[questions[0].video])
     return captions
 
 
-# What is counted. Findings that take long are remembered by what they follow from.
+# Slow checks: the results are cached by everything they depend on.
+
+
+def scan_key(features: Features) -> str | None:
+    """The cache key of a scan of the whole feature file."""
+    return cache_key("scanned", file_stamp(features.path))
 
 
 def check_features(
     config: RunConfig,
-    asked: Sequence[Question],
+    questions: Sequence[Question],
     features: Features,
     cache: FileCache,
     rank: int,
     num_ranks: int,
 ) -> int:
-    """All is there, well formed and finite; returns how many clips lie past the end of their video. A rank looks at its share."""
-    past_end = features.check(asked)
-    mark = file_stamp(features.path)
-    key = cache_key("finite", mark, fingerprint.of_questions(asked), config.max_feats)
-    if not cache.get(cache_key("scanned", mark)) and not cache.get(key):
-        features.check_finite(asked[rank::num_ranks], config.max_feats)
+    """Check that the questions' features are present, well formed and finite.
+
+    Each rank reads its share. Returns how many questions are about a clip past the end of its
+    video. Raises UserError.
+    """
+    num_past_end = features.check(questions)
+    stamp, questions_digest = file_stamp(features.path), fingerprint.of_questions(questions)
+    key = cache_key("finite", stamp, questions_digest, config.max_feats)
+    if not cache.get(scan_key(features)) and not cache.get(key):
+        features.check_finite(questions[rank::num_ranks], config.max_feats)
     cache.put(key, True)
-    return past_end
+    return num_past_end
 
 
 def measure_questions(
     config: RunConfig,
     split: str,
-    asked: Sequence[Question],
-    backbone: Backbone,
+    questions: Sequence[Question],
+    backbone: BackboneFiles,
     prompts: Prompts,
     cache: FileCache,
 ) -> Lengths:
+    """Each question's longest sequence over the split's tasks, in tokens. Raises UserError."""
     tasks = [task for task in config.tasks if task != "cap"] if split == "train" else ["vqa"]
-    follows_from = (
-        fingerprint.of_questions(asked),
+    key = cache_key(
+        "questions",
+        config.dataset,
+        fingerprint.of_questions(questions),
         file_stamp(backbone.tokenizer_path),
         config.max_feats,
         config.max_seq_len,
         tasks,
     )
-    key = cache_key("questions", config.dataset, *follows_from)
-    if (known := cache.get(key)) is not None:
-        return Lengths.from_json(known)
-    found = length_stats.of_questions(asked, prompts, tasks, config.max_seq_len)
-    cache.put(key, found.to_json())
-    return found
+
+    def measure() -> Lengths:
+        return length_stats.of_questions(questions, prompts, tasks, config.max_seq_len)
+
+    return _cached_lengths(key, cache, measure)
 
 
 def measure_captions(
     config: RunConfig,
     captions: Mapping[str, str],
-    asked: Sequence[Question],
-    backbone: Backbone,
+    questions: Sequence[Question],
+    backbone: BackboneFiles,
     prompts: Prompts,
     cache: FileCache,
 ) -> Lengths:
-    """Of the captions of these questions' videos, one each."""
-    used = {video: captions[video] for video in sorted({q.video for q in asked})}
+    """The caption sequences of the questions' videos, one per video, in tokens."""
+    used = {video: captions[video] for video in sorted({q.video for q in questions})}
     key = cache_key(
         "captions",
         fingerprint.of_captions(used),
         file_stamp(backbone.tokenizer_path),
         config.max_feats,
     )
-    if (known := cache.get(key)) is not None:
+    return _cached_lengths(key, cache, lambda: length_stats.of_captions(used.values(), prompts))
+
+
+def _cached_lengths(key: str | None, cache: FileCache, measure: Callable[[], Lengths]) -> Lengths:
+    known = cache.get(key)
+    if known is not None:
         return Lengths.from_json(known)
-    found = length_stats.of_captions(used.values(), prompts)
-    cache.put(key, found.to_json())
-    return found
+    lengths = measure()
+    cache.put(key, lengths.to_json())
+    return lengths
+
+
+# Notes for the user
 
 
 def split_notes(
     config: RunConfig,
     split: str,
-    asked: Sequence[Question],
+    questions: Sequence[Question],
     dropped: Sequence[Question],
-    past_end: int,
-    measured: Lengths,
+    num_past_end: int,
+    lengths: Lengths,
 ) -> list[str]:
-    """What a user should know about a split."""
-    total = len(asked) + len(dropped)
-    counts = {
-        f"shortened to fit --max_seq_len {config.max_seq_len} (dialogue first, then options; answers never)": measured.above(
-            config.max_seq_len
-        ),
-        "about a clip that lies past the end of its video's features: zeros in its slots": past_end,
-    }
-    warnings = {
-        "with two equal options": count_equal_options(asked),
-        "with an empty option": sum(not all(option.strip() for option in q.options) for q in asked),
-    }
-    notes = [f"{split}: {total} questions"]
-    if dropped:
-        videos = len({q.video for q in dropped})
-        notes = [
-            f"{split}: {len(asked)} used / {total} total questions: {len(dropped)} dropped, whose {videos} videos have no features "
-            "(--missing_features drop)"
-        ]
-    notes += [f"{split}: {n} of {len(asked)} questions {what}" for what, n in counts.items() if n]
-    return notes + [
-        f"warning: {split}: {n} of {len(asked)} questions {what}"
-        for what, n in warnings.items()
-        if n
-    ]
+    """How many questions of a split are used, and what is special about them."""
+    problems = problem_notes(config, split, questions, num_past_end, lengths)
+    return [usage_note(split, questions, dropped), *problems]
 
 
-def caption_notes(config: RunConfig, measured: Lengths) -> list[str]:
-    cut, total = measured.above(config.max_cap_len), sum(measured.counts.values())
+def usage_note(split: str, questions: Sequence[Question], dropped: Sequence[Question]) -> str:
+    """How many questions are used, and how many are dropped."""
+    total = len(questions) + len(dropped)
+    if not dropped:
+        return f"{split}: {total} questions"
+    num_videos = len({q.video for q in dropped})
     return (
-        [
-            f"train: {cut} of {total} captions are longer than --max_cap_len {config.max_cap_len} when whole, and are cut"
-        ]
-        if cut
-        else []
+        f"{split}: {len(questions)} used / {total} total questions: {len(dropped)} dropped, "
+        f"whose {num_videos} videos have no features (--missing_features drop)"
     )
 
 
-def shared_videos(splits: Mapping[str, Sequence[Question]]) -> list[str]:
-    """Warnings of videos that stand in two splits: what is learnt of them in one is no measure of the other."""
-    videos = {split: {q.video for q in asked} for split, asked in splits.items()}
-    names, warnings = list(videos), []
-    for i, one in enumerate(names):
-        for other in names[i + 1 :]:
-            if shared := videos[one] & videos[other]:
-                asked = sum(q.video in shared for q in splits[other])
-                warnings.append(
-                    f"warning: {len(shared)} videos are in {one} and in {other}: {asked} of {len(splits[other])} questions of {other} are about them"
-                )
-    return warnings
+def problem_notes(
+    config: RunConfig,
+    split: str,
+    questions: Sequence[Question],
+    num_past_end: int,
+    lengths: Lengths,
+) -> list[str]:
+    """Notes about the questions used, for those counts that are not zero."""
+    num_shortened = lengths.above(config.max_seq_len)
+    num_equal = count_equal_options(questions)
+    num_empty = sum(not all(option.strip() for option in q.options) for q in questions)
+    shortened = (
+        f"shortened to fit --max_seq_len {config.max_seq_len} "
+        "(dialogue first, then options; answers never)"
+    )
+    past_end = "about a clip that lies past the end of its video's features: zeros in its slots"
+    counts = (
+        (num_shortened, "", shortened),
+        (num_past_end, "", past_end),
+        (num_equal, "warning: ", "with two equal options"),
+        (num_empty, "warning: ", "with an empty option"),
+    )
+    return [
+        f"{prefix}{split}: {count} of {len(questions)} questions {what}"
+        for count, prefix, what in counts
+        if count
+    ]
+
+
+def caption_notes(config: RunConfig, lengths: Lengths) -> list[str]:
+    """How many captions are cut to --max_cap_len."""
+    num_cut, total = lengths.above(config.max_cap_len), sum(lengths.counts.values())
+    if not num_cut:
+        return []
+    return [
+        f"train: {num_cut} of {total} captions are longer than --max_cap_len "
+        f"{config.max_cap_len} when whole, and are cut"
+    ]
+
+
+def shared_video_notes(splits: Mapping[str, Sequence[Question]]) -> list[str]:
+    """Warnings of videos in two splits: a score on one split may then be learned from the other."""
+    videos = {split: {q.video for q in questions} for split, questions in splits.items()}
+    notes = []
+    for first, second in combinations(videos, 2):
+        shared = videos[first] & videos[second]
+        if shared:
+            total, count = len(splits[second]), sum(q.video in shared for q in splits[second])
+            notes.append(
+                f"warning: {len(shared)} videos are in {first} and in {second}: "
+                f"{count} of {total} questions of {second} are about them"
+            )
+    return notes

@@ -100,7 +100,12 @@ def newest_usable(folders: list[Path], output_dir: Path, run: str = "") -> Start
 
 def _refuse_foreign(output_dir: Path, legacy: bool) -> None:
     """A folder without args.json may hold predictions, but no run: a lineage's log.txt would be rewritten, a checkpoint replaced."""
-    names = ("log.txt", "steps.jsonl", "checkpoint_best", *((published.BEST,) if legacy else ()))
+    names = (
+        "log.txt",
+        "steps.jsonl",
+        "checkpoint_best",
+        *((published.BEST_FILE,) if legacy else ()),
+    )
     found = next((output_dir / name for name in names if os.path.lexists(output_dir / name)), None)
     found = found or next(iter(format.step_folders(output_dir)), None)
     if found is not None:
