@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.toy_dataset import ROOT, ToyData
+from support.processes import ROOT
+from support.toy_dataset import ToyData
 from vico.cli.flags import parse
 from vico.data.batching import TrainingSteps, best_fill, greedy_balance
 from vico.distributed import world as dist

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from support.toy_dataset import ROOT, ToyData, refusal
+from support.errors import refusal
+from support.processes import ROOT
+from support.toy_dataset import ToyData
 from vico.distributed import launcher_env, topology
 from vico.distributed.launcher_env import SlurmAllocation
 from vico.errors import RESUMABLE, UnreachableError, UserError

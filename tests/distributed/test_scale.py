@@ -10,7 +10,8 @@ import pytest
 import safetensors.torch
 
 from reference import oracle_files
-from support.toy_dataset import ROOT, ToyData, end, records, start, succeeds
+from support.processes import ROOT, start, succeeds
+from support.toy_dataset import ToyData, records
 
 FLAGS = [
     "--epochs",
@@ -49,16 +50,9 @@ def test_loading_takes_a_ranks_share_and_a_tensor(tmp_path: Path, zero3: str) ->
     oracle_files.write_tiny_meta(
         tmp_path / "m", 30000, dim=768, n_layers=6, n_heads=12, multiple_of=256, shards=2
     )
-    ended = end(
-        start(
-            str(tmp_path / "m"),
-            zero3,
-            ranks=2,
-            program=(str(ROOT / "tests" / "support" / "load_memory.py"),),
-        ),
-        240,
-    )
-    assert ended.codes == [0, 0], ended.output
+    program = (str(ROOT / "tests" / "support" / "load_memory.py"),)
+    ended = start(str(tmp_path / "m"), zero3, ranks=2, program=program)
+    assert ended.wait() == [0, 0], ended.output
     for said in ended.stdouts:
         found = json.loads(said.splitlines()[-1])
         assert found["share"] > 170 and found["largest"] > 80
@@ -91,13 +85,9 @@ class Runs:
     def loaded(self, checkpoint: Path, ranks: int, stage: int) -> str:
         """sha256 of what an engine of that setup holds."""
         args = [*self.flags(ranks, stage), "--resume", str(checkpoint)]
-        ended = end(
-            start(
-                *args, ranks=ranks, program=(str(ROOT / "tests" / "support" / "loaded_state.py"),)
-            ),
-            240,
-        )
-        assert ended.codes == [0] * ranks, ended.output
+        program = (str(ROOT / "tests" / "support" / "loaded_state.py"),)
+        ended = start(*args, ranks=ranks, program=program)
+        assert ended.wait() == [0] * ranks, ended.output
         return ended.stdouts[0].split("state ")[1].strip()
 
 

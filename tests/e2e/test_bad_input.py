@@ -8,7 +8,6 @@ import errno
 import os
 import resource
 import signal
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,8 +18,8 @@ import torch
 from faults.cases_settings import DS, EVAL
 from faults.damage import Case, ds, flip, gone, pth, rows
 from faults.scenario_inputs import CASES, attempt_all
+from support.processes import Processes, start
 from support.run_fixture import CHECKPOINT, FEATURES, OPTIMIZER, RunFixture, make_run_fixture
-from support.toy_dataset import Ended, end, start
 from support.warm_process import WarmProcess, warm_processes
 from vico.cli.main import main
 from vico.distributed import world as dist
@@ -181,26 +180,25 @@ TWO_RANKS: dict[str, Case] = {
 WAITED_FOR = "unknown flag"  # the case whose second rank may end by itself
 
 
-def end_as_launchers_do(fixture: RunFixture, line: str, wait: bool) -> tuple[int, Ended]:
+def end_as_launchers_do(fixture: RunFixture, line: str, wait: bool) -> tuple[int, Processes]:
     """(the rank that ended first, how all ended): every rank is ended as soon as one has; with `wait` only at last."""
-    ranks = start(*fixture.command(line), ranks=2)
-    limit = time.monotonic() + 240
-    while all(rank.poll() is None for rank in ranks) and time.monotonic() < limit:
-        time.sleep(0.05)
-    first = next((i for i, rank in enumerate(ranks) if rank.poll() is not None), -1)
-    for rank in ranks:
-        if rank.poll() is None and not wait:
-            os.killpg(rank.pid, signal.SIGTERM)
-    return first, end(ranks, timeout=60)
+    run = start(*fixture.command(line), ranks=2)
+    run.wait_until(lambda: not run.running)
+    has_ended = [process.poll() is not None for process in run.processes]
+    for process in run.processes:
+        if process.poll() is None and not wait:
+            os.killpg(process.pid, signal.SIGTERM)
+    run.wait(60)
+    return has_ended.index(True) if any(has_ended) else -1, run
 
 
 @pytest.fixture(scope="module")
 def two_ranks(
     original: RunFixture, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, tuple[int, Ended]]]:
+) -> Iterator[dict[str, tuple[int, Processes]]]:
     """All cases at once: most of their time is spent in loading torch, and one in waiting."""
 
-    def run(name: str) -> tuple[int, Ended]:
+    def run(name: str) -> tuple[int, Processes]:
         fixture = original.copy(tmp_path_factory.mktemp("two") / "fixture")
         damage, line, _, _ = TWO_RANKS[name]
         if damage is not None:
@@ -213,7 +211,7 @@ def two_ranks(
 
 @pytest.mark.parametrize("name", TWO_RANKS)
 def test_rank_0_says_it_before_any_rank_ends(
-    name: str, two_ranks: dict[str, tuple[int, Ended]]
+    name: str, two_ranks: dict[str, tuple[int, Processes]]
 ) -> None:
     _, _, code, parts = TWO_RANKS[name]
     first, ended = two_ranks[name]

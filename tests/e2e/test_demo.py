@@ -117,10 +117,10 @@ def test_the_first_step_comes_soon(tmp_path: Path) -> None:
             "--max_steps",
             "1",
         ]
-        run = launch([*recipe, *where], tmp_path / "logs")
-        assert run.reach(lambda steps=steps: steps.exists() and steps.stat().st_size > 0), run.said  # type: ignore[misc]
+        run = launch("train.sh", *recipe, *where, ranks=2)
+        assert run.wait_until(lambda: steps.exists() and steps.stat().st_size > 0), run.output  # noqa: B023
         seconds.append(time.monotonic() - began)
-        assert run.end() == [0], run.said
+        assert run.wait() == [0], run.output
     print(
         f"first step after {seconds[1]:.1f} and {seconds[2]:.1f} s, of which imports take {importing:.1f} s"
     )

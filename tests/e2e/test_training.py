@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from reference import oracle, oracle_files
-from support.toy_dataset import ROOT, ToyData, records, succeeds, vico, write_csv
+from support.processes import ROOT, succeeds, vico
+from support.toy_dataset import ToyData, records, write_csv
 from vico.checkpoint import read as checkpoints
 
 # The oracle sums in another order: fp32 rounding over six steps. Measured: losses 2e-7, norms 2e-6, scores 4e-6.

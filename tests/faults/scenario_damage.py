@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from faults.result import Result, Scale
-from support.processes import LAST_STEP, ToyRun, start_ranks, undisturbed
+from support.toy_run import LAST_STEP, ToyRun, start_training, undisturbed
 from vico.checkpoint.format import LATEST, OPTIMIZER, STATE, WEIGHTS
 from vico.checkpoint.read import read as read_checkpoint
 from vico.cli.flags import parse
@@ -174,8 +174,8 @@ def _real_start(world: ToyRun, out: Path) -> str:
     damaged = bytearray(good)
     damaged[len(good) // 2] ^= 1
     (_newest(out) / WEIGHTS).write_bytes(damaged)
-    run = start_ranks(world.flags(2, out), world.folder / "logs")
-    codes, said = run.end(), run.said
+    run = start_training(world.flags(2, out))
+    codes, said = run.wait(), run.output
     before = said.partition("training steps")[0]
     if (
         codes != [0, 0]

@@ -12,7 +12,7 @@ import torch
 
 from faults.result import Result, Scale
 from faults.small_store import fault_after, in_child, save_both
-from support.processes import ToyRun, difference, first_line, newest, start_ranks, strays
+from support.toy_run import ToyRun, difference, last_line, newest_step, start_training, stray_files
 from vico.errors import DiskError
 
 NAME = "disk_full"
@@ -77,8 +77,8 @@ def _store(out: Path, size: int, mounts: bool) -> tuple[bool, str]:
         os.close(pipe)
         if said not in (b"1", b"2"):
             return True, "the save ended in something else than a DiskError"
-        if said == b"1" and strays(out):
-            return True, f"left behind already by the save itself: {strays(out)}"
+        if said == b"1" and stray_files(out):
+            return True, f"left behind already by the save itself: {stray_files(out)}"
         return said == b"1", fault_after(out, int(said))
 
 
@@ -86,27 +86,27 @@ def _real_run(folder: Path) -> str:
     """It ends with one line and 6; with more room the same command goes on to the undisturbed end."""
     world, out = ToyRun.make(folder / "world"), folder / "out"
     out.mkdir()
-    flags, logs = world.flags(2, out), folder / "logs"
+    flags = world.flags(2, out)
     with _disk(
         out, 3_500 * KIB, mounts=True
     ):  # a checkpoint takes 920 KiB, and the best one as much
-        run = start_ranks(flags, logs)
-        codes = run.end()
+        run = start_training(flags)
+        codes = run.wait()
         if (
             codes != [6, 6]
             or len(run.errors) != 1
             or "No space left on device" not in run.errors[0]
         ):
-            return f"ended with {codes}: {run.errors or first_line(run.said)}"
-        if not newest(out):
+            return f"ended with {codes}: {run.errors or last_line(run.output)}"
+        if not newest_step(out):
             return "no checkpoint was left"
         subprocess.run(["mount", "-o", f"remount,size={64 * 1024 * KIB}", str(out)], check=True)
-        again = start_ranks(flags, logs)
-        codes = again.end()
+        again = start_training(flags)
+        codes = again.wait()
         return (
             difference(world, 2, out)
             if codes == [0, 0]
-            else f"with more room it ended with {codes}: {first_line(again.said)}"
+            else f"with more room it ended with {codes}: {last_line(again.output)}"
         )
 
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from faults.result import Result, Scale
-from support.processes import RANKS, ToyRun, first_line, start_ranks
+from support.toy_run import RANKS, ToyRun, last_line, start_training
 
 NAME = "hangs"
 TITLE = "a rank that is stopped, or does not come back, in a step, a save, an evaluation or while loading: ended within the time + 5 s"
@@ -51,19 +51,19 @@ def _case(
     world: ToyRun, stage: int, place: str, rank: int, stopped: bool, out: Path
 ) -> tuple[float, str]:
     flags = [*world.flags(stage, out), "--hang_timeout", str(SECONDS / 60)]
-    run = start_ranks(flags, world.folder / "logs", f"{PLACES[place]}#{rank}=sleep 600")
-    if not run.reach(lambda: "vico: failpoint" in run.said):
+    run = start_training(flags, f"{PLACES[place]}#{rank}=sleep 600")
+    if not run.wait_until(lambda: "vico: failpoint" in run.output):
         run.kill()
-        return 0.0, f"it did not come so far: {first_line(run.said)}"
+        return 0.0, f"it did not come so far: {last_line(run.output)}"
     began = time.monotonic()
     if stopped:
         run.processes[rank].send_signal(signal.SIGSTOP)
-    codes = run.end(SECONDS + ALLOWED + 30)
+    codes = run.wait(SECONDS + ALLOWED + 30)
     seconds = time.monotonic() - began
     if None in codes or seconds > SECONDS + ALLOWED:
         return seconds, f"it took {seconds:.1f} s: {codes}"
     if not {5, -9} >= set(codes) or 5 not in codes:
-        return seconds, f"ended with {codes}: {first_line(run.said)}"
+        return seconds, f"ended with {codes}: {last_line(run.output)}"
     if len(run.errors) != 1 or f"rank {rank} on " not in run.errors[0].partition("last heard")[0]:
         return seconds, f"the guilty rank is not named once: {run.errors}"
-    return seconds, "" if 'File "' in run.said else "there are no stacks"
+    return seconds, "" if 'File "' in run.output else "there are no stacks"

@@ -7,18 +7,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from faults.result import Result, Scale
-from support.processes import (
+from support.processes import Processes
+from support.toy_run import (
     LAST_STEP,
     RANKS,
     SAVE_STEPS,
-    Started,
     ToyRun,
     difference,
-    first_line,
-    newest,
-    start_ranks,
+    last_line,
+    newest_step,
+    start_training,
     steps_logged,
-    strays,
+    stray_files,
     undisturbed,
 )
 from vico.io.atomic import REPLACED_SUFFIX, TEMPORARY_SUFFIX
@@ -79,49 +79,49 @@ def _case(
     world: ToyRun, stage: int, in_save: bool, workers: int, out: Path, rng: random.Random
 ) -> tuple[str, str, int]:
     """(what was done, what is wrong or nothing, steps that were lost)."""
-    flags, logs = [*world.flags(stage, out), "--num_workers", str(workers)], world.folder / "logs"
+    flags = [*world.flags(stage, out), "--num_workers", str(workers)]
     while True:  # a kill that comes too late for this run is none
-        how, killed = _disturb(flags, in_save, out, logs, rng)
-        codes = killed.end(40)
+        how, killed = _disturb(flags, in_save, out, rng)
+        codes = killed.wait(40)
         if -9 in codes:
             break
         shutil.rmtree(out, ignore_errors=True)
     if None in codes:
-        return how, f"a rank was still there after 40 s: {codes}; {killed.said[-4000:]}", 0
-    lost = steps_logged(out) - newest(out)
-    left = bool(strays(out))
-    again = start_ranks(flags, logs)
-    codes = again.end()
+        return how, f"a rank was still there after 40 s: {codes}; {killed.output[-4000:]}", 0
+    lost = steps_logged(out) - newest_step(out)
+    left = bool(stray_files(out))
+    again = start_training(flags)
+    codes = again.wait()
     if codes != [0] * RANKS:
-        return how, f"the same command ended with {codes}: {first_line(again.said)}", lost
+        return how, f"the same command ended with {codes}: {last_line(again.output)}", lost
     if lost > SAVE_STEPS:
         return how, f"{lost} steps were lost", lost
-    if left and "a run was killed while it wrote" not in again.said:
+    if left and "a run was killed while it wrote" not in again.output:
         return how, "what the kill left was removed without a word", lost
-    if lost and f"({lost} step(s) to redo)" not in again.said:
+    if lost and f"({lost} step(s) to redo)" not in again.output:
         return how, f"it is not said that {lost} step(s) are done again", lost
     return how, difference(world, stage, out), lost
 
 
 def _disturb(
-    flags: list[str], in_save: bool, out: Path, logs: Path, rng: random.Random
-) -> tuple[str, Started]:
+    flags: list[str], in_save: bool, out: Path, rng: random.Random
+) -> tuple[str, Processes]:
     if in_save and rng.random() < 0.6:
         failpoint = f"save:{rng.choice(MOMENTS)}@{rng.randint(1, PASSINGS)}#0=kill"
-        killed = start_ranks(flags, logs, failpoint)
-        killed.reach(lambda: not killed.alive)
+        killed = start_training(flags, failpoint)
+        killed.wait_until(lambda: not killed.running)
         return failpoint, killed
-    killed = start_ranks(flags, logs)
+    killed = start_training(flags)
     step, delay = rng.randint(0, LAST_STEP - 1), rng.random()
     if in_save:
         saves = rng.randint(1, PASSINGS)
         for _ in range(saves):  # the time of a save here is some 10 ms
-            killed.reach(lambda: not _is_saving(out))
-            killed.reach(lambda: _is_saving(out))
+            killed.wait_until(lambda: not _is_saving(out))
+            killed.wait_until(lambda: _is_saving(out))
         time.sleep(delay * 0.02)
         how = f"kill -9 {delay * 20:.1f} ms into save {saves}"
     else:
-        killed.reach(lambda: steps_logged(out) >= step and out.exists())
+        killed.wait_until(lambda: steps_logged(out) >= step and out.exists())
         time.sleep(delay * 0.4)
         how = f"kill -9 {delay * 400:.0f} ms behind step {step}"
     victims = rng.choice((killed.processes, killed.processes[:1], killed.processes[1:]))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from faults.result import Result, Scale
-from support.processes import RANKS, ToyRun, first_line, newest, start_ranks, steps_logged
+from support.toy_run import RANKS, ToyRun, last_line, newest_step, start_training, steps_logged
 from vico.checkpoint.format import step_folders
 from vico.checkpoint.read import read
 from vico.data.features import Features
@@ -79,10 +79,10 @@ def _case(
         str(rng.randrange(1000)),
         *(("--qav", "--tau", "1") if kind == "gradient" else ()),
     ]
-    ended = start_ranks([*spoilt.flags(stage, out), *how], folder / "logs")
-    codes = ended.end()
+    ended = start_training([*spoilt.flags(stage, out), *how])
+    codes = ended.wait()
     if codes != [4] * RANKS or len(ended.errors) != 1:
-        return f"ended with {codes}: {ended.errors or first_line(ended.said)}", -1, -1
+        return f"ended with {codes}: {ended.errors or last_line(ended.output)}", -1, -1
     for checkpoint in step_folders(out):
         read_back = read(checkpoint)
         if not all(
@@ -94,7 +94,7 @@ def _case(
         named = re.search(
             rf"first question \S+ of video '{row['video']}'", ended.errors[0]
         )  # all that are about it have such scores
-        return "" if named else f"the question is not named: {ended.errors}", -1, newest(out)
+        return "" if named else f"the question is not named: {ended.errors}", -1, newest_step(out)
     said = re.search(
         rf"the {kind} is not finite on rank (\d) in step (\d+) \(questions ([^)]*)\); the update was not made",
         ended.errors[0],

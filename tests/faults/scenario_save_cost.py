@@ -7,7 +7,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from faults.result import Result, Scale
-from support.processes import ROOT, first_line, launch
+from support.processes import ROOT
+from support.toy_run import last_line, launch_training
 from vico.checkpoint.format import TrainState
 from vico.checkpoint.read import read, validate_for_model
 from vico.checkpoint.write import save
@@ -84,9 +85,9 @@ def _share(folder: Path, epochs: int) -> tuple[float | None, dict[str, object]]:
         "--output_dir",
         str(out),
     ]
-    ended = launch([*recipe, *where], folder / "logs")
-    if ended.end(900) != [0]:
-        return None, {"said": first_line(ended.said)}
+    ended = launch_training([*recipe, *where])
+    if ended.wait(900) != [0]:
+        return None, {"said": last_line(ended.output)}
     steps = read_records(out / "steps.jsonl")
     board = EventAccumulator(str(out / "runs"))
     board.Reload()

@@ -5,15 +5,15 @@ import signal
 from pathlib import Path
 
 from faults.result import Result, Scale
-from support.processes import (
+from support.processes import Processes
+from support.toy_run import (
     RANKS,
-    Started,
     ToyRun,
     difference,
-    first_line,
-    launch,
-    newest,
-    start_ranks,
+    last_line,
+    launch_training,
+    newest_step,
+    start_training,
     steps_logged,
     undisturbed,
 )
@@ -53,9 +53,9 @@ def run(scale: Scale) -> Result:
                 failures.append(
                     f"run {number}, ZeRO-{stage}, {name} to {who} in {moment}: {problem}"
                 )
-        last = launch(world.flags(stage, out), world.folder / "logs")
-        if last.end() != [0]:
-            failures.append(f"run {number}: it did not end: {first_line(last.said)}")
+        last = launch_training(world.flags(stage, out))
+        if last.wait() != [0]:
+            failures.append(f"run {number}: it did not end: {last_line(last.output)}")
         elif problem := difference(world, stage, out):
             failures.append(f"run {number}: {problem}")
     total = num * len(LIVES)
@@ -63,33 +63,33 @@ def run(scale: Scale) -> Result:
 
 
 def _stop(world: ToyRun, stage: int, out: Path, moment: str, number: int, who: str) -> str:
-    flags, logs, failpoint = world.flags(stage, out), world.folder / "logs", LIVES[moment]
+    flags, failpoint = world.flags(stage, out), LIVES[moment]
     run = (
-        launch(flags, logs, failpoint)
+        launch_training(flags, failpoint)
         if who == "the launcher"
-        else start_ranks(flags, logs, failpoint)
+        else start_training(flags, failpoint)
     )
-    if not run.reach(lambda: "vico: failpoint" in run.said):
+    if not run.wait_until(lambda: "vico: failpoint" in run.output):
         run.kill()
-        return f"the moment did not come: {first_line(run.said)}"
+        return f"the moment did not come: {last_line(run.output)}"
     victims = run.processes[-1:] if who == "rank 1" else run.processes[:1]
     for process in victims:
         process.send_signal(number)
-    codes = run.end()
-    done, saved = steps_logged(out), newest(out)
+    codes = run.wait()
+    done, saved = steps_logged(out), newest_step(out)
     if codes != [75] * (1 if who == "the launcher" else RANKS):
-        return f"ended with {codes}: {first_line(run.said)}"
+        return f"ended with {codes}: {last_line(run.output)}"
     if saved != done:
         return f"{done - saved} of {done} steps were lost"
     return _unsaid(run, saved)
 
 
-def _unsaid(run: Started, saved: int) -> str:
+def _unsaid(run: Processes, saved: int) -> str:
     said = re.search(
-        r"stopped by SIG\w+; saved \S+/checkpoint-(\d+); the same command goes on there", run.said
+        r"stopped by SIG\w+; saved \S+/checkpoint-(\d+); the same command goes on there", run.output
     )
     return (
         ""
         if said and int(said[1]) == saved
-        else f"it is not said where it was saved: {first_line(run.said)}"
+        else f"it is not said where it was saved: {last_line(run.output)}"
     )

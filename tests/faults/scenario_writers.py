@@ -8,7 +8,8 @@ from pathlib import Path
 import psutil
 
 from faults.result import Result, Scale
-from support.processes import RANKS, Started, ToyRun, first_line, launch, start_ranks, steps_logged
+from support.processes import Processes
+from support.toy_run import RANKS, ToyRun, last_line, launch_training, start_training, steps_logged
 
 NAME = "writers"
 TITLE = "second writers refused within 5 s, dead owners' places taken over, no rank left 5 s behind a killed launcher"
@@ -33,9 +34,9 @@ def run(scale: Scale) -> Result:
             "--num_workers",
             "1",
         ]
-        owner = launch(flags, world.folder / "logs")
-        if not owner.reach(lambda out=out: steps_logged(out) >= 3):  # type: ignore[misc]
-            failures.append(f"the owner did not start: {first_line(owner.said)}")
+        owner = launch_training(flags)
+        if not owner.wait_until(lambda out=out: steps_logged(out) >= 3):  # type: ignore[misc]
+            failures.append(f"the owner did not start: {last_line(owner.output)}")
             owner.kill()
             continue
         for _ in range(REFUSALS[full] // TAKEOVERS[full]):
@@ -59,15 +60,15 @@ def run(scale: Scale) -> Result:
 
 def _refused(world: ToyRun, flags: list[str]) -> tuple[float, str]:
     began = time.monotonic()
-    second = start_ranks(flags, world.folder / "logs", ranks=1)
-    codes = second.end(60)
+    second = start_training(flags, ranks=1)
+    codes = second.wait(60)
     seconds = time.monotonic() - began
     if codes != [6] or len(second.errors) != 1 or ": in use by process " not in second.errors[0]:
-        return seconds, f"ended with {codes}: {first_line(second.said)}"
+        return seconds, f"ended with {codes}: {last_line(second.output)}"
     return seconds, "" if seconds <= SECONDS else f"it took {seconds:.1f} s"
 
 
-def _orphans(owner: Started, number: int) -> str:
+def _orphans(owner: Processes, number: int) -> str:
     """Kill the launcher alone, in every other case by its shell's group; its ranks and their helpers must be gone in time."""
     ranks = [
         p for p in psutil.Process(owner.processes[0].pid).children(recursive=True) if p.is_running()
@@ -88,10 +89,10 @@ def _orphans(owner: Started, number: int) -> str:
 
 def _taken_over(world: ToyRun, flags: list[str], out: Path) -> str:
     before = steps_logged(out)
-    heir = start_ranks([*flags, "--max_steps", str(before + 2)], world.folder / "logs")
-    codes = heir.end()
+    heir = start_training([*flags, "--max_steps", str(before + 2)])
+    codes = heir.wait()
     return (
         ""
         if codes == [0] * RANKS and steps_logged(out) == before + 2
-        else f"no takeover: {codes}, {first_line(heir.said)}"
+        else f"no takeover: {codes}, {last_line(heir.output)}"
     )

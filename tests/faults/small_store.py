@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from support.processes import strays
+from support.toy_run import stray_files
 from vico.checkpoint.format import TrainState, step_folders
 from vico.checkpoint.write import save, save_step
 from vico.errors import UserError
@@ -36,8 +36,8 @@ def save_both(out: Path, step: int, keep: int | None = None) -> None:
 def fault_after(out: Path, step: int) -> str:
     """What is wrong with `out` as the next start finds it, where `step` had been saved for certain; empty: nothing."""
     repair_folder(out)
-    if strays(out):
-        return f"left behind: {strays(out)}"
+    if stray_files(out):
+        return f"left behind: {stray_files(out)}"
     folders = step_folders(out)
     if not folders:
         return f"step {step} is gone" if step else ""

@@ -17,8 +17,9 @@ from faults import scenario_fuzz as figure_fuzz
 from faults.damage import claims, old_format
 from faults.payloads import bites, payloads
 from faults.scenario_pickles import DOORS, try_payload
+from support.errors import refusal
+from support.processes import ROOT
 from support.run_fixture import FEATURES, RunFixture, make_run_fixture
-from support.toy_dataset import ROOT, refusal
 from support.warm_process import WarmProcess
 from vico.checkpoint import read as checkpoints
 from vico.data.features import Features

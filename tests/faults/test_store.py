@@ -14,7 +14,9 @@ import torch
 from faults import scenario_disk_full as figure_disk_full
 from faults.result import Scale
 from faults.small_store import RUN, save_both
-from support.toy_dataset import ToyData, end, refusal, start, vico
+from support.errors import refusal
+from support.processes import start, vico
+from support.toy_dataset import ToyData
 from vico.checkpoint import format, restart_limit, write
 from vico.checkpoint import read as checkpoints
 from vico.cli import exit_cause
@@ -286,9 +288,8 @@ def test_the_rank_that_ends_says_why_and_the_others_nothing(
     toy: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, phase: str
 ) -> None:
     monkeypatch.setenv("VICO_FAILPOINT", f"{moment}#1=raise MemoryError")
-    ended = end(
-        start("train", *toy.flags, *LONG, "--output_dir", str(tmp_path / "out"), ranks=2), 120
-    )
+    ended = start("train", *toy.flags, *LONG, "--output_dir", str(tmp_path / "out"), ranks=2)
+    ended.wait(120)
     assert ended.codes == [4, 4] and ended.stderrs[0] == "", ended.output
     _, line = ended.stderrs[1].splitlines()  # behind the failpoint's own
     assert (
@@ -303,9 +304,8 @@ def test_a_mistake_on_one_rank_is_told_once_with_its_traceback(
     toy: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VICO_FAILPOINT", "step@2#1=raise ZeroDivisionError")
-    ended = end(
-        start("train", *toy.flags, *LONG, "--output_dir", str(tmp_path / "out"), ranks=2), 120
-    )
+    ended = start("train", *toy.flags, *LONG, "--output_dir", str(tmp_path / "out"), ranks=2)
+    ended.wait(120)
     assert ended.codes == [1, 1] and ended.stderrs[0] == "", ended.output
     assert ended.stderrs[1].count("Traceback") == 1 and ended.stderrs[1].rstrip().endswith(
         "ZeroDivisionError: failpoint step"
@@ -385,14 +385,14 @@ def test_no_more_memory_names_phase_and_remedy(
 def test_a_killed_data_worker_is_one_line(toy: ToyData, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = [*toy.flags, *LONG, "--num_workers", "1", "--output_dir", str(out)]
-    ranks = start("train", *flags, ranks=1)
+    ended = start("train", *flags, ranks=1)
     while read_logs(out).last_step < 2:
         time.sleep(0.02)
-        assert ranks[0].poll() is None
-    helpers = psutil.Process(ranks[0].pid).children(recursive=True)
-    (worker,) = [p for p in helpers if p.ppid() != ranks[0].pid]  # the server's child
+        assert ended.running
+    helpers = psutil.Process(ended.processes[0].pid).children(recursive=True)
+    (worker,) = [p for p in helpers if p.ppid() != ended.processes[0].pid]  # the server's child
     worker.send_signal(signal.SIGKILL)
-    ended = end(ranks, 60)
+    ended.wait(60)
     assert ended.codes == [4] and ended.stderrs[0].count("\n") == 1, ended.output
     assert not psutil.wait_procs(helpers, timeout=5)[1]
     assert (
@@ -432,7 +432,8 @@ def test_a_full_shared_memory_is_one_line(toy: ToyData, tmp_path: Path) -> None:
         ("68k", 4, "a data worker of rank "),
         ("4m", 0, ""),
     ):
-        ended = end(start(size, *flags, ranks=2, program=("-c", IN_LITTLE_SHARED_MEMORY)), 120)
+        ended = start(size, *flags, ranks=2, program=("-c", IN_LITTLE_SHARED_MEMORY))
+        ended.wait(120)
         assert ended.codes == [code, code] and "Traceback" not in ended.output, ended.output
         lines = [line for line in ended.output.splitlines() if "error" in line]
         assert len(lines) <= 1 + (size == "68k") and all(
@@ -445,14 +446,14 @@ def test_a_full_shared_memory_is_one_line(toy: ToyData, tmp_path: Path) -> None:
 def test_a_feature_file_that_is_cut_off_meanwhile_is_one_line(tmp_path: Path) -> None:
     """It is mapped: whoever reads on behind its end dies of a bus error."""
     mine, out = ToyData(tmp_path / "world"), tmp_path / "out"
-    ranks = start(
+    ended = start(
         "train", *mine.flags, *LONG, "--num_workers", "1", "--output_dir", str(out), ranks=1
     )
     while read_logs(out).last_step < 2:
         time.sleep(0.02)
-        assert ranks[0].poll() is None
+        assert ended.running
     os.truncate(mine.data / "clipvitl14.pth", 5000)
-    ended = end(ranks, 60)
+    ended.wait(60)
     lines = [
         line for line in ended.stderrs[0].splitlines() if "vico: " in line
     ]  # torch's own has no end

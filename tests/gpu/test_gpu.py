@@ -17,7 +17,8 @@ from benchmarks.baseline.variants import (
 )
 from benchmarks.measure.workload import SyntheticWorkload
 from reference import oracle, oracle_files
-from support.toy_dataset import ToyData, end, records, start
+from support.processes import start
+from support.toy_dataset import ToyData, records
 from vico.model import cuda_graphs
 from vico.model.attention.varlen import choose
 from vico.model.config import LlamaConfig
@@ -128,9 +129,8 @@ def test_whole_runs(toy: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # which conftest.py has set
         begun[name] = start(*common, *flags, "--output_dir", str(tmp_path / name), ranks=1)
     monkeypatch.undo()
-    for name, processes in begun.items():
-        ended = end(processes, 240)
-        assert ended.codes == [0], (name, ended.output)
+    for name, ended in begun.items():
+        assert ended.wait() == [0], (name, ended.output)
         assert ("by Triton kernels" in ended.output) == (name != "cpu")
         assert ("rows by CUDA graphs" in ended.output) == (name in ("bf16", "cut")), ended.output
     exact = losses(tmp_path / "cpu")
@@ -141,8 +141,8 @@ def test_whole_runs(toy: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ), name
     assert losses(tmp_path / "zero3") == pytest.approx(losses(tmp_path / "recomputed"), rel=1e-6)
 
-    ended = end(start(*common, *bf16, "--output_dir", str(tmp_path / "cut"), ranks=1), 240)
-    assert ended.codes == [0], ended.output
+    ended = start(*common, *bf16, "--output_dir", str(tmp_path / "cut"), ranks=1)
+    assert ended.wait() == [0], ended.output
     assert digest(tmp_path / "cut", 10) == digest(tmp_path / "bf16", 10)
 
 

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import pytest
 
-from support.toy_dataset import ROOT, ToyData, records
+from support.processes import ROOT
+from support.toy_dataset import ToyData, records
 from vico.distributed.launcher_env import SINGLE_RANK
 
 pytestmark = pytest.mark.slurm

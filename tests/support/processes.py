@@ -1,238 +1,243 @@
-"""Real runs to break: a tiny world, and `vico train` on ranks of their own processes, as launchers start them."""
+"""Processes that tests and fault scenarios start: the ranks of a command, or any other command.
+
+    run = start("train", *flags, ranks=2)          # as a launcher starts them; `launch` uses launch/train.sh itself
+    run.wait_until(lambda: steps_logged(out) >= 3)  # outputs can be read meanwhile
+    run.processes[1].kill()
+    assert run.wait(60) == [5, -9], run.output
+
+`vico` and `succeeds` start and wait in one call. Each process leads a session of its own, on one thread, without the rank
+variables that the test process itself may have.
+"""
 
 import contextlib
-import hashlib
-import json
+import io
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
-from vico.checkpoint.format import step_folders, step_of
-from vico.cli.demo import make_toy_dataset
-from vico.io.atomic import REPLACED_SUFFIX, TEMPORARY_SUFFIX, write_json
-from vico.io.text import read_json_object
-from vico.train.ds_config import SHIPPED_CONFIGS
-from vico.train.run_log import read_logs, read_records
+from vico.distributed.launcher_env import SINGLE_RANK
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHONPATH = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-RANKS = 2
-LAST_STEP = 10  # of two epochs; saved every second step
-SAVE_STEPS = 2
-SECONDS_OF_A_RUN = 180.0  # a whole one takes about ten on two idle cores
-SETTINGS = (
-    "--model",
-    "tiny",
-    "--precision",
-    "fp32",
-    "--max_seq_len",
-    "128",
-    "--max_cap_len",
-    "128",
-    "--epochs",
-    "2",
-    "--warmup_epochs",
-    "1",
-    "--lr",
-    "0.02",
-    "--bias",
-    "0.7",
-    "--batch_size",
-    "2",
-    "--save_steps",
-    str(SAVE_STEPS),
-    "--num_workers",
-    "0",
-)
+VICO = ("-m", "vico")
+# Limit of a toy run. A whole one takes about ten seconds on two idle cores.
+RUN_SECONDS = 240.0
+SECONDS_AFTER_ABORT = 5.0
+RANK_VARIABLES = (*SINGLE_RANK, "LOCAL_WORLD_SIZE", "MASTER_PORT")
 
 
-@dataclass(frozen=True)
-class ToyRun:
-    """20 training questions, 10 to validate on, a LLaMA of random numbers; ZeRO-3 partitions even its smallest tensor."""
+class Processes:
+    """Running commands. Their outputs are collected by threads, so that they can be read at any time."""
 
-    folder: Path
-
-    @classmethod
-    def make(cls, folder: Path) -> "ToyRun":
-        with contextlib.redirect_stdout(None):
-            make_toy_dataset(folder, steps=0, splits={"train": 4, "val": 2})
-        zero3 = read_json_object(SHIPPED_CONFIGS / "zero3.json", "ds_configs/zero3.json")
-        zero3["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}
-        write_json(folder / "zero3.json", zero3)
-        return cls(folder)
-
-    def flags(self, stage: int, out: Path) -> list[str]:
-        where = [
-            "--data_path",
-            str(self.folder / "data"),
-            "--llama_model_path",
-            str(self.folder / "pretrained" / "llama"),
-        ]
-        return [
-            *where,
-            *SETTINGS,
-            "--deepspeed",
-            "zero2" if stage == 2 else str(self.folder / "zero3.json"),
-            "--output_dir",
-            str(out),
-        ]
-
-
-class Started:
-    """Processes whose output goes to files, so that it can be read while they run."""
-
-    def __init__(self, commands: Sequence[tuple[list[str], dict[str, str]]], logs: Path) -> None:
-        logs.mkdir(parents=True, exist_ok=True)
-        self.logs = [logs / f"{time.monotonic_ns()}-{i}.log" for i in range(len(commands))]
-        self.processes = []
-        for (command, more), log in zip(commands, self.logs, strict=True):
-            with log.open("wb") as file:
-                self.processes.append(
-                    subprocess.Popen(
-                        command,
-                        stdin=subprocess.DEVNULL,
-                        stdout=file,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                        env={
-                            **os.environ,
-                            "OMP_NUM_THREADS": "1",
-                            "PYTHONFAULTHANDLER": "1",
-                            "PYTHONPATH": PYTHONPATH,
-                            **more,
-                        },
-                    )
-                )
+    def __init__(
+        self,
+        commands: Sequence[Sequence[str]],
+        environments: Sequence[Mapping[str, str]],
+        cwd: Path | None = None,
+    ) -> None:
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._stdouts: list[_Reader] = []
+        self._stderrs: list[_Reader] = []
+        self.codes: list[int | None] = []
+        for command, environment in zip(commands, environments, strict=True):
+            process = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+            assert process.stdout is not None and process.stderr is not None
+            self.processes.append(process)
+            self._stdouts.append(_Reader(process.stdout))
+            self._stderrs.append(_Reader(process.stderr))
 
     @property
-    def said(self) -> str:
-        return "\n".join(log.read_text(errors="replace") for log in self.logs)
+    def stdouts(self) -> list[str]:
+        return [reader.text for reader in self._stdouts]
+
+    @property
+    def stderrs(self) -> list[str]:
+        return [reader.text for reader in self._stderrs]
+
+    @property
+    def output(self) -> str:
+        return "\n".join([*self.stdouts, *self.stderrs])
 
     @property
     def errors(self) -> list[str]:
-        return [line for line in self.said.splitlines() if line.startswith("vico: error: ")]
+        return [line for line in self.output.splitlines() if line.startswith("vico: error: ")]
 
     @property
-    def alive(self) -> bool:
+    def running(self) -> bool:
+        """Whether none has ended."""
         return all(process.poll() is None for process in self.processes)
 
-    def reach(self, condition: Callable[[], bool], seconds: float = SECONDS_OF_A_RUN) -> bool:
-        """Wait until it holds; False when a process has ended before, or the time is over."""
-        limit = time.monotonic() + seconds
+    def wait_until(self, condition: Callable[[], bool], seconds: float = RUN_SECONDS) -> bool:
+        """Wait for `condition`. False when a process ends, or the time is over, before it holds."""
+        deadline = time.monotonic() + seconds
         while not condition():
-            if not self.alive or time.monotonic() > limit:
+            if not self.running or time.monotonic() > deadline:
                 return condition()
             time.sleep(0.001)
         return True
 
-    def end(self, seconds: float = SECONDS_OF_A_RUN) -> list[int | None]:
-        """The exit codes; None for a process that had to be killed when the time was over, its stacks behind what it had said."""
-        limit = time.monotonic() + seconds
-        codes: list[int | None] = []
-        for process in self.processes:
-            try:
-                codes.append(process.wait(max(0.0, limit - time.monotonic())))
-            except subprocess.TimeoutExpired:
-                codes.append(None)
-                process.send_signal(signal.SIGABRT)  # at which faulthandler writes them
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(5)
-        self.kill()
-        return codes
+    def wait(self, seconds: float = RUN_SECONDS) -> list[int | None]:
+        """Wait for all processes, and for the children that hold their outputs open; returns `codes`.
+
+        The code of a process that has not ended in time is None. It is aborted, at which faulthandler (PYTHONFAULTHANDLER=1)
+        writes its stacks to stderr, and all processes and their children are killed.
+        """
+        deadline = time.monotonic() + seconds
+        self.codes = [self._code_until(deadline, index) for index in range(len(self.processes))]
+        if None in self.codes:
+            for process, code in zip(self.processes, self.codes, strict=True):
+                if code is None and process.poll() is None:
+                    process.send_signal(signal.SIGABRT)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(SECONDS_AFTER_ABORT)
+            self.kill()
+        return self.codes
+
+    def _code_until(self, deadline: float, index: int) -> int | None:
+        try:
+            code = self.processes[index].wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            return None
+        for reader in (self._stdouts[index], self._stderrs[index]):
+            reader.join(max(0.1, deadline - time.monotonic()))
+            if reader.is_alive():
+                return None
+        return code
 
     def kill(self) -> None:
+        """Kill the processes and all their children."""
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        for reader in (*self._stdouts, *self._stderrs):
+            reader.join(1.0)
 
 
-def start_ranks(
-    flags: list[str], logs: Path, failpoint: str = "", ranks: int = RANKS, command: str = "train"
-) -> Started:
-    """One process per rank on a free port, as srun or torchrun would start them."""
+class _Reader(threading.Thread):
+    """Collects what comes through a pipe until all its writers have closed it."""
+
+    def __init__(self, pipe: IO[bytes]) -> None:
+        super().__init__(daemon=True)
+        self._pipe, self._chunks = pipe, [b""]
+        self.start()
+
+    def run(self) -> None:
+        with self._pipe:
+            while chunk := os.read(self._pipe.fileno(), 1 << 16):
+                self._chunks.append(chunk)
+
+    @property
+    def text(self) -> str:
+        """So far; with \\n for every kind of line end."""
+        text = b"".join(self._chunks).decode("utf-8", "replace")
+        return io.StringIO(text, newline=None).getvalue()
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment without rank variables: a test may have made it a rank."""
+    return {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+
+
+def base_environment(**more: str) -> dict[str, str]:
+    """For a command of this checkout."""
+    paths = [PYTHONPATH, *filter(None, [os.environ.get("PYTHONPATH")])]
+    ours = {
+        "PYTHON": sys.executable,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+    }
+    return {**clean_environment(), **ours, **more}
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def start(
+    *arguments: str,
+    ranks: int,
+    only: Sequence[int] | None = None,
+    program: Sequence[str] = VICO,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    rank_environments: Mapping[int, Mapping[str, str]] | None = None,
+) -> Processes:
+    """`vico ARGUMENTS` (or another Python program) on this many ranks, as srun or torchrun starts them, on a free port.
+
+    `only`: start just these of the ranks. `environment` adds variables for all, `rank_environments` for single ranks.
+    """
+    started = range(ranks) if only is None else only
     world = {
         "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "VICO_FAILPOINT": failpoint,
+        "MASTER_PORT": str(free_port()),
     }
-    line = [sys.executable, "-m", "vico", command, *flags]
-    return Started(
-        [(line, {**world, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(ranks)], logs
-    )
+    base = base_environment(**world, **(environment or {}))
+    environments = []
+    for rank in started:
+        own = (rank_environments or {}).get(rank, {})
+        environments.append({**base, "RANK": str(rank), "LOCAL_RANK": str(rank), **own})
+    command = [sys.executable, *program, *arguments]
+    return Processes([command] * len(environments), environments, cwd)
 
 
-def launch(flags: list[str], logs: Path, failpoint: str = "", **more: str) -> Started:
-    """By launch/train.sh, as users do."""
-    environment = {
-        "VICO_RANKS": str(RANKS),
-        "PYTHON": sys.executable,
-        "VICO_FAILPOINT": failpoint,
-        **more,
-    }
-    return Started([(["bash", str(ROOT / "launch" / "train.sh"), *flags], environment)], logs)
+def start_command(
+    command: Sequence[str], cwd: Path | None = None, environment: Mapping[str, str] | None = None
+) -> Processes:
+    """One process of any command. `environment` is the whole of it."""
+    return Processes([command], [base_environment() if environment is None else environment], cwd)
 
 
-def sha256(out: Path, step: int = LAST_STEP) -> str:
-    """Of the weights and the optimizer's state of the checkpoint of a step; empty: there is none."""
-    files = [
-        out / f"checkpoint-{step}" / name
-        for name in ("adapter_model.safetensors", "optimizer.safetensors")
-    ]
-    if not all(path.exists() for path in files):
-        return ""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+def launch(
+    script: str, *arguments: str, ranks: int, cwd: Path | None = None, **environment: str
+) -> Processes:
+    """`launch/SCRIPT ARGUMENTS`, as users start training and evaluation."""
+    command = ["bash", str(ROOT / "launch" / script), *arguments]
+    return start_command(command, cwd, base_environment(VICO_RANKS=str(ranks), **environment))
 
 
-def losses(out: Path) -> list[tuple[int, float]]:
-    return [(record["step"], record["loss"]) for record in read_records(out / "steps.jsonl")]
+def run_command(
+    command: Sequence[str],
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    seconds: float = RUN_SECONDS,
+) -> Processes:
+    """`start_command`, and wait."""
+    run = start_command(command, cwd, environment)
+    run.wait(seconds)
+    return run
 
 
-def newest(out: Path) -> int:
-    return next(map(step_of, step_folders(out)), 0)
+def vico(
+    *arguments: str, ranks: int = 1, cwd: Path | None = None, seconds: float = RUN_SECONDS
+) -> Processes:
+    """`start`, and wait."""
+    run = start(*arguments, ranks=ranks, cwd=cwd)
+    run.wait(seconds)
+    return run
 
 
-def strays(out: Path) -> list[str]:
-    return sorted(
-        path.name
-        for path in out.rglob("*")
-        if path.name.endswith((TEMPORARY_SUFFIX, REPLACED_SUFFIX))
-    )
-
-
-def undisturbed(world: ToyRun, stage: int) -> tuple[str, list[tuple[int, float]]]:
-    """(sha256, losses) of a run that nothing disturbs. Raises RuntimeError when it fails: nothing can be compared then."""
-    out = world.folder / f"undisturbed{stage}"
-    if not out.exists():
-        run = start_ranks(world.flags(stage, out), world.folder / "logs")
-        if run.end() != [0] * RANKS:
-            raise RuntimeError(f"the undisturbed run failed: {run.said[-2000:]}")
-    return sha256(out), losses(out)
-
-
-def difference(world: ToyRun, stage: int, out: Path) -> str:
-    """What of a run that has ended is not as in the undisturbed one; empty: nothing."""
-    good, good_losses = undisturbed(world, stage)
-    if sha256(out) != good:
-        return "the final sha256 is not that of the undisturbed run"
-    if losses(out) != good_losses:
-        return "the logged losses are not those of the undisturbed run"
-    return f"left behind: {strays(out)}" if strays(out) else ""
-
-
-def steps_logged(out: Path) -> int:
-    return read_logs(out).last_step
-
-
-def first_line(text: str) -> str:
-    return json.dumps(text.strip().splitlines()[-1][:300]) if text.strip() else "(nothing said)"
+def succeeds(*arguments: str, ranks: int = 1, cwd: Path | None = None) -> Processes:
+    """`vico`, and every rank ends with 0."""
+    run = vico(*arguments, ranks=ranks, cwd=cwd)
+    assert run.codes == [0] * ranks, run.output
+    return run

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 from reference import oracle, oracle_files
 from support.backbones import KINDS, LOGITS_RTOL, distance, logits, make_hugging_face, text
-from support.toy_dataset import refusal
+from support.errors import refusal
 from vico.checkpoint import format, write
 from vico.checkpoint import read as checkpoints
 from vico.checkpoint.format import TrainState

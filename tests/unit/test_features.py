@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from support.toy_dataset import refusal
+from support.errors import refusal
 from vico.data.features import WIDTH, Features
 from vico.data.readers import captions
 from vico.data.types import Question

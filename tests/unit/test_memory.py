@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.measure.workload import SyntheticWorkload
 from benchmarks.suites.step_memory import measured
-from support.toy_dataset import ROOT
+from support.processes import ROOT
 from vico.data.packing import Example, pack
 from vico.model import config, cuda_graphs
 from vico.model.attention.blockwise import attend_blocks

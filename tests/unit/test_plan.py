@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from support.toy_dataset import ROOT, refusal
+from support.errors import refusal
+from support.processes import ROOT
 from vico.cli.plan import CASES, QUANTIZED_CASES, main, model_size, plan_case, table
 from vico.errors import UserError
 from vico.planner import plan as planner

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from support.toy_dataset import ToyData, records, refusal, succeeds, vico
+from support.errors import refusal
+from support.processes import succeeds, vico
+from support.toy_dataset import ToyData, records
 from vico.cli.flags import parse
 from vico.model.config import LlamaConfig
 from vico.model.llama import FrozenLinear

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from support.toy_dataset import refusal
+from support.errors import refusal
 from vico.data.datasets import DATASETS, accuracy_groups, count_equal_options, read_questions
 from vico.data.readers import rows as tables
 from vico.data.readers import tvqa

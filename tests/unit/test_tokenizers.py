@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from transformers import LlamaTokenizerFast
 
 from support.backbones import NUM_RANKS, make_llama_3_tokenizers
-from support.toy_dataset import ToyData, refusal
+from support.errors import refusal
+from support.toy_dataset import ToyData
 from vico.data.prompts import ANSWER_TEXT, Prompts, option_text, question_text
 from vico.data.tokenizer import LLAMA_3_WORDS, Tokenizer, find_tokenizer
 from vico.data.types import VIDEO_SLOT, Question

@@ -25,7 +25,8 @@ from support.backbones import (
     make_model,
     text,
 )
-from support.toy_dataset import ToyData, records, succeeds
+from support.processes import succeeds
+from support.toy_dataset import ToyData, records
 from vico.cli.flags import parse
 from vico.data.packing import Example, pack
 from vico.data.types import VIDEO_SLOT, TokenSequence

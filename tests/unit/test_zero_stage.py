@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_memory import SHAPES
 
-from support.toy_dataset import refusal
+from support.errors import refusal
 from vico.cli.plan import CASES
 from vico.distributed import topology
 from vico.errors import UserError

@@ -1,0 +1,17 @@
+"""Fixtures of tests/faults."""
+
+from pathlib import Path
+
+import pytest
+
+from faults.interrupted import train_command
+from support.processes import succeeds
+from support.toy_dataset import ToyData
+
+
+@pytest.fixture(scope="session")
+def undisturbed(toy: ToyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output_dir of a run on two ranks that nothing disturbs."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    succeeds(*train_command(toy, 2, out), ranks=2)
+    return out

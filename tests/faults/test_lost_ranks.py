@@ -1,0 +1,104 @@
+"""Ranks that are killed or hang: the others end with one line that names them, and the run can be resumed."""
+
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from faults.interrupted import (
+    ENDLESS,
+    assert_same_end,
+    interrupt,
+    steps_done,
+    train_command,
+)
+from support.processes import Processes, run_command, start, succeeds
+from support.toy_dataset import ToyData
+
+
+def kill_all(run: Processes) -> None:
+    for process in run.processes:
+        process.kill()
+
+
+@pytest.mark.slow
+def test_killed_ranks_resume(toy: ToyData, undisturbed: Path, tmp_path: Path) -> None:
+    """From the last save, to the bits of the undisturbed run."""
+    out = tmp_path / "out"
+    command = train_command(toy, 2, out)
+    run = interrupt(command, 2, lambda: steps_done(out) >= 5, kill_all)
+    assert run.codes == [-9, -9] and (out / "checkpoint-4").exists()
+    assert "resuming from step" in succeeds(*command, ranks=2).stdouts[0]
+    assert_same_end(out, undisturbed)
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_stopped_rank_ends_the_run(toy: ToyData, tmp_path: Path, rank: int) -> None:
+    """--hang_timeout is 6 s. The stopped rank is named, and does not stay behind."""
+    out = tmp_path / "out"
+    run = start(*train_command(toy, 2, out, *ENDLESS, "--hang_timeout", "0.1"), ranks=2)
+    assert run.wait_until(lambda: steps_done(out) >= 3), run.output
+    run.processes[rank].send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    run.wait(60)
+    assert time.monotonic() - began < 6 + 5
+    assert run.codes[1 - rank] == 5 and run.codes[rank] == -9
+    error = run.stderrs[1 - rank]
+    assert f"rank {rank} on " in error
+    assert f"(process {run.processes[rank].pid}) no longer runs" in error
+    assert "vico/train/loop.py" in error  # the stacks
+
+
+@pytest.mark.slow
+def test_the_first_rank_left_speaks(toy: ToyData, tmp_path: Path) -> None:
+    """Ranks 0 and 1 of 4 are killed: rank 2 names them, and rank 3 is silent."""
+    out = tmp_path / "out"
+    run = start(*train_command(toy, 4, out, *ENDLESS, "--num_workers", "0"), ranks=4)
+    assert run.wait_until(lambda: steps_done(out) >= 2), run.output
+    for process in run.processes[:2]:
+        process.kill()
+    run.wait(30)
+    assert run.codes == [-9, -9, 5, 5], run.output
+    assert run.stderrs[2].count("\n") == 1 and run.stderrs[3] == "", run.output
+    rank_0 = f"rank 0 on {socket.gethostname()} (process {run.processes[0].pid})"
+    assert f"{rank_0}, rank 1 on " in run.stderrs[2]
+
+
+def test_a_killed_rank_is_one_line(toy: ToyData, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run = start(*train_command(toy, 2, out, *ENDLESS, "--num_workers", "1"), ranks=2)
+    assert run.wait_until(lambda: steps_done(out) >= 3), run.output
+    helpers = []
+    for process in run.processes:
+        helpers += psutil.Process(process.pid).children(recursive=True)
+    run.processes[1].kill()
+    run.wait(30)
+    assert run.codes == [5, -9] and run.stderrs[1] == "", run.output
+    # Data workers, their server, and Python's resource tracker.
+    assert len(helpers) >= 6 and not psutil.wait_procs(helpers, timeout=5)[1]
+    assert run.stderrs[0].count("\n") == 1
+    assert f"(process {run.processes[1].pid}) has ended while" in run.stderrs[0]
+
+
+START_WORKER = """
+import os, pickle, sys
+from multiprocessing import forkserver
+from vico.data.dataloader import start_forkserver
+start_forkserver()
+worker, to_worker = forkserver.connect_to_new_process([])
+os.write(to_worker, eval(sys.argv[1]))
+os.close(to_worker)
+assert len(os.read(worker, 8)) == 8  # its process number
+assert os.read(worker, 8) and not os.read(worker, 8)  # its end
+"""
+
+
+@pytest.mark.parametrize("message", ["b''", "b'half'", "pickle.dumps({'name': 'x' * 99})[:50]"])
+def test_a_rank_killed_while_it_starts_a_worker(message: str) -> None:
+    """The worker receives nothing, or half of its orders, and ends in silence."""
+    run = run_command([sys.executable, "-c", START_WORKER, message], seconds=60)
+    assert (run.codes, run.stdouts, run.stderrs) == ([0], [""], [""])

@@ -1,0 +1,112 @@
+"""What a start finds in its output_dir: damaged checkpoints, a run of other files, another process that writes there."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from faults.interrupted import FLAGS, interrupt, steps_done, train_command
+from support.processes import Processes, start, succeeds, vico
+from support.toy_dataset import ToyData
+from vico.checkpoint.format import OPTIMIZER, STATE, WEIGHTS
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    toy: ToyData, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    shutil.rmtree(out / "checkpoint-6")
+    data = bytearray((out / "checkpoint-4" / WEIGHTS).read_bytes())
+    data[-5] ^= 4
+    (out / "checkpoint-4" / WEIGHTS).write_bytes(data)
+    os.truncate(out / "checkpoint-3" / OPTIMIZER, 1000)
+    command = train_command(toy, 1, out)
+    output = succeeds(*command).stdouts[0]
+    flipped = f"{out}/checkpoint-4/{WEIGHTS}: damaged (its sha256 is not the recorded one)"
+    assert f"passed over: {flipped}" in output
+    assert f"passed over: {out}/checkpoint-3/{OPTIMIZER}: damaged (1000 of " in output
+    assert f"using {out}/checkpoint-2" in output and "resuming from step 2" in output
+    for folder in out.glob("checkpoint-*"):
+        (folder / STATE).write_text("{}")
+    run = vico(*command)
+    assert run.codes == [3] and run.stderrs[0].count("\n") == 1
+    assert "none of its 4 checkpoints can be used" in run.stderrs[0]
+
+
+def change_one_number(path: Path) -> None:
+    """Of the first matrix in a torch file."""
+    tensors = torch.load(path, weights_only=True)
+    matrix = next(value for value in tensors.values() if value.dim() == 2)
+    matrix[len(matrix) // 2, 3] += 1
+    torch.save(tensors, path)
+
+
+def change_words(path: Path) -> None:
+    path.write_text(path.read_text().replace("man", "dog"))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "name", "says"),
+    [
+        ("llama/tiny/consolidated.00.pth", change_one_number, "backbone", "backbone  "),
+        ("data/nextqa/train.csv", change_words, "data", "data train questions  "),
+        ("data/nextqa/clipvitl14.pth", change_one_number, "data", "data features  "),
+    ],
+)
+def test_other_files_are_refused(
+    undisturbed: Path,
+    tmp_path: Path,
+    file: str,
+    change: Callable[[Path], None],
+    name: str,
+    says: str,
+) -> None:
+    """A resumed run must read the files that it began with; --allow_change NAME permits others."""
+    other = ToyData(tmp_path / "other")  # the same but for the file that is then changed
+    change(other.folder / file)
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    shutil.rmtree(out / "checkpoint-6")
+    settings = ["--batch_size", "8", "--output_dir", str(out), "--max_steps", "5"]
+    command = ["train", *other.flags, *FLAGS, *settings]
+    run = vico(*command)
+    assert run.codes == [2] and says in run.stderrs[0] and "--allow_change" in run.stderrs[0]
+    assert not (out / "checkpoint-5").exists()
+    succeeds(*command, "--allow_change", name)
+
+
+def test_a_second_writer_is_refused(toy: ToyData, tmp_path: Path) -> None:
+    """And the place of a dead one is free."""
+    out = tmp_path / "out"
+    command = train_command(toy, 1, out)
+
+    def start_second(first: Processes) -> None:
+        began = time.monotonic()
+        second = vico(*command)
+        assert second.codes == [6] and time.monotonic() - began < 5
+        owner = f"{out}: in use by process {first.processes[0].pid} on "
+        assert owner in second.stderrs[0] and second.stderrs[0].count("\n") == 1
+        first.processes[0].kill()
+
+    assert interrupt(command, 1, lambda: steps_done(out) >= 1, start_second).codes == [-9]
+    succeeds(*command)
+
+
+@pytest.mark.slow
+def test_of_two_starts_on_a_new_folder_one_runs(toy: ToyData, tmp_path: Path) -> None:
+    """The later one looked while the folder was empty; it must not overwrite what the other wrote meanwhile."""
+    out = tmp_path / "out"
+    command = train_command(toy, 1, out)
+    environment = {"VICO_FAILPOINT": "inputs=sleep 25"}
+    late = start(*command, "--lr", "0.5", ranks=1, environment=environment)
+    succeeds(*command)
+    files = (out / "args.json", out / "checkpoint-6" / WEIGHTS)
+    before = [path.read_bytes() for path in files]
+    assert late.wait(90) == [6], late.output
+    assert "another run began and wrote here while this one was starting" in late.stderrs[0]
+    assert [path.read_bytes() for path in files] == before
