@@ -84,7 +84,7 @@ def test_nothing_goes_before_what_replaces_it_was_read_back(
             raise CheckpointError(f"{path}: damaged")
         return read(path, run)
 
-    monkeypatch.setattr(checkpoints, "read", forgetful)
+    monkeypatch.setattr(write, "read", forgetful)
     with pytest.raises(DiskError, match="the disk does not keep what it is given"):
         save_both(tmp_path, 2, keep=1)
     assert (tmp_path / "checkpoint-1").is_dir()
@@ -103,7 +103,7 @@ def test_a_best_that_cannot_be_read_back_does_not_replace_the_one_before(
             raise CheckpointError(f"{path}: damaged")
         return found
 
-    monkeypatch.setattr(checkpoints, "read", forgetful)
+    monkeypatch.setattr(write, "read", forgetful)
     with pytest.raises(DiskError, match="checkpoint_best: damaged; it was written a moment ago"):
         save_both(tmp_path, 2)
     assert checkpoints.read(tmp_path / "checkpoint_best").progress.step == 1

@@ -88,7 +88,11 @@ def steps_logged(out: Path) -> int:
 
 def stray_files(out: Path) -> list[str]:
     """Temporary files that a save leaves only when it is killed."""
-    return sorted(path.name for path in out.rglob("*") if path.name.endswith((TEMPORARY_SUFFIX, REPLACED_SUFFIX)))
+    return sorted(
+        path.name
+        for path in out.rglob("*")
+        if path.name.endswith((TEMPORARY_SUFFIX, REPLACED_SUFFIX))
+    )
 
 
 def undisturbed(toy: ToyRun, stage: int) -> tuple[str, list[tuple[int, float]]]:
