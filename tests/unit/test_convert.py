@@ -21,11 +21,11 @@ from support.errors import refusal
 from vico.checkpoint import format, write
 from vico.checkpoint import read as checkpoints
 from vico.checkpoint.format import TrainState
-from vico.cli import convert as converter
 from vico.cli.convert import convert
 from vico.cli.main import main
 from vico.model.config import LlamaConfig, backbone_shapes, trainable_shapes
 from vico.model.vico import initial_trainables
+from vico.model.weights import convert as converter
 from vico.model.weights.load import open_weights
 from vico.train.config import RunConfig
 
@@ -69,7 +69,7 @@ def test_from_meta_to_hugging_face_and_back(
     shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     oracle_files.write_tiny_meta(tmp_path / "meta", 400, shards=shards)
-    monkeypatch.setattr(converter, "FILE_BYTES", 40_000)
+    monkeypatch.setattr(converter, "MAX_FILE_BYTES", 40_000)
     convert(tmp_path / "meta", tmp_path / "hf")
     assert len(list((tmp_path / "hf").glob("model-0000?-of-0000?.safetensors"))) > 2
     convert(tmp_path / "hf", tmp_path / "back", shards=shards)
@@ -104,7 +104,7 @@ def test_meta_shards_are_divided_anew(tmp_path: Path) -> None:
 def test_a_large_vocabulary_is_split_as_meta_s_llama_3_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(converter, "LARGE_VOCABULARY", 1000)
+    monkeypatch.setattr(converter, "LARGE_VOCAB_SIZE", 1000)
     make_hugging_face(tmp_path / "hf", KINDS["LLaMA-3"])
     convert(tmp_path / "hf", tmp_path / "meta", shards=2)
     assert torch.load(tmp_path / "meta" / "consolidated.01.pth")["tok_embeddings.weight"].shape == (
@@ -203,7 +203,7 @@ HOSTILE: dict[str, tuple[Any, str, int, str]] = {
         None,
         "meta hf",
         2,
-        "hf: is there already; name another target, or remove it",
+        "hf: already exists; name another target, or remove it",
     ),
     "target in a file": (
         None,
