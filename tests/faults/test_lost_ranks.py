@@ -1,4 +1,4 @@
-"""Ranks that are killed or hang: the others end with one line that names them, and the run can be resumed."""
+"""Ranks that are killed or hang: the others end with one line that names them; the run resumes."""
 
 import signal
 import socket

@@ -1,4 +1,4 @@
-"""A run that is asked to stop saves, ends with its exit code, and resumes to the bits of an undisturbed run."""
+"""A run that a signal stops saves, and resumes to the bits of an undisturbed run."""
 
 import contextlib
 import os
@@ -43,8 +43,8 @@ def test_a_signal_loses_no_step(
 ) -> None:
     """Twice, wherever the signal meets the run: in a step, in a save, in an evaluation.
 
-    `all`: every process gets it, data workers and their server too. The terminal's encoding lacks a letter of the
-    folder's name.
+    `all`: every process gets it, data workers and their server too. The terminal's encoding lacks
+    a letter of the folder's name.
     """
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     out = tmp_path / "öut"
@@ -75,7 +75,7 @@ def test_a_signal_loses_no_step(
 
 
 def test_ctrl_c_on_a_terminal(toy: ToyData, tmp_path: Path) -> None:
-    """The key reaches every process of the terminal, and the ranks once more through their launcher."""
+    """The key reaches every process of the terminal, and the ranks again through their launcher."""
     out = tmp_path / "out"
     arguments = [*toy.flags, *FLAGS, *ENDLESS, "--batch_size", "4", "--output_dir", str(out)]
     command = ["bash", str(ROOT / "launch" / "train.sh"), *arguments, "--num_workers", "1"]

@@ -1,0 +1,185 @@
+"""Who says what ended a run: one line, by the rank that failed, with its phase and what helps."""
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from support.processes import Processes, start, vico
+from support.toy_dataset import ToyData
+from vico.cli import exit_cause
+from vico.distributed.rendezvous import clone_store
+from vico.distributed.topology import Member
+from vico.distributed.watchdog import Watchdog
+from vico.distributed.world import World
+from vico.errors import EXIT_CODES, TrainingError
+from vico.train.run_log import read_logs
+
+CPU_ALLOCATION = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+LONG = "--epochs 200 --lr 0.01 --batch_size 4".split()
+
+
+def start_long_run(
+    toy: ToyData, out: Path, *more: str, ranks: int = 1, failpoint: str = ""
+) -> Processes:
+    arguments = ["train", *toy.flags, *LONG, "--output_dir", str(out), *more]
+    return start(*arguments, ranks=ranks, environment={"VICO_FAILPOINT": failpoint})
+
+
+@pytest.mark.parametrize(
+    ("moment", "phase"),
+    [
+        ("rehearsal", "trying the longest micro-batch (4 questions, "),
+        ("step@2", "micro-batch 1 of 1 of step 2"),
+    ],
+)
+def test_only_the_failing_rank_speaks(
+    toy: ToyData, tmp_path: Path, moment: str, phase: str
+) -> None:
+    failpoint = f"{moment}#1=raise MemoryError"
+    run = start_long_run(toy, tmp_path / "out", ranks=2, failpoint=failpoint)
+    run.wait(120)
+    assert run.codes == [4, 4] and run.stderrs[0] == "", run.output
+    _, line = run.stderrs[1].splitlines()  # the first is the failpoint's
+    assert line.startswith("vico: error: rank 1 on ")
+    assert f"is out of host memory while {phase}" in line
+    assert "lower --batch_size and raise --accum_iter" in line
+
+
+@pytest.mark.slow
+def test_a_bug_on_one_rank_shows_one_traceback(toy: ToyData, tmp_path: Path) -> None:
+    failpoint = "step@2#1=raise ZeroDivisionError"
+    run = start_long_run(toy, tmp_path / "out", ranks=2, failpoint=failpoint)
+    run.wait(120)
+    assert run.codes == [1, 1] and run.stderrs[0] == "", run.output
+    assert run.stderrs[1].count("Traceback") == 1
+    assert run.stderrs[1].rstrip().endswith("ZeroDivisionError: failpoint step")
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_three_times_is_not_started_again(
+    toy: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a scheduler would start it; with other settings it is tried again."""
+    out = tmp_path / "out"
+    settings = "--max_steps 3 --save_steps 1".split()
+    command = ["train", *toy.flags, *LONG, *settings, "--output_dir", str(out)]
+    monkeypatch.setenv("VICO_FAILPOINT", "step@2=raise MemoryError")
+    assert vico(*command).codes == [4] and read_logs(out).last_step == 1
+    monkeypatch.setenv("VICO_FAILPOINT", "step=raise MemoryError")
+    runs = [vico(*command) for _ in range(3)]
+    assert [run.codes for run in runs] == [[4]] * 3
+    refused = ["in a row" in run.stderrs[0] for run in runs]
+    assert refused == [False, False, True], [run.output for run in runs]
+    monkeypatch.delenv("VICO_FAILPOINT")
+    assert vico(*command).codes == [4] and read_logs(out).last_step == 1
+    assert vico(*command, "--num_workers", "1").codes == [0] and read_logs(out).last_step == 3
+
+
+@pytest.mark.parametrize(
+    ("phase", "remedy"),
+    [
+        ("loading layers.3.attention.wq.weight", "--deepspeed zero3 or zero3_offload"),
+        ("reading the inputs", "a host with more memory"),
+        ("building the engine", "--deepspeed zero3 or zero3_offload"),
+        ("saving step 4", "a host with more memory"),
+        ("batch 3 of the val evaluation", "--deepspeed zero3"),
+        ("micro-batch 1 of 2 of step 3", "lower --batch_size and raise --accum_iter"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("problem", "memory"),
+    [
+        (MemoryError(), "host"),
+        (torch.OutOfMemoryError("Tried to allocate 9 GiB"), "GPU"),
+        (RuntimeError(CPU_ALLOCATION), "host"),
+    ],
+)
+def test_out_of_memory_names_phase_and_remedy(
+    alone: World, phase: str, remedy: str, problem: Exception, memory: str
+) -> None:
+    watchdog = Watchdog(0, [Member.of_this_process(0, alone.device)], clone_store(alone.store), 600)
+    try:
+        watchdog.set_phase(phase)
+        error = exit_cause._known(problem, replace(alone, watchdog=watchdog))
+    finally:
+        watchdog.close()
+    assert isinstance(error, TrainingError)
+    assert f"is out of {memory} memory while {phase} (peak " in str(error)
+    assert remedy in str(error)
+
+
+def test_a_killed_data_worker_is_one_line(toy: ToyData, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run = start_long_run(toy, out, "--num_workers", "1")
+    assert run.wait_until(lambda: read_logs(out).last_step >= 2), run.output
+    rank = run.processes[0].pid
+    helpers = psutil.Process(rank).children(recursive=True)
+    (worker,) = [process for process in helpers if process.ppid() != rank]  # the server's child
+    worker.send_signal(signal.SIGKILL)
+    run.wait(60)
+    assert run.codes == [4] and run.stderrs[0].count("\n") == 1, run.output
+    assert not psutil.wait_procs(helpers, timeout=5)[1]
+    expected = (
+        f"a data worker of rank 0 on {os.uname().nodename} (process {worker.pid}) "
+        "ended unexpectedly"
+    )
+    assert expected in run.stderrs[0]
+
+
+IN_SMALL_SHARED_MEMORY = """
+import os, sys
+size, *arguments = sys.argv[1:]
+inside = 'mount -t tmpfs -o size=$0 none /dev/shm && exec "$@"'
+python = [sys.executable, "-m", "vico", *arguments]
+os.execvp("unshare", ["unshare", "--mount", "bash", "-c", inside, size, *python])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    os.system("unshare --mount true 2>/dev/null") != 0, reason="needs the right to mount"
+)
+def test_a_full_shared_memory_is_one_line(toy: ToyData, tmp_path: Path) -> None:
+    """Full before the first data worker starts, or by the batches, or just large enough."""
+    settings = "--epochs 2 --batch_size 4 --num_workers 1".split()
+    command = ["train", *toy.flags, *settings, "--output_dir", str(tmp_path / "out")]
+    program = ("-c", IN_SMALL_SHARED_MEMORY)
+    for size, code, says in (
+        ("4k", 4, "/dev/shm of "),
+        ("68k", 4, "a data worker of rank "),
+        ("4m", 0, ""),
+    ):
+        run = start(size, *command, ranks=2, program=program)
+        run.wait(120)
+        assert run.codes == [code, code] and "Traceback" not in run.output, run.output
+        lines = [line for line in run.output.splitlines() if "error" in line]
+        assert len(lines) <= 1 + (size == "68k"), lines
+        for line in lines:
+            assert line.startswith(f"vico: error: {says}") and "/dev/shm" in line, lines
+        assert bool(lines) == bool(code)
+
+
+@pytest.mark.slow
+def test_a_truncated_feature_file_is_one_line(tmp_path: Path) -> None:
+    """It is mapped: a worker that reads behind its end dies of a bus error."""
+    toy, out = ToyData(tmp_path / "toy"), tmp_path / "out"
+    run = start_long_run(toy, out, "--num_workers", "1")
+    assert run.wait_until(lambda: read_logs(out).last_step >= 2), run.output
+    os.truncate(toy.data / "clipvitl14.pth", 5000)
+    run.wait(60)
+    # torch's own message has no line end.
+    lines = [line for line in run.stderrs[0].splitlines() if "vico: " in line]
+    assert run.codes == [4] and len(lines) == 1 and "Traceback" not in run.output, run.output
+    assert "a data worker of rank 0 on " in lines[0]
+    assert "or when a feature file is cut off meanwhile" in lines[0]
+
+
+def test_exit_codes_are_documented() -> None:
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    for code, meaning in EXIT_CODES.items():
+        assert f"| {code} | {meaning} |" in readme
