@@ -162,7 +162,7 @@ def test_training_is_that_on_the_unpacked_weights(
 
 def test_what_it_costs_is_said(toy: ToyData, models: Path, run: Path, tmp_path: Path) -> None:
     """And is what two evaluations differ by: the run's last one, and one of the same trainables on the weights as they are."""
-    said = succeeds("cost", "--resume", str(run / "checkpoint-6")).stdouts[0].splitlines()
+    said = succeeds("quantize-eval", "--resume", str(run / "checkpoint-6")).stdouts[0].splitlines()
     found = json.loads(said[-1])
     weights = str(run / "checkpoint-6" / "adapter_model.safetensors")
     succeeds(
@@ -178,7 +178,7 @@ def test_what_it_costs_is_said(toy: ToyData, models: Path, run: Path, tmp_path: 
     assert found["largest_score_distance"] == pytest.approx(float(apart.max()), rel=1e-3)
     assert found["predictions_changed"] == int((with_nf4.argmin(1) != whole.argmin(1)).sum())
     assert found["acc_quantized"] == records(run / "log.txt")[-1]["val_acc"]
-    assert any(line.startswith("  scores apart     ") for line in said)
+    assert any(line.startswith("  score distance   ") for line in said)
 
 
 def test_refusals_are_one_line(

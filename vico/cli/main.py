@@ -25,9 +25,9 @@ EVAL = (
     "(adapter_layer, adapter_len, max_feats), which are the checkpoint's."
 )
 
-COST = (
-    "What --quantize costs on --split: how far scores and answers of a checkpoint (--resume) are from those of the backbone as it is, "
-    "which must fit as well. Settings come from the checkpoint, as for `vico eval`."
+QUANTIZE_EVAL = (
+    "Compare scores and answers of a checkpoint (--resume) on --split with and without --quantize. The model must fit "
+    "without it, too. Settings come from the checkpoint, as for `vico eval`."
 )
 
 SECONDS_FOR_RANK_0 = 10.0
@@ -51,11 +51,11 @@ def main(argv: Sequence[str]) -> int:
         if command in ("-h", "--help", ""):
             print(
                 "usage: vico COMMAND FLAGS\n"
-                + "\n".join(f"  {name:<10}{text}" for name, (text, _) in COMMANDS.items())
+                + "\n".join(f"  {name:<14}{text}" for name, (text, _) in COMMANDS.items())
             )
             print(
                 "exit codes\n"
-                + "\n".join(f"  {code:<10}{meaning}" for code, meaning in EXIT_CODES.items())
+                + "\n".join(f"  {code:<14}{meaning}" for code, meaning in EXIT_CODES.items())
             )
             return 0 if command else 2
         if command not in COMMANDS:
@@ -126,13 +126,13 @@ def _line_with_checkpoint(argv: list[str], command: str, description: str) -> fl
     return line
 
 
-def _cost(argv: list[str]) -> int:
-    line = _line_with_checkpoint(argv, "vico cost", COST)
+def _quantize_eval(argv: list[str]) -> int:
+    line = _line_with_checkpoint(argv, "vico quantize-eval", QUANTIZE_EVAL)
 
     def run(world: "World") -> None:
-        from vico.cli.quantize_eval import measure
+        from vico.cli.quantize_eval import quantize_eval
 
-        measure(line, world)
+        quantize_eval(line, world)
 
     return _with_world(line, run)
 
@@ -241,10 +241,11 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
         "Find what is wrong with a run's files before it starts: the flags of train, nothing is trained.",
         _check,
     ),
-    "cost": (
-        "What --quantize costs: scores and answers of a checkpoint on packed weights against those on the weights as they are.",
-        _cost,
+    "quantize-eval": (
+        "Compare scores and answers of a checkpoint with and without --quantize.",
+        _quantize_eval,
     ),
+    "cost": ("The older name of quantize-eval.", _quantize_eval),
     "plan": (
         "What a run will need (memory, ZeRO stage, token budget) and how fast it can be; no weights are loaded.",
         _plan,

@@ -72,7 +72,7 @@ class RunConfig:
         None,
         MODEL,
         "quantize the frozen linear layers (8-bit or NF4) for small GPUs; ZeRO-2 only, needs the "
-        "extra 'quantized'; `vico cost` measures the loss in accuracy",
+        "extra 'quantized'; `vico quantize-eval` measures the loss in accuracy",
     )
 
     dataset: Literal["nextqa", "star", "tvqa", "intentqa"] = _flag(
