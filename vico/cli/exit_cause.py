@@ -1,7 +1,23 @@
-"""What ended a run that no UserError ended: a lost rank, no more memory, a killed data worker, or a mistake of ours.
+"""What a rank prints, and its exit code, when it fails alone or when another rank was lost.
 
-Such an end comes to one rank alone, while the others wait for it. It says its cause at once and leaves it in the store;
-the others read it there instead of adding a line about the exchange that broke off.
+An error other than a UserError hits one rank; the others only see their collective break. The rank
+that failed prints the cause at once and publishes it in the store. The others look it up there and
+print nothing more, so that one line in one log says why the run ended. Seconds count from the error:
+
+| rank                                         | prints                   | after | exit code   |
+|----------------------------------------------|--------------------------|-------|-------------|
+| failed: out of memory, or a worker killed    | the cause                | 0 s   | 4           |
+| failed: /dev/shm of its host is full         | the cause, once per host | 0 s   | 4           |
+| failed for another reason (a bug)            | its traceback            | 0 s   | 1           |
+| 0; a cause was published on another host     | that host and its cause  | 2 s   | the cause's |
+| 0; a cause was published on its own host     | nothing                  | 2 s   | the cause's |
+| 0; no cause was published                    | which ranks exited       | 2 s   | 5           |
+| lowest one left on its host; rank 0 is gone  | which ranks exited       | 2 s   | 5           |
+| any other; a cause was published             | nothing                  | 2 s   | the cause's |
+| any other; no cause, or rank 0 is gone       | nothing                  | 2 s   | 5           |
+
+Rank 0, which hosts the store, and a rank that speaks in its place stay for 3 more seconds: some
+ranks notice a loss only when those that noticed it first have ended.
 """
 
 import json
@@ -9,10 +25,10 @@ import os
 import re
 import resource
 import socket
-import sys
 import time
 import traceback
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as torch_dist
@@ -21,170 +37,226 @@ from vico.data.dataloader import SHARED_MEMORY
 from vico.distributed.rendezvous import first_line
 from vico.distributed.world import World
 from vico.errors import INTERNAL_ERROR, PeerLostError, TrainingError, UserError, one_line
+from vico.io import log
 
-SECONDS_FOR_THE_CAUSE = 2.0  # the rank that failed speaks before those that lost it
-SECONDS_TO_END = 0.7  # of a killed process, which lets go of its connections first
-SECONDS_FOR_THE_LAST = 3.0  # more than the first that knew have waited
-SECONDS_FOR_A_SIGNAL = 1.0
+# A killed process closes its connections a moment before it has exited.
+EXIT_SECONDS = 0.7
+# After this time, EXIT_SECONDS included, the failed rank has published its cause.
+CAUSE_SECONDS = 2.0
+LINGER_SECONDS = 3.0
+# torch reports a killed data worker by a signal, shortly after the worker's silence is noticed.
+WORKER_SIGNAL_SECONDS = 1.0
 KEY = "vico cause"
-WORKER = re.compile(
-    r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\) (?:is killed by signal: ([^.]*)|exited unexpectedly)"
+RESUME_HINT = "rerun the same command to resume from the latest checkpoint"
+KILLED_WORKER = re.compile(
+    r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\) "
+    r"(?:is killed by signal: ([^.]*)|exited unexpectedly)"
 )
-# What to do against too little memory, by the phase that a rank says it is in.
+# gloo and NCCL report a lost peer by words in a RuntimeError only.
+LOST_PEER_SIGNS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "remote process exited",
+    "NCCL",
+)
+MODEL_REMEDY = "use --deepspeed zero3 or zero3_offload, more GPUs, or fewer ranks on this host"
+HOST_REMEDY = "use fewer ranks on this host, or a host with more memory"
+BATCH_REMEDY = "use --deepspeed zero3 or zero3_offload, or fewer ranks on this host"
+STEP_REMEDY = (
+    "lower --batch_size and raise --accum_iter, "
+    "or use --max_tokens or --checkpoint_activations full"
+)
+# Against too little memory, by a word of the phase that the rank was in.
 REMEDIES = {
-    "loading": "use --deepspeed zero3 or zero3_offload, more GPUs, or fewer ranks on this host",
-    "building": "use --deepspeed zero3 or zero3_offload, more GPUs, or fewer ranks on this host",
-    "reading": "use fewer ranks on this host, or a host with more memory",
-    "saving": "use fewer ranks on this host, or a host with more memory",
-    "batch": "use --deepspeed zero3 or zero3_offload, or fewer ranks on this host",
+    "loading": MODEL_REMEDY,
+    "building": MODEL_REMEDY,
+    "reading": HOST_REMEDY,
+    "saving": HOST_REMEDY,
+    "batch": BATCH_REMEDY,
 }
-STEP_REMEDY = "lower --batch_size and raise --accum_iter, or use --max_tokens or --checkpoint_activations full"
 
 
-def end(world: World, problem: Exception, debug: bool) -> int:
-    """Say what ended this rank, or leave it to the rank that knows; returns the exit code. Called on this rank alone."""
-    problem = _of_a_worker(problem)
-    if is_lost_peer(problem) and not debug:
-        return _on_peer_lost(world, problem)
-    fault = _known(problem, world)
-    if fault is None or debug:
-        traceback.print_exception(problem)
-    if fault is None:
-        _publish_cause(
-            world,
-            f"rank {world.rank} ended with {type(problem).__name__}: {one_line(first_line(problem))}; its traceback is in its log",
-            INTERNAL_ERROR,
-        )
-        _linger(world.is_main and world.size > 1)
-        return INTERNAL_ERROR
-    of_host = isinstance(problem, OSError)  # its line names no rank: once for a host is enough
-    if not of_host:
-        _say(str(fault))
-    if _publish_cause(world, str(fault), fault.exit_code) and of_host:
-        _say(str(fault))
-    _linger(world.is_main and world.size > 1)
-    return fault.exit_code
+@dataclass(frozen=True)
+class Cause:
+    """Why a run ended, as its rank publishes it."""
+
+    host: str
+    line: str
+    code: int  # the exit code of every rank
+    pid: int
 
 
-def _linger(so: bool) -> None:
-    """Rank 0, with whom the store goes, and who has spoken without it: some learn of a loss only when those that knew have ended."""
-    if so:
-        time.sleep(SECONDS_FOR_THE_LAST)
+def report(world: World, error: Exception, debug: bool) -> int:
+    """Print why this rank ends, where it is this rank's turn; returns the exit code.
+
+    Not a collective: other ranks may be gone.
+    """
+    error = _wait_for_worker_signal(error)
+    if is_lost_peer(error) and not debug:
+        return _on_peer_lost(world, error)
+    cause = known_cause(error, world)
+    if cause is None or debug:
+        traceback.print_exception(error)
+    if cause is None:
+        return _end_with_bug(world, error)
+    return _end_with_known_cause(world, error, cause)
 
 
-def _of_a_worker(problem: Exception) -> Exception:
-    """Who takes data from a worker that is being killed can meet its silence before the news, which torch raises by a signal."""
-    if isinstance(problem, EOFError | ConnectionError):
-        try:
-            time.sleep(SECONDS_FOR_A_SIGNAL)
-        except RuntimeError as news:
-            return news
-    return problem
+# ---- this rank failed --------------------------------------------------------------------------
 
 
-def _known(problem: Exception, world: World) -> UserError | None:
-    """The line for what is not ours to mend."""
-    text = str(problem)
-    if found := WORKER.search(text):
-        pids, signal_name = found[1], found[2]
-        how = f"was killed ({signal_name.strip()})" if signal_name else "ended unexpectedly"
-        return TrainingError(
-            f"a data worker of rank {world.rank} on {socket.gethostname()} (process {pids}) {how} while {world.phase}; the kernel does that "
-            "when memory or /dev/shm runs out: lower --num_workers, or give the job more of it; or when a feature file is cut off meanwhile"
-        )
-    if isinstance(problem, OSError) and problem.filename == SHARED_MEMORY:
-        return TrainingError(
-            f"{SHARED_MEMORY} of {socket.gethostname()} has no room for what data workers and their rank share ({problem.strerror}); free "
-            "some of it, give a container more (docker run --shm-size), or use --num_workers 0"
-        )
-    if isinstance(problem, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
-        where = "GPU" if isinstance(problem, torch.OutOfMemoryError) else "host"
-        knob = next(
-            (
-                advice
-                for word, advice in REMEDIES.items()
-                if word in world.phase and "micro-batch" not in world.phase
-            ),
-            STEP_REMEDY,
-        )
-        return TrainingError(
-            f"rank {world.rank} on {socket.gethostname()} is out of {where} memory while {world.phase} (peak {_peak(where)}); {knob}; "
-            "`vico plan` says what fits"
-        )
-    return None
+def _end_with_bug(world: World, error: Exception) -> int:
+    problem = f"{type(error).__name__}: {one_line(first_line(error))}"
+    line = f"rank {world.rank} failed with {problem}; its traceback is in its log"
+    _publish_cause(world, line, INTERNAL_ERROR)
+    _linger(is_needed=world.is_main and world.size > 1)
+    return INTERNAL_ERROR
 
 
-def _peak(where: str) -> str:
-    used = (
-        torch.cuda.max_memory_reserved()
-        if where == "GPU"
-        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    )
-    return f"{used / 2**30:.2f} GiB"
-
-
-def is_lost_peer(problem: Exception) -> bool:
-    """Whether an exchange failed because another rank has gone: gloo and NCCL say so in words only."""
-    signs = (
-        "Connection closed by peer",
-        "Connection reset by peer",
-        "Broken pipe",
-        "Timed out waiting",
-        "remote process exited",
-        "NCCL",
-    )
-    return isinstance(problem, torch_dist.DistError) or (
-        isinstance(problem, RuntimeError) and any(sign in str(problem) for sign in signs)
-    )
-
-
-def _on_peer_lost(world: World, problem: Exception) -> int:
-    """Another rank has ended. Rank 0 says so, or why; where it has gone, and the store with it, the first that is left on each host."""
-    time.sleep(SECONDS_TO_END)
-    gone, first_here = [], True
-    if world.watchdog is not None:
-        gone, first_here = world.watchdog.gone(), world.watchdog.is_first_here()
-    time.sleep(SECONDS_FOR_THE_CAUSE - SECONDS_TO_END)
-    speaks, cause = world.is_main, None
-    try:
-        assert world.store is not None
-        if world.store.check([KEY]):
-            cause = json.loads(world.store.get(KEY))
-    except RuntimeError:
-        speaks = first_here
-    if cause is not None:
-        if (
-            speaks and cause["host"] != socket.gethostname()
-        ):  # there it stands in another log, or on another terminal
-            _say(f"{cause['host']}: {cause['line']}")
-        _linger(speaks)
-        return int(cause["code"])
-    if speaks:
-        if not gone and world.watchdog is not None:
-            gone = world.watchdog.gone()
-        who = f"{', '.join(gone)} has ended" if gone else "another rank has ended"
-        if not gone and "NCCL" in str(problem):  # which can be its setting, and no rank's end
-            who += f", or NCCL failed ({one_line(first_line(problem))})"
-        _say(
-            f"{who} while {world.phase}, and this run with it; a line above, or the log of that rank, may say why; "
-            "the same command goes on at the last checkpoint"
-        )
-    _linger(speaks)
-    return PeerLostError.exit_code
+def _end_with_known_cause(world: World, error: Exception, cause: UserError) -> int:
+    line = str(cause)
+    names_host_only = isinstance(error, OSError)  # then all ranks of the host have the same line
+    if not names_host_only:
+        log.error(one_line(line))
+    is_new = _publish_cause(world, line, cause.exit_code)
+    if names_host_only and is_new:
+        log.error(one_line(line))
+    _linger(is_needed=world.is_main and world.size > 1)
+    return cause.exit_code
 
 
 def _publish_cause(world: World, line: str, code: int) -> bool:
-    """For the others to read, where none was faster; whether another of this host has not said the very same."""
-    ours = {"host": socket.gethostname(), "line": line, "code": code, "pid": os.getpid()}
-    with suppress(RuntimeError):  # the keeper of the store has gone
-        if world.store is not None:
-            first = json.loads(world.store.compare_set(KEY, "", json.dumps(ours)))
-            return first["pid"] == ours["pid"] or (first["host"], first["line"]) != (
-                ours["host"],
-                ours["line"],
-            )
+    """Publish the cause unless another rank was faster.
+
+    Returns False where a rank of this host has published the same line, else True.
+    """
+    own = Cause(socket.gethostname(), line, code, os.getpid())
+    if world.store is None:
+        return True
+    with suppress(RuntimeError):  # rank 0 is gone, and the store with it
+        stored = world.store.compare_set(KEY, "", json.dumps(asdict(own)))
+        first = Cause(**json.loads(stored))
+        return first.pid == own.pid or (first.host, first.line) != (own.host, own.line)
     return True
 
 
-def _say(line: str) -> None:
-    print(f"vico: error: {one_line(line)}", file=sys.stderr, flush=True)
+def _linger(is_needed: bool) -> None:
+    if is_needed:
+        time.sleep(LINGER_SECONDS)
+
+
+# ---- another rank was lost ---------------------------------------------------------------------
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    if isinstance(error, torch_dist.DistError):
+        return True
+    has_sign = any(sign in str(error) for sign in LOST_PEER_SIGNS)
+    return isinstance(error, RuntimeError) and has_sign
+
+
+def _on_peer_lost(world: World, error: Exception) -> int:
+    time.sleep(EXIT_SECONDS)
+    exited = _exited_ranks(world)
+    # Decided now: in a moment the ranks below this one may have ended by themselves.
+    is_lowest_on_host = world.watchdog is None or world.watchdog.is_lowest_on_host()
+    time.sleep(CAUSE_SECONDS - EXIT_SECONDS)
+    speaks = world.is_main
+    cause = None
+    try:
+        cause = _read_cause(world)
+    except RuntimeError:  # rank 0 is gone, and the store with it
+        speaks = is_lowest_on_host
+    if speaks and cause is None:
+        log.error(one_line(_describe_loss(world, error, exited or _exited_ranks(world))))
+    elif speaks and cause is not None and cause.host != socket.gethostname():
+        log.error(one_line(f"{cause.host}: {cause.line}"))
+    _linger(is_needed=speaks)
+    return PeerLostError.exit_code if cause is None else cause.code
+
+
+def _exited_ranks(world: World) -> list[str]:
+    return [] if world.watchdog is None else world.watchdog.exited_ranks()
+
+
+def _read_cause(world: World) -> Cause | None:
+    """Raises RuntimeError where the store is gone."""
+    assert world.store is not None
+    if not world.store.check([KEY]):
+        return None
+    return Cause(**json.loads(world.store.get(KEY)))
+
+
+def _describe_loss(world: World, error: Exception, exited: list[str]) -> str:
+    who = f"{', '.join(exited) or 'a peer rank'} exited"
+    if not exited and "NCCL" in str(error):  # then it may be a wrong setting, and all ranks alive
+        who += f", or NCCL failed ({first_line(error)})"
+    return (
+        f"{who} while {world.phase}, which ends this run; "
+        f"see the lines above, or the log of that rank; {RESUME_HINT}"
+    )
+
+
+# ---- known causes ------------------------------------------------------------------------------
+
+
+def _wait_for_worker_signal(error: Exception) -> Exception:
+    """The error that torch raises for a killed data worker, where it follows `error`."""
+    if isinstance(error, EOFError | ConnectionError):
+        try:
+            time.sleep(WORKER_SIGNAL_SECONDS)
+        except RuntimeError as worker_error:
+            return worker_error
+    return error
+
+
+def known_cause(error: Exception, world: World) -> UserError | None:
+    """The message for an error that is not a bug of ViCo; None for any other."""
+    if match := KILLED_WORKER.search(str(error)):
+        return _killed_worker(match[1], match[2], world)
+    if isinstance(error, OSError) and error.filename == SHARED_MEMORY:
+        return _full_shared_memory(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        peak_bytes = torch.cuda.max_memory_reserved()
+        return _out_of_memory("GPU", peak_bytes, world)
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return _out_of_memory("host", peak_bytes, world)
+    return None
+
+
+def _killed_worker(pids: str, signal_name: str | None, world: World) -> TrainingError:
+    end = f"was killed ({signal_name.strip()})" if signal_name else "exited unexpectedly"
+    worker = f"a data worker of rank {world.rank} on {socket.gethostname()} (process {pids})"
+    return TrainingError(
+        f"{worker} {end} while {world.phase}; the kernel kills workers when memory or /dev/shm "
+        "runs out (lower --num_workers, or give the job more), "
+        "or when a feature file is truncated while it is read"
+    )
+
+
+def _full_shared_memory(error: OSError) -> TrainingError:
+    return TrainingError(
+        f"{SHARED_MEMORY} of {socket.gethostname()} has no room for the batches of the data workers "
+        f"({error.strerror}); free some of it, give a container more (docker run --shm-size), "
+        "or use --num_workers 0"
+    )
+
+
+def _out_of_memory(kind: str, peak_bytes: int, world: World) -> TrainingError:
+    return TrainingError(
+        f"rank {world.rank} on {socket.gethostname()} is out of {kind} memory while {world.phase} "
+        f"(peak {peak_bytes / 2**30:.2f} GiB); {_memory_remedy(world.phase)}; "
+        "`vico plan` shows what fits"
+    )
+
+
+def _memory_remedy(phase: str) -> str:
+    if "micro-batch" not in phase:
+        for word, remedy in REMEDIES.items():
+            if word in phase:
+                return remedy
+    return STEP_REMEDY

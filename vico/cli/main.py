@@ -195,7 +195,7 @@ def _with_world(line: flags.CommandLine, run: Callable[["World"], None]) -> int:
         code, together = _fail(error, line.debug), False
     except Exception as problem:  # of this rank alone
         signals.restore_default_handlers()
-        code, together = exit_cause.end(world, problem, line.debug), False
+        code, together = exit_cause.report(world, problem, line.debug), False
     dist.disconnect(
         world, together
     )  # behind `except`, where the error is gone and holds nothing any more

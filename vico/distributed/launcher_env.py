@@ -1,7 +1,7 @@
-"""What the launcher and SLURM say of this process, in its environment: who it is among the ranks, and who else should be there.
+"""The rank variables of this process, as a launcher or SLURM set them in the environment.
 
-Read before torch is loaded, so that words which contradict each other are answered at once, and not after a wait for
-ranks that never come.
+Torch is not loaded yet when this module is used. Contradictory variables are an error at once, not
+a wait for ranks that never join.
 """
 
 import os
@@ -13,146 +13,159 @@ from dataclasses import dataclass
 from vico.errors import UnreachableError, UserError
 
 SINGLE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-LAUNCHER_VARIABLES = (
-    "TORCHELASTIC_RUN_ID",
-    "LOCAL_SIZE",
-)  # in the environment of torchrun's ranks, of DeepSpeed's
-BATCH_SCRIPT = "SLURM_PROCID"  # SLURM names it there and in steps, not in the shell of salloc
-INTERACTIVE_STEP = "4294967290"  # the step of that shell, where the cluster puts it on a node
-HINT = "use a script of launch/slurm/, or say the number of ranks by --expect_world_size"
+OPEN_MPI = "OMPI_COMM_WORLD_"
+# Only the ranks of torchrun have the first, only those of DeepSpeed's launcher the second.
+LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "LOCAL_SIZE")
+# SLURM sets it in a batch script and in srun's tasks, not in the shell of salloc.
+TASK_VARIABLE = "SLURM_PROCID"
+# The step that is the shell of salloc, on clusters that place this shell on a node.
+INTERACTIVE_STEP = "4294967290"
+LAUNCH_HINT = (
+    "use a script of launch/slurm/, or confirm the number of ranks with --expect_world_size"
+)
 
 
 @dataclass(frozen=True)
 class SlurmAllocation:
-    """What SLURM started; None where nothing follows from it."""
+    """What SLURM started. None: unknown, or not started by SLURM."""
 
     nodes: int | None = None
     tasks: int | None = None
 
 
 def host_name(environment: Mapping[str, str] = os.environ) -> str:
-    """This host as the cluster calls it."""
+    """The name of this host in the cluster."""
     return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def int_variable(environment: Mapping[str, str], name: str) -> int | None:
-    """The whole number of a variable. Raises UserError for anything else."""
+    """The value of an integer variable; None where it is unset or empty. Raises UserError."""
     text = environment.get(name) or None
-    if text is not None and not text.isdecimal():
-        raise UserError(
-            f"{name}={text}: must be a whole number; unset it, or let the launcher set it"
-        )
-    return None if text is None else int(text)
+    if text is None:
+        return None
+    if not text.isdecimal():
+        hint = "unset it, or let the launcher set it"
+        raise UserError(f"{name}={text}: must be a whole number; {hint}")
+    return int(text)
 
 
 def set_rank_variables(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Where no launcher named a rank, take it from an srun step of several tasks or from mpirun, else be alone.
+    """Where no launcher set RANK, derive the rank variables from mpirun's or from srun's.
 
-    A shell that a person got from SLURM is a task of its own step too, and stays alone.
+    A single task of srun, and an interactive shell in a SLURM job, stay without a rank.
     """
     if "RANK" in environment:
         return
-    if "OMPI_COMM_WORLD_SIZE" in environment:
-        of_mpi = {
-            "RANK": "RANK",
-            "WORLD_SIZE": "SIZE",
-            "LOCAL_RANK": "LOCAL_RANK",
-            "LOCAL_WORLD_SIZE": "LOCAL_SIZE",
-        }
-        environment.update(
-            {ours: environment[f"OMPI_COMM_WORLD_{theirs}"] for ours, theirs in of_mpi.items()}
-        )
-    elif (slurm_allocation(environment).tasks or 1) > 1 and "SLURM_STEP_ID" in environment:
-        environment.update(
-            {"RANK": environment["SLURM_PROCID"], "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"]}
-        )
-        environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
-        on_nodes = _counts(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
-        node = int_variable(environment, "SLURM_NODEID") or 0
-        if node < len(on_nodes):
-            environment["LOCAL_WORLD_SIZE"] = str(on_nodes[node])
-        environment.setdefault(
-            "MASTER_ADDR", _first_host(environment.get("SLURM_STEP_NODELIST", ""))
-        )
-        job, step = (
-            int_variable(environment, name) or 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")
-        )
-        environment.setdefault("MASTER_PORT", str(20000 + (job + 1009 * step) % 10000))
+    if f"{OPEN_MPI}SIZE" in environment:
+        _set_from_mpi(environment)
+    elif "SLURM_STEP_ID" in environment and (slurm_allocation(environment).tasks or 1) > 1:
+        _set_from_srun(environment)
 
 
-def _counts(text: str) -> list[int]:
-    """Tasks of each node from SLURM's short form: 2(x3),1 is 2, 2, 2, 1."""
-    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
-    return [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
+def _set_from_mpi(environment: MutableMapping[str, str]) -> None:
+    environment["RANK"] = environment[f"{OPEN_MPI}RANK"]
+    environment["WORLD_SIZE"] = environment[f"{OPEN_MPI}SIZE"]
+    environment["LOCAL_RANK"] = environment[f"{OPEN_MPI}LOCAL_RANK"]
+    environment["LOCAL_WORLD_SIZE"] = environment[f"{OPEN_MPI}LOCAL_SIZE"]
+
+
+def _set_from_srun(environment: MutableMapping[str, str]) -> None:
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    tasks_of_nodes = _task_counts(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    node = int_variable(environment, "SLURM_NODEID") or 0
+    if node < len(tasks_of_nodes):
+        environment["LOCAL_WORLD_SIZE"] = str(tasks_of_nodes[node])
+    first_host = _first_host(environment.get("SLURM_STEP_NODELIST", ""))
+    environment.setdefault("MASTER_ADDR", first_host)
+    # Derived from job and step, so that two steps on one node use different ports.
+    job = int_variable(environment, "SLURM_JOB_ID") or 0
+    step = int_variable(environment, "SLURM_STEP_ID") or 0
+    environment.setdefault("MASTER_PORT", str(20000 + (job + 1009 * step) % 10000))
+
+
+def _task_counts(text: str) -> list[int]:
+    """The number of tasks on each node, from SLURM's short form: "2(x3),1" is [2, 2, 2, 1]."""
+    counts: list[int] = []
+    for tasks, repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(tasks)] * int(repeats or 1)
+    return counts
 
 
 def _first_host(nodes: str) -> str:
-    """The first of SLURM's short form of a list: node[03-05,9],gpu1 begins with node03."""
-    found = re.match(r"([^,\[]+)(?:\[(\d+)[^]]*\]([^,\[]*))?", nodes)
-    return "".join(part or "" for part in found.groups()) if found else ""
+    """The first host of SLURM's short form of a list: "node[03-05,9],gpu1" starts with node03."""
+    match = re.match(r"([^,\[]+)(?:\[(\d+)[^]]*\]([^,\[]*))?", nodes)
+    if match is None:
+        return ""
+    prefix, number, suffix = match.groups()
+    return prefix + (number or "") + (suffix or "")
 
 
 def slurm_allocation(environment: Mapping[str, str] = os.environ) -> SlurmAllocation:
-    """What of a SLURM job this process belongs to: a step of srun, or the whole job in its batch script."""
-    if (
-        BATCH_SCRIPT not in environment
-        or "SLURM_PTY_PORT" in environment
-        or environment.get("SLURM_STEP_ID") == INTERACTIVE_STEP
-    ):
+    """What SLURM started around this process: an srun step, or the job in its batch script."""
+    is_shell = (
+        "SLURM_PTY_PORT" in environment or environment.get("SLURM_STEP_ID") == INTERACTIVE_STEP
+    )
+    if TASK_VARIABLE not in environment or is_shell:
         return SlurmAllocation()
-    if "SLURM_STEP_ID" in environment:
-        return SlurmAllocation(
-            int_variable(environment, "SLURM_STEP_NUM_NODES"),
-            int_variable(environment, "SLURM_STEP_NUM_TASKS"),
-        )
-    return SlurmAllocation(nodes=int_variable(environment, "SLURM_JOB_NUM_NODES"))
+    if "SLURM_STEP_ID" not in environment:
+        return SlurmAllocation(nodes=int_variable(environment, "SLURM_JOB_NUM_NODES"))
+    return SlurmAllocation(
+        nodes=int_variable(environment, "SLURM_STEP_NUM_NODES"),
+        tasks=int_variable(environment, "SLURM_STEP_NUM_TASKS"),
+    )
 
 
 def check_world_size(expected: int | None, environment: Mapping[str, str] = os.environ) -> None:
-    """Raises UserError where the world that this process is told of cannot be the one it was given."""
+    """Compare the launcher's variables with each other, with SLURM and with --expect_world_size.
+
+    Raises UserError where they contradict each other.
+    """
     size = int_variable(environment, "WORLD_SIZE") or 1
     rank = int_variable(environment, "RANK") or 0
     if rank >= size:
-        raise UnreachableError(
-            f"RANK={rank}: must be below WORLD_SIZE={size}; the launcher sets both"
-        )
-    if expected is not None and size != expected:
+        bound = f"must be below WORLD_SIZE={size}"
+        raise UnreachableError(f"RANK={rank}: {bound}; the launcher sets both")
+    if expected is None:
+        _check_against_slurm(size, environment)
+    elif size != expected:
+        remedy = f"start {expected}, or change the flag"
         raise UserError(
-            f"--expect_world_size {expected}: the launcher made a world of {size} rank(s); start as many, or change the flag"
-        )
-    there = slurm_allocation(environment)
-    if expected is None and "RANK" in environment:
-        _check_tasks(size, there, launched=any(name in environment for name in LAUNCHER_VARIABLES))
-    if expected is None and size < (there.nodes or 1):
-        raise UserError(
-            f"SLURM gave {there.nodes} nodes and this world has {size} rank(s), so nodes would be idle or train apart; {HINT}"
+            f"--expect_world_size {expected}: the launcher started {size} rank(s); {remedy}"
         )
     if size > 1:
         _check_master_address(environment)
 
 
-def _check_tasks(size: int, there: SlurmAllocation, launched: bool) -> None:
-    if there.tasks is not None and size < there.tasks:
-        raise UserError(
-            f"srun started {there.tasks} tasks and this world has {size} rank(s), so they would train apart; {HINT}"
-        )
-    if there.tasks is not None and size > there.tasks and not launched:
-        raise UserError(
-            f"WORLD_SIZE={size}: srun started {there.tasks} task(s), and the others would never come; {HINT}"
-        )
+def _check_against_slurm(size: int, environment: Mapping[str, str]) -> None:
+    allocation = slurm_allocation(environment)
+    tasks, nodes = allocation.tasks, allocation.nodes or 1
+    has_launcher = any(name in environment for name in LAUNCHER_VARIABLES)
+    if "RANK" in environment and tasks is not None:
+        if size < tasks:
+            started = f"srun started {tasks} tasks and the world size is {size}"
+            raise UserError(f"{started}, so the tasks would train separately; {LAUNCH_HINT}")
+        if size > tasks and not has_launcher:
+            started = f"srun started {tasks} task(s), so the other ranks would never join"
+            raise UserError(f"WORLD_SIZE={size}: {started}; {LAUNCH_HINT}")
+    if size < nodes:
+        allocated = f"SLURM allocated {nodes} nodes and the world size is {size}"
+        raise UserError(f"{allocated}, so nodes would idle or train separately; {LAUNCH_HINT}")
 
 
 def _check_master_address(environment: Mapping[str, str]) -> None:
-    """An address that no host knows would be a wait for the whole timeout."""
+    """Torch would try to reach a host name that does not resolve for the whole timeout."""
     address, port = environment.get("MASTER_ADDR"), int_variable(environment, "MASTER_PORT")
     if not address or port is None:
         raise UnreachableError(
-            "MASTER_ADDR and MASTER_PORT must say where the ranks meet: the first host's name, and a free port of it"
+            "MASTER_ADDR and MASTER_PORT must be set: rank 0's host name and a free port on it"
         )
     try:
         socket.getaddrinfo(address, port)
-    except (OSError, UnicodeError) as problem:
-        why = getattr(problem, "strerror", None) or problem
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        remedy = "set it to the name of rank 0's host that all hosts can resolve"
         raise UnreachableError(
-            f"MASTER_ADDR={address}: {socket.gethostname()} cannot find that host ({why}); it must be rank 0's host, by a name all know"
+            f"MASTER_ADDR={address}: {socket.gethostname()} cannot resolve it ({why}); {remedy}"
         ) from None

@@ -1,15 +1,15 @@
-"""How the ranks of a run find each other before they can talk: each leaves word in the store that rank 0 keeps.
+"""How the ranks find each other: through a key-value store on rank 0, where each publishes a text.
 
-torch's own way waits in silence, and ends with a trace that names nobody. Here a start that waits says for which ranks.
+torch's own rendezvous waits in silence, and its error names no rank. This one logs for which ranks
+it waits, and ends when the user requests a stop.
 """
 
 import os
 import signal
 import socket
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -20,180 +20,218 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from vico.distributed import signals
 from vico.errors import InUseError, NoAnswerError, PeerLostError, UserError
+from vico.io import log
 
-SECONDS_OF_SILENCE = 15.0  # then a start that waits says for what
-SECONDS_OF_A_CALL, SECONDS_BETWEEN_CALLS = 1.0, 0.2
-INTERFACE_HINT = "name the network interface that the hosts share by GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (eth0, ib0, ...)"
+SILENT_SECONDS = 15.0  # a start that waits longer logs for what it waits
+CONNECT_SECONDS = 1.0
+POLL_SECONDS = 0.2
+STOP_SECONDS = 2.0  # one stop request reaches all ranks within this time
+MAX_RANKS_SHOWN = 8
+INTERFACE_HINT = (
+    "name the network interface that the hosts share by GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME "
+    "(eth0, ib0, ...)"
+)
 
 
-def rendezvous(rank: int, size: int, timeout: timedelta, word: str) -> tuple[Store, list[str]]:
-    """The store, and the words that all ranks left there. Raises PeerLostError naming those who did not come, NoAnswerError, Stopped."""
-    end = time.monotonic() + timeout.total_seconds()
-    store = PrefixStore(
-        f"vico/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}",
-        _open_store(rank, size, timeout),
-    )
-    names = [f"rank {other}" for other in range(size)]
+def rendezvous(rank: int, size: int, timeout: timedelta, text: str) -> tuple[Store, list[str]]:
+    """Publish `text`; returns the store and the texts of all ranks, in their order.
+
+    Raises PeerLostError naming the ranks that did not join, NoAnswerError where rank 0 does not
+    answer, InUseError for a port that is taken, and Stopped when a signal requests a stop.
+    """
+    deadline = time.monotonic() + timeout.total_seconds()
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"vico/{restart}", _open_store(rank, size, timeout))
+    keys = [f"rank {other}" for other in range(size)]
     try:
-        store.set(names[rank], word)
-        _wait_for(names, store, rank, timeout, end)
-        words = [store.get(name).decode() for name in names]
-        store.set(f"{names[rank]} has read", "")
-    except torch_dist.DistError as problem:
-        for _ in range(10):  # it may have been asked a moment before this rank
-            _stop_if_asked()
-            time.sleep(SECONDS_BETWEEN_CALLS)
+        store.set(keys[rank], text)
+        _wait_for_all(store, keys, rank, timeout, deadline)
+        texts = [store.get(key).decode() for key in keys]
+        store.set(f"{keys[rank]} done", "")
+    except torch_dist.DistError as error:
+        _await_stop_request()
         raise NoAnswerError(
-            f"rank 0 has left {_address()} ({first_line(problem)}); its log says why"
+            f"rank 0 left the rendezvous at {_address()} ({first_line(error)}); see its log"
         ) from None
-    if rank == 0:  # which may refuse the world and end, and the store with it
+    if rank == 0:
+        # The store ends with rank 0, which may refuse the other ranks right after this.
         with suppress(torch_dist.DistError):
-            store.wait(
-                [f"{name} has read" for name in names], timedelta(seconds=SECONDS_OF_SILENCE)
-            )
-    return store, words
+            store.wait([f"{key} done" for key in keys], timedelta(seconds=SILENT_SECONDS))
+    return store, texts
 
 
-def _wait_for(
-    names: Sequence[str], store: Store, rank: int, timeout: timedelta, end: float
+def _await_stop_request() -> None:
+    """Rank 0 may have ended on a stop request that is about to reach this rank too."""
+    deadline = time.monotonic() + STOP_SECONDS
+    while time.monotonic() < deadline:
+        _raise_if_stop_requested()
+        time.sleep(POLL_SECONDS)
+
+
+def _wait_for_all(
+    store: Store, keys: list[str], rank: int, timeout: timedelta, deadline: float
 ) -> None:
-    def come(until: float) -> bool:
-        while not store.check(list(names)):
+    """Until every key is set. Raises PeerLostError after `timeout`."""
+
+    def all_joined(until: float) -> bool:
+        while not store.check(keys):
             if time.monotonic() >= until:
                 return False
-            _stop_if_asked()
-            time.sleep(SECONDS_BETWEEN_CALLS)
+            _raise_if_stop_requested()
+            time.sleep(POLL_SECONDS)
         return True
 
-    def missing() -> str:
-        absent = [str(other) for other, name in enumerate(names) if not store.check([name])]
-        return f"rank(s) {', '.join(absent[:8])}{', ...' if len(absent) > 8 else ''} of {len(names)} ({len(absent)} in all)"
-
-    if come(min(time.monotonic() + SECONDS_OF_SILENCE, end)):
+    if all_joined(min(time.monotonic() + SILENT_SECONDS, deadline)):
         return
+    limit = _format_duration(timeout)
     if rank == 0:
-        _say(f"waiting at {_address()} for {missing()}; at most {timeout}")
-    if not come(end):
+        log.warning(f"waiting at {_address()} for {_missing_ranks(store, keys)}; at most {limit}")
+    if not all_joined(deadline):
+        missing = _missing_ranks(store, keys)
         raise PeerLostError(
-            f"{missing()} did not come to {_address()} within {timeout}; their logs say why, --collective_timeout waits longer"
+            f"rendezvous timed out after {limit}: {missing} did not join {_address()}; see their "
+            "logs; --collective_timeout sets the limit"
         )
+
+
+def _missing_ranks(store: Store, keys: list[str]) -> str:
+    """For example "rank 3 of 8", or "ranks 1, 3 of 8"."""
+    missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+    if len(missing) == 1:
+        return f"rank {missing[0]} of {len(keys)}"
+    if len(missing) > MAX_RANKS_SHOWN:
+        shown = ", ".join(missing[:MAX_RANKS_SHOWN])
+        return f"ranks {shown}, ... of {len(keys)} ({len(missing)} in all)"
+    return f"ranks {', '.join(missing)} of {len(keys)}"
+
+
+class _WaitForRank0:
+    """Paces a rank that polls for rank 0's store, logs now and then, and limits the time."""
+
+    def __init__(self, timeout: timedelta) -> None:
+        begin = time.monotonic()
+        self._deadline = begin + timeout.total_seconds()
+        self._log_at = begin + SILENT_SECONDS
+        self._limit = _format_duration(timeout)
+
+    def pause(self) -> None:
+        """Sleep a moment. Raises NoAnswerError after the timeout, Stopped on a stop request."""
+        _raise_if_stop_requested()
+        host, address = socket.gethostname(), _address()
+        if time.monotonic() >= self._deadline:
+            problem = f"rank 0 did not answer at {address} within {self._limit}"
+            raise NoAnswerError(f"{host}: {problem}; see its log")
+        if time.monotonic() >= self._log_at:
+            self._log_at = time.monotonic() + SILENT_SECONDS
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                log.warning(f"{host} is waiting for rank 0 at {address}; at most {self._limit}")
+        time.sleep(POLL_SECONDS)
 
 
 def _open_store(rank: int, size: int, timeout: timedelta) -> TCPStore:
-    """Rank 0 keeps it, or torchrun does."""
-    address, port, host = (
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        socket.gethostname(),
-    )
-    keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    end, speaks_at = (
-        time.monotonic() + timeout.total_seconds(),
-        time.monotonic() + SECONDS_OF_SILENCE,
-    )
+    """Connect to the store. Rank 0 hosts it, except under torchrun, which does so itself."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    connect_timeout = timedelta(seconds=min(SILENT_SECONDS, timeout.total_seconds()))
+    wait = _WaitForRank0(timeout)
 
-    def wait() -> None:
-        nonlocal speaks_at
-        _stop_if_asked()
-        if time.monotonic() >= end:
-            raise NoAnswerError(
-                f"{host}: nobody answers at {_address()}, where rank 0 should be, for {timeout}; its log says why"
-            )
-        if time.monotonic() >= speaks_at:
-            speaks_at = time.monotonic() + SECONDS_OF_SILENCE
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                _say(
-                    f"{host} waits for an answer at {_address()}, where rank 0 should be; at most {timeout}"
-                )
-        time.sleep(SECONDS_BETWEEN_CALLS)
-
-    def make() -> TCPStore:
-        patience = timedelta(seconds=min(SECONDS_OF_SILENCE, timeout.total_seconds()))
+    def connect() -> TCPStore:
         return TCPStore(
-            address, port, size, keeps, timeout=patience, wait_for_workers=False, multi_tenant=True
+            address,
+            port,
+            size,
+            is_server,
+            timeout=connect_timeout,
+            wait_for_workers=False,
+            multi_tenant=True,
         )
 
     while True:
-        if not keeps and not _answers(address, port):  # torch's own way prints C++ frames meanwhile
-            wait()
+        # Without this probe torch retries by itself, and prints C++ stack frames meanwhile.
+        if not is_server and not _accepts_connections(address, port):
+            wait.pause()
             continue
         try:
-            store: TCPStore = _run_in_thread(wait, make)
-            store.set_timeout(timeout)
-            return store
-        except torch_dist.DistError as problem:
-            if keeps:
-                raise InUseError(
-                    f"MASTER_PORT={port}: cannot be opened on {host} ({first_line(problem)}); choose another"
-                ) from None
-            wait()
+            store: TCPStore = _call_in_thread(connect, wait.pause)
+        except torch_dist.DistError as error:
+            if is_server:
+                problem = f"cannot be opened on {socket.gethostname()} ({first_line(error)})"
+                raise InUseError(f"MASTER_PORT={port}: {problem}; choose another") from None
+            wait.pause()
+            continue
+        store.set_timeout(timeout)
+        return store
 
 
-def _answers(address: str, port: int) -> bool:
-    with suppress(OSError), socket.create_connection((address, port), timeout=SECONDS_OF_A_CALL):
+def _accepts_connections(address: str, port: int) -> bool:
+    with suppress(OSError), socket.create_connection((address, port), timeout=CONNECT_SECONDS):
         return True
     return False
 
 
-def _run_in_thread(wait: Callable[[], None], work: Callable[[], Any]) -> Any:
-    """What `work` returns or raises, in a thread: where another program answers and says nothing, torch's call has no end."""
+def _call_in_thread(function: Callable[[], Any], pause: Callable[[], None]) -> Any:
+    """What `function` returns or raises; `pause` runs again and again until then, and may raise.
+
+    torch's call never returns where another program accepts the connection and says nothing.
+    """
     result: Future[Any] = Future()
 
-    def run() -> None:
+    def call() -> None:
         try:
-            result.set_result(work())
-        except BaseException as problem:
-            result.set_exception(problem)
+            result.set_result(function())
+        except BaseException as error:
+            result.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
+    thread = threading.Thread(target=call, daemon=True)
     thread.start()
-    thread.join(SECONDS_BETWEEN_CALLS)
+    thread.join(POLL_SECONDS)
     while thread.is_alive():
-        wait()
+        pause()
     return result.result()
 
 
-def _stop_if_asked() -> None:
+def _raise_if_stop_requested() -> None:
     if number := signals.stop_requested():
-        raise signals.Stopped(
-            number,
-            f"stopped by {signal.Signals(number).name} before the ranks had met; the same command begins",
-        )
+        name = signal.Signals(number).name
+        line = f"stopped by {name} before the rendezvous; rerun the same command to start"
+        raise signals.Stopped(number, line)
 
 
 def clone_store(store: Store) -> Store:
-    """The same store over a connection of its own: one that waits holds up whoever shares its connection."""
+    """The same store over another connection: a call that blocks delays its whole connection."""
     clone: Store = store.clone()  # type: ignore[attr-defined]
     return clone
+
+
+@contextmanager
+def hint_when_slow(what: str, rank: int) -> Iterator[None]:
+    """Around the first collectives, which hang without a message over a wrong network interface.
+
+    Rank 0 logs a hint after SILENT_SECONDS. A RuntimeError becomes a UserError with the hint.
+    """
+    message = f"{what} takes more than {SILENT_SECONDS:.0f} s; if it does not end, {INTERFACE_HINT}"
+    timer = threading.Timer(SILENT_SECONDS, log.warning, [message])
+    timer.daemon = True
+    if rank == 0:
+        timer.start()
+    try:
+        yield
+    except RuntimeError as error:
+        problem = f"{what} failed on {socket.gethostname()} ({first_line(error)})"
+        raise UserError(f"{problem}; {INTERFACE_HINT}") from None
+    finally:
+        timer.cancel()
+
+
+def first_line(error: Exception) -> str:
+    """The first line of its message, or its type where the message is empty."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _address() -> str:
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
-@contextmanager
-def hint_when_slow(what: str, rank: int) -> Iterator[None]:
-    """Around the first exchanges: over a wrong interface they hang without a word, or fail in words that name no remedy."""
-    message = (
-        f"{what} takes more than {SECONDS_OF_SILENCE:.0f} s; if it does not end, {INTERFACE_HINT}"
-    )
-    hint = threading.Timer(SECONDS_OF_SILENCE, _say, [message])
-    hint.daemon = True
-    if rank == 0:
-        hint.start()
-    try:
-        yield
-    except RuntimeError as problem:
-        raise UserError(
-            f"{what} failed on {socket.gethostname()} ({first_line(problem)}); {INTERFACE_HINT}"
-        ) from None
-    finally:
-        hint.cancel()
-
-
-def first_line(problem: Exception) -> str:
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
-
-
-def _say(message: str) -> None:
-    print(f"vico: {message}", file=sys.stderr, flush=True)
+def _format_duration(duration: timedelta) -> str:
+    seconds = duration.total_seconds()
+    return f"{seconds / 60:g} min" if seconds >= 60 else f"{seconds:g} s"

@@ -1,7 +1,7 @@
-"""Asked to stop: SIGTERM, SIGUSR1 and Ctrl-C are a wish, which training grants behind the step under way.
+"""Stop requests: after SIGTERM, SIGUSR1 or Ctrl-C training finishes its step, saves and ends.
 
-Schedulers send them before a time limit or a preemption, to some or all processes of a job. Imports no torch: the wish
-must be heard from the first moment on.
+Schedulers send them before a time limit or a preemption, to some or all processes of a job. This
+module imports no torch, so that the handlers are installed from the first moment on.
 """
 
 import ctypes
@@ -14,12 +14,12 @@ from types import FrameType
 from vico.errors import INTERRUPTED, RESUMABLE
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-# A signal can come twice for one wish: to the whole job and once more through its launcher.
+# One request can arrive twice: sent to the whole job, and passed on by the launcher.
 ECHO_SECONDS = 2.0
 
 
 class Stopped(Exception):
-    """Training has ended because it was asked to; `number` is the signal's, `line` what the user reads."""
+    """Training ended on request. `number` is the signal's, `line` is the message for the user."""
 
     def __init__(self, number: int, line: str) -> None:
         super().__init__(line)
@@ -30,50 +30,51 @@ class Stopped(Exception):
         return INTERRUPTED if self.number == signal.SIGINT else RESUMABLE
 
 
-_number, _since = 0, 0.0
+_number, _received_at = 0, 0.0
 
 
-def _hear(number: int, frame: FrameType | None) -> None:
-    global _number, _since
+def _handle(number: int, frame: FrameType | None) -> None:
+    global _number, _received_at
     if not _number:
-        _number, _since = number, time.monotonic()
-    elif number != signal.SIGUSR1 and time.monotonic() - _since > ECHO_SECONDS:
-        os._exit(128 + number)  # asked twice: at once; what is on the disk is whole at any moment
+        _number, _received_at = number, time.monotonic()
+    elif number != signal.SIGUSR1 and time.monotonic() - _received_at > ECHO_SECONDS:
+        # The second request ends the process at once. Files on disk are complete at any moment.
+        os._exit(128 + number)
 
 
 def install_handlers() -> None:
-    """From now on the signals are remembered instead of ending this process; a second one, later, does end it."""
+    """Record the signals from now on. A second SIGTERM or SIGINT, after 2 s, ends the process."""
     for number in SIGNALS:
-        signal.signal(number, _hear)
+        signal.signal(number, _handle)
     unblock()
 
 
 def unblock() -> None:
-    """Unblock the signals, which launch/start.py holds back from the ranks until they can be heard."""
+    """Unblock the signals: launch/start.py blocks them until the ranks can handle them."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def ignore_all() -> None:
-    """In helper processes: they end with the process that they work for, which hears the signals itself."""
+    """For helper processes: they end with their rank, which handles the signals."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def die_with_parent(parent: int) -> None:
-    """From now on this process is killed when its parent ends, however that ends."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        if os.getppid() != parent:  # it has ended just before
-            os._exit(128 + signal.SIGKILL)
-
-
 def restore_default_handlers() -> None:
-    """Back to ending by signals: behind an error nothing is left to save."""
+    """Let the signals end the process again: after an error nothing is left to save."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
 
 
 def stop_requested() -> int:
-    """The number of the signal that this process was asked to stop by; 0: none."""
+    """The number of the signal that requested a stop; 0 for none."""
     return _number
+
+
+def die_with_parent(parent: int) -> None:
+    """From now on the kernel kills this process when its parent ends (Linux only)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before the call
+            os._exit(128 + signal.SIGKILL)

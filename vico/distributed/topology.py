@@ -1,58 +1,62 @@
-"""Whether the ranks that came are those that were ordered: which hosts they are on, and what of each host they use.
+"""Which hosts and devices the ranks use, and whether these are the ones that were requested.
 
-Two nodes that each train alone, or one rank on a node of eight GPUs, run without an error and waste what they were
-given. So every start says who came, and ends where it is not as told.
+Two nodes that each train alone, or one rank on a node of eight GPUs, run without an error and waste
+their allocation. So every start prints its ranks, hosts and devices, and refuses a mismatch.
 """
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
-from vico.distributed.launcher_env import HINT, SlurmAllocation, host_name, int_variable
+from vico.distributed.launcher_env import LAUNCH_HINT, SlurmAllocation, host_name, int_variable
 from vico.errors import UserError
 
-OF_SLURM = (
-    "SLURM_STEP_GPUS",
-    "SLURM_JOB_GPUS",
-)  # there when SLURM, and not a person, chose CUDA_VISIBLE_DEVICES
+# Set when SLURM, and not the user, chose CUDA_VISIBLE_DEVICES.
+SLURM_GPU_VARIABLES = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS")
+MAX_HOSTS_SHOWN = 4
 
 
 @dataclass(frozen=True)
 class Member:
-    """What a rank tells the others of itself."""
+    """What a rank tells the other ranks about itself."""
 
     rank: int
     host: str
-    device: str  # as a person calls it
-    gpu: str | None  # which no other rank may use
-    num_visible: int  # GPUs that its process sees
-    chosen: bool  # that these are visible is somebody's word, and not the host's default
-    local_size: int | None  # ranks on its host, as its launcher says
-    gpu_bytes: int = 0  # of its GPU's memory
-    host_bytes: int = 0  # of its host's memory
+    device: str  # "cpu", or the product name of the GPU
+    gpu_uuid: str | None
+    num_visible_gpus: int
+    is_selection_explicit: bool  # the user chose the visible GPUs; else they are the host's default
+    local_size: int | None  # ranks on this host, according to the launcher
+    gpu_bytes: int = 0  # memory of its GPU
+    host_bytes: int = 0  # memory of its host
     pid: int = 0
 
     @classmethod
     def of_this_process(
         cls, rank: int, device: torch.device, environment: Mapping[str, str] = os.environ
     ) -> "Member":
-        host = host_name(environment)
-        local_size = int_variable(environment, "LOCAL_WORLD_SIZE") or int_variable(
-            environment, "LOCAL_SIZE"
-        )
+        host, pid = host_name(environment), os.getpid()
+        local_size = int_variable(environment, "LOCAL_WORLD_SIZE")
+        local_size = local_size or int_variable(environment, "LOCAL_SIZE")
         if device.type == "cpu":
-            return cls(rank, host, "cpu", None, 0, True, local_size, pid=os.getpid())
-        about = torch.cuda.get_device_properties(device)
-        chosen = "CUDA_VISIBLE_DEVICES" in environment and not any(
-            name in environment for name in OF_SLURM
+            return cls(rank, host, "cpu", None, 0, True, local_size, pid=pid)
+        properties = torch.cuda.get_device_properties(device)
+        by_slurm = any(name in environment for name in SLURM_GPU_VARIABLES)
+        return cls(
+            rank,
+            host,
+            device=properties.name,
+            gpu_uuid=str(properties.uuid),
+            num_visible_gpus=torch.cuda.device_count(),
+            is_selection_explicit="CUDA_VISIBLE_DEVICES" in environment and not by_slurm,
+            local_size=local_size,
+            gpu_bytes=properties.total_memory,
+            host_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            pid=pid,
         )
-        host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        count = torch.cuda.device_count()
-        gpu = (about.name, str(about.uuid), count, chosen)
-        return cls(rank, host, *gpu, local_size, about.total_memory, host_bytes, os.getpid())
 
     def to_text(self) -> str:
         return json.dumps(asdict(self))
@@ -62,74 +66,82 @@ class Member:
         return cls(**json.loads(text))
 
 
-def by_host(members: Sequence[Member]) -> dict[str, list[Member]]:
-    found: dict[str, list[Member]] = {}
+def by_host(members: Iterable[Member]) -> dict[str, list[Member]]:
+    """The members of each host, hosts in the order of their first rank."""
+    hosts: dict[str, list[Member]] = {}
     for member in members:
-        found.setdefault(member.host, []).append(member)
-    return found
+        hosts.setdefault(member.host, []).append(member)
+    return hosts
 
 
 def describe(members: Sequence[Member]) -> str:
-    """The lines that every run begins with: ranks, hosts and devices."""
-    hosts = by_host(members)
-    where = [
-        f"{host}: {_ranks(there)} on {', '.join(dict.fromkeys(m.device for m in there))}"
-        for host, there in hosts.items()
-    ]
+    """Number of ranks, hosts and devices: one line for one host, else one more line per host."""
+    lines = []
+    for host, ranks in by_host(members).items():
+        devices = dict.fromkeys(member.device for member in ranks)
+        lines.append(f"{host}: {_name_ranks(ranks)} on {', '.join(devices)}")
     count = f"{len(members)} rank{'s' if len(members) > 1 else ''}"
-    return (
-        f"world: {count}, {where[0]}"
-        if len(hosts) == 1
-        else "\n  ".join([f"world: {count} on {len(hosts)} hosts", *where])
-    )
+    if len(lines) == 1:
+        return f"{count}, {lines[0]}"
+    return "\n  ".join([f"{count} on {len(lines)} hosts", *lines])
 
 
-def _ranks(members: Sequence[Member]) -> str:
-    """ranks 0-3,8"""
-    parts: list[list[int]] = []
-    for rank in sorted(m.rank for m in members):
-        if parts and rank == parts[-1][-1] + 1:
-            parts[-1].append(rank)
+def _name_ranks(members: Sequence[Member]) -> str:
+    """For example "rank 3" or "ranks 0-3,8"."""
+    runs: list[list[int]] = []
+    for rank in sorted(member.rank for member in members):
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
         else:
-            parts.append([rank])
-    text = ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
-    return f"rank{'s' if len(members) > 1 else ''} {text}"
+            runs.append([rank])
+    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return f"rank{'s' if len(members) > 1 else ''} {','.join(texts)}"
 
 
-def check_topology(members: Sequence[Member], there: SlurmAllocation, expected: int | None) -> None:
-    """Raises UserError, the same on every rank, where those who came are not those who should have.
+def check_topology(
+    members: Sequence[Member], allocation: SlurmAllocation, expected: int | None
+) -> None:
+    """Raises UserError, the same on every rank, where ranks are missing or GPUs idle or shared.
 
-    `expected`, the user's own word on the number of ranks, stands above what SLURM and the visible GPUs suggest.
+    `expected`, from --expect_world_size, overrides what SLURM and the visible GPUs suggest.
     """
     hosts = by_host(members)
-    if expected is None and there.nodes is not None and len(hosts) != there.nodes:
+    nodes = allocation.nodes
+    if expected is None and nodes is not None and len(hosts) != nodes:
         raise UserError(
-            f"SLURM started {there.nodes} node(s) and the ranks of this world are on {len(hosts)} ({_list(hosts)}), "
-            f"so nodes are idle or train apart; {HINT}"
+            f"SLURM started {nodes} node(s) and the ranks are on {len(hosts)} "
+            f"({_name_hosts(hosts)}), so nodes idle or train separately; {LAUNCH_HINT}"
         )
     for host, ranks in hosts.items():
-        told = max(m.local_size or 0 for m in ranks)
-        if told > len(ranks):
+        num_launched = max(member.local_size or 0 for member in ranks)
+        if num_launched > len(ranks):
             raise UserError(
-                f"{host}: the launcher speaks of {told} ranks on this host and {len(ranks)} came ({_ranks(ranks)}); {HINT}"
+                f"{host}: the launcher started {num_launched} ranks on this host and {len(ranks)} "
+                f"joined ({_name_ranks(ranks)}); {LAUNCH_HINT}"
             )
         _check_gpus(host, ranks, expected)
 
 
 def _check_gpus(host: str, ranks: Sequence[Member], expected: int | None) -> None:
-    used = [m.gpu for m in ranks if m.gpu is not None]
-    shared = [m for m in ranks if m.gpu is not None and used.count(m.gpu) > 1]
-    if shared:
+    uuids = [member.gpu_uuid for member in ranks]
+    sharing = [m for m in ranks if m.gpu_uuid is not None and uuids.count(m.gpu_uuid) > 1]
+    if sharing:
         raise UserError(
-            f"{host}: {_ranks(shared)} share a GPU; start one rank per GPU of a host (VICO_RANKS, --ntasks-per-node)"
+            f"{host}: {_name_ranks(sharing)} share a GPU; start one rank per GPU of a host "
+            "(VICO_RANKS, --ntasks-per-node)"
         )
-    idle = max(m.num_visible for m in ranks) - len(ranks)
-    if idle > 0 and expected is None and not all(m.chosen for m in ranks):
+    num_idle = max(member.num_visible_gpus for member in ranks) - len(ranks)
+    is_explicit = expected is not None or all(member.is_selection_explicit for member in ranks)
+    if num_idle > 0 and not is_explicit:
         raise UserError(
-            f"{host}: {_ranks(ranks)} of this host leave {idle} of its GPUs idle; start one rank per GPU by 'bash launch/train.sh', or say "
-            f"that this is meant by CUDA_VISIBLE_DEVICES or --expect_world_size {len(ranks)}"
+            f"{host}: {num_idle} GPU(s) would idle, as the only ranks there are "
+            f"{_name_ranks(ranks)}; start one rank per GPU with 'bash launch/train.sh', or confirm "
+            f"with CUDA_VISIBLE_DEVICES or --expect_world_size {len(ranks)}"
         )
 
 
-def _list(hosts: Mapping[str, object]) -> str:
-    return ", ".join([*list(hosts)[:4], *(["..."] if len(hosts) > 4 else [])])
+def _name_hosts(hosts: Mapping[str, object]) -> str:
+    names = list(hosts)[:MAX_HOSTS_SHOWN]
+    if len(hosts) > MAX_HOSTS_SHOWN:
+        names.append("...")
+    return ", ".join(names)
