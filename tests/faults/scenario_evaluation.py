@@ -81,7 +81,7 @@ class EmulatedWorld(World):
     def sum(self, values: Tensor) -> Tensor:
         return values.copy_(torch.stack(self.meeting.exchange(self.rank, values.clone())).sum(0))
 
-    def most(self, value: int) -> int:
+    def max(self, value: int) -> int:
         return int(max(self.meeting.exchange(self.rank, value)))
 
     @contextlib.contextmanager

@@ -105,7 +105,7 @@ def test_out_of_memory_names_phase_and_remedy(
     watchdog = Watchdog(0, [Member.of_this_process(0, alone.device)], clone_store(alone.store), 600)
     try:
         watchdog.set_phase(phase)
-        error = exit_cause._known(problem, replace(alone, watchdog=watchdog))
+        error = exit_cause.known_cause(problem, replace(alone, watchdog=watchdog))
     finally:
         watchdog.close()
     assert isinstance(error, TrainingError)
@@ -126,7 +126,7 @@ def test_a_killed_data_worker_is_one_line(toy: ToyData, tmp_path: Path) -> None:
     assert not psutil.wait_procs(helpers, timeout=5)[1]
     expected = (
         f"a data worker of rank 0 on {os.uname().nodename} (process {worker.pid}) "
-        "ended unexpectedly"
+        "exited unexpectedly"
     )
     assert expected in run.stderrs[0]
 
@@ -176,7 +176,7 @@ def test_a_truncated_feature_file_is_one_line(tmp_path: Path) -> None:
     lines = [line for line in run.stderrs[0].splitlines() if "vico: " in line]
     assert run.codes == [4] and len(lines) == 1 and "Traceback" not in run.output, run.output
     assert "a data worker of rank 0 on " in lines[0]
-    assert "or when a feature file is cut off meanwhile" in lines[0]
+    assert "or when a feature file is truncated while it is read" in lines[0]
 
 
 def test_exit_codes_are_documented() -> None:

@@ -49,7 +49,7 @@ def test_a_stopped_rank_ends_the_run(toy: ToyData, tmp_path: Path, rank: int) ->
     assert run.codes[1 - rank] == 5 and run.codes[rank] == -9
     error = run.stderrs[1 - rank]
     assert f"rank {rank} on " in error
-    assert f"(process {run.processes[rank].pid}) no longer runs" in error
+    assert f"(process {run.processes[rank].pid}) is not responding" in error
     assert "vico/train/loop.py" in error  # the stacks
 
 
@@ -81,7 +81,7 @@ def test_a_killed_rank_is_one_line(toy: ToyData, tmp_path: Path) -> None:
     # Data workers, their server, and Python's resource tracker.
     assert len(helpers) >= 6 and not psutil.wait_procs(helpers, timeout=5)[1]
     assert run.stderrs[0].count("\n") == 1
-    assert f"(process {run.processes[1].pid}) has ended while" in run.stderrs[0]
+    assert f"(process {run.processes[1].pid}) exited while" in run.stderrs[0]
 
 
 START_WORKER = """

@@ -1,8 +1,8 @@
 """What a rank prints, and its exit code, when it fails alone or when another rank was lost.
 
 An error other than a UserError hits one rank; the others only see their collective break. The rank
-that failed prints the cause at once and publishes it in the store. The others look it up there and
-print nothing more, so that one line in one log says why the run ended. Seconds count from the error:
+that failed prints the cause at once and publishes it in the store. The others look it up there, so
+that one line in one log says why the run ended. "after" counts from the error:
 
 | rank                                         | prints                   | after | exit code   |
 |----------------------------------------------|--------------------------|-------|-------------|
@@ -240,7 +240,7 @@ def _killed_worker(pids: str, signal_name: str | None, world: World) -> Training
 
 def _full_shared_memory(error: OSError) -> TrainingError:
     return TrainingError(
-        f"{SHARED_MEMORY} of {socket.gethostname()} has no room for the batches of the data workers "
+        f"{SHARED_MEMORY} of {socket.gethostname()} has no room for the batches of data workers "
         f"({error.strerror}); free some of it, give a container more (docker run --shm-size), "
         "or use --num_workers 0"
     )
