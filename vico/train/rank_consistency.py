@@ -1,14 +1,12 @@
-"""Whether all ranks run the same thing: the same code on the same settings and files. Else they train on, in silence, to nothing.
+"""Whether all ranks use the same code, settings and files: if not, training is silently wrong.
 
-Hosts differ where a checkout was pulled on one of them only, a flag comes from a host's own file, a data set was copied
-half, or the output folder is not shared.
+Hosts differ where a checkout was updated on one of them only, a flag comes from a file of the host,
+a dataset was copied partly, or the output folder is not shared.
 """
 
-import hashlib
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -16,169 +14,185 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as torch_dist
 
 from vico.checkpoint.format import step_folders, step_of
 from vico.distributed.launcher_env import host_name
 from vico.distributed.world import World
 from vico.errors import UserError
+from vico.io import log
 from vico.io.atomic import require_file
+from vico.io.digest import SHORT_LENGTH, digest_chunks, digest_files, digest_json
 from vico.train.config import RunConfig, is_path
 
-END_BYTES = (
-    1 << 18
-)  # read at each end of a large file: .pth files are zip archives, whose end has the checksums of all of it
+PACKAGE = Path(__file__).resolve().parents[1]
+LIBRARIES = ("torch", "deepspeed", "numpy", "safetensors")
 DATA_SUFFIXES = (".csv", ".json", ".jsonl", ".pth")
-NUM_SHOWN = 3
-SECONDS_UNTIL_SEEN = 90  # NFS keeps what it knows of a folder for up to 60 (acdirmax)
-SECONDS_OF_SILENCE = 5  # then who waits says for what
+# Read at each end of a large file. The end of a .pth file, a zip archive, has checksums of it all.
+END_BYTES = 1 << 18
+MAX_DIFFERENCES_SHOWN = 3
+VISIBILITY_SECONDS = 90  # an NFS client may cache a folder for 60 s (acdirmax)
+SILENT_SECONDS = 5  # a rank that waits longer logs for what it waits
 
 
 def require_same_code(world: World, settings: Mapping[str, Any]) -> None:
-    """Raises UserError, on every rank, naming the hosts whose code, libraries or settings are not rank 0's."""
-    here = Path(__file__).resolve().parents[1]
-    code = {f"vico/{path.relative_to(here)}": _digest(path) for path in sorted(here.rglob("*.py"))}
-    code |= {name: _version(name) for name in ("torch", "deepspeed", "numpy", "safetensors")} | {
-        "Python": platform.python_version()
-    }
+    """Compare code, library versions and settings over the ranks. A collective of all ranks.
+
+    Raises UserError, the same on every rank, naming the hosts that differ from rank 0's.
+    """
+    code = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        code[f"vico/{path.relative_to(PACKAGE)}"] = digest_files([path], SHORT_LENGTH)
+    libraries = [*LIBRARIES]
     if "quantize" in settings:
-        code["bitsandbytes"] = _version("bitsandbytes")  # another one may pack otherwise
-    _require_same(world, "code", code, "bring all hosts to the same checkout and environment")
-    _require_same(
-        world,
-        "settings",
-        {f"--{k}": json.dumps(v, default=str) for k, v in settings.items()},
-        "give every rank the same flags",
-    )
+        libraries.append("bitsandbytes")  # another version may quantize differently
+    versions = {name: _installed_version(name) for name in libraries}
+    versions["Python"] = platform.python_version()
+    remedy = "bring all hosts to the same checkout and environment"
+    _require_same(world, "code", {**code, **versions}, remedy)
+    flags = {f"--{key}": json.dumps(value, default=str) for key, value in settings.items()}
+    _require_same(world, "settings", flags, "give every rank the same flags")
 
 
-def _version(name: str) -> str:
+def _installed_version(library: str) -> str:
     try:
-        return version(name)
+        return version(library)
     except PackageNotFoundError:
         return "none"
 
 
 def require_same_files(world: World, config: RunConfig) -> None:
-    """Raises UserError, on every rank, naming the hosts whose input files, or whose output folder, are not rank 0's."""
-    _wait_until_seen(world, config)
-    files = {f"{path.parent.name}/{path.name}": _fingerprint(path) for path in _inputs(config)}
-    _require_same(world, "files", files, "copy them anew, or name a folder that all hosts share")
-    out = config.output_dir
-    stands = {str(out): next((folder.name for folder in step_folders(out)), "no checkpoint")}
-    if os.path.exists(out / "args.json"):
-        stands[str(out / "args.json")] = _fingerprint(out / "args.json")
-    _require_same(
-        world, "checkpoints", stands, "--output_dir must be a folder that all hosts share"
-    )
+    """Compare the input files and the output folder over the ranks. A collective of all ranks.
+
+    Raises UserError, the same on every rank, naming the hosts that differ from rank 0's.
+    """
+    _wait_until_visible(world, config)
+    inputs = {
+        f"{path.parent.name}/{path.name}": _fingerprint(path) for path in _input_files(config)
+    }
+    _require_same(world, "files", inputs, "copy them again, or use a folder that all hosts share")
+    remedy = "--output_dir must be a folder that all hosts share"
+    _require_same(world, "checkpoints", _output_state(config.output_dir), remedy)
 
 
-def _wait_until_seen(world: World, config: RunConfig) -> None:
-    """Until every rank sees what any of them sees, or the time is over: a network file system shows a host late what another one
-    has renamed, and a run that goes on meets what it saved a moment ago. As many exchanges on every rank."""
-    for second in range(SECONDS_UNTIL_SEEN + 1 if world.size > 1 else 0):
-        seen_RN = world.gather(torch.tensor(_seen(config)))
-        late_R = (seen_RN < seen_RN.amax(dim=0)).any(dim=1)
-        if not late_R.any():
+def _output_state(output_dir: Path) -> dict[str, str]:
+    folders = step_folders(output_dir)
+    state = {str(output_dir): folders[0].name if folders else "no checkpoint"}
+    args = output_dir / "args.json"
+    if os.path.exists(args):
+        state[str(args)] = _fingerprint(args)
+    return state
+
+
+def _wait_until_visible(world: World, config: RunConfig) -> None:
+    """Wait until every rank sees the output files that any rank sees, or the time is over.
+
+    A network file system shows a rename to other hosts late, and a run that is restarted at once
+    reads what it saved a moment ago. Every rank takes part in the same number of exchanges.
+    """
+    if world.size == 1:
+        return
+    for second in range(VISIBILITY_SECONDS + 1):
+        visible_RN = world.gather(torch.tensor(_visible_outputs(config)))
+        is_late_R = (visible_RN < visible_RN.amax(dim=0)).any(dim=1)
+        if not is_late_R.any():
             return
-        what = " or ".join(_names(config, seen_RN))
-        if second == SECONDS_OF_SILENCE and world.rank == int(late_R.nonzero()[0]):
-            waits = f"{host_name()} (rank {world.rank}; {int(late_R.sum())} of {world.size} ranks) does not see {what} yet, which another host sees"
-            patience = f"waiting up to {SECONDS_UNTIL_SEEN} s, as a network file system may be late"
-            print(f"vico: {waits}; {patience}", file=sys.stderr, flush=True)
-        world.set_phase(f"waiting until all ranks see {what}")
-        time.sleep(min(1, SECONDS_UNTIL_SEEN - second))
+        names = " or ".join(_late_outputs(config, visible_RN))
+        first_late_rank = int(is_late_R.nonzero()[0])
+        if second == SILENT_SECONDS and world.rank == first_late_rank:
+            late = f"{host_name()} ({int(is_late_R.sum())} of {world.size} ranks)"
+            log.warning(
+                f"{late} does not see {names} yet, which another host sees; waiting up to "
+                f"{VISIBILITY_SECONDS} s, as a network file system may lag"
+            )
+        world.set_phase(f"waiting until all ranks see {names}")
+        time.sleep(min(1, VISIBILITY_SECONDS - second))
 
 
-def _seen(config: RunConfig) -> list[int]:
-    """What this rank sees of that which runs write and go on from: a step, and whether files are there."""
-    newest = next(map(step_of, step_folders(config.output_dir)), -1)
+def _visible_outputs(config: RunConfig) -> list[int]:
+    """What this rank sees of the files that a run resumes from.
+
+    The newest step (-1: none), whether args.json exists, and whether --resume's path exists.
+    """
+    steps = [step_of(folder) for folder in step_folders(config.output_dir)]
     return [
-        newest,
+        steps[0] if steps else -1,
         os.path.exists(config.output_dir / "args.json"),
         config.resume is not None and os.path.exists(config.resume),
     ]
 
 
-def _names(config: RunConfig, seen_RN: torch.Tensor) -> list[str]:
-    """The things of `_seen` that not all ranks see alike."""
-    most = seen_RN.amax(dim=0)
-    names = [
-        str(config.output_dir / f"checkpoint-{int(most[0])}"),
-        str(config.output_dir / "args.json"),
-        str(config.resume),
+def _late_outputs(config: RunConfig, visible_RN: torch.Tensor) -> list[str]:
+    """The paths behind `_visible_outputs` that only some ranks see."""
+    newest_N = visible_RN.amax(dim=0)
+    paths = [
+        config.output_dir / f"checkpoint-{int(newest_N[0])}",
+        config.output_dir / "args.json",
+        config.resume,
     ]
-    return [
-        name
-        for name, differs in zip(names, (seen_RN != most).any(dim=0).tolist(), strict=True)
-        if differs
-    ]
+    is_late_N = (visible_RN != newest_N).any(dim=0)
+    return [str(path) for path, is_late in zip(paths, is_late_N.tolist(), strict=True) if is_late]
 
 
-def _inputs(config: RunConfig) -> list[Path]:
-    folders = (config.dataset_folder, config.llama_model_path / config.model)
-    found = [
-        path
-        for folder in folders
-        if folder.is_dir()
-        for path in sorted(folder.iterdir())
-        if path.is_file()
-    ]
-    inputs = [
-        path
-        for path in found
-        if path.suffix in DATA_SUFFIXES or path.parent != config.dataset_folder
-    ]
-    named = [config.llama_model_path / "tokenizer.model", config.captions, config.resume]
+def _input_files(config: RunConfig) -> list[Path]:
+    """The files that training reads, as far as they exist."""
+    files: list[Path | None] = []
+    for folder in (config.dataset_folder, config.llama_model_path / config.model):
+        if not folder.is_dir():
+            continue
+        for path in sorted(folder.iterdir()):
+            is_data = path.suffix in DATA_SUFFIXES or path.parent != config.dataset_folder
+            if path.is_file() and is_data:
+                files.append(path)
+    files += [config.llama_model_path / "tokenizer.model", config.captions, config.resume]
     if is_path(config.deepspeed):
-        named.append(Path(config.deepspeed))
-    return [*inputs, *(path for path in named if path is not None)]
+        files.append(Path(config.deepspeed))
+    return [path for path in files if path is not None]
 
 
 def _fingerprint(path: Path) -> str:
-    """Size and a digest of both ends; what cannot be read is as good as any other difference."""
+    """Size and digest of both ends; for an unreadable file, why it cannot be read."""
     try:
         if path.is_dir():
             return "a folder"
         require_file(path)
         size = path.stat().st_size
         with path.open("rb") as file:
-            digest = hashlib.sha256(file.read(END_BYTES))
+            ends = [file.read(END_BYTES)]
             if size > END_BYTES:
                 file.seek(max(END_BYTES, size - END_BYTES))
-                digest.update(file.read(END_BYTES))
-    except OSError as problem:
-        return str(problem.strerror)
-    return f"{size} bytes, {digest.hexdigest()[:8]}"
+                ends.append(file.read(END_BYTES))
+    except OSError as error:
+        return str(error.strerror)
+    return f"{size} bytes, {digest_chunks(ends, SHORT_LENGTH)}"
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-
-
-def _require_same(world: World, what: str, mine: dict[str, str], remedy: str) -> None:
-    """A short digest travels from every rank; the whole only when two differ."""
+def _require_same(world: World, subject: str, own: dict[str, str], remedy: str) -> None:
+    """Raises UserError where `own` is not the same on all ranks, on every rank."""
     if world.size == 1:
         return
-    digest = int.from_bytes(
-        hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).digest()[:7], "big"
-    )
+    # 56 bits fit an int64. Only the digests are exchanged unless two of them differ.
+    digest = int(digest_json(own, length=14), 16)
     if world.max(digest) == -world.max(-digest):
         return
-    words: list[tuple[str, dict[str, str]] | None] = [None] * world.size
-    torch_dist.all_gather_object(words, (host_name(), mine), group=world.host_group)
-    told = [word for word in words if word is not None]
-    (first_host, first), others = (
-        told[0],
-        [(rank, *word) for rank, word in enumerate(told) if word[1] != told[0][1]],
-    )
-    rank, _, theirs = others[0]
-    names = [name for name in {**first, **theirs} if first.get(name) != theirs.get(name)]
-    shown = [
-        f"{name}: {first.get(name, 'none')} -> {theirs.get(name, 'none')}"
-        for name in names[:NUM_SHOWN]
-    ]
+    reports: list[tuple[str, dict[str, str]]] = world.gather_objects((host_name(), own))
+    host_of_rank_0, values_of_rank_0 = reports[0]
+    differing = [rank for rank, (_, values) in enumerate(reports) if values != values_of_rank_0]
+    hosts = dict.fromkeys(reports[rank][0] for rank in differing)
+    _, values = reports[differing[0]]
     raise UserError(
-        f"the ranks have different {what}: {', '.join(dict.fromkeys(word[1] for word in others))} ({len(others)} rank(s), the first is {rank}) "
-        f"against rank 0 on {first_host}: {'; '.join(shown)}{'; ...' if len(names) > NUM_SHOWN else ''}; {remedy}"
+        f"the ranks have different {subject}: {', '.join(hosts)} ({len(differing)} rank(s), "
+        f"the first is {differing[0]}) against rank 0 on {host_of_rank_0}: "
+        f"{_describe_differences(values_of_rank_0, values)}; {remedy}"
     )
+
+
+def _describe_differences(first: Mapping[str, str], second: Mapping[str, str]) -> str:
+    """For example "--seed: 0 -> 1; --lr: none -> 0.1"."""
+    names = [name for name in {**first, **second} if first.get(name) != second.get(name)]
+    shown = [
+        f"{name}: {first.get(name, 'none')} -> {second.get(name, 'none')}"
+        for name in names[:MAX_DIFFERENCES_SHOWN]
+    ]
+    if len(names) > MAX_DIFFERENCES_SHOWN:
+        shown.append("...")
+    return "; ".join(shown)
