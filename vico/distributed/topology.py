@@ -134,9 +134,9 @@ def _check_gpus(host: str, ranks: Sequence[Member], expected: int | None) -> Non
     is_explicit = expected is not None or all(member.is_selection_explicit for member in ranks)
     if num_idle > 0 and not is_explicit:
         raise UserError(
-            f"{host}: {num_idle} GPU(s) would idle, as the only ranks there are "
-            f"{_name_ranks(ranks)}; start one rank per GPU with 'bash launch/train.sh', or confirm "
-            f"with CUDA_VISIBLE_DEVICES or --expect_world_size {len(ranks)}"
+            f"{host}: {num_idle} GPU(s) are idle, this host runs only {_name_ranks(ranks)}; "
+            "start one rank per GPU with 'bash launch/train.sh', or confirm with "
+            f"CUDA_VISIBLE_DEVICES or --expect_world_size {len(ranks)}"
         )
 
 

@@ -1,0 +1,164 @@
+"""The rank variables: from srun and mpirun, and checked against each other."""
+
+import pytest
+
+from support.toy_dataset import refusal
+from vico.distributed import launcher_env
+
+# The batch script of a job of two nodes.
+BATCH = {
+    "SLURM_JOB_ID": "712",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_JOB_NUM_NODES": "2",
+}
+# Task 3 of 4 of an srun step of that job.
+STEP = {
+    **BATCH,
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+}
+SALLOC_SHELL = {"SLURM_JOB_ID": "5", "SLURM_NNODES": "2", "SLURM_JOB_NUM_NODES": "2"}
+SHELL_ON_A_NODE = {**STEP, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}
+SRUN_PTY = {**STEP, "SLURM_PTY_PORT": "40000"}
+SINGLE_TASK = {**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}
+RANK = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "4",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29400",
+}
+
+
+def added_variables(environment: dict[str, str]) -> dict[str, str]:
+    """What set_rank_variables adds to this environment."""
+    changed = dict(environment)
+    launcher_env.set_rank_variables(changed)
+    return {name: value for name, value in changed.items() if name not in environment}
+
+
+def test_srun_task_is_a_rank() -> None:
+    added = added_variables(STEP)
+    port = added.pop("MASTER_PORT")
+    assert added == {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "gpu07",
+    }
+    assert 20000 <= int(port) < 30000
+    assert port != added_variables({**STEP, "SLURM_JOB_ID": "713"})["MASTER_PORT"]
+    assert "MASTER_ADDR" not in added_variables({**STEP, "MASTER_ADDR": "other"})
+    uneven = {**STEP, "SLURM_NODEID": "2", "SLURM_STEP_TASKS_PER_NODE": "2(x2),1"}
+    assert added_variables(uneven)["LOCAL_WORLD_SIZE"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("a", "a"),
+        ("a,b[1-2]", "a"),
+        ("b[1-2],a", "b1"),
+        ("r1n[003,007-9]-ib", "r1n003-ib"),
+        ("", ""),
+    ],
+)
+def test_first_host_of_a_node_list(nodes: str, first: str) -> None:
+    assert added_variables({**STEP, "SLURM_STEP_NODELIST": nodes})["MASTER_ADDR"] == first
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        SALLOC_SHELL,
+        SHELL_ON_A_NODE,
+        SRUN_PTY,
+        SINGLE_TASK,
+        BATCH,
+        {**STEP, "RANK": "0"},  # torchrun in a task
+    ],
+)
+def test_environment_without_new_rank(environment: dict[str, str]) -> None:
+    assert added_variables(environment) == {}
+
+
+def test_mpirun_process_is_a_rank() -> None:
+    mpi = {
+        "OMPI_COMM_WORLD_RANK": "1",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "1",
+    }
+    added = added_variables(mpi)
+    assert added == {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+    }
+    message = refusal(launcher_env.check_world_size, None, {**mpi, **added})
+    assert "MASTER_ADDR and MASTER_PORT must be set" in message
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        (RANK, None),
+        (RANK, 4),
+        ({**STEP, **RANK}, None),
+        ({**STEP, **RANK, "WORLD_SIZE": "16", "TORCHELASTIC_RUN_ID": "x"}, None),
+        (SALLOC_SHELL, None),
+        # A search over seeds: the user confirms that the tasks train separately.
+        ({**STEP, "RANK": "0", "WORLD_SIZE": "1"}, 1),
+        ({**BATCH, "SLURM_JOB_NUM_NODES": "1"}, None),
+    ],
+)
+def test_consistent_environment(environment: dict[str, str], expected: int | None) -> None:
+    launcher_env.check_world_size(expected, environment)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected", "message"),
+    [
+        (RANK, 8, "--expect_world_size 8: the launcher started 4 rank(s)"),
+        ({}, 2, "--expect_world_size 2: the launcher started 1 rank(s)"),
+        (
+            {**STEP, **RANK, "WORLD_SIZE": "1"},
+            None,
+            "srun started 4 tasks and the world size is 1, so the tasks would train separately",
+        ),
+        (
+            {**STEP, **RANK, "WORLD_SIZE": "8"},
+            None,
+            "WORLD_SIZE=8: srun started 4 task(s), so the other ranks would never join",
+        ),
+        (
+            BATCH,
+            None,
+            "SLURM allocated 2 nodes and the world size is 1, so nodes would idle or train",
+        ),
+        ({**RANK, "RANK": "4"}, None, "RANK=4: must be below WORLD_SIZE=4"),
+        ({**RANK, "WORLD_SIZE": "two"}, None, "WORLD_SIZE=two: must be a whole number"),
+        ({**RANK, "MASTER_PORT": ""}, None, "MASTER_ADDR and MASTER_PORT must be set: rank 0's"),
+        (
+            {**RANK, "MASTER_ADDR": "no-such-host.invalid"},
+            None,
+            "MASTER_ADDR=no-such-host.invalid: ",
+        ),
+    ],
+)
+def test_contradictory_environment(
+    environment: dict[str, str], expected: int | None, message: str
+) -> None:
+    assert refusal(launcher_env.check_world_size, expected, environment).startswith(message)

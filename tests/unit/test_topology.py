@@ -1,0 +1,104 @@
+"""The hosts and devices of a run: how they are described, and which are refused."""
+
+from dataclasses import replace
+
+import pytest
+
+from support.toy_dataset import refusal
+from vico.distributed.launcher_env import SlurmAllocation
+from vico.distributed.topology import Member, check_topology, describe
+
+NO_SLURM = SlurmAllocation()
+
+
+def members_on(*ranks: int, gpus: int = 0, explicit: bool = False) -> list[Member]:
+    """Hosts n0, n1, ... with this many ranks each, on their own GPUs where a host has `gpus`."""
+    members: list[Member] = []
+    for node, count in enumerate(ranks):
+        for local_rank in range(count):
+            member = Member(
+                rank=len(members),
+                host=f"n{node}",
+                device="H200" if gpus else "cpu",
+                gpu_uuid=f"GPU-{node}-{local_rank}" if gpus else None,
+                num_visible_gpus=gpus,
+                is_selection_explicit=explicit or not gpus,
+                local_size=count,
+            )
+            members.append(member)
+    return members
+
+
+def test_description() -> None:
+    assert describe(members_on(1)) == "1 rank, n0: rank 0 on cpu"
+    two_hosts = describe(members_on(3, 2, gpus=4))
+    assert two_hosts == "5 ranks on 2 hosts\n  n0: ranks 0-2 on H200\n  n1: ranks 3-4 on H200"
+    cyclic = [replace(member, host=f"n{member.rank % 2}") for member in members_on(4)]
+    assert describe(cyclic).endswith("\n  n0: ranks 0,2 on cpu\n  n1: ranks 1,3 on cpu")
+
+
+@pytest.mark.parametrize("member", members_on(1, 1, gpus=2))
+def test_member_survives_the_exchange(member: Member) -> None:
+    assert Member.from_text(member.to_text()) == member
+
+
+ONE_GPU_PER_TASK = [replace(member, num_visible_gpus=1) for member in members_on(4, gpus=4)]
+
+
+@pytest.mark.parametrize(
+    ("members", "allocation", "expected"),
+    [
+        (members_on(1), NO_SLURM, None),
+        (members_on(2, 2), SlurmAllocation(nodes=2, tasks=4), None),
+        (members_on(8, 8, gpus=8), SlurmAllocation(nodes=2, tasks=2), None),
+        (members_on(1, gpus=8, explicit=True), NO_SLURM, None),
+        (members_on(1, gpus=8), NO_SLURM, 1),
+        (members_on(2), SlurmAllocation(nodes=2), 2),
+        (ONE_GPU_PER_TASK, SlurmAllocation(nodes=1, tasks=4), None),
+    ],
+)
+def test_matching_topology(
+    members: list[Member], allocation: SlurmAllocation, expected: int | None
+) -> None:
+    check_topology(members, allocation, expected)
+
+
+SHARED_GPU = [replace(member, gpu_uuid="GPU-x") for member in members_on(2, gpus=2)]
+MISSING_RANKS = [replace(member, local_size=8) for member in members_on(2)]
+
+
+@pytest.mark.parametrize(
+    ("members", "allocation", "message"),
+    [
+        (
+            members_on(2),
+            SlurmAllocation(nodes=2),
+            "SLURM started 2 node(s) and the ranks are on 1 (n0), so nodes idle or train",
+        ),
+        (
+            members_on(1, 1),
+            SlurmAllocation(nodes=1),
+            "SLURM started 1 node(s) and the ranks are on 2 (n0, n1)",
+        ),
+        (
+            members_on(1, gpus=8),
+            NO_SLURM,
+            "n0: 7 GPU(s) are idle, this host runs only rank 0;",
+        ),
+        (
+            members_on(8, 2, gpus=8),
+            NO_SLURM,
+            "n1: 6 GPU(s) are idle, this host runs only ranks 8-9;",
+        ),
+        (SHARED_GPU, NO_SLURM, "n0: ranks 0-1 share a GPU"),
+        (
+            MISSING_RANKS,
+            NO_SLURM,
+            "n0: the launcher started 8 ranks on this host and 2 joined (ranks 0-1)",
+        ),
+    ],
+)
+def test_other_topology_is_refused(
+    members: list[Member], allocation: SlurmAllocation, message: str
+) -> None:
+    assert refusal(check_topology, members, allocation, None).startswith(message)
