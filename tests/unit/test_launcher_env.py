@@ -2,7 +2,7 @@
 
 import pytest
 
-from support.toy_dataset import refusal
+from support.errors import refusal
 from vico.distributed import launcher_env
 
 # The batch script of a job of two nodes.

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from support.toy_dataset import refusal
+from support.errors import refusal
 from vico.distributed.launcher_env import SlurmAllocation
 from vico.distributed.topology import Member, check_topology, describe
 
