@@ -34,7 +34,7 @@ from benchmarks.measure.peak_rates import peak_of
 from benchmarks.measure.time_split import time_split
 from benchmarks.measure.workload import ScoringWork, SyntheticWorkload, TrainingWork
 from benchmarks.report.record import new_record, settings, write
-from vico.data.batching import EVALUATION_TOKENS
+from vico.data.evaluation_batches import EVALUATION_TOKENS
 from vico.errors import UserError
 from vico.model import config, cuda_graphs
 from vico.model.attention.varlen import choose

@@ -31,7 +31,8 @@ from benchmarks.measure.clocks import (
 )
 from benchmarks.measure.peak_rates import peak_of
 from benchmarks.measure.workload import SyntheticWorkload
-from vico.data.batching import Step, greedy_balance
+from vico.data.batching import Step
+from vico.data.bin_packing import greedy_balance
 from vico.data.dataloader import loader
 from vico.data.packing import Example, pack
 from vico.distributed import world as dist

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from support.processes import ROOT
 from support.toy_dataset import ToyData
 from vico.cli.flags import parse
-from vico.data.batching import TrainingSteps, best_fill, greedy_balance
+from vico.data.batching import TrainingSteps
+from vico.data.bin_packing import best_fill, greedy_balance
 from vico.distributed import world as dist
 from vico.errors import TrainingError, UserError
 from vico.model.vico import initial_trainables

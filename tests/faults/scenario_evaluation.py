@@ -30,8 +30,8 @@ from faults.result import Result, Scale
 from support.run_fixture import CHECKPOINT, VAL, RunFixture, make_run_fixture
 from support.warm_process import WarmProcess
 from vico.cli.flags import parse
-from vico.data import batching
-from vico.data.batching import question_characters
+from vico.data import evaluation_batches
+from vico.data.evaluation_batches import guess_tokens
 from vico.data.readers.nextqa import GROUPS
 from vico.data.types import Question
 from vico.distributed.world import World
@@ -160,17 +160,15 @@ def emulate(fixture: RunFixture, cases: Sequence[tuple[int, int, int]]) -> list[
     """The faults of these (number of questions, questions per batch, ranks)."""
     config, inputs = open_home(fixture)
     questions, faults = make_questions(), []
-    size = (
-        32 + question_characters(questions[0]) // 4
-    )  # by which chunks are cut: all questions are equally long
-    was = batching.EVALUATION_TOKENS
+    size = guess_tokens(questions[0])  # of each question: all are equally long
+    was = evaluation_batches.EVALUATION_TOKENS
     try:
         for n, batch, ranks in cases:
-            batching.EVALUATION_TOKENS = batch * size
+            evaluation_batches.EVALUATION_TOKENS = batch * size
             if fault := try_case(config, inputs, questions[:n], ranks):
                 faults.append(f"{n} questions, {batch} per batch, {ranks} ranks: {fault}")
     finally:
-        batching.EVALUATION_TOKENS = was
+        evaluation_batches.EVALUATION_TOKENS = was
     return faults
 
 

@@ -44,7 +44,8 @@ from support.run_fixture import (
 from support.warm_process import WarmProcess
 from vico.cli.convert import convert
 from vico.cli.flags import parse
-from vico.data.batching import EvaluationChunks, TrainingSteps
+from vico.data.batching import TrainingSteps
+from vico.data.evaluation_batches import EvaluationChunks
 from vico.distributed.world import World
 from vico.model.batch import PackedBatch
 from vico.train.build import Inputs, read_inputs

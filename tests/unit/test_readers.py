@@ -548,7 +548,7 @@ def test_a_line_is_kept_exactly_when_it_ends_in_the_clip(
         start <= first and end <= last and first <= end
     )
     assert (
-        (tvqa.dialogue([(start, end, "x")], (first, last)) == " x")
+        (tvqa.dialogue([tvqa.Subtitle(start, end, "x")], (first, last)) == " x")
         == published
         == (first <= end <= last)
     )

@@ -162,7 +162,7 @@ class Check:
         notes = {
             "hold a frame that is all zeros, of an extraction that failed": scan.with_zeros,
             f"are no floating-point tensor [frames >= 1, {WIDTH}], and no question uses them": [
-                v for v in scan.odd if v not in used
+                v for v in scan.malformed if v not in used
             ],
             "hold NaN or infinite values, and no question uses them": [
                 v for v in scan.not_finite if v not in used
@@ -177,7 +177,7 @@ class Check:
             self._try(features.refuse_not_finite, asked, scan.not_finite)
         if not scan.not_finite:
             self._cache.put(
-                cache_key("scanned", mark), {"odd": scan.odd, "with_zeros": scan.with_zeros}
+                cache_key("scanned", mark), {"odd": scan.malformed, "with_zeros": scan.with_zeros}
             )
 
     def _look_at_split(self, split: str, dropped: list[Question]) -> None:
@@ -303,7 +303,7 @@ def splits_of(config: RunConfig) -> list[str]:
     there = [
         split
         for split in ("train", "val", "test")
-        if os.path.exists(DATASETS[config.dataset].file_of(config.dataset_folder, split))
+        if os.path.exists(DATASETS[config.dataset].annotation_file(config.dataset_folder, split))
     ]
     return list(
         dict.fromkeys(["train", "val", *([config.split] if config.init_eval else []), *there])

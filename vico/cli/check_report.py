@@ -7,7 +7,7 @@ from vico.data.prompts import Prompts
 from vico.data.tokenizer import Tokenizer
 from vico.data.types import VIDEO_SLOT, Question, TokenSequence
 from vico.errors import UserError
-from vico.train.config import DATASET_NAMES, RunConfig
+from vico.train.config import RunConfig
 
 ROWS = 2  # of each task
 TAIL, HEAD = 24, 24  # tokens shown before the first target, and of the targets
@@ -60,10 +60,10 @@ def shared_with_other_sets(
         split: ({q.video for q in asked}, {_identity(q) for q in asked})
         for split, asked in questions.items()
     }
-    for name in DATASET_NAMES:
+    for name in DATASETS:
         folder = config.data_path / name
         for split in ("train", "val", "test"):
-            path = DATASETS[name].file_of(folder, split)
+            path = DATASETS[name].annotation_file(folder, split)
             if name == config.dataset or not path.is_file():
                 continue
             try:

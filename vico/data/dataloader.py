@@ -1,8 +1,9 @@
 """Data workers: processes that prepare the batches of training and evaluation ahead.
 
-They are forked from a server that has no threads, and not from the rank: a fork copies every lock as it is, and one that a thread
-of gloo, of autograd or of TensorBoard holds at that moment is held for ever in the child. Python 3.11 itself then hangs inside
-os.fork, and the run with it: seen once in some hundreds of forks.
+They are forked from a server without threads, never from the rank. A fork copies every lock in its
+present state: one that a thread of gloo, autograd or TensorBoard holds at that moment stays locked
+in the child for ever. Python 3.11 itself then hangs inside os.fork, and so does the run (seen once
+in some hundred forks).
 """
 
 import copyreg
@@ -22,69 +23,76 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vico.data.batching import Chunk, EvaluationChunks, Step, TrainingSteps
+from vico.data.batching import Step, TrainingSteps
+from vico.data.evaluation_batches import Chunk, EvaluationChunks
 from vico.distributed import signals
 
-AHEAD = 4  # batches that each worker prepares before they are asked for
+PREFETCHED_BATCHES = 4  # per worker
 SHARED_MEMORY = "/dev/shm"
-QUIET = "ignore:resource_tracker"  # when a rank was killed, Python's helper removes its semaphores, which is right, and says so
+PRELOADED = [
+    "torch",
+    "vico.data.batching",
+    "vico.data.evaluation_batches",
+    "vico.data.forkserver_preload",
+]
+# Python's resource tracker removes the semaphores of a killed rank. It need not warn of that.
+NO_TRACKER_WARNING = "ignore:resource_tracker"
 
 
 def start_forkserver() -> None:
-    """Idempotent. It imports torch, which takes seconds: called early, this costs nobody time.
+    """Start the server that workers are forked from. Idempotent.
 
-    The signals by which a run is asked to stop must not end it, nor Python's own helper: they stay blocked in both.
+    It imports torch, which takes seconds: called early, it does so while the rank does something
+    else. The signals that ask a run to stop must end neither the server nor Python's resource
+    tracker, so they stay blocked in both.
     """
-    multiprocessing.set_forkserver_preload(
-        ["torch", "vico.data.batching", "vico.data.forkserver_preload"]
-    )
-    if QUIET not in os.environ.get("PYTHONWARNINGS", ""):
-        os.environ["PYTHONWARNINGS"] = ",".join(
-            filter(None, [os.environ.get("PYTHONWARNINGS"), QUIET])
-        )
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    warnings = os.environ.get("PYTHONWARNINGS", "")
+    if NO_TRACKER_WARNING not in warnings:
+        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [warnings, NO_TRACKER_WARNING]))
+    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)
     try:
-        resource_tracker.ensure_running()  # which lets two of them through when it starts
+        resource_tracker.ensure_running()  # unblocks two of the signals when it starts
         signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)
         forkserver.ensure_running()
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
 
 
 def loader(
     dataset: TrainingSteps | EvaluationChunks, items: Any, num_workers: int, pin: bool
 ) -> DataLoader[Any]:
-    """The dataset's `items` in this order, prepared ahead by `num_workers` processes."""
+    """The dataset's `items` in this order, prepared by `num_workers` processes (0: by the rank)."""
     if num_workers:
         start_forkserver()
-        _require_room_for_locks(
-            12 + 3 * num_workers
-        )  # at least as many as DataLoader makes (torch 2.13)
+        # At least as many as DataLoader makes (torch 2.13).
+        _require_room_for_locks(12 + 3 * num_workers)
     return DataLoader(
         dataset,
         sampler=items,
         batch_size=None,
         num_workers=num_workers,
         pin_memory=pin,
-        prefetch_factor=AHEAD if num_workers else None,
-        worker_init_fn=_begin,
+        prefetch_factor=PREFETCHED_BATCHES if num_workers else None,
+        worker_init_fn=_init_worker,
         multiprocessing_context="forkserver" if num_workers else None,
     )
 
 
-def _require_room_for_locks(number: int) -> None:
-    """Raises OSError where /dev/shm has no page for each: DataLoader would fail half-way, and then complain of itself as well."""
+def _require_room_for_locks(num_locks: int) -> None:
+    """Raise OSError if /dev/shm has no page for each lock: DataLoader would fail half-way."""
     context = multiprocessing.get_context("forkserver")
     try:
-        _ = [context.Lock() for _ in range(number)]
+        _ = [context.Lock() for _ in range(num_locks)]
     except OSError as problem:
         raise OSError(problem.errno, problem.strerror, SHARED_MEMORY) from None
 
 
 class _Pickler(pickle.Pickler):
-    """Tensors as arrays, since their own way through pickle is torch.save; in the rank copied to where torch would have them.
+    """Sends tensors as arrays, because their own pickling is torch.save.
 
-    A library of matrix products may sum in another order where numbers lie elsewhere, and a run must not depend on its workers.
+    The rank copies them to memory that torch allocates. A matrix product may sum in another order
+    if its operands are aligned differently, and a run must not depend on its workers.
     """
 
     dispatch_table = copyreg.dispatch_table | {
@@ -92,30 +100,35 @@ class _Pickler(pickle.Pickler):
     }
 
 
-def _in_one_piece(item: Any) -> tuple[Callable[[Tensor], Any], tuple[Tensor]]:
-    """How a worker sends a step: as one piece of shared memory. torch would take one for each tensor, some twenty, and a file each.
+def _reduce_to_one_tensor(item: Any) -> tuple[Callable[[Tensor], Any], tuple[Tensor]]:
+    """How a worker sends a step: as one piece of shared memory. torch would take one per tensor.
 
-    Not through the pipe, where a worker that is killed can leave half a message, on whose other half the rank waits for ever.
+    Not through the pipe: a worker that is killed can leave half a message, and the rank would wait
+    for the other half for ever.
     """
     buffer = io.BytesIO()
     _Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(item)
-    return _restored, (torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8),)
+    return _restore, (torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8),)
 
 
-def _restored(piece: Tensor) -> Any:
+def _restore(piece: Tensor) -> Any:
     return pickle.loads(piece.numpy().data)
 
 
-def _end(problem: Exception, item: Any) -> NoReturn:
-    """Where a step cannot be sent, for want of shared memory: torch would have the rank wait for it."""
+def _exit_on_send_error(problem: Exception, item: Any) -> NoReturn:
+    """End a worker that has no shared memory to send a step: torch would have the rank wait."""
     os._exit(1)
 
 
-def _begin(worker: int) -> None:
-    """A worker ends with its server, and with its rank, on whom the server waits while it has workers; signals are the rank's affair."""
+def _init_worker(worker: int) -> None:
+    """Set up a worker: it ignores the stop signals, and ends with its server and with its rank.
+
+    The server itself waits for the rank as long as it has workers.
+    """
     for kind in (Step, Chunk):
-        ForkingPickler.register(kind, _in_one_piece)
-    Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]  # Python's own door for it
+        ForkingPickler.register(kind, _reduce_to_one_tensor)
+    # The hook that Python provides for this.
+    Queue._on_queue_feeder_error = staticmethod(_exit_on_send_error)  # type: ignore[attr-defined]
     signals.ignore_all()
     signals.die_with_parent(os.getppid())
     threading.Thread(target=_end_with_rank, daemon=True).start()
@@ -123,6 +136,6 @@ def _begin(worker: int) -> None:
 
 def _end_with_rank() -> None:
     rank = multiprocessing.parent_process()
-    assert rank is not None, "a worker has been started by somebody"
+    assert rank is not None, "a worker has a parent process"
     rank.join()
     os._exit(128 + signal.SIGKILL)

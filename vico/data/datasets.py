@@ -1,4 +1,6 @@
-"""The datasets by name. A new one is a reader file and one line here."""
+"""The datasets by name. A new one is a reader module and one entry here (README.md in this
+folder).
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -12,55 +14,84 @@ from vico.errors import UserError
 
 @dataclass(frozen=True)
 class Dataset:
-    file_of: Callable[[Path, str], Path]  # (folder, split): the annotations
-    read: Callable[..., list[Question]]  # (folder, split), and `subtitles` where there is dialogue
-    groups: (
-        Mapping[str, str] | None
-    )  # question type -> group an accuracy is reported for; None: each type is one
-    mean_of: tuple[str, ...] = ()  # groups whose accuracies are also averaged
-    has_dialogue: bool = (
-        False  # has subtitles, and instructions that speak of "the dialogue, video and question"
-    )
+    """What the program knows about a dataset. The folder is DATA_PATH/NAME."""
+
+    # (folder, split) -> path of the annotations
+    annotation_file: Callable[[Path, str], Path]
+    # (folder, split) -> questions; with dialogue, (folder, split, subtitles) -> questions
+    read: Callable[..., list[Question]]
+    # Question type -> group that an accuracy is reported for. None: each type is a group.
+    groups: Mapping[str, str] | None = None
+    # Groups whose accuracies are also averaged.
+    mean_of: tuple[str, ...] = ()
+    # Has subtitles (--sub), and instructions that mention "the dialogue, video and question".
+    has_dialogue: bool = False
+    # What `vico plan` assumes: mean tokens of a question's sequence (LLaMA tokenizer, 10 video
+    # slots), and questions of the training split. The defaults are NExT-QA's.
+    mean_question_tokens: int = 96
+    num_train_questions: int = 34132
 
 
 DATASETS = {
-    "nextqa": Dataset(nextqa.file_of, nextqa.read, nextqa.GROUPS),
-    "intentqa": Dataset(intentqa.file_of, intentqa.read, intentqa.GROUPS),
-    "star": Dataset(star.file_of, star.read, star.GROUPS, mean_of=star.MEAN_OF),
-    "tvqa": Dataset(tvqa.file_of, tvqa.read, None, has_dialogue=True),
+    "nextqa": Dataset(nextqa.annotation_file, nextqa.read, nextqa.GROUPS),
+    "star": Dataset(
+        star.annotation_file,
+        star.read,
+        star.GROUPS,
+        mean_of=star.MEAN_OF,
+        mean_question_tokens=98,
+        num_train_questions=45731,
+    ),
+    "tvqa": Dataset(
+        tvqa.annotation_file,
+        tvqa.read,
+        has_dialogue=True,
+        mean_question_tokens=121,
+        num_train_questions=122039,
+    ),
+    "intentqa": Dataset(
+        intentqa.annotation_file,
+        intentqa.read,
+        intentqa.GROUPS,
+        mean_question_tokens=98,
+        num_train_questions=12119,
+    ),
 }
+
+# Keys that a record of accuracies holds besides its groups.
+RESERVED_KEYS = frozenset(("split", "n", "n_total", "acc", "Mean", "all"))
 
 
 def read_questions(
     dataset: str, folder: Path, split: str, subtitles: bool = False
 ) -> list[Question]:
+    """The questions of a split, in file order. Raises UserError for a file with a fault."""
     entry = DATASETS[dataset]
-    if not entry.has_dialogue:
-        if subtitles:
-            raise UserError(f"--sub: {dataset} has no subtitles; leave --sub out")
-        return entry.read(folder, split)
-    return entry.read(folder, split, subtitles)
-
-
-NOT_GROUPS = frozenset(
-    ("split", "n", "n_total", "acc", "Mean", "all")
-)  # what else stands where accuracies by group do
+    if entry.has_dialogue:
+        return entry.read(folder, split, subtitles)
+    if subtitles:
+        raise UserError(f"--sub: {dataset} has no subtitles; leave --sub out")
+    return entry.read(folder, split)
 
 
 def accuracy_groups(dataset: str, types: Iterable[str]) -> dict[str, list[str]]:
-    """Group -> those of `types` it sums up, in the order they are reported; each type is in exactly one group."""
+    """Group -> those of `types` that it sums up, in the order of the report.
+
+    Each type is in exactly one group. Groups without a type are left out.
+    """
     table = DATASETS[dataset].groups
-    found: dict[str, list[str]] = {group: [] for group in table.values()} if table else {}
+    groups: dict[str, list[str]] = {group: [] for group in table.values()} if table else {}
     for name in sorted(set(types)):
-        group = (
-            (f"'{name}'" if name in NOT_GROUPS else name)
-            if table is None
-            else table.get(name, UNKNOWN)
-        )
-        found.setdefault(group, []).append(name)
-    return {group: names for group, names in found.items() if names}
+        groups.setdefault(_group_of(name, table), []).append(name)
+    return {group: names for group, names in groups.items() if names}
+
+
+def _group_of(type_name: str, table: Mapping[str, str] | None) -> str:
+    if table is not None:
+        return table.get(type_name, UNKNOWN)
+    return f"'{type_name}'" if type_name in RESERVED_KEYS else type_name
 
 
 def count_equal_options(questions: Iterable[Question]) -> int:
-    """Questions that offer one text twice: real sets have a few, which cap the accuracy and deserve a note."""
+    """Questions that offer one text twice. Real sets have a few, which cap the accuracy."""
     return sum(len(set(q.options)) < len(q.options) for q in questions)

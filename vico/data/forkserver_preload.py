@@ -1,16 +1,19 @@
-"""Imported by the server from which data workers are forked, and nowhere else: what it changes here holds in the server and in them."""
+"""Imported only by the server that data workers are forked from: it changes the server and them."""
 
 import pickle
 import sys
 from types import TracebackType
 
 
-def _unless_the_rank_has_gone(
+def _silence_lost_rank(
     kind: type[BaseException], value: BaseException, trace: TracebackType | None
 ) -> None:
-    """A rank that is killed while it starts a worker has told it nothing, or half: the worker ends, and nobody need read of it."""
+    """Hide the traceback of a worker whose rank was killed while it started the worker.
+
+    The worker received nothing, or half of what it needs, and ends. Nobody has to read about it.
+    """
     if not issubclass(kind, EOFError | pickle.UnpicklingError | ConnectionError):
         sys.__excepthook__(kind, value, trace)
 
 
-sys.excepthook = _unless_the_rank_has_gone
+sys.excepthook = _silence_lost_rank

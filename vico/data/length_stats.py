@@ -1,4 +1,4 @@
-"""How long the sequences of a split are, and how many do not fit: what is shortened is counted, never passed over in silence."""
+"""How long the sequences of a split are, and how many do not fit. What is shortened is counted."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from vico.data.prompts import Prompts
 from vico.data.types import Question
 
-BUCKET = 32
+BUCKET_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -31,29 +31,36 @@ class Lengths:
         return sum(count for length, count in self.counts.items() if length > limit)
 
     def describe(self) -> str:
-        total = sum(self.counts.values())
-        mean = sum(length * count for length, count in self.counts.items()) / total
+        """The mean, the maximum and a histogram, on one line."""
+        num_sequences = sum(self.counts.values())
+        num_tokens = sum(length * count for length, count in self.counts.items())
         buckets: Counter[int] = Counter()
         for length, count in self.counts.items():
-            buckets[-(-length // BUCKET) * BUCKET] += count
-        shown = ", ".join(
-            f"{top - BUCKET + 1}-{top}: {count}" for top, count in sorted(buckets.items())
+            bucket = -(-length // BUCKET_TOKENS)
+            buckets[bucket * BUCKET_TOKENS] += count
+        histogram = ", ".join(
+            f"{last - BUCKET_TOKENS + 1}-{last}: {count}" for last, count in sorted(buckets.items())
         )
-        return f"{mean:.0f} tokens on average, {max(self.counts)} at most ({shown})"
+        mean = num_tokens / num_sequences
+        return f"{mean:.0f} tokens on average, {max(self.counts)} at most ({histogram})"
 
 
 def of_questions(
     questions: Sequence[Question], prompts: Prompts, tasks: Sequence[str], limit: int
 ) -> Lengths:
-    """Of each question, its longest sequence. Raises UserError for one that cannot be shortened to `limit`."""
-    asked = [task for task in tasks if task != "cap"]
-    lengths = []
+    """The longest sequence of each question, over its tasks without "cap".
+
+    Raises UserError for a question that cannot be shortened to `limit` tokens.
+    """
+    question_tasks = [task for task in tasks if task != "cap"]
+    longest_sequences = []
     for question in questions:
-        lengths.append(max(prompts.length(question, task) for task in asked))
-        if lengths[-1] > limit:
-            for task in asked:
+        longest = max(prompts.length(question, task) for task in question_tasks)
+        longest_sequences.append(longest)
+        if longest > limit:
+            for task in question_tasks:
                 prompts.fit(question, task)
-    return Lengths.of(lengths)
+    return Lengths.of(longest_sequences)
 
 
 def of_captions(captions: Iterable[str], prompts: Prompts) -> Lengths:

@@ -1,7 +1,8 @@
-"""From a question or a caption to the tokens of a task, with the target span known by zero_init (METHOD section 2).
+"""From a question or a caption to the tokens and targets of a task (METHOD section 2).
 
-Spans come from sentencepiece's character offsets: a piece is a target when it ends behind the character at which the
-target text begins. No token id is ever searched for, so an option may contain "Answer:".
+The tokenizer gives the character before which each piece ends. A piece is a target when it ends
+after the character at which the target text begins. No token id is ever searched for, so an option
+may contain "Answer:".
 """
 
 from dataclasses import replace
@@ -10,33 +11,32 @@ from vico.data.tokenizer import Tokenizer
 from vico.data.types import VIDEO_SLOT, Question, TokenSequence
 from vico.errors import UserError
 
-QUESTION_TASKS = ("vqa", "vaq", "qav")
 CAPTION_CONTEXT = 3  # caption tokens that are context, not targets
-LETTER_SPREAD = 8  # "(A)" and "(E)" never differ by as many tokens: spares encoding every answer of a short question
+# "(A)" and "(E)" differ by fewer tokens. Spares encoding every answer of a short question.
+LETTER_SPREAD = 8
+CAPTION_INSTRUCTION = "Instruction: describe the what happens in the video.\n"  # as published
+ANSWER_TEXT = "Answer: The answer is "
 
 
 def question_text(question: Question) -> str:
     text = question.question.capitalize().strip()
-    return f"Question: {text if text.endswith('?') else text + '?'}\n"
+    mark = "" if text.endswith("?") else "?"
+    return f"Question: {text}{mark}\n"
 
 
 def option_text(question: Question) -> str:
-    return "Choices: \n" + "".join(
-        f"{letter(i)} {option}\n" for i, option in enumerate(question.options)
-    )
+    lines = [f"{letter(i)} {option}\n" for i, option in enumerate(question.options)]
+    return "Choices: \n" + "".join(lines)
 
 
 def letter(option: int) -> str:
     return f"({chr(ord('A') + option)})"
 
 
-ANSWER_TEXT = "Answer: The answer is "
-
-
 class Prompts:
     """Builds sequences for one tokenizer, number of video slots and pair of length limits.
 
-    `dialogue` chooses TVQA's instructions, which read "based on the dialogue, ..." with or without subtitles.
+    `dialogue` chooses TVQA's instructions: "based on the dialogue, ...", with or without subtitles.
     """
 
     def __init__(
@@ -49,132 +49,154 @@ class Prompts:
     ) -> None:
         self._tokenizer, self._slots = tokenizer, [VIDEO_SLOT] * num_slots
         self._max_seq_len, self._max_cap_len = max_seq_len, max_cap_len
-        given = "dialogue, " if dialogue else ""
-        lines = {
-            "vqa": f"Instruction: Predict the answer based on the {given}video and question.\n",
-            "cap": "Instruction: describe the what happens in the video.\n",  # the published wording
-            "vaq": f"Instruction: Predict the question based on the {given}video and answer.\n",
-        }
-        self._heads = {
-            task: [tokenizer.bos, *tokenizer.encode(line + "Video:")]
-            for task, line in lines.items()
-        }
-        self._qav_line = (
-            f"Instruction: Predict the video based on the {given}question and answer.\n"
-        )
+        self._given = "dialogue, " if dialogue else ""
+        self._heads: dict[str, list[int]] = {}
+
+    # The tasks of a question. Each method is a task: `question_sequence` lists them by name.
 
     def vqa(self, question: Question, answer: int) -> TokenSequence:
-        """The pieces of the answer's letter and EOS are the targets; the blank before the letter is its first piece's."""
+        """Targets: the pieces of the answer's letter and EOS.
+
+        The blank before the letter belongs to the letter's first piece.
+        """
+        instruction = (
+            f"Instruction: Predict the answer based on the {self._given}video and question.\n"
+        )
         prompt = question_text(question) + option_text(question) + ANSWER_TEXT
-        return self._behind_video(
-            "vqa", question.dialogue, prompt + letter(answer), len(prompt.rstrip())
+        return self._after_video(
+            "vqa",
+            instruction,
+            prompt + letter(answer),
+            target_start=len(prompt.rstrip()),
+            dialogue=question.dialogue,
         )
 
     def vaq(self, question: Question, answer: int) -> TokenSequence:
-        """What follows "Question:", and EOS, are the targets."""
-        head = option_text(question) + ANSWER_TEXT + letter(answer) + "\n"
-        return self._behind_video(
+        """Targets: what follows "Question:", and EOS."""
+        instruction = (
+            f"Instruction: Predict the question based on the {self._given}video and answer.\n"
+        )
+        prompt = option_text(question) + ANSWER_TEXT + letter(answer) + "\n"
+        return self._after_video(
             "vaq",
-            question.dialogue,
-            head + question_text(question).strip(),
-            len(head) + len("Question:"),
+            instruction,
+            prompt + question_text(question).strip(),
+            target_start=len(prompt) + len("Question:"),
+            dialogue=question.dialogue,
         )
 
     def qav(self, question: Question, answer: int) -> TokenSequence:
-        """The video slots are the targets; they stand at the end."""
-        text = (
-            question_text(question)
-            + option_text(question)
-            + ANSWER_TEXT
-            + letter(answer)
-            + "\nVideo:"
+        """Targets: the video slots, which come last."""
+        instruction = (
+            f"Instruction: Predict the video based on the {self._given}question and answer.\n"
         )
+        prompt = question_text(question) + option_text(question) + ANSWER_TEXT + letter(answer)
+        text = prompt + "\nVideo:"
         encode = self._tokenizer.encode
         if question.dialogue:
-            head = encode(self._qav_line) + self._dialogue(question.dialogue) + encode(text)
+            head = encode(instruction) + self._dialogue(question.dialogue) + encode(text)
         else:
-            head = encode(self._qav_line + text)
+            head = encode(instruction + text)
         start = 1 + len(head)
         tokens = [self._tokenizer.bos, *head, *self._slots, self._tokenizer.eos]
         return TokenSequence("qav", tuple(tokens), range(start, start + len(self._slots)), start)
 
+    def question_sequence(self, task: str, question: Question, answer: int) -> TokenSequence:
+        """The sequence of a task with this answer, of any length (see `fit`)."""
+        tasks = {"vqa": self.vqa, "vaq": self.vaq, "qav": self.qav}
+        return tasks[task](question, answer)
+
     def caption(self, text: str) -> TokenSequence:
-        """Everything from the 4th caption token on is a target; a caption that is too long is cut, and loses its EOS."""
-        whole = self._behind_video("cap", "", f"Description: {text}\n", len("Description:"))
+        """Targets: everything from the 4th caption token on.
+
+        A caption that is too long is cut and loses its EOS.
+        """
+        whole = self._whole_caption(text)
         stop = min(whole.targets.stop, self._max_cap_len)
-        first = min(
-            whole.targets.start + CAPTION_CONTEXT, whole.targets.stop
-        )  # a caption of two words has no target
+        # A caption of two words has no target.
+        first = min(whole.targets.start + CAPTION_CONTEXT, whole.targets.stop)
         if first >= stop and stop < whole.targets.stop:
             raise UserError(
-                f"--max_cap_len {self._max_cap_len}: leaves no caption token to learn; {first + 1} is the least"
+                f"--max_cap_len {self._max_cap_len}: leaves no caption token to learn; "
+                f"{first + 1} is the least"
             )
         return TokenSequence("cap", whole.tokens[:stop], range(first, stop), whole.video_start)
 
-    def fit(self, question: Question, task: str) -> Question:
-        """`question` with its dialogue, then its options, shortened until the task's sequence fits max_seq_len.
+    def caption_length(self, text: str) -> int:
+        """Tokens of a caption's sequence before it is cut."""
+        return len(self._whole_caption(text).tokens)
 
-        The question itself and the answer are never cut: what does not fit even so is a UserError. The same text
-        results whatever the answer, so that all options are scored after one prompt.
+    def fit(self, question: Question, task: str) -> Question:
+        """`question` shortened (dialogue, then options) until the task's sequence fits max_seq_len.
+
+        The same text results for every answer, so that all options are scored after one prompt. The
+        question itself and the answer are never cut: UserError if the sequence does not fit without
+        dialogue and options.
         """
         fitted, excess = question, self.length(question, task) - self._max_seq_len
         while excess > 0:
             if fitted.dialogue:
                 fitted = replace(fitted, dialogue=_without_last_words(fitted.dialogue, excess))
             elif any(fitted.options):
-                longest = max(fitted.options, key=len)
-                place = fitted.options.index(longest)
-                options = (
-                    *fitted.options[:place],
-                    _without_last_words(longest, 1),
-                    *fitted.options[place + 1 :],
-                )
-                fitted = replace(fitted, options=options)
+                fitted = _shorten_longest_option(fitted)
             else:
                 raise UserError(
-                    f"{question.place}: the question alone is {excess} tokens above --max_seq_len {self._max_seq_len}; raise it"
+                    f"{question.place}: the question alone is {excess} tokens above "
+                    f"--max_seq_len {self._max_seq_len}; raise it"
                 )
             excess = self.length(fitted, task) - self._max_seq_len
         return fitted
 
     def length(self, question: Question, task: str) -> int:
-        """Tokens of the longest of the question's sequences, over its possible answers; far below the limit, of the first."""
-        length = len(self.question_sequence(task, question, 0).tokens)
-        if length + LETTER_SPREAD <= self._max_seq_len:
-            return length
-        return max(
-            len(self.question_sequence(task, question, a).tokens)
-            for a in range(len(question.options))
+        """Tokens of the question's longest sequence over its possible answers.
+
+        Far below the limit, where only the comparison with it matters, that of the first answer.
+        """
+        first_length = len(self.question_sequence(task, question, 0).tokens)
+        if first_length + LETTER_SPREAD <= self._max_seq_len:
+            return first_length
+        answers = range(len(question.options))
+        return max(len(self.question_sequence(task, question, a).tokens) for a in answers)
+
+    def _whole_caption(self, text: str) -> TokenSequence:
+        label = "Description:"
+        return self._after_video(
+            "cap", CAPTION_INSTRUCTION, f"{label} {text}\n", target_start=len(label)
         )
 
-    def caption_length(self, text: str) -> int:
-        """Tokens of a caption's sequence, before it is cut."""
-        return len(
-            self._behind_video("cap", "", f"Description: {text}\n", len("Description:")).tokens
-        )
+    def _after_video(
+        self, task: str, instruction: str, text: str, target_start: int, dialogue: str = ""
+    ) -> TokenSequence:
+        """BOS, instruction, slots, newline, dialogue, text, EOS.
 
-    def question_sequence(self, task: str, question: Question, answer: int) -> TokenSequence:
-        build = {"vqa": self.vqa, "vaq": self.vaq, "qav": self.qav}[task]
-        return build(question, answer)
+        The targets begin with the first piece of `text` that ends after character `target_start`.
+        """
+        head = self._head(instruction)
+        before = [*head, *self._slots, self._tokenizer.newline, *self._dialogue(dialogue)]
+        ids, ends = self._tokenizer.encode_with_ends(text)
+        num_context = sum(end <= target_start for end in ends)
+        tokens = (*before, *ids, self._tokenizer.eos)
+        targets = range(len(before) + num_context, len(tokens))
+        return TokenSequence(task, tokens, targets, video_start=len(head))
+
+    def _head(self, instruction: str) -> list[int]:
+        """The tokens before the slots, encoded once per instruction."""
+        if instruction not in self._heads:
+            ids = self._tokenizer.encode(instruction + "Video:")
+            self._heads[instruction] = [self._tokenizer.bos, *ids]
+        return self._heads[instruction]
 
     def _dialogue(self, text: str) -> list[int]:
         return self._tokenizer.encode(f"Dialogue: {text}\n") if text else []
 
-    def _behind_video(
-        self, task: str, dialogue: str, text: str, target_character: int
-    ) -> TokenSequence:
-        """BOS, instruction, slots, newline, dialogue, text, EOS; targets from the piece that ends behind `target_character`."""
-        ids, ends = self._tokenizer.encode_with_ends(text)
-        video_start = len(self._heads[task])
-        head = [
-            *self._heads[task],
-            *self._slots,
-            self._tokenizer.newline,
-            *self._dialogue(dialogue),
-        ]
-        first = len(head) + sum(end <= target_character for end in ends)
-        tokens = (*head, *ids, self._tokenizer.eos)
-        return TokenSequence(task, tokens, range(first, len(tokens)), video_start)
+
+def _shorten_longest_option(question: Question) -> Question:
+    """`question` with one word less in its longest option."""
+    longest = max(question.options, key=len)
+    place = question.options.index(longest)
+    shortened = _without_last_words(longest, 1)
+    before, after = question.options[:place], question.options[place + 1 :]
+    return replace(question, options=(*before, shortened, *after))
 
 
 def _without_last_words(text: str, num_words: int) -> str:
@@ -182,10 +204,14 @@ def _without_last_words(text: str, num_words: int) -> str:
     words = text.split(" ")
     if len(words) == 1:
         return text[: len(text) // 2]
-    return " ".join(words[: max(1, len(words) - num_words)]) if num_words < len(words) else ""
+    if num_words >= len(words):
+        return ""
+    return " ".join(words[: max(1, len(words) - num_words)])
 
 
 def crop_candidates(caption: str) -> list[int]:
-    """Where a training caption may start: 0 and, for every "." but the last two, two characters behind it."""
-    dots = [i for i, character in enumerate(caption) if character == "."]
-    return [0, *(i + 2 for i in dots[:-2])]
+    """Where a training caption may start: at 0, and two characters after every "." but the last
+    two.
+    """
+    periods = [i for i, character in enumerate(caption) if character == "."]
+    return [0, *(i + 2 for i in periods[:-2])]

@@ -1,7 +1,9 @@
-"""A LLaMA's tokenizer, seen as the method needs it: ids, where each piece ends in the text, and three special ids.
+"""A LLaMA's tokenizer as the method needs it: ids, where pieces end in the text, three special
+ids.
 
-Three kinds of files, told apart by their content: sentencepiece (LLaMA-1 and 2), tiktoken's lines of base64 (LLaMA-3 as Meta
-gives it) and Hugging Face's tokenizer.json. No kind takes a special token's name in a text for the token.
+The kind of a file is recognised by its content: sentencepiece (LLaMA-1 and 2), tiktoken's lines of
+base64 (LLaMA-3 as Meta gives it) or Hugging Face's tokenizer.json. No kind takes a special token's
+name in a text for the token.
 """
 
 import base64
@@ -17,22 +19,24 @@ from vico.io.atomic import read_bytes
 from vico.io.safe_load import failed_download
 from vico.io.text import parse_json
 
-NAMES = (
-    "tokenizer.model",
-    "tokenizer.json",
-)  # where both lie, they are the same tokenizer and the first is the original
-LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
-# LLaMA-3, as Meta published it: how a text is cut before pieces are merged, and 256 special tokens behind the others.
-LLAMA_3_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# A folder that holds both has the same tokenizer twice; the first is the original.
+FILE_NAMES = ("tokenizer.model", "tokenizer.json")
+TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
+# LLaMA-3 as Meta published it: how a text is cut before pieces are merged...
+LLAMA_3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# ...and how many special tokens follow the others.
 LLAMA_3_SPECIAL = 256
 BEGIN_AND_END = (("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"))
 
 
-class Pieces(Protocol):
-    """What each kind of tokenizer gives."""
+class Backend(Protocol):
+    """What each kind of tokenizer provides."""
 
     vocab_size: int
-    bos: int  # negative where there is none
+    bos: int  # negative: there is none
     eos: int
 
     def encode(self, text: str) -> list[int]: ...
@@ -43,47 +47,36 @@ class Pieces(Protocol):
 
 
 class Tokenizer:
-    """Encodes text without BOS and EOS. Raises UserError for a file that is no tokenizer, or lacks BOS, EOS or a newline."""
+    """Encodes text without BOS and EOS.
+
+    Raises UserError for a file that is no tokenizer, or one without BOS, EOS or a newline piece.
+    """
 
     def __init__(self, path: Path) -> None:
-        try:
-            data = read_bytes(path)
-        except OSError as problem:
-            raise UserError(
-                f"{path}: {problem.strerror}; --llama_model_path must name the folder that holds tokenizer.model"
-            ) from None
-        if found := failed_download(data[:512], len(data)):
-            raise UserError(f"{path}: the tokenizer is {found}")
         self._path = path
-        self._pieces = _open(data, path)
-        self.vocab_size, self.bos, self.eos = (
-            self._pieces.vocab_size,
-            self._pieces.bos,
-            self._pieces.eos,
-        )
+        self._backend = _open_backend(_read(path), path)
+        self.vocab_size = self._backend.vocab_size
+        self.bos, self.eos = self._backend.bos, self._backend.eos
         if self.bos < 0 or self.eos < 0:
             raise UserError(
                 f"{path}: the tokenizer has no BOS or no EOS piece; a LLaMA tokenizer has both"
             )
-        self.newline = self._newline()
-
-    def _newline(self) -> int:
-        ids = self.encode("\n")
-        if not ids or self._pieces.decode(ids[-1:]) != "\n":
+        newline_ids = self.encode("\n")
+        if not newline_ids or self.decode(newline_ids[-1:]) != "\n":
             raise UserError(
-                f"{self._path}: the tokenizer has no newline piece; a LLaMA tokenizer has one"
+                f"{path}: the tokenizer has no newline piece; a LLaMA tokenizer has one"
             )
-        return ids[-1]
+        self.newline = newline_ids[-1]
 
     def encode(self, text: str) -> list[int]:
-        return self._pieces.encode(text)
+        return self._backend.encode(text)
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """(ids, ends): `ends[i]` is the character of `text` before which piece i ends."""
-        return self._pieces.encode_with_ends(text)
+        """(ids, ends): piece i ends before character `ends[i]` of `text`."""
+        return self._backend.encode_with_ends(text)
 
     def decode(self, ids: list[int]) -> str:
-        return self._pieces.decode(ids)
+        return self._backend.decode(ids)
 
     def __getstate__(self) -> Path:
         return self._path
@@ -93,14 +86,13 @@ class Tokenizer:
 
 
 def find_tokenizer(llama_folder: Path, model_folder: Path) -> Path:
-    """The tokenizer's file, in the folder of all models or in the model's own. Raises UserError where they hold different ones."""
-    found = [
-        next((f / name for name in NAMES if (f / name).exists()), None)
-        for f in (llama_folder, model_folder)
-    ]
-    shared, own = found
+    """The tokenizer's file, in the folder of all models or in the model's own.
+
+    Raises UserError if both have one and they differ.
+    """
+    shared, own = _tokenizer_in(llama_folder), _tokenizer_in(model_folder)
     if shared is None or own is None:
-        return shared or own or llama_folder / NAMES[0]
+        return shared or own or llama_folder / FILE_NAMES[0]
     try:
         same = read_bytes(shared) == read_bytes(own)
     except OSError as problem:
@@ -109,14 +101,34 @@ def find_tokenizer(llama_folder: Path, model_folder: Path) -> Path:
         ) from None
     if not same:
         raise UserError(
-            f"{own}: is another tokenizer than {shared}; remove the one that is not this model's, or keep models with different "
-            "tokenizers under different --llama_model_path"
+            f"{own}: is another tokenizer than {shared}; remove the one that is not this model's, "
+            "or keep models with different tokenizers under different --llama_model_path"
         )
     return shared
 
 
-def _open(data: bytes, path: Path) -> Pieces:
-    if LINE.match(data):
+def _tokenizer_in(folder: Path) -> Path | None:
+    for name in FILE_NAMES:
+        if (folder / name).exists():
+            return folder / name
+    return None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        data = read_bytes(path)
+    except OSError as problem:
+        raise UserError(
+            f"{path}: {problem.strerror}; "
+            "--llama_model_path must name the folder that holds tokenizer.model"
+        ) from None
+    if description := failed_download(data[:512], len(data)):
+        raise UserError(f"{path}: the tokenizer is {description}")
+    return data
+
+
+def _open_backend(data: bytes, path: Path) -> Backend:
+    if TIKTOKEN_LINE.match(data):
         return _Tiktoken(data, path)
     if data.lstrip()[:1] == b"{":
         return _HuggingFace(data, path)
@@ -127,28 +139,26 @@ class _SentencePiece:
     def __init__(self, data: bytes, path: Path) -> None:
         from sentencepiece import SentencePieceProcessor
 
+        if not data:
+            data = b"empty"  # sentencepiece accepts b"" and then holds no model
         try:
-            self._model = SentencePieceProcessor(
-                model_proto=data or b"empty"
-            )  # which would be no model without a word
-        except Exception:  # sentencepiece's own, and what damaged bytes run into
+            self._model = SentencePieceProcessor(model_proto=data)
+        except Exception:  # sentencepiece's own types, and others for damaged bytes
             raise UserError(
-                f"{path}: not a sentencepiece model; copy tokenizer.model of the LLaMA weights again"
+                f"{path}: not a sentencepiece model; "
+                "copy tokenizer.model of the LLaMA weights again"
             ) from None
-        self.vocab_size, self.bos, self.eos = (
-            self._model.vocab_size(),
-            self._model.bos_id(),
-            self._model.eos_id(),
-        )
+        self.vocab_size: int = self._model.vocab_size()
+        self.bos: int = self._model.bos_id()
+        self.eos: int = self._model.eos_id()
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._model.encode(text)
         return ids
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
-        pieces = self._model.encode(
-            text, return_type="offset_mapping"
-        )  # characters, not bytes: sentencepiece >= 0.2.3
+        # Offsets count characters, not bytes, since sentencepiece 0.2.3.
+        pieces = self._model.encode(text, return_type="offset_mapping")
         return pieces["ids"], [end for _, end in pieces["offsets"]]
 
     def decode(self, ids: list[int]) -> str:
@@ -157,14 +167,15 @@ class _SentencePiece:
 
 
 class _Tiktoken:
-    """Each line: a piece in base64, and its rank, which is its id."""
+    """LLaMA-3's file. Each line holds a piece in base64 and its rank, which is its id."""
 
     def __init__(self, data: bytes, path: Path) -> None:
         try:
             import tiktoken
         except ModuleNotFoundError:
             raise UserError(
-                f"{path}: a LLaMA-3 tokenizer, and the package tiktoken is not installed; pip install '.[llama3]'"
+                f"{path}: a LLaMA-3 tokenizer, and the package tiktoken is not installed; "
+                "pip install '.[llama3]'"
             ) from None
         ranks = _ranks(data, path)
         self.bos, self.eos = len(ranks), len(ranks) + 1
@@ -178,34 +189,36 @@ class _Tiktoken:
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
         ids = self.encode(text)
-        # A piece can end inside a character's bytes: that character counts.
-        sizes = (
-            sum(byte & 0xC0 != 0x80 for byte in self._model.decode_single_token_bytes(i))
-            for i in ids
-        )
-        return ids, list(accumulate(sizes))
+        pieces = [self._model.decode_single_token_bytes(i) for i in ids]
+        return ids, list(accumulate(_num_characters(piece) for piece in pieces))
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode([i for i in ids if i < self.bos])
 
 
+def _num_characters(piece: bytes) -> int:
+    """Characters that begin in `piece`. One counts if the piece ends inside its bytes."""
+    return sum(byte & 0xC0 != 0x80 for byte in piece)
+
+
 def _ranks(data: bytes, path: Path) -> dict[bytes, int]:
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), 1):
+        place = f"{path.name}:{number}"
         try:
             piece, rank = line.split()
             ranks[base64.b64decode(piece, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
             raise UserError(
-                f"{path.name}:{number}: not a piece in base64 and its rank; copy {path} again"
+                f"{place}: not a piece in base64 and its rank; copy {path} again"
             ) from None
         if len(ranks) != number or int(rank) != number - 1:
-            raise UserError(
-                f"{path.name}:{number}: ranks must count from 0, each piece once; copy {path} again"
-            )
-    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+            raise UserError(f"{place}: ranks must count from 0, each piece once; copy {path} again")
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
         raise UserError(
-            f"{path}: lacks {len(missing)} of the 256 single bytes, so some texts have no tokens; copy it again"
+            f"{path}: lacks {len(missing)} of the 256 single bytes, "
+            "so some texts have no tokens; copy it again"
         )
     return ranks
 
@@ -216,7 +229,8 @@ class _HuggingFace:
             import tokenizers
         except ModuleNotFoundError:
             raise UserError(
-                f"{path}: needs the package tokenizers, which is not installed; pip install '.[llama3]'"
+                f"{path}: needs the package tokenizers, which is not installed; "
+                "pip install '.[llama3]'"
             ) from None
         try:
             text = data.decode()
@@ -225,26 +239,28 @@ class _HuggingFace:
                 f"{path}: not UTF-8 (byte offset {problem.start}); copy it again"
             ) from None
         content: dict[str, Any] = parse_json(text, path, 1)
-        # BOS and EOS are put by the prompts, nothing is cut or padded, and offsets keep their blanks.
+        # The prompts add BOS and EOS. Nothing is cut or padded, and offsets keep their blanks.
         content |= {"post_processor": None, "truncation": None, "padding": None}
         try:
             self._model = tokenizers.Tokenizer.from_str(json.dumps(content))
             self._model.encode_special_tokens = True
             self._model.encode("A text.")
-        except Exception as problem:  # tokenizers raises Exception itself
-            reason = (str(problem).splitlines() or [""])[0][:160]
+        except Exception as problem:  # tokenizers raises plain Exception
+            lines = str(problem).splitlines() or [""]
             raise UserError(
-                f"{path}: not a tokenizer.json that the package tokenizers reads ({reason}); copy it again"
+                f"{path}: not a tokenizer.json that the package tokenizers reads "
+                f"({lines[0][:160]}); copy it again"
             ) from None
-        self.vocab_size = self._model.get_vocab_size()
-        self.bos, self.eos = next(
-            (
-                (b, e)
-                for b, e in (map(self._model.token_to_id, names) for names in BEGIN_AND_END)
-                if b is not None and e is not None
-            ),
-            (-1, -1),
-        )
+        self.vocab_size: int = self._model.get_vocab_size()
+        self.bos, self.eos = self._special_ids()
+
+    def _special_ids(self) -> tuple[int, int]:
+        """(BOS, EOS) by the first pair of names that the vocabulary holds; (-1, -1) without one."""
+        for begin, end in BEGIN_AND_END:
+            bos, eos = self._model.token_to_id(begin), self._model.token_to_id(end)
+            if bos is not None and eos is not None:
+                return bos, eos
+        return -1, -1
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids

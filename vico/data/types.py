@@ -1,41 +1,49 @@
-"""What the readers and prompts pass on: a question of an annotation file, and the tokens of a task."""
+"""What readers and prompts pass on: a question of an annotation file, and the tokens of a task."""
 
 from dataclasses import dataclass
+
+VIDEO_SLOT = -1  # stands in TokenSequence.tokens where a frame feature replaces the token
+
+FeatureRows = tuple[int, int]  # [first, last) row of a clip in its video's features
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
     """One multiple-choice question as its annotation file states it; texts are verbatim."""
 
-    index: int  # place among the questions of its file, 0-based
+    # Position among the questions of its file, 0-based.
+    index: int
     qid: str
     video: str
-    type: str  # what accuracies are grouped by: "CW", "Interaction", a show's name; "(unknown)" when the file says nothing
+    # What accuracies are grouped by: "CW", "Interaction", a show's name; "(unknown)" without one.
+    type: str
     question: str
     options: tuple[str, ...]
-    answer: int | None  # 0-based; None in a split that is published without answers
-    feature_rows: tuple[int, int] | None = (
-        None  # [first, last) row of the clip in the video's features; None: all of them
-    )
-    dialogue: str = (
-        ""  # subtitles inside the clip (TVQA with --sub), each line preceded by one blank
-    )
-    place: str = ""  # "val.csv:17", for messages
+    # 0-based; None in a split that is published without answers.
+    answer: int | None
+    # None: the whole video.
+    feature_rows: FeatureRows | None = None
+    # Subtitles inside the clip (TVQA with --sub); each line follows one blank.
+    dialogue: str = ""
+    # "val.csv:17", for messages.
+    place: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenSequence:
-    """One task's tokens. Position t is a target when t is in `targets`; the row before it (t - 1) predicts it."""
+    """The tokens of one task. For t in `targets`, the row of position t - 1 predicts token t."""
 
     task: str  # "vqa", "cap", "vaq" or "qav"
-    tokens: tuple[int, ...]  # piece ids; VIDEO_SLOT in the video slots
+    tokens: tuple[int, ...]  # token ids, VIDEO_SLOT in the video slots
     targets: range
     video_start: int  # position of the first slot
 
     @property
     def num_inputs(self) -> int:
-        """Positions that the model must run: what follows the row of the last target predicts nothing."""
+        """Positions that the model must run. Rows after that of the last target predict nothing."""
         return self.targets.stop - 1
 
-
-VIDEO_SLOT = -1
+    @property
+    def predicts_frames(self) -> bool:
+        """Whether the targets are the video slots (which frame is it?) instead of tokens."""
+        return self.targets.start == self.video_start

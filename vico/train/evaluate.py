@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from vico.data.batching import Chunk, EvaluationChunks
 from vico.data.dataloader import loader
 from vico.data.datasets import DATASETS, accuracy_groups
+from vico.data.evaluation_batches import Chunk, EvaluationChunks
 from vico.data.types import Question
 from vico.distributed import signals
 from vico.distributed.world import World

@@ -1,4 +1,4 @@
-"""The one long text per video that the caption task learns to write."""
+"""The caption of each video, which the caption task learns to write."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -9,26 +9,32 @@ from vico.data.types import Question
 from vico.errors import fail, show
 from vico.io.text import read_json_object
 
-NAMES = ("llava_v15_13b_n6.json", "star_caption_7B.json", "blip2_n6.json")
+FILE_NAMES = ("llava_v15_13b_n6.json", "star_caption_7B.json", "blip2_n6.json")
 
 
 def find(folder: Path, path: Path | None) -> Path:
-    """The caption file: `--captions PATH` (from here, or else from the data folder), or the one the folder holds."""
+    """The caption file: `--captions PATH`, or the one that the dataset's folder holds.
+
+    PATH is relative to the current folder or, where it does not exist there, to the dataset's.
+    """
     if path is not None:
-        return path if os.path.exists(path) or not os.path.exists(folder / path) else folder / path
-    found = [folder / name for name in NAMES if os.path.exists(folder / name)]
+        in_folder = folder / path
+        use_folder = not os.path.exists(path) and os.path.exists(in_folder)
+        return in_folder if use_folder else path
+    found = [folder / name for name in FILE_NAMES if os.path.exists(folder / name)]
     if len(found) > 1:
-        fail(
-            f"{folder}: holds {' and '.join(file.name for file in found)}; say which by --captions PATH"
-        )
+        names = " and ".join(file.name for file in found)
+        fail(f"{folder}: holds {names}; say which by --captions PATH")
     if not found:
         fail(
-            f"{folder}: holds no caption file ({', '.join(NAMES)}); name one by --captions PATH, or train with --cap 0"
+            f"{folder}: holds no caption file ({', '.join(FILE_NAMES)}); "
+            "name one by --captions PATH, or train with --cap 0"
         )
     return found[0]
 
 
 def read(folder: Path, path: Path | None) -> dict[str, str]:
+    """Captions by video id. Raises UserError for a file that is not as expected."""
     path = find(folder, path)
     captions = read_json_object(path, "the JSON object of captions by video id")
     bad = []
@@ -42,12 +48,13 @@ def read(folder: Path, path: Path | None) -> dict[str, str]:
 
 
 def check(captions: Mapping[str, str], questions: Sequence[Question], path: Path) -> None:
-    """Every question brings its video's caption: none may be missing."""
+    """Raise UserError if the video of a question has no caption."""
     without = [q.video for q in questions if q.video not in captions]
     if without:
         videos = list(dict.fromkeys(without))
-        examples = ", ".join(show(video) for video in videos[: rows.NUM_SHOWN])
+        examples = ", ".join(show(video) for video in videos[: rows.MAX_EXAMPLES])
         fail(
-            f"{path}: {len(without)} of {len(questions)} questions ({len(videos)} videos) have no caption, e.g. {examples}; "
-            "name the file that belongs to these questions by --captions PATH, or train with --cap 0"
+            f"{path}: {len(without)} of {len(questions)} questions ({len(videos)} videos) have no "
+            f"caption, e.g. {examples}; name the file that belongs to these questions by "
+            "--captions PATH, or train with --cap 0"
         )

@@ -1,7 +1,7 @@
-"""IntentQA: NExT-QA's CSV with `video_id` and columns of its own; its questions are NExT-QA's, its groups are not."""
+"""IntentQA: NExT-QA's CSV with `video_id` and further columns, and groups of its own."""
 
 from vico.data.readers import nextqa
 
 GROUPS = {"CW": "CW", "CH": "CH", "TP": "TP&TN", "TN": "TP&TN"}
 
-file_of, read = nextqa.file_of, nextqa.read
+annotation_file, read = nextqa.annotation_file, nextqa.read

@@ -1,46 +1,42 @@
-"""NExT-QA's multiple-choice CSV: five options a0..a4, the answer as an index, questions numbered per video."""
+"""NExT-QA's CSV: five options a0..a4, the answer as an index, questions numbered per video."""
 
 from pathlib import Path
 
-from vico.data.readers import rows as tables
+from vico.data.readers import rows
 from vico.data.readers.rows import Row
 from vico.data.types import Question
 
+# Question type -> group: causal, temporal, descriptive.
 GROUPS = {
-    "CW": "C",
-    "CH": "C",
-    "TN": "T",
-    "TC": "T",
-    "TP": "T",
-    "DL": "D",
-    "DC": "D",
-    "DO": "D",
-    "DB": "D",
+    **dict.fromkeys(("CW", "CH"), "C"),
+    **dict.fromkeys(("TN", "TC", "TP"), "T"),
+    **dict.fromkeys(("DL", "DC", "DO", "DB"), "D"),
 }
 _OPTIONS = ("a0", "a1", "a2", "a3", "a4")
 
 
-def file_of(folder: Path, split: str) -> Path:
+def annotation_file(folder: Path, split: str) -> Path:
     return folder / f"{split}.csv"
 
 
 def read(folder: Path, split: str) -> list[Question]:
-    path = file_of(folder, split)
-    required = ["video", "question", "qid", *_OPTIONS] + ([] if split == "test" else ["answer"])
-    rows = tables.read_csv(
-        path, f"the CSV of the {split} questions", required, aliases={"video_id": "video"}
-    )
+    path = annotation_file(folder, split)
+    required = ["video", "question", "qid", *_OPTIONS]
+    if split != "test":
+        required.append("answer")
+    what = f"the CSV of the {split} questions"
+    records = rows.read_csv(path, what, required, aliases={"video_id": "video"})
 
     def question(index: int, place: str, row: Row) -> Question:
         return Question(
             index=index,
-            qid=tables.id_field(row, "qid"),
-            video=tables.id_field(row, "video"),
-            type=tables.type_field(row, "type"),
-            question=tables.question_field(row, "question"),
-            options=tuple(tables.text_field(row, key) for key in _OPTIONS),
-            answer=tables.answer_field(row, "answer", len(_OPTIONS), split),
+            qid=rows.id_field(row, "qid"),
+            video=rows.id_field(row, "video"),
+            type=rows.type_field(row, "type"),
+            question=rows.question_field(row, "question"),
+            options=tuple(rows.text_field(row, key) for key in _OPTIONS),
+            answer=rows.answer_field(row, "answer", len(_OPTIONS), split),
             place=place,
         )
 
-    return tables.questions_from(path, rows, question)
+    return rows.questions_from(path, records, question)

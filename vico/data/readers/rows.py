@@ -1,7 +1,8 @@
-"""Strict text tables: every row of an annotation file arrives verbatim, or the run ends with the file, line and remedy.
+"""Strict rows: every row of an annotation file arrives verbatim, or the run ends with one line.
 
-The usual readers change data in silence: pandas makes NaN of the option "None" and 7 of the id 007 and shifts all
-columns after one field too many; `json` takes NaN and repeated keys. Here such things are kept as text or refused.
+The usual readers change data silently. pandas turns the option "None" into NaN and the id 007 into
+7, and shifts all columns after one field too many; `json` accepts NaN and repeated keys. Here such
+values are kept as text or refused.
 """
 
 import csv
@@ -19,92 +20,114 @@ from vico.io.text import json_kind, parse_json, read_text
 Row = Mapping[str, Any]
 Rows = list[tuple[str, Row]]  # (place such as "val.csv:17", the row's fields)
 
-UNKNOWN = (
-    "(unknown)"  # the type of questions whose file states none, and the group of types nobody knows
-)
-NUM_SHOWN = 3  # examples in a message
+# The type of a question whose file states none, and the group of types that no group lists.
+UNKNOWN = "(unknown)"
+MAX_EXAMPLES = 3  # in a message
+MAX_NAMES = 20  # columns or keys in a message
 
 
 class RowError(ValueError):
-    """What is wrong with one row; whoever walks the rows adds the place."""
+    """What is wrong with one row. The caller, which walks the rows, adds the place."""
 
 
-def refuse(path: Path, bad: Sequence[str], total: int, remedy: str = "") -> None:
-    """End with one line when there are bad rows: how many, and the first few."""
+def refuse(path: Path, bad: Sequence[str], total: int) -> None:
+    """Raise UserError with the number of bad rows and the first few, if there are any."""
     if not bad:
         return
-    remedy = remedy or f"correct {path} or fetch it again"
+    remedy = f"correct {path} or fetch it again"
     if len(bad) == 1:
         fail(f"{bad[0]}; {remedy}")
-    more = "; ..." if len(bad) > NUM_SHOWN else ""
-    fail(
-        f"{path.name}: {len(bad)} of {total} rows are bad: {'; '.join(bad[:NUM_SHOWN])}{more}; {remedy}"
-    )
+    examples = "; ".join(bad[:MAX_EXAMPLES])
+    more = "; ..." if len(bad) > MAX_EXAMPLES else ""
+    fail(f"{path.name}: {len(bad)} of {total} rows are bad: {examples}{more}; {remedy}")
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- files
+# -----------------------------------------------------------------------------------------
 
 
 def read_csv(path: Path, what: str, required: Sequence[str], aliases: Mapping[str, str]) -> Rows:
-    """All rows, fields verbatim, with the physical line each begins on. `aliases`: other names of required columns."""
+    """All rows, fields verbatim, each with the line it begins on.
+
+    `what` names the content in messages. `aliases` maps other names of a column to its required
+    one.
+    """
     text = read_text(path, what)
-    if text.partition("\n")[0].endswith(
-        "\r"
-    ):  # line ends inside quotes were converted along with the others
+    first_line = text.partition("\n")[0]
+    if first_line.endswith("\r"):  # CRLF, which a spreadsheet also puts inside quotes
         text = text.replace("\r\n", "\n")
+    (header_line, names), *records = _csv_records(text, path)
+    header = _canonical_names(names, aliases)
+    _check_header(f"{path.name}:{header_line}", header, required, path)
+    if not records:
+        fail(f"{path}: holds a header and no rows; fetch it again")
+    # The last record, where the text does not end with a newline: a cut-off copy looks like that.
+    unended_line = None if text.endswith(("\n", "\r")) else records[-1][0]
+    rows: Rows = []
+    bad = []
+    for line, fields in records:
+        place = f"{path.name}:{line}"
+        count = f"{len(fields)} fields, header has {len(header)}"
+        lost_value = header[-1] in required and not fields[-1]
+        if line == unended_line and (len(fields) < len(header) or lost_value):
+            bad.append(f"{place}: the last line is cut off ({count})")
+        elif len(fields) != len(header):
+            bad.append(f"{place}: {count}")
+        rows.append((place, dict(zip(header, fields, strict=False))))
+    refuse(path, bad, len(rows))
+    return rows
+
+
+def _csv_records(text: str, path: Path) -> list[tuple[int, list[str]]]:
+    """(line it begins on, fields) of each record that is not blank, the header included."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    records: list[tuple[int, list[str]]] = []
-    line = 1  # where the record being read begins; the reader's own count is where it ends
+    records = []
+    line = 1  # where the record begins; reader.line_num is where it ends
     try:
         for fields in reader:
             if any(field.strip() for field in fields):
                 records.append((line, fields))
             line = reader.line_num + 1
     except csv.Error as problem:
-        never = "unexpected end" in str(problem) or "field limit" in str(problem)
-        fault = (
-            "a quote that opens in this row is never closed"
-            if never
-            else f"broken quotes in this row ({problem})"
-        )
+        fault = f"broken quotes in this row ({problem})"
+        if "unexpected end" in str(problem) or "field limit" in str(problem):
+            fault = "a quote that opens in this row is never closed"
         fail(f"{path.name}:{line}: {fault}; correct {path} or fetch it again")
-    header_line, header = records[0][0], [name.strip() for name in records[0][1]]
-    header = [
-        aliases[name] if name in aliases and aliases[name] not in header else name
-        for name in header
-    ]
-    _check_header(f"{path.name}:{header_line}", header, required, path)
-    if len(records) == 1:
-        fail(f"{path}: holds a header and no rows; fetch it again")
-    rows: Rows = []
-    bad = []
-    unended = (
-        None if text.endswith(("\n", "\r")) else records[-1][0]
-    )  # the line that a cut-off copy would have lost the rest of
-    for line, fields in records[1:]:
-        count = f"{len(fields)} fields, header has {len(header)}"
-        if line == unended and (
-            len(fields) < len(header) or (header[-1] in required and not fields[-1])
-        ):
-            bad.append(f"{path.name}:{line}: the last line is cut off ({count})")
-        elif len(fields) != len(header):
-            bad.append(f"{path.name}:{line}: {count}")
-        rows.append((f"{path.name}:{line}", dict(zip(header, fields, strict=False))))
-    refuse(path, bad, len(rows))
-    return rows
+    if not records:
+        fail(f"{path}: holds no header and no rows; fetch it again")
+    return records
+
+
+def _canonical_names(names: Sequence[str], aliases: Mapping[str, str]) -> list[str]:
+    """Column names, stripped. An alias becomes the name it stands for, unless that exists too."""
+    stripped = [name.strip() for name in names]
+    header = []
+    for name in stripped:
+        canonical = aliases.get(name, name)
+        header.append(name if canonical in stripped else canonical)
+    return header
 
 
 def _check_header(place: str, header: Sequence[str], required: Sequence[str], path: Path) -> None:
-    has = f"has: {', '.join(show(name) for name in header[:20])}"
-    if missing := [name for name in required if name not in header]:
-        names = ", ".join(f"'{name}'" for name in missing)
+    """Raise UserError if a required column is missing, or if a column exists twice."""
+    has = f"has: {_shown(header)}"
+    missing = [f"'{name}'" for name in required if name not in header]
+    if missing:
+        plural = "s" if len(missing) > 1 else ""
         fail(
-            f"{place}: column{'s' if len(missing) > 1 else ''} {names} missing ({has}); add what is missing to {path}"
+            f"{place}: column{plural} {', '.join(missing)} missing ({has}); "
+            f"add what is missing to {path}"
         )
-    if twice := sorted({name for name in header if name and header.count(name) > 1}):
+    repeated = sorted({name for name in header if name and header.count(name) > 1})
+    if repeated:
         fail(
-            f"{place}: column {show(twice[0])} stands there twice ({has}); rename or remove one in {path}"
+            f"{place}: column {show(repeated[0])} stands there twice ({has}); "
+            f"rename or remove one in {path}"
         )
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(show(name) for name in names[:MAX_NAMES])
 
 
 def read_jsonl(path: Path, what: str) -> Rows:
@@ -113,21 +136,24 @@ def read_jsonl(path: Path, what: str) -> Rows:
     for line, text in enumerate(read_text(path, what).split("\n"), 1):
         if not text.strip():
             continue
+        place = f"{path.name}:{line}"
         row = parse_json(text, path, line)
         if not isinstance(row, dict):
             fail(
-                f"{path.name}:{line}: column 1: {json_kind(row)} where one JSON object per line is expected; correct {path}"
+                f"{place}: column 1: {json_kind(row)} where one JSON object per line is expected; "
+                f"correct {path}"
             )
-        rows.append((f"{path.name}:{line}", row))
+        rows.append((place, row))
     return rows
 
 
 def read_json_list(path: Path, what: str) -> Rows:
-    """A JSON list of objects; the place is the item's index, as in `jq '.[16]'`, for such files may be one huge line."""
+    """A JSON list of objects. Places are indices (`jq '.[16]'`): the file may be one huge line."""
     items = parse_json(read_text(path, what), path, 1)
     if not isinstance(items, list):
         fail(
-            f"{path.name}:1: column 1: {json_kind(items)} where a JSON list of questions is expected; correct {path}"
+            f"{path.name}:1: column 1: {json_kind(items)} "
+            f"where a JSON list of questions is expected; correct {path}"
         )
     if not items:
         fail(f"{path}: is an empty list; {what} should be there: fetch it again")
@@ -140,14 +166,13 @@ def read_json_list(path: Path, what: str) -> Rows:
     return [(f"{path.name}[{i}]", item) for i, item in enumerate(items)]
 
 
-# ---- rows ------------------------------------------------------------------------------------------------------------
+# ---- fields of a row
+# -------------------------------------------------------------------------------
 
 
 def field(row: Row, key: str) -> Any:
     if key not in row:
-        raise RowError(
-            f"'{key}' is missing (has: {', '.join(show(name) for name in list(row)[:20])})"
-        )
+        raise RowError(f"'{key}' is missing (has: {_shown(list(row))})")
     return row[key]
 
 
@@ -156,14 +181,14 @@ def text_field(row: Row, key: str) -> str:
     value = field(row, key)
     if not isinstance(value, str):
         raise RowError(f"'{key}' is {show(value)}, not a text")
-    if re.search(
-        "[\0\ud800-\udfff]", value
-    ):  # JSON escapes can spell both; no tokenizer takes them
+    # JSON escapes can spell both of these; no tokenizer takes them.
+    if re.search("[\0\ud800-\udfff]", value):
         raise RowError(f"'{key}' holds a NUL or half a character: {show(value)}")
     return value
 
 
 def question_field(row: Row, key: str) -> str:
+    """A text that is not blank, verbatim."""
     value = text_field(row, key)
     if not value.strip():
         raise RowError(f"'{key}' is empty")
@@ -182,38 +207,49 @@ def id_field(row: Row, key: str) -> str:
 
 
 def strip_ids(entries: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """What a file holds by id, the ids without blanks around them, as those of the questions are."""
-    found = {name.strip(): value for name, value in entries.items()}
-    if len(found) < len(entries):
-        times = Counter(name.strip() for name in entries)
+    """What a file holds by id, with stripped ids (see `id_field`)."""
+    stripped = {name.strip(): value for name, value in entries.items()}
+    if len(stripped) < len(entries):
+        counts = Counter(name.strip() for name in entries)
+        most_frequent = max(counts, key=lambda name: counts[name])
         fail(
-            f"{path}: two entries are called {show(max(times, key=lambda name: times[name]))} but for blanks around it; keep one"
+            f"{path}: two entries are called {show(most_frequent)} "
+            "but for blanks around it; keep one"
         )
-    return found
+    return stripped
 
 
 def type_field(row: Row, key: str) -> str:
-    """What the question is grouped by; files that say nothing are legal."""
-    return UNKNOWN if row.get(key) is None else text_field(row, key).strip() or UNKNOWN
+    """What the question is grouped by. The field may be missing or empty."""
+    if row.get(key) is None:
+        return UNKNOWN
+    return text_field(row, key).strip() or UNKNOWN
 
 
 def answer_field(row: Row, key: str, num_options: int, split: str) -> int | None:
-    """The right option's index, which only test questions may lack (no such field, an empty one, or -1)."""
+    """The right option's index. Test questions may lack it: no such field, an empty one, or -1."""
     text = "" if row.get(key) is None else str(row[key]).strip()
     allowed = [str(i) for i in range(num_options)]
     if text in allowed:
         return int(text)
     if split == "test" and text in ("", "-1"):
         return None
-    raise RowError(
-        f"'{key}' is {show(row[key]) if key in row else 'missing'}, not one of {', '.join(allowed)}"
-    )
+    found = show(row[key]) if key in row else "missing"
+    raise RowError(f"'{key}' is {found}, not one of {', '.join(allowed)}")
+
+
+# ---- questions
+# -------------------------------------------------------------------------------------
 
 
 def questions_from(
     path: Path, rows: Rows, make: Callable[[int, str, Row], Question]
 ) -> list[Question]:
-    """A `Question` per row by `make(index, place, row)`; all bad rows are counted before the run ends."""
+    """A `Question` per row by `make(index, place, row)`, which raises RowError for a bad one.
+
+    All bad rows are counted before this raises UserError. Questions must be unique, and all or
+    none of them answered.
+    """
     questions, bad = [], []
     for index, (place, row) in enumerate(rows):
         try:
@@ -221,17 +257,26 @@ def questions_from(
         except RowError as problem:
             bad.append(f"{place}: {problem}")
     refuse(path, bad, len(rows))
-    first: dict[tuple[str, str], str] = {}
-    for q in questions:
-        if (earlier := first.setdefault((q.video, q.qid), q.place)) != q.place:
-            bad.append(
-                f"{q.place}: video {show(q.video)} qid {show(q.qid)} stands already at {earlier} and would count twice"
-            )
-    refuse(path, bad, len(rows))
+    refuse(path, _repeated(questions), len(rows))
     unanswered = [q for q in questions if q.answer is None]
     if 0 < len(unanswered) < len(questions):
         fail(
-            f"{unanswered[0].place}: {len(unanswered)} of {len(questions)} questions have no answer and the others have one; "
+            f"{unanswered[0].place}: {len(unanswered)} of {len(questions)} questions "
+            "have no answer and the others have one; "
             f"give every question of {path} an answer, or none"
         )
     return questions
+
+
+def _repeated(questions: Sequence[Question]) -> list[str]:
+    """A message for each question that has the video and qid of an earlier one."""
+    first_places: dict[tuple[str, str], str] = {}
+    messages = []
+    for q in questions:
+        first_place = first_places.setdefault((q.video, q.qid), q.place)
+        if first_place != q.place:
+            messages.append(
+                f"{q.place}: video {show(q.video)} qid {show(q.qid)} stands already at "
+                f"{first_place} and would count twice"
+            )
+    return messages

@@ -1,58 +1,66 @@
-"""TVQA's JSON lines and SubRip files: clips of a show, localised in seconds, with the dialogue spoken in them."""
+"""TVQA's JSON lines and SubRip files: clips of a show, in seconds, with their dialogue."""
 
 import codecs
 import dataclasses
 import math
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
-from vico.data.readers import rows as tables
+from vico.data.readers import rows
 from vico.data.readers.rows import Row, RowError, Rows
-from vico.data.types import Question
+from vico.data.types import FeatureRows, Question
 from vico.errors import fail, show
 from vico.io.atomic import read_bytes
 
 FEATURES_PER_SECOND = 3
 _OPTIONS = ("a0", "a1", "a2", "a3", "a4")
-_SPOKEN = re.compile(r"\s*(\d+):(\d+):(\d+)[,.:]?\d*\s*-->\s*(\d+):(\d+):(\d+)", re.ASCII)
+_TIME_STAMPS = re.compile(r"\s*(\d+):(\d+):(\d+)[,.:]?\d*\s*-->\s*(\d+):(\d+):(\d+)", re.ASCII)
 
-Lines = list[tuple[int, int, str]]  # subtitles: start and end in whole seconds, text
+Seconds = tuple[int, int]  # first and last whole second
 
 
-def file_of(folder: Path, split: str) -> Path:
+@dataclass(frozen=True, slots=True)
+class Subtitle:
+    """Start and end in whole seconds: as published, the time stamps lose their milliseconds."""
+
+    start: int
+    end: int
+    text: str
+
+
+def annotation_file(folder: Path, split: str) -> Path:
     path, public = folder / f"tvqa_{split}.jsonl", folder / "tvqa_test_public.jsonl"
-    return (
-        public if split == "test" and not os.path.exists(path) and os.path.exists(public) else path
-    )
+    use_public = split == "test" and not os.path.exists(path) and os.path.exists(public)
+    return public if use_public else path
 
 
 def read(folder: Path, split: str, subtitles: bool = False) -> list[Question]:
-    path = file_of(folder, split)
-    rows = tables.read_jsonl(path, f"the JSON lines of the {split} questions")
+    path = annotation_file(folder, split)
+    records = rows.read_jsonl(path, f"the JSON lines of the {split} questions")
 
     def question(index: int, place: str, row: Row) -> Question:
         clip = _clip(row)
         return Question(
             index=index,
-            qid=tables.id_field(row, "qid"),
-            video=tables.id_field(row, "vid_name"),
-            type=tables.type_field(row, "show_name"),
-            question=tables.question_field(row, "q"),
-            options=tuple(tables.text_field(row, key) for key in _OPTIONS),
-            answer=tables.answer_field(row, "answer_idx", len(_OPTIONS), split),
-            feature_rows=clip
-            and (clip[0] * FEATURES_PER_SECOND, (clip[1] + 1) * FEATURES_PER_SECOND),
+            qid=rows.id_field(row, "qid"),
+            video=rows.id_field(row, "vid_name"),
+            type=rows.type_field(row, "show_name"),
+            question=rows.question_field(row, "q"),
+            options=tuple(rows.text_field(row, key) for key in _OPTIONS),
+            answer=rows.answer_field(row, "answer_idx", len(_OPTIONS), split),
+            feature_rows=_feature_rows(clip),
             place=place,
         )
 
-    questions = tables.questions_from(path, rows, question)
-    return _with_dialogue(questions, rows, folder / "tvqa_subtitles") if subtitles else questions
+    questions = rows.questions_from(path, records, question)
+    return _with_dialogue(questions, records, folder / "tvqa_subtitles") if subtitles else questions
 
 
-def _clip(row: Row) -> tuple[int, int] | None:
-    """First and last second of the clip, rounded half to even as published; None when the file says NaN."""
-    text = tables.text_field(row, "ts")
+def _clip(row: Row) -> Seconds | None:
+    """The clip's seconds, rounded half to even as published; None where the file says NaN."""
+    text = rows.text_field(row, "ts")
     try:
         start, end = (float(part) for part in text.split("-"))
     except ValueError:
@@ -64,51 +72,64 @@ def _clip(row: Row) -> tuple[int, int] | None:
     return round(start), round(end)
 
 
-def _with_dialogue(questions: list[Question], rows: Rows, folder: Path) -> list[Question]:
+def _feature_rows(clip: Seconds | None) -> FeatureRows | None:
+    if clip is None:
+        return None
+    first, last = clip
+    return first * FEATURES_PER_SECOND, (last + 1) * FEATURES_PER_SECOND
+
+
+# ---- subtitles
+# -------------------------------------------------------------------------------------
+
+
+def _with_dialogue(questions: list[Question], records: Rows, folder: Path) -> list[Question]:
+    """The questions with the subtitles inside their clips. `records`: their rows, in order."""
     if not os.path.isdir(folder):
         fail(
-            f"{folder}: no such folder; the subtitles VID_NAME.srt should be there: fetch them, or run without --sub"
+            f"{folder}: no such folder; the subtitles VID_NAME.srt should be there: "
+            "fetch them, or run without --sub"
         )
-    spoken: dict[str, Lines] = {}
+    subtitles: dict[str, list[Subtitle]] = {}
     bad: dict[str, str] = {}
     for video in dict.fromkeys(q.video for q in questions):
         try:
-            spoken[video] = _read_srt(folder, video)
+            subtitles[video] = _read_srt(folder, video)
         except RowError as problem:
             bad[video] = str(problem)
     if bad:
-        affected = sum(q.video in bad for q in questions)
-        shown = "; ".join(list(bad.values())[: tables.NUM_SHOWN]) + (
-            "; ..." if len(bad) > tables.NUM_SHOWN else ""
-        )
-        fail(
-            f"{affected} of {len(questions)} questions ({len(bad)} videos) have no usable subtitle file, e.g. {shown}; "
-            f"fetch the missing ones into {folder}, or run without --sub"
-        )
+        _refuse_subtitles(questions, bad, folder)
     return [
-        dataclasses.replace(q, dialogue=dialogue(spoken[q.video], _clip(row)))
-        for q, (_, row) in zip(questions, rows, strict=True)
+        dataclasses.replace(q, dialogue=dialogue(subtitles[q.video], _clip(row)))
+        for q, (_, row) in zip(questions, records, strict=True)
     ]
 
 
-def dialogue(lines: Lines, clip: tuple[int, int] | None) -> str:
-    """The lines inside the clip (bounds included), or across its start and ending inside it, each after one blank.
+def _refuse_subtitles(questions: list[Question], bad: dict[str, str], folder: Path) -> None:
+    """Raise UserError. `bad`: what is wrong, by video."""
+    num_affected = sum(q.video in bad for q in questions)
+    examples = "; ".join(list(bad.values())[: rows.MAX_EXAMPLES])
+    more = "; ..." if len(bad) > rows.MAX_EXAMPLES else ""
+    fail(
+        f"{num_affected} of {len(questions)} questions ({len(bad)} videos) have no usable subtitle "
+        f"file, e.g. {examples}{more}; fetch the missing ones into {folder}, or run without --sub"
+    )
 
-    Whole seconds are the published ones: a subtitle's stamp loses its milliseconds, the clip's times are rounded.
+
+def dialogue(subtitles: list[Subtitle], clip: Seconds | None) -> str:
+    """The text of the subtitles that belong to the clip, each after one blank.
+
+    As published: those inside the clip, and those across its start that end inside it. None: all.
     """
-    if clip is None:
-        return "".join(f" {text}" for _, _, text in lines)
-    first, last = clip
-    inside = [
-        text for start, end, text in lines if end <= last and (start >= first or end >= first)
-    ]
-    return "".join(f" {text}" for text in inside)
+    if clip is not None:
+        first, last = clip
+        subtitles = [s for s in subtitles if s.end <= last and (s.start >= first or s.end >= first)]
+    return "".join(f" {subtitle.text}" for subtitle in subtitles)
 
 
-def _read_srt(folder: Path, video: str) -> Lines:
-    if any(
-        part in video for part in ("/", "\\", "..", "\0")
-    ):  # ids come from a file: they must not lead elsewhere
+def _read_srt(folder: Path, video: str) -> list[Subtitle]:
+    # Ids come from a file. They must not lead out of the folder.
+    if any(part in video for part in ("/", "\\", "..", "\0")):
         raise RowError(f"vid_name {show(video)} is no file name")
     path = folder / f"{video}.srt"
     try:
@@ -123,15 +144,15 @@ def _read_srt(folder: Path, video: str) -> Lines:
     return _parse_srt(text, path)
 
 
-def _parse_srt(text: str, path: Path) -> Lines:
-    """A subtitle's text runs from its time stamps to the number before the next ones, empty lines left out."""
-    spans: list[tuple[int, int]] = []
+def _parse_srt(text: str, path: Path) -> list[Subtitle]:
+    """A subtitle's text runs from its time stamps to the next number; empty lines are dropped."""
+    spans: list[Seconds] = []
     texts: list[list[str]] = []
     for number, line in enumerate(re.split("\r\n|\r|\n", text), 1):
-        if stamps := _SPOKEN.match(line):
+        if stamps := _TIME_STAMPS.match(line):
             h1, m1, s1, h2, m2, s2 = map(int, stamps.groups())
             if texts and texts[-1] and texts[-1][-1].strip().isdecimal():
-                texts[-1].pop()
+                texts[-1].pop()  # the number of the subtitle that begins here
             spans.append((h1 * 3600 + m1 * 60 + s1, h2 * 3600 + m2 * 60 + s2))
             texts.append([])
         elif "-->" in line:
@@ -140,4 +161,7 @@ def _parse_srt(text: str, path: Path) -> Lines:
             texts[-1].append(line.rstrip())
     if not spans:
         raise RowError(f"{path} (holds no subtitle)")
-    return [(start, end, " ".join(lines)) for (start, end), lines in zip(spans, texts, strict=True)]
+    return [
+        Subtitle(start, end, " ".join(lines))
+        for (start, end), lines in zip(spans, texts, strict=True)
+    ]

@@ -1,0 +1,102 @@
+"""The micro-batches of an evaluation, for one rank: some questions with all their options each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch.utils.data import Dataset
+
+from vico.data.features import Features
+from vico.data.micro_batches import Clip, MicroBatchBuilder, TaskSequence, question_characters
+from vico.data.prompts import Prompts
+from vico.data.types import Question
+from vico.errors import UserError
+from vico.model.batch import PackedBatch
+
+# One forward scores prompts of about this many tokens, whatever the flags and the number of ranks.
+EVALUATION_TOKENS = 2048
+# A guess at the tokens of a prompt: instruction, video slots and labels...
+PROMPT_OVERHEAD_TOKENS = 32
+# ...and the question's text.
+CHARACTERS_PER_TOKEN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some questions of an evaluation with all their options, scored in one forward."""
+
+    # Positions in the list of questions, one per group of sequences. Empty: a dummy.
+    questions: tuple[int, ...]
+    batch: PackedBatch | None
+    error: UserError | None = None
+
+    def pin_memory(self) -> "Chunk":
+        return Chunk(self.questions, self.batch and self.batch.pin_memory(), self.error)
+
+
+class EvaluationChunks(MicroBatchBuilder, Dataset[Chunk]):
+    """Item i: the i-th chunk of this rank.
+
+    The chunks are the same for any number of ranks, and so are the scores, bit for bit.
+    """
+
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        features: Features,
+        prompts: Prompts,
+        *,
+        num_slots: int,
+        rank: int,
+        world_size: int,
+        share: bool = True,
+    ) -> None:
+        super().__init__(questions, features, prompts, num_slots, share)
+        chunks = self._divide()
+        # Every rank runs as many forwards, because they are collective under ZeRO-3.
+        num_chunks = -(-len(chunks) // world_size)
+        own_chunks = chunks[rank::world_size]
+        num_dummies = num_chunks - len(own_chunks)
+        self._chunks: list[list[int]] = own_chunks + [[]] * num_dummies
+
+    def _divide(self) -> list[list[int]]:
+        """Positions of the questions, those of a clip together, cut at about EVALUATION_TOKENS."""
+        by_clip: dict[Clip, list[int]] = {}
+        for place, question in enumerate(self.questions):
+            by_clip.setdefault((question.video, question.feature_rows), []).append(place)
+        chunks: list[list[int]] = []
+        size = EVALUATION_TOKENS
+        for places in by_clip.values():
+            for place in places:
+                if size >= EVALUATION_TOKENS:
+                    chunks.append([])
+                    size = 0
+                chunks[-1].append(place)
+                size += guess_tokens(self.questions[place])
+        return chunks
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def __getitem__(self, item: int) -> Chunk:
+        places = self._chunks[item]
+        sequences: list[TaskSequence] = []
+        try:
+            for place in places or [0]:  # a dummy takes the first question
+                sequences += self._options(self.questions[place])
+            batch = self._pack(sequences)
+        except UserError as error:  # a value, because the ranks must agree on it first
+            return Chunk((), None, error)
+        return Chunk(tuple(places), batch)
+
+    def _options(self, question: Question) -> list[TaskSequence]:
+        fitted = self._prompts.fit(question, "vqa")
+        sequences = []
+        for answer in range(len(question.options)):
+            sequence = self._prompts.vqa(fitted, answer)
+            sequences.append(TaskSequence(question, sequence, task=0))
+        return sequences
+
+
+def guess_tokens(question: Question) -> int:
+    """About how many tokens a question's prompt has, without encoding it."""
+    return PROMPT_OVERHEAD_TOKENS + question_characters(question) // CHARACTERS_PER_TOKEN

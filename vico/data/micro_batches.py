@@ -1,0 +1,77 @@
+"""From questions and their sequences to one micro-batch: what training and evaluation share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vico.data.features import Features
+from vico.data.packing import Example, pack
+from vico.data.prompts import Prompts
+from vico.data.types import FeatureRows, Question, TokenSequence
+from vico.errors import UserError
+from vico.model.batch import PackedBatch
+
+Clip = tuple[str, FeatureRows | None]  # video id, and which rows of its features
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSequence:
+    """One sequence of a question, before it is packed."""
+
+    question: Question
+    sequence: TokenSequence
+    task: int  # column of its losses
+
+
+class MicroBatchBuilder:
+    """Questions with all that is needed to make micro-batches of them."""
+
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        features: Features,
+        prompts: Prompts,
+        num_slots: int,
+        share: bool = True,
+    ) -> None:
+        self.questions, self._features, self._prompts = questions, features, prompts
+        self._num_slots, self._share = num_slots, share
+
+    def _pack(self, sequences: Sequence[TaskSequence]) -> PackedBatch:
+        """One micro-batch. Each distinct clip is sampled once; sequences refer to it by its row."""
+        rows: dict[Clip, int] = {}
+        examples = []
+        for item in sequences:
+            clip = (item.question.video, item.question.feature_rows)
+            row = rows.setdefault(clip, len(rows))
+            examples.append(Example(item.sequence, row, item.task))
+        return pack(examples, self._sample(list(rows)), self._share)
+
+    def _sample(self, clips: list[Clip]) -> torch.Tensor:
+        """features_VFC of these clips. Raises UserError for NaN or infinite values."""
+        samples = []
+        for video, feature_rows in clips:
+            sample_FC = self._features.sample(video, feature_rows, self._num_slots)
+            if not sample_FC.isfinite().all():
+                raise UserError(
+                    f"{self._features.path}: the features of video '{video}' hold NaN or infinite "
+                    "values; extract them again"
+                )
+            samples.append(sample_FC)
+        return torch.stack(samples)
+
+    def _fitted_sequence(self, task: str, question: Question, answer: int) -> TokenSequence:
+        """The task's sequence, with the question shortened to fit --max_seq_len."""
+        fitted = self._prompts.fit(question, task)
+        return self._prompts.question_sequence(task, fitted, answer)
+
+
+def num_tokens(sequences: Sequence[TaskSequence]) -> int:
+    return sum(len(item.sequence.tokens) for item in sequences)
+
+
+def question_characters(question: Question) -> int:
+    """A guess at a question's length that costs no encoding."""
+    option_characters = sum(map(len, question.options))
+    return len(question.question) + option_characters + len(question.dialogue)
