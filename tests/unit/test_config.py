@@ -302,7 +302,8 @@ def values_of(annotation: Any) -> st.SearchStrategy[Any]:
 
 
 HINTS = {
-    name: values_of(hint) for name, hint in configs.typing.get_type_hints(RunConfig).items()
+    name: values_of(hint)
+    for name, hint in configs.typing.get_type_hints(RunConfig, include_extras=True).items()
 } | {
     "allow_change": st.sampled_from([None, "lr", "data, backbone"]),
     "checkpoint_activations": st.sampled_from(["none", "full", "7"]),
@@ -369,7 +370,9 @@ def test_each_setting_that_defines_a_run_is_missed_when_changed_and_can_be_allow
     config = RunConfig(dataset="tvqa", max_seq_len=512)  # which allow --sub
     before = config.to_json()
     value = before[name]
-    kind, choices = configs._value_type(configs.typing.get_type_hints(RunConfig)[name])
+    kind, choices = configs._value_type(
+        configs.typing.get_type_hints(RunConfig, include_extras=True)[name]
+    )
     other = (
         next(c for c in choices if c != value)
         if choices

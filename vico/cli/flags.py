@@ -77,7 +77,7 @@ def make_parser(command: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     groups = {f.metadata["group"]: None for f in dataclasses.fields(RunConfig)}
     titled = {name: parser.add_argument_group(name) for name in groups}
-    hints = typing.get_type_hints(RunConfig)
+    hints = typing.get_type_hints(RunConfig, include_extras=True)
     for f in dataclasses.fields(RunConfig):
         kind, choices = _value_type(hints[f.name])
         group, text = titled[f.metadata["group"]], f.metadata["help"]

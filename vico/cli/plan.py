@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vico.data.datasets import DATASETS
 from vico.errors import UserError, nearest
 from vico.io.atomic import write_json
 from vico.planner import plan as planner
@@ -104,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max_cap_len", type=_count, default=PUBLISHED_LIMITS[1])
     add(
         "--dataset",
-        choices=list(planner.DATASETS),
+        choices=list(DATASETS),
         default="nextqa",
         help="for the mean length and the number of questions",
     )
@@ -191,10 +192,13 @@ def _task(flags: argparse.Namespace) -> PlanRequest:
             f"--quantize {flags.quantize}: is for ZeRO-2, and --deepspeed is {flags.deepspeed}; leave one out"
         )
     size = model_size(flags.model)
-    tokens, questions = planner.DATASETS[flags.dataset]
+    dataset = DATASETS[flags.dataset]
     longest = flags.max_seq_len + (flags.max_cap_len if flags.caption_tokens else 0)
     lengths = TokenLengths(
-        flags.question_tokens or tokens, flags.caption_tokens, longest, flags.questions or questions
+        flags.question_tokens or dataset.mean_question_tokens,
+        flags.caption_tokens,
+        longest,
+        flags.questions or dataset.num_train_questions,
     )
     return PlanRequest(
         size,
@@ -378,8 +382,13 @@ def plan_case(
     model: str, nodes: int, gpus: int, gpu: float | str, quantize: str | None = None
 ) -> Plan:
     found: Gpu = gpu_by_name(gpu) if isinstance(gpu, str) else gpu_of_size(gpu)
-    tokens, questions = planner.DATASETS["nextqa"]
-    lengths = TokenLengths(tokens, planner.CAPTION_TOKENS, sum(PUBLISHED_LIMITS), questions)
+    dataset = DATASETS["nextqa"]
+    lengths = TokenLengths(
+        dataset.mean_question_tokens,
+        planner.CAPTION_TOKENS,
+        sum(PUBLISHED_LIMITS),
+        dataset.num_train_questions,
+    )
     network = NETWORK_OF_TABLE if nodes > 1 else None
     return planner.plan(
         PlanRequest(

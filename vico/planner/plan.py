@@ -73,13 +73,6 @@ class TokenLengths:
         return (4 + max(0.0, self.caption - 31)) / self.both
 
 
-# Mean tokens of a question's sequence (LLaMA tokenizer, 10 slots, the sets' public files) and questions of the training split.
-DATASETS = {
-    "nextqa": (96, 34132),
-    "star": (98, 45731),
-    "tvqa": (121, 122039),
-    "intentqa": (98, 12119),
-}
 CAPTION_TOKENS = 194  # captions of 80 to 250 tokens, the instruction and the slots
 
 

@@ -10,8 +10,9 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from vico.data.datasets import DATASETS
 from vico.errors import UserError, nearest, show
 
 
@@ -24,7 +25,7 @@ MAX_FLOAT, MAX_SEED = (
     2**63 - 1,
 )  # of fp32, in which settings meet tensors; of torch's generator
 MODEL, DATA, OBJECTIVE, OPTIMIZATION, RUN = "model", "data", "objective", "optimization", "run"
-DATASET_NAMES = ("nextqa", "star", "tvqa", "intentqa")
+DatasetName = Annotated[str, tuple(DATASETS)]  # a text and its choices: see _value_type
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,7 @@ class RunConfig:
         "extra 'quantized'; `vico quantize-eval` measures the loss in accuracy",
     )
 
-    dataset: Literal["nextqa", "star", "tvqa", "intentqa"] = _flag(
-        "nextqa", DATA, "annotation format, read from DATA_PATH/DATASET"
-    )
+    dataset: DatasetName = _flag("nextqa", DATA, "annotation format, read from DATA_PATH/DATASET")
     data_path: Path = _flag(Path("data"), DATA, "folder that holds one folder per dataset")
     captions: Path | None = _flag(
         None,
@@ -269,7 +268,7 @@ class RunConfig:
                 raise UserError(
                     f"--allow_change {name}: no such setting{nearest(name, (*_setting_names(), *FINGERPRINTED))}"
                 )
-        if self.sub and self.dataset != "tvqa":
+        if self.sub and not DATASETS[self.dataset].has_dialogue:
             raise UserError(
                 f"--sub: only TVQA has subtitles, and --dataset is {self.dataset}; drop --sub"
             )
@@ -291,17 +290,18 @@ class RunConfig:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Objectives of this run, in the order of their columns everywhere."""
-        return (
-            "vqa",
-            *(["cap"] if self.cap else []),
-            *(["vaq"] if self.vaq else []),
-            *(["qav"] if self.qav else []),
-        )
+        """Objectives of this run, in the order of their columns everywhere.
+
+        Each flag of the group OBJECTIVE is the task of its name.
+        """
+        fields = dataclasses.fields(self)
+        optional = [f.name for f in fields if f.metadata["group"] == OBJECTIVE]
+        return ("vqa", *(task for task in optional if getattr(self, task)))
 
     @property
     def task_weights(self) -> tuple[float, ...]:
-        return tuple(self.cap if task == "cap" else 1.0 for task in self.tasks)
+        """What the flag of a task says, where a switch means 1."""
+        return tuple(1.0 if task == "vqa" else float(getattr(self, task)) for task in self.tasks)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -377,12 +377,15 @@ def _value_type(annotation: Any) -> tuple[Any, tuple[str, ...] | None]:
         annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
     if typing.get_origin(annotation) is Literal:
         return str, typing.get_args(annotation)
+    if typing.get_origin(annotation) is Annotated:
+        kind, choices = typing.get_args(annotation)
+        return kind, choices
     return annotation, None
 
 
 def settings_from(values: dict[str, Any], source: str) -> dict[str, Any]:
     """Typed settings from the plain values of a recipe, an args.json or a checkpoint. Raises UserError naming key and type."""
-    hints = typing.get_type_hints(RunConfig)
+    hints = typing.get_type_hints(RunConfig, include_extras=True)
     settings = {}
     for key, value in values.items():
         if key not in hints:

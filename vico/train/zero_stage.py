@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vico.data.datasets import DATASETS
 from vico.distributed.topology import Member, by_host
 from vico.errors import UserError
 from vico.model.quantized_linear import library
@@ -69,10 +70,13 @@ def choose(
 
 
 def _task(config: RunConfig, size: ModelSize, hardware: Hardware, training: bool) -> PlanRequest:
-    tokens, questions = planner.DATASETS[config.dataset]
-    prompts, caption = 1 + config.vaq + config.qav, planner.CAPTION_TOKENS if config.cap else 0
+    dataset = DATASETS[config.dataset]
+    prompts = sum(task != "cap" for task in config.tasks)
+    caption = planner.CAPTION_TOKENS if config.cap else 0
     longest = prompts * config.max_seq_len + (config.max_cap_len if config.cap else 0)
-    lengths = TokenLengths(prompts * tokens, caption, longest, questions)
+    lengths = TokenLengths(
+        prompts * dataset.mean_question_tokens, caption, longest, dataset.num_train_questions
+    )
     recomputed = (
         size.n_layers
         if config.num_checkpointed is None
