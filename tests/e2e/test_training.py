@@ -14,7 +14,7 @@ from torch import Tensor
 from reference import oracle, oracle_files
 from support.processes import ROOT, succeeds, vico
 from support.toy_dataset import ToyData, records, write_csv
-from vico.checkpoint import read as checkpoints
+from vico.train.resume import read_checkpoint
 
 # The oracle sums in another order: fp32 rounding over six steps. Measured: losses 2e-7, norms 2e-6, scores 4e-6.
 ORACLE_LOSS_RTOL, ORACLE_NORM_RTOL, ORACLE_SCORE_ATOL = 3e-6, 1e-4, 1e-4
@@ -344,7 +344,7 @@ def test_a_run_cut_in_two_is_the_run(
     ]
     best, legacy = (
         load_file(cut / "checkpoint_best" / "adapter_model.safetensors"),
-        checkpoints.read(cut / "checkpoint_best.pth"),
+        read_checkpoint(cut / "checkpoint_best.pth"),
     )
     assert legacy.weights.keys() == best.keys() and all(
         torch.equal(legacy.weights[name], value) for name, value in best.items()

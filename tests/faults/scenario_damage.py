@@ -10,10 +10,11 @@ import torch
 
 from faults.result import Result, Scale
 from support.toy_run import LAST_STEP, ToyRun, start_training, undisturbed
-from vico.checkpoint.format import LATEST, OPTIMIZER, STATE, WEIGHTS
+from vico.checkpoint.format import OPTIMIZER, STATE, WEIGHTS
 from vico.checkpoint.read import read as read_checkpoint
 from vico.cli.flags import parse
 from vico.errors import CheckpointError, UserError
+from vico.io.output_dir import OutputDir
 from vico.train.config import RunConfig
 from vico.train.resume import find_start
 
@@ -57,7 +58,7 @@ def _fault(out: Path, config: RunConfig, damage: Damage) -> str:
     """What goes wrong with the damaged run; empty: nothing. The damage is undone."""
     newest, kept = _newest(out), out.with_name("kept")
     shutil.copytree(newest, kept)
-    note = (out / LATEST).read_bytes()
+    note = OutputDir(out).latest.read_bytes()
     damage(newest)
     try:
         found = find_start(config)
@@ -68,7 +69,7 @@ def _fault(out: Path, config: RunConfig, damage: Damage) -> str:
     finally:
         shutil.rmtree(newest, ignore_errors=True)
         kept.rename(newest)
-        (out / LATEST).write_bytes(note)
+        OutputDir(out).latest.write_bytes(note)
     assert found.checkpoint is not None
     older = read_checkpoint(out / f"checkpoint-{OLDER}")
     if found.checkpoint.path != older.path:
@@ -176,7 +177,7 @@ def _real_start(world: ToyRun, out: Path) -> str:
     (_newest(out) / WEIGHTS).write_bytes(damaged)
     run = start_training(world.flags(2, out))
     codes, said = run.wait(), run.output
-    before = said.partition("training steps")[0]
+    before = said.partition("\nsteps: ")[0]
     if (
         codes != [0, 0]
         or "damaged (its sha256 is not the recorded one)" not in before

@@ -33,7 +33,6 @@ from support.run_fixture import (
 )
 from support.warm_process import WarmProcess
 from vico.checkpoint import format
-from vico.checkpoint import read as checkpoints
 from vico.cli.convert import convert
 from vico.cli.flags import parse
 from vico.data.datasets import read_questions
@@ -42,10 +41,11 @@ from vico.data.readers import captions
 from vico.data.tokenizer import Tokenizer
 from vico.data.types import Question
 from vico.errors import UserError
+from vico.io.output_dir import OutputDir
 from vico.model.weights.load import open_weights
 from vico.train.config import RunConfig
 from vico.train.ds_config import read_config
-from vico.train.resume import differences, read_args
+from vico.train.resume import differences, read_checkpoint
 
 NAME, TITLE = (
     "fuzz",
@@ -171,13 +171,13 @@ def _targets() -> dict[str, Target]:
         "tokenizer": Target(
             TOKENIZER, lambda f: Tokenizer(f / TOKENIZER).encode_with_ends("Why (A)?\n")
         ),
-        "lineage": Target("lineage.pth", lambda f: checkpoints.read(f / "lineage.pth")),
-        "lineage in the old format": Target("old.pth", lambda f: checkpoints.read(f / "old.pth")),
+        "lineage": Target("lineage.pth", lambda f: read_checkpoint(f / "lineage.pth")),
+        "lineage in the old format": Target("old.pth", lambda f: read_checkpoint(f / "old.pth")),
         "state.json": Target(
-            STATE, lambda f: checkpoints.read(f / CHECKPOINT), is_json=True, with_checksum=True
+            STATE, lambda f: read_checkpoint(f / CHECKPOINT), is_json=True, with_checksum=True
         ),
-        "optimizer's state": Target(OPTIMIZER, lambda f: checkpoints.read(f / CHECKPOINT)),
-        "adapter as safetensors": Target(OPTIMIZER, lambda f: checkpoints.read(f / OPTIMIZER)),
+        "optimizer's state": Target(OPTIMIZER, lambda f: read_checkpoint(f / CHECKPOINT)),
+        "adapter as safetensors": Target(OPTIMIZER, lambda f: read_checkpoint(f / OPTIMIZER)),
         "args.json": Target(
             "run/args.json", lambda f: _use_args(f / "run" / "args.json"), is_json=True
         ),
@@ -202,7 +202,7 @@ def _use_features(path: Path) -> None:
 
 
 def _use_args(path: Path) -> None:
-    saved = read_args(path)
+    saved = OutputDir(path.parent).read_args()
     differences(saved, RunConfig())
     Path(saved.get("resume") or ".")
 

@@ -11,9 +11,9 @@ import torch
 
 from faults.result import Result, Scale
 from support.toy_run import RANKS, ToyRun, last_line, newest_step, start_training, steps_logged
-from vico.checkpoint.format import step_folders
 from vico.checkpoint.read import read
 from vico.data.features import Features
+from vico.io.output_dir import OutputDir
 from vico.io.safe_load import load_tensors
 
 NAME = "nan"
@@ -83,7 +83,7 @@ def _case(
     codes = ended.wait()
     if codes != [4] * RANKS or len(ended.errors) != 1:
         return f"ended with {codes}: {ended.errors or last_line(ended.output)}", -1, -1
-    for checkpoint in step_folders(out):
+    for checkpoint in OutputDir(out).step_checkpoints():
         read_back = read(checkpoint)
         if not all(
             value.isfinite().all()

@@ -9,13 +9,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from faults.result import Result, Scale
 from support.processes import ROOT
 from support.toy_run import last_line, launch_training
-from vico.checkpoint.format import TrainState
-from vico.checkpoint.read import read, validate_for_model
-from vico.checkpoint.write import save
+from vico.checkpoint.format import MOMENTS, TrainState
+from vico.checkpoint.read import read
+from vico.checkpoint.validate import validate_for_model
+from vico.checkpoint.write import RunIdentity, save
 from vico.cli.demo import make_toy_dataset
 from vico.model.config import LlamaConfig, trainable_shapes
 from vico.train.config import RunConfig
-from vico.train.optim import MOMENTS
 from vico.train.run_log import read_records
 
 NAME = "save_cost"
@@ -57,7 +57,8 @@ def _of_7b(folder: Path) -> tuple[int, float, float]:
     }
     target = folder / "checkpoint-1"
     began = time.monotonic()
-    save(target, weights, moments, TrainState(step=1), RunConfig(), {}, "selftest")
+    run = RunIdentity("selftest", RunConfig().to_json(), {})
+    save(target, weights, moments, TrainState(step=1), run)
     saved = time.monotonic()
     validate_for_model(read(target), shapes, LLAMA_7B.n_layers)
     return (

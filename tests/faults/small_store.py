@@ -7,15 +7,14 @@ from pathlib import Path
 import torch
 
 from support.toy_run import stray_files
-from vico.checkpoint.format import TrainState, step_folders
-from vico.checkpoint.write import save, save_step
+from vico.checkpoint.format import MOMENTS, TrainState
+from vico.checkpoint.write import RunIdentity, save, save_step
 from vico.errors import UserError
 from vico.io.atomic import repair_folder
+from vico.io.output_dir import OutputDir
 from vico.train.config import RunConfig
-from vico.train.optim import MOMENTS
 from vico.train.resume import newest_usable
 
-CONFIG = RunConfig()
 RUN = "selftest"
 SHAPES = {"adapter_query.weight": (30, 64), "visual_proj.weight": (64, 768)}
 
@@ -28,9 +27,10 @@ def save_both(out: Path, step: int, keep: int | None = None) -> None:
         for name, shape in SHAPES.items()
         for moment in MOMENTS
     }
-    progress = TrainState(step=step, questions_per_step=8, num_updates=step)
-    save(out / "checkpoint_best", weights, moments, progress, CONFIG, {}, RUN)
-    save_step(out, keep, weights, moments, progress, CONFIG, {}, RUN)
+    state = TrainState(step=step, questions_per_step=8, num_updates=step)
+    output_dir, run = OutputDir(out), RunIdentity(RUN, RunConfig().to_json(), {})
+    save(output_dir.best_checkpoint, weights, moments, state, run)
+    save_step(output_dir, weights, moments, state, run, keep)
 
 
 def fault_after(out: Path, step: int) -> str:
@@ -38,17 +38,17 @@ def fault_after(out: Path, step: int) -> str:
     repair_folder(out)
     if stray_files(out):
         return f"left behind: {stray_files(out)}"
-    folders = step_folders(out)
+    folders = OutputDir(out).step_checkpoints()
     if not folders:
         return f"step {step} is gone" if step else ""
     try:
-        found = newest_usable(folders, out, RUN)
+        found = newest_usable(folders, OutputDir(out), RUN)
     except UserError as error:
         return str(error)
     assert found.checkpoint is not None
     if found.notes:
         return f"passed over: {found.notes}"
-    at = found.checkpoint.progress.step
+    at = found.checkpoint.state.step
     if at < step:
         return f"step {step} was saved, and step {at} is the newest"
     whole = all((value == at).all() for value in found.checkpoint.weights.values())

@@ -17,6 +17,7 @@ from vico.distributed.topology import Member
 from vico.distributed.watchdog import Watchdog
 from vico.distributed.world import World
 from vico.errors import EXIT_CODES, TrainingError
+from vico.io.output_dir import OutputDir
 from vico.train.run_log import read_logs
 
 CPU_ALLOCATION = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
@@ -69,15 +70,18 @@ def test_a_run_that_fails_three_times_is_not_started_again(
     settings = "--max_steps 3 --save_steps 1".split()
     command = ["train", *toy.flags, *LONG, *settings, "--output_dir", str(out)]
     monkeypatch.setenv("VICO_FAILPOINT", "step@2=raise MemoryError")
-    assert vico(*command).codes == [4] and read_logs(out).last_step == 1
+    assert vico(*command).codes == [4] and read_logs(OutputDir(out)).last_step == 1
     monkeypatch.setenv("VICO_FAILPOINT", "step=raise MemoryError")
     runs = [vico(*command) for _ in range(3)]
     assert [run.codes for run in runs] == [[4]] * 3
     refused = ["in a row" in run.stderrs[0] for run in runs]
     assert refused == [False, False, True], [run.output for run in runs]
     monkeypatch.delenv("VICO_FAILPOINT")
-    assert vico(*command).codes == [4] and read_logs(out).last_step == 1
-    assert vico(*command, "--num_workers", "1").codes == [0] and read_logs(out).last_step == 3
+    assert vico(*command).codes == [4] and read_logs(OutputDir(out)).last_step == 1
+    assert (
+        vico(*command, "--num_workers", "1").codes == [0]
+        and read_logs(OutputDir(out)).last_step == 3
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,7 +120,7 @@ def test_out_of_memory_names_phase_and_remedy(
 def test_a_killed_data_worker_is_one_line(toy: ToyData, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run = start_long_run(toy, out, "--num_workers", "1")
-    assert run.wait_until(lambda: read_logs(out).last_step >= 2), run.output
+    assert run.wait_until(lambda: read_logs(OutputDir(out)).last_step >= 2), run.output
     rank = run.processes[0].pid
     helpers = psutil.Process(rank).children(recursive=True)
     (worker,) = [process for process in helpers if process.ppid() != rank]  # the server's child
@@ -169,7 +173,7 @@ def test_a_truncated_feature_file_is_one_line(tmp_path: Path) -> None:
     """It is mapped: a worker that reads behind its end dies of a bus error."""
     toy, out = ToyData(tmp_path / "toy"), tmp_path / "out"
     run = start_long_run(toy, out, "--num_workers", "1")
-    assert run.wait_until(lambda: read_logs(out).last_step >= 2), run.output
+    assert run.wait_until(lambda: read_logs(OutputDir(out)).last_step >= 2), run.output
     os.truncate(toy.data / "clipvitl14.pth", 5000)
     run.wait(60)
     # torch's own message has no line end.

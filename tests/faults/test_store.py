@@ -13,16 +13,19 @@ from faults.small_store import RUN, save_both
 from support.errors import refusal
 from vico.checkpoint import format, restart_limit, write
 from vico.checkpoint import read as checkpoints
+from vico.checkpoint.write import RunIdentity
 from vico.errors import CheckpointError, DiskError, TrainingError
 from vico.io import failpoints
+from vico.io.output_dir import OutputDir
+from vico.train import resume
 from vico.train.config import RunConfig
-from vico.train.resume import find_start, newest_usable, start_progress
+from vico.train.resume import find_start, newest_usable, read_checkpoint, start_state
 from vico.train.run_log import gaps, read_logs
 
 
 def find_newest(out: Path) -> tuple[str, str]:
     """(the checkpoint that a start resumes from, its notes)."""
-    start = newest_usable(format.step_folders(out), out, RUN)
+    start = newest_usable(OutputDir(out).step_checkpoints(), OutputDir(out), RUN)
     assert start.checkpoint is not None
     return start.checkpoint.path.name, "; ".join(start.notes)
 
@@ -63,12 +66,13 @@ def break_reading(monkeypatch: pytest.MonkeyPatch, name: str = "", step: int = 0
 
     def failing_read(path: Path, run: str = "") -> format.Checkpoint:
         checkpoint = read(path, run)
-        if path.name == name or checkpoint.progress.step == step:
+        if path.name == name or checkpoint.state.step == step:
             raise CheckpointError(f"{path}: damaged")
         return checkpoint
 
     monkeypatch.setattr(checkpoints, "read", failing_read)
     monkeypatch.setattr(write, "read", failing_read)
+    monkeypatch.setattr(resume, "read", failing_read)
 
 
 def test_old_checkpoints_go_after_the_new_is_read_back(
@@ -89,7 +93,7 @@ def test_an_unreadable_best_does_not_replace_the_last(
     break_reading(monkeypatch, step=2)
     with pytest.raises(DiskError, match="checkpoint_best: damaged; it was written a moment ago"):
         save_both(tmp_path, 2)
-    assert checkpoints.read(tmp_path / "checkpoint_best").progress.step == 1
+    assert checkpoints.read(tmp_path / "checkpoint_best").state.step == 1
     assert not list(tmp_path.glob(".checkpoint*"))
 
 
@@ -127,30 +131,36 @@ def test_a_missing_checkpoint_is_noted(tmp_path: Path) -> None:
     assert name == "checkpoint-1" and "checkpoint-2: is gone, though it was saved last" in notes
     # What else this file may hold is ignored.
     for hint in ("", "{}", '{"step": "../../x"}', '{"step": 1}', "\0\xff"):
-        (tmp_path / format.LATEST).write_text(hint)
+        (tmp_path / "latest.json").write_text(hint)
         assert find_newest(tmp_path) == ("checkpoint-1", "")
 
 
 def test_the_best_accuracy_is_that_of_the_run(tmp_path: Path) -> None:
     """A later, worse epoch does not replace the best one. Another run's accuracy does not count."""
     progress = format.TrainState(step=3, questions_per_step=8, num_updates=3, best_accuracy=0.7)
-    write.save(tmp_path / "out" / "checkpoint-3", {}, {}, progress, RunConfig())
-    saved = checkpoints.read(tmp_path / "out" / "checkpoint-3")
+    write.save(
+        tmp_path / "out" / "checkpoint-3",
+        {},
+        {},
+        progress,
+        RunIdentity("", RunConfig().to_json(), {}),
+    )
+    saved = read_checkpoint(tmp_path / "out" / "checkpoint-3")
     for folder, best in (("out", 0.7), ("other", None)):
         config = RunConfig(output_dir=tmp_path / folder)
         expected = replace(progress, best_accuracy=best)
-        assert start_progress(saved, 3, 8, config, {}) == expected
+        assert start_state(saved, 3, 8, config, {}) == expected
 
 
 def test_a_missing_best_checkpoint_is_noted(tmp_path: Path) -> None:
     config = RunConfig(output_dir=tmp_path)
     (tmp_path / "args.json").write_text(json.dumps({**config.to_json(), "run": "r"}))
     progress = format.TrainState(step=3, best_accuracy=0.7)
-    write.save(tmp_path / "checkpoint-3", {}, {}, progress, config, run="r")
+    write.save(tmp_path / "checkpoint-3", {}, {}, progress, RunIdentity("r", config.to_json(), {}))
     best = tmp_path / "checkpoint_best"
     (note,) = find_start(config).notes
     assert note.startswith(f"{best}: is gone; the best epoch so far had 70.00%")
-    write.save(best, {}, {}, progress, config, run="r")
+    write.save(best, {}, {}, progress, RunIdentity("r", config.to_json(), {}))
     assert find_start(config).notes == ()
 
 
@@ -160,7 +170,7 @@ def test_missing_log_lines_are_counted(tmp_path: Path) -> None:
         (tmp_path / name).write_text("".join(lines))
 
     def missing(step: int, due: bool = False, from_start: bool = True) -> list[str]:
-        notes = gaps(tmp_path, read_logs(tmp_path), step, due, 3, from_start)
+        notes = gaps(OutputDir(tmp_path), read_logs(OutputDir(tmp_path)), step, due, 3, from_start)
         return [note.removeprefix(f"{tmp_path}/").split(" of ")[0] for note in notes]
 
     log("steps.jsonl", *range(1, 9))
@@ -185,18 +195,18 @@ def test_missing_log_lines_are_counted(tmp_path: Path) -> None:
 def test_three_failures_at_one_step_are_enough(tmp_path: Path) -> None:
     settings, other_settings = RunConfig().to_json(), RunConfig(batch_size=1).to_json()
     for _ in range(3):
-        restart_limit.record_start(tmp_path, settings, 7)
+        restart_limit.record_start(OutputDir(tmp_path), settings, 7)
     for _ in range(2):
-        message = refusal(restart_limit.record_start, tmp_path, settings, 7)
+        message = refusal(restart_limit.record_start, OutputDir(tmp_path), settings, 7)
         assert "step 8 has failed 3 times in a row" in message
-    restart_limit.record_start(tmp_path, other_settings, 7)
+    restart_limit.record_start(OutputDir(tmp_path), other_settings, 7)
     for _ in range(2):
-        restart_limit.record_start(tmp_path, other_settings, 8)  # farther than before
-    restart_limit.clear(tmp_path)
+        restart_limit.record_start(OutputDir(tmp_path), other_settings, 8)  # farther than before
+    restart_limit.clear(OutputDir(tmp_path))
     for _ in range(3):
-        restart_limit.record_start(tmp_path, other_settings, 8)
+        restart_limit.record_start(OutputDir(tmp_path), other_settings, 8)
     with pytest.raises(TrainingError):
-        restart_limit.record_start(tmp_path, other_settings, 8)
+        restart_limit.record_start(OutputDir(tmp_path), other_settings, 8)
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from vico.checkpoint.read import read, validate_for_model
+from vico.checkpoint.format import MOMENTS
+from vico.checkpoint.read import read
+from vico.checkpoint.validate import validate_for_model
 from vico.errors import CheckpointError
 from vico.model.config import LlamaConfig, trainable_shapes
-from vico.train.optim import MOMENTS
 
 LLAMA = LlamaConfig(dim=32, n_layers=3, n_heads=4, vocab_size=400)
 SHAPES = trainable_shapes(LLAMA, num_adapted=3, adapter_len=10, num_slots=10)

@@ -3,10 +3,11 @@
 import hashlib
 import sys
 
-from vico.checkpoint import read as checkpoints
+from vico.checkpoint.validate import validate_for_model
 from vico.cli.flags import parse
 from vico.distributed import world as dist
 from vico.train.build import build_engine, read_inputs
+from vico.train.resume import read_checkpoint
 
 
 def main(argv: list[str]) -> None:
@@ -14,12 +15,12 @@ def main(argv: list[str]) -> None:
     assert config.resume is not None
     world = dist.connect()
     inputs = read_inputs(config, ("train",), world)
-    found = checkpoints.validate_for_model(
-        checkpoints.read(config.resume), inputs.trainable_shapes, inputs.weights.config.n_layers
+    found = validate_for_model(
+        read_checkpoint(config.resume), inputs.trainable_shapes, inputs.weights.config.n_layers
     )
     engine = build_engine(config, inputs, found.weights, world)
     assert found.moments is not None
-    engine.set_moments(found.moments, found.progress.num_updates)
+    engine.set_moments(found.moments, found.state.num_updates)
     weights, moments = engine.state()
     digest = hashlib.sha256()
     for name, value in sorted({**weights, **moments}.items()):

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from support.warm_process import WarmProcess
+from vico.checkpoint.format import MOMENTS
 from vico.cli.demo import make_toy_dataset
 from vico.io import output_dir
-from vico.train.optim import MOMENTS
 
 NEXTQA, TINY, CHECKPOINT = "world/data/nextqa", "world/pretrained/llama/tiny", "run/checkpoint-1"
 TRAIN, VAL, FEATURES, CAPTIONS = (
@@ -80,7 +80,7 @@ class RunFixture:
         return RunFixture(Path(shutil.copytree(self.folder, folder, symlinks=True)))
 
     def contents(self) -> dict[str, str]:
-        files = sorted(path for path in self.folder.rglob("*") if path.name != output_dir.NAME)
+        files = sorted(path for path in self.folder.rglob("*") if path.name != output_dir.LOCK)
         return {
             str(p.relative_to(self.folder)): hashlib.sha256(p.read_bytes()).hexdigest()
             if p.is_file()

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from support.processes import Processes, launch, start
-from vico.checkpoint.format import OPTIMIZER, WEIGHTS, step_folders, step_of
+from vico.checkpoint.format import OPTIMIZER, WEIGHTS
 from vico.cli.demo import make_toy_dataset
 from vico.io.atomic import REPLACED_SUFFIX, TEMPORARY_SUFFIX, write_json
+from vico.io.output_dir import OutputDir, step_of
 from vico.io.text import read_json_object
 from vico.train.ds_config import SHIPPED_CONFIGS
 from vico.train.run_log import read_logs, read_records
@@ -78,12 +79,12 @@ def losses(out: Path) -> list[tuple[int, float]]:
 
 def newest_step(out: Path) -> int:
     """Of the checkpoints in `out`; 0: there is none."""
-    folders = step_folders(out)
-    return step_of(folders[0]) if folders else 0
+    folders = OutputDir(out).step_checkpoints()
+    return (step_of(folders[0]) or 0) if folders else 0
 
 
 def steps_logged(out: Path) -> int:
-    return read_logs(out).last_step
+    return read_logs(OutputDir(out)).last_step
 
 
 def stray_files(out: Path) -> list[str]:

@@ -16,20 +16,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.checkpoints import LLAMA, SHAPES, Payload, refusal, same, values
-from vico.checkpoint.format import OPTIMIZER, STATE, WEIGHTS, TrainState, step_folders
-from vico.checkpoint.read import read, validate_for_model
-from vico.checkpoint.write import prune, save
+from vico.checkpoint.format import OPTIMIZER, STATE, WEIGHTS, TrainState
+from vico.checkpoint.read import read
+from vico.checkpoint.validate import validate_for_model
+from vico.checkpoint.write import RunIdentity, prune, save
 from vico.errors import DiskError, UserError
 from vico.io.atomic import repair_folder, require_writable, write_folder, write_text
+from vico.io.output_dir import OutputDir
 from vico.train.config import RunConfig
+from vico.train.resume import read_checkpoint
 
 CONFIG = RunConfig(seed=7, adapter_layer=3, lr=0.1, max_seq_len=100)
+RUN = RunIdentity("", CONFIG.to_json(), {})
 PROGRESS = TrainState(12, 32, 11, 0.1 + 0.2, [1 / 3, 2e-9], [5, 7])
 
 
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
-    save(tmp_path / "run" / "checkpoint-12", *values(SHAPES, 1), PROGRESS, CONFIG)
+    save(tmp_path / "run" / "checkpoint-12", *values(SHAPES, 1), PROGRESS, RUN)
     return tmp_path / "run" / "checkpoint-12"
 
 
@@ -45,8 +49,8 @@ def test_ours_come_back_bit_for_bit(own: Path) -> None:
         and found.moments is not None
         and list(found.moments) == list(moments)
     )
-    assert found.progress == PROGRESS and found.notes == () and found.lineage_epoch is None
-    assert RunConfig(**found.settings) == CONFIG
+    assert found.state == PROGRESS and found.notes == () and found.published_optimizer is None
+    assert RunConfig(**read_checkpoint(own).settings) == CONFIG
     assert sorted(path.name for path in own.iterdir()) == sorted([WEIGHTS, OPTIMIZER, STATE])
     assert [path.name for path in own.parent.iterdir()] == [own.name]
 
@@ -70,16 +74,14 @@ def test_any_progress_and_any_number_come_back(
         TrainState(step, 3, step // 2, best, sums, [1] * len(sums)),
     )
     weights, moments = {"a": torch.tensor([[scale, -0.0]])}, {"a.exp_avg": torch.zeros(2, 1)}
-    save(folder, weights, moments, progress, CONFIG)
+    save(folder, weights, moments, progress, RUN)
     found = read(folder)
-    assert (
-        found.progress == progress and same(found.weights, weights) and same(found.moments, moments)
-    )
+    assert found.state == progress and same(found.weights, weights) and same(found.moments, moments)
 
 
 def test_strided_values_are_saved_whole(tmp_path: Path) -> None:
     wide = torch.arange(12.0).reshape(3, 4)
-    save(tmp_path / "c", {"a": wide.T, "b": wide[:, 1:3]}, {}, TrainState(), CONFIG)
+    save(tmp_path / "c", {"a": wide.T, "b": wide[:, 1:3]}, {}, TrainState(), RUN)
     assert same(
         read(tmp_path / "c").weights, {"a": wide.T.contiguous(), "b": wide[:, 1:3].contiguous()}
     )
@@ -90,7 +92,7 @@ def test_weights_alone_are_a_new_start(own: Path) -> None:
     assert (
         same(found.weights, values(SHAPES, 1)[0])
         and found.moments is None
-        and found.progress == TrainState()
+        and found.state == TrainState()
         and found.settings == {}
     )
 
@@ -117,7 +119,7 @@ def test_a_file_cut_anywhere_is_found(own: Path, name: str) -> None:
 
 
 def test_files_of_two_steps_are_not_one_checkpoint(own: Path, tmp_path: Path) -> None:
-    save(tmp_path / "other", *values(SHAPES, 2), dataclasses.replace(PROGRESS, step=24), CONFIG)
+    save(tmp_path / "other", *values(SHAPES, 2), dataclasses.replace(PROGRESS, step=24), RUN)
     for name in (WEIGHTS, OPTIMIZER, STATE):
         mixed = shutil.copytree(own, tmp_path / f"mixed {name}")
         shutil.copy(tmp_path / "other" / name, mixed / name)
@@ -152,7 +154,11 @@ def test_what_is_no_checkpoint(tmp_path: Path, own: Path) -> None:
 
 
 def test_the_newest_has_the_highest_step(tmp_path: Path) -> None:
-    assert step_folders(tmp_path / "nowhere") == step_folders(tmp_path) == []
+    assert (
+        OutputDir(tmp_path / "nowhere").step_checkpoints()
+        == OutputDir(tmp_path).step_checkpoints()
+        == []
+    )
     for name in (
         "checkpoint-9",
         "checkpoint-100",
@@ -162,25 +168,25 @@ def test_the_newest_has_the_highest_step(tmp_path: Path) -> None:
         ".checkpoint-999.vico-tmp",
     ):
         (tmp_path / name).mkdir()
-    assert [path.name for path in step_folders(tmp_path)] == [
+    assert [path.name for path in OutputDir(tmp_path).step_checkpoints()] == [
         "checkpoint-100",
         "checkpoint-20",
         "checkpoint-9",
     ]
     (tmp_path / "checkpoint-300").touch()
-    assert [path.name for path in step_folders(tmp_path)] == [
+    assert [path.name for path in OutputDir(tmp_path).step_checkpoints()] == [
         "checkpoint-100",
         "checkpoint-20",
         "checkpoint-9",
     ]
     others = {"checkpoint_best", "checkpoint-x", ".checkpoint-999.vico-tmp", "checkpoint-300"}
-    prune(tmp_path, 1, 20)
+    prune(OutputDir(tmp_path), 1, 20)
     assert {path.name for path in tmp_path.iterdir()} == {
         "checkpoint-100",
         "checkpoint-20",
         *others,
     }, "100 is none of those that 20 follows"
-    prune(tmp_path, 1, 100)
+    prune(OutputDir(tmp_path), 1, 100)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-100", *others}
 
 
@@ -191,12 +197,12 @@ def test_links_in_the_place_of_checkpoints(own: Path, tmp_path: Path) -> None:
     (out / "checkpoint-12").symlink_to(own)
     (out / "checkpoint_best").symlink_to(own)
     for name in ("checkpoint-13", "checkpoint_best", "checkpoint_best"):
-        save(out / name, *values(SHAPES, 1), dataclasses.replace(PROGRESS, step=13), CONFIG)
-    prune(out, 1, 13)
+        save(out / name, *values(SHAPES, 1), dataclasses.replace(PROGRESS, step=13), RUN)
+    prune(OutputDir(out), 1, 13)
     assert {path.name for path in out.iterdir()} == {"checkpoint-13", "checkpoint_best"} and not (
         out / "checkpoint_best"
     ).is_symlink()
-    assert read(own).progress == PROGRESS and repair_folder(out) == []
+    assert read(own).state == PROGRESS and repair_folder(out) == []
 
 
 def test_a_checkpoint_is_its_files_under_its_name(own: Path) -> None:
@@ -224,7 +230,7 @@ def test_a_save_that_fails_leaves_the_old_one(own: Path, monkeypatch: pytest.Mon
         DiskError,
         match=r"checkpoint-12: cannot be written \(No space left on device: [\d,]+ bytes free\); free space",
     ) as caught:
-        save(own, *values(SHAPES, 2), PROGRESS, CONFIG)
+        save(own, *values(SHAPES, 2), PROGRESS, RUN)
     assert caught.value.exit_code == 6
     assert same(read(own).weights, values(SHAPES, 1)[0]) and [
         p.name for p in own.parent.iterdir()
@@ -257,7 +263,7 @@ def test_a_disk_that_refuses_leaves_the_old_one(
         DiskError,
         match=rf"checkpoint-12: cannot be written \({os.strerror(number)}\); free space or fix",
     ):
-        save(own, *values(SHAPES, 2), PROGRESS, CONFIG)
+        save(own, *values(SHAPES, 2), PROGRESS, RUN)
     assert passings[0] <= 0
     assert same(read(own).weights, values(SHAPES, 1)[0]) and [
         p.name for p in own.parent.iterdir()
@@ -266,7 +272,7 @@ def test_a_disk_that_refuses_leaves_the_old_one(
 
 def test_a_save_replaces_the_older_one_whole(own: Path) -> None:
     (own / "stray").touch()
-    save(own, *values(SHAPES, 2), PROGRESS, CONFIG)
+    save(own, *values(SHAPES, 2), PROGRESS, RUN)
     assert same(read(own).weights, values(SHAPES, 2)[0])
     assert not (own / "stray").exists() and [p.name for p in own.parent.iterdir()] == [own.name]
 

@@ -143,20 +143,23 @@ def test_help_of_the_command_itself(capsys: pytest.CaptureFixture[str]) -> None:
         ("--batch-size 4", "unknown flag --batch-size; did you mean '--batch_size'?"),
         ("--epoch=3", "unknown flag --epoch; did you mean '--epochs'?"),
         ("--max_seq 3", "unknown flag --max_seq; did you mean '--max_seq_len'?"),
-        ("--zzz 4", "unknown flag --zzz; see --help"),
+        ("--zzz 4", "unknown flag --zzz; see vico train --help"),
         (
             "--lr 1 2",
-            "unexpected word '2': a value follows a --flag, and switches take none; see --help",
+            "unexpected word '2': a value follows a --flag, and switches take none; see vico train --help",
         ),
-        ("--lr", "--lr: expected one argument (see --help)"),
-        ("--lr 1,5", "--lr: '1,5' is not a number (see --help)"),
-        ("--epochs 2.5", "--epochs: '2.5' is not a whole number (see --help)"),
-        ("--resume caf\udce9", r"--resume: 'caf\udce9' is not a path in UTF-8 (see --help)"),
-        ("--resume ''", "--resume: '' is not a path in UTF-8 (see --help)"),
-        ("--sub=yes", "--sub: takes no value, but was given 'yes' (see --help)"),
+        ("--lr", "--lr: expected one argument (see vico train --help)"),
+        ("--lr 1,5", "--lr: '1,5' is not a number (see vico train --help)"),
+        ("--epochs 2.5", "--epochs: '2.5' is not a whole number (see vico train --help)"),
+        (
+            "--resume caf\udce9",
+            r"--resume: 'caf\udce9' is not a path in UTF-8 (see vico train --help)",
+        ),
+        ("--resume ''", "--resume: '' is not a path in UTF-8 (see vico train --help)"),
+        ("--sub=yes", "--sub: takes no value, but was given 'yes' (see vico train --help)"),
         (
             "--precision fp8",
-            "--precision: invalid choice: 'fp8' (choose from 'bf16', 'fp16', 'fp32') (see --help)",
+            "--precision: invalid choice: 'fp8' (choose from 'bf16', 'fp16', 'fp32') (see vico train --help)",
         ),
         ("--accum_iter 0", "--accum_iter 0: must be a whole number of at least 1"),
         ("--max_steps -1", "--max_steps -1: must be a whole number of at least 1"),
@@ -289,7 +292,7 @@ def test_no_recipe_ends_in_another_exception(tmp_path: Path, content: bytes) -> 
 
 
 def values_of(annotation: Any) -> st.SearchStrategy[Any]:
-    kind, choices = configs._value_type(annotation)
+    kind, choices = configs.value_type(annotation)
     if choices:
         return st.sampled_from(choices)
     return {
@@ -370,7 +373,7 @@ def test_each_setting_that_defines_a_run_is_missed_when_changed_and_can_be_allow
     config = RunConfig(dataset="tvqa", max_seq_len=512)  # which allow --sub
     before = config.to_json()
     value = before[name]
-    kind, choices = configs._value_type(
+    kind, choices = configs.value_type(
         configs.typing.get_type_hints(RunConfig, include_extras=True)[name]
     )
     other = (

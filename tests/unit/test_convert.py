@@ -19,8 +19,8 @@ from reference import oracle, oracle_files
 from support.backbones import KINDS, LOGITS_RTOL, distance, logits, make_hugging_face, text
 from support.errors import refusal
 from vico.checkpoint import format, write
-from vico.checkpoint import read as checkpoints
 from vico.checkpoint.format import TrainState
+from vico.checkpoint.validate import validate_for_model
 from vico.cli.convert import convert
 from vico.cli.main import main
 from vico.model.config import LlamaConfig, backbone_shapes, trainable_shapes
@@ -28,6 +28,7 @@ from vico.model.vico import initial_trainables
 from vico.model.weights import convert as converter
 from vico.model.weights.load import open_weights
 from vico.train.config import RunConfig
+from vico.train.resume import read_checkpoint
 
 SHAPE = LlamaConfig(32, 3, 4, 400)
 
@@ -130,7 +131,8 @@ def save(folder: Path) -> dict[str, Tensor]:
         for m in ("exp_avg", "exp_avg_sq")
     }
     config = RunConfig(dataset="star", bias=3.5, adapter_layer=2, output_dir=folder)
-    write.save(folder, weights, moments, TrainState(step=1), config, {})
+    run = write.RunIdentity("", config.to_json(), {})
+    write.save(folder, weights, moments, TrainState(step=1), run)
     return weights
 
 
@@ -143,7 +145,7 @@ def test_adapters_go_to_the_lineage_and_back(tmp_path: Path) -> None:
         tmp_path / "new" / "best.pth", weights_only=True
     )  # by torch alone, without anything allowed
     assert set(content) == {"model", "args"} and list(content["model"]) == list(weights)
-    read = checkpoints.read(tmp_path / "new" / "best.pth")
+    read = read_checkpoint(tmp_path / "new" / "best.pth")
     assert (
         read.settings["dataset"] == "star"
         and read.settings["bias"] == 3.5
@@ -153,7 +155,7 @@ def test_adapters_go_to_the_lineage_and_back(tmp_path: Path) -> None:
     convert(tmp_path / "checkpoint_best" / format.WEIGHTS, tmp_path / "alone.pth")
     for found in (
         content["model"],
-        *(checkpoints.read(tmp_path / n).weights for n in ("back.safetensors", "alone.pth")),
+        *(read_checkpoint(tmp_path / n).weights for n in ("back.safetensors", "alone.pth")),
     ):
         assert found.keys() == weights.keys() and all(
             torch.equal(found[n], v) for n, v in weights.items()
@@ -165,8 +167,8 @@ def test_the_published_code_s_own_files_are_read(tmp_path: Path) -> None:
     own = oracle.init_trainables({"dim": 32, "n_heads": 4, "n_layers": 3}, hyper, random_gates=True)
     oracle_files.save_lineage(tmp_path / "lineage.pth", own, lower_gates=1)
     convert(tmp_path / "lineage.pth", tmp_path / "ours.safetensors")
-    found = checkpoints.validate_for_model(
-        checkpoints.read(tmp_path / "ours.safetensors"), trainable_shapes(SHAPE, 2, 10, 10), 3
+    found = validate_for_model(
+        read_checkpoint(tmp_path / "ours.safetensors"), trainable_shapes(SHAPE, 2, 10, 10), 3
     )
     assert (
         all(torch.equal(found.weights[n], v.detach()) for n, v in own.items())

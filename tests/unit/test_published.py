@@ -14,12 +14,12 @@ from torch import Tensor
 
 from reference import oracle, oracle_files
 from support.checkpoints import LLAMA, SHAPES, Payload, refusal, same
-from vico.checkpoint.format import Checkpoint, TrainState
-from vico.checkpoint.read import read, validate_for_model
+from vico.checkpoint.format import MOMENTS, Checkpoint, TrainState
+from vico.checkpoint.validate import validate_for_model
 from vico.cli.flags import parse
 from vico.errors import CheckpointError
 from vico.model.config import trainable_shapes
-from vico.train.optim import MOMENTS
+from vico.train.resume import read_checkpoint
 
 PARAMS = {"dim": 32, "n_layers": 3, "n_heads": 4, "norm_eps": 1e-6}
 
@@ -57,12 +57,12 @@ def changed(path: Path, change: Callable[[Any], Any], **how: Any) -> Path:
 
 def test_a_lineage_file_with_model_alone_is_a_new_start(tmp_path: Path) -> None:
     weights, _ = lineage(tmp_path / "a.pth")
-    found = validate_for_model(read(tmp_path / "a.pth"), SHAPES, LLAMA.n_layers)
+    found = validate_for_model(read_checkpoint(tmp_path / "a.pth"), SHAPES, LLAMA.n_layers)
     assert list(found.weights) == list(SHAPES) and same(found.weights, weights)
     assert (
         found.moments is None
-        and found.lineage_epoch is None
-        and found.progress == TrainState()
+        and found.published_optimizer is None
+        and found.state == TrainState()
         and found.notes == ()
     )
 
@@ -82,9 +82,12 @@ def test_a_lineage_file_with_optimizer_goes_on(tmp_path: Path, how: dict[str, bo
     args.output_dir, args.llama_model_path = pathlib.PosixPath("x"), "./pretrained/llama"
     weights, moments = lineage(tmp_path / "a.pth", steps=3, epoch=4, args=args)
     found = validate_for_model(
-        read(changed(tmp_path / "a.pth", lambda content: None, **how)), SHAPES, LLAMA.n_layers
+        read_checkpoint(changed(tmp_path / "a.pth", lambda content: None, **how)),
+        SHAPES,
+        LLAMA.n_layers,
     )
-    assert found.lineage_epoch == 4 and found.progress == TrainState(num_updates=3)
+    assert found.published_optimizer is not None
+    assert found.published_optimizer.epoch == 4 and found.state == TrainState(num_updates=3)
     assert same(found.weights, weights) and same(found.moments, moments)
     assert found.settings == {
         "batch_size": 8,
@@ -98,7 +101,7 @@ def test_a_lineage_file_with_optimizer_goes_on(tmp_path: Path, how: dict[str, bo
 def test_gates_below_the_adapted_layers_are_left_out_and_said(tmp_path: Path) -> None:
     shapes = trainable_shapes(LLAMA, num_adapted=1, adapter_len=10, num_slots=10)
     weights, moments = lineage(tmp_path / "a.pth", steps=2, adapted=1, lower_gates=2)
-    found = validate_for_model(read(tmp_path / "a.pth"), shapes, LLAMA.n_layers)
+    found = validate_for_model(read_checkpoint(tmp_path / "a.pth"), shapes, LLAMA.n_layers)
     assert found.notes == (
         f"{tmp_path}/a.pth: ignored 4 gates of layers below the adapted ones, which nothing uses",
     )
@@ -120,7 +123,7 @@ EMBEDDING = "temporal_emb.weight"
 
 
 LINEAGE_FAULTS: list[tuple[Callable[[Any], Any], str]] = [
-    (lambda c: {"weights": c}, "has no 'model' dict of tensors; a lineage checkpoint has one"),
+    (lambda c: {"weights": c}, "has no 'model' dict of tensors; a published checkpoint has one"),
     (lambda c: c["model"], "has no 'model' dict of tensors"),
     (lambda c: [c], "has no 'model' dict of tensors"),
     (
@@ -227,7 +230,9 @@ def test_lineage_files_are_read_strictly(
 )
 def test_what_lineage_files_may_hold(tmp_path: Path, change: Callable[[Any], Any]) -> None:
     weights, moments = lineage(tmp_path / "a.pth", steps=2)
-    found = validate_for_model(read(changed(tmp_path / "a.pth", change)), SHAPES, LLAMA.n_layers)
+    found = validate_for_model(
+        read_checkpoint(changed(tmp_path / "a.pth", change)), SHAPES, LLAMA.n_layers
+    )
     assert all(
         torch.allclose(found.weights[n], t, atol=1e-2) and found.weights[n].dtype == torch.float32
         for n, t in weights.items()
@@ -244,7 +249,10 @@ def everything(found: Checkpoint) -> list[Any]:
 
 def test_a_flipped_bit_in_a_lineage_file_is_found_or_harmless(tmp_path: Path) -> None:
     lineage(tmp_path / "a.pth", steps=2)
-    whole, before = (tmp_path / "a.pth").read_bytes(), everything(read(tmp_path / "a.pth"))
+    whole, before = (
+        (tmp_path / "a.pth").read_bytes(),
+        everything(read_checkpoint(tmp_path / "a.pth")),
+    )
     rng, found = random.Random(0), 0
     at = [
         *rng.choices(range(len(whole)), k=120),
@@ -255,7 +263,7 @@ def test_a_flipped_bit_in_a_lineage_file_is_found_or_harmless(tmp_path: Path) ->
         damaged[place] ^= 1 << rng.randrange(8)
         (tmp_path / "a.pth").write_bytes(damaged)
         try:
-            after = everything(read(tmp_path / "a.pth"))
+            after = everything(read_checkpoint(tmp_path / "a.pth"))
         except CheckpointError:
             found += 1
         else:

@@ -6,8 +6,9 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
-from vico.checkpoint import format, published
-from vico.checkpoint import read as checkpoints
+from vico.checkpoint import published
+from vico.checkpoint.read import read
+from vico.checkpoint.validate import GATE, require_finite
 from vico.errors import CheckpointError, UserError
 from vico.io.atomic import make_folder, write_bytes
 
@@ -17,7 +18,7 @@ def convert_adapter(source: Path, target: Path) -> str:
 
     Returns a description of what was done. Raises UserError or DiskError.
     """
-    checkpoint = checkpoints.read(source)
+    checkpoint = read(source)
     _check_adapter(checkpoint.weights, source)
     weights = published.in_published_order(checkpoint.weights)
     make_folder(target.parent)
@@ -39,8 +40,8 @@ def _require_suffix(target: Path, suffix: str) -> None:
 
 def _check_adapter(weights: Mapping[str, Tensor], source: Path) -> None:
     """The weights are a whole adapter: the tensors outside the layers, and pairs of gates."""
-    gates = {name for name in weights if format.GATE.fullmatch(name)}
-    expected = {*published.NON_LAYER_NAMES}
+    gates = {name for name in weights if GATE.fullmatch(name)}
+    expected = {*published.FIRST}
     for gate in gates:
         stem = gate[:-1]
         expected |= {f"{stem}1", f"{stem}2"}
@@ -50,4 +51,4 @@ def _check_adapter(weights: Mapping[str, Tensor], source: Path) -> None:
         names = ", ".join(sorted(missing or unknown)[:3]) or "gates"
         raise CheckpointError(f"{source}: {problem} {names}; an adapter of ViCo's is expected")
     for name, value in weights.items():
-        checkpoints.require_numbers(value, name, source)
+        require_finite(value, name, source)

@@ -6,27 +6,26 @@ in a row failed there.
 
 import contextlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from vico.errors import TrainingError, UserError
 from vico.io.atomic import write_json
 from vico.io.digest import digest_json
+from vico.io.output_dir import OutputDir
 from vico.io.text import read_json_object
 
-FILE_NAME = "attempts.json"
 MAX_FAILURES = 3
 DIGEST_LENGTH = 16
 
 
-def record_start(output_dir: Path, settings: Mapping[str, Any], step: int) -> None:
+def record_start(output_dir: OutputDir, settings: Mapping[str, Any], step: int) -> None:
     """Count a start of the run with `settings` at `step`, the number of steps done before.
 
     Other settings start a new count. Raises TrainingError after MAX_FAILURES failures.
     """
-    path = output_dir / FILE_NAME
+    path = output_dir.attempts
     digest = digest_json(settings, DIGEST_LENGTH)
-    previous = _read(path)
+    previous = _read(output_dir)
     failures = 0
     if previous.get("settings") == digest:
         is_same_step = previous.get("step") == step
@@ -40,15 +39,16 @@ def record_start(output_dir: Path, settings: Mapping[str, Any], step: int) -> No
     write_json(path, {"step": step, "failures": failures, "settings": digest})
 
 
-def clear(output_dir: Path) -> None:
+def clear(output_dir: OutputDir) -> None:
     """The run ended without a failure: forget the count."""
     # The folder may be gone, or no longer writable.
     with contextlib.suppress(OSError):
-        (output_dir / FILE_NAME).unlink(missing_ok=True)
+        output_dir.attempts.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(output_dir: OutputDir) -> dict[str, Any]:
+    path = output_dir.attempts
     try:
-        return read_json_object(path, FILE_NAME) if path.exists() else {}
+        return read_json_object(path, path.name) if path.exists() else {}
     except UserError:
         return {}

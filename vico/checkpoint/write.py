@@ -1,43 +1,44 @@
-"""Writing checkpoints: beside their place, flushed, renamed, read back; only then older ones go."""
+"""Writing checkpoints: to a temporary folder, flushed, renamed, read back.
+
+Only then older ones go.
+"""
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from torch import Tensor
 
-from vico.checkpoint.format import (
-    FORMAT,
-    LATEST,
-    OPTIMIZER,
-    STATE,
-    WEIGHTS,
-    TrainState,
-    step_folders,
-    step_of,
-    with_checksum,
-)
+from vico.checkpoint.format import FORMAT, OPTIMIZER, STATE, WEIGHTS, TrainState, with_checksum
 from vico.checkpoint.read import read
 from vico.errors import CheckpointError, DiskError
 from vico.io.atomic import remove_folder, write_folder, write_json
 from vico.io.failpoints import reached
-from vico.train.config import RunConfig
+from vico.io.output_dir import OutputDir, step_of
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What every checkpoint of a run records of it."""
+
+    id: str  # empty: not recorded
+    settings: Mapping[str, Any]
+    fingerprints: Mapping[str, str]
 
 
 def save(
     target: Path,
     weights: Mapping[str, Tensor],
     moments: Mapping[str, Tensor],
-    progress: TrainState,
-    config: RunConfig,
-    fingerprints: Mapping[str, str] | None = None,
-    run: str = "",
+    state: TrainState,
+    run: RunIdentity,
 ) -> None:
-    """Written aside, flushed, renamed, and read back: what is there under its name is whole. Raises DiskError.
+    """Write a checkpoint folder; what lies under `target` afterwards is whole. Raises DiskError.
 
-    state.json is written last, and binds the other files to one step of one `run` by their sha256.
+    state.json is written last. Its sha256 sums bind the other files to one step of one run.
     """
 
     def fill(folder: Path) -> None:
@@ -47,14 +48,15 @@ def save(
             (folder / name).write_bytes(data)
             files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             reached("save:file")
-        state = {
+        record = {
             "format": FORMAT,
-            "run": run,
-            "progress": asdict(progress),
-            "settings": config.to_json(),
+            "run": run.id,
+            "progress": asdict(state),
+            "settings": dict(run.settings),
+            "fingerprints": dict(run.fingerprints),
+            "files": files,
         }
-        state |= {"fingerprints": dict(fingerprints or {}), "files": files}
-        (folder / STATE).write_text(with_checksum(state), encoding="utf-8")
+        (folder / STATE).write_text(with_checksum(record), encoding="utf-8")
 
     def check(folder: Path) -> None:
         try:
@@ -69,36 +71,31 @@ def save(
 
 
 def save_step(
-    output_dir: Path,
-    keep: int | None,
+    output_dir: OutputDir,
     weights: Mapping[str, Tensor],
     moments: Mapping[str, Tensor],
-    progress: TrainState,
-    config: RunConfig,
-    fingerprints: Mapping[str, str],
-    run: str,
+    state: TrainState,
+    run: RunIdentity,
+    keep: int | None,
 ) -> None:
-    """The checkpoint of a step under its name, noted as the latest one; only then the older ones go, but for the newest `keep`."""
-    save(
-        output_dir / f"checkpoint-{progress.step}",
-        weights,
-        moments,
-        progress,
-        config,
-        fingerprints,
-        run,
-    )
-    write_json(output_dir / LATEST, {"step": progress.step})
+    """Write checkpoint-<step> and note it as the latest; then remove all but the newest `keep`.
+
+    `keep` None: nothing is removed. Raises DiskError.
+    """
+    save(output_dir.checkpoint(state.step), weights, moments, state, run)
+    write_json(output_dir.latest, {"step": state.step})
     reached("save:noted")
     if keep is not None:
-        prune(output_dir, keep, progress.step)
+        prune(output_dir, keep, state.step)
     reached("save:pruned")
 
 
-def prune(output_dir: Path, keep: int, step: int) -> None:
-    """Remove all but the newest `keep` checkpoint-<step> folders up to the one of `step`, which was just saved; checkpoint_best stays.
+def prune(output_dir: OutputDir, keep: int, step: int) -> None:
+    """Remove all but the newest `keep` checkpoint-<step> folders up to the one of `step`.
 
-    What bears a higher step is none that this run goes on from: the start passed it over, or it was put there since.
+    checkpoint_best stays. A folder with a higher step stays: this run did not write it, or its
+    start passed it over.
     """
-    for folder in [f for f in step_folders(output_dir) if step_of(f) <= step][keep:]:
+    ours = [f for f in output_dir.step_checkpoints() if (step_of(f) or 0) <= step]
+    for folder in ours[keep:]:
         remove_folder(folder)

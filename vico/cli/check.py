@@ -14,7 +14,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from vico.checkpoint import fingerprint
-from vico.checkpoint import read as checkpoints
+from vico.checkpoint.validate import validate_for_model
 from vico.cli import flags
 from vico.cli.check_report import samples, shared_with_other_sets
 from vico.data.datasets import DATASETS, accuracy_groups, read_questions
@@ -28,7 +28,7 @@ from vico.model.config import trainable_shapes
 from vico.train import preflight, zero_stage
 from vico.train.config import RunConfig
 from vico.train.preflight import BackboneFiles
-from vico.train.resume import find_start, start_progress
+from vico.train.resume import find_start, start_state
 
 CHECK = (
     "Find what is wrong with a run's files before it starts: the flags of `vico train`, one process, nothing is trained. All problems are "
@@ -276,20 +276,20 @@ class Check:
             self._say(f"start: a new run in {config.output_dir}")
             return
         shapes = trainable_shapes(shape, backbone.num_adapted, config.adapter_len, config.max_feats)
-        start = checkpoints.validate_for_model(found.checkpoint, shapes, shape.n_layers)
+        start = validate_for_model(found.checkpoint, shapes, shape.n_layers)
         for note in start.notes:
             self._say(note)
-        if config.init_eval and config.resume is not None:
+        if config.only_evaluates:
             self._say(f"start: {start.path} is evaluated on {config.split}")
             return
         prints = fingerprint.of_run(
             backbone.weights, self._questions, self._captions, features, self._cache
         )
-        progress = start_progress(start, 1, start.progress.questions_per_step, config, prints)
+        progress = start_state(start, 1, start.state.questions_per_step, config, prints)
         goes_on = (
             f"goes on from step {progress.step}"
-            if start.lineage_epoch is None
-            else f"goes on after epoch {start.lineage_epoch}"
+            if start.published_optimizer is None
+            else f"goes on after epoch {start.published_optimizer.epoch}"
         )
         self._say(
             f"start: {start.path}, {goes_on if start.moments else 'a new run from its weights'}"
@@ -298,7 +298,7 @@ class Check:
 
 def splits_of(config: RunConfig) -> list[str]:
     """Those that the run needs, and the others that are there."""
-    if config.init_eval and config.resume is not None:
+    if config.only_evaluates:
         return [config.split]
     there = [
         split

@@ -24,7 +24,7 @@ HELP = """Convert SOURCE, by what it is:
 Memory holds one file of the target at a time. The tokenizer is not copied."""
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     parser = OneLineParser(
         prog="vico convert",
         description=HELP,
@@ -44,6 +44,7 @@ def main(argv: list[str]) -> None:
     start = time.monotonic()
     description = convert(flags.source, flags.target, flags.to, flags.shards)
     log.info(f"{flags.target}: {description}, in {time.monotonic() - start:.1f} s")
+    return 0
 
 
 def convert(source: Path, target: Path, to: Layout | None = None, shards: int | None = None) -> str:

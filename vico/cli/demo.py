@@ -73,7 +73,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see vico demo --help)")
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     parser = _Parser(
         prog="vico demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -84,6 +84,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     flags = parser.parse_args(argv)
     make_toy_dataset(flags.output_dir, flags.seed)
+    return 0
 
 
 def make_toy_dataset(

@@ -1,43 +1,83 @@
 """`vico eval`: score the questions of a split with a checkpoint."""
 
-from vico.checkpoint import read as checkpoints
-from vico.checkpoint.format import Checkpoint
-from vico.cli.flags import CommandLine
-from vico.distributed.world import World
-from vico.train.build import build_engine, read_inputs
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vico.cli.flags import CommandLine, parse_with_checkpoint
+from vico.cli.with_world import with_world
 from vico.train.config import SHAPES, RunConfig
-from vico.train.evaluate import evaluate, report
-from vico.train.rank_consistency import require_same_files
+
+if TYPE_CHECKING:  # they import torch, and a mistyped flag is answered before that
+    from vico.checkpoint.format import Checkpoint
+    from vico.distributed.world import World
+
+DESCRIPTION = (
+    "Evaluate a checkpoint (--resume). Settings come from the checkpoint; a flag that is given "
+    "wins, except for shapes (adapter_layer, adapter_len, max_feats), which are the checkpoint's."
+)
 
 
-def evaluate_checkpoint(line: CommandLine, world: World) -> None:
-    """`vico eval`: evaluate --resume on --split, by the checkpoint's own settings where no flag is given."""
-    with world.raise_together():
-        found = checkpoints.read(line.given["resume"])
-        config, notes = settings_of(found, line)
+def main(argv: list[str]) -> int:
+    """Run the command on this rank; returns the exit code."""
+    line = parse_with_checkpoint(argv, "vico eval", DESCRIPTION)
+
+    def work(world: "World") -> None:
+        from vico.train.rank_consistency import require_same_files
+        from vico.train.resume import read_checkpoint
+
+        with world.raise_together():
+            checkpoint = read_checkpoint(line.given["resume"])
+            config, notes = settings_of(checkpoint, line)
+        require_same_files(world, config)
+        evaluate_checkpoint(config, checkpoint, world, notes)
+
+    return with_world(line, work)
+
+
+def evaluate_named(config: RunConfig, world: "World") -> None:
+    """`vico train --resume CHECKPOINT --init_eval`: evaluate it with the flags' settings."""
+    from vico.train.rank_consistency import require_same_files
+    from vico.train.resume import read_checkpoint
+
     require_same_files(world, config)
     with world.raise_together():
+        assert config.resume is not None
+        checkpoint = read_checkpoint(config.resume)
+    evaluate_checkpoint(config, checkpoint, world)
+
+
+def evaluate_checkpoint(
+    config: RunConfig, checkpoint: "Checkpoint", world: "World", notes: Sequence[str] = ()
+) -> None:
+    """Score config.split, print the accuracies, write the predictions. A collective."""
+    from vico.train.build import build_engine, fit, read_inputs
+    from vico.train.evaluate import evaluate, report
+
+    with world.raise_together():
         inputs = read_inputs(config, (config.split,), world)
-        found = checkpoints.validate_for_model(
-            found, inputs.trainable_shapes, inputs.weights.config.n_layers
-        )
+        checkpoint = fit(checkpoint, inputs)
     if world.is_main:
         inputs.cache.flush()
-    for note in (*notes, *found.notes, *inputs.notes):
+    for note in (*notes, *checkpoint.notes, *inputs.notes):
         world.print_rank0(note)
-    engine = build_engine(config, inputs, found.weights, world)
-    report(evaluate(engine, inputs, config.split, config, world), config.split, config, world)
+    engine = build_engine(config, inputs, checkpoint.weights, world)
+    evaluation = evaluate(engine, inputs, config.split, config, world)
+    report(evaluation, config.split, config, world)
 
 
-def settings_of(found: Checkpoint, line: CommandLine) -> tuple[RunConfig, list[str]]:
-    """(settings, what the user should know): the checkpoint's, then the flags', its tensors' shapes always its own."""
-    kept = {name: found.settings[name] for name in SHAPES if name in found.settings}
-    notes = [
-        f"note: --{name} {line.given[name]} is not used: the checkpoint has {value}"
-        for name, value in kept.items()
-        if name in line.given and line.given[name] != value
-    ]
-    # Predictions go beside the checkpoint, wherever it has been copied since, and no split is remembered.
-    saved = {**found.settings, "output_dir": found.path.parent, "split": "val", "init_eval": False}
-    given = {name: value for name, value in line.given.items() if name not in kept}
+def settings_of(checkpoint: "Checkpoint", line: CommandLine) -> tuple[RunConfig, list[str]]:
+    """(settings, notes for the user): the checkpoint's settings, under the given flags.
+
+    Shapes are always the checkpoint's.
+    """
+    shapes = {name: v for name, v in checkpoint.settings.items() if name in SHAPES}
+    notes = []
+    for name, value in shapes.items():
+        given = line.given.get(name, value)
+        if given != value:
+            notes.append(f"note: --{name} {given} is not used: the checkpoint has {value}")
+    # Predictions go beside the checkpoint, wherever it was copied; the split is not remembered.
+    folder = checkpoint.path.parent
+    saved = {**checkpoint.settings, "output_dir": folder, "split": "val", "init_eval": False}
+    given = {name: value for name, value in line.given.items() if name not in shapes}
     return CommandLine(given, line.notes, line.debug).resolve(saved), notes

@@ -1,18 +1,26 @@
-"""The command line: flags and recipes become a RunConfig."""
+"""The flags of train, eval, check and quantize-eval: with a recipe they become a RunConfig."""
 
 import argparse
 import dataclasses
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from vico.errors import UserError, nearest, show
+from vico.cli.parser import OneLineParser
+from vico.errors import UserError, show
 from vico.io.text import read_text
-from vico.train.config import NAMES, RunConfig, _absolute, _value_type, path_of, settings_from
+from vico.train.config import (
+    TYPE_NAMES,
+    RunConfig,
+    parse_path,
+    settings_from,
+    value_type,
+    with_absolute_paths,
+)
 
-# Flags of the lineage that no longer do anything, with what does.
+# Flags of the published code that no longer do anything, with what does.
 RETIRED = {
     "device": "the device is found",
     "pin_mem": "batches are pinned where a GPU is",
@@ -22,46 +30,54 @@ RETIRED = {
     "dist_url": "the launcher says it",
     "dist_on_itp": "the launcher says it",
 }
+RETIRED_SWITCHES = {"pin_mem", "no_pin_mem", "dist_on_itp"}
 
 
-_RETIRED_SWITCHES = {"pin_mem", "no_pin_mem", "dist_on_itp"}
+@dataclass(frozen=True)
+class CommandLine:
+    """What was typed: the settings given by recipe or flag, and notes for the user."""
+
+    given: dict[str, Any]
+    notes: tuple[str, ...]
+    debug: bool
+
+    def resolve(self, saved: Mapping[str, Any] | None = None) -> RunConfig:
+        """The defaults, under `saved` (a checkpoint's settings), under what was given.
+
+        Raises UserError for a value out of range.
+        """
+        return with_absolute_paths(RunConfig(**{**(saved or {}), **self.given}))
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse that raises our one-line error, with the nearest known flag, instead of printing its usage."""
+def parse(argv: Sequence[str], command: str, description: str) -> CommandLine:
+    """Read flags and the recipe that they name.
 
-    def error(self, message: str) -> NoReturn:
-        message = message.removeprefix("argument ").replace(
-            "ignored explicit argument", "takes no value, but was given"
-        )
-        raise UserError(f"{message} (see --help)")
-
-    def refuse_unknown(self, unknown: Sequence[str]) -> None:
-        flags = [name for name in self._option_string_actions if name.startswith("--")]
-        for word in unknown:
-            if word.startswith("-"):
-                name = word.split("=")[0]
-                raise UserError(f"unknown flag {name}{nearest(name, flags) or '; see --help'}")
-        raise UserError(
-            f"unexpected word {show(unknown[0])}: a value follows a --flag, and switches take none; see --help"
-        )
+    Raises UserError for an unknown flag or key, or a value of the wrong type.
+    """
+    typed = vars(make_parser(command, description).parse(argv))
+    recipe = _read_recipe(typed["config"]) if "config" in typed else {}
+    names = {field.name for field in dataclasses.fields(RunConfig)}
+    given = {**recipe, **{name: value for name, value in typed.items() if name in names}}
+    retired = [name for name in RETIRED if name in typed]
+    notes = [f"--{name} does nothing now: {RETIRED[name]}" for name in retired]
+    if given.get("lr") is not None and given.get("blr") is not None:
+        # Said, because a sweep over --blr on a recipe with lr would be one run many times.
+        by = "" if "lr" in typed else " by the recipe"
+        notes.append(f"--blr {given['blr']:g} is not used, since --lr {given['lr']:g} is given{by}")
+    return CommandLine(given, tuple(notes), "debug" in typed)
 
 
-def _parser_of(kind: type) -> Callable[[str], Any]:
-    """argparse's converter of one flag value."""
-
-    def parse(text: str) -> Any:
-        try:
-            return path_of(text) if kind is Path else kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{show(text)} is not {NAMES[kind]}") from None
-
-    return parse
+def parse_with_checkpoint(argv: Sequence[str], command: str, description: str) -> CommandLine:
+    """As `parse`, for a command that needs --resume."""
+    line = parse(argv, command, description)
+    if line.given.get("resume") is None:
+        raise UserError("--resume is missing: name the checkpoint folder or .pth file to evaluate")
+    return line
 
 
-def make_parser(command: str, description: str) -> argparse.ArgumentParser:
-    """A parser of RunConfig's fields whose defaults are absent, so that given flags can be told from defaults."""
-    parser = _Parser(
+def make_parser(command: str, description: str) -> OneLineParser:
+    """A parser of RunConfig's fields. A flag that is not given leaves no value, not a default."""
+    parser = OneLineParser(
         prog=command,
         description=description,
         allow_abbrev=False,
@@ -70,78 +86,63 @@ def make_parser(command: str, description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--config",
-        type=_parser_of(Path),
+        type=_converter(Path),
         metavar="RECIPE",
         help="YAML file of these settings; flags win over it",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    groups = {f.metadata["group"]: None for f in dataclasses.fields(RunConfig)}
-    titled = {name: parser.add_argument_group(name) for name in groups}
-    hints = typing.get_type_hints(RunConfig, include_extras=True)
-    for f in dataclasses.fields(RunConfig):
-        kind, choices = _value_type(hints[f.name])
-        group, text = titled[f.metadata["group"]], f.metadata["help"]
-        if kind is bool:
-            group.add_argument(f"--{f.name}", action="store_true", help=text)
-        else:
-            shown = f"{text} (default: {f.default})" if f.default is not None else text
-            group.add_argument(
-                f"--{f.name}",
-                type=_parser_of(kind),
-                choices=choices,
-                metavar=None if choices else kind.__name__.upper(),
-                help=shown,
-            )
-    launcher = parser.add_argument_group(
-        "launcher and retired flags", "accepted so that published commands run unchanged"
-    )
-    launcher.add_argument("--local_rank", "--local-rank", type=int, help="passed by launchers")
-    for name, why in RETIRED.items():
-        if name in _RETIRED_SWITCHES:
-            launcher.add_argument(f"--{name}", action="store_true", help=f"does nothing now: {why}")
-        else:
-            launcher.add_argument(f"--{name}", metavar="VALUE", help=f"does nothing now: {why}")
+    _add_settings(parser)
+    _add_retired(parser)
     return parser
 
 
-@dataclass(frozen=True)
-class CommandLine:
-    """What was typed: the settings that were given (by recipe or flag), and what the user should be told."""
-
-    given: dict[str, Any]
-    notes: tuple[str, ...]
-    debug: bool
-
-    def resolve(self, saved: dict[str, Any] | None = None) -> RunConfig:
-        """Defaults, then `saved` (a checkpoint's settings), then what was given. Raises UserError for a value out of range."""
-        return _absolute(RunConfig(**{**(saved or {}), **self.given}))
-
-
-def parse(argv: Sequence[str], command: str, description: str) -> CommandLine:
-    """Read flags and the recipe they name. Raises UserError for an unknown flag or key, or a value of the wrong type."""
-    parser = make_parser(command, description)
-    namespace, unknown = parser.parse_known_args(list(argv))
-    if unknown:
-        assert isinstance(parser, _Parser)
-        parser.refuse_unknown(unknown)
-    typed = vars(namespace)
-    names = {f.name for f in dataclasses.fields(RunConfig)}
-    recipe = _read_recipe(typed["config"]) if "config" in typed else {}
-    notes = tuple(
-        f"--{name} does nothing now: {why}" for name, why in RETIRED.items() if name in typed
-    )
-    given = {**recipe, **{k: v for k, v in typed.items() if k in names}}
-    if (
-        given.get("lr") is not None and given.get("blr") is not None
-    ):  # a sweep over --blr on a recipe with lr would be one run
-        notes += (
-            f"--blr {given['blr']:g} is not used, since --lr {given['lr']:g} is given{' by the recipe' if 'lr' not in typed else ''}",
+def _add_settings(parser: OneLineParser) -> None:
+    hints = typing.get_type_hints(RunConfig, include_extras=True)
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(RunConfig):
+        title, text = field.metadata["group"], field.metadata["help"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        kind, choices = value_type(hints[field.name])
+        flag = f"--{field.name}"
+        if kind is bool:
+            groups[title].add_argument(flag, action="store_true", help=text)
+            continue
+        if field.default is not None:
+            text = f"{text} (default: {field.default})"
+        metavar = None if choices else kind.__name__.upper()
+        groups[title].add_argument(
+            flag, type=_converter(kind), choices=choices, metavar=metavar, help=text
         )
-    return CommandLine(given, notes, "debug" in typed)
+
+
+def _add_retired(parser: OneLineParser) -> None:
+    group = parser.add_argument_group(
+        "launcher and retired flags", "accepted so that published commands run unchanged"
+    )
+    group.add_argument("--local_rank", "--local-rank", type=int, help="passed by launchers")
+    for name, why in RETIRED.items():
+        text = f"does nothing now: {why}"
+        if name in RETIRED_SWITCHES:
+            group.add_argument(f"--{name}", action="store_true", help=text)
+        else:
+            group.add_argument(f"--{name}", metavar="VALUE", help=text)
+
+
+def _converter(kind: type) -> Callable[[str], Any]:
+    """argparse's converter of one flag value."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse_path(text) if kind is Path else kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{show(text)} is not {TYPE_NAMES[kind]}") from None
+
+    return convert
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
-    import yaml
+    import yaml  # only recipes need it
 
     text = read_text(path, "the recipe (--config)")
     try:
@@ -149,9 +150,8 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         keys = [node.value for node, _ in tree.value] if isinstance(tree, yaml.MappingNode) else []
         recipe = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"--config {path}: not valid YAML: {' '.join(str(error).split())}"
-        ) from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"--config {path}: not valid YAML: {reason}") from None
     if not isinstance(recipe, dict):
         raise UserError(f"--config {path}: must hold lines 'flag: value'")
     for key in keys:

@@ -1,113 +1,125 @@
-"""`vico quantize-eval`: what --quantize costs in scores and accuracy.
+"""`vico quantize-eval`: how --quantize changes the scores and answers of a checkpoint.
 
-Scores the same questions twice, with the frozen linear layers as they are and quantized, and
-compares the scores.
+It scores the same questions twice: with the backbone as it is, and with quantized linear layers.
 """
 
-import gc
 import json
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from vico.checkpoint import read as checkpoints
-from vico.checkpoint.format import Checkpoint
-from vico.cli.evaluate import settings_of
-from vico.cli.flags import CommandLine
-from vico.distributed.world import World
+from vico.cli.flags import parse_with_checkpoint
+from vico.cli.with_world import with_world
 from vico.errors import UserError
-from vico.train.build import build_engine, read_inputs
 from vico.train.config import RunConfig
-from vico.train.evaluate import Evaluation, evaluate
-from vico.train.rank_consistency import require_same_files
+
+if TYPE_CHECKING:  # they import torch, and a mistyped flag is answered before that
+    from vico.checkpoint.format import Checkpoint
+    from vico.distributed.world import World
+    from vico.train.evaluate import Evaluation
+
+DESCRIPTION = (
+    "Measure what --quantize costs on --split: how far the scores and answers of a checkpoint "
+    "(--resume) are from those of the backbone as it is, which must fit in memory as well. "
+    "Settings come from the checkpoint, as for `vico eval`."
+)
+
+
+def main(argv: list[str]) -> int:
+    """Run the command on this rank; returns the exit code."""
+    line = parse_with_checkpoint(argv, "vico quantize-eval", DESCRIPTION)
+
+    def work(world: "World") -> None:
+        from vico.cli.evaluate import settings_of
+        from vico.train.rank_consistency import require_same_files
+        from vico.train.resume import read_checkpoint
+
+        with world.raise_together():
+            checkpoint = read_checkpoint(line.given["resume"])
+            config, notes = settings_of(checkpoint, line)
+            if config.quantize is None:
+                raise UserError(
+                    "--quantize is missing: name what is to be compared with the weights as they "
+                    "are, 8bit or nf4"
+                )
+        require_same_files(world, config)
+        for note in notes:
+            world.print_rank0(note)
+        whole = _evaluate(checkpoint, replace(config, quantize=None), world)
+        quantized = _evaluate(checkpoint, config, world)
+        result = Comparison(whole, quantized).to_json()
+        world.print_rank0(describe(result, config.quantize, config.precision))
+        shown = {"split": config.split, "quantize": config.quantize, **result}
+        world.print_rank0(json.dumps(shown))
+
+    return with_world(line, work)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two evaluations of the same questions. A score is an option's mean loss per answer token."""
+    """Two evaluations of the same questions. Scores are mean losses per answer token."""
 
-    original: Evaluation
-    quantized: Evaluation
+    whole: "Evaluation"
+    quantized: "Evaluation"
 
     def to_json(self) -> dict[str, Any]:
-        """The differences; those that need answers only where the split has them."""
-        original = [np.array(scores) for scores in self.original.scores]
+        """The differences. `right_option_loss_change` only where the split has answers."""
+        whole = [np.array(scores) for scores in self.whole.scores]
         quantized = [np.array(scores) for scores in self.quantized.scores]
-        changes = [after - before for before, after in zip(original, quantized, strict=True)]
-        distances = np.abs(np.concatenate(changes))
-        predictions = zip(self.original.predictions, self.quantized.predictions, strict=True)
-        values: dict[str, Any] = {
-            "n": len(original),
-            "mean_score": float(np.concatenate(original).mean()),
+        distances = np.abs(np.concatenate(quantized) - np.concatenate(whole))
+        answers = zip(self.whole.predictions, self.quantized.predictions, strict=True)
+        result: dict[str, Any] = {
+            "n": len(whole),
+            "mean_score": float(np.concatenate(whole).mean()),
             "mean_score_distance": float(distances.mean()),
             "largest_score_distance": float(distances.max()),
-            "predictions_changed": sum(before != after for before, after in predictions),
+            "predictions_changed": sum(before != after for before, after in answers),
         }
-        if self.original.accuracies:
-            questions = self.original.questions
-            losses = [change[q.answer] for change, q in zip(changes, questions, strict=True)]
-            values["right_option_loss_change"] = float(np.mean(losses))
-            values["acc"] = self.original.accuracies["acc"]
-            values["acc_quantized"] = self.quantized.accuracies["acc"]
-        return values
+        if self.whole.accuracies:
+            changes = []
+            for question, before, after in zip(self.whole.questions, whole, quantized, strict=True):
+                changes.append(after[question.answer] - before[question.answer])
+            result["right_option_loss_change"] = float(np.mean(changes))
+            result["acc"] = self.whole.accuracies["acc"]
+            result["acc_quantized"] = self.quantized.accuracies["acc"]
+        return result
 
 
-def describe(values: dict[str, Any], method: str, precision: str) -> str:
-    """The comparison as text, for `values` of `Comparison.to_json`."""
-    mean, largest = values["mean_score_distance"], values["largest_score_distance"]
+def describe(result: dict[str, Any], kind: str, precision: str) -> str:
+    """The comparison as lines of text."""
+    mean, largest = result["mean_score_distance"], result["largest_score_distance"]
+    changed, n = result["predictions_changed"], result["n"]
     lines = [
-        f"{values['n']} questions, linear layers in {precision} and in {method}:",
+        f"{n} questions, linear layers in {precision} and in {kind}:",
         f"  score distance   {mean:.4f} on average, {largest:.4f} at most; "
-        f"a score is {values['mean_score']:.4f} on average",
-        f"  other answers    {values['predictions_changed']} of {values['n']} questions",
+        f"a score is {result['mean_score']:.4f} on average",
+        f"  other answers    {changed} of {n} questions",
     ]
-    if "acc" in values:
-        change = values["right_option_loss_change"]
-        lines += [
-            f"  right option     its loss changes by {change:+.4f} on average",
-            f"  accuracy         {values['acc']:.2%} -> {values['acc_quantized']:.2%}",
-        ]
+    if "acc" in result:
+        change = result["right_option_loss_change"]
+        lines.append(f"  right option     its loss changes by {change:+.4f} on average")
+        lines.append(f"  accuracy         {result['acc']:.2%} -> {result['acc_quantized']:.2%}")
     return "\n".join(lines)
 
 
-def quantize_eval(line: CommandLine, world: World) -> None:
-    """Evaluate --resume on --split without and with --quantize, and print the comparison.
+def _evaluate(checkpoint: "Checkpoint", config: RunConfig, world: "World") -> "Evaluation":
+    """Score config.split once, and free the model. A collective."""
+    import gc
 
-    The model that is not quantized must fit too, in a ZeRO stage that the planner chooses.
-    Raises UserError.
-    """
-    with world.raise_together():
-        checkpoint = checkpoints.read(line.given["resume"])
-        config, notes = settings_of(checkpoint, line)
-        if config.quantize is None:
-            raise UserError(
-                "--quantize is missing: name what to compare with the weights as they are, "
-                "8bit or nf4"
-            )
-    require_same_files(world, config)
-    for note in notes:
-        world.print_rank0(note)
-    original = _evaluate(checkpoint, replace(config, quantize=None), world)
-    quantized = _evaluate(checkpoint, config, world)
-    values = Comparison(original, quantized).to_json()
-    world.print_rank0(describe(values, config.quantize, config.precision))
-    world.print_rank0(json.dumps({"split": config.split, "quantize": config.quantize, **values}))
+    import torch
 
+    from vico.train.build import build_engine, fit, read_inputs
+    from vico.train.evaluate import evaluate
 
-def _evaluate(checkpoint: Checkpoint, config: RunConfig, world: World) -> Evaluation:
     with world.raise_together():
         inputs = read_inputs(config, (config.split,), world)
-        num_layers = inputs.weights.config.n_layers
-        trainables = checkpoints.validate_for_model(
-            checkpoint, inputs.trainable_shapes, num_layers
-        ).weights
-    engine = build_engine(config, inputs, trainables, world)
-    world.print_rank0(f"linear layers in {config.quantize or config.precision}, {inputs.stage}")
+        checkpoint = fit(checkpoint, inputs)
+    engine = build_engine(config, inputs, checkpoint.weights, world)
+    kind = config.quantize or config.precision
+    world.print_rank0(f"linear layers in {kind}, {inputs.stage}")
     evaluation = evaluate(engine, inputs, config.split, config, world)
-    # Free the memory before the next model is built.
-    del engine
+    del engine  # before the next model is built
     gc.collect()
     if world.device.type == "cuda":
         torch.cuda.empty_cache()

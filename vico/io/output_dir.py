@@ -1,32 +1,120 @@
-"""One writer per output_dir: a lock that the kernel lets go of when the process that holds it ends, however it ends."""
+"""The folder of a run: the names of its files, its one writer, and its repair after a kill.
+
+The lock is the kernel's. It is released when the process that holds it ends, however it ends.
+"""
 
 import contextlib
 import fcntl
 import os
+import re
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
-from vico.errors import DiskError, InUseError
+from vico.errors import DiskError, InUseError, UserError, fail, show
+from vico.io.atomic import make_folder, repair_folder
+from vico.io.text import read_json_object
 
-NAME = ".vico-lock"
-_held: dict[Path, int] = {}  # descriptors, open for as long as the process lives
+LOCK = ".vico-lock"
+_STEP_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+NO_LOCK = -1  # in place of a descriptor, on a file system without locks
+_locks: dict[Path, int] = {}  # open descriptors: a lock lives as long as its descriptor
 
 
-def take(output_dir: Path) -> str | None:
-    """Lock the folder, which must be there, for this process; a note where its file system knows no locks.
+class OutputDir:
+    """Names, lock and repair of the folder given by --output_dir. Making one touches nothing."""
 
-    Raises InUseError naming the run that holds it. POSIX locks: child processes do not inherit them, and network file
-    systems pass them on to the other hosts.
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.args = path / "args.json"  # every setting, resolved, and which run this is
+        self.steps = path / "steps.jsonl"
+        self.epochs = path / "log.txt"
+        self.tensorboard = path / "runs"
+        self.attempts = path / "attempts.json"  # starts that came no further
+        self.latest = path / "latest.json"  # the step that was saved last
+        self.best_checkpoint = path / "checkpoint_best"
+        self.best_published = path / "checkpoint_best.pth"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / f"checkpoint-{step}"
+
+    def predictions(self, split: str) -> Path:
+        return self.path / f"predictions_{split}.jsonl"
+
+    def step_checkpoints(self) -> list[Path]:
+        """The checkpoint-<step> folders, newest first."""
+        if not os.path.isdir(self.path):
+            return []
+        found = [p for p in self.path.glob("checkpoint-*") if step_of(p) is not None and p.is_dir()]
+        return sorted(found, key=lambda folder: step_of(folder) or 0, reverse=True)
+
+    def latest_step(self) -> int | None:
+        """The step that was saved last. A hint only: the folders that are there count."""
+        if not os.path.exists(self.latest):
+            return None
+        try:
+            step = read_json_object(self.latest, self.latest.name).get("step")
+        except UserError:
+            return None
+        return step if isinstance(step, int) and not isinstance(step, bool) else None
+
+    def has_run(self) -> bool:
+        return os.path.exists(self.args)
+
+    def read_args(self) -> dict[str, Any]:
+        """The settings that the run here was started with. Raises UserError for a damaged file.
+
+        `run` and `resume` are texts or None, whatever else the file holds.
+        """
+        try:
+            saved = read_json_object(self.args, self.args.name)
+            for name in ("run", "resume"):
+                if not isinstance(saved.get(name, ""), str | None):
+                    fail(f"{self.args}: '{name}' is {show(saved[name])}, not a text; correct it")
+        except UserError as error:
+            raise UserError(
+                f"{error}, or choose another --output_dir: "
+                "it cannot be told whose run this folder holds"
+            ) from None
+        return saved
+
+    def claim(self) -> list[str]:
+        """Become the folder's one writer and undo what a killed run left half-written.
+
+        Makes the folder. Returns notes for the user; a second call changes nothing.
+        Raises InUseError naming the run that holds the folder, DiskError where it cannot write.
+        """
+        if self.path / LOCK in _locks:
+            return []
+        make_folder(self.path)
+        notes = _lock(self.path)
+        if repaired := repair_folder(self.path):
+            notes.append(f"{self.path}: a run was killed while it wrote; {', '.join(repaired)}")
+        return notes
+
+
+def step_of(folder: Path) -> int | None:
+    """The step of a checkpoint-<step> folder; None for any other name."""
+    match = _STEP_CHECKPOINT.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def _lock(folder: Path) -> list[str]:
+    """Lock the folder for this process; a note where its file system has no locks.
+
+    POSIX locks: child processes do not inherit them, and network file systems pass them on.
     """
-    path = output_dir / NAME
-    if path in _held:
-        return None
+    path = folder / LOCK
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as problem:
         raise DiskError(
-            f"{path}: cannot be written ({problem.strerror}); mend the permissions, or choose another --output_dir"
+            f"{path}: cannot be written ({problem.strerror}); "
+            "correct the permissions, or choose another --output_dir"
         ) from None
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -34,15 +122,22 @@ def take(output_dir: Path) -> str | None:
         owner = os.read(descriptor, 200).decode(errors="replace").strip() or "another run"
         os.close(descriptor)
         raise InUseError(
-            f"{output_dir}: in use by {owner}; wait for it, or choose another --output_dir"
+            f"{folder}: in use by {owner}; wait for it, or choose another --output_dir"
         ) from None
     except OSError as problem:
         os.close(descriptor)
-        return f"{output_dir}: cannot be locked ({problem.strerror}); make sure that no second run uses it"
-    job = f", SLURM job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
-    owner = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}{job}\n"
-    with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+        _locks[path] = NO_LOCK
+        return [
+            f"{folder}: cannot be locked ({problem.strerror}); make sure that no second run uses it"
+        ]
+    _locks[path] = descriptor
+    with contextlib.suppress(OSError):  # on a full disk the lock holds without a name
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, owner.encode())
-    _held[path] = descriptor
-    return None
+        os.write(descriptor, _owner().encode())
+    return []
+
+
+def _owner() -> str:
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    job = f", SLURM job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+    return f"process {os.getpid()} on {socket.gethostname()} since {since}{job}\n"

@@ -1,4 +1,4 @@
-"""Putting the rooms together: what a run reads, checked before anything is built, and the engine it runs on."""
+"""What a run reads, checked before anything is built; and the model under DeepSpeed."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vico.checkpoint.format import Checkpoint
+from vico.checkpoint.validate import validate_for_model
 from vico.data.datasets import read_questions
 from vico.data.features import Features
 from vico.data.prompts import Prompts
@@ -27,89 +29,84 @@ from vico.train.config import RunConfig
 from vico.train.engine import Engine, load_parameter, zero_init
 from vico.train.optim import make_optimizer
 
+FEATURES_FILE = "clipvitl14.pth"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Inputs:
+    """What a run reads, opened and checked."""
+
     weights: Weights
     prompts: Prompts
     features: Features
     questions: dict[str, list[Question]]  # by split
-    dropped: dict[
-        str, list[Question]
-    ]  # by split: those that are not used, because of --missing_features drop
+    dropped: dict[str, list[Question]]  # by split: left out by --missing_features drop
     captions: dict[str, str]  # empty without the caption task
-    num_adapted: int  # adapted layers
+    num_adapted: int  # layers
     trainable_shapes: dict[str, tuple[int, ...]]
     ds_config: dict[str, Any]
     stage: str  # which ZeRO stage, and why
     notes: tuple[str, ...]
-    cache: FileCache  # what was found out, to be kept when all ranks agree that nothing is wrong
+    cache: FileCache  # to be flushed once all ranks agree that nothing is wrong
 
 
 def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inputs:
-    """Open and check every file of a run; nothing is computed yet. Raises UserError. No collectives: ranks agree after it."""
+    """Open and check every file of a run; nothing is computed yet. Raises UserError.
+
+    No collective runs inside: the ranks agree afterwards.
+    """
     require_writable(config.output_dir)
     cache = FileCache()
     backbone = preflight.open_backbone(config)
-    chosen = zero_stage.choose(
-        config,
-        backbone.weights.config,
-        world.size,
-        zero_stage.hardware(world.members),
-        training="train" in splits,
-    )
-    prompts = backbone.prompts(config)
-    folder = config.dataset_folder
-    asked = {
-        split: read_questions(config.dataset, folder, split, subtitles=config.sub)
-        for split in splits
-    }
-    features = Features(folder / "clipvitl14.pth")
-    questions, dropped, notes = {}, {}, [*chosen.notes]
+    llama = backbone.weights.config
+    training = "train" in splits
+    hardware = zero_stage.hardware(world.members)
+    choice = zero_stage.choose(config, llama, world.size, hardware, training)
+    prompts, folder = backbone.prompts(config), config.dataset_folder
+    annotated = {}
+    for split in splits:
+        annotated[split] = read_questions(config.dataset, folder, split, subtitles=config.sub)
+    features = Features(folder / FEATURES_FILE)
+    questions, dropped, notes = {}, {}, [*choice.notes]
     for split in splits:
         questions[split], dropped[split] = preflight.with_features(
-            config, split, asked[split], features
+            config, split, annotated[split], features
         )
     captions: dict[str, str] = {}
-    if config.cap and "train" in splits:
+    if config.cap and training:
         captions = preflight.read_captions(config, questions["train"], prompts)
     for split in splits:
-        past_end = preflight.check_features(
-            config, questions[split], features, cache, world.rank, world.size
-        )
-        measured = preflight.measure_questions(
-            config, split, questions[split], backbone, prompts, cache
-        )
-        notes += preflight.split_notes(
-            config, split, questions[split], dropped[split], past_end, measured
-        )
+        used = questions[split]
+        past_end = preflight.check_features(config, used, features, cache, world.rank, world.size)
+        lengths = preflight.measure_questions(config, split, used, backbone, prompts, cache)
+        notes += preflight.split_notes(config, split, used, dropped[split], past_end, lengths)
     if captions:
-        notes += preflight.caption_notes(
-            config,
-            preflight.measure_captions(
-                config, captions, questions["train"], backbone, prompts, cache
-            ),
+        lengths = preflight.measure_captions(
+            config, captions, questions["train"], backbone, prompts, cache
         )
+        notes += preflight.caption_notes(config, lengths)
     notes += preflight.shared_video_notes(questions)
-    shapes = trainable_shapes(
-        backbone.weights.config, backbone.num_adapted, config.adapter_len, config.max_feats
-    )
+    shapes = trainable_shapes(llama, backbone.num_adapted, config.adapter_len, config.max_feats)
     return Inputs(
-        backbone.weights,
-        prompts,
-        features,
-        questions,
-        dropped,
-        captions,
-        backbone.num_adapted,
-        shapes,
-        chosen.ds_config,
-        chosen.name,
-        tuple(notes),
-        cache,
+        weights=backbone.weights,
+        prompts=prompts,
+        features=features,
+        questions=questions,
+        dropped=dropped,
+        captions=captions,
+        num_adapted=backbone.num_adapted,
+        trainable_shapes=shapes,
+        ds_config=choice.ds_config,
+        stage=choice.name,
+        notes=tuple(notes),
+        cache=cache,
     )
+
+
+def fit(checkpoint: Checkpoint, inputs: Inputs) -> Checkpoint:
+    """`checkpoint` with the tensors of this model. Raises CheckpointError where it has others."""
+    return validate_for_model(checkpoint, inputs.trainable_shapes, inputs.weights.config.n_layers)
 
 
 def build_engine(

@@ -1,13 +1,15 @@
-"""The run's settings: one typed, strict record, filled from defaults, a YAML recipe and flags, in this order.
+"""The settings of a run: one typed, strict record of the published flags.
 
-The names are the published flags. Nothing here imports torch, so that a mistyped flag is answered at once. Rooms below
-get plain values from it, never the whole record.
+cli/flags.py fills it from defaults, a YAML recipe and flags, in this order. Nothing here imports
+torch: a mistyped flag is answered at once. Only train/ and cli/ see the record; the rooms below get
+plain values.
 """
 
 import contextlib
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,17 +22,16 @@ def _flag(default: Any, group: str, help: str, **extra: Any) -> Any:
     return field(default=default, metadata={"group": group, "help": help, **extra})
 
 
-MAX_FLOAT, MAX_SEED = (
-    3e38,
-    2**63 - 1,
-)  # of fp32, in which settings meet tensors; of torch's generator
+MAX_FLOAT = 3e38  # of fp32, in which settings meet tensors
+MAX_SEED = 2**63 - 1  # of torch's generator
+MAX_MINUTES = 1e6
 MODEL, DATA, OBJECTIVE, OPTIMIZATION, RUN = "model", "data", "objective", "optimization", "run"
-DatasetName = Annotated[str, tuple(DATASETS)]  # a text and its choices: see _value_type
+DatasetName = Annotated[str, tuple(DATASETS)]  # a text and its choices: see value_type
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything a run is told. Defaults are the lineage's where it has the flag (METHOD section 5)."""
+    """All settings. Defaults are those of the published code, where it has the flag (METHOD 5)."""
 
     model: str = _flag(
         "7B",
@@ -218,60 +219,46 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in (
-            "adapter_len",
-            "max_feats",
-            "max_seq_len",
-            "max_cap_len",
-            "batch_size",
-            "accum_iter",
-            "epochs",
-        ):
-            _require(getattr(self, name) >= 1, name, self, "a whole number of at least 1")
-        for name in ("adapter_layer", "max_steps", "max_tokens", "expect_world_size"):
-            _require(
-                getattr(self, name) is None or getattr(self, name) >= 1,
-                name,
-                self,
-                "a whole number of at least 1",
-            )
-        for name in ("cap", "blr", "min_lr", "weight_decay", "warmup_epochs", "num_workers"):
-            _require(0 <= getattr(self, name) <= MAX_FLOAT, name, self, "0 or more, and finite")
-        for name in ("lr", "tau"):
-            _require(
-                getattr(self, name) is None or 0 < getattr(self, name) <= MAX_FLOAT,
-                name,
-                self,
-                "above 0, and finite",
-            )
-        for name in ("collective_timeout", "hang_timeout"):
-            _require(
-                0 < getattr(self, name) <= 1e6, name, self, "minutes above 0, at most a million"
-            )
-        _require(abs(self.bias) <= MAX_FLOAT, "bias", self, "finite")
-        _require(0 <= self.seed <= MAX_SEED, "seed", self, f"a whole number from 0 to {MAX_SEED}")
-        _require(
-            self.max_feats < self.max_seq_len,
-            "max_feats",
-            self,
-            f"below --max_seq_len {self.max_seq_len}",
-        )
-        if self.checkpoint_activations not in ("none", "full"):
-            _require(
-                self.checkpoint_activations.isdecimal(),
-                "checkpoint_activations",
-                self,
-                "none, full or a number of layers",
-            )
+        whole = "a whole number of at least 1"
+        counts = "adapter_len max_feats max_seq_len max_cap_len batch_size accum_iter epochs"
+        for name in counts.split():
+            self._require(getattr(self, name) >= 1, name, whole)
+        for name in "adapter_layer max_steps max_tokens expect_world_size".split():
+            value = getattr(self, name)
+            self._require(value is None or value >= 1, name, whole)
+        for name in "cap blr min_lr weight_decay warmup_epochs num_workers".split():
+            self._require(0 <= getattr(self, name) <= MAX_FLOAT, name, "0 or more, and finite")
+        for name in "lr tau".split():
+            value = getattr(self, name)
+            self._require(value is None or 0 < value <= MAX_FLOAT, name, "above 0, and finite")
+        for name in "collective_timeout hang_timeout".split():
+            value = getattr(self, name)
+            self._require(0 < value <= MAX_MINUTES, name, "minutes above 0, at most a million")
+        self._require(abs(self.bias) <= MAX_FLOAT, "bias", "finite")
+        self._require(0 <= self.seed <= MAX_SEED, "seed", f"a whole number from 0 to {MAX_SEED}")
+        slots_fit = self.max_feats < self.max_seq_len
+        self._require(slots_fit, "max_feats", f"below --max_seq_len {self.max_seq_len}")
+        recomputed = self.checkpoint_activations
+        is_count = recomputed in ("none", "full") or recomputed.isdecimal()
+        self._require(is_count, "checkpoint_activations", "none, full or a number of layers")
+        known = (*(field.name for field in dataclasses.fields(self)), *FINGERPRINTED)
         for name in self.allowed_changes:
-            if name not in (*_setting_names(), *FINGERPRINTED):
-                raise UserError(
-                    f"--allow_change {name}: no such setting{nearest(name, (*_setting_names(), *FINGERPRINTED))}"
-                )
+            if name not in known:
+                hint = nearest(name, known)
+                raise UserError(f"--allow_change {name}: no such setting{hint}")
         if self.sub and not DATASETS[self.dataset].has_dialogue:
             raise UserError(
                 f"--sub: only TVQA has subtitles, and --dataset is {self.dataset}; drop --sub"
             )
+
+    def _require(self, ok: bool, name: str, allowed: str) -> None:
+        if not ok:
+            raise UserError(f"--{name} {getattr(self, name)}: must be {allowed}")
+
+    @property
+    def only_evaluates(self) -> bool:
+        """Whether `vico train` scores --resume and trains nothing."""
+        return self.init_eval and self.resume is not None
 
     @property
     def num_checkpointed(self) -> int | None:
@@ -282,7 +269,8 @@ class RunConfig:
 
     @property
     def allowed_changes(self) -> tuple[str, ...]:
-        return tuple(name.strip() for name in (self.allow_change or "").split(",") if name.strip())
+        names = (name.strip() for name in (self.allow_change or "").split(","))
+        return tuple(name for name in names if name)
 
     @property
     def dataset_folder(self) -> Path:
@@ -300,61 +288,31 @@ class RunConfig:
 
     @property
     def task_weights(self) -> tuple[float, ...]:
-        """What the flag of a task says, where a switch means 1."""
+        """The value of each task's flag; a switch means 1."""
         return tuple(1.0 if task == "vqa" else float(getattr(self, task)) for task in self.tasks)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            f.name: str(v) if isinstance(v := getattr(self, f.name), Path) else v
-            for f in dataclasses.fields(self)
-        }
+        """All settings as plain values."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
 
-# What may differ between a run and its continuation: where things lie, how they are shown and how a step is divided, never what
-# is computed (the questions of a step must stay as many; resuming checks their number).
+# What may differ between a run and its continuation: where things lie, how they are shown, and
+# how a step is divided. Never what is computed. (Resuming checks that a step keeps its questions.)
 NOT_IDENTITY = frozenset(
-    (
-        "model",
-        "llama_model_path",
-        "data_path",
-        "captions",
-        "missing_features",
-        "output_dir",
-        "resume",
-        "init_eval",
-        "split",
-        "max_steps",
-        "num_workers",
-        "deepspeed",
-        "attention",
-        "checkpoint_activations",
-        "batch_size",
-        "accum_iter",
-        "max_tokens",
-        "save_steps",
-        "save_total_limit",
-        "save_legacy",
-        "allow_change",
-        "collective_timeout",
-        "hang_timeout",
-        "expect_world_size",
-    )
+    """
+    model llama_model_path data_path captions missing_features output_dir resume init_eval split
+    max_steps num_workers deepspeed attention checkpoint_activations batch_size accum_iter
+    max_tokens save_steps save_total_limit save_legacy allow_change collective_timeout
+    hang_timeout expect_world_size
+    """.split()
 )
-FINGERPRINTED = ("data", "backbone")  # besides settings, what a run must keep (fingerprint.py)
-# What a checkpoint's tensors are shaped by; evaluation takes these from the checkpoint whatever the flags say.
+# Besides settings, what a run must keep (checkpoint/fingerprint.py).
+FINGERPRINTED = ("data", "backbone")
+# The shapes of a checkpoint's tensors follow from these. Evaluation takes them from the checkpoint.
 SHAPES = ("adapter_layer", "adapter_len", "max_feats")
 
-
-def _setting_names() -> tuple[str, ...]:
-    return tuple(f.name for f in dataclasses.fields(RunConfig))
-
-
-def _require(ok: bool, name: str, config: RunConfig, allowed: str) -> None:
-    if not ok:
-        raise UserError(f"--{name} {getattr(config, name)}: must be {allowed}")
-
-
-NAMES = {
+TYPE_NAMES = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
@@ -363,28 +321,40 @@ NAMES = {
 }
 
 
-def path_of(text: str) -> Path:
-    """Raises ValueError for what no file can be called: an empty text (an unset variable's) would mean the current folder."""
+def parse_path(text: str) -> Path:
+    """Raises ValueError for what cannot be a path here.
+
+    An empty text (of an unset variable) would mean the current folder. A name in another encoding
+    could be opened, but not written into a log.
+    """
     if not text.strip() or "\0" in text:
         raise ValueError
-    text.encode()  # a name in another encoding can be opened, and not be written into a log
+    text.encode()
     return Path(text)
 
 
-def _value_type(annotation: Any) -> tuple[Any, tuple[str, ...] | None]:
-    """(parser of one flag value, allowed values or None) of a field's annotation."""
+def is_path(deepspeed: str) -> bool:
+    """Whether --deepspeed names a file of the user's, not one of ds_configs/."""
+    return "/" in deepspeed or deepspeed.endswith(".json")
+
+
+def value_type(annotation: Any) -> tuple[Any, tuple[str, ...] | None]:
+    """(type of one value, allowed values or None) of a field's annotation."""
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
-    if typing.get_origin(annotation) is Literal:
-        return str, typing.get_args(annotation)
+        annotation, *_ = (a for a in typing.get_args(annotation) if a is not type(None))
     if typing.get_origin(annotation) is Annotated:
         kind, choices = typing.get_args(annotation)
         return kind, choices
+    if typing.get_origin(annotation) is Literal:
+        return str, typing.get_args(annotation)
     return annotation, None
 
 
-def settings_from(values: dict[str, Any], source: str) -> dict[str, Any]:
-    """Typed settings from the plain values of a recipe, an args.json or a checkpoint. Raises UserError naming key and type."""
+def settings_from(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Typed settings from the plain values of a recipe, an args.json or a checkpoint.
+
+    Raises UserError naming the key and its type.
+    """
     hints = typing.get_type_hints(RunConfig, include_extras=True)
     settings = {}
     for key, value in values.items():
@@ -395,34 +365,25 @@ def settings_from(values: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _typed(key: str, value: Any, annotation: Any, source: str) -> Any:
-    kind, choices = _value_type(annotation)
+    kind, choices = value_type(annotation)
     if value is None and type(None) in typing.get_args(annotation):
         return None
     if choices:
         if value in choices:
             return value
         raise UserError(f"{source}: {key}: {show(value)} is not one of {', '.join(choices)}")
-    accepted = {float: (int, float, str), Path: (str,)}.get(
-        kind, (kind,)
-    )  # YAML 1.1 reads 3e-4 as text
+    # YAML 1.1 reads 3e-4 as text.
+    accepted = {float: (int, float, str), Path: (str,)}.get(kind, (kind,))
     if isinstance(value, accepted) and isinstance(value, bool) == (kind is bool):
         with contextlib.suppress(ValueError, OverflowError):
-            return path_of(value) if kind is Path else kind(value)
-    raise UserError(f"{source}: {key}: {show(value)} is not {NAMES[kind]}")
+            return parse_path(value) if kind is Path else kind(value)
+    raise UserError(f"{source}: {key}: {show(value)} is not {TYPE_NAMES[kind]}")
 
 
-def _absolute(config: RunConfig) -> RunConfig:
-    """Paths seen from the user's directory now, so that a saved setting means the same from any other."""
-    paths: dict[str, Any] = {
-        f.name: Path(v).absolute()
-        for f in dataclasses.fields(config)
-        if isinstance(v := getattr(config, f.name), Path)
-    }
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The same settings with absolute paths, so that they mean the same from any directory."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    paths: dict[str, Any] = {k: v.absolute() for k, v in values.items() if isinstance(v, Path)}
     if is_path(config.deepspeed):
         paths["deepspeed"] = str(Path(config.deepspeed).absolute())
     return dataclasses.replace(config, **paths)
-
-
-def is_path(deepspeed: str) -> bool:
-    """Whether --deepspeed names a file of the user's, not one of ds_configs/."""
-    return "/" in deepspeed or deepspeed.endswith(".json")

@@ -5,16 +5,19 @@ import time
 from types import TracebackType
 from typing import Any
 
+from vico.io import log
+
 PLAIN_SECONDS = 20.0  # between progress lines where there is no terminal
+EARLY = (1, 10)  # items after which a plain line comes early: does it run, how long will it take
 
 
 class ProgressBar:
-    """A bar on a terminal; elsewhere a line now and then, with the time that is left. Only the main rank shows it."""
+    """Shows, on rank 0 (`shown`), how many of `total` items are done and the time left."""
 
     def __init__(self, what: str, total: int, unit: str, shown: bool, done: int = 0) -> None:
         self._what, self._total, self._unit, self._shown = what, total, unit, shown
         self._done = self._first = done
-        self._start = self._last = time.monotonic()
+        self._started = self._last_line = time.monotonic()
         self._bar: Any = None
 
     def __enter__(self) -> "ProgressBar":
@@ -25,31 +28,26 @@ class ProgressBar:
                 total=self._total, initial=self._done, desc=self._what, unit=self._unit, leave=False
             )
         elif self._shown:
-            print(f"{self._what}: {self._total - self._done} {self._unit}(s) to do", flush=True)
+            log.info(f"{self._what}: {self._total - self._done} {self._unit}(s) to do")
         return self
 
     def advance(self, note: str = "") -> None:
+        """One more item is done."""
         self._done += 1
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update()
         elif self._shown:
-            self._line(note)
+            self._print_line(note)
 
-    def _line(self, note: str) -> None:
-        now = time.monotonic()
-        early = self._done - self._first in (
-            1,
-            10,
-        )  # soon after the start: does it run, and how long will it take
-        if not early and now - self._last < PLAIN_SECONDS:
+    def _print_line(self, note: str) -> None:
+        now, done_here = time.monotonic(), self._done - self._first
+        if done_here not in EARLY and now - self._last_line < PLAIN_SECONDS:
             return
-        self._last = now
-        left = (now - self._start) / (self._done - self._first) * (self._total - self._done)
-        print(
-            f"{self._what}: {self._unit} {self._done}/{self._total}  {note}  {duration(left)} left",
-            flush=True,
-        )
+        self._last_line = now
+        seconds_left = (now - self._started) / done_here * (self._total - self._done)
+        place = f"{self._unit} {self._done}/{self._total}"
+        log.info(f"{self._what}: {place}  {note}  {duration(seconds_left)} left")
 
     def __exit__(
         self,
@@ -62,11 +60,8 @@ class ProgressBar:
 
 
 def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{minutes // 60} h {minutes % 60} min"
-        if minutes >= 60
-        else f"{minutes} min {rest} s"
-        if minutes
-        else f"{rest} s"
-    )
+    """As people write it: 40 s, 2 min 5 s, 3 h 20 min."""
+    minutes, seconds = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from vico.checkpoint.format import step_folders, step_of
 from vico.distributed.launcher_env import host_name
 from vico.distributed.world import World
 from vico.errors import UserError
 from vico.io import log
 from vico.io.atomic import require_file
 from vico.io.digest import SHORT_LENGTH, digest_chunks, digest_files, digest_json
+from vico.io.output_dir import OutputDir, step_of
 from vico.train.config import RunConfig, is_path
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -71,15 +71,14 @@ def require_same_files(world: World, config: RunConfig) -> None:
     }
     _require_same(world, "files", inputs, "copy them again, or use a folder that all hosts share")
     remedy = "--output_dir must be a folder that all hosts share"
-    _require_same(world, "checkpoints", _output_state(config.output_dir), remedy)
+    _require_same(world, "checkpoints", _output_state(OutputDir(config.output_dir)), remedy)
 
 
-def _output_state(output_dir: Path) -> dict[str, str]:
-    folders = step_folders(output_dir)
+def _output_state(output_dir: OutputDir) -> dict[str, str]:
+    folders = output_dir.step_checkpoints()
     state = {str(output_dir): folders[0].name if folders else "no checkpoint"}
-    args = output_dir / "args.json"
-    if os.path.exists(args):
-        state[str(args)] = _fingerprint(args)
+    if output_dir.has_run():
+        state[str(output_dir.args)] = _fingerprint(output_dir.args)
     return state
 
 
@@ -113,10 +112,12 @@ def _visible_outputs(config: RunConfig) -> list[int]:
 
     The newest step (-1: none), whether args.json exists, and whether --resume's path exists.
     """
-    steps = [step_of(folder) for folder in step_folders(config.output_dir)]
+    output_dir = OutputDir(config.output_dir)
+    folders = output_dir.step_checkpoints()
+    newest = step_of(folders[0]) if folders else None
     return [
-        steps[0] if steps else -1,
-        os.path.exists(config.output_dir / "args.json"),
+        -1 if newest is None else newest,
+        output_dir.has_run(),
         config.resume is not None and os.path.exists(config.resume),
     ]
 
@@ -124,11 +125,8 @@ def _visible_outputs(config: RunConfig) -> list[int]:
 def _late_outputs(config: RunConfig, visible_RN: torch.Tensor) -> list[str]:
     """The paths behind `_visible_outputs` that only some ranks see."""
     newest_N = visible_RN.amax(dim=0)
-    paths = [
-        config.output_dir / f"checkpoint-{int(newest_N[0])}",
-        config.output_dir / "args.json",
-        config.resume,
-    ]
+    output_dir = OutputDir(config.output_dir)
+    paths = [output_dir.checkpoint(int(newest_N[0])), output_dir.args, config.resume]
     is_late_N = (visible_RN != newest_N).any(dim=0)
     return [str(path) for path, is_late in zip(paths, is_late_N.tolist(), strict=True) if is_late]
 

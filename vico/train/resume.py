@@ -1,5 +1,9 @@
-"""Where a run starts: from nothing, from --resume, or from what its own output_dir holds; and whether it still is that run."""
+"""Where a run starts: from nothing, from --resume, or from its own output_dir; and whether it may.
 
+A run never starts from zero unasked, and never continues another run's settings, data or weights.
+"""
+
+import contextlib
 import json
 import os
 import uuid
@@ -8,204 +12,232 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vico.checkpoint import format, published
-from vico.checkpoint import read as checkpoints
-from vico.checkpoint.format import Checkpoint, TrainState
-from vico.errors import CheckpointError, UserError, fail, show
-from vico.io.text import read_json_object
-from vico.train.config import NOT_IDENTITY, RunConfig
+from vico.checkpoint.format import REMEDY, WEIGHTS, Checkpoint, TrainState
+from vico.checkpoint.read import read
+from vico.errors import CheckpointError, UserError
+from vico.io.output_dir import OutputDir
+from vico.train.config import NOT_IDENTITY, RunConfig, settings_from
+
+# Settings of a published file that mean nothing here, or something else.
+NOT_TAKEN = ("resume", "output_dir", "device")
 
 
 @dataclass(frozen=True)
 class Start:
-    """`checkpoint`: None starts anew. `notes`: what the user should know, of checkpoints that were passed over for one."""
+    """The checkpoint to start from (None: from nothing), the run's id, and notes for the user."""
 
     checkpoint: Checkpoint | None = None
     notes: tuple[str, ...] = ()
-    run: str = field(
-        default_factory=lambda: uuid.uuid4().hex[:12]
-    )  # which run this is, for its checkpoints to say
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+
+
+def read_checkpoint(path: Path, run_id: str = "") -> Checkpoint:
+    """The checkpoint at `path` with typed settings. Raises CheckpointError (checkpoint/read.py)."""
+    checkpoint = read(path, run_id)
+    if checkpoint.published:
+        return replace(checkpoint, settings=_published_settings(checkpoint))
+    try:
+        settings = settings_from(checkpoint.settings, str(path / "state.json"))
+    except UserError as error:
+        raise CheckpointError(f"{error}; {REMEDY}") from None
+    return replace(checkpoint, settings=settings)
+
+
+def _published_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The settings of a published file that are settings here too, with values that are allowed.
+
+    The published code had other flags and no checks; what cannot be used is left out.
+    """
+    settings: dict[str, Any] = {}
+    for name, value in checkpoint.settings.items():
+        if name not in NOT_TAKEN:
+            with contextlib.suppress(UserError):
+                typed = settings_from({name: value}, str(checkpoint.path))
+                RunConfig(**{"dataset": "tvqa", **typed})  # checks the value; --sub needs TVQA
+                settings |= typed
+    if settings.get("dataset") != "tvqa":
+        settings.pop("sub", None)  # it had no effect there
+    return settings
 
 
 def find_start(config: RunConfig) -> Start:
-    """The checkpoint to start from: of this very run where output_dir holds one, else --resume, else none.
+    """The newest checkpoint of this very run in output_dir, else --resume, else nothing.
 
-    Raises UserError when output_dir belongs to a run with other settings, CheckpointError when none of its checkpoints can be
-    used: a run never starts from zero unasked.
+    Raises UserError when output_dir belongs to a run with other settings, CheckpointError when
+    none of its checkpoints can be used.
     """
-    named = config.resume
-    if config.init_eval and named is not None:
-        return Start(checkpoints.read(named))
-    output_dir = config.output_dir
-    if not os.path.exists(output_dir / "args.json"):
-        _refuse_foreign(output_dir, config.save_legacy)
-        return Start() if named is None else Start(checkpoints.read(named))
-    saved = read_args(output_dir / "args.json")
+    output_dir = OutputDir(config.output_dir)
+    if config.only_evaluates:
+        return _start_from(config.resume)
+    if not output_dir.has_run():
+        _refuse_foreign_files(output_dir, config.save_legacy)
+        return _start_from(config.resume)
+    saved = output_dir.read_args()
     refuse_changes(
         f"{output_dir}: holds a run with other settings",
         differences(saved, config),
         "choose another --output_dir",
     )
-    run = run_of(saved)
-    own, latest = format.step_folders(output_dir), format.latest_step(output_dir)
+    return _resume_own(config, output_dir, saved)
+
+
+def _start_from(named: Path | None, **known: Any) -> Start:
+    return Start(None if named is None else read_checkpoint(named), **known)
+
+
+def _resume_own(config: RunConfig, output_dir: OutputDir, saved: Mapping[str, Any]) -> Start:
+    """Continue the run of output_dir, whose args.json is `saved`."""
+    run_id = run_id_of(saved)
+    own, latest, named = output_dir.step_checkpoints(), output_dir.latest_step(), config.resume
     if not own and latest is not None:
         raise CheckpointError(
-            f"{output_dir}: its checkpoints are gone, up to checkpoint-{latest}, which was saved last; put one back, or choose another "
-            f"--output_dir, or remove {output_dir / 'args.json'} and the logs beside it to start anew"
+            f"{output_dir}: its checkpoints are gone, up to checkpoint-{latest}, which was saved "
+            "last; put one back, or choose another --output_dir, or remove "
+            f"{output_dir.args} and the logs beside it to start anew"
         )
-    if not own:  # ended before its first save
-        return Start(None if named is None else checkpoints.read(named), run=run)
+    if not own:  # the run ended before its first save
+        return _start_from(named, run_id=run_id)
     if named is not None and named not in own[:1] and str(named) != saved.get("resume"):
         raise UserError(
-            f"{output_dir}: holds a run that stands at {own[0].name} and did not start from --resume {named}; leave --resume out to go on "
-            "there, or choose another --output_dir"
+            f"{output_dir}: holds a run that stands at {own[0].name} and did not start from "
+            f"--resume {named}; leave --resume out to go on there, or choose another --output_dir"
         )
-    found = (
-        Start(checkpoints.read(own[0], run), run=run)
-        if named == own[0]
-        else newest_usable(own, output_dir, run)
-    )
-    best, accuracy = (
-        output_dir / "checkpoint_best",
-        found.checkpoint.progress.best_accuracy if found.checkpoint else None,
-    )
-    if accuracy is None or os.path.exists(best):
-        return found
-    gone = f"{best}: is gone; the best epoch so far had {accuracy:.2%}, and only a better one is saved there again"
-    return replace(found, notes=(*found.notes, gone))
+    if named == own[0]:
+        start = Start(read_checkpoint(own[0], run_id), run_id=run_id)
+    else:
+        start = newest_usable(own, output_dir, run_id)
+    return _note_lost_best(start, output_dir)
 
 
-def newest_usable(folders: list[Path], output_dir: Path, run: str = "") -> Start:
-    """The first of `folders` (newest first) that is whole and of this `run`, every file of it checked."""
+def newest_usable(folders: Sequence[Path], output_dir: OutputDir, run_id: str = "") -> Start:
+    """The first of `folders` (newest first) that is whole and of this run; every file is checked.
+
+    Raises CheckpointError, with what is wrong with each, when there is none.
+    """
     faults: list[str] = []
-    latest = format.latest_step(output_dir)
-    if latest is not None and f"checkpoint-{latest}" not in {folder.name for folder in folders}:
-        faults.append(f"{output_dir / f'checkpoint-{latest}'}: is gone, though it was saved last")
+    latest = output_dir.latest_step()
+    if latest is not None and output_dir.checkpoint(latest) not in folders:
+        faults.append(f"{output_dir.checkpoint(latest)}: is gone, though it was saved last")
     for folder in folders:
         try:
-            found = checkpoints.read(folder, run)
+            checkpoint = read_checkpoint(folder, run_id)
         except CheckpointError as fault:
-            faults.append(str(fault).removesuffix(f"; {format.REMEDY}"))
+            faults.append(str(fault).removesuffix(f"; {REMEDY}"))
             continue
-        return Start(
-            found,
-            tuple(f"passed over: {fault}" for fault in faults)
-            + ((f"using {found.path}",) if faults else ()),
-            run,
-        )
+        notes = [f"passed over: {fault}" for fault in faults]
+        if faults:
+            notes.append(f"using {checkpoint.path}")
+        return Start(checkpoint, tuple(notes), run_id)
     raise CheckpointError(
-        f"{output_dir}: none of its {len(folders)} checkpoints can be used ({'; '.join(faults)}); choose another --output_dir to start anew"
+        f"{output_dir}: none of its {len(folders)} checkpoints can be used ({'; '.join(faults)}); "
+        "choose another --output_dir to start anew"
     )
 
 
-def _refuse_foreign(output_dir: Path, legacy: bool) -> None:
-    """A folder without args.json may hold predictions, but no run: a lineage's log.txt would be rewritten, a checkpoint replaced."""
-    names = (
-        "log.txt",
-        "steps.jsonl",
-        "checkpoint_best",
-        *((published.BEST_FILE,) if legacy else ()),
+def _note_lost_best(start: Start, output_dir: OutputDir) -> Start:
+    best = output_dir.best_checkpoint
+    accuracy = start.checkpoint.state.best_accuracy if start.checkpoint else None
+    if accuracy is None or os.path.exists(best):
+        return start
+    note = (
+        f"{best}: is gone; the best epoch so far had {accuracy:.2%}, "
+        "and only a better one is saved there again"
     )
-    found = next((output_dir / name for name in names if os.path.lexists(output_dir / name)), None)
-    found = found or next(iter(format.step_folders(output_dir)), None)
-    if found is not None:
+    return replace(start, notes=(*start.notes, note))
+
+
+def _refuse_foreign_files(output_dir: OutputDir, save_legacy: bool) -> None:
+    """A folder without args.json may hold predictions, but no run: its logs would be overwritten."""
+    candidates = [output_dir.epochs, output_dir.steps, output_dir.best_checkpoint]
+    if save_legacy:
+        candidates.append(output_dir.best_published)
+    foreign = [path for path in candidates if os.path.lexists(path)]
+    foreign += output_dir.step_checkpoints()
+    if foreign:
         raise UserError(
-            f"{found}: is of another program or run (there is no args.json beside it); put that back, or choose another --output_dir"
+            f"{foreign[0]}: is of another program or run (there is no args.json beside it); "
+            "put that back, or choose another --output_dir"
         )
 
 
-def read_args(path: Path) -> dict[str, Any]:
-    """What the run in this folder was started with. `run` and `resume` are texts, whatever a file says."""
-    try:
-        saved = read_json_object(path, "args.json")
-        if odd := next(
-            (name for name in ("run", "resume") if not isinstance(saved.get(name, ""), str | None)),
-            None,
-        ):
-            fail(f"{path}: '{odd}' is {show(saved[odd])}, not a text; correct it")
-        return saved
-    except UserError as error:
-        raise UserError(
-            f"{error}, or choose another --output_dir: it cannot be told whose run this folder holds"
-        ) from None
-
-
-def run_of(saved: Mapping[str, Any]) -> str:
-    """Which run an args.json is of; empty where it does not say."""
+def run_id_of(saved: Mapping[str, Any]) -> str:
+    """The id of the run that an args.json describes; empty where it has none."""
     return str(saved.get("run") or "")
 
 
-def start_progress(
+def start_state(
     start: Checkpoint | None,
     steps_per_epoch: int,
     questions_per_step: int,
     config: RunConfig,
-    prints: Mapping[str, str],
+    fingerprints: Mapping[str, str],
 ) -> TrainState:
-    """Where the run stands. Raises UserError when `start` is of a run that this one does not continue.
+    """Where the run stands. Raises UserError when it does not continue the run of `start`.
 
-    `prints`: fingerprints of backbone and data now, as far as they are known, which must be those of the run that wrote `start`.
+    `fingerprints`: of backbone and data as they are now (on ranks other than 0: empty). They must
+    be those of the run that wrote `start`.
     """
-    if start is None or start.moments is None:
-        return with_empty_sums(TrainState(questions_per_step=questions_per_step), config)
-    if start.lineage_epoch is not None:
-        done = replace(
-            start.progress,
-            step=(start.lineage_epoch + 1) * steps_per_epoch,
-            questions_per_step=questions_per_step,
-        )
-        return with_empty_sums(done, config)
-    saved = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in start.settings.items()
-    }
-    changed = differences(saved, config) + [
-        (name, start.fingerprints.get(name, "none"), value)
-        for name, value in prints.items()
-        if start.fingerprints.get(name) != value and name.split()[0] not in config.allowed_changes
-    ]
-    remedy = f"give the same, or start a new run from its weights by --resume {start.path / format.WEIGHTS}"
-    refuse_changes(
-        f"{start.path}: was written by a run with other settings or files", changed, remedy
-    )
-    if start.progress.questions_per_step != questions_per_step:
+    fresh = with_empty_sums(TrainState(questions_per_step=questions_per_step), config)
+    if start is None:
+        return fresh
+    if start.published_optimizer is not None:
+        step = (start.published_optimizer.epoch + 1) * steps_per_epoch
+        return replace(fresh, step=step, num_updates=start.state.num_updates)
+    if start.moments is None:
+        return fresh
+    _refuse_changed_run(start, config, fingerprints)
+    if start.state.questions_per_step != questions_per_step:
         raise UserError(
-            f"{start.path}: its steps took {start.progress.questions_per_step} questions and these would take {questions_per_step}; "
-            "choose ranks, --batch_size and --accum_iter with the same product"
+            f"{start.path}: its steps took {start.state.questions_per_step} questions and these "
+            f"would take {questions_per_step}; choose ranks, --batch_size and --accum_iter with "
+            "the same product"
         )
     if config.output_dir not in start.path.parents:  # another run's best is not this one's
-        return replace(start.progress, best_accuracy=None)
-    return start.progress
+        return replace(start.state, best_accuracy=None)
+    return start.state
 
 
-def with_empty_sums(progress: TrainState, config: RunConfig) -> TrainState:
-    return replace(
-        progress,
-        epoch_loss_sums=[0.0] * len(config.tasks),
-        epoch_target_counts=[0] * len(config.tasks),
+def with_empty_sums(state: TrainState, config: RunConfig) -> TrainState:
+    """`state` at the beginning of an epoch."""
+    num_tasks = len(config.tasks)
+    return replace(state, epoch_loss_sums=[0.0] * num_tasks, epoch_target_counts=[0] * num_tasks)
+
+
+Change = tuple[str, str, str]  # (name of the setting or file, what it was, what it is)
+
+
+def _refuse_changed_run(
+    start: Checkpoint, config: RunConfig, fingerprints: Mapping[str, str]
+) -> None:
+    saved = {k: str(v) if isinstance(v, Path) else v for k, v in start.settings.items()}
+    changes = differences(saved, config)
+    for name, now in fingerprints.items():
+        before = start.fingerprints.get(name)
+        if before != now and name.split()[0] not in config.allowed_changes:
+            changes.append((name, before or "none", now))
+    refuse_changes(
+        f"{start.path}: was written by a run with other settings or files",
+        changes,
+        f"give the same, or start a new run from its weights by --resume {start.path / WEIGHTS}",
     )
 
 
-Change = tuple[str, str, str]  # of a setting or file: (name, what it was, what it is)
-
-
-def differences(saved: dict[str, Any], now: RunConfig) -> list[Change]:
-    """Every setting that defines a run, is not what it was, and may not differ by --allow_change."""
-    current = now.to_json()
+def differences(saved: Mapping[str, Any], config: RunConfig) -> list[Change]:
+    """Every setting that defines a run, has changed, and is not allowed to by --allow_change."""
+    may_differ = {*NOT_IDENTITY, *config.allowed_changes}
     return [
-        (name, json.dumps(saved.get(name)), json.dumps(current[name]))
-        for name in current
-        if name not in NOT_IDENTITY
-        and name not in now.allowed_changes
-        and saved.get(name) != current[name]
+        (name, json.dumps(saved.get(name)), json.dumps(value))
+        for name, value in config.to_json().items()
+        if name not in may_differ and saved.get(name) != value
     ]
 
 
 def refuse_changes(where: str, changes: Sequence[Change], remedy: str) -> None:
-    """Raises UserError with a table of what changed, if anything did."""
+    """Raises UserError with a table of `changes`, if there are any."""
     if changes:
         names = list(dict.fromkeys(name.split()[0] for name, _, _ in changes))
         raise UserError(
-            f"{where} ({', '.join(names)}; table below); {remedy}, or allow it by --allow_change {','.join(names)}",
+            f"{where} ({', '.join(names)}; table below); {remedy}, "
+            f"or allow it by --allow_change {','.join(names)}",
             [("changed", "was", "is"), *changes],
         )

@@ -1,4 +1,4 @@
-"""What a run shows and keeps: progress on the terminal, steps.jsonl and log.txt, TensorBoard curves, memory."""
+"""What a run logs: steps.jsonl, log.txt and TensorBoard curves."""
 
 import contextlib
 import json
@@ -12,56 +12,71 @@ import torch
 
 from vico.errors import DiskError, UserError
 from vico.io.atomic import REMEDY, write_lines
+from vico.io.output_dir import OutputDir
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Logs:
+    """The records that an output_dir holds of its run."""
+
+    steps: list[Record]
+    epochs: list[Record]
+
+    @property
+    def last_step(self) -> int:
+        """The last step logged; 0: none."""
+        return max((record["step"] for record in self.steps), default=0)
 
 
 class RunLog:
-    """steps.jsonl, log.txt and TensorBoard of one output_dir, written by the main rank.
+    """The logs of one output_dir, written by rank 0.
 
-    A run that resumes at `step` drops what was logged after it: those steps are done again. A step that could not be
-    logged leaves its `error`, for only the main rank meets it, and the ranks must end together.
+    A run that resumes at `step` drops what was logged after it: those steps are done again. A step
+    that cannot be logged leaves its `error`. Only rank 0 meets it, and the ranks must end together,
+    so train_step raises it on all.
     """
 
     def __init__(
-        self, output_dir: Path, found: "Logs", step: int, evaluation_due: bool = False
+        self, output_dir: OutputDir, logs: Logs, step: int, evaluation_due: bool = False
     ) -> None:
-        self._steps, self._epochs = output_dir / "steps.jsonl", output_dir / "log.txt"
+        from torch.utils.tensorboard import SummaryWriter  # slow, and only rank 0 needs it
+
+        self._dir = output_dir
         self.error: UserError | None = None
-        from torch.utils.tensorboard import SummaryWriter
+        self.num_dropped = max(0, logs.last_step - step)  # steps to do again
+        with _disk_errors(output_dir.path):
+            write_lines(output_dir.steps, [r for r in logs.steps if r["step"] <= step])
+            last = step - evaluation_due
+            write_lines(output_dir.epochs, [r for r in logs.epochs if r["step"] <= last])
+            purge = step + 1 if step else None
+            self._board = SummaryWriter(str(output_dir.tensorboard), purge_step=purge)
 
-        with _writing(output_dir):
-            self.num_dropped = max(0, found.last_step - step)  # steps that are done again
-            for path, records, last in (
-                (self._steps, found.steps, step),
-                (self._epochs, found.epochs, step - evaluation_due),
-            ):
-                write_lines(path, [record for record in records if record["step"] <= last])
-            self._board = SummaryWriter(
-                str(output_dir / "runs"), purge_step=step + 1 if step else None
-            )
-
-    def step(self, record: dict[str, Any], curves: dict[str, float]) -> None:
+    def step(self, record: Record, curves: dict[str, float]) -> None:
         try:
-            with _writing(self._steps.parent):
-                _append(self._steps, record)
+            with _disk_errors(self._dir.path):
+                _append(self._dir.steps, record)
                 self._curves(curves, record["step"])
         except UserError as error:
             self.error = error
 
-    def epoch(self, record: dict[str, Any], curves: dict[str, float]) -> None:
+    def epoch(self, record: Record, curves: dict[str, float]) -> None:
+        """Raises DiskError, also one that an earlier step left."""
         if self.error is not None:
             raise self.error
-        with _writing(self._epochs.parent):
-            _append(self._epochs, record)
+        with _disk_errors(self._dir.path):
+            _append(self._dir.epochs, record)
             self._curves(curves, record["step"])
             self._board.flush()
 
     def saved(self, step: int, seconds: float) -> None:
-        """For so long the ranks did nothing but save."""
-        with _writing(self._steps.parent):
+        """Log how long the ranks did nothing but save."""
+        with _disk_errors(self._dir.path):
             self._curves({"perf/save_seconds": seconds}, step)
 
     def close(self) -> None:
-        with _writing(self._steps.parent):
+        with _disk_errors(self._dir.path):
             self._board.close()
 
     def _curves(self, values: dict[str, float], step: int) -> None:
@@ -70,31 +85,35 @@ class RunLog:
 
 
 @contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as problem:
-        raise DiskError(
-            f"{problem.filename or folder}: cannot be written ({problem.strerror}); {REMEDY}"
-        ) from None
+        path = problem.filename or folder
+        raise DiskError(f"{path}: cannot be written ({problem.strerror}); {REMEDY}") from None
 
 
-def _append(path: Path, record: dict[str, Any]) -> None:
+def _append(path: Path, record: Record) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines log; the last one may have been cut off by a kill."""
+def read_logs(output_dir: OutputDir) -> Logs:
+    return Logs(read_records(output_dir.steps), read_records(output_dir.epochs))
+
+
+def read_records(path: Path) -> list[Record]:
+    """The whole lines of a JSON-lines log; a kill may have cut the last one off."""
     if not path.exists():
         return []
-    records = []
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as problem:
         raise UserError(
-            f"{path}: cannot be read ({problem.strerror}); move it away, or choose another --output_dir"
+            f"{path}: cannot be read ({problem.strerror}); "
+            "move it away, or choose another --output_dir"
         ) from None
+    records = []
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
             record = json.loads(line)
@@ -103,43 +122,33 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-@dataclass(frozen=True)
-class Logs:
-    """What the run there has logged."""
-
-    steps: list[dict[str, Any]]
-    epochs: list[dict[str, Any]]
-
-    @property
-    def last_step(self) -> int:
-        """0: none."""
-        return max((record["step"] for record in self.steps), default=0)
-
-
-def read_logs(output_dir: Path) -> Logs:
-    return Logs(read_records(output_dir / "steps.jsonl"), read_records(output_dir / "log.txt"))
-
-
 def gaps(
-    output_dir: Path,
-    found: Logs,
+    output_dir: OutputDir,
+    logs: Logs,
     step: int,
     evaluation_due: bool,
     steps_per_epoch: int,
     from_start: bool,
 ) -> list[str]:
-    """A line for each log that lacks what the run has done up to `step`. `from_start`: it began at step 1, and not at another run's."""
-    logged = [{record["step"] for record in records} for records in (found.steps, found.epochs)]
-    first = 1 if from_start else min(logged[0], default=step + 1)
-    done = range(first, step + 1)
-    epochs = [end for end in done if end % steps_per_epoch == 0 and end <= step - evaluation_due]
+    """A line for each log that lacks records up to `step`.
+
+    `from_start`: the run began at step 1, not at a checkpoint of another run.
+    """
+    logged_steps = {record["step"] for record in logs.steps}
+    logged_epochs = {record["step"] for record in logs.epochs}
+    first = 1 if from_start else min(logged_steps, default=step + 1)
+    steps = range(first, step + 1)
+    last_epoch_end = step - evaluation_due
+    epoch_ends = [s for s in steps if s % steps_per_epoch == 0 and s <= last_epoch_end]
     lines = []
-    for name, has, should, unit in zip(
-        ("steps.jsonl", "log.txt"), logged, (done, epochs), ("step", "epoch"), strict=True
+    for path, logged, expected, unit in (
+        (output_dir.steps, logged_steps, steps, "step"),
+        (output_dir.epochs, logged_epochs, epoch_ends, "epoch"),
     ):
-        if lost := sum(number not in has for number in should):
+        if lost := sum(number not in logged for number in expected):
             lines.append(
-                f"{output_dir / name}: lacks {lost} of {len(should)} {unit}(s) up to step {step}, which are not done again for it"
+                f"{path}: lacks {lost} of {len(expected)} {unit}(s) up to step {step}, "
+                "which are not done again for it"
             )
     return lines
 

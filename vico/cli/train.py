@@ -1,0 +1,45 @@
+"""`vico train`: train, or resume the run in OUTPUT_DIR; with --resume and --init_eval, evaluate."""
+
+import os
+from typing import TYPE_CHECKING
+
+from vico.cli.flags import parse
+from vico.cli.with_world import with_world
+from vico.distributed import signals
+from vico.io import log
+from vico.io.output_dir import OutputDir
+
+if TYPE_CHECKING:  # they import torch, and a mistyped flag is answered before that
+    from vico.distributed.world import World
+
+DESCRIPTION = (
+    "Train ViCo, or resume the run in OUTPUT_DIR. Start it on all devices by "
+    "`bash launch/train.sh FLAGS`."
+)
+
+
+def main(argv: list[str]) -> int:
+    """Run the command on this rank; returns the exit code."""
+    signals.install_handlers()
+    line = parse(argv, "vico train", DESCRIPTION)
+    config = line.resolve()
+    output_dir = OutputDir(config.output_dir)
+    is_rank_0 = os.environ.get("RANK", "0") == "0"
+    if is_rank_0 and output_dir.has_run() and not config.only_evaluates:
+        # At once, before anything is read there. A folder without a run is claimed when its run
+        # begins to write.
+        for note in output_dir.claim():
+            log.info(note)
+
+    def work(world: "World") -> None:
+        if config.only_evaluates:
+            from vico.cli.evaluate import evaluate_named
+
+            evaluate_named(config, world)
+        else:
+            from vico.train.loop import run
+            from vico.train.start import start
+
+            run(start(config, world))
+
+    return with_world(line, work)

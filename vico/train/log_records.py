@@ -1,0 +1,92 @@
+"""What is logged of a step and of an epoch: the JSON records and the TensorBoard curves."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vico.train.config import RunConfig
+from vico.train.evaluate import Evaluation
+from vico.train.run_log import RunLog, memory_curves
+from vico.train.step import StepReport
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """An epoch that has ended: its losses (means per task) and its evaluation."""
+
+    epoch: int
+    step: int  # steps done
+    lr: float  # of the last step
+    losses: list[float | None]
+    evaluation: Evaluation
+    eval_seconds: float
+    is_best: bool
+
+
+def total_loss(config: RunConfig, losses: list[float | None]) -> float:
+    """The weighted sum of the tasks' mean losses."""
+    pairs = zip(config.task_weights, losses, strict=True)
+    return sum(weight * loss for weight, loss in pairs if loss is not None)
+
+
+def log_step(
+    run_log: RunLog | None,
+    config: RunConfig,
+    step: int,
+    epoch: int,
+    report: StepReport,
+    lr: float,
+    seconds: float,
+) -> float:
+    """Log a step, on rank 0; returns its loss."""
+    losses = report.task_losses()
+    total = total_loss(config, losses)
+    if run_log is None:
+        return total
+    # The columns of the published tasks are there in every run.
+    task_losses: dict[str, float | None] = {"vqa_loss": None, "cap_loss": None}
+    targets = {"vqa_targets": 0, "cap_targets": 0}
+    for task, loss, count in zip(config.tasks, losses, report.target_counts, strict=True):
+        task_losses[f"{task}_loss"] = loss
+        targets[f"{task}_targets"] = count
+    record: dict[str, Any] = {"step": step, "epoch": epoch, "loss": total, **task_losses}
+    record |= {"lr": lr, "grad_norm": report.grad_norm, **targets}
+    record |= {"real_tokens": report.num_real_tokens, "step_seconds": seconds}
+    curves = {f"train/{name}": loss for name, loss in task_losses.items() if loss is not None}
+    curves |= {"train/loss": total, "train/lr": lr, "train/grad_norm": report.grad_norm}
+    curves["perf/step_seconds"] = seconds
+    curves["perf/real_tokens_per_second"] = report.num_real_tokens / seconds
+    run_log.step(record, curves)
+    return total
+
+
+def epoch_record(config: RunConfig, result: EpochResult) -> dict[str, Any]:
+    """The line of log.txt, with the published names."""
+    losses: dict[str, float | None] = {"train_vqa_loss": None, "train_cap_loss": None}
+    for task, loss in zip(config.tasks, result.losses, strict=True):
+        losses[f"train_{task}_loss"] = loss
+    values = result.evaluation.results()
+    return {
+        "train_loss": total_loss(config, result.losses),
+        **losses,
+        "train_lr": result.lr,
+        "epoch": result.epoch,
+        "step": result.step,
+        **{f"val_{name}": value for name, value in values.items()},
+    }
+
+
+def epoch_curves(
+    result: EpochResult, weights: dict[str, Tensor], device: torch.device
+) -> dict[str, float]:
+    """Accuracies, the mean of each layer's gates (gate1 as it acts: its tanh), speed, memory."""
+    curves = {f"eval/{name}": value for name, value in result.evaluation.accuracies.items()}
+    for name, gate in weights.items():
+        if "gate" in name:
+            acting = gate.tanh() if name.endswith("gate1") else gate
+            curves[f"gates/{name.replace('.attention', '')}"] = float(acting.mean())
+    num_questions = len(result.evaluation.questions)
+    curves["perf/eval_questions_per_second"] = num_questions / result.eval_seconds
+    return {**curves, **memory_curves(device)}

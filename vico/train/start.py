@@ -1,0 +1,136 @@
+"""Everything before the first step: files checked, model built, place in the data found."""
+
+from dataclasses import dataclass
+
+from vico.checkpoint import fingerprint
+from vico.checkpoint.format import Checkpoint, TrainState
+from vico.checkpoint.write import RunIdentity
+from vico.data.batching import TrainingSteps
+from vico.data.dataloader import start_forkserver
+from vico.distributed.world import World
+from vico.io.failpoints import reached
+from vico.io.output_dir import OutputDir
+from vico.model.vico import initial_trainables
+from vico.train.build import Inputs, build_engine, fit, read_inputs
+from vico.train.config import RunConfig
+from vico.train.engine import Engine
+from vico.train.optim import learning_rate, peak_learning_rate
+from vico.train.rank_consistency import require_same_files
+from vico.train.resume import find_start, start_state
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to train. Only `state` changes while it runs."""
+
+    config: RunConfig
+    world: World
+    output_dir: OutputDir
+    inputs: Inputs
+    engine: Engine
+    steps: TrainingSteps
+    state: TrainState
+    identity: RunIdentity
+    from_scratch: bool  # no checkpoint was loaded
+
+    @property
+    def last_step(self) -> int:
+        steps = self.config.epochs * self.steps.steps_per_epoch
+        return min(steps, self.config.max_steps or steps)
+
+    @property
+    def is_complete(self) -> bool:
+        return self.state.step >= self.last_step and not self.state.evaluation_due
+
+    @property
+    def peak_lr(self) -> float:
+        config = self.config
+        return peak_learning_rate(config.lr, config.blr, self.steps.questions_per_step)
+
+    def lr(self, step: int) -> float:
+        """The learning rate of the update after `step` steps."""
+        config, steps_per_epoch = self.config, self.steps.steps_per_epoch
+        warmup, epochs = config.warmup_epochs, config.epochs
+        return learning_rate(step, steps_per_epoch, self.peak_lr, config.min_lr, warmup, epochs)
+
+
+def start(config: RunConfig, world: World) -> Run:
+    """Check all files, find the checkpoint to start from, build the model. A collective.
+
+    Raises UserError, on all ranks, for bad input.
+    """
+    require_same_files(world, config)
+    world.set_phase("reading the inputs")
+    if config.num_workers:
+        start_forkserver()
+    evaluation_split = config.split if config.init_eval else "val"
+    splits = tuple(dict.fromkeys(("train", "val", evaluation_split)))
+    with world.raise_together():
+        found = find_start(config)
+        inputs = read_inputs(config, splits, world)
+        reached("inputs")
+        checkpoint = fit(found.checkpoint, inputs) if found.checkpoint else None
+    if world.is_main:
+        inputs.cache.flush()
+    for note in (*found.notes, *inputs.notes, *(checkpoint.notes if checkpoint else ())):
+        world.print_rank0(note)
+    steps = _training_steps(config, inputs, world)
+    # Before minutes go into loading the weights: may this run continue that checkpoint?
+    fingerprints, state = _check_continuation(config, world, inputs, checkpoint, steps)
+    if checkpoint is None:
+        trainables = initial_trainables(inputs.trainable_shapes, config.bias, config.seed)
+    else:
+        trainables = checkpoint.weights
+    engine = build_engine(config, inputs, trainables, world)
+    if checkpoint is not None and checkpoint.moments is not None:
+        engine.set_moments(checkpoint.moments, state.num_updates)
+    identity = RunIdentity(found.run_id, config.to_json(), fingerprints)
+    output_dir = OutputDir(config.output_dir)
+    from_scratch = checkpoint is None
+    return Run(config, world, output_dir, inputs, engine, steps, state, identity, from_scratch)
+
+
+def _training_steps(config: RunConfig, inputs: Inputs, world: World) -> TrainingSteps:
+    return TrainingSteps(
+        inputs.questions["train"],
+        inputs.captions,
+        inputs.features,
+        inputs.prompts,
+        num_slots=config.max_feats,
+        tasks=config.tasks,
+        micro_batch_size=config.batch_size,
+        accumulation=config.accum_iter,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.seed,
+        shuffle=not config.no_shuffle,
+        crop=config.caption_crop == "sentence",
+        max_tokens=config.max_tokens,
+    )
+
+
+def _check_continuation(
+    config: RunConfig,
+    world: World,
+    inputs: Inputs,
+    checkpoint: Checkpoint | None,
+    steps: TrainingSteps,
+) -> tuple[dict[str, str], TrainState]:
+    """(fingerprints of backbone and data, where the run stands). A collective.
+
+    Rank 0 alone takes fingerprints and writes checkpoints. All hosts have the same files; that was
+    checked before.
+    """
+    world.set_phase("taking fingerprints of backbone and data")
+    with world.raise_together():
+        fingerprints: dict[str, str] = {}
+        if world.is_main:
+            fingerprints = fingerprint.of_run(
+                inputs.weights, inputs.questions, inputs.captions, inputs.features, inputs.cache
+            )
+        state = start_state(
+            checkpoint, steps.steps_per_epoch, steps.questions_per_step, config, fingerprints
+        )
+    if world.is_main:
+        inputs.cache.flush()
+    return fingerprints, state
