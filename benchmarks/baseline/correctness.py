@@ -26,10 +26,10 @@ from benchmarks.baseline.variants import (
 from benchmarks.measure.clocks import Clock, spread
 from benchmarks.measure.workload import SyntheticWorkload
 from vico.errors import UserError
-from vico.model import cuda_graphs
+from vico.model.attention.backends import choose_attention
 from vico.model.attention.masks import Attend, AttentionMask, attention_mask, restrict_queries
 from vico.model.attention.reference import attend_plain
-from vico.model.attention.varlen import choose
+from vico.model.block_runners import choose_block_runners
 from vico.model.config import LlamaConfig
 from vico.train.config import RunConfig
 from vico.train.optim import make_optimizer
@@ -96,7 +96,7 @@ def attention_backends(
     }
     for name in backend_names():
         try:
-            attend, why = choose(name, device, dtype)
+            attend, why = choose_attention(name, device, dtype)
         except UserError as problem:
             found["backends"][name] = {"runs": False, "why": str(problem)}
             continue
@@ -126,7 +126,7 @@ def _case(
 ) -> _Case:
     """Made on the host: the same on every device."""
     generator = torch.Generator().manual_seed(rows)
-    asking = rows if seen.queries is None else len(seen.queries)
+    asking = rows if seen.query_rows is None else len(seen.query_rows)
     sizes = [(asking, shape.n_heads, shape.head_dim), *[(rows, shape.n_heads, shape.head_dim)] * 2]
     inputs = [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
     inputs.append(torch.randn(shape.n_heads, generator=generator).to(device))
@@ -192,8 +192,7 @@ def _toy(
         return Plain(baseline.to(device), device)
     fast = make_fast(shape, dtype)
     fill(fast, values)
-    fast.attend = choose("auto", device, dtype)[0]
-    cuda_graphs.attach(fast.to(device))
+    choose_block_runners(fast.to(device), choose_attention("auto", device, dtype)[0])
     return Packed(fast, device)
 
 

@@ -36,9 +36,10 @@ from benchmarks.measure.workload import ScoringWork, SyntheticWorkload, Training
 from benchmarks.report.record import new_record, settings, write
 from vico.data.evaluation_batches import EVALUATION_TOKENS
 from vico.errors import UserError
-from vico.model import config, cuda_graphs
-from vico.model.attention.varlen import choose
+from vico.model import config
+from vico.model.attention.backends import choose_attention
 from vico.model.batch import PackedBatch
+from vico.model.block_runners import choose_block_runners
 from vico.model.config import LlamaConfig
 from vico.model.ops import triton_ops
 from vico.train.build import DTYPES
@@ -242,14 +243,15 @@ def record_sizes(bench: Bench, items: Iterator[Item]) -> None:
         ]
         for _ in range(2):
             if replayed is not None and not all(
-                replayed.is_recorded(batch.segments) for batch in short
+                replayed.is_captured(batch.segments) for batch in short
             ):
                 bench.run("fast", item)
 
 
 def forget_records(bench: Bench) -> None:
     """So that the next step is one that starts its kernels one by one: the profiler then knows them, and the allocator their memory."""
-    cuda_graphs.attach(bench.fast.model)
+    model = bench.fast.model
+    choose_block_runners(model, model.attend, model.num_checkpointed)
     gc.collect()
 
 
@@ -526,8 +528,9 @@ def _bench(
 ) -> Bench:
     dtype = DTYPES[args.precision]
     plain, fast = make_shared_pair(shape, dtype, device, args.seed)
-    fast.attend, why = choose(args.attention, device, dtype)
-    print(f"fast: {why}, {triton_ops.describe(device)}, {cuda_graphs.attach(fast)}", flush=True)
+    attend, why = choose_attention(args.attention, device, dtype)
+    graphs = choose_block_runners(fast, attend)
+    print(f"fast: {why}, {triton_ops.describe(device)}, {graphs}", flush=True)
     optimizer = make_optimizer([p for p in fast.parameters() if p.requires_grad], weight_decay=0.14)
     pair = Plain(plain, device), Packed(fast, device, score_tokens=args.score_tokens)
     return Bench(

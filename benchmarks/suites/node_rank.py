@@ -38,11 +38,12 @@ from vico.data.packing import Example, pack
 from vico.distributed import world as dist
 from vico.distributed.world import World
 from vico.io.atomic import write_text
-from vico.model import config, cuda_graphs
-from vico.model.attention.varlen import choose
+from vico.model import config
+from vico.model.attention.backends import choose_attention
+from vico.model.block_runners import choose_block_runners
 from vico.model.config import LlamaConfig
 from vico.model.ops import triton_ops
-from vico.train.build import DTYPES, replay_refused
+from vico.train.build import DTYPES, why_no_graphs
 from vico.train.ds_config import read_config
 from vico.train.engine import Engine, zero_init
 from vico.train.optim import make_optimizer
@@ -176,13 +177,13 @@ def _cases(
 def make_engine(args: argparse.Namespace, world: World, shape: LlamaConfig, stage: int) -> Engine:
     """As vico.assembly.build_engine makes it, but for where the weights come from."""
     dtype = DTYPES[args.precision]
-    attend, why = choose(args.attention, world.device, dtype)
+    attend, why = choose_attention(args.attention, world.device, dtype)
     config = read_config(f"zero{stage}", args.precision, args.questions, 1, world.size)
     with zero_init(config, world.device):
         model = make_fast(shape, dtype)
     fill_random(model, args.seed, world)
-    model.attend = attend
-    why += f", {triton_ops.describe(world.device)}, {cuda_graphs.attach(model, replay_refused(config))}"
+    graphs = choose_block_runners(model, attend, no_graphs=why_no_graphs(config))
+    why += f", {triton_ops.describe(world.device)}, {graphs}"
     optimizer = make_optimizer(
         [p for p in model.parameters() if p.requires_grad], weight_decay=0.14
     )

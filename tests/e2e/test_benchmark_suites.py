@@ -27,7 +27,7 @@ from benchmarks.measure.workload import SyntheticWorkload
 from benchmarks.report.record import ROOT
 from benchmarks.suites import node
 from vico.errors import UserError
-from vico.model.attention import varlen
+from vico.model.attention import backends
 from vico.model.attention.masks import attention_mask, restrict_queries
 from vico.model.attention.reference import attend_plain
 from vico.model.batch import PackedBatch
@@ -127,8 +127,8 @@ def test_gpu_suite_refuses_another_loss(
 
 
 def test_a_backend_with_another_scale_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = varlen.Differentiated(lambda *a: varlen.sdpa(*a[:-1], a[-1] * math.sqrt(64 / 72)))
-    monkeypatch.setitem(varlen.KERNELS, "sdpa", wrong)
+    wrong = backends.AutogradKernel(lambda *a: backends.sdpa(*a[:-1], a[-1] * math.sqrt(64 / 72)))
+    monkeypatch.setitem(backends.KERNELS, "sdpa", wrong)
     found = correctness.attention_backends(MODELS["toy"], CPU, torch.float32, repeats=1)
     assert (
         found["backends"]["blocks"]["equal"]
@@ -176,7 +176,7 @@ def test_amounts_of_a_packed_batch() -> None:
             seen,
         )
         assert figures.visible_pairs(batch.segments) == int((weights > 0).sum())
-        assert restrict_queries(seen, batch.wanted_rows_R).queries is not None
+        assert restrict_queries(seen, batch.wanted_rows_R).query_rows is not None
         amount = figures.of_packed(shape, [batch], samples=2, questions=1, training=True)
         assert amount.useful_flops == 4 * figures.layer_parameters(shape) * batch.num_real_tokens
         whole = 4 * figures.layer_parameters(shape) * batch.num_rows

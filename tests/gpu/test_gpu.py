@@ -20,7 +20,8 @@ from reference import oracle, oracle_files
 from support.processes import start
 from support.toy_dataset import ToyData, records
 from vico.model import cuda_graphs
-from vico.model.attention.varlen import choose
+from vico.model.attention.backends import choose_attention
+from vico.model.block_runners import choose_block_runners
 from vico.model.config import LlamaConfig
 from vico.model.vico import ViCo
 
@@ -52,11 +53,18 @@ FLAGS = [
 ]
 
 
-def toy_on_the_gpu(shape: LlamaConfig = TOY, num_adapted: int = 4) -> ViCo:
-    fast = ViCo(shape, num_adapted, 10, 10, 100.0, torch.bfloat16)
+def toy_on_the_gpu(config: LlamaConfig = TOY, num_adapted: int = 4) -> ViCo:
+    """Without CUDA graphs; `use_graphs` adds them."""
+    fast = ViCo(config, num_adapted, 10, 10, 100.0, torch.bfloat16)
     fill(fast, random_weights(fast))
-    fast.to(CUDA).attend = choose("auto", CUDA, torch.bfloat16)[0]
+    attend = choose_attention("auto", CUDA, torch.bfloat16)[0]
+    choose_block_runners(fast.to(CUDA), attend, no_graphs="not in this test")
     return fast
+
+
+def use_graphs(model: ViCo) -> None:
+    description = choose_block_runners(model, model.attend)
+    assert description.endswith("rows by CUDA graphs")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -190,23 +198,24 @@ def test_records_compute_what_they_recorded(
         toy_on_the_gpu(replace(TOY, n_kv_heads=heads), num_adapted),
         SyntheticWorkload(TOY.vocab_size),
     )
-    assert cuda_graphs.attach(fast).endswith("rows by CUDA graphs")
+    use_graphs(fast)
     replayed = fast.graphed
     batches = [training_batch(work.training(place, 2 + place % 3)).to(CUDA) for place in range(12)]
     found: dict[str, list[tuple[torch.Tensor, dict[str, torch.Tensor]]]] = {}
     for how in ("eager", "first", "second", "third", "unrecorded"):
         fast.graphed = None if how == "eager" else replayed
         if how == "unrecorded":
-            assert cuda_graphs.attach(fast) and fast.graphed is not replayed
+            use_graphs(fast)
+            assert fast.graphed is not replayed
             monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 0)
         for batch in batches:
             losses = fast(batch)
             losses.sum().backward()
             found.setdefault(how, []).append((losses.detach(), take_gradients(fast)))
     assert replayed is not None and all(
-        program.is_recorded for program in replayed.programs.values()
+        program.is_captured for program in replayed.entries.values()
     )
-    assert 1 < len(replayed.programs) < len(batches)
+    assert 1 < len(replayed.entries) < len(batches)
     fast.graphed = replayed
     for batch in batches[:2]:  # gradients add up: what a record returns is not where it writes next
         fast(batch).sum().backward()
@@ -226,7 +235,7 @@ def test_records_compute_what_they_recorded(
 
 def test_a_replayed_step_waits_for_nothing() -> None:
     fast, work = toy_on_the_gpu(), SyntheticWorkload(TOY.vocab_size)
-    cuda_graphs.attach(fast)
+    use_graphs(fast)
     batch = training_batch(work.training(0, 4)).pin_memory()
     for _ in range(3):
         fast(batch.to(CUDA)).sum().backward()
@@ -240,7 +249,7 @@ def test_a_replayed_step_waits_for_nothing() -> None:
 
 def test_a_backward_that_comes_too_late_says_so() -> None:
     fast, work = toy_on_the_gpu(), SyntheticWorkload(TOY.vocab_size)
-    cuda_graphs.attach(fast)
+    use_graphs(fast)
     first, second = (fast(training_batch(work.training(place, 2)).to(CUDA)) for place in range(2))
     second.sum().backward()
     with pytest.raises(RuntimeError, match="VICO_GRAPHS=off"):

@@ -15,8 +15,10 @@ from vico.data.tokenizer import LLAMA_3_SPECIAL, LLAMA_3_WORDS
 from vico.model.attention.blockwise import attend_blocks
 from vico.model.attention.masks import Attend, attention_mask
 from vico.model.batch import Segment
+from vico.model.block_runners import choose_block_runners
 from vico.model.config import trainable_shapes
-from vico.model.llama import Context, rotary_angles
+from vico.model.interfaces import Context
+from vico.model.llama import rotary_angles
 from vico.model.vico import ViCo, initial_trainables
 from vico.model.weights.load import Weights
 
@@ -85,7 +87,7 @@ def make_model(
     )
     for name, parameter in model.named_parameters():
         parameter.data.copy_(trainables[name] if name in trainables else weights.read(name))
-    model.attend = attend
+    choose_block_runners(model, attend)
     return model
 
 

@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.baseline.variants import scoring_batches, training_batch
 from benchmarks.measure.workload import SyntheticWorkload
-from vico.model.attention.varlen import KERNELS, PackedAttention
+from vico.model.attention.backends import KERNELS
+from vico.model.attention.varlen import PackedAttention
 from vico.model.batch import PackedBatch
+from vico.model.block_runners import choose_block_runners
 from vico.model.config import LlamaConfig
 from vico.model.cuda_graphs import GraphedBlocks
 from vico.model.ops import triton_ops
@@ -67,10 +69,10 @@ def starts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S
         cdiv=lambda a, b: -(-a // b), next_power_of_2=lambda n: 1 << (n - 1).bit_length()
     )
     monkeypatch.setattr(
-        triton_ops, "serve", lambda x: request.param == "triton" and x.stride(-1) == 1
+        triton_ops, "can_run", lambda x: request.param == "triton" and x.stride(-1) == 1
     )
     monkeypatch.setattr(triton_ops, "triton", triton, raising=False)
-    monkeypatch.setattr(triton_ops, "programs", Programs(found.seen), raising=False)
+    monkeypatch.setattr(triton_ops, "kernels", Programs(found.seen), raising=False)
     return found
 
 
@@ -79,7 +81,7 @@ def made(layers: int = 4, checkpointed: int = 0) -> ViCo:
         model = ViCo(
             LlamaConfig(256, layers, 4, 2000, multiple_of=64), layers, 10, 10, 100.0, torch.bfloat16
         )
-    model.attend, model.num_checkpointed = PackedAttention(KERNELS["varlen"]), checkpointed
+    choose_block_runners(model, PackedAttention(KERNELS["varlen"]), checkpointed)
     return model
 
 
@@ -111,7 +113,7 @@ def test_a_program_mixes_no_devices_and_waits_for_none(starts: Starts) -> None:
             for p in model.parameters()
             if p.requires_grad
         )
-    assert model.graphed.programs
+    assert model.graphed.entries
 
 
 @torch.no_grad()

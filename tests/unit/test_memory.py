@@ -19,10 +19,12 @@ from benchmarks.suites.step_memory import measured
 from support.processes import ROOT
 from vico.data.packing import Example, pack
 from vico.model import config, cuda_graphs
+from vico.model.attention.backends import KERNELS
 from vico.model.attention.blockwise import attend_blocks
 from vico.model.attention.segment_layout import segment_layout
-from vico.model.attention.varlen import KERNELS, PackedAttention
+from vico.model.attention.varlen import PackedAttention
 from vico.model.batch import PackedBatch
+from vico.model.block_runners import choose_block_runners
 from vico.model.config import LlamaConfig, backbone_shapes, trainable_shapes
 from vico.model.vico import ViCo
 from vico.planner import plan as planner
@@ -82,7 +84,7 @@ def batch_of(
 
 
 def batch_shape(batch: PackedBatch) -> BatchShape:
-    keys = segment_layout(batch.segments).sizes.keys
+    keys = segment_layout(batch.segments).sizes.num_keys
     return BatchShape(
         batch.num_rows,
         len(batch.wanted_rows_R),
@@ -102,7 +104,8 @@ def on_meta(batch: PackedBatch) -> PackedBatch:
 def meta_model(shape: LlamaConfig, kernel: str, dtype: torch.dtype) -> ViCo:
     with torch.device("meta"):
         model = ViCo(shape, shape.n_layers, 10, 10, 100.0, dtype)
-    model.attend = PackedAttention(KERNELS["varlen"]) if kernel == "packed" else attend_blocks
+    attend = PackedAttention(KERNELS["varlen"]) if kernel == "packed" else attend_blocks
+    choose_block_runners(model, attend)
     return model
 
 
@@ -329,8 +332,8 @@ def test_peak_of_a_replayed_step_is_predicted(name: str, num_questions: int) -> 
     live, moved, work = Live(storages_of(model)), on_meta(batch), batch_shape(batch)
     with live:
         model(moved).sum().backward()
-    rounded = segment_layout(batch.segments).rounded
-    assert (padded(work).rows, padded(work).keys) == (rounded.rows, rounded.keys)
+    rounded = segment_layout(batch.segments).padded_sizes
+    assert (padded(work).rows, padded(work).keys) == (rounded.num_rows, rounded.num_keys)
     assert activations(SIZES[name], work, RunShape(2, replayed=True)).peak == pytest.approx(
         live.peak, rel=PEAK
     )

@@ -10,11 +10,13 @@ from vico.data.packing import Example, pack
 from vico.data.prompts import Prompts
 from vico.data.tokenizer import Tokenizer
 from vico.data.types import Question
+from vico.model.attention.backends import KERNELS
 from vico.model.attention.blockwise import attend_blocks
 from vico.model.attention.masks import Attend
 from vico.model.attention.reference import attend_plain
-from vico.model.attention.varlen import KERNELS, PackedAttention
+from vico.model.attention.varlen import PackedAttention
 from vico.model.batch import PackedBatch
+from vico.model.block_runners import choose_block_runners
 from vico.model.config import trainable_shapes
 from vico.model.vico import ViCo, initial_trainables
 from vico.model.weights.meta import MetaWeights
@@ -49,7 +51,7 @@ def make_model(setup: Setup, dtype: torch.dtype, attend: Attend) -> ViCo:
         parameter.data.copy_(
             trainables[name].detach() if name in trainables else weights.read(name)
         )
-    model.attend = attend
+    choose_block_runners(model, attend)
     return model
 
 

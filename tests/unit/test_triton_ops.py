@@ -26,9 +26,11 @@ if not torch.cuda.is_available() and os.environ.get(IN_A_CHILD) != "1":
 else:
     from benchmarks.baseline.variants import Packed, fill, make_fast, random_weights, take_gradients
     from benchmarks.measure.workload import SyntheticWorkload
+    from vico.model.attention.backends import KERNELS
     from vico.model.attention.segment_layout import varlen_layout
-    from vico.model.attention.varlen import KERNELS, PackedAttention, _unit, _widened
+    from vico.model.attention.varlen import PackedAttention, gate_unit, widen_heads
     from vico.model.batch import Segment
+    from vico.model.block_runners import choose_block_runners
     from vico.model.config import LlamaConfig
     from vico.model.llama import rotary_angles
     from vico.model.ops import triton_ops
@@ -50,7 +52,7 @@ else:
     @pytest.fixture(autouse=True)
     def restored() -> Iterator[None]:
         yield
-        triton_ops.USED = True
+        triton_ops.ENABLED = True
 
     def made(*size: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
         return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
@@ -72,7 +74,7 @@ else:
             ("plain", dtype, False),
             ("exact", torch.float32, False),
         ):
-            triton_ops.USED = used
+            triton_ops.ENABLED = used
             mine = [
                 x.detach().to(kind if x.dtype == dtype else x.dtype).requires_grad_()
                 for x in inputs
@@ -116,18 +118,20 @@ else:
             7, HEADS, WIDTH + 8, dtype=dtype
         )  # rows that lie apart, as what attention's gradient leaves
         turned = RotaryEmbedding.apply(wide[..., :WIDTH], angles)
-        triton_ops.USED = False
+        triton_ops.ENABLED = False
         assert (
             distance(turned, RotaryEmbedding.apply(wide[..., :WIDTH].contiguous(), angles))
             <= RTOL[dtype]
         )
         pair = [made(7, HEADS, WIDTH, dtype=dtype, seed=i) for i in range(2)]
         for mine, x in zip(
-            triton_ops.rotate_qk(pair[0], pair[1], torch.view_as_real(angles), -1.0),
+            triton_ops.apply_rotary_emb_qk(pair[0], pair[1], torch.view_as_real(angles), -1.0),
             pair,
             strict=True,
         ):
-            assert torch.equal(mine, triton_ops.rotate(x, torch.view_as_real(angles), -1.0))
+            assert torch.equal(
+                mine, triton_ops.apply_rotary_emb(x, torch.view_as_real(angles), -1.0)
+            )
 
     @pytest.mark.parametrize(
         ("rows", "width", "length"), [(1, 16, 10), (64, 16, 17), (70, 32, 50), (65, 128, 1)]
@@ -150,10 +154,12 @@ else:
         )
         layout = varlen_layout(segments, DEVICE, dtype, True)
         inputs = [made(12, HEADS, WIDTH, dtype=dtype, seed=i) for i in range(3)]
-        flags = (layout.after_video_T, layout.is_video_T, layout.key_rows_K, _unit(WIDTH), 8)
+        flags = (layout.after_video_T, layout.is_video_T, layout.key_rows_K, gate_unit(WIDTH), 8)
         gates = made(HEADS, dtype=torch.float32, seed=4)
         for mine, its in zip(
-            triton_ops.widen(*inputs, gates, *flags), _widened(*inputs, gates, *flags), strict=True
+            triton_ops.widen(*inputs, gates, *flags),
+            widen_heads(*inputs, gates, *flags),
+            strict=True,
         ):
             assert torch.equal(mine, its)
 
@@ -163,10 +169,10 @@ else:
         shape = LlamaConfig(32, 2, 2, 200, multiple_of=16)
         fast = make_fast(shape, dtype)
         fill(fast, random_weights(fast))
-        fast.to(DEVICE).attend = PackedAttention(KERNELS["sdpa"])
+        choose_block_runners(fast.to(DEVICE), PackedAttention(KERNELS["sdpa"]))
         variant, work = Packed(fast, DEVICE), SyntheticWorkload(shape.vocab_size)
         found = []
-        for triton_ops.USED in (True, False):
+        for triton_ops.ENABLED in (True, False):
             losses = variant.train(work.training(0, 2))
             found.append(
                 (torch.tensor(losses), take_gradients(fast), variant.score(work.scoring(0, 1)))

@@ -32,10 +32,11 @@ from vico.data.packing import Example, pack
 from vico.data.types import VIDEO_SLOT, TokenSequence
 from vico.distributed.world import World as Ranks
 from vico.errors import UserError
+from vico.model.attention.backends import KERNELS
 from vico.model.attention.blockwise import attend_blocks
 from vico.model.attention.masks import Attend
 from vico.model.attention.reference import attend_plain
-from vico.model.attention.varlen import KERNELS, PackedAttention
+from vico.model.attention.varlen import PackedAttention
 from vico.model.batch import PackedBatch
 from vico.model.config import LlamaConfig, RopeScaling, backbone_shapes, trainable_shapes
 from vico.model.llama import rotary_angles

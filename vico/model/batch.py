@@ -1,9 +1,18 @@
-"""What flows through the program, from an annotation row to the tensors of one micro-batch.
+"""A micro-batch as one packed stream of rows: what the data room makes and the model reads.
 
-Shape letters used in names everywhere:
-T rows of a packed stream, D model width, H heads, d head width, A adapter prompt length, F video slots,
-V videos of a micro-batch, C feature width (768), N token targets, M frame targets, S filled video slots,
-R rows that predict a target.
+Names of tensors end in the letters of their dimensions, here and in all other files:
+
+T  rows of the packed stream        D  model width
+Q  query rows                       H  heads
+K  gathered keys                    d  head width (h: half of it, the pairs of a rotary embedding)
+R  rows that predict a target       E  dimensions by which the kernels' heads are wider
+P  rows in K more than once         G  adapted layers
+N  token targets                    A  length of an adapter prompt
+M  frame targets                    W  vocabulary
+V  videos of a micro-batch          C  feature width (768)
+F  video slots of a sequence        S  filled video slots of the stream
+
+1 and 2 are dimensions of that size; n and r are the parts of a mask block and the rows of a part.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -15,26 +24,32 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Consecutive rows of a packed stream. A row sees every row of its segment's ancestors, and its own segment causally.
+    """Consecutive rows of a packed stream.
 
-    A sequence on its own is one segment without a parent; sequences with a common beginning are leaves of a tree.
+    A row sees every row of its segment's ancestors, and its own segment causally. A sequence on its
+    own is one segment without a parent; sequences with a common beginning are leaves of a tree.
     """
 
     start: int
     stop: int
-    parent: (
-        int | None
-    )  # place of the parent in the list of segments; parents stand before their children
-    is_video: bool  # all rows are video slots; else none is
-    after_video: bool  # all rows stand behind their sequence's video block; else none does
+    # Index of the parent in the list of segments; parents come before their children.
+    parent: int | None
+    # All rows are video slots; otherwise none is.
+    is_video: bool
+    # All rows come after their sequence's video slots; otherwise none does.
+    after_video: bool
+
+    @property
+    def num_rows(self) -> int:
+        return self.stop - self.start
 
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """A micro-batch as one stream of T rows, all tasks together, without padding. Made on the host, read by the model.
+    """A micro-batch as one stream of T rows, all tasks together, without padding. Made on the host.
 
-    Targets come in two kinds, in this order everywhere: N token targets (an entry of the vocabulary), then M frame
-    targets (one of the F frames of a video).
+    Targets come in two kinds, in this order everywhere: N token targets (an entry of the
+    vocabulary), then M frame targets (one of the F frames of a video).
     """
 
     token_ids_T: Tensor  # int64; 0 in video slots
@@ -49,11 +64,9 @@ class PackedBatch:
     frame_targets_M: Tensor  # int64: which of the R rows predicts the target
     frame_videos_M: Tensor  # int64: v, whose frames are the candidates
     frame_target_ids_M: Tensor  # int64: j
-    target_tasks: Tensor  # int64 [N + M]: place of the task in the run's list of tasks
-    target_sequences: Tensor  # int64 [N + M]: place of the sequence in the micro-batch
-    num_real_tokens: (
-        int  # tokens of the sequences, each counted whole, however much of it is shared
-    )
+    target_tasks: Tensor  # int64 [N + M]: index of the task in the run's list of tasks
+    target_sequences: Tensor  # int64 [N + M]: index of the sequence in the micro-batch
+    num_real_tokens: int  # of all sequences, each counted in full, although parts are shared
 
     @property
     def num_rows(self) -> int:
@@ -63,16 +76,17 @@ class PackedBatch:
         if device.type == "cpu":
             return self
         moved = {
-            name: v.to(device, non_blocking=True)
-            for name, v in self._tensors().items()
+            name: tensor.to(device, non_blocking=True)
+            for name, tensor in self._tensors().items()
             if name != "wanted_rows_R"
         }
         return replace(self, **cast(dict[str, Any], moved))
 
     def pin_memory(self) -> "PackedBatch":
-        """Called by the data loader where a GPU is, so that the copies of `to` run beside the computation."""
-        pinned = {name: v.pin_memory() for name, v in self._tensors().items()}
+        """Called by the data loader where there is a GPU: `to` then overlaps with computation."""
+        pinned = {name: tensor.pin_memory() for name, tensor in self._tensors().items()}
         return replace(self, **cast(dict[str, Any], pinned))
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}

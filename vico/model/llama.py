@@ -1,24 +1,20 @@
-"""The frozen LLaMA backbone on one page (Meta's layout and names), with the adapter's places in its attention.
+"""The frozen LLaMA backbone (Meta's layout and names), with the adapter's places in its attention.
 
-This is what is computed; block.py has the same block once more as one Function, and graphs.py the blocks as one, for GPUs.
-
-A layer that is adapted owns two gates; what flows to it besides the stream is its prompt and who sees whom.
+`run_modules` is the definition of a block. fused_block.py computes the same block as one autograd
+Function, and cuda_graphs.py replays all blocks but the last; block_runners.py chooses.
 """
 
 import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vico.model import fused_block
-from vico.model.attention.masks import Attend, AttentionMask, restrict_queries
 from vico.model.config import LlamaConfig, RopeScaling
+from vico.model.interfaces import Context, LowerLayers, MakeLinear
 from vico.model.ops.autograd import (
     AdapterAttention,
     FrozenLinearFunction,
@@ -27,9 +23,6 @@ from vico.model.ops.autograd import (
     RotaryEmbedding,
     SwiGLU,
 )
-
-if TYPE_CHECKING:
-    from vico.model.cuda_graphs import GraphedBlocks
 
 
 def _frozen(*size: int, dtype: torch.dtype) -> nn.Parameter:
@@ -47,18 +40,6 @@ class FrozenLinear(nn.Module):
         return FrozenLinearFunction.apply(x, self.weight)
 
 
-class LinearModule(Protocol):
-    """x W^T: FrozenLinear, or quantized.py's, which makes its weight at every look at it."""
-
-    @property
-    def weight(self) -> Tensor: ...
-
-    def __call__(self, x: Tensor) -> Any: ...
-
-
-Linear = Callable[[int, int, torch.dtype], LinearModule]
-
-
 class FrozenEmbedding(nn.Module):
     def __init__(self, num: int, dim: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -69,11 +50,11 @@ class FrozenEmbedding(nn.Module):
 
 
 class OutputHead(FrozenLinear):
-    """The product with the vocabulary, never whole: straight to the losses of targets."""
+    """The product with the vocabulary, fused with the cross-entropy: the logits are never whole."""
 
-    def forward(self, h_RD: Tensor, heads_N: Tensor, ids_N: Tensor) -> Tensor:  # type: ignore[override]
-        """Cross-entropy [N], fp32, of token ids_N[n] at row heads_N[n] of h_RD."""
-        return FusedLinearCrossEntropy.apply(h_RD, self.weight, heads_N, ids_N)
+    def forward(self, h_RD: Tensor, rows_N: Tensor, ids_N: Tensor) -> Tensor:  # type: ignore[override]
+        """Cross-entropy [N], fp32, of token ids_N[n] at row rows_N[n] of h_RD."""
+        return FusedLinearCrossEntropy.apply(h_RD, self.weight, rows_N, ids_N)
 
 
 class RMSNorm(nn.Module):
@@ -91,196 +72,202 @@ class RMSNorm(nn.Module):
 def rotary_angles(
     positions_T: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> Tensor:
-    """exp(i angle), complex64 [T, 1, head_dim / 2], of each row's position."""
-    frequencies = theta ** (
-        -torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim
-    )
+    """exp(i angle) of each row's position, complex64 [T, 1, h] (RoFormer, Su et al. 2021)."""
+    pairs_h = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32)
+    frequencies_h = theta ** (-pairs_h / head_dim)
     if scaling is not None:
-        frequencies = _stretched(frequencies, scaling)
-    angles = positions_T.float()[:, None, None] * frequencies
-    return torch.polar(torch.ones_like(angles), angles)
+        frequencies_h = _scaled(frequencies_h, scaling)
+    angles_T1h = positions_T.float()[:, None, None] * frequencies_h
+    return torch.polar(torch.ones_like(angles_T1h), angles_T1h)
 
 
-def _stretched(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Fast frequencies stay, slow ones are divided by the factor, those between are blended by their turns in the old context."""
+def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """LLaMA-3.1's scaling: high frequencies are kept, low ones divided by the factor.
+
+    Those between are blended by their number of turns in the old context.
+    """
     turns = scaling.old_context * frequencies / (2 * math.pi)
-    kept = ((turns - scaling.low_factor) / (scaling.high_factor - scaling.low_factor)).clamp(0, 1)
+    width = scaling.high_factor - scaling.low_factor
+    kept = ((turns - scaling.low_factor) / width).clamp(0, 1)
     return frequencies * (kept + (1 - kept) / scaling.factor)
-
-
-@dataclass(frozen=True, slots=True)
-class Context:
-    """What every layer sees besides the stream: rotary of each row, who sees whom, and the function that attends."""
-
-    rotary_T: Tensor
-    mask: AttentionMask
-    attend: Attend
-    query_rows_Q: Tensor | None = None  # mask.queries on the device
-
-    def restrict_queries(self, rows: Tensor) -> "Context":
-        """The same where only `rows` (host int64, ascending, pinned where a GPU is: nobody waits for the copy) ask."""
-        return Context(
-            self.rotary_T,
-            restrict_queries(self.mask, rows),
-            self.attend,
-            rows.to(self.rotary_T.device, non_blocking=True),
-        )
 
 
 class Attention(nn.Module):
     """wo(softmax over the visible rows, plus tanh(gate1) times the softmax over the prompt)."""
 
     def __init__(
-        self, shape: LlamaConfig, adapted: bool, dtype: torch.dtype, linear: Linear
+        self, config: LlamaConfig, adapted: bool, dtype: torch.dtype, linear: MakeLinear
     ) -> None:
         super().__init__()
-        self.head_dim, self.group = shape.head_dim, shape.n_heads // shape.kv_heads
-        self.wq = linear(shape.dim, shape.dim, dtype)
-        self.wk = linear(shape.dim, shape.kv_heads * shape.head_dim, dtype)
-        self.wv = linear(shape.dim, shape.kv_heads * shape.head_dim, dtype)
-        self.wo = linear(shape.dim, shape.dim, dtype)
+        kv_dim = config.kv_heads * config.head_dim
+        self.head_dim, self.group_size = config.head_dim, config.n_heads // config.kv_heads
+        self.wq = linear(config.dim, config.dim, dtype)
+        self.wk = linear(config.dim, kv_dim, dtype)
+        self.wv = linear(config.dim, kv_dim, dtype)
+        self.wo = linear(config.dim, config.dim, dtype)
         if adapted:
-            self.gate1 = nn.Parameter(torch.empty(1, shape.n_heads, 1, 1, dtype=torch.float32))
-            self.gate2 = nn.Parameter(torch.empty(1, shape.n_heads, 1, 1, dtype=torch.float32))
+            self.gate1 = nn.Parameter(torch.empty(1, config.n_heads, 1, 1, dtype=torch.float32))
+            self.gate2 = nn.Parameter(torch.empty(1, config.n_heads, 1, 1, dtype=torch.float32))
 
     def forward(self, x_TD: Tensor, prompt_AD: Tensor | None, context: Context) -> Tensor:
-        """[Q, D] for the Q rows that ask: all T, or context.mask.queries."""
-        asking = context.query_rows_Q
-        # Together, so that their gradients come together and in this order: DeepSpeed sums ranks' gradients in the order they come.
-        gates = (self.gate1.flatten(), self.gate2.flatten()) if prompt_AD is not None else None
-        x_QD, rotary_Q = (
-            (x_TD, context.rotary_T) if asking is None else (x_TD[asking], context.rotary_T[asking])
-        )
-        q_QHd, k_THd, v_THd = (
-            self.heads(w(x)) for w, x in ((self.wq, x_QD), (self.wk, x_TD), (self.wv, x_TD))
-        )
-        q_QHd, k_THd = (
-            RotaryEmbedding.apply(q_QHd, rotary_Q),
-            RotaryEmbedding.apply(k_THd, context.rotary_T),
-        )
+        """[Q, D] for the query rows: context.query_rows_Q, or all."""
+        gates = None
+        if prompt_AD is not None:
+            # Together, so that their gradients come together and in this order: DeepSpeed sums the
+            # ranks' gradients in the order in which they come.
+            gates = self.gate1.flatten(), self.gate2.flatten()
+        x_QD, rotary_Q1h = x_TD, context.rotary_T1h
+        if context.query_rows_Q is not None:
+            x_QD = x_TD[context.query_rows_Q]
+            rotary_Q1h = context.rotary_T1h[context.query_rows_Q]
+        q_QHd = self.heads(self.wq(x_QD))
+        k_THd, v_THd = self.heads(self.wk(x_TD)), self.heads(self.wv(x_TD))
+        q_QHd = RotaryEmbedding.apply(q_QHd, rotary_Q1h)
+        k_THd = RotaryEmbedding.apply(k_THd, context.rotary_T1h)
         k_THd, v_THd = self._for_every_head(k_THd), self._for_every_head(v_THd)
         if prompt_AD is None or gates is None:
             return self.wo(context.attend(q_QHd, k_THd, v_THd, None, context.mask).flatten(-2))
-        out_QHd = context.attend(q_QHd, k_THd, v_THd, gates[1], context.mask)
-        k_AHd, v_AHd = (self._for_every_head(self.heads(w(prompt_AD))) for w in (self.wk, self.wv))
-        out_QHd = AdapterAttention.apply(out_QHd, q_QHd, k_AHd, v_AHd, gates[0])
+        gate1_H, gate2_H = gates
+        out_QHd = context.attend(q_QHd, k_THd, v_THd, gate2_H, context.mask)
+        k_AHd = self._for_every_head(self.heads(self.wk(prompt_AD)))
+        v_AHd = self._for_every_head(self.heads(self.wv(prompt_AD)))
+        out_QHd = AdapterAttention.apply(out_QHd, q_QHd, k_AHd, v_AHd, gate1_H)
         return self.wo(out_QHd.flatten(-2))
 
-    def heads(self, x_TD: Tensor) -> Tensor:
-        return x_TD.unflatten(-1, (-1, self.head_dim))
+    def heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
 
-    def _for_every_head(self, x_TKd: Tensor) -> Tensor:
-        """Grouped keys or values, one for each query head; nothing is copied where every head has its own."""
-        return x_TKd if self.group == 1 else x_TKd.repeat_interleave(self.group, dim=1)
+    def _for_every_head(self, x: Tensor) -> Tensor:
+        """Keys or values, one for each query head; no copy where every query head has its own."""
+        return x if self.group_size == 1 else x.repeat_interleave(self.group_size, dim=1)
 
 
 class FeedForward(nn.Module):
-    def __init__(self, shape: LlamaConfig, dtype: torch.dtype, linear: Linear) -> None:
+    def __init__(self, config: LlamaConfig, dtype: torch.dtype, linear: MakeLinear) -> None:
         super().__init__()
-        self.w1 = linear(shape.dim, shape.hidden_dim, dtype)
-        self.w2 = linear(shape.hidden_dim, shape.dim, dtype)
-        self.w3 = linear(shape.dim, shape.hidden_dim, dtype)
+        self.w1 = linear(config.dim, config.hidden_dim, dtype)
+        self.w2 = linear(config.hidden_dim, config.dim, dtype)
+        self.w3 = linear(config.dim, config.hidden_dim, dtype)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.w2(SwiGLU.apply(self.w1(x_TD), self.w3(x_TD)))
 
 
 class Block(nn.Module):
+    """A decoder layer, computed by `run`.
+
+    block_runners.py may replace `run_modules` there.
+    """
+
     def __init__(
-        self, shape: LlamaConfig, adapted: bool, dtype: torch.dtype, linear: Linear
+        self, config: LlamaConfig, adapted: bool, dtype: torch.dtype, linear: MakeLinear
     ) -> None:
         super().__init__()
-        self.attention = Attention(shape, adapted, dtype, linear)
-        self.feed_forward = FeedForward(shape, dtype, linear)
-        self.attention_norm = RMSNorm(shape.dim, shape.norm_eps, dtype)
-        self.ffn_norm = RMSNorm(shape.dim, shape.norm_eps, dtype)
+        self.run: BlockRunner = run_modules
+        self.adapted = adapted
+        self.attention = Attention(config, adapted, dtype, linear)
+        self.feed_forward = FeedForward(config, dtype, linear)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps, dtype)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps, dtype)
 
     def forward(self, x_TD: Tensor, prompt_AD: Tensor | None, context: Context) -> Tensor:
-        """The rows that ask, [Q, D]; where only some do, the others end here."""
-        if (out_TD := fused_block.run(self, x_TD, prompt_AD, context)) is not None:
-            return out_TD
-        residual = x_TD if context.query_rows_Q is None else x_TD[context.query_rows_Q]
-        h_QD = residual + self.attention(self.attention_norm(x_TD), prompt_AD, context)
-        return h_QD + self.feed_forward(self.ffn_norm(h_QD))
+        """[Q, D] for the query rows; where these are not all rows, the others end here."""
+        return self.run(self, x_TD, prompt_AD, context)
+
+
+BlockRunner = Callable[[Block, Tensor, Tensor | None, Context], Tensor]
+
+
+def run_modules(block: Block, x_TD: Tensor, prompt_AD: Tensor | None, context: Context) -> Tensor:
+    """The block by its modules, for any attention and any query rows."""
+    residual_QD = x_TD if context.query_rows_Q is None else x_TD[context.query_rows_Q]
+    h_QD = residual_QD + block.attention(block.attention_norm(x_TD), prompt_AD, context)
+    return h_QD + block.feed_forward(block.ffn_norm(h_QD))
 
 
 def _checkpointed(
     layer: nn.Module, x_TD: Tensor, prompt_AD: Tensor | None, context: Context
 ) -> Tensor:
-    """The layer, of which only the input is kept until backward, when it runs again.
+    """The layer with activation checkpointing: it keeps only its input, and runs again in backward.
 
-    Again means without the hooks of the layer itself: under ZeRO-3 backward has gathered its weights by then, and the hook
-    behind a forward would let go of them. To its end: the hooks of modules inside must come in pairs.
+    The second run skips the layer's own hooks: under ZeRO-3 backward has gathered the weights by
+    then, and the hook after a forward would release them. It runs to its end: the hooks of the
+    modules inside must come in pairs.
     """
     calls = itertools.count()
 
     def run(x_TD: Tensor, prompt_AD: Tensor | None, context: Context) -> Tensor:
-        return (layer if next(calls) == 0 else layer.forward)(x_TD, prompt_AD, context)
+        is_first = next(calls) == 0
+        return (layer if is_first else layer.forward)(x_TD, prompt_AD, context)
 
+    inputs = (x_TD, prompt_AD, context)
     out: Tensor = checkpoint(
-        run,
-        x_TD,
-        prompt_AD,
-        context,
-        use_reentrant=False,
-        preserve_rng_state=False,
-        early_stop=False,
+        run, *inputs, use_reentrant=False, preserve_rng_state=False, early_stop=False
     )
     return out
 
 
 class Llama(nn.Module):
-    """Embeddings, blocks, final norm and output head; the top `num_adapted` blocks carry gates."""
+    """Embeddings, blocks, final norm and output head; the top `num_adapted` blocks carry gates.
+
+    `num_checkpointed`: of the lowest layers, how many keep only their input and run again in
+    backward. `graphed`: what runs all layers but the last where it can; None: nothing.
+    """
 
     def __init__(
         self,
-        shape: LlamaConfig,
+        config: LlamaConfig,
         num_adapted: int,
         dtype: torch.dtype,
-        linear: Linear = FrozenLinear,
+        linear: MakeLinear = FrozenLinear,
     ) -> None:
         super().__init__()
-        self.config, self.dtype, self.num_adapted = shape, dtype, num_adapted
-        self.num_checkpointed = (
-            0  # so many of the lower layers keep only their input, and run again in backward
-        )
-        self.graphed: GraphedBlocks | None = None  # what runs all layers but the last where it can
-        self.tok_embeddings = FrozenEmbedding(shape.vocab_size, shape.dim, dtype)
+        self.config, self.dtype, self.num_adapted = config, dtype, num_adapted
+        self.num_checkpointed = 0
+        self.graphed: LowerLayers | None = None
+        self.tok_embeddings = FrozenEmbedding(config.vocab_size, config.dim, dtype)
+        num_plain = config.n_layers - num_adapted
         self.layers = nn.ModuleList(
-            Block(shape, i >= shape.n_layers - num_adapted, dtype, linear)
-            for i in range(shape.n_layers)
+            Block(config, i >= num_plain, dtype, linear) for i in range(config.n_layers)
         )
-        self.norm = RMSNorm(shape.dim, shape.norm_eps, dtype)
-        self.output = OutputHead(shape.dim, shape.vocab_size, dtype)
+        self.norm = RMSNorm(config.dim, config.norm_eps, dtype)
+        self.output = OutputHead(config.dim, config.vocab_size, dtype)
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [block for block in self.layers if isinstance(block, Block)]
 
     def trunk(
-        self, x_TD: Tensor, prompts_GAD: Tensor, context: Context, wanted_R: Tensor
+        self, x_TD: Tensor, prompts_GAD: Tensor, context: Context, wanted_rows_R: Tensor
     ) -> Tensor:
-        """Hidden states [R, D] behind the final norm, of the rows `wanted_R` (host int64, ascending).
+        """Hidden states [R, D] after the final norm, of the rows `wanted_rows_R`.
 
-        All layers run, the lower ones without prompt and gates; the last one only where its output is wanted.
+        `wanted_rows_R`: host int64, ascending. All layers run, the lower ones without prompt and
+        gates; the last one only where its output is wanted.
         """
-        *lower, last = self.layers
+        num_plain = len(self.layers) - self.num_adapted
         # unbind: one gradient for all; a slice's would be as large as the whole, for each layer.
-        prompts: list[Tensor | None] = [None] * (len(self.layers) - self.num_adapted) + [
-            *prompts_GAD.unbind(0)
-        ]
-        if self.graphed is not None and self.graphed.serves(x_TD):
-            x_TD = self.graphed(x_TD, prompts[:-1], context)
-        else:
-            for i, (layer, prompt_AD) in enumerate(zip(lower, prompts[:-1], strict=True)):
-                x_TD = self._run(i, layer, x_TD, prompt_AD, context)
-        return self.norm(
-            self._run(len(lower), last, x_TD, prompts[-1], context.restrict_queries(wanted_R))
-        )
+        prompts: list[Tensor | None] = [None] * num_plain + [*prompts_GAD.unbind(0)]
+        x_TD = self._run_lower_layers(x_TD, prompts[:-1], context)
+        last_context = context.restrict_queries(wanted_rows_R)
+        last = len(self.layers) - 1
+        return self.norm(self._run_layer(last, x_TD, prompts[-1], last_context))
 
-    def _run(
-        self, place: int, layer: nn.Module, x_TD: Tensor, prompt_AD: Tensor | None, context: Context
+    def _run_lower_layers(
+        self, x_TD: Tensor, prompts: Sequence[Tensor | None], context: Context
     ) -> Tensor:
-        twice = place < self.num_checkpointed and torch.is_grad_enabled()
-        out: Tensor = (
-            _checkpointed(layer, x_TD, prompt_AD, context)
-            if twice
-            else layer(x_TD, prompt_AD, context)
-        )
+        """All layers but the last: by CUDA graphs where they accept the stream, else one by one."""
+        if self.graphed is not None and self.graphed.accepts(x_TD):
+            return self.graphed(x_TD, prompts, context)
+        for i, prompt_AD in enumerate(prompts):
+            x_TD = self._run_layer(i, x_TD, prompt_AD, context)
+        return x_TD
+
+    def _run_layer(
+        self, index: int, x_TD: Tensor, prompt_AD: Tensor | None, context: Context
+    ) -> Tensor:
+        layer = self.layers[index]
+        if index < self.num_checkpointed and torch.is_grad_enabled():
+            return _checkpointed(layer, x_TD, prompt_AD, context)
+        out: Tensor = layer(x_TD, prompt_AD, context)
         return out

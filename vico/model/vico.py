@@ -1,6 +1,7 @@
 """ViCo: a frozen LLaMA that sees video tokens through gates and adapter prompts (METHOD section 1).
 
-One forward takes a packed micro-batch and returns one loss per target. It knows neither tasks nor data sets.
+One forward takes a packed micro-batch and returns one loss per target. It knows neither tasks nor
+data sets.
 """
 
 import math
@@ -13,59 +14,75 @@ from vico.model.attention.blockwise import attend_blocks
 from vico.model.attention.masks import Attend, attention_mask
 from vico.model.batch import PackedBatch
 from vico.model.config import FEATURE_WIDTH, LlamaConfig
-from vico.model.llama import Context, FrozenLinear, Linear, Llama, rotary_angles
+from vico.model.interfaces import Context, MakeLinear
+from vico.model.llama import FrozenLinear, Llama, rotary_angles
 
 
 class ViCo(Llama):
-    """The backbone with its trainables, under the lineage's names: adapter_query, visual_proj, temporal_emb, gate1, gate2."""
+    """The backbone with its trainables, under the published names.
+
+    These are adapter_query, visual_proj, temporal_emb, gate1 and gate2. `attend` is set by
+    block_runners.choose_block_runners, together with what computes the blocks.
+    """
 
     def __init__(
         self,
-        shape: LlamaConfig,
+        config: LlamaConfig,
         num_adapted: int,
         adapter_len: int,
         num_slots: int,
         tau: float,
         dtype: torch.dtype,
-        linear: Linear = FrozenLinear,
+        linear: MakeLinear = FrozenLinear,
     ) -> None:
-        super().__init__(shape, num_adapted, dtype, linear)
+        super().__init__(config, num_adapted, dtype, linear)
         self.adapter_len, self.tau = adapter_len, tau
         self.attend: Attend = attend_blocks
-        self.adapter_query = nn.Embedding(num_adapted * adapter_len, shape.dim, dtype=torch.float32)
-        self.visual_proj = nn.Linear(FEATURE_WIDTH, shape.dim, bias=False, dtype=torch.float32)
-        self.temporal_emb = nn.Embedding(num_slots, shape.dim, dtype=torch.float32)
+        self.adapter_query = nn.Embedding(
+            num_adapted * adapter_len, config.dim, dtype=torch.float32
+        )
+        self.visual_proj = nn.Linear(FEATURE_WIDTH, config.dim, bias=False, dtype=torch.float32)
+        self.temporal_emb = nn.Embedding(num_slots, config.dim, dtype=torch.float32)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """fp32 losses [N + M]: token targets, then frame targets."""
-        everyone = torch.arange(self.adapter_query.num_embeddings, device=batch.token_ids_T.device)
-        prompts_GAD = (
-            self.adapter_query(everyone).to(self.dtype).unflatten(0, (-1, self.adapter_len))
-        )
+        prompts_GAD = self._prompts(batch.token_ids_T.device)
         projected_VFD = self.visual_proj(batch.features_VFC)
-        frames_VFD = projected_VFD + self.temporal_emb(
-            torch.arange(projected_VFD.shape[1], device=projected_VFD.device)
-        )
-        # embedding, not indexing: a clip that fills the slots of several sequences then has a deterministic gradient.
-        slots_SD = F.embedding(batch.slot_frames_S, frames_VFD.flatten(0, 1)).to(self.dtype)
-        x_TD = self.tok_embeddings(batch.token_ids_T).index_copy(0, batch.slot_rows_S, slots_SD)
-        rotary_T = rotary_angles(
-            batch.positions_T,
-            self.config.head_dim,
-            self.config.rope_theta,
-            self.config.rope_scaling,
-        )
-        h_RD = self.trunk(
-            x_TD,
-            prompts_GAD,
-            Context(rotary_T, attention_mask(batch.segments), self.attend),
-            batch.wanted_rows_R,
-        )
+        x_TD = self._embed(batch, projected_VFD)
+        rope = (self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+        rotary_T1h = rotary_angles(batch.positions_T, *rope)
+        context = Context(rotary_T1h, attention_mask(batch.segments), self.attend)
+        h_RD = self.trunk(x_TD, prompts_GAD, context, batch.wanted_rows_R)
         token_losses_N = self.output(h_RD, batch.token_targets_N, batch.token_target_ids_N)
-        return torch.cat([token_losses_N, self._frame_losses(h_RD, projected_VFD, batch)])
+        frame_losses_M = self._frame_losses(h_RD, projected_VFD, batch)
+        return torch.cat([token_losses_N, frame_losses_M])
+
+    def _prompts(self, device: torch.device) -> Tensor:
+        """The adapter prompts [G, A, D].
+
+        By a call of the module: under ZeRO-3 its weight is gathered when it is called.
+        """
+        indices = torch.arange(self.adapter_query.num_embeddings, device=device)
+        prompts = self.adapter_query(indices).to(self.dtype)
+        return prompts.unflatten(0, (-1, self.adapter_len))
+
+    def _embed(self, batch: PackedBatch, projected_VFD: Tensor) -> Tensor:
+        """The stream [T, D]: token embeddings, and in the video slots the projected frames.
+
+        A frame in a slot also gets the slot's temporal embedding.
+        """
+        frame_indices_F = torch.arange(projected_VFD.shape[1], device=projected_VFD.device)
+        frames_VFD = projected_VFD + self.temporal_emb(frame_indices_F)
+        # embedding, not indexing: a clip in the slots of several sequences then has a deterministic
+        # gradient.
+        slots_SD = F.embedding(batch.slot_frames_S, frames_VFD.flatten(0, 1)).to(self.dtype)
+        return self.tok_embeddings(batch.token_ids_T).index_copy(0, batch.slot_rows_S, slots_SD)
 
     def _frame_losses(self, h_RD: Tensor, projected_VFD: Tensor, batch: PackedBatch) -> Tensor:
-        """Cross-entropy [M] over a video's F frames of h . visual_proj(feature) / tau, features without temporal embedding."""
+        """Cross-entropy [M] over a video's F frames of h . visual_proj(feature) / tau.
+
+        The features are without temporal embedding.
+        """
         h_MD = h_RD.index_select(0, batch.frame_targets_M).float()
         frames_MFD = projected_VFD.index_select(0, batch.frame_videos_M)
         logits_MF = torch.einsum("md,mfd->mf", h_MD, frames_MFD) / self.tau
@@ -75,7 +92,10 @@ class ViCo(Llama):
 def initial_trainables(
     shapes: dict[str, tuple[int, ...]], bias: float, seed: int
 ) -> dict[str, Tensor]:
-    """METHOD section 1's initial values; the same for the same seed, whatever the device or the ranks."""
+    """The initial values of METHOD section 1.
+
+    The same for the same seed, on any device and any number of ranks.
+    """
     generator = torch.Generator().manual_seed(seed)
     values = {}
     for name, shape in shapes.items():

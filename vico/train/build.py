@@ -16,10 +16,11 @@ from vico.data.types import Question
 from vico.distributed.world import World, set_collective_timeout
 from vico.io.atomic import require_writable
 from vico.io.file_cache import FileCache
-from vico.model import cuda_graphs
-from vico.model.attention.varlen import choose
+from vico.model.attention.backends import choose_attention
+from vico.model.block_runners import choose_block_runners
 from vico.model.config import trainable_shapes
-from vico.model.llama import FrozenLinear, Linear
+from vico.model.interfaces import MakeLinear
+from vico.model.llama import FrozenLinear
 from vico.model.ops import triton_ops
 from vico.model.quantized_linear import QuantizedLinear
 from vico.model.vico import ViCo
@@ -115,9 +116,9 @@ def build_engine(
     """The model with the backbone from the files and these trainables, under DeepSpeed. A collective of all ranks."""
     with world.raise_together():
         dtype = DTYPES[config.precision]
-        attend, description = choose(config.attention, world.device, dtype)
+        attend, description = choose_attention(config.attention, world.device, dtype)
         description += f", {triton_ops.describe(world.device)}"
-    linear: Linear = (
+    linear: MakeLinear = (
         FrozenLinear if config.quantize is None else partial(QuantizedLinear, kind=config.quantize)
     )
     with zero_init(inputs.ds_config, world.device):
@@ -141,13 +142,11 @@ def build_engine(
         if isinstance(module, QuantizedLinear):
             world.set_phase(f"loading {name}")
             module.fill(inputs.weights.read(f"{name}.weight").to(world.device, dtype))
-    model.attend = attend
-    model.num_checkpointed = (
+    num_checkpointed = (
         len(model.layers) if config.num_checkpointed is None else config.num_checkpointed
     )
-    description += (
-        f", {cuda_graphs.attach(model, replay_refused(inputs.ds_config, config.quantize))}"
-    )
+    no_graphs = why_no_graphs(inputs.ds_config, config.quantize)
+    description += f", {choose_block_runners(model, attend, num_checkpointed, no_graphs)}"
     _require_declared(model, inputs.trainable_shapes)
     optimizer = make_optimizer(
         [p for p in model.parameters() if p.requires_grad], config.weight_decay
@@ -158,8 +157,8 @@ def build_engine(
     return engine
 
 
-def replay_refused(ds_config: dict[str, Any], quantize: str | None = None) -> str | None:
-    """Why a record of the blocks could not be made, or not be replayed. None: it can."""
+def why_no_graphs(ds_config: dict[str, Any], quantize: str | None = None) -> str | None:
+    """Why CUDA graphs of the blocks cannot be captured, or not be replayed. None: they can."""
     if quantize is not None:
         return "--quantize makes weights at every use"
     if ds_config.get("flops_profiler", {}).get("enabled"):

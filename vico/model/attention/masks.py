@@ -10,9 +10,10 @@ from vico.model.batch import Segment
 
 @dataclass(frozen=True, slots=True)
 class MaskBlock:
-    """Queries [q_start, q_stop) see keys [k_start, k_stop): all of them, or (causal) each those up to itself.
+    """Queries [q_start, q_stop) see keys [k_start, k_stop).
 
-    `count` > 1: a causal block of that many equal triangles side by side, each seeing itself alone.
+    They see all of them, or (causal) each those up to itself. `count` > 1: a causal block of that
+    many equal triangles side by side, each seeing itself alone.
     """
 
     q_start: int
@@ -26,89 +27,98 @@ class MaskBlock:
 
 @dataclass(frozen=True, slots=True)
 class AttentionMask:
-    """Who sees whom among the rows of a stream. `queries`: the rows that ask, when not all do (the last layer)."""
+    """The attention mask of a stream.
+
+    `blocks` count query rows by their index in `query_rows`; the causal block of a row comes before
+    its others. `query_rows` (host int64, ascending): the rows whose output is wanted; None: all
+    rows.
+    """
 
     segments: tuple[Segment, ...]
-    blocks: tuple[
-        MaskBlock, ...
-    ]  # rows of queries counted among those that ask; each row's causal block comes first
-    queries: Tensor | None = None  # int64, ascending
+    blocks: tuple[MaskBlock, ...]
+    query_rows: Tensor | None = None
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, AttentionMask], Tensor]
 
 
 def attention_mask(segments: tuple[Segment, ...]) -> AttentionMask:
-    """All rows ask. Host work, once per micro-batch."""
+    """The mask with all rows as queries. Host work, once per micro-batch."""
     triangles = [MaskBlock(s.start, s.stop, s.start, s.stop, True, False) for s in segments]
     return AttentionMask(segments, (*_merged(triangles), *_rectangles(segments)))
 
 
+@dataclass(slots=True)
+class _RowRun:
+    """Neighbouring rows that see the same ancestor, all of them through gate2 or none."""
+
+    start: int
+    stop: int
+    gated: bool
+
+
 def _rectangles(segments: Sequence[Segment]) -> Iterator[MaskBlock]:
-    """Of each segment, the rows below it against its keys; runs of neighbouring rows of one kind are one block."""
-    runs: dict[int, list[list[int]]] = {}
+    """For each segment, the rows of its descendants against its keys.
+
+    Neighbouring rows that are gated alike are one block.
+    """
+    runs_by_ancestor: dict[int, list[_RowRun]] = {}
     for segment in segments:
         ancestor = segment.parent
         while ancestor is not None:
-            found = runs.setdefault(ancestor, [])
-            gated = int(segment.after_video and segments[ancestor].is_video)
-            if found and found[-1][1] == segment.start and found[-1][2] == gated:
-                found[-1][1] = segment.stop
+            runs = runs_by_ancestor.setdefault(ancestor, [])
+            gated = segment.after_video and segments[ancestor].is_video
+            if runs and runs[-1].stop == segment.start and runs[-1].gated == gated:
+                runs[-1].stop = segment.stop
             else:
-                found.append([segment.start, segment.stop, gated])
+                runs.append(_RowRun(segment.start, segment.stop, gated))
             ancestor = segments[ancestor].parent
-    for ancestor, found in runs.items():
-        for start, stop, gated in found:
-            yield MaskBlock(
-                start, stop, segments[ancestor].start, segments[ancestor].stop, False, bool(gated)
-            )
+    for ancestor, runs in runs_by_ancestor.items():
+        keys = segments[ancestor]
+        for run in runs:
+            yield MaskBlock(run.start, run.stop, keys.start, keys.stop, False, run.gated)
 
 
 def _merged(triangles: Sequence[MaskBlock]) -> list[MaskBlock]:
     """Neighbouring triangles of one size (the branches of options) as one block."""
     merged: list[MaskBlock] = []
     for block in triangles:
-        size = block.q_stop - block.q_start
-        last = merged[-1] if merged else None
-        if (
-            last is not None
-            and last.q_stop == block.q_start
-            and (last.q_stop - last.q_start) == last.count * size
-        ):
-            merged[-1] = MaskBlock(
-                last.q_start, block.q_stop, last.k_start, block.k_stop, True, False, last.count + 1
-            )
-        else:
-            merged.append(block)
+        if merged and _continues(merged[-1], block):
+            last = merged.pop()
+            queries, keys = (last.q_start, block.q_stop), (last.k_start, block.k_stop)
+            block = MaskBlock(*queries, *keys, causal=True, gated=False, count=last.count + 1)
+        merged.append(block)
     return merged
 
 
+def _continues(last: MaskBlock, block: MaskBlock) -> bool:
+    """Whether the triangle `block` follows the triangles of `last` and has their size."""
+    size = block.q_stop - block.q_start
+    return last.q_stop == block.q_start and last.q_stop - last.q_start == last.count * size
+
+
 def restrict_queries(mask: AttentionMask, rows: Tensor) -> AttentionMask:
-    """`mask` when only `rows` (host int64, ascending, distinct) ask: rectangles shrink, triangles split where rows are missing."""
-    asked = rows.tolist()
-    place = {row: i for i, row in enumerate(asked)}
-    blocks: list[MaskBlock] = []
+    """`mask` with `rows` (host int64, ascending, distinct) as its only queries.
+
+    Rectangles shrink; a triangle splits where rows are missing.
+    """
+    query_rows = rows.tolist()
+    index_of = {row: index for index, row in enumerate(query_rows)}
+    triangles: list[MaskBlock] = []
+    rectangles: list[MaskBlock] = []
     for segment in mask.segments:
-        for start, stop in _runs(
-            [row for row in range(segment.start, segment.stop) if row in place]
-        ):
-            at = place[start]
-            blocks.append(MaskBlock(at, at + stop - start, start, stop, True, False))
+        kept = [row for row in range(segment.start, segment.stop) if row in index_of]
+        for start, stop in _runs(kept):
+            queries = index_of[start], index_of[start] + stop - start
+            triangles.append(MaskBlock(*queries, start, stop, True, False))
             if start > segment.start:
-                blocks.append(MaskBlock(at, at + stop - start, segment.start, start, False, False))
+                rectangles.append(MaskBlock(*queries, segment.start, start, False, False))
     for block in _rectangles(mask.segments):
-        inside = [place[row] for row in range(block.q_start, block.q_stop) if row in place]
-        if inside:
-            blocks.append(
-                MaskBlock(
-                    inside[0], inside[-1] + 1, block.k_start, block.k_stop, False, block.gated
-                )
-            )
-    return AttentionMask(
-        mask.segments,
-        (*(b for b in blocks if b.causal), *(b for b in blocks if not b.causal)),
-        rows,
-    )
+        indices = [index_of[row] for row in range(block.q_start, block.q_stop) if row in index_of]
+        if indices:
+            queries = indices[0], indices[-1] + 1
+            rectangles.append(MaskBlock(*queries, block.k_start, block.k_stop, False, block.gated))
+    return AttentionMask(mask.segments, (*triangles, *rectangles), rows)
 
 
 def _runs(rows: list[int]) -> Iterator[tuple[int, int]]:

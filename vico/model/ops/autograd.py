@@ -1,7 +1,9 @@
-"""Autograd functions that keep for backward only what a frozen backbone needs, with the gradient written out.
+"""Autograd functions that save for backward only what a frozen backbone needs.
 
-Plain autograd keeps the inputs of frozen products, the fp32 copies of norms and the logits; at 7B that is 150-195 KiB
-per token and layer. With these it is 91: of the residual stream twice, q, k, v, the attention's output, w1 x and w3 x.
+Plain autograd saves the inputs of frozen matrix products, the fp32 copies of norms and the logits;
+at 7B that is 150-195 KiB per token and layer. With these functions it is 91: the residual stream
+twice, q, k, v, the attention's output, w1 x and w3 x. Where a GPU has Triton, kernels
+(triton_ops.py) take the place of the plain operations here.
 """
 
 from typing import Any
@@ -14,23 +16,17 @@ from torch.autograd import Function
 from vico.model.config import HEAD_CHUNK_BYTES
 from vico.model.ops import triton_ops
 
-# oneDNN's fp32 product, which torch.compile uses too: 10 % faster than MKL's, the default, at these shapes. Private: guarded.
-_ONEDNN_LINEAR = (
-    getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if torch.backends.mkldnn.is_available()
-    else None
-)
+# oneDNN's fp32 product, which torch.compile uses too: at these shapes 10 % faster than MKL's, the
+# default. It is private, so it may be missing.
+_ONEDNN_LINEAR = None
+if torch.backends.mkldnn.is_available():
+    _ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T."""
-    if (
-        _ONEDNN_LINEAR is not None
-        and x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and x.ndim == 2
-        and len(x)
-    ):
+    is_cpu_fp32 = x.device.type == "cpu" and x.dtype == torch.float32
+    if _ONEDNN_LINEAR is not None and is_cpu_fp32 and x.ndim == 2 and len(x):
         return _ONEDNN_LINEAR(x, weight, None, "none", [], "")
     return x @ weight.t()
 
@@ -41,7 +37,11 @@ def linear_add(base: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 class FrozenLinearFunction(Function):
-    """x W^T. Keeps a reference to the parameter, not its value: under ZeRO-3 the value is gathered again for backward."""
+    """x W^T.
+
+    Keeps a reference to the parameter, not its value: under ZeRO-3 it is gathered again for
+    backward.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -50,36 +50,35 @@ class FrozenLinearFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
-        return linear(gradients[0], ctx.weight.t()) if ctx.needs_input_grad[0] else None, None
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        return linear(gradients[0], ctx.weight.t()), None
 
 
-def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(w x / rms(x) over the last dimension, 1 / rms(x)), in fp32."""
-    if triton_ops.serve(x):
-        return triton_ops.norm(x, weight, eps)
-    mean_square = (
-        torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        .square_()
-        .div_(x.shape[-1])
-    )
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(w x / rms(x) over the last dimension, 1 / rms(x) in fp32) (Zhang and Sennrich, 2019)."""
+    if triton_ops.can_run(x):
+        return triton_ops.rms_norm(x, weight, eps)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    mean_square = norm.square_().div_(x.shape[-1])
     scale = mean_square.add_(eps).rsqrt_()
     return (x.float() * scale).to(x.dtype).mul_(weight), scale
 
 
-def norm_backward(gradient: Tensor, x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
-    if triton_ops.serve(x):
-        return triton_ops.norm_backward(gradient, x, scale, weight)
+def rms_norm_backward(gradient: Tensor, x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+    if triton_ops.can_run(x):
+        return triton_ops.rms_norm_backward(gradient, x, scale, weight)
     gradient, x_hat = (gradient * weight).float(), x.float() * scale
     along = (gradient * x_hat).mean(dim=-1, keepdim=True)
     return gradient.addcmul_(x_hat, along, value=-1).mul_(scale).to(x.dtype)
 
 
 class FrozenRMSNorm(Function):
-    """w x / rms(x); keeps x and one number per row."""
+    """`rms_norm`; saves x and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        out, scale = norm(x, weight, eps)
+        out, scale = rms_norm(x, weight, eps)
         ctx.save_for_backward(x, scale)
         ctx.weight = weight
         return out
@@ -87,16 +86,16 @@ class FrozenRMSNorm(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         x, scale = ctx.saved_tensors
-        return norm_backward(gradients[0], x, scale, ctx.weight), None, None
+        return rms_norm_backward(gradients[0], x, scale, ctx.weight), None, None
 
 
 def swiglu(a: Tensor, b: Tensor) -> Tensor:
-    """silu(a) * b."""
-    return triton_ops.swiglu(a, b) if triton_ops.serve(a) else F.silu(a).mul_(b)
+    """silu(a) * b (Shazeer, 2020)."""
+    return triton_ops.swiglu(a, b) if triton_ops.can_run(a) else F.silu(a).mul_(b)
 
 
 def swiglu_backward(gradient: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    if triton_ops.serve(a):
+    if triton_ops.can_run(a):
         return triton_ops.swiglu_backward(gradient, a, b)
     sigmoid = a.sigmoid()
     silu = a * sigmoid
@@ -106,7 +105,7 @@ def swiglu_backward(gradient: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Ten
 
 
 class SwiGLU(Function):
-    """silu(a) * b; keeps a and b."""
+    """`swiglu`; saves a and b."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
@@ -120,28 +119,33 @@ class SwiGLU(Function):
 
 
 def rotate(x_THd: Tensor, rotary_T1h: Tensor) -> Tensor:
-    """Rotary embedding of interleaved pairs (x0, x1), (x2, x3), ..., in fp32: each pair is a complex number that turns."""
+    """Rotary embedding in fp32.
+
+    The pairs (x0, x1), (x2, x3), ... are complex numbers, multiplied by those of the angles.
+    """
     pairs = torch.view_as_complex(x_THd.float().contiguous().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotary_T1h).flatten(-2).to(x_THd.dtype)
 
 
 def apply_rotary_emb(x_THd: Tensor, rotary_T1h: Tensor, sign: float) -> Tensor:
-    """`rotate` (sign 1), or back (-1), which is its gradient."""
-    if triton_ops.serve_heads(x_THd):
-        return triton_ops.rotate(x_THd, torch.view_as_real(rotary_T1h), sign)
+    """`rotate` (sign 1), or its inverse (-1), which is its gradient."""
+    if triton_ops.can_run_on_heads(x_THd):
+        return triton_ops.apply_rotary_emb(x_THd, torch.view_as_real(rotary_T1h), sign)
     return rotate(x_THd, rotary_T1h if sign > 0 else rotary_T1h.conj())
 
 
 def apply_rotary_emb_qk(
     q_THd: Tensor, k_THd: Tensor, rotary_T1h: Tensor, sign: float
 ) -> tuple[Tensor, Tensor]:
-    if triton_ops.serve_heads(q_THd):
-        return triton_ops.rotate_qk(q_THd, k_THd, torch.view_as_real(rotary_T1h), sign)
+    """`apply_rotary_emb` of both; with a key head per query head."""
+    if triton_ops.can_run_on_heads(q_THd):
+        angles_T1h2 = torch.view_as_real(rotary_T1h)
+        return triton_ops.apply_rotary_emb_qk(q_THd, k_THd, angles_T1h2, sign)
     return apply_rotary_emb(q_THd, rotary_T1h, sign), apply_rotary_emb(k_THd, rotary_T1h, sign)
 
 
 class RotaryEmbedding(Function):
-    """`rotate`, keeping nothing but the angles, which all layers share."""
+    """`rotate`; saves nothing but the angles, which all layers share."""
 
     @staticmethod
     def forward(ctx: Any, x_THd: Tensor, rotary_T1h: Tensor) -> Tensor:
@@ -153,46 +157,47 @@ class RotaryEmbedding(Function):
         return apply_rotary_emb(gradients[0], ctx.rotary, -1.0), None
 
 
-def adapter(
+def adapter_attention(
     base_THd: Tensor, q_THd: Tensor, k_AHd: Tensor, v_AHd: Tensor, gate1_H: Tensor
 ) -> Tensor:
     """base + tanh(gate1_h) softmax_a(q.K_a / sqrt d) V, the same few keys for every row."""
-    if triton_ops.serve_heads(q_THd):
-        return triton_ops.adapter(base_THd, q_THd, k_AHd, v_AHd, gate1_H.tanh())
+    if triton_ops.can_run_on_heads(q_THd):
+        return triton_ops.adapter_attention(base_THd, q_THd, k_AHd, v_AHd, gate1_H.tanh())
     weights_HTA = _adapter_weights(q_THd, k_AHd) * gate1_H.tanh()[:, None, None]
-    return base_THd + torch.matmul(weights_HTA.to(v_AHd.dtype), v_AHd.transpose(0, 1)).transpose(
-        0, 1
-    )
+    out_HTd = torch.matmul(weights_HTA.to(v_AHd.dtype), v_AHd.transpose(0, 1))
+    return base_THd + out_HTd.transpose(0, 1)
 
 
-def adapter_backward(
+def adapter_attention_backward(
     g_THd: Tensor, q_THd: Tensor, k_AHd: Tensor, v_AHd: Tensor, gate1_H: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, K, V and gate1; that of `base` is the gradient itself."""
     gate_H = gate1_H.tanh()
-    backward = triton_ops.adapter_backward if triton_ops.serve_heads(q_THd) else _adapter_backward
-    q_gradient, k_gradient, v_gradient, gate_gradient = backward(g_THd, q_THd, k_AHd, v_AHd, gate_H)
-    return q_gradient, k_gradient, v_gradient, gate_gradient * (1 - gate_H.square())
+    backward = _adapter_attention_backward
+    if triton_ops.can_run_on_heads(q_THd):
+        backward = triton_ops.adapter_attention_backward
+    dq_THd, dk_AHd, dv_AHd, dgate_H = backward(g_THd, q_THd, k_AHd, v_AHd, gate_H)
+    # d tanh(x) / dx = 1 - tanh(x)^2
+    return dq_THd, dk_AHd, dv_AHd, dgate_H * (1 - gate_H.square())
 
 
-def _adapter_backward(
+def _adapter_attention_backward(
     g_THd: Tensor, q_THd: Tensor, k_AHd: Tensor, v_AHd: Tensor, gate_H: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, K, V and of the gate, tanh(gate1)."""
     g_HTd, gate_H11 = g_THd.transpose(0, 1), gate_H[:, None, None]
     weights_HTA = _adapter_weights(q_THd, k_AHd)
-    # Gradient with respect to the softmax's output, before the gate.
-    along_HTA = torch.matmul(g_HTd, v_AHd.permute(1, 2, 0)).float()
-    mean_HT1 = (weights_HTA * along_HTA).sum(dim=-1, keepdim=True)
-    scores_HTA = (weights_HTA * (along_HTA - mean_HT1) * (gate_H11 / q_THd.shape[-1] ** 0.5)).to(
-        q_THd.dtype
-    )
-    q_gradient = torch.matmul(scores_HTA, k_AHd.transpose(0, 1)).transpose(0, 1)
-    k_gradient = torch.matmul(scores_HTA.transpose(1, 2), q_THd.transpose(0, 1)).transpose(0, 1)
-    v_gradient = torch.matmul(
-        (weights_HTA * gate_H11).to(g_HTd.dtype).transpose(1, 2), g_HTd
-    ).transpose(0, 1)
-    return q_gradient, k_gradient, v_gradient, mean_HT1.sum(dim=(1, 2))
+    # The gradient with respect to the softmax's weights, before the gate.
+    dweights_HTA = torch.matmul(g_HTd, v_AHd.permute(1, 2, 0)).float()
+    mean_HT1 = (weights_HTA * dweights_HTA).sum(dim=-1, keepdim=True)
+    factor_H11 = gate_H11 / q_THd.shape[-1] ** 0.5
+    dscores_HTA = (weights_HTA * (dweights_HTA - mean_HT1) * factor_H11).to(q_THd.dtype)
+    dq_HTd = torch.matmul(dscores_HTA, k_AHd.transpose(0, 1))
+    dk_HAd = torch.matmul(dscores_HTA.transpose(1, 2), q_THd.transpose(0, 1))
+    gated_HTA = (weights_HTA * gate_H11).to(g_HTd.dtype)
+    dv_HAd = torch.matmul(gated_HTA.transpose(1, 2), g_HTd)
+    dgate_H = mean_HT1.sum(dim=(1, 2))
+    return dq_HTd.transpose(0, 1), dk_HAd.transpose(0, 1), dv_HAd.transpose(0, 1), dgate_H
 
 
 def _adapter_weights(q_THd: Tensor, k_AHd: Tensor) -> Tensor:
@@ -201,61 +206,55 @@ def _adapter_weights(q_THd: Tensor, k_AHd: Tensor) -> Tensor:
 
 
 class AdapterAttention(Function):
-    """`adapter`; keeps q and recomputes the rest."""
+    """`adapter_attention`; saves q and the prompt's keys and values, and recomputes the rest."""
 
     @staticmethod
     def forward(
         ctx: Any, base_THd: Tensor, q_THd: Tensor, k_AHd: Tensor, v_AHd: Tensor, gate1_H: Tensor
     ) -> Tensor:
         ctx.save_for_backward(q_THd, k_AHd, v_AHd, gate1_H)
-        return adapter(base_THd, q_THd, k_AHd, v_AHd, gate1_H)
+        return adapter_attention(base_THd, q_THd, k_AHd, v_AHd, gate1_H)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return gradients[0], *adapter_backward(gradients[0], *ctx.saved_tensors)
+        return gradients[0], *adapter_attention_backward(gradients[0], *ctx.saved_tensors)
 
 
 class FusedLinearCrossEntropy(Function):
-    """Losses [N] of targets (heads_N, ids_N) under softmax(h_RD W^T), in chunks of rows; no logits are kept.
+    """Cross-entropy [N], fp32, of tokens ids_N at rows rows_N of h_RD W^T, without keeping logits.
 
-    A target's gradient is its loss's gradient times (softmax W - W[id]), which forward can already make: [N, D] is kept.
+    The product runs in chunks of rows. A target's gradient is its loss's gradient times (softmax W
+    - W[id]), which forward can already compute: [N, D] is saved.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, h_RD: Tensor, weight_VD: Tensor, heads_N: Tensor, ids_N: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, h_RD: Tensor, weight_WD: Tensor, rows_N: Tensor, ids_N: Tensor) -> Tensor:
         num_rows = h_RD.shape[0]
-        chunk = max(
-            1, HEAD_CHUNK_BYTES["cuda" if h_RD.is_cuda else "cpu"] // (4 * weight_VD.shape[0])
-        )
+        chunk_bytes = HEAD_CHUNK_BYTES["cuda" if h_RD.is_cuda else "cpu"]
+        chunk = max(1, chunk_bytes // (4 * weight_WD.shape[0]))
         normalizer_R = h_RD.new_empty(num_rows, dtype=torch.float32)
         expected_RD = torch.empty_like(h_RD) if ctx.needs_input_grad[0] else None
         for first in range(0, num_rows, chunk):
             rows = slice(first, first + chunk)
-            logits = linear(h_RD[rows], weight_VD).float()
-            largest = logits.amax(dim=-1, keepdim=True)
+            logits = linear(h_RD[rows], weight_WD).float()
+            max_logit = logits.amax(dim=-1, keepdim=True)
             # exp and sum by hand: torch.logsumexp takes 15 times as long on a CPU.
-            exponentials = logits.sub_(largest).exp_()
+            exponentials = logits.sub_(max_logit).exp_()
             total = exponentials.sum(dim=-1, keepdim=True)
-            normalizer_R[rows] = (total.log() + largest).squeeze(-1)
+            normalizer_R[rows] = (total.log() + max_logit).squeeze(-1)
             if expected_RD is not None:
-                expected_RD[rows] = exponentials.div_(total).to(weight_VD.dtype) @ weight_VD
-        chosen_ND = weight_VD[ids_N]
-        target_logits_N = (h_RD[heads_N].float() * chosen_ND.float()).sum(dim=-1)
+                expected_RD[rows] = exponentials.div_(total).to(weight_WD.dtype) @ weight_WD
+        targets_ND = weight_WD[ids_N]
+        target_logits_N = (h_RD[rows_N].float() * targets_ND.float()).sum(dim=-1)
         if expected_RD is not None:
-            ctx.save_for_backward(expected_RD[heads_N].sub_(chosen_ND), heads_N)
+            ctx.save_for_backward(expected_RD[rows_N].sub_(targets_ND), rows_N)
             ctx.num_rows = num_rows
-        return normalizer_R[heads_N] - target_logits_N
+        return normalizer_R[rows_N] - target_logits_N
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        difference_ND, heads_N = ctx.saved_tensors
+        difference_ND, rows_N = ctx.saved_tensors
         scaled_ND = difference_ND * gradients[0].to(difference_ND.dtype)[:, None]
-        # Each row has one target where nothing is shared; adding is right where several have the same row.
-        return (
-            scaled_ND.new_zeros(ctx.num_rows, scaled_ND.shape[1]).index_add_(0, heads_N, scaled_ND),
-            None,
-            None,
-            None,
-        )
+        # Added, because several targets may have the same row.
+        zeros_RD = scaled_ND.new_zeros(ctx.num_rows, scaled_ND.shape[1])
+        return zeros_RD.index_add_(0, rows_N, scaled_ND), None, None, None

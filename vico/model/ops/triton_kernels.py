@@ -1,7 +1,8 @@
 # mypy: ignore-errors
-"""The Triton programs of kernels.py, which says what each computes and starts it. Pointers first, then sizes, then constants.
+"""The Triton kernels of triton_ops.py, which says what each computes and launches it.
 
-Rows of a stream are counted in int64: rows times width can pass 2^31 elements.
+Arguments are pointers first, then sizes, then constants. Rows of a stream are counted in int64:
+rows times width can pass 2^31 elements.
 """
 
 import triton
@@ -12,68 +13,60 @@ import triton.language as tl
 def norm_kernel(x, weight, out, scale, eps, dim: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    inside = columns < dim
-    value = tl.load(x + row * dim + columns, mask=inside, other=0.0).to(tl.float32)
+    mask = columns < dim
+    value = tl.load(x + row * dim + columns, mask=mask, other=0.0).to(tl.float32)
     factor = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / dim + eps)
     tl.store(scale + row, factor)
-    w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
     rounded = (value * factor).to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + row * dim + columns, (rounded * w).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * dim + columns, (rounded * w).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def norm_backward_kernel(gradient, x, scale, weight, out, dim: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    inside = columns < dim
+    mask = columns < dim
     factor = tl.load(scale + row)
-    x_hat = tl.load(x + row * dim + columns, mask=inside, other=0.0).to(tl.float32) * factor
-    g = tl.load(gradient + row * dim + columns, mask=inside, other=0.0).to(tl.float32)
-    g *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    x_hat = tl.load(x + row * dim + columns, mask=mask, other=0.0).to(tl.float32) * factor
+    g = tl.load(gradient + row * dim + columns, mask=mask, other=0.0).to(tl.float32)
+    g *= tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
     along = tl.sum(g * x_hat, axis=0) / dim
-    tl.store(
-        out + row * dim + columns,
-        ((g - x_hat * along) * factor).to(out.dtype.element_ty),
-        mask=inside,
-    )
+    result = (g - x_hat * along) * factor
+    tl.store(out + row * dim + columns, result.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def swiglu_kernel(a, b, out, count, BLOCK: tl.constexpr):
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < count
-    x = tl.load(a + places, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(b + places, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + places, (x * tl.sigmoid(x) * y).to(out.dtype.element_ty), mask=inside)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < count
+    x = tl.load(a + offsets, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(b + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + offsets, (x * tl.sigmoid(x) * y).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def swiglu_backward_kernel(gradient, a, b, da, db, count, BLOCK: tl.constexpr):
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < count
-    g = tl.load(gradient + places, mask=inside, other=0.0).to(tl.float32)
-    x = tl.load(a + places, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(b + places, mask=inside, other=0.0).to(tl.float32)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < count
+    g = tl.load(gradient + offsets, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(a + offsets, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(b + offsets, mask=mask, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(x)
     silu = x * sigmoid
-    tl.store(
-        da + places,
-        ((sigmoid + silu * (1.0 - sigmoid)) * g * y).to(da.dtype.element_ty),
-        mask=inside,
-    )
-    tl.store(db + places, (silu * g).to(db.dtype.element_ty), mask=inside)
+    dx = (sigmoid + silu * (1.0 - sigmoid)) * g * y
+    tl.store(da + offsets, dx.to(da.dtype.element_ty), mask=mask)
+    tl.store(db + offsets, (silu * g).to(db.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _turned(value, angles, row, sign: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr):
+def _rotated(value, angles, row, sign: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr):
     first, second = tl.split(tl.reshape(value, (HEADS, WIDTH // 2, 2)))
-    cosine, sine = tl.split(
-        tl.reshape(tl.load(angles + row * WIDTH + tl.arange(0, WIDTH)), (WIDTH // 2, 2))
-    )
+    angle = tl.load(angles + row * WIDTH + tl.arange(0, WIDTH))
+    cosine, sine = tl.split(tl.reshape(angle, (WIDTH // 2, 2)))
     cosine, sine = cosine[None, :], sine[None, :] * sign
-    return tl.reshape(
-        tl.join(first * cosine - second * sine, first * sine + second * cosine), (HEADS, WIDTH)
-    )
+    pairs = tl.join(first * cosine - second * sine, first * sine + second * cosine)
+    return tl.reshape(pairs, (HEADS, WIDTH))
 
 
 @triton.jit
@@ -90,42 +83,34 @@ def rotate_kernel(
     WIDTH: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """x, and in a grid that has a third dimension y, whose strides are the same."""
+    """x, and in a grid with a third dimension also y, which has the same strides."""
     row = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     column = tl.arange(0, WIDTH)[None, :]
-    inside = head < heads
-    at, to = row * row_stride + head * head_stride + column, (row * heads + head) * WIDTH + column
+    mask = head < heads
+    source = row * row_stride + head * head_stride + column
+    target = (row * heads + head) * WIDTH + column
     if tl.program_id(2) == 0:
-        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(
-            out_x + to,
-            _turned(value, angles, row, sign, WIDTH, HEADS).to(out_x.dtype.element_ty),
-            mask=inside,
-        )
+        value = tl.load(x + source, mask=mask, other=0.0).to(tl.float32)
+        result = _rotated(value, angles, row, sign, WIDTH, HEADS)
+        tl.store(out_x + target, result.to(out_x.dtype.element_ty), mask=mask)
     else:
-        value = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(
-            out_y + to,
-            _turned(value, angles, row, sign, WIDTH, HEADS).to(out_y.dtype.element_ty),
-            mask=inside,
-        )
+        value = tl.load(y + source, mask=mask, other=0.0).to(tl.float32)
+        result = _rotated(value, angles, row, sign, WIDTH, HEADS)
+        tl.store(out_y + target, result.to(out_y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _widened(
-    x, row, extra, out, place, head, heads: tl.constexpr, WIDTH: tl.constexpr, EXTRA: tl.constexpr
+def _store_widened(
+    x, row, extra, out, out_row, head, heads: tl.constexpr, WIDTH: tl.constexpr, EXTRA: tl.constexpr
 ):
-    """Each head's numbers, and `extra` behind them."""
-    column, more = tl.arange(0, WIDTH)[None, :], tl.arange(0, EXTRA)[None, :]
-    inside = head < heads
-    to = out + (place * heads + head) * (WIDTH + EXTRA)
-    tl.store(
-        to + column,
-        tl.load(x + (row * heads + head) * WIDTH + column, mask=inside, other=0.0),
-        mask=inside,
-    )
-    tl.store(to + WIDTH + more, extra.to(out.dtype.element_ty), mask=inside)
+    """Each head's numbers, and `extra` after them."""
+    column, extra_column = tl.arange(0, WIDTH)[None, :], tl.arange(0, EXTRA)[None, :]
+    mask = head < heads
+    source = x + (row * heads + head) * WIDTH + column
+    target = out + (out_row * heads + head) * (WIDTH + EXTRA)
+    tl.store(target + column, tl.load(source, mask=mask, other=0.0), mask=mask)
+    tl.store(target + WIDTH + extra_column, extra.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_keys"])
@@ -134,8 +119,8 @@ def widen_kernel(
     k,
     v,
     rows,
-    after,
-    video,
+    after_video,
+    is_video,
     gates,
     out_q,
     out_k,
@@ -149,27 +134,29 @@ def widen_kernel(
     EXTRA: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """The grid's third dimension: q with the gates' two parts where its row is behind the video, k with `unit` twice where its
-    row is the video's, v with zeros; k and v gathered by `rows`."""
+    """The grid's third dimension is q, k, v; k and v are gathered by `rows`.
+
+    q gets the gates' two parts where its row is after the video, k gets `unit` twice where its row
+    is the video's, and v gets zeros.
+    """
     place = tl.program_id(0).to(tl.int64)
     head_1 = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    head, more = head_1[:, None], tl.arange(0, EXTRA)[None, :]
-    nothing = tl.zeros((HEADS, EXTRA), dtype=tl.float32)
+    head, column = head_1[:, None], tl.arange(0, EXTRA)[None, :]
+    zeros = tl.zeros((HEADS, EXTRA), dtype=tl.float32)
     if tl.program_id(2) == 0:
         if place < num_rows:
             gate = tl.load(gates + head_1, mask=head_1 < heads, other=0.0)[:, None] * factor
             high = gate.to(out_q.dtype.element_ty).to(tl.float32)
-            extra = tl.where(more == 0, high, tl.where(more == 1, gate - high, 0.0)) * tl.load(
-                after + place
-            ).to(tl.float32)
-            _widened(q, place, nothing + extra, out_q, place, head, heads, WIDTH, EXTRA)
+            parts = tl.where(column == 0, high, tl.where(column == 1, gate - high, 0.0))
+            extra = parts * tl.load(after_video + place).to(tl.float32)
+            _store_widened(q, place, zeros + extra, out_q, place, head, heads, WIDTH, EXTRA)
     elif place < num_keys:
         row = tl.load(rows + place)
         if tl.program_id(2) == 1:
-            extra = tl.where(more < 2, unit, 0.0) * tl.load(video + row).to(tl.float32)
-            _widened(k, row, nothing + extra, out_k, place, head, heads, WIDTH, EXTRA)
+            extra = tl.where(column < 2, unit, 0.0) * tl.load(is_video + row).to(tl.float32)
+            _store_widened(k, row, zeros + extra, out_k, place, head, heads, WIDTH, EXTRA)
         else:
-            _widened(v, row, nothing, out_v, place, head, heads, WIDTH, EXTRA)
+            _store_widened(v, row, zeros, out_v, place, head, heads, WIDTH, EXTRA)
 
 
 @triton.jit
@@ -189,8 +176,8 @@ def adapter_kernel(
     gates,
     out,
     rows,
-    base_row,
-    base_head,
+    base_row_stride,
+    base_head_stride,
     scale,
     heads: tl.constexpr,
     length: tl.constexpr,
@@ -201,18 +188,20 @@ def adapter_kernel(
     head = tl.program_id(1)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
-    inside = row < rows
+    mask = row < rows
     key = tl.arange(0, KEYS)[:, None]
-    at, keys = (row * heads + head) * WIDTH + column, (key * heads + head) * WIDTH + column
-    k_tile = tl.load(k + keys, mask=key < length, other=0.0)
-    v_tile = tl.load(v + keys, mask=key < length, other=0.0)
-    q_tile = tl.load(q + at, mask=inside, other=0.0)
+    q_offsets, k_offsets = (
+        (row * heads + head) * WIDTH + column,
+        (key * heads + head) * WIDTH + column,
+    )
+    k_tile = tl.load(k + k_offsets, mask=key < length, other=0.0)
+    v_tile = tl.load(v + k_offsets, mask=key < length, other=0.0)
+    q_tile = tl.load(q + q_offsets, mask=mask, other=0.0)
     weights = _adapter_weights(q_tile, k_tile, scale, length, KEYS) * tl.load(gates + head)
     value = tl.dot(weights.to(v_tile.dtype), v_tile, input_precision="ieee")
-    value += tl.load(base + row * base_row + head * base_head + column, mask=inside, other=0.0).to(
-        tl.float32
-    )
-    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
+    base_offsets = row * base_row_stride + head * base_head_stride + column
+    value += tl.load(base + base_offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + q_offsets, value.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -223,8 +212,8 @@ def adapter_backward_kernel(
     v,
     gates,
     dq,
-    parts,
-    gate_parts,
+    kv_sums,
+    gate_sums,
     rows,
     scale,
     heads: tl.constexpr,
@@ -236,27 +225,27 @@ def adapter_backward_kernel(
     block, head = tl.program_id(0), tl.program_id(1)
     row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
-    inside = row < rows
+    mask = row < rows
     key = tl.arange(0, KEYS)[:, None]
-    at, keys = (row * heads + head) * WIDTH + column, (key * heads + head) * WIDTH + column
-    k_tile = tl.load(k + keys, mask=key < length, other=0.0)
-    v_tile = tl.load(v + keys, mask=key < length, other=0.0)
-    q_tile = tl.load(q + at, mask=inside, other=0.0)
-    g_tile = tl.load(gradient + at, mask=inside, other=0.0)
+    q_offsets, k_offsets = (
+        (row * heads + head) * WIDTH + column,
+        (key * heads + head) * WIDTH + column,
+    )
+    k_tile = tl.load(k + k_offsets, mask=key < length, other=0.0)
+    v_tile = tl.load(v + k_offsets, mask=key < length, other=0.0)
+    q_tile = tl.load(q + q_offsets, mask=mask, other=0.0)
+    g_tile = tl.load(gradient + q_offsets, mask=mask, other=0.0)
     gate = tl.load(gates + head)
     weights = _adapter_weights(q_tile, k_tile, scale, length, KEYS)
-    along = tl.dot(
-        g_tile, tl.trans(v_tile), input_precision="ieee"
-    )  # of the softmax's output, before the gate
-    mean = tl.sum(weights * along, axis=1)  # 0 for rows past the end, whose gradient is
-    tl.store(gate_parts + block * heads + head, tl.sum(mean, axis=0))
-    scores = (weights * (along - mean[:, None]) * (gate * scale)).to(q_tile.dtype)
-    tl.store(
-        dq + at, tl.dot(scores, k_tile, input_precision="ieee").to(dq.dtype.element_ty), mask=inside
-    )
-    to = parts + ((block * heads + head) * 2 * KEYS + key) * WIDTH + column
-    tl.store(to, tl.dot(tl.trans(scores), q_tile, input_precision="ieee"))
-    tl.store(
-        to + KEYS * WIDTH,
-        tl.dot(tl.trans((weights * gate).to(g_tile.dtype)), g_tile, input_precision="ieee"),
-    )
+    # The gradient with respect to the softmax's weights, before the gate; 0 for rows past the end.
+    dweights = tl.dot(g_tile, tl.trans(v_tile), input_precision="ieee")
+    mean = tl.sum(weights * dweights, axis=1)
+    tl.store(gate_sums + block * heads + head, tl.sum(mean, axis=0))
+    dscores = (weights * (dweights - mean[:, None]) * (gate * scale)).to(q_tile.dtype)
+    dq_tile = tl.dot(dscores, k_tile, input_precision="ieee")
+    tl.store(dq + q_offsets, dq_tile.to(dq.dtype.element_ty), mask=mask)
+    target = kv_sums + ((block * heads + head) * 2 * KEYS + key) * WIDTH + column
+    tl.store(target, tl.dot(tl.trans(dscores), q_tile, input_precision="ieee"))
+    gated = (weights * gate).to(g_tile.dtype)
+    dv_tile = tl.dot(tl.trans(gated), g_tile, input_precision="ieee")
+    tl.store(target + KEYS * WIDTH, dv_tile)

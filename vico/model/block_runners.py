@@ -1,0 +1,71 @@
+"""Who computes the blocks of a model, decided once, when it is built.
+
+- The modules (llama.run_modules): any block, and always the last one, where only the rows that
+  predict a target are queries.
+- One autograd Function (fused_block.run_fused): adapted blocks with a key head per query head,
+  under packed attention.
+- CUDA graphs (cuda_graphs.GraphedBlocks): all blocks but the last, of short training
+  micro-batches, over the two above.
+
+`GraphedBlocks.accepts` decides what is only known per call: whether autograd is on and the stream
+is short.
+"""
+
+import os
+
+import torch
+
+from vico.model.attention.backends import KERNELS
+from vico.model.attention.masks import Attend
+from vico.model.attention.varlen import PackedAttention
+from vico.model.config import MAX_GRAPH_ROWS
+from vico.model.cuda_graphs import GraphedBlocks
+from vico.model.fused_block import run_fused
+from vico.model.llama import run_modules
+from vico.model.vico import ViCo
+
+GRAPHS_ENABLED = os.environ.get("VICO_GRAPHS", "on") != "off"  # the one switch, for comparisons
+
+
+def choose_block_runners(
+    model: ViCo, attend: Attend, num_checkpointed: int = 0, no_graphs: str | None = None
+) -> str:
+    """Make `model` attend by `attend`, and compute its blocks in the fastest way that this allows.
+
+    `num_checkpointed`: of the lowest layers, how many run again in backward. `no_graphs`: the
+    caller's reason against CUDA graphs. Returns what was decided about them, and why, for the start
+    line.
+    """
+    model.attend, model.num_checkpointed = attend, num_checkpointed
+    blocks = model.blocks
+    is_packed = isinstance(attend, PackedAttention)
+    is_grouped = model.config.kv_heads != model.config.n_heads
+    for block in blocks:
+        can_fuse = is_packed and block.adapted and not is_grouped and block is not blocks[-1]
+        block.run = run_fused if can_fuse else run_modules
+    no_graphs = _why_no_graphs(model, no_graphs)
+    model.graphed = GraphedBlocks(model) if no_graphs is None else None
+    if no_graphs is not None:
+        return f"no CUDA graphs ({no_graphs})"
+    return f"training on up to {MAX_GRAPH_ROWS:,} rows by CUDA graphs"
+
+
+def _why_no_graphs(model: ViCo, reason: str | None) -> str | None:
+    """The first reason against CUDA graphs; None: there is none. `reason`: the caller's."""
+    if not _is_gpu(model.tok_embeddings.weight.device):
+        return "a CPU"
+    if not GRAPHS_ENABLED:
+        return "VICO_GRAPHS=off"
+    if reason is not None:
+        return reason
+    if getattr(model.attend, "kernel", None) is not KERNELS["varlen"]:
+        return "only with --attention varlen"
+    if model.num_checkpointed > 0:
+        return "layers are recomputed"
+    if model.num_adapted < 2:
+        return "one adapted layer"
+    return None
+
+
+def _is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
