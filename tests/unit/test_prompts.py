@@ -1,6 +1,7 @@
 """Token ids and target spans, against the oracle and by property."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -16,16 +17,8 @@ from vico.errors import UserError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
 TRICKY = [
-    "Answer: The answer is (C)",
-    "Question: why",
-    "Video:",
-    "None",
-    "nan",
-    "007",
-    " two  blanks ",
-    "😀 日本",
-    "(B)",
-    "Description: x",
+    *("Answer: The answer is (C)", "Question: why", "Video:", "Description: x", "(B)"),
+    *("None", "nan", "007", " two  blanks ", "😀 日本"),
 ]
 
 
@@ -34,18 +27,13 @@ def tokenizer(toy: ToyData) -> Tokenizer:
     return Tokenizer(toy.llama / "tokenizer.model")
 
 
-def ours(item: oracle.Question) -> Question:
-    return Question(
-        0,
-        "0",
-        "v",
-        "CW",
-        item.question,
-        item.options,
-        item.answer,
-        dialogue=item.dialogue,
-        place="train.csv:2",
-    )
+def question_of(item: oracle.Question) -> Question:
+    question = make_question(item.question, item.options, item.answer)
+    return replace(question, dialogue=item.dialogue, place="train.csv:2")
+
+
+def make_question(text: str, options: Sequence[str], answer: int) -> Question:
+    return Question(0, "0", "v", "CW", text, tuple(options), answer)
 
 
 def assert_same(sequence: TokenSequence, expected: oracle.OracleSequence) -> None:
@@ -68,24 +56,18 @@ def test_tokens_are_the_oracles(
     built = prompts(tokenizer, dataset == "tvqa")
     rng = random.Random(0)
     for item in toy.items("train"):
-        item = replace(
-            item,
-            dataset=dataset,
-            dialogue=dialogue,
-            options=(*item.options[:4], rng.choice(TRICKY)),
-        )
-        question = ours(item)
+        options = (*item.options[:4], rng.choice(TRICKY))
+        item = replace(item, dataset=dataset, dialogue=dialogue, options=options)
+        question = question_of(item)
         for answer in range(5):
-            assert_same(
-                built.vqa(question, answer), oracle.vqa_sequence(toy.tokenizer, item, 10, answer)
-            )
+            expected = oracle.vqa_sequence(toy.tokenizer, item, 10, answer)
+            assert_same(built.vqa(question, answer), expected)
         assert_same(built.vaq(question, item.answer), oracle.vaq_sequence(toy.tokenizer, item, 10))
         assert_same(built.qav(question, item.answer), oracle.qav_sequence(toy.tokenizer, item, 10))
         for limit in (60, 90, 4096):
             cut = prompts(tokenizer, dataset == "tvqa", cap=limit)
-            assert_same(
-                cut.caption(item.caption), oracle.caption_sequence(toy.tokenizer, item, 10, limit)
-            )
+            expected = oracle.caption_sequence(toy.tokenizer, item, 10, limit)
+            assert_same(cut.caption(item.caption), expected)
 
 
 @given(
@@ -96,27 +78,23 @@ def test_tokens_are_the_oracles(
 def test_any_text_keeps_its_answer(
     toy: ToyData, tokenizer: Tokenizer, question: str, options: list[str], data: st.DataObject
 ) -> None:
-    """Whatever stands in a question, its targets decode to the letter, and all options share what stands before it."""
+    """Whatever a question contains, its targets decode to the letter; options share the prompt."""
     answer = data.draw(st.integers(0, len(options) - 1))
-    built = prompts(tokenizer).vqa(
-        Question(0, "0", "v", "CW", question, tuple(options), answer), answer
-    )
+    made = make_question(question, options, answer)
+    built, other = (prompts(tokenizer).vqa(made, a) for a in (answer, 0))
     targets = [built.tokens[t] for t in built.targets]
     assert tokenizer.decode(targets[:-1]).strip() == f"({'ABCDEF'[answer]})"
     assert targets[-1] == tokenizer.eos == built.tokens[-1]
-    assert built.tokens.count(VIDEO_SLOT) == 10 and set(built.tokens[built.video_start :][:10]) == {
-        VIDEO_SLOT
-    }
-    other = prompts(tokenizer).vqa(Question(0, "0", "v", "CW", question, tuple(options), answer), 0)
+    assert built.tokens.count(VIDEO_SLOT) == 10
+    assert set(built.tokens[built.video_start :][:10]) == {VIDEO_SLOT}
     assert other.tokens[: other.targets.start] == built.tokens[: built.targets.start]
 
 
 @pytest.mark.parametrize("limit", [100, 115, 130, 170])
-def test_dialogue_then_options_are_shortened_never_the_answer(
-    toy: ToyData, tokenizer: Tokenizer, limit: int
-) -> None:
+def test_fit(toy: ToyData, tokenizer: Tokenizer, limit: int) -> None:
+    """The dialogue is shortened, then the options; never the answer."""
     item = replace(toy.items("train")[0], dataset="tvqa", dialogue=" word" * 60)
-    question, built = ours(item), prompts(tokenizer, True, seq=limit)
+    question, built = question_of(item), prompts(tokenizer, True, seq=limit)
     try:
         fitted = built.fit(question, "vqa")
     except UserError as error:
@@ -128,28 +106,25 @@ def test_dialogue_then_options_are_shortened_never_the_answer(
     )
     lengths = {len(built.vqa(fitted, a).tokens) for a in range(5)}
     assert max(lengths) <= limit
-    assert question.dialogue.startswith(fitted.dialogue) and all(
-        q.startswith(f) for q, f in zip(question.options, fitted.options, strict=True)
-    )
+    assert question.dialogue.startswith(fitted.dialogue)
+    for whole, shortened in zip(question.options, fitted.options, strict=True):
+        assert whole.startswith(shortened)
 
 
 def test_what_fits_is_left_alone(toy: ToyData, tokenizer: Tokenizer) -> None:
-    question = ours(toy.items("train")[0])
+    question = question_of(toy.items("train")[0])
     exact = len(prompts(tokenizer).vqa(question, 0).tokens)
     assert prompts(tokenizer, seq=exact).fit(question, "vqa") is question
     assert prompts(tokenizer, seq=exact - 1).fit(question, "vqa") is not question
 
 
-def test_caption_limit_that_leaves_nothing_is_refused(tokenizer: Tokenizer) -> None:
+def test_caption_limit_without_targets(tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="--max_cap_len 20: leaves no caption token"):
         prompts(tokenizer, cap=20).caption("A man runs. He jumps.")
 
 
 def test_crop_starts_at_sentences() -> None:
     caption = "One. Two. Three. Four."
-    assert [caption[c:] for c in crop_candidates(caption)] == [
-        caption,
-        "Two. Three. Four.",
-        "Three. Four.",
-    ]
+    crops = [caption[start:] for start in crop_candidates(caption)]
+    assert crops == [caption, "Two. Three. Four.", "Three. Four."]
     assert crop_candidates("no dots") == [0] and crop_candidates("One. Two.") == [0]

@@ -1,9 +1,10 @@
-"""LLaMA-3's tokenizer, in Meta's file and in Hugging Face's: ids of the libraries' own, spans by text, and files that are not one."""
+"""LLaMA-3's tokenizer in Meta's file and in Hugging Face's: ids, spans, and damaged files."""
 
 import base64
 import json
 import pickle
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +19,18 @@ from support.errors import refusal
 from support.toy_dataset import ToyData
 from vico.data.prompts import ANSWER_TEXT, Prompts, option_text, question_text
 from vico.data.tokenizer import LLAMA_3_WORDS, Tokenizer, find_tokenizer
-from vico.data.types import VIDEO_SLOT, Question
+from vico.data.types import VIDEO_SLOT, Question, TokenSequence
 
-QUESTION = Question(
-    0,
-    "0",
-    "v",
-    "CW",
-    "why does Answer: (A) the dog  ",
-    ("a red ball", "<|end_of_text|>", "Question: é 犬?", " ", "(E)"),
-    2,
-)
+OPTIONS = ("a red ball", "<|end_of_text|>", "Question: é 犬?", " ", "(E)")
+QUESTION = Question(0, "0", "v", "CW", "why does Answer: (A) the dog  ", OPTIONS, 2)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One tokenizer in both files, whose names say nothing."""
-    home = tmp_path_factory.mktemp("tokenizers")
-    make_llama_3_tokenizers(home / "meta", home / "hf")
-    return {name: home / name for name in ("meta", "hf")}
+    """One tokenizer in both files. Their names do not tell the kind."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    make_llama_3_tokenizers(folder / "meta", folder / "hf")
+    return {name: folder / name for name in ("meta", "hf")}
 
 
 @pytest.fixture(scope="module", params=["meta", "hf"])
@@ -48,12 +42,14 @@ def pieces(tokenizer: Tokenizer, ids: Any) -> list[str]:
     return [tokenizer.decode([i]) for i in ids]
 
 
+def target_text(tokenizer: Tokenizer, sequence: TokenSequence) -> str:
+    """The targets without EOS."""
+    return "".join(pieces(tokenizer, (sequence.tokens[t] for t in sequence.targets[:-1])))
+
+
 def test_special_ids_lie_behind_the_pieces(tokenizer: Tokenizer) -> None:
-    assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eos) == (
-        NUM_RANKS + 256,
-        NUM_RANKS,
-        NUM_RANKS + 1,
-    )
+    assert tokenizer.vocab_size == NUM_RANKS + 256
+    assert (tokenizer.bos, tokenizer.eos) == (NUM_RANKS, NUM_RANKS + 1)
     assert tokenizer.decode([tokenizer.newline]) == "\n"
 
 
@@ -61,15 +57,8 @@ def test_ids_are_those_of_tiktoken(tokenizer: Tokenizer, files: dict[str, Path])
     content = (line.split() for line in files["meta"].read_bytes().splitlines())
     ranks = {base64.b64decode(piece): int(rank) for piece, rank in content}
     own = tiktoken.Encoding("x", pat_str=LLAMA_3_WORDS, mergeable_ranks=ranks, special_tokens={})
-    for text in (
-        option_text(QUESTION),
-        question_text(QUESTION),
-        ANSWER_TEXT,
-        "\n\n a  b\n",
-        "12345 it's",
-        "é犬🐕",
-        "",
-    ):
+    prompt = (option_text(QUESTION), question_text(QUESTION), ANSWER_TEXT)
+    for text in (*prompt, "\n\n a  b\n", "12345 it's", "é犬🐕", ""):
         assert tokenizer.encode(text) == own.encode_ordinary(text)
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -87,60 +76,47 @@ def test_ends_are_where_pieces_end(files: dict[str, Path], text: str) -> None:
                 assert model.decode(ids[: i + 1]).rstrip("\ufffd") in (text[:end], text[: end - 1])
 
 
-def test_targets_are_the_method_s(tokenizer: Tokenizer) -> None:
+def test_targets(tokenizer: Tokenizer) -> None:
+    """Those of the method, found by text."""
     prompts = Prompts(tokenizer, 10, 512, 384, False)
-    vqa, vaq, cap = (
-        prompts.vqa(QUESTION, 2),
-        prompts.vaq(QUESTION, 2),
-        prompts.caption("the dog: a red ball."),
-    )
+    vqa, vaq = prompts.vqa(QUESTION, 2), prompts.vaq(QUESTION, 2)
+    cap = prompts.caption("the dog: a red ball.")
     for sequence in (vqa, vaq, cap):
         assert sequence.tokens[0] == tokenizer.bos and sequence.tokens[-1] == tokenizer.eos
         slots = range(sequence.video_start, sequence.video_start + 10)
-        assert {sequence.tokens[t] for t in slots} == {VIDEO_SLOT} and sequence.tokens[
-            slots.stop
-        ] == tokenizer.newline
-    assert "".join(pieces(tokenizer, (vqa.tokens[t] for t in vqa.targets[:-1]))) == " (C)"
-    assert (
-        "".join(pieces(tokenizer, (vaq.tokens[t] for t in vaq.targets[:-1])))
-        == " Why does answer: (a) the dog?"
-    )
+        assert {sequence.tokens[t] for t in slots} == {VIDEO_SLOT}
+        assert sequence.tokens[slots.stop] == tokenizer.newline
+    assert target_text(tokenizer, vqa) == " (C)"
+    assert target_text(tokenizer, vaq) == " Why does answer: (a) the dog?"
     context = pieces(tokenizer, cap.tokens[cap.video_start + 11 : cap.targets.start])
-    assert "".join(context).startswith("Description:") and len(context) == 3 + len(
-        tokenizer.encode("Description:")
-    )
-    assert vqa.targets.stop == len(vqa.tokens) and QUESTION.options[1] in tokenizer.decode(
-        list(vqa.tokens[vqa.video_start + 10 :])
-    )
+    assert "".join(context).startswith("Description:")
+    assert len(context) == 3 + len(tokenizer.encode("Description:"))
+    assert vqa.targets.stop == len(vqa.tokens)
+    assert QUESTION.options[1] in tokenizer.decode(list(vqa.tokens[vqa.video_start + 10 :]))
 
 
 def test_workers_get_the_same(tokenizer: Tokenizer) -> None:
-    assert pickle.loads(pickle.dumps(tokenizer)).encode("a red ball") == tokenizer.encode(
-        "a red ball"
-    )
+    received = pickle.loads(pickle.dumps(tokenizer))
+    assert received.encode("a red ball") == tokenizer.encode("a red ball")
 
 
-def test_a_sentencepiece_in_json_makes_the_same_sequences(toy: ToyData, tmp_path: Path) -> None:
-    LlamaTokenizerFast.from_pretrained(toy.llama).backend_tokenizer.save(
-        str(tmp_path / "tokenizer.json")
-    )
-    own, other = (
-        Prompts(Tokenizer(p), 10, 512, 384, False)
-        for p in (toy.llama / "tokenizer.model", tmp_path / "tokenizer.json")
-    )
+def test_sentencepiece_in_json(toy: ToyData, tmp_path: Path) -> None:
+    """It makes the same sequences."""
+    converted = LlamaTokenizerFast.from_pretrained(toy.llama).backend_tokenizer
+    converted.save(str(tmp_path / "tokenizer.json"))
+    own = Prompts(Tokenizer(toy.llama / "tokenizer.model"), 10, 512, 384, False)
+    other = Prompts(Tokenizer(tmp_path / "tokenizer.json"), 10, 512, 384, False)
     for task in ("vqa", "vaq", "qav"):
-        assert own.question_sequence(task, QUESTION, 2) == other.question_sequence(
-            task, QUESTION, 2
-        )
+        expected = own.question_sequence(task, QUESTION, 2)
+        assert other.question_sequence(task, QUESTION, 2) == expected
     assert own.caption("the dog: a red ball. é") == other.caption("the dog: a red ball. é")
 
 
-def test_where_a_tokenizer_may_lie(files: dict[str, Path], tmp_path: Path) -> None:
+def test_find_tokenizer(files: dict[str, Path], tmp_path: Path) -> None:
     own = tmp_path / "8B"
     own.mkdir()
-    assert (
-        find_tokenizer(tmp_path, own) == tmp_path / "tokenizer.model"
-    )  # there is none: the one that will be missed
+    # There is none: the path that the error will name.
+    assert find_tokenizer(tmp_path, own) == tmp_path / "tokenizer.model"
     (own / "tokenizer.json").write_bytes(files["hf"].read_bytes())
     assert find_tokenizer(tmp_path, own) == own / "tokenizer.json"
     (own / "tokenizer.model").write_bytes(files["meta"].read_bytes())
@@ -151,7 +127,12 @@ def test_where_a_tokenizer_may_lie(files: dict[str, Path], tmp_path: Path) -> No
     assert "8B/tokenizer.model: is another tokenizer than" in refusal(find_tokenizer, tmp_path, own)
 
 
-def lines(change: Any) -> Any:
+Damage = Callable[[dict[str, Path]], bytes]  # from the files to the bytes of a damaged one
+
+
+def lines(change: Callable[[list[bytes]], None]) -> Damage:
+    """Meta's file after `change` of its lines."""
+
     def damaged(files: dict[str, Path]) -> bytes:
         content = files["meta"].read_bytes().splitlines()
         change(content)
@@ -160,36 +141,52 @@ def lines(change: Any) -> Any:
     return damaged
 
 
-def js(**changes: Any) -> Any:
+def json_with(**changes: Any) -> Damage:
+    """Hugging Face's file with other values."""
     return lambda files: json.dumps(json.loads(files["hf"].read_text()) | changes).encode()
 
 
-HOSTILE: dict[str, tuple[Any, str]] = {
-    "a line twice": (
-        lines(lambda c: c.insert(9, c[8])),
-        "it:10: ranks must count from 0, each piece once",
-    ),
-    "a line lost": (lines(lambda c: c.pop(9)), "it:10: ranks must count from 0"),
-    "half a line": (
-        lines(lambda c: c.__setitem__(-1, b"YWJ")),
-        f"it:{NUM_RANKS}: not a piece in base64 and its rank; copy ",
-    ),
-    "another word": (lines(lambda c: c.__setitem__(20, b"!! 20")), "it:21: not a piece in base64"),
-    "bytes lost": (
-        lines(lambda c: c.__delitem__(slice(200, None))),
-        "lacks 56 of the 256 single bytes",
-    ),
+def repeat_line(content: list[bytes]) -> None:
+    content.insert(9, content[8])
+
+
+def lose_line(content: list[bytes]) -> None:
+    content.pop(9)
+
+
+def cut_last_line(content: list[bytes]) -> None:
+    content[-1] = b"YWJ"
+
+
+def put_another_word(content: list[bytes]) -> None:
+    content[20] = b"!! 20"
+
+
+def lose_bytes(content: list[bytes]) -> None:
+    del content[200:]
+
+
+NOT_BASE64 = "not a piece in base64 and its rank; copy "
+DAMAGED: dict[str, tuple[Damage, str]] = {
+    "a line twice": (lines(repeat_line), "it:10: ranks must count from 0, each piece once"),
+    "a line lost": (lines(lose_line), "it:10: ranks must count from 0"),
+    "half a line": (lines(cut_last_line), f"it:{NUM_RANKS}: {NOT_BASE64}"),
+    "another word": (lines(put_another_word), "it:21: not a piece in base64"),
+    "bytes lost": (lines(lose_bytes), "lacks 56 of the 256 single bytes"),
     "JSON cut off": (lambda files: files["hf"].read_bytes()[:500], "Expecting value; correct "),
-    "no model": (js(model={}), "not a tokenizer.json that the package tokenizers reads ("),
-    "no BOS": (js(added_tokens=[]), "the tokenizer has no BOS or no EOS piece"),
+    "no model": (
+        json_with(model={}),
+        "not a tokenizer.json that the package tokenizers reads (",
+    ),
+    "no BOS": (json_with(added_tokens=[]), "the tokenizer has no BOS or no EOS piece"),
     "Latin": (lambda files: b'{"\xe9": 1}', "not UTF-8 (byte offset 2)"),
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_files_are_one_line(name: str, files: dict[str, Path], tmp_path: Path) -> None:
-    content, part = HOSTILE[name]
-    (tmp_path / "it").write_bytes(content(files))
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_files(name: str, files: dict[str, Path], tmp_path: Path) -> None:
+    damage, part = DAMAGED[name]
+    (tmp_path / "it").write_bytes(damage(files))
     assert part in refusal(Tokenizer, tmp_path / "it")
 
 

@@ -1,0 +1,115 @@
+"""Torch files are read as data: nothing in them is executed, and damage is recognised."""
+
+import argparse
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from support.errors import refusal
+from support.feature_files import numbered, save
+from vico.data.features import WIDTH, Features
+from vico.errors import CheckpointError
+from vico.io.safe_load import load_tensors
+
+
+class Payload:
+    """Pickled, this is a call of os.mkdir with the canary's path."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.canary),)
+
+
+def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    save(tmp_path / "zip.pth", {"v": Payload(canary)})
+    save(tmp_path / "old.pth", {"v": Payload(canary)}, _use_new_zipfile_serialization=False)
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"v": Payload(canary)}))
+    for name in ("zip.pth", "old.pth"):
+        path = tmp_path / name
+        message = refusal(load_tensors, path, "the checkpoint", allow_old_format=True)
+        assert f"{path}: the checkpoint holds the Python object posix.mkdir, refused" in message
+        assert "tensors" in message
+    message = refusal(load_tensors, tmp_path / "plain.pth", "the checkpoint", allow_old_format=True)
+    assert "is no torch file" in message
+    assert "numpy" in refusal(Features, save(tmp_path / "np.pth", {"v": np.zeros((2, WIDTH))}))
+    assert not canary.exists()
+
+
+def test_allowed_classes(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.pth", {"args": argparse.Namespace(bias=3)})
+    assert load_tensors(path, "the checkpoint", [argparse.Namespace])["args"].bias == 3
+    assert "argparse.Namespace" in refusal(load_tensors, path, "the checkpoint")
+    with pytest.raises(CheckpointError):
+        load_tensors(path, "the checkpoint", error=CheckpointError)
+
+
+def test_old_format(tmp_path: Path) -> None:
+    path = save(tmp_path / "old.pth", {"v": numbered(4)}, _use_new_zipfile_serialization=False)
+    message = refusal(Features, path)
+    assert "old format, which cannot be memory-mapped; convert it: python -c" in message
+    assert torch.equal(load_tensors(path, "the shard", allow_old_format=True)["v"], numbered(4))
+    path.write_bytes(path.read_bytes()[:5000])
+    message = refusal(load_tensors, path, "the shard", allow_old_format=True)
+    assert "the shard is cut off or damaged" in message
+
+
+NOT_TORCH_FILES = [
+    (
+        b"\n<!doctype HTML><title>Quota exceeded</title>",
+        "is an HTML page (45 bytes), most likely a failed download; fetch it again",
+    ),
+    (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        "is a git-lfs pointer (56 bytes), not the file itself; run 'git lfs pull'",
+    ),
+    (
+        b'{"error": "not found"}',
+        "is no torch file (it begins with b'{\"error\"'); fetch the right one",
+    ),
+    (b"", "is cut off or damaged; fetch or copy it again and compare the sizes (0 bytes)"),
+]
+
+
+@pytest.mark.parametrize("content, part", NOT_TORCH_FILES)
+def test_failed_downloads(tmp_path: Path, content: bytes, part: str) -> None:
+    (tmp_path / "f.pth").write_bytes(content)
+    message = refusal(Features, tmp_path / "f.pth")
+    assert f"{tmp_path}/f.pth: the video feature file {part}" in message
+
+
+def test_other_zips(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "other.pth", "w") as archive:
+        archive.writestr("a/readme.txt", "x")
+    assert "is a zip archive, but not one of tensors" in refusal(Features, tmp_path / "other.pth")
+    plain = zipfile.ZipFile(save(tmp_path / "f.pth", {"v": numbered(3)}))
+    with zipfile.ZipFile(tmp_path / "deflated.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        for entry in plain.infolist():
+            archive.writestr(entry.filename, plain.read(entry))
+    assert "was packed again" in refusal(Features, tmp_path / "deflated.pth")
+
+
+def test_missing_files_and_folders(tmp_path: Path) -> None:
+    message = refusal(Features, tmp_path / "none.pth")
+    assert "no such file; the video feature file should be there" in message
+    assert "cannot be opened (Is a directory)" in refusal(Features, tmp_path)
+
+
+def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    whole = save(tmp_path / "f.pth", {"v": numbered(4), "w": numbered(2)}).read_bytes()
+    path = tmp_path / "cut.pth"
+    everywhere = range(0, len(whole), len(whole) // 40)
+    at_the_ends = (0, 1, 3, 4, 10, len(whole) - 22, len(whole) - 1)
+    for size in {*everywhere, *at_the_ends}:
+        path.write_bytes(whole[:size])
+        message = refusal(Features, path)
+        problem = "the video feature file is cut off or damaged; fetch or copy it again"
+        assert f"{path}: {problem}" in message, size
