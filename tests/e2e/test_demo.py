@@ -67,7 +67,7 @@ def test_text_tells_nothing(world: Path) -> None:
     assert {q.type for q in questions} == set(TYPES)
     for kind in TYPES:
         asked = [q for q in questions if q.type == kind]
-        assert {q.options for q in asked} == {QUESTIONS[kind][0]}
+        assert {q.options for q in asked} == {QUESTIONS[kind].options}
     counts = Counter(q.answer for q in questions)
     assert max(counts.values()) / len(questions) < 0.3
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from support.run_fixture import CAPTIONS, FEATURES, NEXTQA, TINY, TOKENIZER, VAL, RunFixture
 from vico.cli.convert import convert
-from vico.cli.demo import CSV_COLUMNS, make_tokenizer
+from vico.cli.demo_dataset import CSV_COLUMNS
+from vico.cli.demo_llama import make_tokenizer
 from vico.io.safe_load import load_tensors
 
 Damage = Callable[[RunFixture], Any]

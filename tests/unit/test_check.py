@@ -180,7 +180,8 @@ def test_dropped_questions_are_counted_in_every_result(
     assert [p["index"] for p in predictions] == [i for i in range(10) if i % 4 != 1]
     assert main(["check", *flags, "--max_steps", "9"]) == 0
     assert (
-        f"start: {fixture / 'out' / 'checkpoint-5'}, goes on from step 5" in capfd.readouterr().out
+        f"start: {fixture / 'out' / 'checkpoint-5'}, continues from step 5"
+        in capfd.readouterr().out
     )
     assert main(["check", *flags, "--seed", "1"]) == 2
     assert "holds a run with other settings (seed" in capfd.readouterr().err

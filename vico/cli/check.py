@@ -1,27 +1,26 @@
-"""`vico check`: all that can be wrong before training, found without training, and as much of it as possible at once.
+"""`vico check`: finds the problems of a run's files without training, as many as possible at once.
 
-It takes the flags of `vico train` and goes through the same gate. Besides, it reads every split that is there, the whole of
-the feature file and the other data sets beside this one, and shows what the model will be asked to learn, for the eye.
+It takes the flags of `vico train` and makes the checks of a run's start. It also reads the splits
+that the run does not use, the whole feature file and the other data sets, and shows sample prompts.
 """
 
 import os
-import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
 
 from vico.checkpoint import fingerprint
+from vico.checkpoint.format import Checkpoint
 from vico.checkpoint.validate import validate_for_model
-from vico.cli import flags
-from vico.cli.check_report import samples, shared_with_other_sets
-from vico.data.datasets import DATASETS, accuracy_groups, read_questions
-from vico.data.features import WIDTH, Features, Scan
+from vico.cli import check_report, flags
+from vico.data.datasets import DATASETS, read_questions
+from vico.data.features import Features, Scan
 from vico.data.prompts import Prompts, letter
 from vico.data.types import Question
 from vico.errors import UserError, fail, one_line, show
+from vico.io import log
 from vico.io.atomic import require_writable
 from vico.io.file_cache import FileCache, cache_key, file_stamp
 from vico.model.config import trainable_shapes
@@ -31,10 +30,12 @@ from vico.train.preflight import BackboneFiles
 from vico.train.resume import find_start, start_state
 
 CHECK = (
-    "Find what is wrong with a run's files before it starts: the flags of `vico train`, one process, nothing is trained. All problems are "
-    "listed, one per line. --expect_world_size N checks the DeepSpeed config for N ranks."
+    "Find the problems of a run's files before it starts: the flags of `vico train`, one process, "
+    "nothing is trained. All problems are listed, one per line. --expect_world_size N checks the "
+    "DeepSpeed config for N ranks."
 )
-GB_TO_ANNOUNCE, GB_PER_SECOND = 2.0, 1.0  # of features: what is said to take long, and how long
+# A feature file above this size is announced, with the time that reading it takes.
+MIN_GB_TO_ANNOUNCE, GB_PER_SECOND = 2.0, 1.0
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -43,14 +44,17 @@ def main(argv: list[str]) -> int:
     line = flags.parse(argv, "vico check", CHECK)
     config = line.resolve()
     for note in line.notes:
-        print(f"note: {note}", flush=True)
+        log.info(f"note: {note}")
     check = Check(config)
     check.run()
     return check.errors[0].exit_code if check.errors else 0
 
 
 class Check:
-    """One pass over the files of a run: what is found is printed as it comes, errors and warnings are counted."""
+    """One pass over a run's files. Problems are printed as they are found, and counted.
+
+    What could not be opened is None or missing, and the checks that need it are skipped.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -60,255 +64,254 @@ class Check:
         self._backbone: BackboneFiles | None = None
         self._prompts: Prompts | None = None
         self._features: Features | None = None
-        self._questions: dict[str, list[Question]] = {}  # by split
+        # By split: the questions used, and those dropped because their video has no features.
+        self._questions: dict[str, list[Question]] = {}
+        self._dropped: dict[str, list[Question]] = {}
         self._captions: dict[str, str] = {}
 
     def run(self) -> None:
-        config, start = self.config, time.monotonic()
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu"
-        )  # else DeepSpeed warns of its guess
+        config, start_time = self.config, time.monotonic()
+        # Otherwise DeepSpeed warns that it has to guess.
+        os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         self._try(require_writable, config.output_dir)
         self._try(zero_stage.named, config, config.expect_world_size or 1)
         self._open_backbone()
-        asked = {split: self._try(_read, config, split) for split in splits_of(config)}
-        self._features = self._try(Features, config.dataset_folder / "clipvitl14.pth")
-        dropped = self._choose_questions(
-            {split: found for split, found in asked.items() if found is not None}
-        )
-        if config.cap and "train" in self._questions:
-            self._captions = (
-                self._try(preflight.read_captions, config, self._questions["train"], self._prompts)
-                or {}
-            )
+        self._read_questions()
+        self._read_captions()
         if self._features is not None:
-            self._scan(self._features)
+            self._check_features(self._features)
         for split in self._questions:
-            self._look_at_split(split, dropped[split])
+            self._check_split(split)
         self._measure_captions()
-        for warning in (
-            *preflight.shared_video_notes(self._questions),
-            *shared_with_other_sets(config, self._questions),
-        ):
-            self._say(warning)
-        if self._backbone is not None and self._prompts is not None and self._questions:
-            for line in samples(
-                config, self._questions, self._captions, self._backbone.tokenizer, self._prompts
-            ):
-                self._say(line)
+        for warning in preflight.shared_video_notes(self._questions):
+            self._report(warning)
+        for warning in check_report.shared_dataset_warnings(config, self._questions):
+            self._report(warning)
+        self._show_samples()
         if not self.errors:
-            self._try(self._look_at_start)
+            self._try(self._check_start)
         if not self.errors:
             self._cache.flush()
-        found = (
-            f"{len(self.errors)} error(s), {self.num_warnings} warning(s)"
-            if self.errors or self.num_warnings
-            else "nothing is wrong"
-        )
-        self._say(f"vico check: {found}, in {time.monotonic() - start:.1f} s")
+        summary = "nothing is wrong"
+        if self.errors or self.num_warnings:
+            summary = f"{len(self.errors)} error(s), {self.num_warnings} warning(s)"
+        self._report(f"vico check: {summary}, in {time.monotonic() - start_time:.1f} s")
 
-    def _say(self, line: str) -> None:
+    def _report(self, line: str) -> None:
         self.num_warnings += line.startswith("warning: ")
-        print(one_line(line), flush=True)
+        log.info(one_line(line))
 
-    def _try(self, step: Callable[P, R], *args: P.args, **named: P.kwargs) -> R | None:
-        """What `step` returns; None after an error, which is said and kept."""
+    def _try(self, step: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
+        """What `step` returns; None after a UserError, which is printed and kept."""
         try:
-            return step(*args, **named)
+            return step(*args, **kwargs)
         except UserError as error:
             self.errors.append(error)
-            print(f"vico: error: {one_line(str(error))}", file=sys.stderr, flush=True)
+            log.error(one_line(str(error)))
             return None
 
+    # Opening the files
+
     def _open_backbone(self) -> None:
-        self._backbone = backbone = self._try(preflight.open_backbone, self.config)
-        if backbone is not None:
-            self._prompts, shape = backbone.prompts(self.config), backbone.weights.config
-            self._say(
-                f"model: {backbone.weights.folder}: {shape.n_layers} layers ({backbone.num_adapted} adapted), width {shape.dim}, "
-                f"{shape.n_heads} heads; {backbone.tokenizer_path.name} of {backbone.tokenizer.vocab_size} pieces"
-            )
+        self._backbone = self._try(preflight.open_backbone, self.config)
+        if self._backbone is not None:
+            self._prompts = self._backbone.prompts(self.config)
+            self._report(check_report.describe_backbone(self._backbone))
 
-    def _choose_questions(self, asked: dict[str, list[Question]]) -> dict[str, list[Question]]:
-        """Sets the questions that are used; returns those that are dropped."""
-        dropped: dict[str, list[Question]] = {}
-        for split, those in asked.items():
-            chosen = (those, list[Question]())
-            if self._features is not None:
-                chosen = (
-                    self._try(preflight.with_features, self.config, split, those, self._features)
-                    or chosen
-                )
-            self._questions[split], dropped[split] = chosen
-        return dropped
+    def _read_questions(self) -> None:
+        """Questions and features, and which questions are used."""
+        config = self.config
+        for split in splits_of(config):
+            questions = self._try(_read_split, config, split)
+            if questions is not None:
+                self._questions[split] = questions
+        self._features = self._try(Features, config.dataset_folder / "clipvitl14.pth")
+        for split, questions in self._questions.items():
+            self._dropped[split] = []
+            if self._features is None:
+                continue
+            chosen = self._try(preflight.with_features, config, split, questions, self._features)
+            if chosen is not None:
+                self._questions[split], self._dropped[split] = chosen
 
-    def _scan(self, features: Features) -> None:
-        """All of the feature file, also what no question uses: a later split may."""
-        mark = file_stamp(features.path)
-        known = self._cache.get(cache_key("scanned", mark))
-        if known is None and (gigabytes := features.path.stat().st_size / 1e9) > GB_TO_ANNOUNCE:
-            self._say(
-                f"features: reading all {gigabytes:.1f} GB of {features.path}, once: about {gigabytes / GB_PER_SECOND / 60:.1f} min"
+    def _read_captions(self) -> None:
+        if self.config.cap and "train" in self._questions:
+            captions = self._try(
+                preflight.read_captions, self.config, self._questions["train"], self._prompts
             )
-        scan = (
-            features.scan()
-            if known is None
-            else Scan(tuple(known["odd"]), (), tuple(known["with_zeros"]))
-        )
-        used = {q.video for asked in self._questions.values() for q in asked}
-        self._say(
-            f"features: {features.path}: {len(features)} videos, of which the questions use {sum(v in features for v in used)}"
-        )
-        notes = {
-            "hold a frame that is all zeros, of an extraction that failed": scan.with_zeros,
-            f"are no floating-point tensor [frames >= 1, {WIDTH}], and no question uses them": [
-                v for v in scan.malformed if v not in used
-            ],
-            "hold NaN or infinite values, and no question uses them": [
-                v for v in scan.not_finite if v not in used
-            ],
-        }
-        for what, videos in notes.items():
-            if videos:
-                self._say(
-                    f"warning: features: {len(videos)} videos {what}, e.g. {', '.join(map(show, videos[:3]))}"
-                )
-        for asked in self._questions.values():
-            self._try(features.refuse_not_finite, asked, scan.not_finite)
+            self._captions = captions or {}
+
+    # Checking them
+
+    def _check_features(self, features: Features) -> None:
+        """Reads the whole file, also what no question uses: another split may use it later."""
+        key = preflight.scan_key(features)
+        scan = self._scan(features, key)
+        used = {q.video for questions in self._questions.values() for q in questions}
+        self._report(check_report.describe_features(features, used))
+        for warning in check_report.scan_warnings(scan, used):
+            self._report(warning)
+        for questions in self._questions.values():
+            self._try(features.refuse_not_finite, questions, scan.not_finite)
         if not scan.not_finite:
-            self._cache.put(
-                cache_key("scanned", mark), {"odd": scan.malformed, "with_zeros": scan.with_zeros}
-            )
+            self._cache.put(key, {"odd": scan.malformed, "with_zeros": scan.with_zeros})
 
-    def _look_at_split(self, split: str, dropped: list[Question]) -> None:
-        config, asked = self.config, self._questions[split]
-        groups = accuracy_groups(config.dataset, [q.type for q in asked])
-        shown = ", ".join(
-            f"{group} {sum(q.type in members for q in asked)}" for group, members in groups.items()
-        )
-        answers = "" if asked[0].answer is not None else ", without answers"
-        self._say(
-            f"{split}: {len(asked)} questions about {len({q.video for q in asked})} videos{answers}; {shown}"
-        )
-        past_end = (
-            self._try(self._features.check, asked) if self._features is not None else None
-        ) or 0
-        measured = None
+    def _scan(self, features: Features, key: str | None) -> Scan:
+        """From the cache, which holds only scans without NaN and infinity."""
+        known = self._cache.get(key)
+        if known is not None:
+            return Scan(tuple(known["odd"]), (), tuple(known["with_zeros"]))
+        gigabytes = features.path.stat().st_size / 1e9
+        if gigabytes > MIN_GB_TO_ANNOUNCE:
+            minutes = gigabytes / GB_PER_SECOND / 60
+            self._report(
+                f"features: reading all {gigabytes:.1f} GB of {features.path}, once: "
+                f"about {minutes:.1f} min"
+            )
+        return features.scan()
+
+    def _check_split(self, split: str) -> None:
+        config, questions, dropped = self.config, self._questions[split], self._dropped[split]
+        self._report(check_report.describe_split(config, split, questions))
+        num_past_end = None
+        if self._features is not None:
+            num_past_end = self._try(self._features.check, questions)
         if self._backbone is not None and self._prompts is not None:
-            measured = self._try(
+            lengths = self._try(
                 preflight.measure_questions,
                 config,
                 split,
-                asked,
+                questions,
                 self._backbone,
                 self._prompts,
                 self._cache,
             )
-        if measured is not None:
-            self._say(f"{split}: sequences of {measured.describe()}")
-            self._try(self._require_answers, asked)
-            for note in preflight.split_notes(config, split, asked, dropped, past_end, measured)[
-                0 if dropped else 1 :
-            ]:
-                self._say(note)
-        again = Counter((q.video, q.feature_rows, q.question, q.options) for q in asked)
-        if repeated := len(asked) - len(again):
-            self._say(
-                f"warning: {split}: {repeated} questions stand there again, with the same options, under another id"
-            )
+            if lengths is not None:
+                self._report(f"{split}: sequences of {lengths.describe()}")
+                self._try(self._check_answers, questions, self._backbone, self._prompts)
+                if dropped:
+                    self._report(preflight.usage_note(split, questions, dropped))
+                for note in preflight.problem_notes(
+                    config, split, questions, num_past_end or 0, lengths
+                ):
+                    self._report(note)
+        for warning in check_report.repeated_question_warnings(split, questions):
+            self._report(warning)
 
-    def _require_answers(self, asked: list[Question]) -> None:
-        """What is to be predicted, read back as text, is the answer's letter: no tokenizer and no limit has lost it."""
-        config, backbone, prompts = self.config, self._backbone, self._prompts
-        assert backbone is not None and prompts is not None
-        follows_from = (
-            fingerprint.of_questions(asked),
+    def _check_answers(
+        self, questions: list[Question], backbone: BackboneFiles, prompts: Prompts
+    ) -> None:
+        """The targets, decoded, are the answer's letter: no tokenizer or length limit lost it."""
+        config, tokenizer = self.config, backbone.tokenizer
+        key = cache_key(
+            "answers",
+            config.dataset,
+            fingerprint.of_questions(questions),
             file_stamp(backbone.tokenizer_path),
             config.max_feats,
             config.max_seq_len,
         )
-        if self._cache.get(key := cache_key("answers", config.dataset, *follows_from)):
+        if self._cache.get(key):
             return
-        lost = []
-        for q in asked:
-            answer = letter(q.answer or 0)
+        num_faults = 0
+        first: tuple[str, str, str] | None = None
+        for q in questions:
+            expected = letter(q.answer or 0)
             sequence = prompts.vqa(prompts.fit(q, "vqa"), q.answer or 0)
-            text = backbone.tokenizer.decode([sequence.tokens[t] for t in sequence.targets[:-1]])
-            if text.strip() != answer or sequence.tokens[-1] != backbone.tokenizer.eos:
-                lost.append((q.place, answer, text))
-        if lost:
-            place, answer, text = lost[0]
+            text = tokenizer.decode([sequence.tokens[t] for t in sequence.targets[:-1]])
+            if text.strip() != expected or sequence.tokens[-1] != tokenizer.eos:
+                num_faults += 1
+                first = first or (q.place, text, expected)
+        if first is not None:
+            place, text, expected = first
             fail(
-                f"{place}: of {len(lost)} of {len(asked)} questions the targets are not the answer's letter, here {show(text)} for {answer}; "
-                f"{backbone.tokenizer_path} is no LLaMA tokenizer: use the one that came with the weights"
+                f"{place}: of {num_faults} of {len(questions)} questions the targets are not the "
+                f"answer's letter, here {show(text)} for {expected}; {backbone.tokenizer_path} is "
+                "no LLaMA tokenizer: use the one that came with the weights"
             )
         self._cache.put(key, True)
 
     def _measure_captions(self) -> None:
         if not self._captions or self._backbone is None or self._prompts is None:
             return
-        asked = self._questions["train"]
-        measured = self._try(
+        lengths = self._try(
             preflight.measure_captions,
             self.config,
             self._captions,
-            asked,
+            self._questions["train"],
             self._backbone,
             self._prompts,
             self._cache,
         )
-        if measured is not None:
-            used = sum(measured.counts.values())
-            self._say(
-                f"captions: {len(self._captions)}, of which training uses {used}; whole, sequences of {measured.describe()}"
+        if lengths is not None:
+            num_used = sum(lengths.counts.values())
+            self._report(
+                f"captions: {len(self._captions)}, of which training uses {num_used}; "
+                f"whole, sequences of {lengths.describe()}"
             )
-            for note in preflight.caption_notes(self.config, measured):
-                self._say(note)
+            for note in preflight.caption_notes(self.config, lengths):
+                self._report(note)
 
-    def _look_at_start(self) -> None:
-        """Whether the run, or what it resumes, is one that these files continue."""
-        config, backbone, features = self.config, self._backbone, self._features
-        assert backbone is not None and features is not None, "what is missing is an error"
-        found, shape = find_start(config), backbone.weights.config
-        for note in found.notes:
-            self._say(note)
-        if found.checkpoint is None:
-            self._say(f"start: a new run in {config.output_dir}")
+    def _show_samples(self) -> None:
+        if self._backbone is None or self._prompts is None or not self._questions:
             return
-        shapes = trainable_shapes(shape, backbone.num_adapted, config.adapter_len, config.max_feats)
-        start = validate_for_model(found.checkpoint, shapes, shape.n_layers)
+        for line in check_report.sample_lines(
+            self.config, self._questions, self._captions, self._backbone.tokenizer, self._prompts
+        ):
+            self._report(line)
+
+    # Checking where the run starts
+
+    def _check_start(self) -> None:
+        """Whether these files continue the run in output_dir, or fit --resume. Raises UserError."""
+        config, backbone = self.config, self._backbone
+        assert backbone is not None, "there are no errors"
+        start = find_start(config)
         for note in start.notes:
-            self._say(note)
-        if config.only_evaluates:
-            self._say(f"start: {start.path} is evaluated on {config.split}")
+            self._report(note)
+        if start.checkpoint is None:
+            self._report(f"start: a new run in {config.output_dir}")
             return
-        prints = fingerprint.of_run(
-            backbone.weights, self._questions, self._captions, features, self._cache
+        num_layers = backbone.weights.config.n_layers
+        shapes = trainable_shapes(
+            backbone.weights.config, backbone.num_adapted, config.adapter_len, config.max_feats
         )
-        progress = start_state(start, 1, start.state.questions_per_step, config, prints)
-        goes_on = (
-            f"goes on from step {progress.step}"
-            if start.published_optimizer is None
-            else f"goes on after epoch {start.published_optimizer.epoch}"
+        checkpoint = validate_for_model(start.checkpoint, shapes, num_layers)
+        for note in checkpoint.notes:
+            self._report(note)
+        if config.only_evaluates:
+            self._report(f"start: {checkpoint.path} is evaluated on {config.split}")
+        else:
+            self._report(f"start: {checkpoint.path}, {self._describe_resume(checkpoint, backbone)}")
+
+    def _describe_resume(self, checkpoint: Checkpoint, backbone: BackboneFiles) -> str:
+        assert self._features is not None, "there are no errors"
+        fingerprints = fingerprint.of_run(
+            backbone.weights, self._questions, self._captions, self._features, self._cache
         )
-        self._say(
-            f"start: {start.path}, {goes_on if start.moments else 'a new run from its weights'}"
+        state = start_state(
+            checkpoint, 1, checkpoint.state.questions_per_step, self.config, fingerprints
         )
+        if not checkpoint.moments:
+            return "a new run from its weights"
+        if checkpoint.published_optimizer is not None:
+            return f"continues after epoch {checkpoint.published_optimizer.epoch}"
+        return f"continues from step {state.step}"
 
 
 def splits_of(config: RunConfig) -> list[str]:
-    """Those that the run needs, and the others that are there."""
+    """The splits that the run needs, then the others that are present."""
     if config.only_evaluates:
         return [config.split]
-    there = [
+    needed = ["train", "val", *([config.split] if config.init_eval else [])]
+    annotation_file = DATASETS[config.dataset].annotation_file
+    present = [
         split
-        for split in ("train", "val", "test")
-        if os.path.exists(DATASETS[config.dataset].annotation_file(config.dataset_folder, split))
+        for split in check_report.SPLITS
+        if os.path.exists(annotation_file(config.dataset_folder, split))
     ]
-    return list(
-        dict.fromkeys(["train", "val", *([config.split] if config.init_eval else []), *there])
-    )
+    return list(dict.fromkeys([*needed, *present]))
 
 
-def _read(config: RunConfig, split: str) -> list[Question]:
+def _read_split(config: RunConfig, split: str) -> list[Question]:
     return read_questions(config.dataset, config.dataset_folder, split, subtitles=config.sub)
