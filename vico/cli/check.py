@@ -74,7 +74,7 @@ class Check:
         # Otherwise DeepSpeed warns that it has to guess.
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         self._try(require_writable, config.output_dir)
-        self._try(zero_stage.named, config, config.expect_world_size or 1)
+        self._try(zero_stage.named_ds_config, config, config.expect_world_size or 1)
         self._open_backbone()
         self._read_questions()
         self._read_captions()

@@ -101,7 +101,11 @@ class ViCoConfig(LlamaConfig):
     def from_llama(
         cls, config: LlamaConfig, adapter_len: int = 10, num_slots: int = 10
     ) -> "ViCoConfig":
-        return cls(**vars(config), adapter_len=adapter_len, num_slots=num_slots)
+        """A vocabulary of -1, which params.json leaves to the tokenizer, becomes LLaMA-1's."""
+        dimensions = vars(config)
+        if config.vocab_size == -1:
+            dimensions = {**dimensions, "vocab_size": LLAMA_VOCAB_SIZE}
+        return cls(**dimensions, adapter_len=adapter_len, num_slots=num_slots)
 
     @property
     def trainable_shapes(self) -> Shapes:

@@ -1,155 +1,63 @@
-"""How many bytes a micro-batch and a model take, counted from their dimensions; nothing is loaded, no torch.
+"""Bytes that the activations of a micro-batch take, counted from the model's dimensions.
 
-The step keeps for backward only what vico/model/ops/autograd.py says, so the count is short enough to be exact. The tests
-hold it against the tensors that autograd saves, and against the largest sum of live tensors over forward and backward, on
-the meta device. If a layer keeps something else one day, they fail.
+The step keeps for backward only what vico/model/ops/autograd.py names, so the count can be exact.
+Tests compare it on the meta device with the tensors that autograd saves, and with the largest sum
+of live tensors over forward and backward. They fail if a layer ever keeps something else.
 """
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal
 
-FEATURE_WIDTH = 768  # CLIP ViT-L/14
-LLAMA_VOCAB_SIZE = 32000  # of the tokenizer of LLaMA-1 and 2
-BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-HEAD_CHUNK_BYTES = {
-    "cpu": 2**25,
-    "cuda": 2**28,
-}  # of fp32 logits at a time, as in model/functions.py
-REPLAYED_ROWS = (
-    4096  # shorter micro-batches are filled up, and replayed by CUDA graphs; as in model/graphs.py
+from vico.model.config import (
+    FEATURE_WIDTH,
+    HEAD_CHUNK_BYTES,
+    MAX_GRAPH_ROWS,
+    LlamaConfig,
+    ViCoConfig,
+    padded_keys,
+    padded_rows,
+    round_up,
+    widened_head_dim,
 )
 
-# Per number of a packed weight, its share of the scales included: one of 4 bytes for each 256; one of a byte for each 64, and of 4
-# bytes for each 256 of those. Whole blocks; model/quantized.py.
-QUANTIZED_BYTES = {"8bit": 1 + 4 / 256, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes per number
+FP32 = ITEMSIZE["fp32"]
 
-Kernel = Literal["packed", "blocks"]  # attention_packed.py (GPUs), attention.py (CPUs)
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """A backbone's dimensions as plain numbers."""
-
-    name: str
-    dim: int
-    n_layers: int
-    n_heads: int
-    hidden_dim: int
-    vocab_size: int = LLAMA_VOCAB_SIZE
-    kv_heads: int = 0  # 0: as many as n_heads
-    adapter_len: int = 10
-    num_slots: int = 10
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
-
-    @property
-    def block(self) -> int:
-        """Parameters of a decoder block's products."""
-        kv_dim = (self.kv_heads or self.n_heads) * self.head_dim
-        return 2 * self.dim * (self.dim + kv_dim) + 3 * self.dim * self.hidden_dim
-
-    @property
-    def head(self) -> int:
-        """Parameters of the output head, and of the embeddings."""
-        return self.vocab_size * self.dim
-
-    @property
-    def frozen(self) -> int:
-        return self.n_layers * self.block + 2 * self.head + self.norms
-
-    def frozen_bytes(self, width: int, quantize: str | None = None) -> int:
-        """Of the backbone; --quantize packs the blocks' products."""
-        if quantize is None:
-            return self.frozen * width
-        return (
-            math.ceil(self.n_layers * self.block * QUANTIZED_BYTES[quantize])
-            + (2 * self.head + self.norms) * width
-        )
-
-    @property
-    def norms(self) -> int:
-        return (2 * self.n_layers + 1) * self.dim
-
-    @property
-    def prompts(self) -> int:
-        return self.n_layers * self.adapter_len * self.dim
-
-    @property
-    def trainables(self) -> int:
-        """adapter_query, visual_proj, temporal_emb and two gates per layer; fp32 always."""
-        return (
-            self.prompts
-            + (FEATURE_WIDTH + self.num_slots) * self.dim
-            + 2 * self.n_layers * self.n_heads
-        )
-
-
-class Shape(Protocol):
-    """model/llama.py's LlamaConfig, as far as it matters here."""
-
-    @property
-    def dim(self) -> int: ...
-    @property
-    def n_layers(self) -> int: ...
-    @property
-    def n_heads(self) -> int: ...
-    @property
-    def kv_heads(self) -> int: ...
-    @property
-    def hidden_dim(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
-
-
-def size_of(name: str, shape: Shape, adapter_len: int = 10, num_slots: int = 10) -> ModelSize:
-    """Of a model whose params.json leaves the vocabulary to the tokenizer (-1): LLaMA-1's and 2's."""
-    vocabulary = LLAMA_VOCAB_SIZE if shape.vocab_size == -1 else shape.vocab_size
-    numbers = (
-        shape.dim,
-        shape.n_layers,
-        shape.n_heads,
-        shape.hidden_dim,
-        vocabulary,
-        shape.kv_heads,
-    )
-    return ModelSize(name, *numbers, adapter_len, num_slots)
+# The attention: model/attention/varlen.py (GPUs) or model/attention/blockwise.py (CPUs).
+Kernel = Literal["varlen", "blockwise"]
 
 
 @dataclass(frozen=True)
 class BatchShape:
     """The size of one micro-batch."""
 
-    rows: int  # of the packed stream
-    wanted: int  # rows that predict a target
-    targets: int
-    clips: int
-    keys: int  # rows that the packed kernels gather: each segment's ancestors and its own
+    num_rows: int  # of the packed stream
+    num_wanted_rows: int  # rows that predict a target
+    num_targets: int
+    num_clips: int
+    num_keys: int  # rows that the varlen kernels gather: each segment's ancestors and its own
 
 
 @dataclass(frozen=True)
 class RunShape:
-    """How the model runs: bytes per number, which attention, how many of the first layers are recomputed in backward."""
+    """How the model runs."""
 
-    width: int
-    kernel: Kernel = "packed"
-    num_checkpointed: int = 0
+    itemsize: int  # bytes per number
+    kernel: Kernel = "varlen"
+    num_checkpointed: int = 0  # the first layers, which backward recomputes
     head_chunk_bytes: int = HEAD_CHUNK_BYTES["cuda"]
-    replayed: bool = False  # what is short enough, by model/graphs.py
+    cuda_graphs: bool = False  # replay micro-batches below MAX_GRAPH_ROWS
 
 
 @dataclass(frozen=True)
-class Layer:
-    """What one layer keeps for backward, by the part whose backward frees it."""
+class LayerActivations:
+    """Bytes that one layer keeps for backward, by the part whose backward frees them."""
 
-    attention: int  # its norm's input, q, k, v, and of packed kernels the output
-    feed_forward: int  # its norm's input, w1 x, w3 x
+    attention: int  # the norm's input, q, k, v, and the output of varlen kernels
+    feed_forward: int  # the norm's input, w1 x, w3 x
 
     @property
-    def kept(self) -> int:
+    def saved(self) -> int:
         return self.attention + self.feed_forward
 
 
@@ -158,8 +66,8 @@ class Activations:
     """Bytes at the worst moments of a micro-batch."""
 
     saved: int  # kept at the end of forward
-    head: int  # the output head's own need at the end of forward, above `saved`
-    backward: int  # above `saved` at the worst moment of backward; 0 where backward only falls
+    head: int  # needed by the output head at the end of forward, above `saved`
+    backward: int  # needed at the worst moment of backward, above `saved`
 
     @property
     def peak(self) -> int:
@@ -167,123 +75,143 @@ class Activations:
         return self.saved + max(self.head, self.backward)
 
 
-def layer(size: ModelSize, work: BatchShape, setting: RunShape, last: bool) -> Layer:
-    """Bytes that one layer keeps; in the last one only the wanted rows ask."""
-    width, rows = setting.width, work.rows
-    asking = work.wanted if last else rows
-    prompt = 2 * size.adapter_len * size.dim * width  # its keys and values
-    if setting.kernel == "packed":  # where few ask, q is spread over all rows, and kept twice
-        heads = (3 * rows + (asking if last else 0)) * size.dim * width + rows * size.n_heads * (
-            _widened(size) * width + 4
-        )
+def layer_activations(
+    config: ViCoConfig, batch: BatchShape, run: RunShape, last: bool
+) -> LayerActivations:
+    """What one layer keeps. In the last one only the wanted rows are query rows."""
+    dim, heads, itemsize = config.dim, config.n_heads, run.itemsize
+    rows = batch.num_rows
+    query_rows = batch.num_wanted_rows if last else rows
+    if run.kernel == "varlen":
+        # q, k and v. The last layer's q is spread over all rows, and kept twice.
+        qkv = (3 * rows + (query_rows if last else 0)) * dim * itemsize
+        # The kernel's output, and the log-sum-exp of each row and head.
+        output = rows * heads * (widened_head_dim(config.head_dim) * itemsize + FP32)
     else:
-        heads = (2 * rows + 2 * asking) * size.dim * width + asking * size.n_heads * 4
-    rotary = asking * size.head_dim * 4 if last else 0  # of the rows that ask, its own copy
-    attention = rows * (size.dim * width + 4) + heads + prompt + rotary
-    return Layer(attention, asking * ((size.dim + 2 * size.hidden_dim) * width + 4))
-
-
-def padded(work: BatchShape) -> BatchShape:
-    """A micro-batch as it is replayed (model/layout.py)."""
-    rows, more = -(-(work.rows + 1) // 128) * 128, work.keys - work.rows
-    multiple = max(256, 1 << max(0, more.bit_length() - 3))
-    return replace(work, rows=rows, keys=rows + -(-more // multiple) * multiple)
-
-
-def activations(size: ModelSize, work: BatchShape, setting: RunShape) -> Activations:
-    own = 0
-    if setting.replayed:
-        work = padded(work) if work.rows < REPLAYED_ROWS else work
-        # The stream and its gradient, rotary angles and prompts, at places that stay.
-        own = (
-            REPLAYED_ROWS * (2 * size.dim * setting.width + size.head_dim * 4)
-            + size.prompts * setting.width
-        )
-    full, last = layer(size, work, setting, last=False), layer(size, work, setting, last=True)
-    layers = [full] * (size.n_layers - 1) + [last]
-    stream = work.rows * size.dim * setting.width
-    kept = [stream if i < setting.num_checkpointed else each.kept for i, each in enumerate(layers)]
-    inputs = (
-        own + work.rows * size.head_dim * 4 + work.clips * size.num_slots * FEATURE_WIDTH * 4
-    )  # rotary angles, features
-    if setting.num_checkpointed:
-        inputs += size.prompts * setting.width
-    final_norm = work.wanted * (size.dim * setting.width + 4)
-    differences = (
-        work.targets * size.dim * setting.width
-    )  # of the output head, the gradient but for a factor
-    saved = sum(kept) + inputs + final_norm + differences
-    worst = max(inputs + below + top for below, top in _backward(size, work, setting, layers, kept))
-    return Activations(saved, _head(size, work, setting) - differences, max(0, worst - saved))
-
-
-def _head(size: ModelSize, work: BatchShape, setting: RunShape) -> int:
-    """Live at the worst moment of the output head's forward, besides what the layers keep."""
-    width, row = setting.width, size.dim * setting.width
-    row_logits = 4 * size.vocab_size
-    chunk = min(work.wanted, max(1, setting.head_chunk_bytes // row_logits))
-    following = min(chunk, work.wanted - chunk)  # rows of the second chunk, 0: there is none
-    half = (
-        row_logits * width // 4 if width < 4 else 0
-    )  # of a row, where the product is narrower than fp32
-    # The logits of one chunk are still held while those of the next are made.
-    in_loop = max(
-        chunk * (row_logits + half + row), chunk * row_logits + following * (row_logits + half)
+        qkv = (2 * rows + query_rows) * dim * itemsize
+        output = query_rows * (dim * itemsize + heads * FP32)
+    prompt_kv = 2 * config.adapter_len * dim * itemsize
+    # The last layer has its own copy of the query rows' rotary angles.
+    rotary = query_rows * config.head_dim * FP32 if last else 0
+    # A norm keeps its input, and one factor per row.
+    norm = dim * itemsize + FP32
+    return LayerActivations(
+        attention=rows * norm + qkv + output + prompt_kv + rotary,
+        feed_forward=query_rows * (norm + 2 * config.hidden_dim * itemsize),
     )
-    behind = (work.wanted % chunk or chunk) * row_logits + work.targets * (row + 12 * size.dim)
-    prompts = size.prompts * width
-    frames = work.clips * size.num_slots * size.dim * 8
-    return (
-        2 * work.wanted * row + prompts + frames + max(in_loop, behind)
-    )  # 2: h, and what the softmax expects of the weights
 
 
-def _backward(
-    size: ModelSize, work: BatchShape, setting: RunShape, layers: list[Layer], kept: list[int]
-) -> Iterator[tuple[int, int]]:
-    """(what the layers below keep, what this layer needs) for each layer's feed-forward and attention."""
-    width, below = setting.width, 0
-    small = (
-        2 * size.prompts * width + work.clips * size.num_slots * size.dim * 4
-    )  # gradients of the prompts and of the frames
-    for i, each in enumerate(layers):
-        asking = work.wanted if i + 1 == size.n_layers else work.rows
-        stream = asking * size.dim * width
-        again = (
-            work.rows * size.dim * width if i < setting.num_checkpointed else 0
-        )  # a recomputed layer's input, besides
-        # SwiGLU: the gradient that comes in, sigmoid, silu and two of its slope; the residual's gradient waits.
-        yield below, again + each.kept + stream + 5 * asking * size.hidden_dim * width + small
-        # Attention: where a block is one Function (packed kernels), what its feed-forward kept is still there.
-        kept_here = (
-            each.kept if setting.kernel == "packed" and i + 1 < size.n_layers else each.attention
-        )
-        yield (
-            below,
-            again
-            + kept_here
-            + 2 * stream
-            + _attention_backward(size, work, setting, asking)
-            + small,
-        )
-        below += kept[i]
+def padded(batch: BatchShape) -> BatchShape:
+    """The micro-batch as CUDA graphs replay it."""
+    keys = padded_keys(batch.num_rows, batch.num_keys)
+    return replace(batch, num_rows=padded_rows(batch.num_rows), num_keys=keys)
 
 
-def _attention_backward(size: ModelSize, work: BatchShape, setting: RunShape, asking: int) -> int:
-    if (
-        setting.kernel == "blocks"
-    ):  # fp32 throughout: gradients, and copies where the stream is narrower
-        copies = 0 if setting.width == 4 else 2 * work.rows + 3 * asking
-        return (2 * work.rows + asking + copies) * size.dim * 4
-    made_again = (
-        (3 * work.rows + 4 * work.keys) * size.n_heads * _widened(size) * setting.width
-    )  # q, k, v, all gradients
-    accumulator = (
-        work.rows * size.n_heads * (-(-_widened(size) // 32) * 32) * 4
-    )  # FlashAttention's fp32 sum of q's gradient
-    return made_again + accumulator
+def activations(config: ViCoConfig, batch: BatchShape, run: RunShape) -> Activations:
+    """Bytes at the worst moments of one micro-batch."""
+    inputs = 0
+    if run.cuda_graphs:
+        inputs += _graph_buffers(config, run)
+        if batch.num_rows < MAX_GRAPH_ROWS:
+            batch = padded(batch)
+    inputs += batch.num_rows * config.head_dim * FP32  # rotary angles
+    inputs += batch.num_clips * config.num_slots * FEATURE_WIDTH * FP32
+    if run.num_checkpointed:
+        inputs += config.num_prompt_parameters * run.itemsize
+
+    row_bytes = config.dim * run.itemsize
+    inner = layer_activations(config, batch, run, last=False)
+    layers = [inner] * (config.n_layers - 1)
+    layers.append(layer_activations(config, batch, run, last=True))
+    # A recomputed layer keeps its input alone.
+    stream = batch.num_rows * row_bytes
+    saved_by_layer = [
+        stream if i < run.num_checkpointed else layer.saved for i, layer in enumerate(layers)
+    ]
+    final_norm = batch.num_wanted_rows * (row_bytes + FP32)
+    # The output head keeps its input's gradient, up to a factor.
+    head_gradients = batch.num_targets * row_bytes
+    saved = sum(saved_by_layer) + inputs + final_norm + head_gradients
+    worst_backward = inputs + _backward_peak(config, batch, run, layers, saved_by_layer)
+    return Activations(
+        saved=saved,
+        head=_head_peak(config, batch, run) - head_gradients,
+        backward=max(0, worst_backward - saved),
+    )
 
 
-def _widened(size: ModelSize) -> int:
-    """Head width with the dimensions that hold gate2."""
-    return size.head_dim + 2 + -(size.head_dim + 2) % 8
+def _graph_buffers(config: ViCoConfig, run: RunShape) -> int:
+    """CUDA graphs' fixed buffers: the stream, its gradient, rotary angles and prompts."""
+    stream = 2 * config.dim * run.itemsize + config.head_dim * FP32
+    return MAX_GRAPH_ROWS * stream + config.num_prompt_parameters * run.itemsize
+
+
+def _head_peak(config: ViCoConfig, batch: BatchShape, run: RunShape) -> int:
+    """Live at the worst moment of the output head's forward, besides what the layers keep."""
+    row_bytes = config.dim * run.itemsize
+    logits = config.vocab_size * FP32  # of one row
+    # A product in half precision is copied to fp32.
+    half_logits = config.vocab_size * run.itemsize if run.itemsize < FP32 else 0
+    wanted = batch.num_wanted_rows
+    chunk_rows = min(wanted, max(1, run.head_chunk_bytes // logits))
+    next_chunk_rows = min(chunk_rows, wanted - chunk_rows)
+    last_chunk_rows = wanted % chunk_rows or chunk_rows
+    within_chunk = chunk_rows * (logits + half_logits + row_bytes)
+    # The logits of one chunk are still held while those of the next are computed.
+    between_chunks = chunk_rows * logits + next_chunk_rows * (logits + half_logits)
+    targets = batch.num_targets * (row_bytes + 3 * config.dim * FP32)
+    after_chunks = last_chunk_rows * logits + targets
+    prompts = config.num_prompt_parameters * run.itemsize
+    frames = 2 * batch.num_clips * config.num_slots * config.dim * FP32
+    # The head's input, and the weights' expectation under the softmax.
+    rows = 2 * wanted * row_bytes
+    return rows + prompts + frames + max(within_chunk, between_chunks, after_chunks)
+
+
+def _backward_peak(
+    config: ViCoConfig,
+    batch: BatchShape,
+    run: RunShape,
+    layers: list[LayerActivations],
+    saved_by_layer: list[int],
+) -> int:
+    """The most bytes of the layers at any moment of backward, without the inputs."""
+    row_bytes = config.dim * run.itemsize
+    prompt_gradients = 2 * config.num_prompt_parameters * run.itemsize
+    frame_gradients = batch.num_clips * config.num_slots * config.dim * FP32
+    peak = 0
+    saved_below = 0
+    for i, layer in enumerate(layers):
+        is_last = i + 1 == config.n_layers
+        query_rows = batch.num_wanted_rows if is_last else batch.num_rows
+        gradient = query_rows * row_bytes
+        held = saved_below + prompt_gradients + frame_gradients
+        if i < run.num_checkpointed:  # the layer's input, besides what it recomputes
+            held += batch.num_rows * row_bytes
+        # SwiGLU: the incoming gradient, sigmoid, silu and two tensors of its slope, while the
+        # gradient of the residual waits.
+        swiglu = gradient + 5 * query_rows * config.hidden_dim * run.itemsize
+        # With varlen kernels a block is one autograd Function: what its feed-forward kept is
+        # freed with the rest.
+        one_function = run.kernel == "varlen" and not is_last
+        saved_here = layer.saved if one_function else layer.attention
+        attention = 2 * gradient + _attention_backward(config, batch, run, query_rows)
+        peak = max(peak, held + layer.saved + swiglu, held + saved_here + attention)
+        saved_below += saved_by_layer[i]
+    return peak
+
+
+def _attention_backward(
+    config: LlamaConfig, batch: BatchShape, run: RunShape, query_rows: int
+) -> int:
+    """What the attention of one layer allocates in backward."""
+    if run.kernel == "blockwise":
+        # fp32 throughout: the gradients, and copies where the stream is narrower.
+        copies = 0 if run.itemsize == FP32 else 2 * batch.num_rows + 3 * query_rows
+        return (2 * batch.num_rows + query_rows + copies) * config.dim * FP32
+    head_dim = widened_head_dim(config.head_dim)
+    # q, k, v and all gradients are made again.
+    recomputed = (3 * batch.num_rows + 4 * batch.num_keys) * config.n_heads * head_dim
+    # FlashAttention sums the gradient of q in fp32.
+    accumulator = batch.num_rows * config.n_heads * round_up(head_dim, 32)
+    return recomputed * run.itemsize + accumulator * FP32

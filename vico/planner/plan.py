@@ -1,450 +1,209 @@
-"""What a run will need and how fast it can be, before anything is loaded: memory per GPU, ZeRO stage, token budget, speed.
+"""What a run needs before anything is loaded: ZeRO stage, recomputed layers and token budget.
 
-Bytes are counted (footprint.py), rates are modelled from datasheets (hardware.py) and a stated share of them. Nothing here
-imports torch, so that an answer comes at once.
+Bytes are counted (memory.py, zero3_trace.py), rates are modelled from datasheets (speed.py).
+Nothing here imports torch, so that an answer comes at once.
 """
 
-import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 from vico.errors import UserError
+from vico.model.config import QUANTIZED_BYTES
+from vico.planner.estimate import (
+    MemoryEstimate,
+    binary_search,
+    estimate_memory,
+    max_budget,
+    sized_ds_config,
+)
 from vico.planner.gpu_specs import GIB, VISIBLE_SHARE, Hardware, gpu_of_size
-from vico.planner.memory import (
-    BYTES,
-    QUANTIZED_BYTES,
-    Activations,
-    BatchShape,
-    ModelSize,
-    RunShape,
-    activations,
-)
-from vico.planner.zero3_trace import BLOCK, gathered_modules, live_bytes
+from vico.planner.request import MAX_TOKENS, STAGES, PlanRequest, Stage
+from vico.planner.speed import Speed, estimate_speed
 
-Stage = Literal["zero2", "zero3", "zero3_offload"]
-STAGES: tuple[Stage, ...] = ("zero2", "zero3", "zero3_offload")
-SHIPPED_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
-
-CONTEXT_BYTES = GIB // 2  # CUDA's context, cuBLAS's workspace
-COMMUNICATOR_BYTES = GIB // 2  # NCCL's buffers, where there is more than one GPU
-FRAGMENTATION = (
-    0.05  # of what is allocated and freed in every step: what PyTorch's allocator holds besides
-)
-EFFICIENCY = 0.5  # share of the datasheet's rate that the products reach: the goal for one H100, not a measurement
-LINK_SHARE = 0.8  # share of a link's datasheet rate that a gather reaches
-TOKEN_STEP = 64  # budgets are multiples of this
-MAX_TOKENS = 8192  # of a micro-batch; beyond, nothing gets faster
-NOMINAL_SIZES = (16, 24, 32, 40, 48, 80, 96, 141, 192)  # GiB of GPUs that can be had
-MAX_BUDGET = 2**17  # no budget above this is looked for
-KEYS_PER_ROW = 1.5  # rows that attention gathers; 1.35 with real lengths
-
-SIZES = {
-    size.name: size
-    for size in (
-        ModelSize("7B", 4096, 32, 32, 11008),
-        ModelSize("13B", 5120, 40, 40, 13824),
-        ModelSize("33B", 6656, 60, 52, 17920),
-        ModelSize("65B", 8192, 80, 64, 22016),
-        ModelSize("8B", 4096, 32, 32, 14336, vocab_size=128256, kv_heads=8),
-        ModelSize("70B", 8192, 80, 64, 28672, kv_heads=8),
-    )
-}
-
-
-@dataclass(frozen=True)
-class TokenLengths:
-    """Tokens of a question's sequences on average, and at most; training questions of the set."""
-
-    question: float
-    caption: float
-    longest: int  # question and caption together: --max_seq_len + --max_cap_len
-    questions: int
-
-    @property
-    def both(self) -> float:
-        return self.question + self.caption
-
-    @property
-    def target_share(self) -> float:
-        """Targets per token: an answer's four, and a caption but for its instruction, slots and first words."""
-        return (4 + max(0.0, self.caption - 31)) / self.both
-
-
-CAPTION_TOKENS = 194  # captions of 80 to 250 tokens, the instruction and the slots
-
-
-@dataclass(frozen=True)
-class PlanRequest:
-    """What is to be trained on what, and what the user has decided already (None: the planner does)."""
-
-    size: ModelSize
-    hardware: Hardware
-    lengths: TokenLengths
-    precision: str = "bf16"
-    batch_size: int = 8
-    accum_iter: int = 2
-    efficiency: float = EFFICIENCY
-    stage: Stage | None = None
-    checkpointed: int | None = None  # layers
-    max_tokens: int | None = None
-    quantize: str | None = None  # --quantize
-
-    @property
-    def batch_tokens(self) -> int:
-        """Of a micro-batch of --batch_size questions, on average, up to the next possible budget."""
-        return min(
-            MAX_TOKENS, math.ceil(self.batch_size * self.lengths.both / TOKEN_STEP) * TOKEN_STEP
-        )
-
-    @property
-    def longest_tokens(self) -> int:
-        """Of the longest question with its caption, up to the next possible budget."""
-        return math.ceil(self.lengths.longest / TOKEN_STEP) * TOKEN_STEP
-
-    @property
-    def step_tokens(self) -> float:
-        """Of one GPU's share of an optimizer step, on average."""
-        return self.batch_size * self.accum_iter * self.lengths.both
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes per GPU, by category. The head and backward have their worst moments one after the other: the larger one counts."""
-
-    weights: int
-    gathered: int
-    activations: int
-    head: int
-    backward: int
-    trainables: int
-    buckets: int
-    reserve: int
-    available: int
-    host: int  # per node, not on the GPU
-
-    @property
-    def total(self) -> int:
-        return (
-            self.weights
-            + self.gathered
-            + self.activations
-            + max(self.head, self.backward)
-            + self.trainables
-            + self.buckets
-            + self.reserve
-        )
-
-    @property
-    def spare(self) -> int:
-        return self.available - self.total
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Modelled. None where something it needs is not known."""
-
-    tokens_per_second: float  # real tokens, all GPUs
-    epoch_seconds: float
-    compute_seconds: float  # of a micro-batch
-    gather_seconds: float
+NOMINAL_SIZES = (16, 24, 32, 40, 48, 80, 96, 141, 192)  # GiB of GPUs on the market
+HELP_MARK = "; what would help: "  # in the message of a request that does not fit
 
 
 @dataclass(frozen=True)
 class Plan:
-    task: PlanRequest
+    request: PlanRequest
     stage: Stage
-    checkpointed: int
+    num_checkpointed: int
     largest_tokens: int  # the largest budget that fits
-    max_tokens: int  # the one to use
+    max_tokens: int  # the budget to use
     memory: MemoryEstimate
-    speed: Speed | None
-    unknown: str  # what the speed would need
+    speed: Speed | None  # None: a rate is unknown
+    unknown_rate: str
     ds_config: dict[str, Any]
 
     @property
     def checkpointing(self) -> str:
         """The value of --checkpoint_activations."""
-        return {0: "none", self.task.size.n_layers: "full"}.get(
-            self.checkpointed, str(self.checkpointed)
-        )
+        named = {0: "none", self.request.config.n_layers: "full"}
+        return named.get(self.num_checkpointed, str(self.num_checkpointed))
 
 
-def batch_shape(tokens: int, lengths: TokenLengths) -> BatchShape:
-    """A micro-batch of so many tokens, none of them shared: an upper bound of its rows."""
-    targets = math.ceil(tokens * lengths.target_share)
-    return BatchShape(
-        tokens, targets, targets, math.ceil(tokens / lengths.both), math.ceil(tokens * KEYS_PER_ROW)
-    )
+class Candidate(NamedTuple):
+    stage: Stage
+    num_checkpointed: int | None  # None: as few layers as the batch needs
 
 
-def ds_config(stage: Stage, size: ModelSize) -> dict[str, Any]:
-    """The shipped config, under ZeRO-3 with the prefetch of one decoder block of this model."""
-    config: dict[str, Any] = json.loads(
-        (SHIPPED_CONFIGS / f"{stage}.json").read_text(encoding="utf-8")
-    )
-    if stage != "zero2":
-        block = size.block + 2 * size.dim + 2 * size.n_heads
-        sized = {
-            "stage3_prefetch_bucket_size": block,
-            "stage3_max_live_parameters": 2 * block + size.head,
-        }
-        config["zero_optimization"] = {**config["zero_optimization"], **sized}
-    return config
-
-
-@lru_cache(maxsize=256)
-def _gathered(stage: Stage, size: ModelSize, width: int) -> int:
-    zero = ds_config(stage, size)["zero_optimization"]
-    whole = BLOCK in zero.get("leaf_module", {}).get("classes", ())
-    modules = gathered_modules(size, width, zero["stage3_param_persistence_threshold"], whole)
-    return live_bytes(
-        modules, zero["stage3_prefetch_bucket_size"], zero["stage3_max_live_parameters"]
-    )[1]
-
-
-@lru_cache(maxsize=16)
-def _buckets(stage: Stage) -> int:
-    zero = json.loads((SHIPPED_CONFIGS / f"{stage}.json").read_text(encoding="utf-8"))[
-        "zero_optimization"
-    ]
-    return 4 * zero["reduce_bucket_size"] * (2 if zero.get("overlap_comm") else 1)
-
-
-def memory(task: PlanRequest, stage: Stage, checkpointed: int, tokens: int) -> MemoryEstimate:
-    """Of one GPU in the middle of a step whose micro-batches have `tokens` tokens."""
-    size, ranks, width = task.size, task.hardware.ranks, BYTES[task.precision]
-    replayed = (
-        stage == "zero2" and not checkpointed and task.quantize is None and task.precision != "fp32"
-    )
-    setting = RunShape(width, num_checkpointed=checkpointed, replayed=replayed)
-    acts: Activations = activations(size, batch_shape(tokens, task.lengths), setting)
-    small = size.norms * width if stage != "zero2" else 0
-    whole = size.frozen_bytes(width, task.quantize)
-    share = {
-        "zero2": whole,
-        "zero3": math.ceil(size.frozen * width / ranks) + small,
-        "zero3_offload": small,
-    }[stage]
-    unpacked = (
-        size.dim * max(3 * size.dim, size.hidden_dim) * width if task.quantize else 0
-    )  # w1 alone; wq, wk and wv together
-    gathered = unpacked if stage == "zero2" else _gathered(stage, size, width)
-    trained = size.trainables * 4
-    # Weights and gradients whole below stage 3; the optimizer's copy, its two moments and the summed gradient by ranks.
-    optimizer = (
-        2 * trained + math.ceil(4 * trained / ranks)
-        if stage == "zero2"
-        else trained + math.ceil(6 * trained / ranks)
-    )
-    moving = acts.peak + gathered
-    reserve = (
-        CONTEXT_BYTES + (COMMUNICATOR_BYTES if ranks > 1 else 0) + math.ceil(FRAGMENTATION * moving)
-    )
-    host = size.frozen * width // task.hardware.nodes if stage == "zero3_offload" else 0
-    available = int(task.hardware.gpu.memory_gib * GIB)
-    return MemoryEstimate(
-        share,
-        gathered,
-        acts.saved,
-        acts.head,
-        acts.backward,
-        optimizer,
-        _buckets(stage),
-        reserve,
-        available,
-        host,
-    )
-
-
-def max_budget(task: PlanRequest, stage: Stage, checkpointed: int) -> int:
-    """The most tokens of a micro-batch that fit, a multiple of TOKEN_STEP; 0: not even a few do."""
-    low, high = 0, MAX_BUDGET // TOKEN_STEP + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = memory(task, stage, checkpointed, middle * TOKEN_STEP).spare >= 0
-        low, high = (middle, high) if fits else (low, middle)
-    return low * TOKEN_STEP
-
-
-def speed(
-    task: PlanRequest, stage: Stage, checkpointed: int, max_tokens: int
-) -> tuple[Speed | None, str]:
-    """(modelled speed, "") or (None, what is not known). Per micro-batch: the slower of products and gathers, which overlap."""
-    hardware, size = task.hardware, task.size
-    tflops = hardware.gpu.peak(task.precision)
-    if task.quantize is not None:
-        return None, f"how fast {hardware.gpu.name} unpacks weights"
-    if tflops is None:
-        return None, f"the rate of {hardware.gpu.name} in {task.precision}"
-    pieces = math.ceil(task.step_tokens / max_tokens)
-    tokens = task.step_tokens / pieces
-    layers = size.n_layers * size.block
-    flops = (
-        4 * (layers + size.head * task.lengths.target_share)
-        + 2 * layers * checkpointed / size.n_layers
-    )
-    compute, gather = flops * tokens / (tflops * 1e12 * task.efficiency), 0.0
-    if stage != "zero2":
-        rates = [hardware.gpu.link_gb] if hardware.gpus > 1 else []
-        rates += [hardware.network_gbit and hardware.network_gbit / 8] if hardware.nodes > 1 else []
-        if None in rates:
-            return (
-                None,
-                "the link between the GPUs (--link)"
-                if hardware.gpu.link_gb is None
-                else "the network of a node (--network)",
-            )
-        moved = 2 * size.frozen * BYTES[task.precision]
-        slowest = min((rate for rate in rates if rate), default=math.inf)
-        gather = moved * (hardware.ranks - 1) / hardware.ranks / (slowest * 1e9 * LINK_SHARE)
-        if stage == "zero3_offload":
-            if hardware.gpu.host_gb is None:
-                return None, f"the link of {hardware.gpu.name} to the host"
-            gather = max(gather, moved / hardware.ranks / (hardware.gpu.host_gb * 1e9 * LINK_SHARE))
-    rate = hardware.ranks * tokens / max(compute, gather)
-    return Speed(rate, task.lengths.questions * task.lengths.both / rate, compute, gather), ""
-
-
-def plan(task: PlanRequest) -> Plan:
-    """The best way that fits. Raises UserError, saying what is short and what would help, where none does."""
-    ways = [
-        way
-        for way in (_try_candidate(task, stage, n) for stage, n in _candidates(task))
-        if way is not None
-    ]
-    if not ways:
-        raise UserError(_shortage(task))
-    roomy = [way for way in ways if way.largest_tokens >= task.batch_tokens]
-    roomy = [
-        way for way in roomy if way.stage != "zero3_offload"
-    ] or roomy  # off-loading is the last resort
+def plan(request: PlanRequest) -> Plan:
+    """The best plan that fits. If none does, UserError says what is short and what would help."""
+    attempts = [_plan_candidate(request, candidate) for candidate in _candidates(request)]
+    plans = [attempt for attempt in attempts if attempt is not None]
+    if not plans:
+        raise UserError(_shortage(request))
+    roomy = [plan for plan in plans if plan.largest_tokens >= request.batch_tokens]
     if not roomy:
-        return max(ways, key=lambda way: way.largest_tokens)
-    if all(way.speed is not None for way in roomy):
-        # In hundredths, so that between equals the simpler one, which comes first, wins.
-        return max(
-            roomy,
-            key=lambda way: round(math.log(way.speed.tokens_per_second) * 50) if way.speed else 0,
-        )
-    return roomy[0]
+        return max(plans, key=lambda plan: plan.largest_tokens)
+    on_gpu = [plan for plan in roomy if plan.stage != "zero3_offload"]
+    return _fastest(on_gpu or roomy)  # off-loading is the last resort
 
 
-def _candidates(task: PlanRequest) -> list[tuple[Stage, int | None]]:
-    """Ways to run, the simplest first; None: as many recomputed layers as are needed."""
-    possible = STAGES if task.quantize is None else STAGES[:1]
-    stages = (
-        [task.stage]
-        if task.stage
-        else [s for s in possible if s != "zero3" or task.hardware.ranks > 1]
-    )
-    counts = [task.checkpointed] if task.checkpointed is not None else [0, None]
-    on_gpu: list[tuple[Stage, int | None]] = [
-        (s, n) for n in counts for s in stages if s != "zero3_offload"
-    ]
-    return on_gpu + [("zero3_offload", n) for n in counts if "zero3_offload" in stages]
+def _fastest(plans: list[Plan]) -> Plan:
+    """The first of the fastest, or the first of all if a speed is unknown."""
+    best, best_rank = plans[0], -math.inf
+    for plan in plans:
+        if plan.speed is None:
+            return plans[0]
+        # Speeds within 2 % count as equal: the simpler plan, which comes first, wins.
+        rank = round(math.log(plan.speed.tokens_per_second) * 50)
+        if rank > best_rank:
+            best, best_rank = plan, rank
+    return best
 
 
-def _try_candidate(task: PlanRequest, stage: Stage, checkpointed: int | None) -> Plan | None:
-    """The plan of this stage, or None where it does not fit."""
-    layers = task.size.n_layers
-    if checkpointed is None:
-        wanted = task.max_tokens or max(task.batch_tokens, task.longest_tokens)
-        low, high = (
-            0,
-            layers,
-        )  # the fewest layers with which the batch fits in one piece; all of them where none does
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (
-                (low, middle) if memory(task, stage, middle, wanted).spare >= 0 else (middle, high)
-            )
-        checkpointed = high
-    largest = max_budget(task, stage, checkpointed)
-    if task.max_tokens and memory(task, stage, checkpointed, task.max_tokens).spare >= 0:
-        largest = max(largest, task.max_tokens)  # which need not be a multiple
-    used = task.max_tokens or min(largest, MAX_TOKENS)
-    if largest < used or used < min(task.lengths.longest, task.max_tokens or MAX_BUDGET):
-        return None
-    needs = memory(task, stage, checkpointed, used)
-    if task.hardware.host_gib is not None and needs.host > task.hardware.host_gib * GIB:
-        return None
-    modelled, unknown = speed(task, stage, checkpointed, used)
-    return Plan(
-        task,
-        stage,
-        checkpointed,
-        largest,
-        used,
-        needs,
-        modelled,
-        unknown,
-        ds_config(stage, task.size),
-    )
-
-
-def _shortage(task: PlanRequest) -> str:
-    """One line: the way that comes nearest, by how much it fails, and what would help."""
-    tokens = task.max_tokens or task.longest_tokens
-    named = [(stage, task.size.n_layers if n is None else n) for stage, n in _candidates(task)]
-    nearest = [(memory(task, stage, n, tokens), stage, n) for stage, n in named]
-    best, stage, layers = max(nearest, key=lambda each: each[0].spare)
-    how = f"{stage}, {layers_named(layers, task.size)} recomputed, {tokens} tokens"
-    if best.spare >= 0:
-        short = f"needs {best.host / GIB:.1f} GiB of host memory per node and {task.hardware.host_gib:g} are there"
+def _candidates(request: PlanRequest) -> list[Candidate]:
+    """What to try, the simplest first and off-loading last."""
+    stages: list[Stage]
+    if request.stage is not None:
+        stages = [request.stage]
+    elif request.quantize is not None:
+        stages = ["zero2"]
     else:
-        short = f"needs {best.total / GIB:.1f} GiB per GPU and {best.available / GIB:.1f} are there, {-best.spare / GIB:.1f} GiB short"
-    return f"{task.size.name} on {task.hardware}: does not fit; {how} {short}; {_suggestions(task)}"
+        several_ranks = request.hardware.ranks > 1
+        stages = [stage for stage in STAGES if stage != "zero3" or several_ranks]
+    counts = [0, None] if request.num_checkpointed is None else [request.num_checkpointed]
+    candidates = [Candidate(stage, count) for count in counts for stage in stages]
+    return sorted(candidates, key=lambda candidate: candidate.stage == "zero3_offload")
 
 
-def layers_named(count: int, size: ModelSize) -> str:
+def _plan_candidate(request: PlanRequest, candidate: Candidate) -> Plan | None:
+    """The plan for this candidate, or None if it does not fit."""
+    stage, num_checkpointed = candidate
+    if num_checkpointed is None:
+        num_checkpointed = _fewest_checkpointed(request, stage)
+    largest = max_budget(request, stage, num_checkpointed)
+    if request.max_tokens is None:
+        tokens = min(largest, MAX_TOKENS)
+        if tokens < request.lengths.longest:
+            return None
+    else:
+        tokens = request.max_tokens
+    memory = estimate_memory(request, stage, num_checkpointed, tokens)
+    if memory.spare >= 0:
+        largest = max(largest, tokens)  # a given budget need not be a multiple of TOKEN_STEP
+    host_gib = request.hardware.host_gib
+    if largest < tokens or (host_gib is not None and memory.host > host_gib * GIB):
+        return None
+    speed, unknown_rate = estimate_speed(request, stage, num_checkpointed, tokens)
+    ds_config = sized_ds_config(stage, request.config)
+    return Plan(
+        request,
+        stage,
+        num_checkpointed,
+        largest,
+        tokens,
+        memory,
+        speed,
+        unknown_rate,
+        ds_config,
+    )
+
+
+def _fewest_checkpointed(request: PlanRequest, stage: Stage) -> int:
+    """The fewest layers to recompute so that the batch fits; all if it never does."""
+    tokens = request.max_tokens or max(request.batch_tokens, request.longest_tokens)
+
+    def fits(num_checkpointed: int) -> bool:
+        return estimate_memory(request, stage, num_checkpointed, tokens).spare >= 0
+
+    return binary_search(0, request.config.n_layers, fits)
+
+
+def _fits(request: PlanRequest) -> bool:
+    for candidate in _candidates(request):
+        if _plan_candidate(request, candidate) is not None:
+            return True
+    return False
+
+
+def _shortage(request: PlanRequest) -> str:
+    """One line: the candidate that comes nearest, what it lacks, and what would help."""
+    tokens, n_layers = request.max_tokens or request.longest_tokens, request.config.n_layers
+    best: MemoryEstimate | None = None
+    for stage, count in _candidates(request):
+        num_checkpointed = n_layers if count is None else count
+        memory = estimate_memory(request, stage, num_checkpointed, tokens)
+        if best is None or memory.spare > best.spare:
+            best = memory
+            layers = describe_layers(num_checkpointed, n_layers)
+            setting = f"{stage}, {layers} recomputed, {tokens} tokens"
+    assert best is not None
+    if best.spare >= 0:
+        need = f"{best.host / GIB:.1f} GiB of host memory per node"
+        lack = f"{request.hardware.host_gib:g} available"
+    else:
+        need = f"{best.total / GIB:.1f} GiB per GPU"
+        lack = f"{best.available / GIB:.1f} available, {-best.spare / GIB:.1f} GiB short"
     return (
-        "no layer"
-        if count == 0
-        else "all layers"
-        if count == size.n_layers
-        else f"{count} of {size.n_layers} layers"
+        f"{request.model} on {request.hardware}: does not fit; {setting} needs {need}, {lack}"
+        f"{HELP_MARK}{', or '.join(_suggestions(request))}"
     )
 
 
-def _suggestions(task: PlanRequest) -> str:
-    hardware = task.hardware
-    gpu = hardware.gpu
-    free = replace(task, hardware=replace(hardware, host_gib=None))
-    helps = ["more host memory"] if _fits(free) else []
-    more = (replace(hardware, gpus=hardware.gpus * factor) for factor in (2, 4, 8, 16))
-    larger = (
-        replace(hardware, gpu=gpu_of_size(gib))
-        for gib in NOMINAL_SIZES
-        if gib * VISIBLE_SHARE > gpu.memory_gib
-    )
-    if not helps:
-        found = (
-            next((machine for machine in machines if _fits(replace(task, hardware=machine))), None)
-            for machines in (more, larger)
-        )
-        helps = [str(machine) for machine in found if machine is not None]
-    if task.quantize is None and task.stage in (None, "zero2"):
-        helps += [
-            f"--quantize {kind}"
-            for kind in list(QUANTIZED_BYTES)
-            if _fits(replace(task, quantize=kind))
-        ][:1]
+def describe_layers(count: int, n_layers: int) -> str:
+    if count == 0:
+        return "no layer"
+    return "all layers" if count == n_layers else f"{count} of {n_layers} layers"
+
+
+def _suggestions(request: PlanRequest) -> list[str]:
+    """Changes that would each make the run fit; the last one is only worth a try."""
+    hardware = request.hardware
+    suggestions: list[str] = []
+    if _fits(replace(request, hardware=replace(hardware, host_gib=None))):
+        suggestions.append("more host memory")
+    else:
+        more_gpus = [replace(hardware, gpus=hardware.gpus * n) for n in (2, 4, 8, 16)]
+        visible_gib = hardware.gpu.memory_gib
+        sizes = [gib for gib in NOMINAL_SIZES if gib * VISIBLE_SHARE > visible_gib]
+        larger_gpus = [replace(hardware, gpu=gpu_of_size(gib)) for gib in sizes]
+        suggestions += _first_fitting(request, more_gpus) + _first_fitting(request, larger_gpus)
+    if request.quantize is None and request.stage in (None, "zero2"):
+        for kind in QUANTIZED_BYTES:
+            if _fits(replace(request, quantize=kind)):
+                suggestions.append(f"--quantize {kind}")
+                break
     forced = {
-        "--deepspeed": task.stage,
-        "--checkpoint_activations": task.checkpointed,
-        "--max_tokens": task.max_tokens,
+        "--deepspeed": request.stage,
+        "--checkpoint_activations": request.num_checkpointed,
+        "--max_tokens": request.max_tokens,
     }
     given = [flag for flag, value in forced.items() if value is not None]
-    helps.append(
-        f"leaving {' and '.join(given)} out"
-        if given
-        else "a shorter --max_cap_len or --max_seq_len"
-    )
-    return f"what would help: {', or '.join(helps)}"
+    if given:
+        suggestions.append(f"leaving out {' and '.join(given)}")
+    else:
+        suggestions.append("a shorter --max_cap_len or --max_seq_len")
+    return suggestions
 
 
-def _fits(task: PlanRequest) -> bool:
-    return any(_try_candidate(task, stage, n) is not None for stage, n in _candidates(task))
+def _first_fitting(request: PlanRequest, machines: Iterable[Hardware]) -> list[str]:
+    """The name of the first machine on which the run fits, or nothing."""
+    for hardware in machines:
+        if _fits(replace(request, hardware=hardware)):
+            return [str(hardware)]
+    return []

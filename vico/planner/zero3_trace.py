@@ -1,146 +1,165 @@
-"""How many bytes of gathered parameters ZeRO-3 holds at once: DeepSpeed's fetching, prefetching and releasing, replayed.
+"""How many bytes of gathered parameters ZeRO-3 holds at once.
 
-DeepSpeed 0.19.8 (partitioned_param_coordinator.py). A test holds the replay against the parameters that a real run holds.
+Simulates how DeepSpeed 0.19.8 fetches, prefetches and releases parameters
+(partitioned_param_coordinator.py). A test compares it with the parameters that a real run holds.
 """
 
+import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from vico.planner.memory import FEATURE_WIDTH, ModelSize
+from vico.model.config import ViCoConfig, block_shapes
 
-BLOCK = "vico.model.llama.Block"  # in a ds_config's leaf_module.classes: decoder blocks are gathered as one
+# In a ds_config's leaf_module.classes: ZeRO-3 gathers each decoder block as one module.
+BLOCK = "vico.model.llama.Block"
 
 
 @dataclass(frozen=True)
 class Parameter:
     name: str
     numel: int
-    width: int
+    itemsize: int
 
     @property
-    def size(self) -> int:
-        return self.numel * self.width
+    def num_bytes(self) -> int:
+        return self.numel * self.itemsize
 
 
 Module = tuple[Parameter, ...]
 
 
 def gathered_modules(
-    size: ModelSize, width: int, threshold: int, whole_blocks: bool
+    config: ViCoConfig, itemsize: int, threshold: int, whole_blocks: bool
 ) -> list[Module]:
-    """Modules in forward's order with the parameters that each gathers; those smaller than `threshold` always stay."""
-    kept = (
-        tuple(p for p in module if p.numel >= threshold)
-        for module in _modules(size, width, whole_blocks)
-    )
-    return [module for module in kept if module]
+    """Modules in forward's order, with the parameters that each gathers.
+
+    Parameters of fewer than `threshold` elements are left out: every rank keeps them whole.
+    """
+    gathered: list[Module] = []
+    for module in _modules(config, itemsize, whole_blocks):
+        large = tuple(parameter for parameter in module if parameter.numel >= threshold)
+        if large:
+            gathered.append(large)
+    return gathered
 
 
-def _modules(size: ModelSize, width: int, whole_blocks: bool) -> Iterator[Module]:
-    yield (Parameter("adapter_query", size.prompts, 4),)
-    yield (Parameter("visual_proj", FEATURE_WIDTH * size.dim, 4),)
-    yield (Parameter("temporal_emb", size.num_slots * size.dim, 4),)
-    yield (Parameter("tok_embeddings", size.head, width),)
-    for i in range(size.n_layers):
-        block = list(_block(size, width, i))
+def _modules(config: ViCoConfig, itemsize: int, whole_blocks: bool) -> Iterator[Module]:
+    for name in ("adapter_query", "visual_proj", "temporal_emb"):
+        yield (Parameter(name, math.prod(config.trainable_shapes[f"{name}.weight"]), 4),)
+    yield (Parameter("tok_embeddings", config.num_embedding_parameters, itemsize),)
+    for i in range(config.n_layers):
+        modules = _block_modules(config, itemsize, i)
         if whole_blocks:
-            yield tuple(dict.fromkeys(parameter for module in block for parameter in module))
+            parameters = [parameter for module in modules for parameter in module]
+            yield tuple(dict.fromkeys(parameters))  # each one once
         else:
-            yield from block
-    yield (Parameter("norm", size.dim, width),)
-    yield (Parameter("output", size.head, width),)
+            yield from modules
+    yield (Parameter("norm", config.dim, itemsize),)
+    yield (Parameter("output", config.num_embedding_parameters, itemsize),)
 
 
-def _block(size: ModelSize, width: int, place: int) -> Iterator[Module]:
-    """wk and wv run twice: for the stream and for the prompt."""
-    square, hidden = size.dim * size.dim, size.dim * size.hidden_dim
-    kv = size.dim * (size.kv_heads or size.n_heads) * size.head_dim
-    yield (Parameter(f"{place}.attention_norm", size.dim, width),)
-    yield tuple(Parameter(f"{place}.gate{g}", size.n_heads, 4) for g in (1, 2))
-    for name, numel in (
-        ("wq", square),
-        ("wk", kv),
-        ("wv", kv),
-        ("wk", kv),
-        ("wv", kv),
-        ("wo", square),
-    ):
-        yield (Parameter(f"{place}.{name}", numel, width),)
-    yield (Parameter(f"{place}.ffn_norm", size.dim, width),)
-    for name in ("w1", "w3", "w2"):
-        yield (Parameter(f"{place}.{name}", hidden, width),)
+def _block_modules(config: ViCoConfig, itemsize: int, index: int) -> list[Module]:
+    """Modules of one decoder block. wk and wv run twice: for the stream and for the prompt."""
+    shapes = block_shapes(config)
+
+    def frozen(name: str) -> Module:
+        return (Parameter(f"{index}.{name}", math.prod(shapes[f"{name}.weight"]), itemsize),)
+
+    gates = tuple(Parameter(f"{index}.gate{g}", config.n_heads, 4) for g in (1, 2))
+    linears = [frozen(f"attention.{name}") for name in "wq wk wv wk wv wo".split()]
+    swiglu = [frozen(f"feed_forward.{name}") for name in "w1 w3 w2".split()]
+    return [frozen("attention_norm"), gates, *linears, frozen("ffn_norm"), *swiglu]
 
 
 @dataclass
 class _Fetch:
-    """One all-gather. Its buffer is let go when all its parameters have been waited for; the first wait copies them all out."""
+    """One all-gather into one buffer.
+
+    The first wait copies all its parameters out. The buffer is freed when each was waited for.
+    """
 
     waiting: set[Parameter]
-    size: int
+    num_bytes: int
     arrived: bool = False
 
 
 class FetchSimulator:
-    def __init__(self, order: Sequence[Module], prefetch: int, most_live: int) -> None:
-        self._prefetch, self._most_live = prefetch, most_live
-        self._queue = deque(
-            (parameter, step) for step, module in enumerate(order) for parameter in module
-        )
-        self._last_use: dict[Parameter, int] = {}  # as far as the queue has been looked at
+    """DeepSpeed's parameter coordinator over one pass through `order`."""
+
+    def __init__(self, order: Sequence[Module], prefetch: int, max_live: int) -> None:
+        self._prefetch, self._max_live = prefetch, max_live
+        self._queue: deque[tuple[Parameter, int]] = deque()
+        for step, module in enumerate(order):
+            self._queue.extend((parameter, step) for parameter in module)
+        self._last_use: dict[Parameter, int] = {}  # as far as the queue has been read
         self._live: dict[Parameter, _Fetch] = {}
         self._fetches: list[_Fetch] = []
-        self.most_parameters = self.most_bytes = 0
+        self.peak_parameter_bytes = self.peak_bytes = 0
 
     def run(self, step: int, module: Module) -> None:
+        """Fetch a module's parameters, prefetch later ones, and release what is not used again."""
         self._fetch([parameter for parameter in module if parameter not in self._live])
         for parameter in module:
             fetch = self._live[parameter]
             fetch.arrived = True
-            self._note()
+            self._update_peaks()
             fetch.waiting.discard(parameter)
-        new = {parameter for parameter in module if self._last_use.get(parameter, -1) < step}
-        for _ in new:
-            parameter, use = self._queue.popleft()
-            self._last_use[parameter] = use
-        room = min(
-            self._prefetch, self._most_live - sum(parameter.numel for parameter in self._live)
-        )
-        ahead: list[Parameter] = []
-        while self._queue and sum(parameter.numel for parameter in ahead) < room:
-            parameter, use = self._queue.popleft()
-            self._last_use[parameter] = use
-            if parameter not in self._live and parameter not in ahead:
-                ahead.append(parameter)
-        self._fetch(ahead)
-        self._note()
-        for parameter in module:  # one whose next use a prefetch has passed over stays
+        self._fetch(self._next_parameters(step, module))
+        self._update_peaks()
+        for parameter in module:  # a parameter that the prefetch met again stays
             if self._last_use[parameter] <= step:
                 self._live.pop(parameter, None)
 
+    def _next_parameters(self, step: int, module: Module) -> list[Parameter]:
+        """Read the queue past `module`, and on until enough elements are to be prefetched."""
+        unread = {parameter for parameter in module if self._last_use.get(parameter, -1) < step}
+        for _ in unread:
+            self._read_queue()
+        room = min(self._prefetch, self._max_live - _num_elements(self._live))
+        ahead: list[Parameter] = []
+        while self._queue and _num_elements(ahead) < room:
+            parameter = self._read_queue()
+            if parameter not in self._live and parameter not in ahead:
+                ahead.append(parameter)
+        return ahead
+
+    def _read_queue(self) -> Parameter:
+        parameter, step = self._queue.popleft()
+        self._last_use[parameter] = step
+        return parameter
+
     def _fetch(self, parameters: list[Parameter]) -> None:
-        if parameters:
-            fetch = _Fetch(set(parameters), sum(parameter.size for parameter in parameters))
-            self._fetches = [*(f for f in self._fetches if f.waiting), fetch]
-            self._live |= dict.fromkeys(parameters, fetch)
+        if not parameters:
+            return
+        fetch = _Fetch(set(parameters), _num_bytes(parameters))
+        self._fetches = [*(other for other in self._fetches if other.waiting), fetch]
+        self._live |= dict.fromkeys(parameters, fetch)
 
-    def _note(self) -> None:
-        copies = sum(parameter.size for parameter, fetch in self._live.items() if fetch.arrived)
-        buffers = sum(fetch.size for fetch in self._fetches if fetch.waiting)
-        self.most_parameters = max(
-            self.most_parameters, sum(parameter.size for parameter in self._live)
-        )
-        self.most_bytes = max(self.most_bytes, copies + buffers)
+    def _update_peaks(self) -> None:
+        copied = [parameter for parameter, fetch in self._live.items() if fetch.arrived]
+        buffers = sum(fetch.num_bytes for fetch in self._fetches if fetch.waiting)
+        self.peak_parameter_bytes = max(self.peak_parameter_bytes, _num_bytes(self._live))
+        self.peak_bytes = max(self.peak_bytes, _num_bytes(copied) + buffers)
 
 
-def live_bytes(modules: Sequence[Module], prefetch: int, most_live: int) -> tuple[int, int]:
-    """The most bytes over forward and backward: of gathered parameters, and with the buffers that they arrive in.
+def _num_elements(parameters: Iterable[Parameter]) -> int:
+    return sum(parameter.numel for parameter in parameters)
 
-    DeepSpeed prefetches whole parameters until it has `prefetch` elements on their way, with each module anew, while fewer
-    than `most_live` elements are there in all. A recomputed block runs again on what backward has gathered for it.
+
+def _num_bytes(parameters: Iterable[Parameter]) -> int:
+    return sum(parameter.num_bytes for parameter in parameters)
+
+
+def live_bytes(modules: Sequence[Module], prefetch: int, max_live: int) -> tuple[int, int]:
+    """The most bytes over forward and backward: (of parameters, with their receive buffers).
+
+    With each module, DeepSpeed prefetches whole parameters until `prefetch` elements are on their
+    way, as long as fewer than `max_live` elements are live. A recomputed block runs again on
+    what backward has gathered for it.
     """
     order = [*modules, *reversed(modules)]
-    replay = FetchSimulator(order, prefetch, most_live)
+    simulator = FetchSimulator(order, prefetch, max_live)
     for step, module in enumerate(order):
-        replay.run(step, module)
-    return replay.most_parameters, replay.most_bytes
+        simulator.run(step, module)
+    return simulator.peak_parameter_bytes, simulator.peak_bytes

@@ -1,0 +1,196 @@
+"""The memory that a run takes per GPU: weights, activations, optimizer, buckets and reserves."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from vico.model.config import QUANTIZED_BYTES, LlamaConfig, ViCoConfig
+from vico.planner.gpu_specs import GIB
+from vico.planner.memory import FP32, ITEMSIZE, BatchShape, RunShape, activations
+from vico.planner.request import TOKEN_STEP, PlanRequest, Stage, TokenLengths
+from vico.planner.zero3_trace import BLOCK, gathered_modules, live_bytes
+
+SHIPPED_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+
+CONTEXT_BYTES = GIB // 2  # CUDA's context, cuBLAS's workspace
+COMMUNICATOR_BYTES = GIB // 2  # NCCL's buffers, with more than one GPU
+# What PyTorch's allocator holds beyond what each step allocates and frees.
+FRAGMENTATION = 0.05
+MAX_BUDGET = 2**17  # tokens; no larger budget is searched for
+KEYS_PER_ROW = 1.5  # rows that attention gathers; 1.35 with real lengths
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes per GPU, by category.
+
+    The head and backward have their worst moments one after the other: the larger one counts.
+    """
+
+    weights: int
+    gathered: int
+    activations: int
+    head: int
+    backward: int
+    trainables: int
+    buckets: int
+    reserve: int
+    available: int
+    host: int  # per node, not on the GPU
+
+    @property
+    def total(self) -> int:
+        kept = self.weights + self.gathered + self.activations + self.trainables + self.buckets
+        return kept + max(self.head, self.backward) + self.reserve
+
+    @property
+    def spare(self) -> int:
+        return self.available - self.total
+
+
+def batch_shape(tokens: int, lengths: TokenLengths) -> BatchShape:
+    """A micro-batch of `tokens` tokens, none of them shared: an upper bound of its rows."""
+    targets = math.ceil(tokens * lengths.target_share)
+    clips = math.ceil(tokens / lengths.both)
+    return BatchShape(tokens, targets, targets, clips, math.ceil(tokens * KEYS_PER_ROW))
+
+
+def sized_ds_config(stage: Stage, config: LlamaConfig) -> dict[str, Any]:
+    """The shipped ds_config; under ZeRO-3 it prefetches one decoder block of this model."""
+    ds_config = _shipped_config(stage)
+    if stage != "zero2":
+        norms, gates = 2 * config.dim, 2 * config.n_heads
+        block = config.num_block_parameters + norms + gates
+        zero = ds_config["zero_optimization"]
+        zero["stage3_prefetch_bucket_size"] = block
+        zero["stage3_max_live_parameters"] = 2 * block + config.num_embedding_parameters
+    return ds_config
+
+
+def _shipped_config(stage: Stage) -> dict[str, Any]:
+    text = (SHIPPED_CONFIGS / f"{stage}.json").read_text(encoding="utf-8")
+    ds_config: dict[str, Any] = json.loads(text)
+    return ds_config
+
+
+def estimate_memory(
+    request: PlanRequest, stage: Stage, num_checkpointed: int, tokens: int
+) -> MemoryEstimate:
+    """Of one GPU in the middle of a step whose micro-batches have `tokens` tokens."""
+    config, hardware = request.config, request.hardware
+    itemsize = ITEMSIZE[request.precision]
+    half_precision = request.precision != "fp32"
+    cuda_graphs = (
+        stage == "zero2" and not num_checkpointed and request.quantize is None and half_precision
+    )
+    run = RunShape(itemsize, num_checkpointed=num_checkpointed, cuda_graphs=cuda_graphs)
+    acts = activations(config, batch_shape(tokens, request.lengths), run)
+    gathered = _temporary_weight_bytes(request, stage)
+    reserve = CONTEXT_BYTES + math.ceil(FRAGMENTATION * (acts.peak + gathered))
+    if hardware.ranks > 1:
+        reserve += COMMUNICATOR_BYTES
+    host = 0
+    if stage == "zero3_offload":
+        host = config.num_parameters * itemsize // hardware.nodes
+    return MemoryEstimate(
+        weights=_weight_bytes(request, stage),
+        gathered=gathered,
+        activations=acts.saved,
+        head=acts.head,
+        backward=acts.backward,
+        trainables=_trainable_bytes(config, stage, hardware.ranks),
+        buckets=_bucket_bytes(stage),
+        reserve=reserve,
+        available=int(hardware.gpu.memory_gib * GIB),
+        host=host,
+    )
+
+
+def _weight_bytes(request: PlanRequest, stage: Stage) -> int:
+    """Frozen weights that a GPU holds all the time."""
+    config, itemsize = request.config, ITEMSIZE[request.precision]
+    if stage == "zero2":
+        return frozen_bytes(config, itemsize, request.quantize)
+    norms = config.num_norm_parameters * itemsize  # below the persistence threshold: whole
+    if stage == "zero3_offload":
+        return norms
+    return math.ceil(config.num_parameters * itemsize / request.hardware.ranks) + norms
+
+
+def frozen_bytes(config: LlamaConfig, itemsize: int, quantize: str | None = None) -> int:
+    """Of the backbone. --quantize shrinks the linear layers of its decoder blocks."""
+    if quantize is None:
+        return config.num_parameters * itemsize
+    linear = config.n_layers * config.num_block_parameters
+    rest = config.num_parameters - linear
+    return math.ceil(linear * QUANTIZED_BYTES[quantize]) + rest * itemsize
+
+
+def _temporary_weight_bytes(request: PlanRequest, stage: Stage) -> int:
+    """Frozen weights that a GPU holds for a moment: gathered by ZeRO-3, or dequantized."""
+    config, itemsize = request.config, ITEMSIZE[request.precision]
+    if stage != "zero2":
+        return _gathered_bytes(stage, config, itemsize)
+    if request.quantize is None:
+        return 0
+    # The larger of wq, wk and wv together, and w1 alone.
+    return config.dim * max(3 * config.dim, config.hidden_dim) * itemsize
+
+
+@lru_cache(maxsize=256)
+def _gathered_bytes(stage: Stage, config: ViCoConfig, itemsize: int) -> int:
+    zero = sized_ds_config(stage, config)["zero_optimization"]
+    whole_blocks = BLOCK in zero.get("leaf_module", {}).get("classes", ())
+    threshold = zero["stage3_param_persistence_threshold"]
+    modules = gathered_modules(config, itemsize, threshold, whole_blocks)
+    prefetch, max_live = zero["stage3_prefetch_bucket_size"], zero["stage3_max_live_parameters"]
+    _, with_buffers = live_bytes(modules, prefetch, max_live)
+    return with_buffers
+
+
+def _trainable_bytes(config: ViCoConfig, stage: Stage, num_ranks: int) -> int:
+    """Of the trainables, their gradients and the optimizer's state, all in fp32.
+
+    Below stage 3 each GPU has all weights and gradients. The ranks share the rest: the optimizer's
+    copy, its two moments and the summed gradient.
+    """
+    num_bytes = config.num_trainables * FP32
+    if stage == "zero2":
+        return 2 * num_bytes + math.ceil(4 * num_bytes / num_ranks)
+    return num_bytes + math.ceil(6 * num_bytes / num_ranks)
+
+
+@lru_cache(maxsize=16)
+def _bucket_bytes(stage: Stage) -> int:
+    zero = _shipped_config(stage)["zero_optimization"]
+    num_buckets: int = 2 if zero.get("overlap_comm") else 1
+    bucket_size: int = zero["reduce_bucket_size"]
+    return FP32 * bucket_size * num_buckets
+
+
+def max_budget(request: PlanRequest, stage: Stage, num_checkpointed: int) -> int:
+    """The most tokens per micro-batch that fit, a multiple of TOKEN_STEP; 0 if none does."""
+
+    def is_too_large(steps: int) -> bool:
+        return estimate_memory(request, stage, num_checkpointed, steps * TOKEN_STEP).spare < 0
+
+    largest = MAX_BUDGET // TOKEN_STEP
+    return TOKEN_STEP * (binary_search(0, largest + 1, is_too_large) - 1)
+
+
+def binary_search(low: int, high: int, is_enough: Callable[[int], bool]) -> int:
+    """The smallest number above `low` that is enough; `high` if no smaller one is.
+
+    Neither `low` nor `high` is tried. All numbers above one that is enough must be enough.
+    """
+    while high - low > 1:
+        middle = (low + high) // 2
+        if is_enough(middle):
+            high = middle
+        else:
+            low = middle
+    return high
