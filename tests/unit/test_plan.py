@@ -10,60 +10,87 @@ from typing import Any
 import pytest
 
 from support.errors import refusal
+from support.planning import VICO_CONFIGS, plan_request
 from support.processes import ROOT
-from vico.cli.plan import CASES, QUANTIZED_CASES, main, model_size, plan_case, table
+from vico.cli.plan import main, named_config
+from vico.cli.plan_text import CASES, QUANTIZED_CASES, TableCase, plan_case, table
 from vico.errors import UserError
-from vico.planner import plan as planner
+from vico.model.config import LLAMA_CONFIGS, LLAMA_VOCAB_SIZE, ViCoConfig
+from vico.planner.estimate import binary_search, estimate_memory
 from vico.planner.gpu_specs import GIB, GPUS, Hardware, detected_gpu, gpu_by_name, gpu_of_size
-from vico.planner.plan import SIZES, PlanRequest, TokenLengths
+from vico.planner.plan import plan
+from vico.planner.request import TOKEN_STEP
+from vico.planner.speed import estimate_speed
 from vico.train.ds_config import read_config
 
-LENGTHS = TokenLengths(96, 194, 544, 34132)
+SMALLEST = TableCase("7B", 1, 1, 16)
 
 
-def test_gpus_are_found_by_their_names() -> None:
+def run(capsys: pytest.CaptureFixture[str], flags: str) -> str:
+    assert main(flags.split()) == 0
+    return capsys.readouterr().out
+
+
+def run_json(capsys: pytest.CaptureFixture[str], flags: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(run(capsys, f"{flags} --json"))
+    return result
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir()
+    path.write_text(json.dumps(content))
+
+
+def test_gpu_names() -> None:
     for gpu in GPUS.values():
         assert gpu_by_name(gpu.name.lower()) is gpu
         for full in gpu.torch_names:
             assert gpu_by_name(full) is gpu
             assert detected_gpu(full, 80 * GIB) == replace(gpu, memory_gib=80.0)
     assert detected_gpu("NVIDIA of tomorrow", GIB).tflops is None
-    assert (
-        GPUS["V100-16"].peak("bf16") is None
-        and GPUS["H100"].peak("fp32") is None
-        and GPUS["H100"].peak("fp16") == 989
-    )
+    assert GPUS["V100-16"].peak("bf16") is None
+    assert GPUS["H100"].peak("fp32") is None
+    assert GPUS["H100"].peak("fp16") == 989
+
+
+@pytest.mark.parametrize("largest", [1, 2, 3, 40, 41])
+def test_binary_search(largest: int) -> None:
+    """The bounds are not tried: `high` is the answer if nothing below it is enough."""
+    for answer in range(1, largest + 1):
+        tried: list[int] = []
+
+        def is_enough(number: int, answer: int = answer, tried: list[int] = tried) -> bool:
+            tried.append(number)
+            return number >= answer
+
+        assert binary_search(0, largest, is_enough) == answer
+        assert all(0 < number < largest for number in tried)
 
 
 @pytest.mark.parametrize("case", [*CASES, *QUANTIZED_CASES], ids=str)
-def test_each_case_of_the_table_fits(case: tuple[Any, ...]) -> None:
-    plan = plan_case(*case)
-    task, stage, layers = plan.task, plan.stage, plan.checkpointed
-    assert plan.memory.spare >= 0 and plan.memory == planner.memory(
-        task, stage, layers, plan.max_tokens
-    )
-    assert planner.memory(task, stage, layers, plan.largest_tokens + planner.TOKEN_STEP).spare < 0
-    assert plan.max_tokens >= task.batch_tokens, "the published batch in one piece"
-    categories = plan.memory
-    parts = (
-        categories.weights
-        + categories.gathered
-        + categories.activations
-        + categories.trainables
-        + categories.buckets
-    )
-    assert (
-        categories.total == parts + max(categories.head, categories.backward) + categories.reserve
-    )
-    assert (stage == "zero2" and task.quantize is None) == (categories.gathered == 0)
-    assert task.quantize is None or stage == "zero2"
+def test_table_case_fits(case: TableCase) -> None:
+    result = plan_case(case)
+    request, stage, layers = result.request, result.stage, result.num_checkpointed
+    memory = result.memory
+    assert memory.spare >= 0
+    assert memory == estimate_memory(request, stage, layers, result.max_tokens)
+    too_many = result.largest_tokens + TOKEN_STEP
+    assert estimate_memory(request, stage, layers, too_many).spare < 0
+    assert result.max_tokens >= request.batch_tokens, "the published batch in one piece"
+    kept = memory.weights + memory.gathered + memory.activations
+    kept += memory.trainables + memory.buckets
+    assert memory.total == kept + max(memory.head, memory.backward) + memory.reserve
+    assert (stage == "zero2" and request.quantize is None) == (memory.gathered == 0)
+    assert request.quantize is None or stage == "zero2"
 
 
-def test_small_cards_hold_a_7b_at_the_published_batch() -> None:
-    on_24, on_16 = plan_case("7B", 1, 1, 24), plan_case("7B", 1, 1, 16)
-    assert on_24.checkpointed == 0 and on_24.stage == on_16.stage == "zero2"
-    assert on_16.checkpointed > 0
-    whole = planner.memory(on_16.task, "zero2", SIZES["7B"].n_layers, on_16.max_tokens)
+def test_small_gpus_hold_7b() -> None:
+    """At the published batch; on 16 GB with recomputed layers."""
+    on_24, on_16 = plan_case(TableCase("7B", 1, 1, 24)), plan_case(SMALLEST)
+    assert on_24.num_checkpointed == 0 and on_24.stage == on_16.stage == "zero2"
+    assert on_16.num_checkpointed > 0
+    n_layers = LLAMA_CONFIGS["7B"].n_layers
+    whole = estimate_memory(on_16.request, "zero2", n_layers, on_16.max_tokens)
     assert whole.activations < on_16.memory.activations and whole.spare > 0
 
 
@@ -90,127 +117,117 @@ def test_readme_has_rows_of_the_table() -> None:
     assert len(rows) >= 5 and set(rows) <= set(shown), rows
 
 
-def run(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    assert main(argv) == 0
-    return capsys.readouterr().out
-
-
-def test_what_is_forced_is_kept(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    flags = ("--model", "7B", "--gpu", "H100", "--gpus", "8")
-    free = json.loads(run(capsys, *flags, "--json"))
+def test_forced_choices_are_kept(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    flags, written = "--model 7B --gpu H100 --gpus 8", tmp_path / "z.json"
+    free = run_json(capsys, flags)
     assert (free["stage"], free["checkpointed_layers"]) == ("zero2", 0)
-    forced = (
-        *flags,
-        "--deepspeed",
-        "zero3",
-        "--checkpoint_activations",
-        "7",
-        "--max_tokens",
-        "1000",
-        "--write",
-        str(tmp_path / "z.json"),
-    )
-    plan = json.loads(run(capsys, *forced, "--json"))
-    assert (plan["stage"], plan["checkpointed_layers"], plan["max_tokens"]) == ("zero3", 7, 1000)
-    assert json.loads((tmp_path / "z.json").read_text()) == plan["ds_config"]
-    assert (
-        read_config(str(tmp_path / "z.json"), "bf16", 8, 2, 8)["zero_optimization"]["stage"] == 3
-    ), "training takes it"
-    assert (
-        plan["ds_config"]["zero_optimization"]["stage3_prefetch_bucket_size"] >= SIZES["7B"].block
-    )
-    full = json.loads(run(capsys, *flags, "--checkpoint_activations", "full", "--json"))
-    assert full["speed"]["tokens_per_second"] == pytest.approx(
-        free["speed"]["tokens_per_second"] * 2 / 3, rel=0.02
-    )
+    choices = f"--deepspeed zero3 --checkpoint_activations 7 --max_tokens 1000 --write {written}"
+    forced = run_json(capsys, f"{flags} {choices}")
+    assert forced["stage"] == "zero3"
+    assert (forced["checkpointed_layers"], forced["max_tokens"]) == (7, 1000)
+    assert json.loads(written.read_text()) == forced["ds_config"]
+    ds_config = read_config(str(written), "bf16", 8, 2, 8)
+    assert ds_config["zero_optimization"]["stage"] == 3, "training takes it"
+    prefetch = forced["ds_config"]["zero_optimization"]["stage3_prefetch_bucket_size"]
+    assert prefetch >= LLAMA_CONFIGS["7B"].num_block_parameters
+    full = run_json(capsys, f"{flags} --checkpoint_activations full")
+    expected = pytest.approx(free["speed"]["tokens_per_second"] * 2 / 3, rel=0.02)
+    assert full["speed"]["tokens_per_second"] == expected
 
 
-def test_text_names_what_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "n/a: not known is the rate of 24 GB" in run(capsys, "--gpu_memory", "24")
-    assert "n/a: not known is the rate of V100-32 in bf16" in run(capsys, "--gpu", "V100-32")
-    assert "the network of a node (--network)" in run(
-        capsys, "--model", "65B", "--gpu", "H100", "--gpus", "8", "--nodes", "2"
-    )
-    assert "the link between the GPUs (--link)" in run(
-        capsys, "--model", "65B", "--gpu", "L40S", "--gpus", "8"
-    )
-    assert "tokens/s" in run(
-        capsys, "--model", "65B", "--gpu", "L40S", "--gpus", "8", "--link", "20"
-    )
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--gpu_memory 24", "n/a: the rate of 24 GB in bf16 is unknown"),
+        ("--gpu V100-32", "n/a: the rate of V100-32 in bf16 is unknown"),
+        ("--gpu H100 --quantize nf4", "n/a: how fast H100 dequantizes weights is unknown"),
+        ("--model 65B --gpu H100 --gpus 8 --nodes 2", "the network of a node (--network)"),
+        ("--model 65B --gpu L40S --nodes 8 --link 1", "the network of a node (--network)"),
+        ("--model 65B --gpu L40S --gpus 8", "the link between the GPUs (--link)"),
+        ("--model 65B --gpu L40S --gpus 8 --link 20", "tokens/s"),
+    ],
+)
+def test_unknown_rate(flags: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert expected in run(capsys, flags)
 
 
 def test_speed_is_the_slower_of_products_and_gathers() -> None:
-    task = PlanRequest(SIZES["7B"], Hardware(GPUS["H100"]), LENGTHS)
-    alone, _ = planner.speed(task, "zero2", 0, 8192)
-    assert alone is not None and alone.tokens_per_second == pytest.approx(
-        989e12 / 2 / 26.2e9, rel=0.01
-    )
-    slow = replace(task, hardware=Hardware(GPUS["H100"], 8, 2, network_gbit=10.0))
-    bound, _ = planner.speed(slow, "zero3", 0, 8192)
-    assert bound is not None and bound.gather_seconds == pytest.approx(
-        2 * 2 * SIZES["7B"].frozen * 15 / 16 / (1.25e9 * 0.8)
-    )
+    request = plan_request("7B", Hardware(GPUS["H100"]))
+    alone, _ = estimate_speed(request, "zero2", 0, 8192)
+    assert alone is not None
+    assert alone.tokens_per_second == pytest.approx(989e12 / 2 / 26.2e9, rel=0.01)
+    slow = replace(request, hardware=Hardware(GPUS["H100"], 8, 2, network_gbit=10.0))
+    bound, _ = estimate_speed(slow, "zero3", 0, 8192)
+    num_bytes = 2 * 2 * LLAMA_CONFIGS["7B"].num_parameters
+    assert bound is not None
+    assert bound.gather_seconds == pytest.approx(num_bytes * 15 / 16 / (1.25e9 * 0.8))
     assert bound.tokens_per_second == pytest.approx(16 * slow.step_tokens / bound.gather_seconds)
 
 
-def test_a_folder_is_planned_as_its_size(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    """No weights lie there."""
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    (folder / "params.json").write_text(
-        json.dumps(
-            {"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "vocab_size": -1}
-        )
-    )
-    assert model_size(str(folder)) == replace(SIZES["7B"], name="mine", kv_heads=32)
-    hugging_face = tmp_path / "hf"
-    hugging_face.mkdir()
-    shape = {
+def test_folder_of_weights(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Its params.json or config.json is enough: no weights lie there."""
+    params = {"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "vocab_size": -1}
+    write_json(tmp_path / "mine" / "params.json", params)
+    name, meta = named_config(str(tmp_path / "mine"))
+    assert name == "mine"
+    assert meta == replace(LLAMA_CONFIGS["7B"], vocab_size=-1, n_kv_heads=32)
+    assert ViCoConfig.from_llama(meta).vocab_size == LLAMA_VOCAB_SIZE
+    hugging_face_config = {
+        "model_type": "llama",
         "hidden_size": 4096,
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
+        "num_key_value_heads": 8,
         "intermediate_size": 14336,
         "vocab_size": 128256,
     }
-    (hugging_face / "config.json").write_text(
-        json.dumps({"model_type": "llama", "num_key_value_heads": 8, **shape})
-    )
-    assert model_size(str(hugging_face)) == replace(SIZES["8B"], name="hf")
-    assert "mine" in run(capsys, "--model", str(folder), "--gpu_memory", "24")
+    write_json(tmp_path / "hf" / "config.json", hugging_face_config)
+    name, hugging_face = named_config(str(tmp_path / "hf"))
+    known = LLAMA_CONFIGS["8B"]
+    assert name == "hf"
+    assert replace(hugging_face, norm_eps=known.norm_eps) == known
+    mine = run_json(capsys, f"--model {tmp_path / 'mine'} --gpu_memory 24")["model"]
+    named = run_json(capsys, "--model 7B --gpu_memory 24")["model"]
+    assert mine == {**named, "name": "mine", "kv_heads": 32}
+    assert "mine" in run(capsys, f"--model {tmp_path / 'mine'} --gpu_memory 24")
 
 
-def test_mistakes_are_one_line() -> None:
-    assert "did you mean 'H100'" in refusal(main, ["--gpu", "H1O0"])
-    assert "--gpu or --gpu_memory is missing" in refusal(main, [])
-    assert "a folder with params.json" in refusal(main, ["--model", "9B", "--gpu", "H100"])
-    assert "from 1 to 32" in refusal(main, ["--gpu", "H100", "--checkpoint_activations", "33"])
-    assert "whole number" in refusal(main, ["--gpu", "H100", "--gpus", "1.5"])
-    nothing = refusal(main, ["--model", "65B", "--gpu_memory", "6"])
-    assert (
-        "65B on 1 x 6 GB: does not fit" in nothing
-        and "GiB short" in nothing
-        and "what would help: " in nothing
-    )
-    host = refusal(main, ["--model", "33B", "--gpu_memory", "24", "--host_memory", "32"])
-    assert (
-        "60.6 GiB of host memory per node and 32 are there; what would help: more host memory"
-        in host
-    )
-    forced = refusal(main, ["--model", "65B", "--gpu_memory", "40", "--deepspeed", "zero2"])
-    assert "leaving --deepspeed out" in forced
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--gpu H1O0", "did you mean 'H100'"),
+        ("", "--gpu or --gpu_memory is missing"),
+        ("--model 9B --gpu H100", "a folder with params.json"),
+        ("--gpu H100 --checkpoint_activations 33", "from 1 to 32"),
+        ("--gpu H100 --gpus 1.5", "--gpus: 1.5 must be a whole number (see vico plan --help)"),
+        ("--gpu H100 --efficiency 2", "--efficiency: 2 must be 0.001 to 1"),
+        ("--gpu H100 --caption_tokens x", "--caption_tokens: 'x' is not a number"),
+        ("--gpu H100 --gpuss 2", "unknown flag --gpuss; did you mean '--gpus'?"),
+        ("--gpu H100 8", "unexpected word '8': a value follows a --flag"),
+        ("--model 65B --gpu_memory 6", "65B on 1 x 6 GB: does not fit"),
+        ("--model 65B --gpu_memory 6", "GiB short; what would help: "),
+        (
+            "--model 33B --gpu_memory 24 --host_memory 32",
+            "60.6 GiB of host memory per node, 32 available; what would help: more host memory",
+        ),
+        ("--model 65B --gpu_memory 40 --deepspeed zero2", "leaving out --deepspeed"),
+    ],
+)
+def test_refusals_are_one_line(flags: str, expected: str) -> None:
+    assert expected in refusal(main, flags.split())
 
 
-def test_what_helps_does_help() -> None:
-    task = PlanRequest(SIZES["65B"], Hardware(gpu_of_size(6)), LENGTHS)
+def test_suggestions_help() -> None:
+    request = plan_request("65B", Hardware(gpu_of_size(6)))
     with pytest.raises(UserError, match="1 x 16 GB"):
-        planner.plan(task)
-    assert planner.plan(replace(task, hardware=Hardware(gpu_of_size(16)))).memory.total < 16 * GIB
+        plan(request)
+    larger = replace(request, hardware=Hardware(gpu_of_size(16)))
+    assert plan(larger).memory.total < 16 * GIB
 
 
 def test_answers_without_torch() -> None:
-    code = "import sys; from vico.cli.main import main; code = main(['plan', '--model', '65B', '--gpu', 'H100', '--gpus', '8'])"
+    command = ["plan", *"--model 65B --gpu H100 --gpus 8".split()]
+    code = f"import sys; from vico.cli.main import main; code = main({command})"
     done = subprocess.run(
         [sys.executable, "-c", f"{code}; sys.exit(code or 'torch' in sys.modules)"],
         cwd=ROOT,
@@ -219,3 +236,9 @@ def test_answers_without_torch() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "zero3" in done.stdout
+
+
+@pytest.mark.parametrize("model", sorted(VICO_CONFIGS))
+def test_named_models_have_their_published_width(model: str) -> None:
+    widths = {"7B": 11008, "13B": 13824, "33B": 17920, "65B": 22016, "8B": 14336, "70B": 28672}
+    assert LLAMA_CONFIGS[model].hidden_dim == widths[model]

@@ -1,4 +1,4 @@
-"""What a run trains under when it names no ds_config: the planner's choice for the GPUs that came, or the CPU's."""
+"""The ds_config of a run that names none: the planner's for its GPUs, or ZeRO-2 on CPUs."""
 
 import json
 import re
@@ -8,105 +8,95 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_memory import SHAPES
 
 from support.errors import refusal
-from vico.cli.plan import CASES
+from support.planning import LENGTHS, VICO_CONFIGS, plan_request
+from vico.cli.plan_text import CASES, TableCase
 from vico.distributed import topology
 from vico.errors import UserError
-from vico.planner import plan as planner
+from vico.model.config import LLAMA_CONFIGS
+from vico.planner.estimate import sized_ds_config
 from vico.planner.gpu_specs import GIB, GPUS, Hardware, gpu_by_name, gpu_of_size
+from vico.planner.plan import plan
+from vico.planner.request import STAGES
 from vico.train import zero_stage
 from vico.train.config import RunConfig
 from vico.train.ds_config import read_config
 from vico.train.zero_stage import Choice, choose
 
-PUBLISHED: dict[str, Any] = {
-    "batch_size": 8,
-    "accum_iter": 2,
-    "max_seq_len": 160,
-    "max_cap_len": 384,
-}
+PUBLISHED: dict[str, Any] = dict(batch_size=8, accum_iter=2, max_seq_len=160, max_cap_len=384)
+OFFLOADED = "ZeRO-3 with weights in the host's memory"
 
 
-def chosen(model: str, hardware: Hardware | None, training: bool = True, **flags: Any) -> Choice:
-    ranks = hardware.ranks if hardware else 2
-    return choose(
-        RunConfig(model=model, **{**PUBLISHED, **flags}), SHAPES[model], ranks, hardware, training
-    )
+def choice(model: str, hardware: Hardware | None, training: bool = True, **flags: Any) -> Choice:
+    num_ranks = hardware.ranks if hardware else 2
+    config = RunConfig(model=model, **{**PUBLISHED, **flags})
+    return choose(config, LLAMA_CONFIGS[model], num_ranks, hardware, training)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_run_gets_the_stage_of_the_table(case: tuple[str, int, int, float | str]) -> None:
-    """With the table's --max_tokens and recomputed layers, a run on that machine gets that ds_config."""
-    model, nodes, gpus, gpu = case
-    hardware = Hardware(gpu_by_name(gpu) if isinstance(gpu, str) else gpu_of_size(gpu), gpus, nodes)
-    free = planner.plan(
-        planner.PlanRequest(
-            planner.SIZES[model], hardware, planner.TokenLengths(96, 194, 544, 34132)
-        )
+def test_a_run_gets_the_stage_of_the_table(case: TableCase) -> None:
+    """With the table's --max_tokens and recomputed layers, on the table's machine."""
+    gpu = gpu_by_name(case.gpu) if isinstance(case.gpu, str) else gpu_of_size(case.gpu)
+    hardware = Hardware(gpu, case.gpus, case.nodes)
+    free = plan(plan_request(case.model, hardware))
+    chosen = choice(
+        case.model,
+        hardware,
+        checkpoint_activations=free.checkpointing,
+        max_tokens=free.max_tokens,
     )
-    found = chosen(
-        model, hardware, checkpoint_activations=free.checkpointing, max_tokens=free.max_tokens
-    )
-    assert (
-        f"the planner expects {free.memory.total / GIB:.1f} of " in found.name and found.notes == ()
-    )
-    zero, planned = found.ds_config["zero_optimization"], free.ds_config["zero_optimization"]
-    assert zero == planned and "auto" not in json.dumps(found.ds_config)
-    assert found.ds_config["train_batch_size"] == 16 * hardware.ranks
+    assert f"the planner expects {free.memory.total / GIB:.1f} of " in chosen.name
+    assert chosen.notes == ()
+    assert chosen.ds_config["zero_optimization"] == free.ds_config["zero_optimization"]
+    assert "auto" not in json.dumps(chosen.ds_config)
+    assert chosen.ds_config["train_batch_size"] == 16 * hardware.ranks
 
 
-def test_what_a_run_does_not_name_changes_the_choice() -> None:
-    on_16 = chosen("7B", Hardware(gpu_of_size(16)))
-    assert on_16.name.startswith("ZeRO-3 with weights in the host's memory")
-    free = planner.plan(
-        planner.PlanRequest(
-            planner.SIZES["7B"],
-            Hardware(gpu_of_size(16)),
-            planner.TokenLengths(96, 194, 544, 34132),
-        )
-    )
-    how = f"--checkpoint_activations {free.checkpointing} --max_tokens {free.max_tokens} (under zero2)"
-    assert free.checkpointed > 0 and on_16.notes == (f"faster, as weights stay on the GPU: {how}",)
-    assert chosen("7B", Hardware(gpu_of_size(16)), checkpoint_activations="full").name.startswith(
-        "ZeRO-2 ("
-    )
-    assert chosen("7B", Hardware(gpu_of_size(16)), training=False).name.startswith("ZeRO-2 ("), (
-        "an evaluation keeps nothing for backward"
-    )
+def test_recomputation_avoids_off_loading() -> None:
+    """A note names the flags that keep the weights on the GPU."""
+    small = Hardware(gpu_of_size(16))
+    on_16 = choice("7B", small)
+    assert on_16.name.startswith(OFFLOADED)
+    free = plan(plan_request("7B", small))
+    flags = f"--checkpoint_activations {free.checkpointing} --max_tokens {free.max_tokens}"
+    assert free.num_checkpointed > 0
+    assert on_16.notes == (f"faster, as weights stay on the GPU: {flags} (under zero2)",)
+    assert choice("7B", small, checkpoint_activations="full").name.startswith("ZeRO-2 (")
 
 
-def test_what_seems_too_large_is_tried_and_said() -> None:
-    large = chosen("65B", Hardware(GPUS["H100"], 8), batch_size=64)
+def test_evaluation_keeps_nothing_for_backward() -> None:
+    small = Hardware(gpu_of_size(16))
+    assert choice("7B", small, training=False).name.startswith("ZeRO-2 (")
+
+
+def test_a_run_that_seems_too_large_is_tried() -> None:
+    """With a warning that names what fits."""
+    large = choice("65B", Hardware(GPUS["H100"], 8), batch_size=64)
     assert large.ds_config["zero_optimization"]["stage"] == 3
-    assert len(large.notes) == 1 and large.notes[0].startswith(
-        "warning: memory may run out: 65B on 8 x H100: does not fit; "
-    )
-    assert re.search(
-        r"; what fits: --checkpoint_activations \d+ --max_tokens 8192 \(under zero3\)$",
-        large.notes[0],
-    )
-    assert "offload_param" in chosen("65B", Hardware(gpu_of_size(8))).ds_config["zero_optimization"]
+    (note,) = large.notes
+    assert note.startswith("warning: memory may run out: 65B on 8 x H100: does not fit; ")
+    remedy = r"; what fits: --checkpoint_activations \d+ --max_tokens 8192 \(under zero3\)$"
+    assert re.search(remedy, note)
+    assert "offload_param" in choice("65B", Hardware(gpu_of_size(8))).ds_config["zero_optimization"]
 
 
-def test_more_layers_than_there_are_is_refused() -> None:
-    assert (
-        refusal(chosen, "7B", None, checkpoint_activations="33")
-        == "--checkpoint_activations 33: the model has 32 layers; full means all"
-    )
+def test_more_recomputed_layers_than_the_model_has() -> None:
+    said = refusal(choice, "7B", None, checkpoint_activations="33")
+    assert said == "--checkpoint_activations 33: the model has 32 layers; full means all"
 
 
-def test_a_cpu_gets_zero2_and_a_name_is_kept() -> None:
-    assert (
-        chosen("7B", None).name
-        == "ZeRO-2 (no --deepspeed is named and there is no GPU to plan for)"
-    )
-    assert chosen("7B", Hardware(GPUS["H100"]), deepspeed="zero3").name == "ZeRO-3"
+def test_a_cpu_gets_zero2() -> None:
+    on_cpu = choice("7B", None)
+    assert on_cpu.name == "ZeRO-2 (no --deepspeed is named and there is no GPU to plan for)"
+
+
+def test_a_named_config_is_kept() -> None:
+    assert choice("7B", Hardware(GPUS["H100"]), deepspeed="zero3").name == "ZeRO-3"
 
 
 @pytest.mark.parametrize(
-    ("name", "sizes", "ahead"),
+    ("name", "models", "blocks_ahead"),
     [
         ("zero2", "7B 13B", 0),
         ("zero3", "33B 65B", 1),
@@ -114,77 +104,65 @@ def test_a_cpu_gets_zero2_and_a_name_is_kept() -> None:
         ("zero3_offload", "13B", 1),
     ],
 )
-def test_shipped_configs_have_the_sizes_of_what_they_are_for(
-    name: str, sizes: str, ahead: int
-) -> None:
-    """One bucket for all gradients; under ZeRO-3 so many decoder blocks are gathered ahead, and no more than one beside them and a head."""
+def test_shipped_configs_fit_their_models(name: str, models: str, blocks_ahead: int) -> None:
+    """One bucket holds all gradients.
+
+    Under ZeRO-3 `blocks_ahead` decoder blocks are prefetched, and no more than one beside them and
+    the output head are live.
+    """
     zero = read_config(name, "bf16", 8, 2, 8)["zero_optimization"]
-    assert zero["stage"] == (3 if ahead else 2)
-    assert (
-        max(planner.SIZES[size].trainables for size in sizes.split())
-        <= zero["reduce_bucket_size"]
-        < 15e6
-    )
-    for size in (planner.SIZES[each] for each in sizes.split()):
-        if ahead:
-            block = planner.ds_config("zero3", size)["zero_optimization"][
-                "stage3_prefetch_bucket_size"
-            ]
-            assert ahead * block <= zero["stage3_prefetch_bucket_size"]
-            assert (ahead + 1) * block + size.head <= zero["stage3_max_live_parameters"]
+    configs = [VICO_CONFIGS[model] for model in models.split()]
+    assert zero["stage"] == (3 if blocks_ahead else 2)
+    assert max(config.num_trainables for config in configs) <= zero["reduce_bucket_size"] < 15e6
+    if not blocks_ahead:
+        return
+    for config in configs:
+        sized = sized_ds_config("zero3", config)["zero_optimization"]
+        block = sized["stage3_prefetch_bucket_size"]
+        assert blocks_ahead * block <= zero["stage3_prefetch_bucket_size"]
+        live = (blocks_ahead + 1) * block + config.num_embedding_parameters
+        assert live <= zero["stage3_max_live_parameters"]
 
 
-def test_the_smallest_gpu_and_the_emptiest_host_count() -> None:
+def test_hardware_is_the_smallest_of_all_ranks() -> None:
     first = topology.Member(0, "n0", "NVIDIA H100 80GB HBM3", "a", 2, False, 2, 80 * GIB, 500 * GIB)
-    members = [
-        first,
-        replace(first, rank=1, gpu="b"),
-        replace(first, rank=2, host="n1", gpu="c", gpu_bytes=40 * GIB, host_bytes=100 * GIB),
-    ]
-    assert zero_stage.hardware(members) == Hardware(
-        replace(GPUS["H100"], memory_gib=40.0), 1, 2, host_gib=100.0
-    )
-    assert zero_stage.hardware([first, topology.Member(1, "n1", "cpu", None, 0, True, 1)]) is None
+    small = replace(first, rank=2, host="n1", gpu="c", gpu_bytes=40 * GIB, host_bytes=100 * GIB)
+    expected = Hardware(replace(GPUS["H100"], memory_gib=40.0), 1, 2, host_gib=100.0)
+    assert zero_stage.hardware([first, replace(first, rank=1, gpu="b"), small]) == expected
+    on_cpu = topology.Member(1, "n1", "cpu", None, 0, True, 1)
+    assert zero_stage.hardware([first, on_cpu]) is None
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_every_task_is_planned_or_refused_in_words(data: st.DataObject) -> None:
-    """Budgets that are no multiple of the step, hosts with little memory, stages and layers that are forced."""
+def test_every_request_is_planned_or_refused(data: st.DataObject) -> None:
+    """Budgets that are no multiple of the step, small hosts, forced stages and layers."""
     draw = data.draw
-    size = planner.SIZES[draw(st.sampled_from(sorted(planner.SIZES)))]
-    host = draw(st.sampled_from([None, 16, 500]))
-    hardware = Hardware(
-        gpu_of_size(draw(st.integers(2, 90))),
-        draw(st.sampled_from([1, 8])),
-        draw(st.sampled_from([1, 2])),
-        None,
-        host,
+    model = draw(st.sampled_from(sorted(LLAMA_CONFIGS)))
+    host_gib = draw(st.sampled_from([None, 16, 500]))
+    gpu = gpu_of_size(draw(st.integers(2, 90)))
+    gpus, nodes = draw(st.sampled_from([1, 8])), draw(st.sampled_from([1, 2]))
+    caption, longest = draw(st.sampled_from([0, 194])), draw(st.integers(150, 1500))
+    stage = draw(st.sampled_from([None, *STAGES]))
+    layers = draw(st.sampled_from([None, 0, 20, LLAMA_CONFIGS[model].n_layers]))
+    budget = draw(st.none() | st.integers(64, 9000))
+    request = plan_request(
+        model,
+        Hardware(gpu, gpus, nodes, None, host_gib),
+        batch_size=draw(st.sampled_from([1, 8, 64])),
+        accum_iter=1,
+        stage=stage,
+        num_checkpointed=layers,
+        max_tokens=budget,
     )
-    lengths = planner.TokenLengths(
-        96, draw(st.sampled_from([0, 194])), draw(st.integers(150, 1500)), 1000
-    )
-    forced = draw(st.sampled_from([None, *planner.STAGES]))
-    layers, budget = (
-        draw(st.sampled_from([None, 0, 20, size.n_layers])),
-        draw(st.none() | st.integers(64, 9000)),
-    )
-    task = planner.PlanRequest(
-        size,
-        hardware,
-        lengths,
-        "bf16",
-        draw(st.sampled_from([1, 8, 64])),
-        1,
-        0.5,
-        forced,
-        layers,
-        budget,
-    )
+    lengths = replace(LENGTHS, caption=caption, longest=longest, questions=1000)
     try:
-        plan = planner.plan(task)
+        result = plan(replace(request, lengths=lengths))
     except UserError as refused:
         assert "does not fit; " in str(refused)
     else:
-        assert plan.memory.spare >= 0 and plan.stage in (forced or plan.stage, plan.stage)
-        assert (plan.stage, plan.max_tokens) == (forced or plan.stage, budget or plan.max_tokens)
+        assert result.memory.spare >= 0
+        assert (result.stage, result.max_tokens) == (
+            stage or result.stage,
+            budget or result.max_tokens,
+        )

@@ -1,0 +1,14 @@
+"""Requests to the planner at the published lengths."""
+
+from typing import Any
+
+from vico.model.config import LLAMA_CONFIGS, ViCoConfig
+from vico.planner.gpu_specs import Hardware
+from vico.planner.request import PlanRequest, TokenLengths
+
+LENGTHS = TokenLengths(96, 194, 544, 34132)
+VICO_CONFIGS = {name: ViCoConfig.from_llama(config) for name, config in LLAMA_CONFIGS.items()}
+
+
+def plan_request(model: str, hardware: Hardware, **given: Any) -> PlanRequest:
+    return PlanRequest(model, VICO_CONFIGS[model], hardware, LENGTHS, **given)
