@@ -152,11 +152,9 @@ def peak_bytes(model: ViCo, batch: PackedBatch) -> int:
     return live.peak
 
 
-VARLEN_CASES = [(name, "varlen") for name in VICO_CONFIGS]
-
-
 @pytest.mark.parametrize(
-    ("name", "kernel"), [*VARLEN_CASES, ("7B", "blockwise"), ("8B", "blockwise")]
+    ("name", "kernel"),
+    [*((name, "varlen") for name in VICO_CONFIGS), ("7B", "blockwise"), ("8B", "blockwise")],
 )
 @pytest.mark.parametrize("checkpointed", [0, 20, 1000])
 def test_saved_for_backward(name: str, kernel: Any, checkpointed: int) -> None:

@@ -13,12 +13,11 @@ from support.errors import refusal
 from support.processes import succeeds, vico
 from support.toy_dataset import ToyData, records
 from vico.cli.flags import parse
-from vico.model.config import LlamaConfig
+from vico.model.config import LLAMA_CONFIGS, QUANTIZED_BYTES, LlamaConfig
 from vico.model.llama import FrozenLinear
 from vico.model.quantized_linear import QuantizedLinear, library
 from vico.model.weights.meta import SHARDED_DIM
-from vico.planner.memory import QUANTIZED_BYTES
-from vico.planner.plan import SIZES
+from vico.planner.estimate import frozen_bytes
 from vico.train.resume import differences
 from vico.train.zero_stage import choose
 
@@ -72,7 +71,8 @@ def test_a_product_is_that_of_the_unpacked_weight(
 
 def test_a_backbone_is_as_large_as_planned() -> None:
     """A block of 7B's proportions, packed for real."""
-    size = SIZES["7B"]
+    config = LLAMA_CONFIGS["7B"]
+    linear = config.n_layers * config.num_block_parameters
     for kind in QUANTIZED_BYTES:
         shapes = {(1024, 1024): 4, (2752, 1024): 2, (1024, 2752): 1}
         taken = sum(
@@ -80,9 +80,9 @@ def test_a_backbone_is_as_large_as_planned() -> None:
         )
         numbers = sum(count * shape[0] * shape[1] for shape, count in shapes.items())
         assert taken / numbers == pytest.approx(QUANTIZED_BYTES[kind], rel=1e-3)
-        assert numbers * 16 == size.block
-        whole = size.frozen_bytes(2, kind) - 2 * (2 * size.head + size.norms)
-        assert whole == pytest.approx(taken / numbers * size.n_layers * size.block, rel=1e-3)
+        assert numbers * 16 == config.num_block_parameters
+        quantized = frozen_bytes(config, 2, kind) - 2 * (config.num_parameters - linear)
+        assert quantized == pytest.approx(taken / numbers * linear, rel=1e-3)
 
 
 @pytest.fixture(scope="module")
