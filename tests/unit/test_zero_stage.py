@@ -126,9 +126,11 @@ def test_shipped_configs_fit_their_models(name: str, models: str, blocks_ahead: 
 
 def test_hardware_is_the_smallest_of_all_ranks() -> None:
     first = topology.Member(0, "n0", "NVIDIA H100 80GB HBM3", "a", 2, False, 2, 80 * GIB, 500 * GIB)
-    small = replace(first, rank=2, host="n1", gpu="c", gpu_bytes=40 * GIB, host_bytes=100 * GIB)
+    small = replace(
+        first, rank=2, host="n1", gpu_uuid="c", gpu_bytes=40 * GIB, host_bytes=100 * GIB
+    )
     expected = Hardware(replace(GPUS["H100"], memory_gib=40.0), 1, 2, host_gib=100.0)
-    assert zero_stage.hardware([first, replace(first, rank=1, gpu="b"), small]) == expected
+    assert zero_stage.hardware([first, replace(first, rank=1, gpu_uuid="b"), small]) == expected
     on_cpu = topology.Member(1, "n1", "cpu", None, 0, True, 1)
     assert zero_stage.hardware([first, on_cpu]) is None
 
