@@ -160,8 +160,8 @@ class Engine:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(weights by name, Adam's moments by "NAME.moment"), whole, fp32, on the host.
 
-        A collective of one exchange: DeepSpeed's own getters (0.19.8, utils/tensor_fragment.py) make one per
-        tensor, which is most of a save's time.
+        A collective of one exchange. DeepSpeed's own getters (0.19.8, utils/tensor_fragment.py)
+        make one per tensor, which is most of a save's time.
         """
         flat = iter(self._gathered_state() if self.stage == 3 else self._summed_state())
         weights: dict[str, Tensor] = {}

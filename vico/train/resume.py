@@ -147,7 +147,7 @@ def _note_lost_best(start: Start, output_dir: OutputDir) -> Start:
 
 
 def _refuse_foreign_files(output_dir: OutputDir, save_legacy: bool) -> None:
-    """A folder without args.json may hold predictions, but no run: its logs would be overwritten."""
+    """A folder without args.json may hold predictions, but no run: that would be overwritten."""
     candidates = [output_dir.epochs, output_dir.steps, output_dir.best_checkpoint]
     if save_legacy:
         candidates.append(output_dir.best_published)

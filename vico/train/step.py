@@ -1,6 +1,7 @@
 """One optimizer step, from the micro-batches to the update."""
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -86,18 +87,23 @@ def train_step(
     sums_and_stop_RT = world.gather(torch.cat([loss_sums.cpu(), stop]))
     _require_finite(~sums_and_stop_RT.isfinite().all(dim=1), "loss", number, step, world)
     if not updated:
-        bad_R = world.gather(torch.tensor(engine.had_bad_gradient()))
-        _require_finite(bad_R, "gradient", number, step, world)
-        raise TrainingError(
-            f"step {number}: the sum of the ranks' gradients is not finite; "
-            f"the update was not made; {NOT_FINITE_REMEDY}"
-        )
+        _fail_on_gradient(engine, number, step, world)
     return StepReport(
         loss_sums=sums_and_stop_RT[:, :-1].sum(dim=0).tolist(),
         target_counts=target_counts.tolist(),
         grad_norm=grad_norm,
         num_real_tokens=int(totals[:, -2].sum()),
         stop_signal=int(sums_and_stop_RT[:, -1].max()),
+    )
+
+
+def _fail_on_gradient(engine: Engine, number: int, step: Step, world: World) -> NoReturn:
+    """DeepSpeed refused the update: name the rank, or say that only the sum was not finite."""
+    bad_R = world.gather(torch.tensor(engine.had_bad_gradient()))
+    _require_finite(bad_R, "gradient", number, step, world)
+    raise TrainingError(
+        f"step {number}: the sum of the ranks' gradients is not finite; "
+        f"the update was not made; {NOT_FINITE_REMEDY}"
     )
 
 

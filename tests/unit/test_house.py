@@ -1,0 +1,72 @@
+"""The size of the house: few entries, short files and functions, no circle of imports."""
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.processes import ROOT
+
+MAX_ENTRIES, MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_README_WORDS = 13, 400, 60, 2500
+FORMATTER_OFF = re.compile("# *" + "fmt:")
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+PACKAGE = sorted((ROOT / "vico").rglob("*.py"))
+CODE = [*PACKAGE, ROOT / "setup.py"]
+for room in ("tests", "benchmarks", "launch"):
+    CODE += sorted((ROOT / room).rglob("*.py"))
+each_file = pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """What a file imports, lazily and for types too: modules, or names in modules."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_no_circle() -> None:
+    """Modules that import none of the others are removed in turn; what stays is a circle."""
+    paths = {module_of(path): path for path in PACKAGE}
+    left = {name: (set(imports_of(path)) & paths.keys()) - {name} for name, path in paths.items()}
+    while leaves := [module for module, imports in left.items() if not imports & left.keys()]:
+        for module in leaves:
+            del left[module]
+    assert not left, "these modules import each other, or import such modules"
+
+
+def test_the_top_level_is_small() -> None:
+    command = ["git", "ls-files", "vico"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    assert len({name.split("/")[1] for name in listed.split()}) <= MAX_ENTRIES
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= MAX_README_WORDS
+
+
+@each_file
+def test_files_and_functions_are_short(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_FILE_LINES
+    assert not FORMATTER_OFF.search(text), "the formatter is never switched off"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < MAX_FUNCTION_LINES, node.name
+
+
+@each_file
+def test_no_nested_comprehension(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, COMPREHENSIONS):
+            inside = [n for n in ast.walk(node) if isinstance(n, COMPREHENSIONS)]
+            assert inside == [node], f"line {node.lineno}"
