@@ -12,7 +12,7 @@ from vico.cli.demo import make_toy_dataset
 from vico.io.atomic import REPLACED_SUFFIX, TEMPORARY_SUFFIX, write_json
 from vico.io.output_dir import OutputDir, step_of
 from vico.io.text import read_json_object
-from vico.train.ds_config import SHIPPED_CONFIGS
+from vico.planner.estimate import SHIPPED_CONFIGS
 from vico.train.run_log import read_logs, read_records
 
 RANKS = 2

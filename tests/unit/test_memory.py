@@ -48,12 +48,9 @@ SAVED_RTOL, PEAK_RTOL = 0.02, 0.05  # the goal; seen: 0.0003 and 0.02
 def test_parameter_counts(name: str) -> None:
     """Of the model itself, on the meta device."""
     config = VICO_CONFIGS[name]
-    frozen, trainable = 0, 0
-    for parameter in meta_model(config, "varlen", torch.bfloat16).parameters():
-        if parameter.requires_grad:
-            trainable += parameter.numel()
-        else:
-            frozen += parameter.numel()
+    parameters = list(meta_model(config, "varlen", torch.bfloat16).parameters())
+    frozen = sum(p.numel() for p in parameters if not p.requires_grad)
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
     assert (config.num_parameters, config.num_trainables) == (frozen, trainable)
     assert config.num_parameters == sum(map(math.prod, backbone_shapes(config).values()))
 
@@ -367,14 +364,13 @@ def recorded_by_ranks(record: dict[str, Any]) -> Pairs:
     settings = record["config"]
     num_steps = settings["warmup"] + settings["steps"]
     for case in record["cases"]:
-        on_device = case.get("memory", {}).get("of", "").startswith("the device")
-        if case.get("ranks") != 1 or case["stage"] != 2 or not on_device:
+        is_on_device = case.get("memory", {}).get("of", "").startswith("the device")
+        if case.get("ranks") != 1 or case["stage"] != 2 or not is_on_device:
             continue
         config = ViCoConfig.from_llama(LlamaConfig(**case["shape"]))
-        largest = 0
+        run, largest = RunShape(2, cuda_graphs=True), 0
         for place in range(num_steps):
             batch = batch_of(settings["questions"], config.vocab_size, place, settings["seed"])
-            run = RunShape(2, cuda_graphs=True)
             largest = max(largest, activations(config, batch_shape(batch), run).peak)
         lengths = TokenLengths(120, 250, 700, 1000)
         request = PlanRequest("node", config, Hardware(GPUS["H200"], 1), lengths)

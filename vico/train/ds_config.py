@@ -6,9 +6,9 @@ from typing import Any, NoReturn
 
 from vico.errors import UserError, nearest, show
 from vico.io.text import read_json_object
+from vico.planner.estimate import SHIPPED_CONFIGS
 from vico.train.config import is_path
 
-SHIPPED_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 # What the run decides. "auto" or absent is right; a number must be the one that the flags give.
 RUN_KEYS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
 # What would compute something else than the method, or has no effect here; with what to use.
