@@ -185,7 +185,7 @@ MODEL: dict[str, Case] = {
         3,
         ["consolidated.00.pth: ", "posix.mkdir, refused"],
     ),
-    "shard, quantised": (
+    "shard, quantized": (
         pth(
             SHARD,
             lambda shard: shard.update({"output.weight": shard["output.weight"].to(torch.int8)}),
@@ -193,7 +193,7 @@ MODEL: dict[str, Case] = {
         "",
         2,
         [
-            "consolidated.00.pth: 'output.weight' is no dense tensor of floating-point numbers; quantised weights are not read"
+            "consolidated.00.pth: 'output.weight' is no dense tensor of floating-point numbers; quantized weights are not supported"
         ],
     ),
     "shard, another layout": (

@@ -381,11 +381,11 @@ HOSTILE: dict[str, tuple[str, Any, int, str]] = {
         2,
         "config.json: 'model_type' is 'mistral', and only 'llama' is read",
     ),
-    "quantised": (
+    "quantized": (
         "HF",
         config(quantization_config={}),
         2,
-        "config.json: 'quantization_config' is given; quantised weights are not read",
+        "config.json: 'quantization_config' is given; quantized weights are not supported",
     ),
     "biases": (
         "HF",
@@ -421,7 +421,7 @@ HOSTILE: dict[str, tuple[str, Any, int, str]] = {
         "HF",
         config(rope_scaling={"type": "yarn", "factor": 2}),
         2,
-        "config.json: rope_type 'yarn': only LLaMA-3's way of stretching",
+        "config.json: rope_type 'yarn': only LLaMA-3's scaling of the rotary embedding",
     ),
     "rope as list": (
         "HF",
@@ -469,7 +469,7 @@ HOSTILE: dict[str, tuple[str, Any, int, str]] = {
         "HF",
         tensors(lambda t: t.update({Q: t[Q].to(torch.int8)})),
         2,
-        f"model.safetensors: '{Q}' is of type I8; quantised weights are not read",
+        f"model.safetensors: '{Q}' is of type I8; quantized weights are not supported",
     ),
     "a shape": (
         "HF",

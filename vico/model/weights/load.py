@@ -8,53 +8,59 @@ from torch import Tensor
 from vico.errors import UserError
 from vico.io.text import read_json_object
 from vico.model.config import LlamaConfig
-from vico.model.weights import hf
-from vico.model.weights import meta as weights
+from vico.model.weights import hf, meta
 from vico.model.weights.hf import CONFIG, HuggingFaceWeights
 from vico.model.weights.meta import MetaWeights
 
 
 class Weights(Protocol):
-    """A frozen backbone on the disk; its tensors have Meta's names and layout whatever the files'."""
+    """A frozen backbone on the disk. Its tensors have Meta's names and layout in either case."""
 
     folder: Path
     config: LlamaConfig
 
-    def read(self, name: str) -> Tensor: ...
+    def read(self, name: str) -> Tensor:
+        """The whole tensor in the file's dtype."""
+        ...
 
-    def read_slice(self, name: str, start: int, stop: int) -> Tensor: ...
+    def read_slice(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened tensor."""
+        ...
 
 
 def open_weights(folder: Path, vocab_size: int | None) -> Weights:
-    """The weights in `folder`, checked whole. `vocab_size`: of the tokenizer; None: there is none to compare with."""
-    meta, hugging_face = (
-        any(folder.glob("consolidated.*.pth")),
-        any(folder.glob("model*.safetensors")),
-    )
-    if meta and hugging_face:
+    """The weights in `folder`, all checked. Raises UserError where they are not those of one LLaMA.
+
+    `vocab_size`: of the tokenizer; None: there is none to compare with.
+    """
+    is_meta = any(folder.glob("consolidated.*.pth"))
+    is_hugging_face = any(folder.glob("model*.safetensors"))
+    if is_meta and is_hugging_face:
         raise UserError(
-            f"{folder}: holds weights in Meta's layout (*.pth) and in Hugging Face's (model*.safetensors); leave one of them there"
+            f"{folder}: holds weights in Meta's layout (*.pth) and in Hugging Face's "
+            "(model*.safetensors); leave one of them there"
         )
-    if hugging_face or (
-        not meta and (folder / CONFIG).exists() and not (folder / "params.json").exists()
-    ):
-        return HuggingFaceWeights(folder, vocab_size)
-    return MetaWeights(folder, vocab_size)
+    if not is_meta and not is_hugging_face:
+        is_hugging_face = _has_only_hugging_face_config(folder)
+    return (HuggingFaceWeights if is_hugging_face else MetaWeights)(folder, vocab_size)
 
 
 def read_llama_config(folder: Path) -> LlamaConfig:
-    """The dimensions alone; no weights need be there. vocab_size is -1 where the file leaves it to the tokenizer."""
-    if (folder / "params.json").exists() or not (folder / CONFIG).exists():
-        return weights.read_llama_config(folder / "params.json")
-    return hf.read_llama_config(
-        read_json_object(folder / CONFIG, "config.json, which comes with the LLaMA weights,"),
-        folder / CONFIG,
-    )
+    """The dimensions alone; no weights need be there.
+
+    vocab_size is -1 where the file leaves it to the tokenizer.
+    """
+    if not _has_only_hugging_face_config(folder):
+        return meta.read_llama_config(folder / "params.json")
+    content = read_json_object(folder / CONFIG, "config.json, which comes with the LLaMA weights,")
+    return hf.read_llama_config(content, folder / CONFIG)
+
+
+def _has_only_hugging_face_config(folder: Path) -> bool:
+    return (folder / CONFIG).exists() and not (folder / "params.json").exists()
 
 
 def holds_weights(folder: Path) -> bool:
-    """As far as a look at its files tells; for hints."""
-    return any(
-        any(folder.glob(name))
-        for name in ("params.json", CONFIG, "consolidated.*.pth", "model*.safetensors")
-    )
+    """As far as the names of its files tell; for hints."""
+    patterns = ("params.json", CONFIG, "consolidated.*.pth", "model*.safetensors")
+    return any(any(folder.glob(pattern)) for pattern in patterns)

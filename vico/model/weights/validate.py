@@ -1,0 +1,64 @@
+"""Checks that both layouts of LLaMA weights share; each raises a UserError that names the file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vico.errors import UserError, show
+
+# Of any number in a config file. A larger one is a mistake, whose tensors would take forever to
+# check.
+MAX_DIMENSION = 10**6
+
+
+def is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1e30
+
+
+def require_positive(values: Mapping[str, object], path: Path) -> None:
+    if not all(is_positive(value) for value in values.values()):
+        shown = " and ".join(f"{key} {show(value)}" for key, value in values.items())
+        raise UserError(f"{path}: {shown} must be positive numbers")
+
+
+def whole_number(params: Mapping[str, Any], key: str, path: Path) -> int:
+    """params[key], which must be there."""
+    value = params.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_DIMENSION:
+        raise UserError(
+            f"{path}: '{key}' is {show(value)} and must be a whole number from 1 to {MAX_DIMENSION}"
+        )
+    return value
+
+
+def require_heads(
+    dim: int, n_heads: int, kv_heads: int, keys: tuple[str, str, str], path: Path
+) -> None:
+    """`keys`: the names of the three numbers in the file."""
+    if dim % n_heads or dim // n_heads % 2:
+        raise UserError(
+            f"{path}: {keys[0]} {dim} over {keys[1]} {n_heads} is not an even whole number; "
+            "copy the file again"
+        )
+    if n_heads % kv_heads:
+        raise UserError(
+            f"{path}: {keys[1]} {n_heads} over {keys[2]} {kv_heads} is not a whole number; "
+            "copy the file again"
+        )
+
+
+def require_same_names(names: set[str], expected: set[str], path: Path, remedy: str) -> None:
+    differences = {"lacks": expected - names, "holds unknown": names - expected}
+    for what, tensors in differences.items():
+        if tensors:
+            example = min(tensors)
+            raise UserError(f"{path}: {what} {len(tensors)} tensor(s), e.g. '{example}'; {remedy}")
+
+
+def require_tokenizer_size(num_rows: int, vocab_size: int, folder: Path) -> None:
+    """`num_rows`: of the embeddings; `vocab_size`: of the tokenizer."""
+    if num_rows != vocab_size:
+        raise UserError(
+            f"{folder}: the embeddings have {num_rows} rows and the tokenizer has {vocab_size} "
+            "pieces; use the tokenizer.model that came with these weights"
+        )
