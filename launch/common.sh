@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034
-# Sourced by the scripts that make and use the checkout's own environment.
+# Sourced by the scripts that make or use the checkout's own Python environment.
 
 root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 venv=$root/.venv
@@ -11,15 +11,15 @@ fail() {
     exit 2
 }
 
-# Whether an NVIDIA driver shows a GPU here; asked before there is a torch to ask.
+# Whether an NVIDIA driver shows a GPU. Torch may not be installed yet.
 has_gpu() { [[ $(nvidia-smi -L 2>/dev/null) == "GPU "* ]]; }
 
-# Sets python: $PYTHON, or that of an active environment, or the checkout's own, or the system's.
+# Sets python: $PYTHON, else that of the active environment, else the checkout's, else the system's.
 find_python() {
     if [[ -n ${PYTHON:-} ]]; then python=$PYTHON
     elif [[ -n ${VIRTUAL_ENV:-} ]]; then python=$VIRTUAL_ENV/bin/python
     elif [[ -x $venv/bin/python ]]; then python=$venv/bin/python
     else python=python3; fi
-    command -v "$python" >/dev/null ||
-        fail "there is no Python at '$python'; run 'bash $root/launch/environment.sh', or set PYTHON to the one to use"
+    local remedy="run 'bash $root/launch/environment.sh', or set PYTHON to the one to use"
+    command -v "$python" >/dev/null || fail "there is no Python at '$python'; $remedy"
 }

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 """:"
-# Evaluation of a checkpoint: one file, two languages. For bash these lines start one rank per device of this node, and nothing below them is read.
-# Each rank is Python running this same file, for which these lines are a text; so `deepspeed launch/eval.sh`, torchrun and plain
-# `python launch/eval.sh` (one rank) work too. Flags are those of `bash launch/eval.sh --help`.
+# Evaluation of a checkpoint: one file in two languages. bash reads the next lines, which start one
+# rank per device of this node, and nothing below them. Each rank is Python running this same file,
+# where these lines are a string. So `deepspeed launch/eval.sh`, torchrun and plain
+# `python launch/eval.sh` (one rank) work too. For the flags: `bash launch/eval.sh --help`.
 exec bash "$(dirname "$(readlink -f "$0")")/start.sh" "$0" "$@"
 : <<'# The end'
 ":"""
@@ -10,8 +11,8 @@ exec bash "$(dirname "$(readlink -f "$0")")/start.sh" "$0" "$@"
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # a data worker that is spawned reads this file as well
-    # Before anything that is installed: these scripts run the checkout they lie in, from any directory.
+if __name__ == "__main__":  # a spawned data worker imports this file too
+    # Before installed packages: the script runs the checkout that it is part of.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from vico.cli.main import console
 

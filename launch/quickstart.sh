@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# From a bare machine with Python to a trained model: environment, a small world to learn, training under DeepSpeed, evaluation.
-# Started again, it finds what is done. VICO_DEMO_DIR: where the world and the run go (default: demo/ in the checkout).
+# From a bare machine with Python to a trained model: makes the environment and a toy dataset,
+# trains under DeepSpeed, evaluates. When it is run again, it skips what is done.
+# VICO_DEMO_DIR: the folder of the toy dataset and the run (default: demo/ in the checkout).
 set -euo pipefail
 source "$(dirname "$(readlink -f "$0")")/common.sh"
 
@@ -15,19 +16,22 @@ say "this takes about 5 minutes on two cores; it runs on $where"
 
 say "1/4 the environment"
 bash "$root/launch/environment.sh"
-export PYTHON=$venv/bin/python # not another one that is active
+export PYTHON=$venv/bin/python # even where another environment is active
 
-say "2/4 a small world in $demo: tokenizer, tiny LLaMA, videos, questions"
+say "2/4 a toy dataset in $demo: tokenizer, tiny LLaMA, videos, questions"
 "$PYTHON" -m vico demo --output_dir "$demo"
 
 say "3/4 training, ZeRO-2, bf16; follow it with: $venv/bin/tensorboard --logdir '$run/runs'"
-world=(--data_path "$demo/data" --llama_model_path "$demo/pretrained/llama")
-bash "$root/launch/train.sh" --config "$root/launch/recipes/demo.yaml" "${world[@]}" --output_dir "$run"
+llama=$demo/pretrained/llama
+dataset=(--data_path "$demo/data" --llama_model_path "$llama")
+bash "$root/launch/train.sh" --config "$root/launch/recipes/demo.yaml" "${dataset[@]}" \
+    --output_dir "$run"
 
-say "4/4 evaluation of the best epoch: once as it is, once with each video's features swapped for another's"
-bash "$root/launch/eval.sh" --resume "$run/checkpoint_best" "${world[@]}" --output_dir "$run" --split val
-world[1]=$demo/data_swapped
-bash "$root/launch/eval.sh" --resume "$run/checkpoint_best" "${world[@]}" --output_dir "$demo/run_swapped" --split val
+say "4/4 evaluation of the best epoch, on each video's own features and on another video's"
+evaluate=(bash "$root/launch/eval.sh" --resume "$run/checkpoint_best" --split val)
+swapped=(--data_path "$demo/data_swapped" --llama_model_path "$llama")
+"${evaluate[@]}" "${dataset[@]}" --output_dir "$run"
+"${evaluate[@]}" "${swapped[@]}" --output_dir "$demo/run_swapped"
 
 "$PYTHON" - "$run" "$demo/run_swapped" "$venv/bin/tensorboard" <<'EOP'
 import json
@@ -35,32 +39,37 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-run, swapped, tensorboard = sys.argv[1:]
+run, run_swapped, tensorboard = sys.argv[1:]
 
 
-def lines(path):
+def read_json_lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def by_type(folder):
-    """(questions, right answers) per type, and in all."""
-    asked, right = Counter(), Counter()
-    for line in lines(Path(folder) / "predictions_val.jsonl"):
+def count_by_type(folder):
+    """(number of questions, number of correct answers), each by question type and for "all"."""
+    total, correct = Counter(), Counter()
+    for line in read_json_lines(Path(folder) / "predictions_val.jsonl"):
         for group in (line["type"], "all"):
-            asked[group] += 1
-            right[group] += line["prediction"] == line["answer"]
-    return asked, right
+            total[group] += 1
+            correct[group] += line["prediction"] == line["answer"]
+    return total, correct
 
 
-(asked, right), (asked_swapped, right_swapped) = by_type(run), by_type(swapped)
-print("\nHeld-out accuracy (chance: 20 %)\n\n  type   questions   accuracy   with another video's features")
-for group in [*sorted(set(asked) - {"all"}), "all"]:
-    print(f"  {group:<6}{asked[group]:>10}{right[group] / asked[group]:>11.1%}{right_swapped[group] / asked_swapped[group]:>14.1%}")
+total, correct = count_by_type(run)
+total_swapped, correct_swapped = count_by_type(run_swapped)
+print("\nHeld-out accuracy (chance: 20 %)\n")
+print("  type   questions   accuracy   with another video's features")
+for group in [*sorted(set(total) - {"all"}), "all"]:
+    accuracy = correct[group] / total[group]
+    accuracy_swapped = correct_swapped[group] / total_swapped[group]
+    print(f"  {group:<6}{total[group]:>10}{accuracy:>11.1%}{accuracy_swapped:>14.1%}")
 print(f"\nCurves: {tensorboard} --logdir '{run}/runs'\n")
+steps = read_json_lines(Path(run) / "steps.jsonl")
 result = {
-    "val_acc": right["all"] / asked["all"],
-    "val_acc_swapped_video": right_swapped["all"] / asked_swapped["all"],
-    "train_seconds": round(sum(step["step_seconds"] for step in lines(Path(run) / "steps.jsonl")), 1),
+    "val_acc": correct["all"] / total["all"],
+    "val_acc_swapped_video": correct_swapped["all"] / total_swapped["all"],
+    "train_seconds": round(sum(step["step_seconds"] for step in steps), 1),
     "output_dir": run,
 }
 print(json.dumps(result))

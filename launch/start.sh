@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# start.sh SCRIPT FLAGS: runs SCRIPT (train.sh, eval.sh) in Python on all devices of this node. Nothing here changes the directory:
-# relative flags mean the user's. Every step is an exec, so that signals and the exit code belong to the Python process.
+# start.sh SCRIPT FLAGS: runs SCRIPT (train.sh, eval.sh) in Python on all devices of this node.
+# It keeps the working directory, as paths in flags may be relative. Every step is an exec, so that
+# signals and the exit code are those of the Python process.
 set -euo pipefail
 
 script=$(readlink -f "$1")
@@ -11,6 +12,6 @@ source "$here/common.sh"
 find_python
 
 for flag; do
-    case $flag in -h | --help) exec "$python" "$script" "$@" ;; esac # once, without ranks
+    case $flag in -h | --help) exec "$python" "$script" "$@" ;; esac # no ranks
 done
 exec "$python" "$here/start.py" "$script" "$@"
