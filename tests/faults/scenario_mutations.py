@@ -27,7 +27,7 @@ class Break:
     test: str
 
 
-CUT_IN_TWO = "tests/e2e/test_training.py::test_a_run_cut_in_two_is_the_run"
+CUT_IN_TWO = "tests/e2e/test_resuming.py::test_a_run_cut_in_two_is_the_run"
 ORDER = "tests/faults/test_store.py::test_all_is_on_the_disk_before_it_bears_its_name"
 BREAKS = (
     Break(
