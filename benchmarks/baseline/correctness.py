@@ -1,6 +1,7 @@
-"""Correctness before speed: what runs on a device computes what the definition computes. Each check returns its distances.
+"""Correctness before speed: does a device compute what the definition computes?
 
-Distances are relative in the L2 norm, |a - b| / |b|. The bounds are those of rounding: they are stated in every record.
+Each check returns its distances: relative, in the L2 norm, |a - b| / |b|. The bounds allow for
+rounding; every record has them.
 """
 
 from collections.abc import Sequence
@@ -10,21 +11,24 @@ from typing import Any, get_args, get_type_hints
 import torch
 from torch import Tensor
 
+from benchmarks.baseline.models import (
+    make_fast,
+    make_plain,
+    random_weights,
+    set_weights,
+    take_gradients,
+)
 from benchmarks.baseline.variants import (
     CAPTION_WEIGHT,
     Packed,
     Plain,
     Variant,
-    fill,
-    make_fast,
-    make_plain,
-    random_weights,
     scoring_batches,
-    take_gradients,
     training_batch,
 )
-from benchmarks.measure.clocks import Clock, spread
-from benchmarks.measure.workload import SyntheticWorkload
+from benchmarks.measure.clocks import Clock
+from benchmarks.measure.spreads import spread
+from benchmarks.measure.workload import ScoringWork, SyntheticWorkload, TrainingWork
 from vico.errors import UserError
 from vico.model.attention.backends import choose_attention
 from vico.model.attention.masks import Attend, AttentionMask, attention_mask, restrict_queries
@@ -35,193 +39,181 @@ from vico.train.config import RunConfig
 from vico.train.optim import make_optimizer
 
 CPU = torch.device("cpu")
-# fp32: sums in another order. bf16: 8 bits, of the output and of what the kernel keeps between its products; the published
-# arithmetic has 5e-3 on outputs and gradients, fused kernels 2e-3 to 4e-3, gate2's gradient sums over rows and heads.
+# fp32: sums in another order. bf16: 8 bits, of the output and of what the kernel keeps between its
+# products; the published arithmetic has 5e-3 on outputs and gradients, fused kernels 2e-3 to 4e-3;
+# gate2's gradient sums over rows and heads.
 ATTENTION_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-STEPS, STEPS_LR, STEPS_LOSS_BOUND = (
-    20,
-    1e-2,
-    1e-2,
-)  # of the loss of any of the steps, relative to fp32's on the CPU
-# How much farther from fp32 than the plain baseline in the same type fast may be: scores, gradients. Both only round, so the
-# ratio is 1 but for chance: on a CPU 0.85 to 1.18 of single draws of toy weights, 0.91 to 1.11 of the mean of three.
-NO_FARTHER = {"score_distance": 1.25, "gradient_distance": 1.25}
+NUM_STEPS = 20
+STEPS_LR = 1e-2
+# Of the loss of any of the steps, relative to fp32's on the CPU.
+STEPS_LOSS_BOUND = 1e-2
+# How much farther from fp32 the fast variant may be than the baseline in the same type. Both only
+# round, so the ratio is 1 up to chance: on a CPU 0.85 to 1.18 for single draws of toy weights,
+# 0.91 to 1.11 for the mean of three.
+DISTANCE_RATIO_BOUNDS = {"score_distance": 1.25, "gradient_distance": 1.25}
 TOY_SEEDS = (0, 1, 2)
+COMPARED_TENSORS = ("output", "q", "k", "v", "gate2")
 
 
 def backend_names() -> list[str]:
-    """What --attention can be, the definition last."""
-    names = [
-        name
-        for name in get_args(get_type_hints(RunConfig)["attention"])
-        if name not in ("auto", "plain")
-    ]
-    return [*names, "plain"]
+    """The values of --attention except "auto"; the definition comes last."""
+    choices = get_args(get_type_hints(RunConfig)["attention"])
+    return [*(name for name in choices if name not in ("auto", "plain")), "plain"]
 
 
 @dataclass(frozen=True)
-class _Case:
-    """A stream, who asks in it, random q, k, v, gate2 and gradient of the output, and what the definition makes of them in fp32."""
+class _AttentionCase:
+    """A stream's mask, random inputs and output gradient, and what the definition gives in fp32."""
 
     name: str
-    seen: AttentionMask
-    inputs: list[Tensor]
+    mask: AttentionMask
+    inputs: list[Tensor]  # q, k, v, gate2
     upstream: Tensor
     expected: list[Tensor | None]  # the output, then the inputs' gradients
 
 
 def attention_backends(
-    shape: LlamaConfig, device: torch.device, dtype: torch.dtype, repeats: int
+    config: LlamaConfig, device: torch.device, dtype: torch.dtype, repeats: int
 ) -> dict[str, Any]:
-    """Every backend against the definition in fp32, on real streams: training, scoring's tree, and the last layer's few rows."""
-    work = SyntheticWorkload(shape.vocab_size)
+    """Every backend against the definition in fp32.
+
+    The streams are real ones: a training stream and a scoring tree, each with all rows as queries
+    and with the few that the last layer needs.
+    """
+    work = SyntheticWorkload(config.vocab_size)
     streams = {
         "training": training_batch(work.training(0, 8)),
         "scoring": scoring_batches(work.scoring(0, 2))[0],
     }
-    cases = []
+    cases: list[_AttentionCase] = []
+    whole_streams: dict[str, _AttentionCase] = {}
     for stream, batch in streams.items():
-        seen = attention_mask(batch.segments)
-        for rows, visible in (
-            ("all rows", seen),
-            ("asked rows", restrict_queries(seen, batch.wanted_rows_R)),
-        ):
-            cases.append(_case(f"{stream}, {rows}", visible, batch.num_rows, shape, device, dtype))
+        mask = attention_mask(batch.segments)
+        masks = {"all rows": mask, "asked rows": restrict_queries(mask, batch.wanted_rows_R)}
+        for rows, visible in masks.items():
+            case = _make_case(f"{stream}, {rows}", visible, batch.num_rows, config, device, dtype)
+            cases.append(case)
+            if visible is mask:
+                whole_streams[stream] = case
     bound = ATTENTION_BOUNDS[dtype]
-    found: dict[str, Any] = {
-        "bound": bound,
-        "head_dim": shape.head_dim,
-        "heads": shape.n_heads,
-        "backends": {},
-    }
+    backends: dict[str, dict[str, Any]] = {}
     for name in backend_names():
         try:
-            attend, why = choose_attention(name, device, dtype)
-        except UserError as problem:
-            found["backends"][name] = {"runs": False, "why": str(problem)}
+            attend, reason = choose_attention(name, device, dtype)
+        except UserError as error:
+            backends[name] = {"runs": False, "why": str(error)}
             continue
-        entry: dict[str, Any] = {
+        distances = {case.name: _attention_distances(attend, case) for case in cases}
+        seconds = {
+            stream: _attention_seconds(attend, case, device, repeats)
+            for stream, case in whole_streams.items()
+        }
+        worst = max(max(by_tensor.values()) for by_tensor in distances.values())
+        backends[name] = {
             "runs": True,
-            "why": why,
-            "distances": {case.name: _attention_distances(attend, case) for case in cases},
+            "why": reason,
+            "distances": distances,
+            "seconds": seconds,
+            "worst": worst,
+            "equal": worst <= bound,
         }
-        entry["seconds"] = {
-            stream: _attention_seconds(attend, cases[2 * i], device, repeats)
-            for i, stream in enumerate(streams)
-        }
-        entry["worst"] = max(d for by in entry["distances"].values() for d in by.values())
-        entry["equal"] = entry["worst"] <= bound
-        found["backends"][name] = entry
-    found["equal"] = all(entry.get("equal", True) for entry in found["backends"].values())
-    return found
+    return {
+        "bound": bound,
+        "head_dim": config.head_dim,
+        "heads": config.n_heads,
+        "backends": backends,
+        "equal": all(entry.get("equal", True) for entry in backends.values()),
+    }
 
 
-def _case(
+def _make_case(
     name: str,
-    seen: AttentionMask,
-    rows: int,
-    shape: LlamaConfig,
+    mask: AttentionMask,
+    num_rows: int,
+    config: LlamaConfig,
     device: torch.device,
     dtype: torch.dtype,
-) -> _Case:
-    """Made on the host: the same on every device."""
-    generator = torch.Generator().manual_seed(rows)
-    asking = rows if seen.query_rows is None else len(seen.query_rows)
-    sizes = [(asking, shape.n_heads, shape.head_dim), *[(rows, shape.n_heads, shape.head_dim)] * 2]
-    inputs = [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
-    inputs.append(torch.randn(shape.n_heads, generator=generator).to(device))
-    upstream = torch.randn(sizes[0], generator=generator).to(device, dtype)
-    return _Case(
-        name,
-        seen,
-        inputs,
-        upstream,
-        _results(attend_plain, [x.float() for x in inputs], upstream.float(), seen),
-    )
+) -> _AttentionCase:
+    """Random numbers are drawn on the host: they are the same on every device."""
+    generator = torch.Generator().manual_seed(num_rows)
+    num_queries = num_rows if mask.query_rows is None else len(mask.query_rows)
+    heads = (config.n_heads, config.head_dim)
+    inputs = []
+    for rows in (num_queries, num_rows, num_rows):
+        inputs.append(torch.randn((rows, *heads), generator=generator).to(device, dtype))
+    inputs.append(torch.randn(config.n_heads, generator=generator).to(device))
+    upstream = torch.randn((num_queries, *heads), generator=generator).to(device, dtype)
+    fp32_inputs = [x.float() for x in inputs]
+    expected = _output_and_gradients(attend_plain, fp32_inputs, upstream.float(), mask)
+    return _AttentionCase(name, mask, inputs, upstream, expected)
 
 
-def _results(
-    attend: Attend, inputs: list[Tensor], upstream: Tensor, seen: AttentionMask
+def _output_and_gradients(
+    attend: Attend, inputs: list[Tensor], upstream: Tensor, mask: AttentionMask
 ) -> list[Tensor | None]:
     q, k, v, gate2 = (x.detach().requires_grad_() for x in inputs)
-    out = attend(q, k, v, gate2, seen)
+    out = attend(q, k, v, gate2, mask)
     out.backward(upstream)
     return [out.detach(), q.grad, k.grad, v.grad, gate2.grad]
 
 
-def _attention_distances(attend: Attend, case: _Case) -> dict[str, float]:
-    found = _results(attend, case.inputs, case.upstream, case.seen)
+def _attention_distances(attend: Attend, case: _AttentionCase) -> dict[str, float]:
+    actual = _output_and_gradients(attend, case.inputs, case.upstream, case.mask)
     return {
         name: distance(a, b)
-        for name, a, b in zip(("output", "q", "k", "v", "gate2"), found, case.expected, strict=True)
+        for name, a, b in zip(COMPARED_TENSORS, actual, case.expected, strict=True)
     }
 
 
 def _attention_seconds(
-    attend: Attend, case: _Case, device: torch.device, repeats: int
+    attend: Attend, case: _AttentionCase, device: torch.device, repeats: int
 ) -> dict[str, float]:
     """Forward and backward of one layer."""
+
+    def run() -> None:
+        _output_and_gradients(attend, case.inputs, case.upstream, case.mask)
+
     clock = Clock(device)
     for _ in range(2):
-        _results(attend, case.inputs, case.upstream, case.seen)
-    return spread(
-        [
-            clock.time(lambda: _results(attend, case.inputs, case.upstream, case.seen))
-            for _ in range(repeats)
-        ]
-    )
+        run()
+    return spread([clock.time(run) for _ in range(repeats)])
 
 
-def distance(found: Tensor | None, expected: Tensor | None) -> float:
-    assert found is not None and expected is not None
-    value = float(
-        (found.detach().double() - expected.detach().double()).norm()
-        / expected.detach().double().norm()
-    )
-    return value if value == value else float("inf")  # nan is no agreement
+def distance(actual: Tensor | None, expected: Tensor | None) -> float:
+    """|actual - expected| / |expected|; infinite where it is NaN, so that no bound accepts it."""
+    assert actual is not None and expected is not None
+    exact = expected.detach().double()
+    value = float((actual.detach().double() - exact).norm() / exact.norm())
+    return value if value == value else float("inf")
 
 
-def _toy(
-    shape: LlamaConfig, device: torch.device, dtype: torch.dtype, plain: bool, seed: int = 0
+def _toy_variant(
+    config: LlamaConfig, device: torch.device, dtype: torch.dtype, plain: bool, seed: int = 0
 ) -> Variant:
-    """A variant with the toy weights, the same on every device and in every type but for rounding."""
-    values = random_weights(make_plain(shape, torch.float32), seed)
+    """A variant with toy weights, the same on every device and in every type up to rounding."""
+    weights = random_weights(make_plain(config, torch.float32), seed)
     if plain:
-        baseline = make_plain(shape, dtype)
-        fill(baseline, values)
+        baseline = make_plain(config, dtype)
+        set_weights(baseline, weights)
         return Plain(baseline.to(device), device)
-    fast = make_fast(shape, dtype)
-    fill(fast, values)
-    choose_block_runners(fast.to(device), choose_attention("auto", device, dtype)[0])
+    fast = make_fast(config, dtype)
+    set_weights(fast, weights)
+    attend, _ = choose_attention("auto", device, dtype)
+    choose_block_runners(fast.to(device), attend)
     return Packed(fast, device)
 
 
 def twenty_steps(
-    shape: LlamaConfig, device: torch.device, dtype: torch.dtype, steps: int = STEPS
+    config: LlamaConfig, device: torch.device, dtype: torch.dtype, num_steps: int = NUM_STEPS
 ) -> dict[str, Any]:
-    """The same training steps in `dtype` on `device` and in fp32 on the CPU: their losses, and the largest distance."""
-    curves = {}
-    for name, place, kind in (
-        ("fp32 on the CPU", CPU, torch.float32),
-        (f"{str(dtype)[6:]} on {device.type}", device, dtype),
-    ):
-        variant, work = _toy(shape, place, kind, plain=False), SyntheticWorkload(shape.vocab_size)
-        optimizer = make_optimizer(
-            [p for p in variant.model.parameters() if p.requires_grad], weight_decay=0.0
-        )
-        optimizer.param_groups[0]["lr"] = STEPS_LR
-        curve = []
-        for _ in range(steps):  # always the same samples: a loss that falls is seen to fall
-            vqa, cap = variant.train(work.training(0, 4))
-            optimizer.step()
-            variant.model.zero_grad(set_to_none=True)
-            curve.append(vqa + CAPTION_WEIGHT * cap)
-        curves[name] = curve
-    exact, found = curves.values()
-    worst = max(abs(a - b) / abs(b) for a, b in zip(found, exact, strict=True))
-    falls = exact[-1] < exact[0] and found[-1] < found[0]
+    """How far losses of training steps in `dtype` on `device` are from those in fp32 on the CPU."""
+    exact = _loss_curve(config, CPU, torch.float32, num_steps)
+    actual = _loss_curve(config, device, dtype, num_steps)
+    worst = max(abs(a - b) / abs(b) for a, b in zip(actual, exact, strict=True))
+    falls = exact[-1] < exact[0] and actual[-1] < actual[0]
+    dtype_name = str(dtype).removeprefix("torch.")
     return {
-        "losses": curves,
+        "losses": {"fp32 on the CPU": exact, f"{dtype_name} on {device.type}": actual},
         "worst_relative": worst,
         "bound": STEPS_LOSS_BOUND,
         "losses_fall": falls,
@@ -229,51 +221,78 @@ def twenty_steps(
     }
 
 
+def _loss_curve(
+    config: LlamaConfig, device: torch.device, dtype: torch.dtype, num_steps: int
+) -> list[float]:
+    """Losses of steps on the same samples, which must fall."""
+    variant = _toy_variant(config, device, dtype, plain=False)
+    work = SyntheticWorkload(config.vocab_size).training(0, 4)
+    trainables = [p for p in variant.model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(trainables, weight_decay=0.0)
+    optimizer.param_groups[0]["lr"] = STEPS_LR
+    losses = []
+    for _ in range(num_steps):
+        vqa, cap = variant.train(work)
+        optimizer.step()
+        variant.model.zero_grad(set_to_none=True)
+        losses.append(vqa + CAPTION_WEIGHT * cap)
+    return losses
+
+
+@dataclass(frozen=True)
+class _ToyResult:
+    losses: list[float]
+    gradients: dict[str, Tensor]
+    scores: Tensor
+
+    @classmethod
+    def of(cls, variant: Variant, training: TrainingWork, scoring: ScoringWork) -> "_ToyResult":
+        losses = variant.train(training)
+        gradients = take_gradients(variant.model)
+        return cls(losses, gradients, variant.score(scoring).float())
+
+    def distances(self, exact: "_ToyResult") -> dict[str, float]:
+        differing = self.scores.argmin(1) != exact.scores.argmin(1)
+        gradients = [distance(self.gradients[n].cpu(), g) for n, g in exact.gradients.items()]
+        losses = zip(self.losses, exact.losses, strict=True)
+        return {
+            "score_distance": float((self.scores - exact.scores).abs().mean()),
+            "predictions_other_than_fp32": float(differing.sum()),
+            "gradient_distance": _mean(gradients),
+            "loss_distance": max(abs(a - b) / abs(b) for a, b in losses),
+        }
+
+
 def toy_distances(
-    shape: LlamaConfig, device: torch.device, dtype: torch.dtype, videos: int
+    config: LlamaConfig, device: torch.device, dtype: torch.dtype, videos: int
 ) -> dict[str, Any]:
-    """How far plain and fast in `dtype` on `device` are from plain in fp32 on the CPU: half precision has no equality."""
-    work = SyntheticWorkload(shape.vocab_size)
+    """How far plain and fast in `dtype` on `device` are from plain in fp32 on the CPU.
+
+    Two correct programs in half precision are not equal; both should be equally far from fp32.
+    """
+    work = SyntheticWorkload(config.vocab_size)
     training, scoring = work.training(0, 8), work.scoring(0, videos)
     draws: dict[str, list[dict[str, float]]] = {"plain": [], "fast": []}
     for seed in TOY_SEEDS:
-        exact = _toy(shape, CPU, torch.float32, True, seed)
-        losses, gradients, scores = (
-            exact.train(training),
-            take_gradients(exact.model),
-            exact.score(scoring),
-        )
-        for name, found in draws.items():
-            variant = _toy(shape, device, dtype, name == "plain", seed)
-            mine_losses, mine = variant.train(training), take_gradients(variant.model)
-            mine_scores = variant.score(scoring).float()
-            found.append(
-                {
-                    "score_distance": float((mine_scores - scores).abs().mean()),
-                    "predictions_other_than_fp32": float(
-                        (mine_scores.argmin(1) != scores.argmin(1)).sum()
-                    ),
-                    "gradient_distance": _mean(
-                        [distance(mine[n].cpu(), gradients[n]) for n in gradients]
-                    ),
-                    "loss_distance": max(
-                        abs(a - b) / abs(b) for a, b in zip(mine_losses, losses, strict=True)
-                    ),
-                }
-            )
-    means = {
-        name: {key: _mean([draw[key] for draw in found]) for key in found[0]}
-        for name, found in draws.items()
-    }
-    ratios = {key: means["fast"][key] / means["plain"][key] for key in NO_FARTHER}
+        baseline = _toy_variant(config, CPU, torch.float32, True, seed)
+        exact = _ToyResult.of(baseline, training, scoring)
+        for name, distances in draws.items():
+            variant = _toy_variant(config, device, dtype, name == "plain", seed)
+            distances.append(_ToyResult.of(variant, training, scoring).distances(exact))
+    means = {name: _mean_by_key(distances) for name, distances in draws.items()}
+    ratios = {key: means["fast"][key] / means["plain"][key] for key in DISTANCE_RATIO_BOUNDS}
     return {
         "questions": len(scoring.questions),
         "draws": draws,
         "means": means,
         "fast_over_plain": ratios,
-        "bounds": NO_FARTHER,
-        "equal": all(ratios[key] <= bound for key, bound in NO_FARTHER.items()),
+        "bounds": DISTANCE_RATIO_BOUNDS,
+        "equal": all(ratios[key] <= bound for key, bound in DISTANCE_RATIO_BOUNDS.items()),
     }
+
+
+def _mean_by_key(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {key: _mean([row[key] for row in rows]) for key in rows[0]}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,6 +1,6 @@
-"""Where the peak rates of MFU and HFU come from. The rates themselves stand in vico/planner/gpu_specs.py, for the planner too.
+"""Datasheets of the peak rates that MFU and HFU refer to. vico/planner/gpu_specs.py has the rates.
 
-A device whose exact name is not there has no peak: "n/a", never a guess.
+A device whose exact name is not there has no peak: its metrics are "n/a", never a guess.
 """
 
 from dataclasses import dataclass
@@ -28,17 +28,23 @@ SOURCES = {
 
 
 @dataclass(frozen=True)
-class Peak:
-    """Of one GPU: dense (no sparsity) half-precision tensor-core products with fp32 accumulation."""
+class PeakRate:
+    """Of one GPU: dense (no sparsity) half-precision tensor-core products, accumulated in fp32."""
 
     tflops: float
     dtype: str  # "bf16", or "fp16" where the GPU has no bf16 tensor cores
     source: str
 
 
-def peak_of(device_name: str, precision: str) -> Peak | None:
-    """The peak for products in `precision`, or None where it is not known. A MIG slice or a laptop's GPU is another device."""
+def peak_rate(device_name: str, precision: str) -> PeakRate | None:
+    """The peak for products in `precision`, or None if unknown.
+
+    A MIG slice or a laptop's GPU has another name: it is another device.
+    """
     for gpu in GPUS.values():
-        if device_name in gpu.torch_names and (rate := gpu.peak(precision)) is not None:
-            return Peak(rate, gpu.peak_precision, SOURCES[gpu.name])
+        if device_name not in gpu.torch_names:
+            continue
+        tflops = gpu.peak(precision)
+        if tflops is not None:
+            return PeakRate(tflops, gpu.peak_precision, SOURCES[gpu.name])
     return None

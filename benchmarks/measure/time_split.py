@@ -1,160 +1,108 @@
-"""Where the time goes: the profiler's events of a step, sorted into a few categories by operator and shape.
+"""Where the time goes: profiler events of a step, sorted into categories by operator and shape.
 
-CPU self time on a CPU, device self time on a GPU. The categories are the rows of the report's time split.
+Times are self times: of the CPU on a CPU, of the device on a GPU. The categories are the rows of
+the report's time split.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from vico.model.config import LlamaConfig
+from vico.model.fused_block import FusedBlockFunction
+from vico.model.ops.autograd import AdapterAttention, FrozenRMSNorm, RotaryEmbedding, SwiGLU
 
-PRODUCTS = (
-    "aten::mm",
-    "aten::addmm",
-    "aten::bmm",
-    "aten::baddbmm",
-    "aten::linear",
-    "aten::_grouped_mm",
-    "mkl",
-    "mkldnn",
+PACKING = "host: packing"
+MATMUL_PREFIXES = tuple(
+    "aten::mm aten::addmm aten::bmm aten::baddbmm aten::linear aten::_grouped_mm mkl mkldnn".split()
 )
-# First match wins; what the name does not say (products), the shapes do.
-BY_NAME = (
-    (
-        "attention kernel",
-        (
-            "scaled_dot_product",
-            "_efficient_attention",
-            "_flash_attention",
-            "varlen_attn",
-            "flash_attn",
-            "fmha",
-        ),
-    ),
-    # What our own Functions do themselves, products and attention apart: on a GPU the Triton kernels.
-    (
-        "own Functions",
-        (
-            "packedblock",
-            "packedattention",
-            "frozenrmsnorm",
-            "swiglu",
-            "rotate",
-            "adapterattention",
-            "triton",
-        ),
-    ),
-    ("cross-entropy", ("nll_loss", "log_softmax", "logsumexp", "cross_entropy")),
-    ("softmax", ("softmax",)),
-    ("norm", ("rms_norm", "layer_norm", "rsqrt", "native_norm")),
-    ("activation", ("silu", "sigmoid")),
-    (
-        "rows in and out",
-        ("index", "embedding", "gather", "scatter", "slice_backward", "split", "select_backward"),
-    ),
-    (
-        "copies",
-        (
-            "copy_",
-            "cat",
-            "clone",
-            "contiguous",
-            "fill_",
-            "zero",
-            "stack",
-            "constant_pad",
-            "pad",
-            "to_copy",
-            "memcpy",
-            "memset",
-        ),
-    ),
-    (
-        "elementwise",
-        (
-            "mul",
-            "add",
-            "sub",
-            "div",
-            "pow",
-            "mean",
-            "exp",
-            "log",
-            "neg",
-            "complex",
-            "tanh",
-            "where",
-            "masked_fill",
-            "sum",
-            "max",
-            "eq",
-        ),
-    ),
-)
+OWN_FUNCTIONS = [
+    function.__name__.lower()
+    for function in (FusedBlockFunction, FrozenRMSNorm, SwiGLU, RotaryEmbedding, AdapterAttention)
+]
+# By parts of an operator's name, lower case; the first match wins.
+CATEGORIES = {
+    "attention kernel": "scaled_dot_product _efficient_attention _flash_attention varlen_attn "
+    "flash_attn fmha",
+    # What they compute besides products and attention: on a GPU, Triton kernels.
+    "own Functions": " ".join([*OWN_FUNCTIONS, "packedattention", "triton"]),
+    "cross-entropy": "nll_loss log_softmax logsumexp cross_entropy",
+    "softmax": "softmax",
+    "norm": "rms_norm layer_norm rsqrt native_norm",
+    "activation": "silu sigmoid",
+    "rows in and out": "index embedding gather scatter slice_backward split select_backward",
+    "copies": "copy_ cat clone contiguous fill_ zero stack constant_pad pad to_copy memcpy memset",
+    "elementwise": "mul add sub div pow mean exp log neg complex tanh where masked_fill sum max eq",
+}
+MAX_ROWS = 30
+
+Row = tuple[str, str, int, float]  # category, operator and shapes, calls, seconds
 
 
-def category(name: str, shapes: Any, shape: LlamaConfig) -> str:
-    if name == "host: packing":
-        return "host: packing"
-    if any(name.startswith(product) for product in PRODUCTS):
-        sizes = {
-            size
-            for one in shapes or ()
-            if isinstance(one, list | tuple)
-            for size in one
-            if isinstance(size, int)
-        }
-        if shape.vocab_size in sizes:
+def category(name: str, shapes: Any, config: LlamaConfig) -> str:
+    """The category of an operator; the shapes of a matrix product tell whose product it is."""
+    if name == PACKING:
+        return PACKING
+    if name.startswith(MATMUL_PREFIXES):
+        sizes = set(_sizes(shapes))
+        if config.vocab_size in sizes:
             return "head products"
-        if shape.dim in sizes or shape.hidden_dim in sizes:
+        if config.dim in sizes or config.hidden_dim in sizes:
             return "backbone products"
         return "small products (adapter, scores)"
     lowered = name.lower()
-    for found, parts in BY_NAME:
-        if any(part in lowered for part in parts):
-            return found
+    for label, parts in CATEGORIES.items():
+        if any(part in lowered for part in parts.split()):
+            return label
     return "other"
 
 
+def _sizes(shapes: Any) -> Iterator[int]:
+    """All sizes of all tensor shapes; the profiler gives other arguments no shape."""
+    for shape in shapes or ():
+        if isinstance(shape, list | tuple):
+            yield from (size for size in shape if isinstance(size, int))
+
+
 def time_split(
-    run: Callable[[], object], shape: LlamaConfig, device: torch.device
-) -> tuple[dict[str, float], list[tuple[str, str, int, float]]]:
-    """(seconds by category, the 30 longest rows as (category, operator and shapes, calls, seconds)) of one call of `run`."""
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with profile(activities=activities, record_shapes=True) as recorded:
+    run: Callable[[], object], config: LlamaConfig, device: torch.device
+) -> tuple[dict[str, float], list[Row]]:
+    """(seconds by category, the longest rows) of one call of `run`."""
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU]
+    if on_gpu:
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities, record_shapes=True) as profiler:
         run()
-        if device.type == "cuda":
+        if on_gpu:
             torch.cuda.synchronize(device)
-    seconds: dict[str, float] = defaultdict(float)
-    rows = []
-    kernels = 0.0
-    for event in recorded.key_averages(group_by_input_shape=True):
-        if (
-            event.device_type.name != "CPU"
-        ):  # a kernel by itself: its time is also in the operator that started it
-            kernels += 0.0 if event.is_user_annotation else event.self_device_time_total / 1e6
+    by_category: dict[str, float] = defaultdict(float)
+    rows: list[Row] = []
+    kernel_seconds = 0.0
+    for event in profiler.key_averages(group_by_input_shape=True):
+        if event.device_type.name != "CPU":
+            # A kernel on its own; the operator that launched it has its time too.
+            if not event.is_user_annotation:
+                kernel_seconds += event.self_device_time_total / 1e6
             continue
-        spent = (
-            event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-        ) / 1e6
-        if spent <= 0:
+        self_time = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        seconds = self_time / 1e6
+        if seconds <= 0:
             continue
-        kind = category(event.key, event.input_shapes, shape)
-        seconds[kind] += spent
-        rows.append(
-            (kind, f"{event.key} {_sizes(event.input_shapes)}", event.count, round(spent, 5))
-        )
-    if kernels > sum(seconds.values()):
-        seconds["kernels of no known operator"] = kernels - sum(seconds.values())
+        label = category(event.key, event.input_shapes, config)
+        by_category[label] += seconds
+        operator = f"{event.key} {_shapes_text(event.input_shapes)}"
+        rows.append((label, operator, event.count, round(seconds, 5)))
+    unknown = kernel_seconds - sum(by_category.values())
+    if unknown > 0:
+        by_category["kernels of no known operator"] = unknown
     rows.sort(key=lambda row: -row[3])
-    return {
-        kind: round(value, 5) for kind, value in sorted(seconds.items(), key=lambda pair: -pair[1])
-    }, rows[:30]
+    largest_first = sorted(by_category.items(), key=lambda pair: -pair[1])
+    return {label: round(seconds, 5) for label, seconds in largest_first}, rows[:MAX_ROWS]
 
 
-def _sizes(shapes: Any) -> str:
-    return " ".join("x".join(map(str, one)) for one in shapes or () if one)
+def _shapes_text(shapes: Any) -> str:
+    return " ".join("x".join(map(str, shape)) for shape in shapes or () if shape)

@@ -1,6 +1,7 @@
-"""Peak memory of one training step in a process of its own: `python -m benchmarks.suites.step_memory VARIANT CONFIG-JSON`.
+"""Peak memory of one training step, in a process of its own.
 
-The last line of stdout is a JSON object: the growth of VmHWM over the step, and what autograd holds after the forward.
+`python -m benchmarks.suites.step_memory VARIANT CONFIG-JSON` prints a JSON object as its last line:
+the growth of VmHWM over the step, and what autograd saves for the backward pass.
 """
 
 import json
@@ -10,96 +11,88 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.baseline.variants import (
-    Packed,
-    Plain,
-    Variant,
-    fill,
-    make_fast,
-    make_plain,
-    random_weights,
-)
-from benchmarks.measure.clocks import MALLOC_ENVIRONMENT, peak_growth
+from benchmarks.baseline.models import make_fast, make_plain, random_weights, set_weights
+from benchmarks.baseline.variants import Packed, Plain, Variant
+from benchmarks.measure.memory import MALLOC_ENVIRONMENT, peak_growth
 from benchmarks.measure.workload import SyntheticWorkload
+from benchmarks.paths import ROOT
 from vico.model.config import LlamaConfig
 
-ROOT = Path(__file__).resolve().parents[2]
+NUM_LARGEST = 15
 
 
-def measured(variant: str, shape: LlamaConfig, num_questions: int) -> dict[str, Any]:
+def step_memory(variant: str, config: LlamaConfig, num_questions: int) -> dict[str, Any]:
     """What a fresh process reports about `variant`, "plain" or "fast"."""
-    config = json.dumps({"shape": asdict(shape), "num_questions": num_questions})
-    environment = {**os.environ, **MALLOC_ENVIRONMENT, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.suites.step_memory", variant, config],
-        env=environment,
+    arguments = json.dumps({"config": asdict(config), "num_questions": num_questions})
+    completed = subprocess.run(
+        [sys.executable, "-m", "benchmarks.suites.step_memory", variant, arguments],
+        env={**os.environ, **MALLOC_ENVIRONMENT, "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
-    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    report: dict[str, Any] = json.loads(completed.stdout.splitlines()[-1])
     return report
 
 
-def held_by_backward(run: Callable[[], Any]) -> dict[str, Any]:
-    """MiB of the distinct storages that autograd saves during `run`, parameters left out, and the largest kinds."""
+def saved_for_backward(run: Callable[[], Any]) -> dict[str, Any]:
+    """MiB of the distinct storages that autograd saves during `run`, and its largest kinds.
+
+    Parameters and views of them are left out.
+    """
     storages: dict[int, tuple[int, str]] = {}
-    kept: list[Tensor] = []  # alive, so that no address comes twice
+    alive: list[Tensor] = []  # no address is used twice while its tensor is alive
 
     def note(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, torch.nn.Parameter) and not (
-            tensor.is_leaf and tensor._base is not None
-        ):
+        is_view_of_leaf = tensor.is_leaf and tensor._base is not None
+        if not isinstance(tensor, torch.nn.Parameter) and not is_view_of_leaf:
             storage = tensor.untyped_storage()
-            storages.setdefault(
-                storage.data_ptr(),
-                (storage.nbytes(), f"{'x'.join(map(str, tensor.shape))} {tensor.dtype}"),
-            )
-            kept.append(tensor)
+            kind = f"{'x'.join(map(str, tensor.shape))} {tensor.dtype}"
+            storages.setdefault(storage.data_ptr(), (storage.nbytes(), kind))
+            alive.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         run()
-    kinds: Counter[str] = Counter()
-    for size, kind in storages.values():
-        kinds[kind] += size
-    largest = {kind: round(size / 2**20, 1) for kind, size in kinds.most_common(15)}
-    return {"held_mib": sum(size for size, _ in storages.values()) / 2**20, "largest_mib": largest}
+    bytes_by_kind: Counter[str] = Counter()
+    for num_bytes, kind in storages.values():
+        bytes_by_kind[kind] += num_bytes
+    largest = bytes_by_kind.most_common(NUM_LARGEST)
+    return {
+        "held_mib": bytes_by_kind.total() / 2**20,
+        "largest_mib": {kind: round(num_bytes / 2**20, 1) for kind, num_bytes in largest},
+    }
 
 
-def _variant(name: str, shape: LlamaConfig) -> Variant:
-    cpu = torch.device("cpu")
-    variant: Variant = (
-        Plain(make_plain(shape, torch.float32), cpu)
-        if name == "plain"
-        else Packed(make_fast(shape, torch.float32), cpu)
-    )
-    fill(variant.model, random_weights(variant.model))
+def _make_variant(name: str, config: LlamaConfig) -> Variant:
+    variant: Variant
+    if name == "plain":
+        variant = Plain(make_plain(config, torch.float32), torch.device("cpu"))
+    else:
+        variant = Packed(make_fast(config, torch.float32), torch.device("cpu"))
+    set_weights(variant.model, random_weights(variant.model))
     return variant
 
 
-def main(name: str, config: dict[str, Any]) -> None:
+def main(name: str, config: LlamaConfig, num_questions: int) -> None:
     torch.set_num_threads(1)
-    shape = LlamaConfig(**config["shape"])
-    variant, workload = _variant(name, shape), SyntheticWorkload(shape.vocab_size)
-    work = workload.training(1, config["num_questions"])
-    variant.train(workload.training(0, 1))  # what is loaded or made once, in small
+    variant, workload = _make_variant(name, config), SyntheticWorkload(config.vocab_size)
+    work = workload.training(1, num_questions)
+    # Loads what is loaded once, with a small batch.
+    variant.train(workload.training(0, 1))
     variant.model.zero_grad(set_to_none=True)
     growth = peak_growth(lambda: variant.train(work))
     variant.model.zero_grad(set_to_none=True)
-    print(
-        json.dumps(
-            {"variant": variant.name, **growth, **held_by_backward(lambda: variant.train(work))}
-        )
-    )
+    saved = saved_for_backward(lambda: variant.train(work))
+    print(json.dumps({"variant": variant.name, **growth, **saved}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(sys.argv[2]))
+    arguments = json.loads(sys.argv[2])
+    main(sys.argv[1], LlamaConfig(**arguments["config"]), arguments["num_questions"])

@@ -8,13 +8,8 @@ import pytest
 import torch
 
 from benchmarks.baseline import correctness
-from benchmarks.baseline.variants import (
-    fill,
-    random_weights,
-    scoring_batches,
-    take_gradients,
-    training_batch,
-)
+from benchmarks.baseline.models import random_weights, set_weights, take_gradients
+from benchmarks.baseline.variants import scoring_batches, training_batch
 from benchmarks.measure.workload import SyntheticWorkload
 from reference import oracle, oracle_files
 from support.processes import start
@@ -56,7 +51,7 @@ FLAGS = [
 def toy_on_the_gpu(config: LlamaConfig = TOY, num_adapted: int = 4) -> ViCo:
     """Without CUDA graphs; `use_graphs` adds them."""
     fast = ViCo(config, num_adapted, 10, 10, 100.0, torch.bfloat16)
-    fill(fast, random_weights(fast))
+    set_weights(fast, random_weights(fast))
     attend = choose_attention("auto", CUDA, torch.bfloat16)[0]
     choose_block_runners(fast.to(CUDA), attend, no_graphs="not in this test")
     return fast

@@ -14,13 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.baseline.variants import (
-    fill,
-    random_weights,
-    scoring_batches,
-    take_gradients,
-    training_batch,
-)
+from benchmarks.baseline.models import random_weights, set_weights, take_gradients
+from benchmarks.baseline.variants import scoring_batches, training_batch
 from benchmarks.measure.workload import SyntheticWorkload
 from vico.model import block_runners, cuda_graphs
 from vico.model.attention.backends import KERNELS, choose_attention
@@ -96,7 +91,7 @@ def test_few_sizes_serve_many_micro_batches() -> None:
 
 def make_model(num_adapted: int = 4, kernel: str = "sdpa", config: LlamaConfig = CONFIG) -> ViCo:
     model = ViCo(config, num_adapted, 10, 10, 100.0, torch.float32)
-    fill(model, random_weights(model))
+    set_weights(model, random_weights(model))
     choose_block_runners(model, PackedAttention(KERNELS[kernel]))
     return model
 

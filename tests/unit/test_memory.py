@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.measure.workload import SyntheticWorkload
-from benchmarks.suites.step_memory import measured
+from benchmarks.suites.step_memory import step_memory
 from support.planning import LENGTHS, VICO_CONFIGS
 from support.processes import ROOT
 from vico.data.packing import Example, pack
@@ -392,7 +392,7 @@ def test_a_run_of_now_takes_what_is_predicted() -> None:
         "suite": "cpu",
         "config": {"questions": 8},
         "geometries": {"wide": {"shape": asdict(config)}},
-        "memory": {"fast": measured("fast", config, 8)},
+        "memory": {"fast": step_memory("fast", config, 8)},
     }
     for predicted, measured_mib in recorded(record):
         assert predicted == pytest.approx(measured_mib, rel=0.05)

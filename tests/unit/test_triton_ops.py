@@ -24,7 +24,8 @@ if not torch.cuda.is_available() and os.environ.get(IN_A_CHILD) != "1":
         assert ended.returncode == 0 and "passed" in ended.stdout, ended.stdout[-4000:]
 
 else:
-    from benchmarks.baseline.variants import Packed, fill, make_fast, random_weights, take_gradients
+    from benchmarks.baseline.models import make_fast, random_weights, set_weights, take_gradients
+    from benchmarks.baseline.variants import Packed
     from benchmarks.measure.workload import SyntheticWorkload
     from vico.model.attention.backends import KERNELS
     from vico.model.attention.segment_layout import varlen_layout
@@ -168,7 +169,7 @@ else:
         """Losses and every trainable's gradient of a packed step, and scores."""
         shape = LlamaConfig(32, 2, 2, 200, multiple_of=16)
         fast = make_fast(shape, dtype)
-        fill(fast, random_weights(fast))
+        set_weights(fast, random_weights(fast))
         choose_block_runners(fast.to(DEVICE), PackedAttention(KERNELS["sdpa"]))
         variant, work = Packed(fast, DEVICE), SyntheticWorkload(shape.vocab_size)
         found = []

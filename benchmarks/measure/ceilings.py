@@ -1,0 +1,60 @@
+"""How fast this machine multiplies matrices and copies memory, measured in the same run."""
+
+from typing import Any
+
+import torch
+
+from benchmarks.measure.clocks import Clock, cpu_seconds
+from benchmarks.measure.spreads import spread
+from vico.model.ops.autograd import linear
+
+WARMUP_CALLS = 3
+
+
+def cpu_ceilings(repeats: int = 5) -> dict[str, float]:
+    """Ceilings of one thread, the best of `repeats` calls each.
+
+    An fp32 product by torch's default library and by the library that ViCo chooses (GFLOP/s), and
+    a copy (GB/s read and written).
+    """
+    size = 1536
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    rates = []
+    for product in (lambda: a @ b, lambda: linear(a, b)):
+        seconds = min(cpu_seconds(product)[0] for _ in range(repeats))
+        rates.append(2 * size**3 / seconds / 1e9)
+    source = torch.randn(32 * 2**20)
+    target = torch.empty_like(source).fill_(0)
+    copy_seconds = min(cpu_seconds(lambda: target.copy_(source))[0] for _ in range(repeats))
+    return {
+        "matmul_gflops": max(rates),
+        "default_matmul_gflops": rates[0],
+        "vico_matmul_gflops": rates[1],
+        "copy_gb_per_second": 2 * source.numel() * 4 / copy_seconds / 1e9,
+    }
+
+
+def device_ceilings(
+    device: torch.device, dtype: torch.dtype, size: int, copy_mib: int, repeats: int = 20
+) -> dict[str, Any]:
+    """Median rates of a device.
+
+    A square product of `size` in `dtype` (TFLOP/s), and a copy of `copy_mib` MiB within its memory
+    (GB/s read and written).
+    """
+    clock = Clock(device)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    source = torch.randn(copy_mib * 2**18, device=device)
+    target = torch.empty_like(source)
+    for run in (lambda: a @ b, lambda: target.copy_(source)):
+        for _ in range(WARMUP_CALLS):
+            run()
+    product = spread([clock.time(lambda: a @ b) for _ in range(repeats)])
+    copy = spread([clock.time(lambda: target.copy_(source)) for _ in range(repeats)])
+    return {
+        "product": f"{str(dtype).removeprefix('torch.')} {size} x {size} x {size}",
+        "matmul_tflops": 2 * size**3 / product["median"] / 1e12,
+        "matmul_seconds": product,
+        "copy_gb_per_second": 2 * source.numel() * 4 / copy["median"] / 1e9,
+        "copy_seconds": copy,
+    }

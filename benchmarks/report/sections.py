@@ -1,0 +1,221 @@
+"""The report's section of each suite: tables and plots of one record."""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure.spreads import median_of
+from benchmarks.report import plot_data, plots
+from benchmarks.report.markdown import Section, number, percent
+from benchmarks.report.scaling import scaling
+
+Record = dict[str, Any]
+
+CPU_COLUMNS = (
+    "train_seconds",
+    "real_tokens_per_second",
+    "padded_tokens_per_second",
+    "target_tokens_per_second",
+    "samples_per_second",
+    "share_of_measured_ceiling",
+    "score_seconds",
+    "questions_per_second",
+)
+GPU_COLUMNS = (
+    "seconds",
+    "real_tokens_per_second",
+    "padded_tokens_per_second",
+    "target_tokens_per_second",
+    "questions_per_second",
+    "data_wait_seconds",
+)
+GPU_SHARES = {
+    "mfu": "MFU",
+    "hfu": "HFU",
+    "share_of_measured_ceiling": "of measured ceiling",
+}
+NODE_COLUMNS = [
+    *("size", "stage", "ranks", "scaling", "real tokens/s", "s/step", "MFU", "HFU"),
+    *("GiB allocated / reserved", "MiB per step (computed)"),
+]
+
+
+def cpu_section(record: Record, folder: Path) -> Section:
+    section = Section()
+    _add_ratios(section, record)
+    for name, measured in record["geometries"].items():
+        if "figures" not in measured:
+            continue
+        section.add_text(f"### {name}")
+        section.add_text(f"{measured['workload']}; all times are process CPU time.")
+        rows = []
+        for variant, metrics in measured["figures"].items():
+            rows.append([variant, *(number(metrics.get(c), 3) for c in CPU_COLUMNS)])
+        section.add_table(["variant", *(c.replace("_", " ") for c in CPU_COLUMNS)], rows)
+    _add_memory_plot(section, record, folder)
+    section.add_plots(
+        plots.draw_waterfall(plot_data.waterfalls(record), folder / "waterfall.png"),
+        "the ratio's waterfall",
+        "the record has no steps between plain and fast (`--waterfall` measures them)",
+    )
+    _add_time_split_plot(
+        section, record, folder, "the record has no profile (`--profile` makes one)"
+    )
+    return section
+
+
+def gpu_section(record: Record, folder: Path) -> Section:
+    section = Section()
+    _add_checks(section, record["checks"])
+    _add_ratios(section, record)
+    rows = []
+    for part in ("training", "scoring"):
+        for kind, measured in record.get(part, {}).items():
+            for variant, metrics in measured.get("figures", {}).items():
+                values = [number(median_of(metrics[c])) for c in GPU_COLUMNS]
+                shares = [percent(metrics[s]) for s in GPU_SHARES]
+                rows.append([f"{part} {kind}", variant, *values, *shares])
+    if rows:
+        names = [c.replace("_per_second", "/s").replace("_", " ") for c in GPU_COLUMNS]
+        section.add_table(["step", "variant", *names, *GPU_SHARES.values()], rows)
+    _add_kernel_shares(section, record)
+    _add_small_cards(section, record)
+    _add_memory_plot(section, record, folder)
+    section.add_plots(
+        plots.draw_budgets(record.get("budgets", {}), folder / "budgets.png"),
+        "speed by token budget",
+        "the record has fewer than two budgets",
+    )
+    why_none = "the gpu suite measures plain and fast alone"
+    section.add_plots([], "the ratio's waterfall", why_none)
+    _add_time_split_plot(section, record, folder, "the record has no profile")
+    return section
+
+
+def node_section(record: Record, folder: Path) -> Section:
+    section = Section()
+    section.add_table(NODE_COLUMNS, [_node_row(case) for case in record["cases"]])
+    for failure in record["failures"]:
+        start = f"{failure['size']} on {failure['ranks']} rank(s)"
+        section.add_text(f"{start} ended with exit code {failure['exit_code']}.")
+    rows = []
+    for machine in record["machines"]:
+        collectives = machine["collectives"]
+        gather, reduce = (
+            number(collectives[f"all_{name}_gb_per_second"], 3) for name in ("gather", "reduce")
+        )
+        rows.append([str(machine["ranks"]), gather, reduce])
+    section.add_table(["ranks", "all-gather, GB/s (bus)", "all-reduce, GB/s (bus)"], rows)
+    section.add_plots(
+        plots.draw_scaling(scaling(record["cases"]), folder),
+        "scaling",
+        "the record has one number of ranks",
+    )
+    section.add_plots(
+        plots.draw_node_memory(plot_data.node_memory(record["cases"]), folder / "memory.png"),
+        "memory",
+        "the record has no weak scaling",
+    )
+    return section
+
+
+SECTIONS = {"cpu": cpu_section, "gpu": gpu_section, "node": node_section}
+
+
+def _add_ratios(section: Section, record: Record) -> None:
+    spreads = record.get("ratio_spreads", {})
+    rows = []
+    for key, value in record.get("ratios", {}).items():
+        rows.append([key, number(spreads.get(key, value), 3)])
+    if rows:
+        section.add_table(["plain / fast", "median (p10 to p90)"], rows)
+
+
+def _add_memory_plot(section: Section, record: Record, folder: Path) -> None:
+    paths = plots.draw_memory(plot_data.memory_bars(record), folder / "memory.png")
+    section.add_plots(paths, "memory", "the record has no memory")
+
+
+def _add_time_split_plot(section: Section, record: Record, folder: Path, why_none: str) -> None:
+    paths = plots.draw_time_split(plot_data.time_splits(record), folder / "time-split.png")
+    section.add_plots(paths, "the time split", why_none)
+
+
+def _add_checks(section: Section, checks: dict[str, Any]) -> None:
+    attention, steps = checks["attention"], checks["steps"]
+    section.add_text(
+        "Attention against its definition in fp32, worst relative distance of output and gradients "
+        f"(bound {attention['bound']:.0e}):"
+    )
+    rows = []
+    for name, backend in attention["backends"].items():
+        if backend["runs"]:
+            seconds = [backend["seconds"][stream]["median"] for stream in ("training", "scoring")]
+            milliseconds = [number(1e3 * s, 3) for s in seconds]
+            rows.append([name, f"{backend['worst']:.1e}", *milliseconds])
+        else:
+            rows.append([name, backend["why"].split(": ", 1)[-1], "", ""])
+    columns = ["backend", "distance", "training, ms per layer", "scoring, ms per layer"]
+    section.add_table(columns, rows)
+    distances = []
+    for name, means in checks["distance_to_fp32"]["means"].items():
+        distances.append(f"{name} {means['score_distance']:.2e}")
+    section.add_text(
+        f"Toy steps against fp32 on the CPU: losses within {steps['worst_relative']:.1e} "
+        f"(bound {steps['bound']:.0e}). "
+        f"Mean distance of toy scores to fp32: {', '.join(distances)}."
+    )
+
+
+def _add_kernel_shares(section: Section, record: Record) -> None:
+    """How much of a step the device computes. The rest of the time it waits for the host."""
+    training = record.get("training", {})
+    steps = {
+        "train": training.get("both"),
+        "train_vqa": training.get("vqa"),
+        "train_cap": training.get("cap"),
+        "score": record.get("scoring", {}).get("score"),
+    }
+    splits = record.get("time_split") or {}
+    rows = []
+    for key, measured in steps.items():
+        for variant, split in splits.items():
+            if not measured or "figures" not in measured or key not in split:
+                continue
+            kernels = sum(split[key].values())
+            seconds = measured["figures"][variant]["seconds"]["median"]
+            share = f"{kernels / seconds:.0%}"
+            rows.append([key, variant, number(kernels, 3), number(seconds, 3), share])
+    if rows:
+        columns = ["step", "variant", "its kernels, s", "the step, s", "share"]
+        section.add_table(columns, rows)
+
+
+def _add_small_cards(section: Section, record: Record) -> None:
+    rows = []
+    for card, measured in record.get("small_cards", {}).items():
+        peak = "memory ended"
+        if "out_of_memory" not in measured:
+            peak = number(measured["allocated_gib"], 3)
+        allowed = number(measured["allowed_gib"], 3)
+        rows.append([card, allowed, str(measured["recomputed_layers"]), peak])
+    if rows:
+        columns = ["card (its memory capped)", "GiB allowed", "layers recomputed"]
+        section.add_table([*columns, "peak of a training step, GiB"], rows)
+
+
+def _node_row(case: Record) -> list[str]:
+    stage, kind = f"ZeRO-{case['stage']}", case.get("scaling", "")
+    row = [case["size"], stage, str(case["ranks"]), kind]
+    if "figures" not in case:
+        row.append(case.get("not_run", "refused"))
+        return row + [""] * (len(NODE_COLUMNS) - len(row))
+    metrics, memory = case["figures"], case["memory"]
+    return [
+        *row,
+        number(median_of(metrics["real_tokens_per_second"])),
+        number(median_of(metrics["seconds"]), 3),
+        percent(metrics["mfu"]),
+        percent(metrics["hfu"]),
+        f"{number(memory['allocated_gib'], 3)} / {number(memory['reserved_gib'], 3)}",
+        f"{case['communication']['bytes_per_step'] / 2**20:,.1f}",
+    ]
