@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaTokenizerFast
 
-from support.backbones import NUM_RANKS, make_llama_3_tokenizers
+from support.backbones import NUM_PIECES, make_llama_3_tokenizers
 from support.errors import refusal
 from support.toy_dataset import ToyData
 from vico.data.prompts import ANSWER_TEXT, Prompts, option_text, question_text
@@ -48,8 +48,8 @@ def target_text(tokenizer: Tokenizer, sequence: TokenSequence) -> str:
 
 
 def test_special_ids_lie_behind_the_pieces(tokenizer: Tokenizer) -> None:
-    assert tokenizer.vocab_size == NUM_RANKS + 256
-    assert (tokenizer.bos, tokenizer.eos) == (NUM_RANKS, NUM_RANKS + 1)
+    assert tokenizer.vocab_size == NUM_PIECES + 256
+    assert (tokenizer.bos, tokenizer.eos) == (NUM_PIECES, NUM_PIECES + 1)
     assert tokenizer.decode([tokenizer.newline]) == "\n"
 
 
@@ -170,7 +170,7 @@ NOT_BASE64 = "not a piece in base64 and its rank; copy "
 DAMAGED: dict[str, tuple[Damage, str]] = {
     "a line twice": (lines(repeat_line), "it:10: ranks must count from 0, each piece once"),
     "a line lost": (lines(lose_line), "it:10: ranks must count from 0"),
-    "half a line": (lines(cut_last_line), f"it:{NUM_RANKS}: {NOT_BASE64}"),
+    "half a line": (lines(cut_last_line), f"it:{NUM_PIECES}: {NOT_BASE64}"),
     "another word": (lines(put_another_word), "it:21: not a piece in base64"),
     "bytes lost": (lines(lose_bytes), "lacks 56 of the 256 single bytes"),
     "JSON cut off": (lambda files: files["hf"].read_bytes()[:500], "Expecting value; correct "),
