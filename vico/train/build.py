@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vico.checkpoint.format import Checkpoint
 from vico.checkpoint.validate import validate_for_model
@@ -113,16 +113,38 @@ def fit(checkpoint: Checkpoint, inputs: Inputs) -> Checkpoint:
 def build_engine(
     config: RunConfig, inputs: Inputs, trainables: dict[str, Tensor], world: World
 ) -> Engine:
-    """The model with the backbone from the files and these trainables, under DeepSpeed. A collective of all ranks."""
+    """The model, with the backbone of the files and these trainables, under DeepSpeed.
+
+    A collective of all ranks.
+    """
     with world.raise_together():
         dtype = DTYPES[config.precision]
-        attend, description = choose_attention(config.attention, world.device, dtype)
-        description += f", {triton_ops.describe(world.device)}"
-    linear: MakeLinear = (
-        FrozenLinear if config.quantize is None else partial(QuantizedLinear, kind=config.quantize)
-    )
-    with zero_init(inputs.ds_config, world.device):
-        model = ViCo(
+        attend, attention = choose_attention(config.attention, world.device, dtype)
+    model = _make_model(config, inputs, dtype, world.device)
+    _load_weights(model, inputs.weights, trainables, dtype, world)
+    recomputed = config.num_checkpointed
+    num_checkpointed = len(model.layers) if recomputed is None else recomputed
+    no_graphs = why_no_graphs(inputs.ds_config, config.quantize)
+    graphs = choose_block_runners(model, attend, num_checkpointed, no_graphs)
+    description = f"{attention}, {triton_ops.describe(world.device)}, {graphs}"
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert set(trained) == set(inputs.trainable_shapes), "only what the modules declare is trained"
+    optimizer = make_optimizer(list(trained.values()), config.weight_decay)
+    world.set_phase("building the engine")
+    engine = Engine(model, optimizer, inputs.ds_config, dtype, description)
+    set_collective_timeout(world.timeout)  # DeepSpeed has made groups of its own
+    return engine
+
+
+def _make_model(
+    config: RunConfig, inputs: Inputs, dtype: torch.dtype, device: torch.device
+) -> ViCo:
+    """The model without values; under ZeRO-3 each rank holds its part of each parameter."""
+    linear: MakeLinear = FrozenLinear
+    if config.quantize is not None:
+        linear = partial(QuantizedLinear, kind=config.quantize)
+    with zero_init(inputs.ds_config, device):
+        return ViCo(
             inputs.weights.config,
             inputs.num_adapted,
             config.adapter_len,
@@ -131,49 +153,33 @@ def build_engine(
             dtype,
             linear,
         )
+
+
+def _load_weights(
+    model: ViCo, weights: Weights, trainables: dict[str, Tensor], dtype: torch.dtype, world: World
+) -> None:
     for name, parameter in model.named_parameters():
         world.set_phase(f"loading {name}")
-        value = trainables.get(name)
-        load_parameter(
-            parameter,
-            partial(inputs.weights.read_slice, name) if value is None else partial(_slice, value),
-        )
+        if name in trainables:
+            load_parameter(parameter, partial(_slice, trainables[name]))
+        else:
+            load_parameter(parameter, partial(weights.read_slice, name))
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             world.set_phase(f"loading {name}")
-            module.fill(inputs.weights.read(f"{name}.weight").to(world.device, dtype))
-    num_checkpointed = (
-        len(model.layers) if config.num_checkpointed is None else config.num_checkpointed
-    )
-    no_graphs = why_no_graphs(inputs.ds_config, config.quantize)
-    description += f", {choose_block_runners(model, attend, num_checkpointed, no_graphs)}"
-    _require_declared(model, inputs.trainable_shapes)
-    optimizer = make_optimizer(
-        [p for p in model.parameters() if p.requires_grad], config.weight_decay
-    )
-    world.set_phase("building the engine")
-    engine = Engine(model, optimizer, inputs.ds_config, dtype, description)
-    set_collective_timeout(world.timeout)
-    return engine
+            module.fill(weights.read(f"{name}.weight").to(world.device, dtype))
 
 
 def why_no_graphs(ds_config: dict[str, Any], quantize: str | None = None) -> str | None:
-    """Why CUDA graphs of the blocks cannot be captured, or not be replayed. None: they can."""
+    """Why the blocks cannot be captured as CUDA graphs, or not be replayed. None: they can."""
     if quantize is not None:
         return "--quantize makes weights at every use"
     if ds_config.get("flops_profiler", {}).get("enabled"):
         return "DeepSpeed's flops_profiler waits behind every module"
-    return (
-        "ZeRO-3 gathers weights at every use"
-        if ds_config["zero_optimization"]["stage"] == 3
-        else None
-    )
+    if ds_config["zero_optimization"]["stage"] == 3:
+        return "ZeRO-3 gathers weights at every use"
+    return None
 
 
 def _slice(value: Tensor, start: int, stop: int) -> Tensor:
     return value.flatten()[start:stop]
-
-
-def _require_declared(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
-    found = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert found == set(shapes), "the trainables are those that the modules declare, and no others"

@@ -80,7 +80,7 @@ def _print_start(run: Run) -> None:
             {
                 "zero": run.inputs.stage,
                 "precision": run.config.precision,
-                "attention": run.engine.attention,
+                "computed by": run.engine.attention,
                 "steps": f"{first} to {last}, {per_epoch} per epoch, {questions} questions each",
             }
         )
