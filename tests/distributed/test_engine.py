@@ -2,19 +2,15 @@
 
 import json
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from support.processes import ROOT
 from support.toy_dataset import ToyData
 from vico.cli.flags import parse
 from vico.data.batching import TrainingSteps
-from vico.data.bin_packing import best_fill, greedy_balance
 from vico.distributed import world as dist
 from vico.errors import TrainingError, UserError
 from vico.model.vico import initial_trainables
@@ -246,32 +242,6 @@ def test_order_is_a_function_of_seed_and_epoch_and_ranks_divide_it(
             )
             assert sum(p.target_counts for p in parts).tolist() == one[0, k].target_counts.tolist()  # type: ignore[union-attr]
             assert sum(p.num_real_tokens for p in parts) == one[0, k].num_real_tokens
-
-
-@given(st.lists(st.integers(1, 500), min_size=1, max_size=60), st.integers(1, 9))
-def test_longest_first(sizes: list[int], num_bins: int) -> None:
-    bins = greedy_balance(sizes, num_bins)
-    assert sorted(i for b in bins for i in b) == list(range(len(sizes)))
-    counts = [len(b) for b in bins]
-    assert len(bins) == num_bins and max(counts) - min(counts) <= 1
-
-
-@given(
-    st.lists(st.integers(1, 60), min_size=1, max_size=7),
-    st.integers(1, 4),
-    st.none() | st.integers(20, 150),
-)
-def test_fullest(sizes: list[int], most: int, budget: int | None) -> None:
-    chosen = best_fill(sizes, most, budget)
-    assert len(set(chosen)) == len(chosen) and 1 <= len(chosen) <= most
-    ways = [sum(way) for k in range(1, most + 1) for way in combinations(sizes, k)]
-    fits = [size for size in ways if budget is None or size <= budget]
-    if budget is None or max(sizes) <= budget:
-        assert sum(sizes[i] for i in chosen) == max(fits)
-    else:
-        assert [sizes[i] for i in chosen] == [max(sizes)], (
-            "a question that is too long stands alone"
-        )
 
 
 def test_micro_batches_of_a_token_budget(toy: ToyData, alone: dist.World) -> None:

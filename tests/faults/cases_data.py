@@ -185,7 +185,7 @@ DATA: dict[str, Case] = {
         text(VAL, "a4", "a4,a0"),
         "",
         2,
-        ["val.csv:1: column 'a0' stands there twice"],
+        ["val.csv:1: column 'a0' appears twice"],
     ),
     "a field too many": (
         put(
@@ -218,7 +218,7 @@ DATA: dict[str, Case] = {
         rows({"qid": "3"}, {"qid": " 3"}),
         "",
         2,
-        ["val.csv:3: video '100000' qid '3' stands already at val.csv:2 and would count twice"],
+        ["val.csv:3: video '100000' qid '3' is already at val.csv:2 and would count twice"],
     ),
     "no video": (rows({"video": " "}), "", 2, ["val.csv:2: 'video' is empty"]),
     "no question text": (rows({"question": "\t"}), "", 2, ["val.csv:2: 'question' is empty"]),
@@ -302,7 +302,7 @@ DATA: dict[str, Case] = {
         star([star_item(choices=[{"choice_id": 1, "choice": "b"}] * 2)]),
         STAR,
         2,
-        ["choice_id 1 is no integer or stands twice"],
+        ["choice_id 1 is no integer or appears twice"],
     ),
     "STAR, time": (
         star([star_item(start="soon")]),
@@ -344,7 +344,7 @@ DATA: dict[str, Case] = {
         star([star_item()], lambda val: json.dumps(val).replace('"end"', '"start"')),
         STAR,
         2,
-        ["key 'start' stands twice in one object"],
+        ["key 'start' appears twice in one object"],
     ),
     **{
         f"TVQA, times {ts!r}": (
@@ -545,7 +545,7 @@ DATA: dict[str, Case] = {
         put(CAPTIONS, '{"a": "x",\n "a": "y"}'),
         "",
         2,
-        ["llava_v15_13b_n6.json:2: column 2: key 'a' stands twice"],
+        ["llava_v15_13b_n6.json:2: column 2: key 'a' appears twice"],
     ),
     "captions as a pickle": (
         put(CAPTIONS, b"\x80\x04\x95\x00"),

@@ -433,7 +433,7 @@ MODEL: dict[str, Case] = {
         put(PARAMS, '{"dim": 96,\n"dim": 32}'),
         "",
         2,
-        ["params.json:2: column 1: key 'dim' stands twice in one object"],
+        ["params.json:2: column 1: key 'dim' appears twice in one object"],
     ),
     "shard is a pipe": (
         pipe(SHARD),

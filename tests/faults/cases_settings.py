@@ -96,7 +96,7 @@ SETTINGS: dict[str, Case] = {
         put("r.yaml", "lr: 1\nlr: 2\n"),
         RECIPE,
         2,
-        ["--config {fixture}/r.yaml: 'lr' stands there twice; keep one"],
+        ["--config {fixture}/r.yaml: 'lr' appears twice; keep one"],
     ),
     "recipe, wrong type": (
         put("r.yaml", "vaq: 'yes'\n"),
@@ -169,7 +169,7 @@ SETTINGS: dict[str, Case] = {
         put("ds.json", '{"zero_optimization": {"stage": 2,\n"stage": 3}}'),
         DS,
         2,
-        ["ds.json:2: column 1: key 'stage' stands twice in one object"],
+        ["ds.json:2: column 1: key 'stage' appears twice in one object"],
     ),
     "ds_config, unknown key": (
         ds(zero_optimisation={}),

@@ -205,7 +205,7 @@ def test_a_recipe_is_typed_and_flags_win(tmp_path: Path) -> None:
         ("batchsize: 4", "unknown key 'batchsize'; did you mean 'batch_size'?"),
         ("--lr: 4", "unknown key '--lr'; did you mean 'lr'?"),
         ("3: 4", "unknown key 3"),
-        ("lr: 1\nvaq: true\nlr: 2", "'lr' stands there twice; keep one"),
+        ("lr: 1\nvaq: true\nlr: 2", "'lr' appears twice; keep one"),
         ("vaq: 'no'", "vaq: 'no' is not true or false"),
         ("vaq: 1", "vaq: 1 is not true or false"),
         ("epochs: 1.0", "epochs: 1.0 is not a whole number"),

@@ -35,7 +35,7 @@ BAD_CAPTIONS = [
         '{"a": null, "b": 7}',
         "2 of 2 rows are bad: mine.json: caption of video 'a' is None, not a text",
     ),
-    ('{"a": "x",\n "a": "y"}', "mine.json:2: column 2: key 'a' stands twice"),
+    ('{"a": "x",\n "a": "y"}', "mine.json:2: column 2: key 'a' appears twice"),
     ('["a"]', "a list where a JSON object is expected"),
     ('{"a": "x"', "the text is cut off here"),
 ]

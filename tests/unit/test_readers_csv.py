@@ -36,7 +36,7 @@ def test_groups() -> None:
 
 
 ROWS = [csv_row(), csv_row(qid="2", question="a\nb", kind="")]
-ROWS_CRLF = [[field.replace("\n", "\r\n") for field in row] for row in ROWS]
+ROWS_CRLF = [csv_row(), csv_row(qid="2", question="a\r\nb", kind="")]
 ROWS_BLANKS = [csv_row(" 007\t", " 1 "), csv_row(qid=" 2", question="a\nb", kind=" ")]
 ROWS_LONGER = [[*row, "x\ny", ""] for row in ROWS]
 ROWS_NOTE = [[*row, ""] for row in ROWS]
@@ -95,7 +95,7 @@ BAD_CSV: dict[str, tuple[str | bytes, list[str]]] = {
     ),
     "duplicate column": (
         csv_text([[*csv_row(), "x"]], [*HEADER, " a0"]),
-        ["val.csv:1: column 'a0' stands there twice", "rename"],
+        ["val.csv:1: column 'a0' appears twice", "rename"],
     ),
     "field too many": (
         TOP + ROW[:-1] + ",x\n" + ROW,
@@ -144,7 +144,7 @@ BAD_CSV: dict[str, tuple[str | bytes, list[str]]] = {
     "git-lfs pointer": (LFS_POINTER, ["git-lfs pointer", "git lfs pull"]),
     "duplicate question": (
         TOP + ROW + ROW,
-        ["val.csv:3: video '007' qid '1' stands already at val.csv:2", "count twice"],
+        ["val.csv:3: video '007' qid '1' is already at val.csv:2", "count twice"],
     ),
     "no video": (csv_text([csv_row(video=" ")]), ["val.csv:2: 'video' is empty"]),
     "no question": (csv_text([csv_row(question=" ")]), ["val.csv:2: 'question' is empty"]),

@@ -48,7 +48,7 @@ BAD_STAR: dict[str, tuple[dict[str, Any], str]] = {
     "choices": ({"choices": "ab"}, "'choices' is 'ab', not a list"),
     "same choice_id": (
         {"choices": [{"choice_id": 1, "choice": "b"}] * 2},
-        "choice_id 1 is no integer or stands twice",
+        "choice_id 1 is no integer or appears twice",
     ),
     "choice without text": (
         {"choices": [{"choice_id": 1}, {"choice_id": 2}]},
@@ -79,7 +79,7 @@ BAD_JSON = {
     "NaN": (PRETTY.replace("6.5", "NaN"), "STAR_val.json:6: column 12: NaN is not JSON"),
     "key twice": (
         PRETTY.replace('"end"', '"start"'),
-        "STAR_val.json:7: column 3: key 'start' stands twice",
+        "STAR_val.json:7: column 3: key 'start' appears twice",
     ),
     "number in the list": ("[{}, 3]", "STAR_val.json[1]: a number where an object is expected"),
     "cut": (PRETTY[:-1], "the text is cut off here"),

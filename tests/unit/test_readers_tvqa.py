@@ -70,9 +70,9 @@ BAD_JSONL = [
     (LINE + "\n" + LINE[:-1], "the text is cut off here"),
     (
         LINE.replace('"a1"', '"a0"'),
-        "tvqa_val.jsonl:1: column 16: key 'a0' stands twice in one object",
+        "tvqa_val.jsonl:1: column 16: key 'a0' appears twice in one object",
     ),
-    (LINE.replace('"a1"', '"\\u00610"'), "column 16: key 'a0' stands twice"),
+    (LINE.replace('"a1"', '"\\u00610"'), "column 16: key 'a0' appears twice"),
     (
         "\n" + LINE.replace(": 5,", ": NaN,"),
         f"tvqa_val.jsonl:2: column {LINE.index(': 5,') + 3}: NaN is not JSON",

@@ -156,5 +156,5 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: must hold lines 'flag: value'")
     for key in keys:
         if keys.count(key) > 1:
-            raise UserError(f"--config {path}: '{key}' stands there twice; keep one")
+            raise UserError(f"--config {path}: '{key}' appears twice; keep one")
     return settings_from(recipe, f"--config {path}")

@@ -147,6 +147,6 @@ def _find_rejected(text: str) -> tuple[int, str]:
         elif _COLON.match(text, token.end()):
             key = json.loads(word)
             if key in keys[-1]:
-                return token.start(), f"key {show(key)} stands twice in one object"
+                return token.start(), f"key {show(key)} appears twice in one object"
             keys[-1].add(key)
     raise AssertionError("the parser rejected the text, but no cause was found")

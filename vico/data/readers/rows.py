@@ -121,7 +121,7 @@ def _check_header(place: str, header: Sequence[str], required: Sequence[str], pa
     repeated = sorted({name for name in header if name and header.count(name) > 1})
     if repeated:
         fail(
-            f"{place}: column {show(repeated[0])} stands there twice ({has}); "
+            f"{place}: column {show(repeated[0])} appears twice ({has}); "
             f"rename or remove one in {path}"
         )
 
@@ -276,7 +276,7 @@ def _repeated(questions: Sequence[Question]) -> list[str]:
         first_place = first_places.setdefault((q.video, q.qid), q.place)
         if first_place != q.place:
             messages.append(
-                f"{q.place}: video {show(q.video)} qid {show(q.qid)} stands already at "
+                f"{q.place}: video {show(q.video)} qid {show(q.qid)} is already at "
                 f"{first_place} and would count twice"
             )
     return messages

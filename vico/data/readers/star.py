@@ -49,7 +49,7 @@ def _options(choices: Any) -> tuple[str, ...]:
     for choice in choices:
         key = rows.field(choice, "choice_id")
         if not isinstance(key, int) or isinstance(key, bool) or key in texts:
-            raise RowError(f"choice_id {show(key)} is no integer or stands twice")
+            raise RowError(f"choice_id {show(key)} is no integer or appears twice")
         texts[key] = rows.text_field(choice, "choice")
     return tuple(texts[key] for key in sorted(texts))
 

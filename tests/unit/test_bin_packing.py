@@ -1,0 +1,46 @@
+"""How a step's questions are divided over ranks and micro-batches."""
+
+from itertools import combinations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vico.data.bin_packing import best_fill, first_fit, greedy_balance
+
+SIZES = st.lists(st.integers(1, 500), min_size=1, max_size=60)
+
+
+@given(SIZES, st.integers(1, 9))
+def test_greedy_balance(sizes: list[int], num_bins: int) -> None:
+    bins = greedy_balance(sizes, num_bins)
+    assert sorted(i for b in bins for i in b) == list(range(len(sizes)))
+    counts = [len(b) for b in bins]
+    assert len(bins) == num_bins and max(counts) - min(counts) <= 1
+
+
+@given(SIZES, st.integers(1, 2000))
+def test_first_fit(sizes: list[int], budget: int) -> None:
+    """Only an item above the budget has a bin above it; no two bins fit into one."""
+    bins = first_fit(sizes, budget)
+    assert sorted(i for b in bins for i in b) == list(range(len(sizes)))
+    loads = [sum(sizes[i] for i in b) for b in bins]
+    assert all(load <= budget or len(b) == 1 for load, b in zip(loads, bins, strict=True))
+    assert all(one + other > budget for one, other in combinations(loads, 2))
+
+
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=7),
+    st.integers(1, 4),
+    st.none() | st.integers(20, 150),
+)
+def test_best_fill(sizes: list[int], max_items: int, budget: int | None) -> None:
+    chosen = best_fill(sizes, max_items, budget)
+    assert len(set(chosen)) == len(chosen) and 1 <= len(chosen) <= max_items
+    totals: list[int] = []
+    for count in range(1, max_items + 1):
+        totals += [sum(subset) for subset in combinations(sizes, count)]
+    fits = [total for total in totals if budget is None or total <= budget]
+    if budget is None or max(sizes) <= budget:
+        assert sum(sizes[i] for i in chosen) == max(fits)
+    else:
+        assert [sizes[i] for i in chosen] == [max(sizes)], "a question that is too long is alone"
