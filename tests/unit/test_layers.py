@@ -9,7 +9,10 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "vico"
 FLOORS = "errors io distributed model data planner checkpoint train cli".split()
-WITHOUT_TORCH = "planner.plan planner.memory planner.zero3_trace model.config train.config".split()
+WITHOUT_TORCH = (
+    "model.config planner.plan planner.memory planner.zero3_trace train.config "
+    "cli.plan cli.plan_text"
+).split()
 
 
 def imported_rooms(path: Path) -> set[str]:
