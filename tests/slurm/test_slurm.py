@@ -1,9 +1,12 @@
-"""The files of launch/slurm/ on a cluster that answers `sinfo`, two nodes of it: to the end, interrupted, bereft of a node, misused.
+"""The files of launch/slurm/ on a SLURM cluster: completed, interrupted, on a lost node, misused.
 
-    eval "$(bash tests/slurm/local_slurm.sh up)"; bash tests/run.sh -m slurm; bash tests/slurm/local_slurm.sh down
+    eval "$(bash tests/slurm/local_slurm.sh up)"
+    bash tests/run.sh -m slurm
+    bash tests/slurm/local_slurm.sh down
 
-makes one on this machine (root, Debian or Ubuntu). On another cluster add --basetemp, a folder that its nodes share.
-A run of the small world takes some 15 s of steps, so that it can be caught in the middle of an epoch.
+makes a cluster of two nodes on this machine (root, Debian or Ubuntu). Any other cluster that
+answers `sinfo` works too; add --basetemp, a folder that its nodes share. A training run takes some
+15 s, so that it can be interrupted in the middle of an epoch.
 """
 
 import hashlib
@@ -21,41 +24,48 @@ from pathlib import Path
 
 import pytest
 
-from support.processes import ROOT
+from support.processes import ROOT, clean_environment
 from support.toy_dataset import ToyData, records
-from vico.distributed.launcher_env import SINGLE_RANK
 
 pytestmark = pytest.mark.slurm
 
 SCRIPTS = ROOT / "launch" / "slurm"
 EPOCHS, STEPS_PER_EPOCH = 2, 150
-LAST = EPOCHS * STEPS_PER_EPOCH
-JOB_SECONDS = 240  # 15 to 25 on an idle machine, and as long again where the job is interrupted
+LAST_STEP = EPOCHS * STEPS_PER_EPOCH
+# 15 to 25 s on an idle machine, and as long again where the job is interrupted.
+JOB_SECONDS = 240
 REFUSED_WITHIN_SECONDS = 30
-RANKS = {"one": 2, "nodes": 1, "tasks": 1}  # per node: two in all, so that all files train the same
+# Ranks per node: two ranks in all, so that all files train the same.
+RANKS = {"one": 2, "nodes": 1, "tasks": 1}
+# The local cluster has no GPUs.
+SBATCH_OPTIONS = "--gpus-per-node=0 --cpus-per-task=1 --ntasks-per-node=1 --mem=2G".split()
+TRAINING = f"--batch_size 2 --epochs {EPOCHS} --warmup_epochs 0".split()
 
 
 def slurm(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def cluster_answers() -> bool:
+    if shutil.which("sinfo") is None:
+        return False
+    return subprocess.run(["sinfo"], capture_output=True, check=False).returncode == 0
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cluster() -> None:
-    without = pytest.fail if os.environ.get("VICO_WANTS_SLURM") else pytest.skip
-    if (
-        shutil.which("sinfo") is None
-        or subprocess.run(["sinfo"], capture_output=True, check=False).returncode
-    ):
-        without(
-            'no cluster answers `sinfo`; eval "$(bash tests/slurm/local_slurm.sh up)" starts one'
-        )
-    if len(slurm("sinfo", "-h", "-N", "-t", "idle,mix,alloc,comp", "-o", "%N").split()) < 2:
-        without("the cluster that answers `sinfo` has less than two nodes up")
+    give_up = pytest.fail if os.environ.get("VICO_WANTS_SLURM") else pytest.skip
+    if not cluster_answers():
+        up = 'eval "$(bash tests/slurm/local_slurm.sh up)"'
+        give_up(f"no cluster answers `sinfo`; {up} starts one")
+    nodes = slurm("sinfo", "-h", "-N", "-t", "idle,mix,alloc,comp", "-o", "%N").split()
+    if len(nodes) < 2:
+        give_up("the cluster that answers `sinfo` has less than two nodes up")
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> ToyData:
-    return ToyData(tmp_path_factory.mktemp("slurm") / "world", num_train=600)
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> ToyData:
+    return ToyData(tmp_path_factory.mktemp("slurm") / "toy", num_train=600)
 
 
 @dataclass
@@ -64,18 +74,20 @@ class Job:
     output_dir: Path
     log: Path
 
-    def ended(self, seconds: float = JOB_SECONDS) -> "Job":
-        end = time.monotonic() + seconds
-        # Not `sbatch --wait`, which looks ever more rarely. A job that waits to start again is still there.
+    def wait(self, seconds: float = JOB_SECONDS) -> "Job":
+        """Until it has ended. Not by `sbatch --wait`, which polls less and less often."""
+        deadline = time.monotonic() + seconds
+        # A job that waits to start again has not ended.
         while slurm("squeue", "-h", "-j", self.number, "-t", "PD,CF,R,CG,RQ"):
-            assert time.monotonic() < end, f"still there after {seconds} s: {self.text}"
+            assert time.monotonic() < deadline, f"not ended after {seconds} s: {self.text}"
             time.sleep(0.3)
         return self
 
-    def at_step(self, step: int) -> "Job":
-        end = time.monotonic() + JOB_SECONDS
+    def wait_for_step(self, step: int) -> "Job":
+        """Until training has done this step of the first epoch."""
+        deadline = time.monotonic() + JOB_SECONDS
         while self.step < step:
-            assert time.monotonic() < end, self.text
+            assert time.monotonic() < deadline, self.text
             time.sleep(0.1)
         assert self.step < STEPS_PER_EPOCH, "too late to be in the middle of an epoch"
         return self
@@ -89,209 +101,167 @@ class Job:
     def text(self) -> str:
         return self.log.read_text() if self.log.exists() else "(no output)"
 
-    def word(self, name: str) -> str:
-        found = re.search(rf"\b{name}=(\S+)", slurm("scontrol", "show", "job", self.number))
-        assert found
-        return found[1]
+    def field(self, name: str) -> str:
+        """A field of `scontrol show job`."""
+        match = re.search(rf"\b{name}=(\S+)", slurm("scontrol", "show", "job", self.number))
+        assert match
+        return match[1]
 
-    def weights(self) -> str:
-        return hashlib.sha256(
-            (self.output_dir / f"checkpoint-{LAST}" / "adapter_model.safetensors").read_bytes()
-        ).hexdigest()
+    def weights_digest(self) -> str:
+        checkpoint = self.output_dir / f"checkpoint-{LAST_STEP}"
+        return hashlib.sha256((checkpoint / "adapter_model.safetensors").read_bytes()).hexdigest()
 
-    def completed(self, restarts: int) -> "Job":
-        self.ended()
-        assert (self.word("JobState"), self.word("Restarts")) == ("COMPLETED", str(restarts)), (
-            self.text
-        )
-        assert [line["step"] for line in records(self.output_dir / "steps.jsonl")] == list(
-            range(1, LAST + 1)
-        )
+    def completes(self, restarts: int) -> "Job":
+        self.wait()
+        state = (self.field("JobState"), self.field("Restarts"))
+        assert state == ("COMPLETED", str(restarts)), self.text
+        steps = [record["step"] for record in records(self.output_dir / "steps.jsonl")]
+        assert steps == list(range(1, LAST_STEP + 1))
         return self
 
 
-def start(
+def submit_job(
     folder: Path,
-    home: ToyData,
+    dataset: ToyData,
     name: str,
     *options: str,
     before: tuple[str, ...] = (),
     flags: tuple[str, ...] = (),
     ranks: int | None = None,
 ) -> Job:
-    """launch/slurm/NAME.sbatch on the small world; what it writes goes into `folder`. `before`: arguments in front of the flags."""
-    # A test before this one may have been a rank, and sbatch hands its environment on.
-    kept = {
-        word: value
-        for word, value in os.environ.items()
-        if word not in (*SINGLE_RANK, "MASTER_PORT")
-    }
-    ours = {
+    """sbatch OPTIONS launch/slurm/NAME.sbatch BEFORE TRAINING FLAGS; outputs go to `folder`."""
+    environment = {
+        **clean_environment(),
         "PYTHON": sys.executable,
         "OMP_NUM_THREADS": "1",
         "VICO_RANKS": str(ranks or RANKS.get(name, 1)),
     }
-    small = [
-        "--gpus-per-node=0",
-        "--cpus-per-task=1",
-        "--ntasks-per-node=1",
-        "--mem=2G",
-        f"--output={folder}/%j.out",
-        *options,
-    ]
-    training = [
-        "--batch_size",
-        "2",
-        "--epochs",
-        str(EPOCHS),
-        "--warmup_epochs",
-        "0",
-        "--output_dir",
-        str(folder / "run"),
-        *flags,
-    ]
-    command = [
-        "sbatch",
-        "--parsable",
-        *small,
-        str(SCRIPTS / f"{name}.sbatch"),
-        *before,
-        *home.flags,
-        *training,
-    ]
-    answer = subprocess.run(
-        command, cwd=folder, env={**kept, **ours}, capture_output=True, text=True, check=False
+    sbatch = ["sbatch", "--parsable", *SBATCH_OPTIONS, f"--output={folder}/%j.out", *options]
+    run = folder / "run"
+    training = [*before, *dataset.flags, *TRAINING, "--output_dir", str(run), *flags]
+    command = [*sbatch, str(SCRIPTS / f"{name}.sbatch"), *training]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
-    assert answer.returncode == 0, answer.stderr
-    number = answer.stdout.strip().split(";")[0]
-    return Job(number, folder / "run", folder / f"{number}.out")
+    assert done.returncode == 0, done.stderr
+    number = done.stdout.strip().split(";")[0]
+    return Job(number, run, folder / f"{number}.out")
 
 
 Submit = Callable[..., Job]
 
 
 @pytest.fixture
-def submit(home: ToyData, tmp_path: Path) -> Iterator[Submit]:
-    yield partial(start, tmp_path, home)
+def submit(dataset: ToyData, tmp_path: Path) -> Iterator[Submit]:
+    yield partial(submit_job, tmp_path, dataset)
     for path in tmp_path.glob("*.out"):
         subprocess.run(["scancel", path.stem], capture_output=True, check=False)
 
 
 @pytest.fixture(scope="session")
-def undisturbed(home: ToyData, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    return start(tmp_path_factory.mktemp("undisturbed"), home, "tasks").completed(restarts=0)
+def undisturbed(dataset: ToyData, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return submit_job(folder, dataset, "tasks").completes(restarts=0)
 
 
-def test_two_nodes_to_the_end(undisturbed: Job) -> None:
-    assert re.search(
-        r"^world: 2 ranks on 2 hosts\n  \S+: rank 0 on .+\n  \S+: rank 1 on .+$",
-        undisturbed.text,
-        re.MULTILINE,
-    )
+def test_two_nodes(undisturbed: Job) -> None:
+    world = r"^world: 2 ranks on 2 hosts\n  \S+: rank 0 on .+\n  \S+: rank 1 on .+$"
+    assert re.search(world, undisturbed.text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", RANKS)
-def test_asked_before_the_limit_a_job_goes_on_later_as_if_nothing_had_been(
-    name: str, submit: Submit, undisturbed: Job
-) -> None:
-    """USR1 to the batch script alone, as --signal=B:USR1@120 sends it."""
-    job = submit(name).at_step(30)
+def test_stopped_before_the_time_limit(name: str, submit: Submit, undisturbed: Job) -> None:
+    """USR1 to the batch script alone, as --signal=B:USR1@120 sends it. The job is requeued, resumes
+    at the step that it saved, and ends with the bits of the undisturbed run.
+    """
+    job = submit(name).wait_for_step(30)
     slurm("scancel", "--batch", "--signal=USR1", job.number)
-    job.completed(restarts=1)
-    saved = re.search(
-        r"^vico: stopped by SIGUSR1; saved \S+/checkpoint-(\d+)", job.text, re.MULTILINE
-    )
-    assert (
-        saved
-        and 30 <= int(saved[1]) < STEPS_PER_EPOCH
-        and f"resuming from step {saved[1]}\n" in job.text
-    )
-    assert job.weights() == undisturbed.weights()
+    job.completes(restarts=1)
+    stopped = r"^vico: stopped by SIGUSR1; saved \S+/checkpoint-(\d+)"
+    saved = re.search(stopped, job.text, re.MULTILINE)
+    assert saved and 30 <= int(saved[1]) < STEPS_PER_EPOCH
+    assert f"resuming from step {saved[1]}\n" in job.text
+    assert job.weights_digest() == undisturbed.weights_digest()
 
 
 def test_requeued_by_hand(submit: Submit, undisturbed: Job) -> None:
-    job = submit("tasks").at_step(30)
+    job = submit("tasks").wait_for_step(30)
     slurm("scontrol", "requeue", job.number)
-    job.completed(restarts=1)
+    job.completes(restarts=1)
     assert "vico: stopped by SIGTERM; saved " in job.text
-    assert job.weights() == undisturbed.weights()
+    assert job.weights_digest() == undisturbed.weights_digest()
 
 
 @pytest.mark.skipif(
     "SLURM_LOCAL_DIR" not in os.environ,
     reason="only nodes of tests/slurm/local_slurm.sh can be switched off",
 )
-def test_a_node_is_lost(submit: Submit, undisturbed: Job) -> None:
-    """The node is back before the job is tried again; what was saved last is where it goes on."""
-    job = submit("tasks", flags=("--save_steps", "20")).at_step(30)
-    os.kill(int((Path(os.environ["SLURM_LOCAL_DIR"]) / "node2.pid").read_text()), signal.SIGKILL)
-    end = time.monotonic() + JOB_SECONDS
+def test_a_lost_node(submit: Submit, undisturbed: Job) -> None:
+    """The node is back before the job starts again, which resumes from the last save."""
+    job = submit("tasks", flags=("--save_steps", "20")).wait_for_step(30)
+    node_pid = int((Path(os.environ["SLURM_LOCAL_DIR"]) / "node2.pid").read_text())
+    os.kill(node_pid, signal.SIGKILL)
+    deadline = time.monotonic() + JOB_SECONDS
     while "down" not in slurm("sinfo", "-h", "-n", "node2", "-o", "%T"):
-        assert time.monotonic() < end, "SLURM does not miss the node"
+        assert time.monotonic() < deadline, "SLURM does not notice the loss of the node"
         time.sleep(0.3)
     slurm("bash", str(ROOT / "tests" / "slurm" / "local_slurm.sh"), "up")
-    job.completed(restarts=1)
-    assert re.search(
-        r"^resuming from step [24]0( \(\d+ step\(s\) to redo\))?$", job.text, re.MULTILINE
-    )
-    assert job.weights() == undisturbed.weights()
+    job.completes(restarts=1)
+    resumed = r"^resuming from step [24]0( \(\d+ step\(s\) to redo\))?$"
+    assert re.search(resumed, job.text, re.MULTILINE)
+    assert job.weights_digest() == undisturbed.weights_digest()
 
 
 @pytest.mark.parametrize(
-    ("ranks", "says"),
-    [(1, "srun started 2 tasks and this world has 1 rank(s)"), (2, "SLURM started 2 node(s) and")],
+    ("ranks", "message"),
+    [(1, "srun started 2 tasks and the world size is 1"), (2, "SLURM started 2 node(s) and")],
 )
-def test_a_file_for_one_node_on_two_is_refused(ranks: int, says: str, submit: Submit) -> None:
-    """Each node would train alone, with one rank or with several."""
+def test_one_node_script_on_two_nodes_is_refused(ranks: int, message: str, submit: Submit) -> None:
+    """Each node would train separately, with one rank or with several."""
     begin = time.monotonic()
-    job = submit("one", "--nodes=2", ranks=ranks).ended()
+    job = submit("one", "--nodes=2", ranks=ranks).wait()
     assert time.monotonic() - begin < REFUSED_WITHIN_SECONDS, job.text
-    # srun ends the other node's task; where that one was about to end by itself, the step's code is 143 (the signal's).
-    assert job.word("JobState") == "FAILED" and job.word("ExitCode") in ("2:0", "143:0"), job.text
-    assert f"vico: error: {says}" in job.text and "Traceback" not in job.text
+    # srun kills the other node's task. Where that task was ending anyway, the step's code is 143.
+    assert job.field("JobState") == "FAILED", job.text
+    assert job.field("ExitCode") in ("2:0", "143:0"), job.text
+    assert f"vico: error: {message}" in job.text and "Traceback" not in job.text
     assert not job.output_dir.exists()
 
 
-def test_a_world_of_another_size_than_expected_is_refused(submit: Submit) -> None:
+def test_another_world_size_than_expected_is_refused(submit: Submit) -> None:
     begin = time.monotonic()
-    job = submit("tasks", flags=("--expect_world_size", "4")).ended()
+    job = submit("tasks", flags=("--expect_world_size", "4")).wait()
     assert time.monotonic() - begin < REFUSED_WITHIN_SECONDS, job.text
-    assert job.word("JobState") == "FAILED"
-    assert (
-        job.text.count("vico: error: --expect_world_size 4: the launcher made a world of 2 rank(s)")
-        == 1
-    ), job.text
+    assert job.field("JobState") == "FAILED"
+    error = "vico: error: --expect_world_size 4: the launcher started 2 rank(s)"
+    assert job.text.count(error) == 1, job.text
 
 
-def test_an_array_writes_its_table(submit: Submit, tmp_path: Path) -> None:
+TABLE = """\
+name\tlr\tno_shuffle
+fast\t1e-2\t
+slow\t1e-4\tyes
+none\t-1\tno
+"""
+COLUMNS = "name lr no_shuffle status best_val_acc best_epoch val_acc train_loss step".split()
+
+
+def test_array(submit: Submit, tmp_path: Path) -> None:
+    """Each row of the table is a run, and the results of all are one table, printed once."""
     table = tmp_path / "table.tsv"
-    table.write_text("name\tlr\tno_shuffle\nfast\t1e-2\t\nslow\t1e-4\tyes\nnone\t-1\tno\n")
-    job = submit("array", "--array=1-3", before=(str(table),), flags=("--max_steps", "10")).ended()
-    header, *rows = [
-        line.split("\t") for line in (job.output_dir / "results.tsv").read_text().splitlines()
-    ]
-    assert header == [
-        "name",
-        "lr",
-        "no_shuffle",
-        "status",
-        "best_val_acc",
-        "best_epoch",
-        "val_acc",
-        "train_loss",
-        "step",
-    ]
+    table.write_text(TABLE)
+    job = submit("array", "--array=1-3", before=(str(table),), flags=("--max_steps", "10")).wait()
+    lines = (job.output_dir / "results.tsv").read_text().splitlines()
+    header, *rows = [line.split("\t") for line in lines]
+    assert header == COLUMNS
     assert [row[:4] for row in rows] == [
         ["fast", "1e-2", "", "done"],
         ["slow", "1e-4", "yes", "done"],
         ["none", "-1", "no", "failed (2)"],
     ]
     for name, *_, best, _, last, loss, step in rows[:2]:
-        line = records(job.output_dir / name / "log.txt")[-1]
-        assert (last, loss, step) == (
-            f"{line['val_acc']:.6g}",
-            f"{line['train_loss']:.6g}",
-            "10",
-        ) and float(best) >= float(last)
-    printed = [path.read_text() for path in tmp_path.glob("*.out")]
-    assert sum("  best_val_acc  " in text for text in printed) == 1
+        record = records(job.output_dir / name / "log.txt")[-1]
+        assert last == f"{record['val_acc']:.6g}" and float(best) >= float(last)
+        assert (loss, step) == (f"{record['train_loss']:.6g}", "10")
+    outputs = [path.read_text() for path in tmp_path.glob("*.out")]
+    assert sum("  best_val_acc  " in text for text in outputs) == 1
