@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# bash benchmarks/run.sh SUITE [flags]: measures, writes a record to benchmarks/results/ and prints it as the last line.
+# bash benchmarks/run.sh SUITE [flags]: runs a suite, writes its record to benchmarks/results/ and
+# prints it as the last line (benchmarks/README.md).
 set -euo pipefail
 root=$(cd "$(dirname "$(readlink -f "$0")")/.." && pwd)
 if [[ -n ${PYTHON:-} ]]; then python=$PYTHON

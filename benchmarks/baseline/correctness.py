@@ -292,7 +292,10 @@ def toy_distances(
 
 
 def _mean_by_key(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {key: _mean([row[key] for row in rows]) for key in rows[0]}
+    means = {}
+    for key in rows[0]:
+        means[key] = _mean([row[key] for row in rows])
+    return means
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -22,10 +22,13 @@ def disagreements(cases: list[Case], bound: float) -> list[dict[str, Any]]:
         # Written so that NaN differs, too.
         if all(abs(a - b) <= bound * abs(b) for a, b in pairs):
             continue
-        names = [{name: c[name] for name in CASE_NAMES} for c in (case, other)]
         relative = max(abs(a - b) / abs(b) for a, b in pairs)
-        found.append({"relative": relative, "bound": bound, "cases": names})
+        found.append({"relative": relative, "bound": bound, "cases": [_name(case), _name(other)]})
     return found
+
+
+def _name(case: Case) -> dict[str, Any]:
+    return {name: case[name] for name in CASE_NAMES}
 
 
 def _loss_pairs(case: Case, other: Case) -> list[tuple[float, float]]:

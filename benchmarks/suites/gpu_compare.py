@@ -46,9 +46,10 @@ def compare(bench: Bench, kind: str, num: int) -> dict[str, Any]:
         print_step(kind, index - args.warmup, entry)
         if not entry["equal"]:
             return out | {"equal": False}
-    seconds = {name: [clock.between(*pair) for pair in pairs] for name, pairs in marks.items()}
+    seconds: dict[str, list[float]] = {}
     metrics = {}
     for name in VARIANTS:
+        seconds[name] = [clock.between(*pair) for pair in marks[name]]
         speed = rates(seconds[name], counts[name], bench.peak_tflops, bench.ceiling_tflops)
         metrics[name] = speed | {"data_wait_seconds": spread(waits[name])}
     return out | {

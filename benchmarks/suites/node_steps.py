@@ -51,8 +51,10 @@ class RankSteps(Dataset[Step]):
         if not mine:
             return []
         num_batches = -(-len(mine) // self._questions_per_micro_batch)
-        groups = greedy_balance([lengths[i] for i in mine], num_batches)
-        return [[mine[i] for i in group] for group in groups]
+        batches = []
+        for group in greedy_balance([lengths[i] for i in mine], num_batches):
+            batches.append([mine[i] for i in group])
+        return batches
 
 
 def _pack(work: TrainingWork, questions: list[int]) -> PackedBatch:
