@@ -18,10 +18,10 @@ START_SECONDS = 60.0
 STOP_SECONDS = 8.0
 # Prints its hints after SILENT_SECONDS; as `vico` otherwise.
 PROGRAM = """
-from vico.cli import main
+from vico.cli import main, with_world
 from vico.distributed import rendezvous
 rendezvous.SILENT_SECONDS = {silent_seconds}
-main.SECONDS_FOR_RANK_0 = 1.0
+with_world.SECONDS_FOR_RANK_0 = 1.0
 main.console()
 """
 IMPATIENT = ("-c", PROGRAM.format(silent_seconds=1.0))
