@@ -1,11 +1,10 @@
-"""`vico selftest`: breaks runs, files and disks on purpose, and counts how often what must happen did happen.
+"""`vico selftest`: breaks runs, files and disks on purpose, and counts the cases that end well.
 
-Each scenario is a module `figure_NAME` here. It leaves a JSON file in --out, and the results of all parts that were run on
-the same code are printed together.
+Each scenario is a module scenario_NAME of this folder. It leaves NAME.json in --out. The last line
+of the output is one JSON object: the results of all scenarios that were run on this very code.
 """
 
 import argparse
-import hashlib
 import importlib
 import json
 import platform
@@ -15,35 +14,30 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
-from faults.result import Result, Scale
+from faults.result import Result, Scale, SkippedError
+from vico.cli.parser import OneLineParser
 from vico.errors import DONE, INTERNAL_ERROR, UserError, nearest
 from vico.io.atomic import make_folder, write_json
+from vico.io.digest import digest_chunks
 from vico.io.text import read_json_object
 
-SCENARIOS: tuple[str, ...] = (
-    "kill",
-    "store",
-    "damage",
-    "signals",
-    "disk_full",
-    "hangs",
-    "writers",
-    "nan",
-    "mutations",
-    "save_cost",
-    "inputs",
-    "legal",
-    "evaluation",
-    "fuzz",
-    "pickles",
-)
+SCENARIOS = (
+    "kill store damage signals disk_full hangs writers nan mutations save_cost "
+    "inputs legal evaluation fuzz pickles"
+).split()
 ROOT = Path(__file__).resolve().parents[2]
+SUMMARY_KEYS = ("passed", "of", "skipped", "seconds", "date", "scale")
+MAX_FAILURES_SHOWN = 5
+CODE_DIGITS = 16
+DESCRIPTION = """\
+Break runs, files and disks on purpose, and count the cases that end well. Each scenario leaves
+NAME.json in --out; the last line is one JSON object with all results of this very code."""
 
 
 class Scenario(Protocol):
-    """What a module `figure_NAME` holds."""
+    """What a module scenario_NAME holds."""
 
     NAME: str
     TITLE: str  # one line
@@ -52,18 +46,13 @@ class Scenario(Protocol):
     def run(self, scale: Scale) -> Result: ...
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see vico selftest --help)")
-
-
 def main(argv: list[str]) -> int:
-    scenarios = [_scenario(name) for name in SCENARIOS]
-    flags = _parse(argv, scenarios)
-    if unknown := [name for name in flags.only or () if name not in SCENARIOS]:
-        raise UserError(
-            f"--only {unknown[0]}: no such scenario{nearest(unknown[0], SCENARIOS)}; there are {', '.join(SCENARIOS)}"
-        )
+    scenarios = [_load_scenario(name) for name in SCENARIOS]
+    flags = _make_parser(scenarios).parse(argv)
+    for name in flags.only or ():
+        if name not in SCENARIOS:
+            known = f"{nearest(name, SCENARIOS)}; there are {', '.join(SCENARIOS)}"
+            raise UserError(f"--only {name}: no such scenario{known}")
     if flags.table:
         print(table(flags.out, scenarios))
         return DONE
@@ -71,138 +60,137 @@ def main(argv: list[str]) -> int:
     make_folder(flags.out)
     minutes = sum(scenario.MINUTES[not flags.quick] for scenario in chosen)
     print(
-        f"vico selftest: {len(chosen)} scenario(s), about {minutes:.0f} minutes on two cores; results go to {flags.out}",
+        f"vico selftest: {len(chosen)} scenario(s), about {minutes:.0f} minutes on two cores; "
+        f"results go to {flags.out}",
         flush=True,
     )
-    passed = [_run(scenario, flags) for scenario in chosen]
+    good = [_run(scenario, flags) for scenario in chosen]
     print(json.dumps(results(flags.out)), flush=True)
-    return DONE if all(passed) else INTERNAL_ERROR
+    return DONE if all(good) else INTERNAL_ERROR
 
 
-def _parse(argv: list[str], scenarios: list[Scenario]) -> argparse.Namespace:
-    lines = [
-        f"  {f.NAME:<12}{f.TITLE} ({f.MINUTES[0]:g} / {f.MINUTES[1]:g} min)" for f in scenarios
-    ]
-    parser = _Parser(
+def _make_parser(scenarios: list[Scenario]) -> OneLineParser:
+    lines = ["scenarios (minutes with --quick / --full):"]
+    for scenario in scenarios:
+        quick, full = scenario.MINUTES
+        lines.append(f"  {scenario.NAME:<12}{scenario.TITLE} ({quick:g} / {full:g})")
+    parser = OneLineParser(
         prog="vico selftest",
-        description=__doc__,
+        description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(["scenarios (minutes with --quick / --full):", *lines]),
+        epilog="\n".join(lines),
     )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument(
-        "--quick", action="store_true", help="few cases of each scenario: ten minutes in all"
-    )
-    size.add_argument(
-        "--full",
-        action="store_true",
-        help="all cases (the default); hours in all, so take it in parts by --only",
-    )
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        metavar="SCENARIO",
-        help="these scenarios alone; their results are put to those in --out",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("selftest"),
-        help="folder of the results (default: selftest)",
-    )
-    parser.add_argument(
-        "--table",
-        action="store_true",
-        help="run nothing: print the results in --out as the table of the README",
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="of everything that is random: where a kill hits, which bit flips",
-    )
+    quick_help = "few cases of each scenario: ten minutes in all"
+    size.add_argument("--quick", action="store_true", help=quick_help)
+    full_help = "all cases (the default); hours in all, so take it in parts by --only"
+    size.add_argument("--full", action="store_true", help=full_help)
+    only_help = "only these scenarios; their results are added to those in --out"
+    parser.add_argument("--only", nargs="+", metavar="SCENARIO", help=only_help)
+    out_help = "folder of the results (default: selftest)"
+    parser.add_argument("--out", type=Path, default=Path("selftest"), help=out_help)
+    table_help = "run nothing: print the results in --out as a Markdown table"
+    parser.add_argument("--table", action="store_true", help=table_help)
+    seed_help = "seed of everything random: where a kill hits, which bit flips"
+    parser.add_argument("--seed", type=int, default=0, help=seed_help)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(argv)
+    return parser
 
 
-def _scenario(name: str) -> Any:
+def _load_scenario(name: str) -> Any:
     return importlib.import_module(f"faults.scenario_{name}")
 
 
 def _run(scenario: Scenario, flags: argparse.Namespace) -> bool:
-    """Run it in a folder of its own, write its JSON, say how it went."""
-    print(
-        f"== {scenario.NAME}: {scenario.TITLE} (about {scenario.MINUTES[not flags.quick]:g} min)",
-        flush=True,
-    )
+    """Run it in a folder of its own, write its JSON, print the result. False: a case failed."""
+    minutes = scenario.MINUTES[not flags.quick]
+    print(f"== {scenario.NAME}: {scenario.TITLE} (about {minutes:g} min)", flush=True)
     folder = Path(tempfile.mkdtemp(prefix=f"vico-selftest-{scenario.NAME}-"))
     began = time.monotonic()
+    skipped = ""
     try:
         result = scenario.run(Scale(flags.quick, flags.seed, folder))
-    except Exception as problem:  # a fault of the scenario is one that is counted, and must not cost the other scenarios
+    except SkippedError as reason:
+        skipped, result = str(reason), Result(0, 0)
+    except Exception as problem:  # counts as a failure, and must not stop the other scenarios
         traceback.print_exc()
         result = Result(0, 1, {"failures": [f"the scenario itself failed: {problem!r}"]})
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    good = result.passed == result.of > 0
-    record: dict[str, Any] = {
-        "passed": result.passed,
-        "of": result.of,
-        "seconds": round(time.monotonic() - began, 1),
-    }
-    record |= {"date": time.strftime("%Y-%m-%d"), "scale": "quick" if flags.quick else "full"}
-    write_json(
-        flags.out / f"{scenario.NAME}.json",
-        {**record, "seed": flags.seed, **version(), "facts": result.facts},
-    )
-    for failure in list(result.facts.get("failures", []))[:5]:
+    seconds = time.monotonic() - began
+    good = bool(skipped) or result.passed == result.of > 0
+    _write_record(scenario.NAME, flags, result, skipped, seconds)
+    for failure in list(result.facts.get("failures", []))[:MAX_FAILURES_SHOWN]:
         print(f"   failed: {failure}", flush=True)
-    print(
-        f"   {result.passed} of {result.of} in {record['seconds']:.0f} s{'' if good else ': FAILED'}",
-        flush=True,
-    )
+    if skipped:
+        print(f"   skipped: {skipped}", flush=True)
+    else:
+        verdict = "" if good else ": FAILED"
+        print(f"   {result.passed} of {result.of} in {seconds:.0f} s{verdict}", flush=True)
     return good
 
 
+def _write_record(
+    name: str, flags: argparse.Namespace, result: Result, skipped: str, seconds: float
+) -> None:
+    record: dict[str, Any] = {"passed": result.passed, "of": result.of}
+    if skipped:
+        record["skipped"] = skipped
+    record |= {
+        "seconds": round(seconds, 1),
+        "date": time.strftime("%Y-%m-%d"),
+        "scale": "quick" if flags.quick else "full",
+        "seed": flags.seed,
+        **version(),
+        "facts": result.facts,
+    }
+    write_json(flags.out / f"{name}.json", record)
+
+
 def results(out: Path) -> dict[str, Any]:
-    """The results in `out` that belong to the code as it is now, by scenario."""
-    found = {}
+    """By scenario: the results in `out` of the code as it is now."""
+    summaries = {}
     code = version()["code"]
     for name in SCENARIOS:
-        path = out / f"{name}.json"
-        record = read_json_object(path, "a result of the self-test") if path.exists() else {}
+        record = _read_record(out, name)
         if record.get("code") == code:
-            found[name] = {key: record[key] for key in ("passed", "of", "seconds", "date", "scale")}
-    return found
+            summaries[name] = {key: record[key] for key in SUMMARY_KEYS if key in record}
+    return summaries
+
+
+def _read_record(out: Path, name: str) -> dict[str, Any]:
+    path = out / f"{name}.json"
+    return read_json_object(path, "a result of the self-test") if path.exists() else {}
 
 
 def table(out: Path, scenarios: list[Scenario]) -> str:
-    """All results in `out`, of whatever code."""
-    rows = ["| scenario | held | scale | time | date, machine |", "| --- | --- | --- | --- | --- |"]
+    """All results in `out`, also those of older code."""
+    rows = [
+        "| scenario | passed | cases | time | date, machine |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for scenario in scenarios:
-        path = out / f"{scenario.NAME}.json"
-        if path.exists():
-            r = read_json_object(path, "a result of the self-test")
-            held, when = f"{r['passed']} of {r['of']}", f"{r['date']}, {r['machine']}"
-            rows.append(
-                f"| `{scenario.NAME}`: {scenario.TITLE} | {held} | {r['scale']} | {r['seconds'] / 60:.1f} min | {when} |"
+        if record := _read_record(out, scenario.NAME):
+            columns = (
+                f"`{scenario.NAME}`: {scenario.TITLE}",
+                "skipped" if "skipped" in record else f"{record['passed']} of {record['of']}",
+                record["scale"],
+                f"{record['seconds'] / 60:.1f} min",
+                f"{record['date']}, {record['machine']}",
             )
+            rows.append(f"| {' | '.join(columns)} |")
     return "\n".join(rows)
 
 
 def version() -> dict[str, str]:
-    """Which code ran where. `code` is a digest of the program itself: results of another program are not put together with these."""
-    digest = hashlib.sha256()
+    """Which code ran where. `code` is a digest of the package: `results` joins only equal ones."""
+    contents = []
     for path in sorted((ROOT / "vico").rglob("*.py")):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+        contents.append(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False)
     return {
-        "code": digest.hexdigest()[:16],
+        "code": digest_chunks(contents, CODE_DIGITS),
         "commit": commit.stdout.strip() or "unknown",
         "machine": f"{platform.machine()}, {_processor()}",
     }

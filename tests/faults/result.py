@@ -1,4 +1,4 @@
-"""What a scenario of the self-test is given, and what it gives back."""
+"""What a scenario of the self-test is given, and what it returns."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Scale:
-    """How much a scenario shall do, and where: `folder` is its own, empty, and removed after it."""
+    """How many cases a scenario runs, and where: `folder` is empty, and removed after it."""
 
     quick: bool
     seed: int
@@ -16,8 +16,12 @@ class Scale:
 
 @dataclass(frozen=True)
 class Result:
-    """`passed` of `of` cases; `facts`: what JSON can hold, above all the failures with their reasons."""
+    """`passed` of `of` cases. `facts` can be written as JSON; its "failures" are lines of text."""
 
     passed: int
     of: int
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+class SkippedError(Exception):
+    """A scenario cannot run here; the message says why."""

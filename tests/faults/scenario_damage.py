@@ -1,4 +1,4 @@
-"""A finished run's newest checkpoint, damaged in every way: the next start finds it, says it, and goes on from an older one."""
+"""A damaged newest checkpoint: the next start finds it, notes it, and resumes from an older one."""
 
 import random
 import shutil
@@ -19,21 +19,21 @@ from vico.train.config import RunConfig
 from vico.train.resume import find_start
 
 NAME = "damage"
-TITLE = "bit flips, truncations, changed sets of files: all found before the first step, none loaded, an older one chosen"
+TITLE = "flipped bits, cut and mixed files: found before the first step, an older one is chosen"
 MINUTES = (0.5, 4.0)
 FLIPS = (60, 1000)  # and as many truncations
 OLDER = 8
 FILES = (WEIGHTS, OPTIMIZER, STATE)
-Damage = Callable[[Path], object]  # what it gives back is not used
+Damage = Callable[[Path], object]  # its return value is ignored
 Case = tuple[str, Damage]
 
 
 def run(scale: Scale) -> Result:
-    world = ToyRun.make(scale.folder / "world")
+    toy = ToyRun.make(scale.folder / "toy")
     for stage in (2, 3):
-        undisturbed(world, stage)
-    out, other = world.folder / "undisturbed2", world.folder / "undisturbed3"
-    config = parse(world.flags(2, out), "vico train", "").resolve()
+        undisturbed(toy, stage)
+    out, other = toy.folder / "undisturbed2", toy.folder / "undisturbed3"
+    config = parse(toy.flags(2, out), "vico train", "").resolve()
     rng, failures = random.Random(scale.seed), []
     num = FLIPS[not scale.quick]
     kinds = {"flip": _flips(out, rng, num), "cut": _cuts(out, rng, num), "files": _sets(out, other)}
@@ -42,9 +42,9 @@ def run(scale: Scale) -> Result:
         counts[kind] = 0
         for what, damage in cases:
             counts[kind] += 1
-            if fault := _fault(out, config, damage):
+            if fault := _find_fault(out, config, damage):
                 failures.append(f"{what}: {fault}")
-    if fault := _real_start(world, out):
+    if fault := _real_start(toy, out):
         failures.append(fault)
     total = sum(counts.values()) + 1
     return Result(total - len(failures), total, {"failures": failures, **counts, "real_starts": 1})
@@ -54,14 +54,15 @@ def _newest(out: Path) -> Path:
     return out / f"checkpoint-{LAST_STEP}"
 
 
-def _fault(out: Path, config: RunConfig, damage: Damage) -> str:
-    """What goes wrong with the damaged run; empty: nothing. The damage is undone."""
+def _find_fault(out: Path, config: RunConfig, damage: Damage) -> str:
+    """What goes wrong at a start behind the damage; empty: nothing. The damage is undone."""
     newest, kept = _newest(out), out.with_name("kept")
     shutil.copytree(newest, kept)
-    note = OutputDir(out).latest.read_bytes()
+    latest = OutputDir(out).latest
+    note = latest.read_bytes()
     damage(newest)
     try:
-        found = find_start(config)
+        start = find_start(config)
     except CheckpointError as error:
         return f"no older one was chosen: {error}"
     except UserError as error:
@@ -69,17 +70,15 @@ def _fault(out: Path, config: RunConfig, damage: Damage) -> str:
     finally:
         shutil.rmtree(newest, ignore_errors=True)
         kept.rename(newest)
-        OutputDir(out).latest.write_bytes(note)
-    assert found.checkpoint is not None
-    older = read_checkpoint(out / f"checkpoint-{OLDER}")
-    if found.checkpoint.path != older.path:
-        return f"{found.checkpoint.path.name} was loaded"
-    if not all(
-        torch.equal(found.checkpoint.weights[name], value) for name, value in older.weights.items()
-    ):
+        latest.write_bytes(note)
+    chosen, older = start.checkpoint, read_checkpoint(out / f"checkpoint-{OLDER}")
+    assert chosen is not None
+    if chosen.path != older.path:
+        return f"{chosen.path.name} was loaded"
+    if not all(torch.equal(chosen.weights[name], value) for name, value in older.weights.items()):
         return "other tensors were loaded than those of the older checkpoint"
-    told = " ".join(found.notes)
-    return "" if "passed over" in told and newest.name in told else "nothing was said"
+    notes = " ".join(start.notes)
+    return "" if "passed over" in notes and newest.name in notes else "nothing was noted"
 
 
 def _flips(out: Path, rng: random.Random, num: int) -> Iterator[Case]:
@@ -108,28 +107,29 @@ def _cuts(out: Path, rng: random.Random, num: int) -> Iterator[Case]:
 
 
 def _sets(out: Path, other: Path) -> Iterator[Case]:
-    """Fifty sets of files that no save has left: `other` is a run of its own, with the same settings."""
+    """Fifty sets of files that no save leaves. `other` is another run with the same settings."""
     older, theirs = out / f"checkpoint-{OLDER}", other / f"checkpoint-{LAST_STEP}"
+    changes = {
+        "gone": _gone,
+        "a folder": _folder,
+        "a link to nowhere": _link,
+        "renamed": _renamed,
+        "doubled": _doubled,
+    }
     for name in FILES:
-        for what, change in (
-            ("gone", _gone),
-            ("a folder", _folder),
-            ("a link to nowhere", _link),
-            ("renamed", _renamed),
-            ("doubled", _doubled),
-        ):
+        for what, change in changes.items():
             yield f"{name} is {what}", partial(change, name)
-        sources = {
-            f"that of step {step}": out / f"checkpoint-{step}" / name for step in (2, 4, 6, OLDER)
-        }
-        sources |= {
-            f"{source} of step {OLDER}": older / source for source in FILES if source != name
-        }
-        sources |= {f"that of another run's step {OLDER}": other / f"checkpoint-{OLDER}" / name}
+        sources = {}
+        for step in (2, 4, 6, OLDER):
+            sources[f"that of step {step}"] = out / f"checkpoint-{step}" / name
+        for source in FILES:
+            if source != name:
+                sources[f"{source} of step {OLDER}"] = older / source
+        sources[f"that of another run's step {OLDER}"] = other / f"checkpoint-{OLDER}" / name
         if name == STATE:
-            sources |= {"another run's": theirs / name}
-        for what, source in sources.items():
-            yield f"{name} is {what}", partial(_holding, name, source.read_bytes())
+            sources["another run's"] = theirs / name
+        for what, path in sources.items():
+            yield f"{name} is {what}", partial(_holding, name, path.read_bytes())
         for text in (b"", b"{}", b"\xff" * 100, b"<html>quota exceeded</html>"):
             yield f"{name} holds {text[:6]!r}", partial(_holding, name, text)
     yield "the checkpoint is that of another step", partial(_copied, older)
@@ -169,23 +169,17 @@ def _copied(source: Path, folder: Path) -> None:
     shutil.copytree(source, folder)
 
 
-def _real_start(world: ToyRun, out: Path) -> str:
-    """One damaged checkpoint met by the whole program: said before the first step, and the run ends as it should."""
-    good = (_newest(out) / WEIGHTS).read_bytes()
-    damaged = bytearray(good)
-    damaged[len(good) // 2] ^= 1
-    (_newest(out) / WEIGHTS).write_bytes(damaged)
-    run = start_training(world.flags(2, out))
-    codes, said = run.wait(), run.output
-    before = said.partition("\nsteps: ")[0]
-    if (
-        codes != [0, 0]
-        or "damaged (its sha256 is not the recorded one)" not in before
-        or f"resuming from step {OLDER}" not in said
-    ):
-        return f"a real start ended with {codes}: {said[-300:]!r}"
-    return (
-        ""
-        if (_newest(out) / WEIGHTS).read_bytes() == good
-        else "a real start behind damage ended in other bits"
-    )
+def _real_start(toy: ToyRun, out: Path) -> str:
+    """One damage met by the whole program: noted before the first step; the end is the same."""
+    path = _newest(out) / WEIGHTS
+    expected = path.read_bytes()
+    damaged = bytearray(expected)
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    run = start_training(toy.flags(2, out))
+    codes, output = run.wait(), run.output
+    before = output.partition("training steps")[0]
+    noted = "damaged (its sha256 is not the recorded one)" in before
+    if codes != [0, 0] or not noted or f"resuming from step {OLDER}" not in output:
+        return f"a real start ended with {codes}: {output[-300:]!r}"
+    return "" if path.read_bytes() == expected else "a real start ended in other bits"

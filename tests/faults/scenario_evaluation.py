@@ -41,10 +41,8 @@ from vico.train.build import Inputs, read_inputs
 from vico.train.config import RunConfig
 from vico.train.evaluate import Evaluation, evaluate
 
-NAME, TITLE = (
-    "evaluation",
-    "Evaluation: equal counts and bytes over numbers of questions, batches and ranks",
-)
+NAME = "evaluation"
+TITLE = "equal counts and bytes over numbers of questions, batches and ranks"
 MINUTES = (0.8, 4.0)
 BATCHES, RANKS, MOST = (1, 2, 3, 5, 8), range(1, 9), 33
 QUICK_NUMBERS = (0, 1, 2, 7, 9, 16, 33)

@@ -1,4 +1,4 @@
-"""Ranks that are stopped or wait for ever: the run ends within the time that is set, with stacks and the guilty rank's name."""
+"""Ranks that are stopped or wait for ever: the run ends in time and names the guilty rank."""
 
 import random
 import signal
@@ -9,11 +9,11 @@ from faults.result import Result, Scale
 from support.toy_run import RANKS, ToyRun, last_line, start_training
 
 NAME = "hangs"
-TITLE = "a rank that is stopped, or does not come back, in a step, a save, an evaluation or while loading: ended within the time + 5 s"
+TITLE = "a stopped or waiting rank: ended within --hang_timeout + 5 s, the rank named"
 MINUTES = (0.4, 6.0)
 CASES = (2, 20)
 SECONDS = 10.0  # --hang_timeout; on a busy machine no phase of a start may take longer
-ALLOWED = 5.0
+EXTRA_SECONDS = 5.0
 # Where it hangs, by the failpoint that holds the rank there.
 PLACES = {
     "a step": "step@4",
@@ -24,33 +24,32 @@ PLACES = {
 
 
 def run(scale: Scale) -> Result:
-    world, rng, failures = ToyRun.make(scale.folder / "world"), random.Random(scale.seed), []
+    toy, rng, failures = ToyRun.make(scale.folder / "toy"), random.Random(scale.seed), []
     num, longest = CASES[not scale.quick], 0.0
     for number in range(num):
         place = list(PLACES)[(number // 2 + number % 2) % len(PLACES)]
         rank = 0 if place == "a save" else rng.randrange(RANKS)  # only rank 0 writes
-        stopped = (
-            number % 2 == 0
-        )  # the whole process; otherwise its main thread waits for ever, and the process lives
-        seconds, problem = _case(
-            world, (2, 3)[number // 2 % 2], place, rank, stopped, scale.folder / f"run{number}"
-        )
+        # Either the whole process is stopped, or its main thread waits for ever.
+        stopped = number % 2 == 0
+        stage, out = (2, 3)[number // 2 % 2], scale.folder / f"run{number}"
+        seconds, problem = _case(toy, stage, place, rank, stopped, out)
         longest = max(longest, seconds)
         if problem:
-            failures.append(
-                f"case {number}, rank {rank} {'stopped' if stopped else 'held'} in {place}: {problem}"
-            )
-    return Result(
-        num - len(failures),
-        num,
-        {"failures": failures, "set_seconds": SECONDS, "longest_seconds": round(longest, 1)},
-    )
+            how = "stopped" if stopped else "held"
+            failures.append(f"case {number}, rank {rank} {how} in {place}: {problem}")
+    facts = {
+        "failures": failures,
+        "set_seconds": SECONDS,
+        "longest_seconds": round(longest, 1),
+    }
+    return Result(num - len(failures), num, facts)
 
 
 def _case(
-    world: ToyRun, stage: int, place: str, rank: int, stopped: bool, out: Path
+    toy: ToyRun, stage: int, place: str, rank: int, stopped: bool, out: Path
 ) -> tuple[float, str]:
-    flags = [*world.flags(stage, out), "--hang_timeout", str(SECONDS / 60)]
+    """(seconds from the hang to the end of all ranks, what is wrong or nothing)."""
+    flags = [*toy.flags(stage, out), "--hang_timeout", str(SECONDS / 60)]
     run = start_training(flags, f"{PLACES[place]}#{rank}=sleep 600")
     if not run.wait_until(lambda: "vico: failpoint" in run.output):
         run.kill()
@@ -58,9 +57,9 @@ def _case(
     began = time.monotonic()
     if stopped:
         run.processes[rank].send_signal(signal.SIGSTOP)
-    codes = run.wait(SECONDS + ALLOWED + 30)
+    codes = run.wait(SECONDS + EXTRA_SECONDS + 30)
     seconds = time.monotonic() - began
-    if None in codes or seconds > SECONDS + ALLOWED:
+    if None in codes or seconds > SECONDS + EXTRA_SECONDS:
         return seconds, f"it took {seconds:.1f} s: {codes}"
     if not {5, -9} >= set(codes) or 5 not in codes:
         return seconds, f"ended with {codes}: {last_line(run.output)}"

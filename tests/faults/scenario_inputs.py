@@ -16,10 +16,8 @@ from faults.result import Result, Scale
 from support.run_fixture import RunFixture, make_run_fixture
 from support.warm_process import Ended, WarmProcess, warm_processes
 
-NAME, TITLE = (
-    "inputs",
-    "Corrupted inputs: each one line that helps, exit 2 or 3, within 10 s, nothing trained, nothing written",
-)
+NAME = "inputs"
+TITLE = "corrupted inputs: one line that helps, exit 2 or 3, within 10 s, nothing written"
 MINUTES = (0.9, 1.5)
 SECONDS = 10.0
 CASES: dict[str, Case] = {**SETTINGS, **DATA, **MODEL}

@@ -1,4 +1,4 @@
-"""kill -9 of a rank or of all, anywhere or inside a save: the same command ends in the bits of an undisturbed run."""
+"""kill -9 of one rank or all, anywhere or in a save: the rerun ends in the undisturbed bits."""
 
 import random
 import shutil
@@ -24,106 +24,98 @@ from support.toy_run import (
 from vico.io.atomic import REPLACED_SUFFIX, TEMPORARY_SUFFIX
 
 NAME = "kill"
-TITLE = "kill -9 at random moments, half inside a save, ZeRO-2 and 3: the same command ends in the undisturbed run's sha256"
+TITLE = "kill -9, half of them in a save: the rerun has the undisturbed run's sha256"
 MINUTES = (2.5, 25.0)
 CASES = (12, 100)
-AT_ONCE = 2  # a case waits as much as it computes
-MOMENTS = (
-    "begun",
-    "file",
-    "written",
-    "flushed",
-    "aside",
-    "renamed",
-    "verified",
-    "noted",
-    "pruned",
-)  # of a save, in order
-PASSINGS = 5  # of most of them in a run: saves of steps 2, 4, 5, 6, 8, 10 and of the best
+NUM_THREADS = 2  # a case waits as much as it computes
+# Of a save, in order.
+MOMENTS = "begun file written flushed aside renamed verified noted pruned".split()
+# Of most moments in a run: saves of steps 2, 4, 5, 6, 8, 10 and of the best.
+NUM_PASSES = 5
+SECONDS_TO_END = 40.0
 
 
 def run(scale: Scale) -> Result:
-    world = ToyRun.make(scale.folder / "world")
+    toy = ToyRun.make(scale.folder / "toy")
     for stage in (2, 3):
-        undisturbed(world, stage)
+        undisturbed(toy, stage)
     num = CASES[not scale.quick]
 
     def case(number: int) -> tuple[str, int]:
         stage, in_save, out = (2, 3)[number % 2], number % 4 >= 2, scale.folder / f"run{number}"
-        workers = int(number % 5 == 4)  # per rank, which read ahead of the step that is killed
-        how, problem, lost = _case(
-            world, stage, in_save, workers, out, random.Random(f"{scale.seed} {number}")
-        )
+        workers = int(number % 5 == 4)  # per rank; they read ahead of the step that is killed
+        flags = [*toy.flags(stage, out), "--num_workers", str(workers)]
+        rng = random.Random(f"{scale.seed} {number}")
+        how, killed = _killed_run(flags, in_save, out, rng)
+        problem, steps_lost = _check(killed, flags, out)
+        problem = problem or difference(toy, stage, out)
         shutil.rmtree(out)
-        return (
-            f"case {number}, ZeRO-{stage}, {workers} data workers, {how}: {problem}"
-            if problem
-            else "",
-            lost,
-        )
+        name = f"case {number}, ZeRO-{stage}, {workers} data workers, {how}"
+        return f"{name}: {problem}" if problem else "", steps_lost
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
         results = list(pool.map(case, range(num)))
     failures = [problem for problem, _ in results if problem]
-    in_saves = sum(number % 4 >= 2 for number in range(num))
     facts = {
         "failures": failures,
-        "inside_a_save": in_saves,
-        "most_steps_redone": max(lost for _, lost in results),
+        "inside_a_save": sum(number % 4 >= 2 for number in range(num)),
+        "most_steps_redone": max(steps_lost for _, steps_lost in results),
         "save_interval": SAVE_STEPS,
     }
     return Result(num - len(failures), num, facts)
 
 
-def _case(
-    world: ToyRun, stage: int, in_save: bool, workers: int, out: Path, rng: random.Random
-) -> tuple[str, str, int]:
-    """(what was done, what is wrong or nothing, steps that were lost)."""
-    flags = [*world.flags(stage, out), "--num_workers", str(workers)]
-    while True:  # a kill that comes too late for this run is none
-        how, killed = _disturb(flags, in_save, out, rng)
-        codes = killed.wait(40)
-        if -9 in codes:
-            break
-        shutil.rmtree(out, ignore_errors=True)
-    if None in codes:
-        return how, f"a rank was still there after 40 s: {codes}; {killed.output[-4000:]}", 0
-    lost = steps_logged(out) - newest_step(out)
-    left = bool(stray_files(out))
-    again = start_training(flags)
-    codes = again.wait()
-    if codes != [0] * RANKS:
-        return how, f"the same command ended with {codes}: {last_line(again.output)}", lost
-    if lost > SAVE_STEPS:
-        return how, f"{lost} steps were lost", lost
-    if left and "a run was killed while it wrote" not in again.output:
-        return how, "what the kill left was removed without a word", lost
-    if lost and f"({lost} step(s) to redo)" not in again.output:
-        return how, f"it is not said that {lost} step(s) are done again", lost
-    return how, difference(world, stage, out), lost
-
-
-def _disturb(
+def _killed_run(
     flags: list[str], in_save: bool, out: Path, rng: random.Random
 ) -> tuple[str, Processes]:
+    """(how it was killed, the run that has ended). A kill that came too late is tried again."""
+    while True:
+        how, killed = _kill(flags, in_save, out, rng)
+        if -9 in killed.wait(SECONDS_TO_END):
+            return how, killed
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def _check(killed: Processes, flags: list[str], out: Path) -> tuple[str, int]:
+    """(what is wrong with the killed run or its rerun, empty: nothing; the steps lost)."""
+    if None in killed.codes:
+        said = f"{killed.codes}; {killed.output[-4000:]}"
+        return f"a rank was still there after {SECONDS_TO_END:.0f} s: {said}", 0
+    steps_lost = steps_logged(out) - newest_step(out)
+    has_strays = bool(stray_files(out))
+    rerun = start_training(flags)
+    problem = ""
+    if rerun.wait() != [0] * RANKS:
+        problem = f"the same command ended with {rerun.codes}: {last_line(rerun.output)}"
+    elif steps_lost > SAVE_STEPS:
+        problem = f"{steps_lost} steps were lost"
+    elif has_strays and "a run was killed while it wrote" not in rerun.output:
+        problem = "what the kill left was removed without a note"
+    elif steps_lost and f"({steps_lost} step(s) to redo)" not in rerun.output:
+        problem = f"the output does not mention {steps_lost} step(s) to redo"
+    return problem, steps_lost
+
+
+def _kill(flags: list[str], in_save: bool, out: Path, rng: random.Random) -> tuple[str, Processes]:
     if in_save and rng.random() < 0.6:
-        failpoint = f"save:{rng.choice(MOMENTS)}@{rng.randint(1, PASSINGS)}#0=kill"
+        failpoint = f"save:{rng.choice(MOMENTS)}@{rng.randint(1, NUM_PASSES)}#0=kill"
         killed = start_training(flags, failpoint)
         killed.wait_until(lambda: not killed.running)
         return failpoint, killed
     killed = start_training(flags)
     step, delay = rng.randint(0, LAST_STEP - 1), rng.random()
     if in_save:
-        saves = rng.randint(1, PASSINGS)
-        for _ in range(saves):  # the time of a save here is some 10 ms
+        saves = rng.randint(1, NUM_PASSES)
+        for _ in range(saves):
             killed.wait_until(lambda: not _is_saving(out))
             killed.wait_until(lambda: _is_saving(out))
-        time.sleep(delay * 0.02)
-        how = f"kill -9 {delay * 20:.1f} ms into save {saves}"
+        milliseconds = delay * 20  # a save takes about 10
+        how = f"kill -9 {milliseconds:.1f} ms into save {saves}"
     else:
         killed.wait_until(lambda: steps_logged(out) >= step and out.exists())
-        time.sleep(delay * 0.4)
-        how = f"kill -9 {delay * 400:.0f} ms behind step {step}"
+        milliseconds = delay * 400
+        how = f"kill -9 {milliseconds:.0f} ms behind step {step}"
+    time.sleep(milliseconds / 1000)
     victims = rng.choice((killed.processes, killed.processes[:1], killed.processes[1:]))
     for process in victims:
         process.kill()
@@ -131,6 +123,5 @@ def _disturb(
 
 
 def _is_saving(out: Path) -> bool:
-    return any(out.glob(f".checkpoint*{TEMPORARY_SUFFIX}")) or any(
-        out.glob(f".checkpoint*{REPLACED_SUFFIX}")
-    )
+    suffixes = (TEMPORARY_SUFFIX, REPLACED_SUFFIX)
+    return any(path.name.endswith(suffixes) for path in out.glob(".checkpoint*"))

@@ -51,7 +51,8 @@ from vico.model.batch import PackedBatch
 from vico.train.build import Inputs, read_inputs
 from vico.train.config import RunConfig
 
-NAME, TITLE = "legal", "Odd but legal files: the very samples of their clean twins, by hash"
+NAME = "legal"
+TITLE = "odd but legal files give the very samples of their clean twins, by hash"
 MINUTES = (0.4, 0.4)
 
 # Texts that careless readers change, and ids that they count with.

@@ -1,40 +1,40 @@
-"""Our own code, broken on purpose in a copy of the checkout: each break must turn the test red that is there against it."""
+"""Our own code, broken on purpose in a copy of the checkout: each break must turn a test red."""
 
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
-from faults.result import Result, Scale
-from vico.errors import UserError
+from faults.result import Result, Scale, SkippedError
+from support.processes import ROOT, clean_environment, run_command
 
 NAME = "mutations"
-TITLE = "deliberate breakages of our own code, each of which turns a test red"
+TITLE = "our own code broken in twelve ways: each turns a test red"
 MINUTES = (0.4, 6.0)
-ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("vico", "tests", "launch", "ds_configs", "setup.py", ".pytest.ini")
-SECONDS = 300.0  # for one test; one that runs into it has not turned red
+SECONDS = 300.0  # for one test; a test that exceeds it is not red
+DEVELOPMENT_TOOLS = ("pytest", "hypothesis")
 
 
 @dataclass(frozen=True)
 class Break:
     what: str
     file: str
-    old: str  # stands there once
+    old: str  # occurs once in it
     new: str
     test: str
 
 
 CUT_IN_TWO = "tests/e2e/test_resuming.py::test_a_run_cut_in_two_is_the_run"
-ORDER = "tests/faults/test_store.py::test_all_is_on_the_disk_before_it_bears_its_name"
+ORDER = "tests/faults/test_store.py::test_files_are_flushed_before_the_rename"
 BREAKS = (
     Break(
         "no file is flushed",
         "vico/io/atomic.py",
-        "            os.fsync(file.fileno())\n    _flush",
-        "            pass\n    _flush",
+        "            os.fsync(file.fileno())\n    _flush_folder",
+        "            pass\n    _flush_folder",
         ORDER,
     ),
     Break(
@@ -46,10 +46,10 @@ BREAKS = (
     ),
     Break(
         "pruned before it is verified",
-        "vico/checkpoint/read.py",
-        '    save(output_dir / f"checkpoint-{progress.step}",',
-        '    prune(output_dir, 0, progress.step)\n    save(output_dir / f"checkpoint-{progress.step}",',
-        "tests/faults/test_store.py::test_nothing_goes_before_what_replaces_it_was_read_back",
+        "vico/checkpoint/write.py",
+        "    save(output_dir.checkpoint(state.step),",
+        "    prune(output_dir, 0, state.step)\n    save(output_dir.checkpoint(state.step),",
+        "tests/faults/test_store.py::test_old_checkpoints_go_after_the_new_is_read_back",
     ),
     Break(
         "copied in place, not renamed",
@@ -63,7 +63,7 @@ BREAKS = (
         "vico/train/evaluate.py",
         "float(right.sum() / len(right))",
         "float(np.mean([r / n for r, n in counts.values()]))",
-        "tests/faults/test_store.py::test_an_accuracy_is_a_count_of_questions",
+        "tests/unit/test_evaluate.py::test_an_accuracy_is_a_count_of_questions",
     ),
     Break(
         "the order of questions from no seed",
@@ -74,23 +74,23 @@ BREAKS = (
     ),
     Break(
         "a loss that is not finite is let through",
-        "vico/train/loop.py",
-        "_require_finite(~found_RT.isfinite().all(dim=1)",
+        "vico/train/step.py",
+        "_require_finite(~sums_and_stop_RT.isfinite().all(dim=1)",
         "_require_finite(torch.zeros(world.size, dtype=torch.bool)",
         "tests/distributed/test_engine.py::test_a_loss_or_gradient_that_is_not_finite_updates_nothing",
     ),
     Break(
         "a checkpoint of another run is taken",
         "vico/checkpoint/read.py",
-        'if run and state.get("run", run) != run:',
+        'if run and record.get("run", run) != run:',
         "if False:",
-        "tests/faults/test_store.py::test_a_checkpoint_of_another_run_is_not_this_ones",
+        "tests/faults/test_store.py::test_a_checkpoint_of_another_run_is_passed_over",
     ),
     Break(
         "the place in the data is forgotten",
         "vico/train/loop.py",
-        "for k in range(progress.step, last_step)]",
-        "for k in range(last_step - progress.step)]",
+        "range(run.state.step, run.last_step)",
+        "range(run.last_step - run.state.step)",
         CUT_IN_TWO,
     ),
     Break(
@@ -103,8 +103,8 @@ BREAKS = (
     Break(
         "the wrong rank writes",
         "vico/train/loop.py",
-        "        if not run.world.is_main:\n            return\n        if first",
-        "        if run.world.is_main:\n            return\n        if first",
+        "        if not run.world.is_main:\n            return\n",
+        "        if run.world.is_main:\n            return\n",
         CUT_IN_TWO,
     ),
     Break(
@@ -112,38 +112,29 @@ BREAKS = (
         "vico/io/output_dir.py",
         "        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
         "        pass\n",
-        "tests/faults/test_stopping.py::test_a_second_writer_is_refused_and_a_dead_ones_place_is_free",
+        "tests/faults/test_resume_checks.py::test_a_second_writer_is_refused",
     ),
 )
-QUICK = 3  # the first ones, whose tests are the fastest
+QUICK = 3  # the first ones have the fastest tests
 
 
 def run(scale: Scale) -> Result:
-    if (
-        not (ROOT / "tests").is_dir()
-        or subprocess.run(
-            [sys.executable, "-c", "import pytest"], capture_output=True, check=False
-        ).returncode
-    ):
-        raise UserError(
-            "mutations: this scenario runs tests; start it in a checkout made by 'bash launch/environment.sh --dev'"
+    if missing := [name for name in DEVELOPMENT_TOOLS if find_spec(name) is None]:
+        raise SkippedError(
+            f"its tests need {' and '.join(missing)}; "
+            "'bash launch/environment.sh --dev' installs the development tools"
         )
     breaks = BREAKS[:QUICK] if scale.quick else BREAKS
     copy = scale.folder / "copy"
     copy.mkdir()
     for name in COPIED:
-        source = ROOT / name
-        shutil.copytree(source, copy / name) if source.is_dir() else shutil.copy(
-            source, copy / name
-        )
+        copy_any = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy_any(ROOT / name, copy / name)
+    unbroken = _run_tests(copy, sorted({b.test for b in breaks}))
+    if unbroken != "green":
+        failure = f"the unbroken copy is not green, so nothing follows: {unbroken}"
+        return Result(0, len(breaks), {"failures": [failure]})
     failures = []
-    whole = _ended(copy, sorted({b.test for b in breaks}))
-    if whole != "green":
-        return Result(
-            0,
-            len(breaks),
-            {"failures": [f"the unbroken copy is not green, so nothing follows: {whole}"]},
-        )
     for b in breaks:
         path = copy / b.file
         text = path.read_text(encoding="utf-8")
@@ -151,36 +142,25 @@ def run(scale: Scale) -> Result:
             failures.append(f"{b.what}: what it would break is no longer in {b.file}")
             continue
         path.write_text(text.replace(b.old, b.new), encoding="utf-8")
-        if (how := _ended(copy, [b.test])) != "red":
+        if (how := _run_tests(copy, [b.test])) != "red":
             failures.append(f"{b.what}: {b.test} is not red: {how}")
         path.write_text(text, encoding="utf-8")
-    return Result(
-        len(breaks) - len(failures),
-        len(breaks),
-        {"failures": failures, "breaks": {b.what: b.test for b in breaks}},
-    )
+    facts = {"failures": failures, "breaks": {b.what: b.test for b in breaks}}
+    return Result(len(breaks) - len(failures), len(breaks), facts)
 
 
-def _ended(copy: Path, tests: list[str]) -> str:
+def _run_tests(copy: Path, tests: list[str]) -> str:
     """green, red, or what else became of them."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     environment = {
-        **os.environ,
+        **clean_environment(),
         "PYTHONPATH": os.pathsep.join([str(copy), str(copy / "tests")]),
         "OMP_NUM_THREADS": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    try:
-        ended = subprocess.run(
-            command,
-            cwd=copy,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=SECONDS * len(tests),
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return "it ran into its time"
-    said = {0: "green", 1: "red"}.get(ended.returncode)
-    return said or f"pytest ended with {ended.returncode}: {ended.stdout[-300:]}"
+    run = run_command(command, copy, environment, SECONDS * len(tests))
+    (code,) = run.codes
+    if code is None:
+        return "it ran into its time limit"
+    said = {0: "green", 1: "red"}.get(code)
+    return said or f"pytest ended with {code}: {run.stdouts[0][-300:]}"

@@ -35,10 +35,8 @@ from support.run_fixture import (
 )
 from support.warm_process import WarmProcess, warm_processes
 
-NAME, TITLE = (
-    "pickles",
-    "Pickle payloads through train, resume, eval, convert, check, plan: none is run (canaries and an audit hook)",
-)
+NAME = "pickles"
+TITLE = "pickle payloads through six commands: none is run (canaries and an audit hook)"
 MINUTES = (0.8, 4.0)
 Carrier = Callable[[bytes], bytes]
 Door = tuple[

@@ -1,4 +1,4 @@
-"""The store alone, killed at named and at random moments while it saves, replaces and prunes."""
+"""The checkpoint store alone, killed at named and random moments while it saves and prunes."""
 
 import os
 import random
@@ -16,11 +16,11 @@ from faults.small_store import fault_after, in_child, save_both
 from vico.io import failpoints
 
 NAME = "store"
-TITLE = "the checkpoint store alone, kill -9 at named and random moments: the next start finds the last saved step, and no remains"
+TITLE = "kill -9 of saves alone: the last saved step is found, and no strays are left"
 MINUTES = (0.5, 4.0)
 CASES = (60, 500)
 STEPS = 6
-PASSINGS = 2 * STEPS
+NUM_PASSES = 2 * STEPS
 
 
 def run(scale: Scale) -> Result:
@@ -35,21 +35,17 @@ def run(scale: Scale) -> Result:
         if fault := fault_after(out, saved):
             failures.append(f"case {number}, {how}: {fault}")
         shutil.rmtree(out)
-    return Result(
-        num - len(failures),
-        num,
-        {"failures": failures, "at_named_moments": named, "at_random_times": num - named},
-    )
+    facts = {"failures": failures, "at_named_moments": named, "at_random_times": num - named}
+    return Result(num - len(failures), num, facts)
 
 
 def _kill(out: Path, rng: random.Random, number: int) -> tuple[str, int]:
-    """(how the process was killed, the last step it had said to be saved)."""
+    """(how the process was killed, the last step that it reported as saved)."""
     keep = 1 + number % 4 // 2
-    failpoint = (
-        f"save:{MOMENTS[number // 2 % len(MOMENTS)]}@{rng.randint(1, PASSINGS)}=kill"
-        if number % 2
-        else ""
-    )
+    failpoint = ""
+    if number % 2:
+        moment = MOMENTS[number // 2 % len(MOMENTS)]
+        failpoint = f"save:{moment}@{rng.randint(1, NUM_PASSES)}=kill"
 
     def work(pipe: int) -> None:
         failpoints.arm(failpoint)
@@ -57,29 +53,27 @@ def _kill(out: Path, rng: random.Random, number: int) -> tuple[str, int]:
         for step in range(1, STEPS + 1):
             save_both(out, step, keep)
             if step % 3 == 0:
-                save_both(out, step, keep)  # the same step once more, as behind an evaluation
+                save_both(out, step, keep)  # the same step again, as after an evaluation
             os.write(pipe, bytes([step]))
         time.sleep(60)  # to be killed here too
 
     pid, pipe = in_child(work)
     os.read(pipe, 1)
     delay = rng.random() * 0.4
-    if not _wait(pid, 10.0 if failpoint else delay):
+    if not _ends_within(pid, 10.0 if failpoint else delay):
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    said = b""
+    steps = b""
     while select.select([pipe], [], [], 0)[0] and (more := os.read(pipe, 100)):
-        said += more
+        steps += more
     os.close(pipe)
-    return f"{failpoint or f'kill -9 after {delay * 1000:.0f} ms'}, {keep} kept", max(
-        said, default=0
-    )
+    how = failpoint or f"kill -9 after {delay * 1000:.0f} ms"
+    return f"{how}, {keep} kept", max(steps, default=0)
 
 
-def _wait(pid: int, seconds: float) -> bool:
-    """Whether the child ended within the time."""
-    limit = time.monotonic() + seconds
-    while time.monotonic() < limit:
+def _ends_within(pid: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
         if os.waitpid(pid, os.WNOHANG)[0]:
             return True
         time.sleep(0.001)

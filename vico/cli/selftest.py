@@ -1,4 +1,4 @@
-"""`vico selftest`: hands over to the fault injection of a checkout, tests/faults/."""
+"""`vico selftest`: runs the fault scenarios of a checkout, tests/faults/main.py."""
 
 import importlib
 import sys
@@ -10,10 +10,11 @@ TESTS = Path(__file__).resolve().parents[2] / "tests"
 
 
 def main(argv: list[str]) -> int:
-    """Run the scenarios; returns the exit code. Raises UserError where there is no checkout around this package."""
+    """Run the scenarios; returns the exit code. Raises UserError outside a checkout."""
     if not (TESTS / "faults" / "main.py").is_file():
         raise UserError(
-            f"vico selftest: {TESTS / 'faults'} is not there; run it from a checkout of ViCo, not from an installed package"
+            f"vico selftest: there is no {TESTS / 'faults'}; "
+            "run it in a checkout of ViCo, not from an installed package"
         )
     sys.path.insert(0, str(TESTS))
     code: int = importlib.import_module("faults.main").main(argv)
