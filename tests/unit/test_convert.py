@@ -1,4 +1,4 @@
-"""`vico convert`: there and back are the same bits, transformers reads what it should, and nothing half-done is left behind."""
+"""`vico convert`: there and back gives the same bits, and errors leave nothing behind."""
 
 import argparse
 import json
@@ -6,8 +6,9 @@ import os
 import resource
 import shutil
 import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
@@ -25,342 +26,316 @@ from vico.cli.convert import convert
 from vico.cli.main import main
 from vico.model.config import LlamaConfig, backbone_shapes, trainable_shapes
 from vico.model.vico import initial_trainables
-from vico.model.weights import convert as converter
+from vico.model.weights import convert as weight_conversion
 from vico.model.weights.load import open_weights
 from vico.train.config import RunConfig
 from vico.train.resume import read_checkpoint
 
-SHAPE = LlamaConfig(32, 3, 4, 400)
+CONFIG = LlamaConfig(32, 3, 4, 400)
 
 
-def equal(a: Path, b: Path) -> bool:
-    """Every tensor bit for bit, and the dimensions."""
+# LLaMA weights
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    """Same shapes, types and bits of all tensors."""
     one, other = open_weights(a, None), open_weights(b, None)
-    return backbone_shapes(one.config) == backbone_shapes(other.config) and all(
-        one.read(n).dtype == other.read(n).dtype and torch.equal(one.read(n), other.read(n))
-        for n in backbone_shapes(one.config)
-    )
+    if backbone_shapes(one.config) != backbone_shapes(other.config):
+        return False
+    for name in backbone_shapes(one.config):
+        value, other_value = one.read(name), other.read(name)
+        if value.dtype != other_value.dtype or not torch.equal(value, other_value):
+            return False
+    return True
+
+
+def holds_all(whole: Mapping[str, Tensor], part: Mapping[str, Tensor]) -> bool:
+    """Meta's own files hold a buffer (rope.freqs) that is not written again."""
+    return all(torch.equal(value, whole[name]) for name, value in part.items())
+
+
+def load_transformers(folder: Path) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_from_hugging_face_to_meta_and_back(kind: str, tmp_path: Path) -> None:
-    reference = make_hugging_face(tmp_path / "hf", KINDS[kind])
+def test_hugging_face_to_meta_and_back(kind: str, tmp_path: Path) -> None:
+    hf, meta, back = tmp_path / "hf", tmp_path / "meta", tmp_path / "back"
+    reference = make_hugging_face(hf, KINDS[kind])
     if kind == "stretched":
-        assert "which a params.json cannot say; keep Hugging Face's layout" in refusal(
-            convert, tmp_path / "hf", tmp_path / "meta"
-        )
+        message = refusal(convert, hf, meta)
+        assert "which a params.json cannot say; keep Hugging Face's layout" in message
         return
-    convert(
-        tmp_path / "hf",
-        tmp_path / "meta",
-        shards=1 if KINDS[kind].get("num_key_value_heads") == 1 else 2,
-    )
-    convert(tmp_path / "meta", tmp_path / "back")
-    assert equal(tmp_path / "hf", tmp_path / "meta") and equal(tmp_path / "meta", tmp_path / "back")
-    again = LlamaForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32).eval()
-    ids = text(open_weights(tmp_path / "hf", None))
+    num_shards = 1 if KINDS[kind].get("num_key_value_heads") == 1 else 2
+    convert(hf, meta, shards=num_shards)
+    convert(meta, back)
+    assert same_weights(hf, meta) and same_weights(meta, back)
+    ids = text(open_weights(hf, None))
     with torch.no_grad():
-        expected, found = reference(ids[None]).logits[0], again(ids[None]).logits[0]
-    assert torch.equal(found, expected)
-    assert distance(logits(open_weights(tmp_path / "meta", None), ids), expected) < LOGITS_RTOL
-
-
-@pytest.mark.parametrize("shards", [1, 2])
-def test_from_meta_to_hugging_face_and_back(
-    shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    oracle_files.write_tiny_meta(tmp_path / "meta", 400, shards=shards)
-    monkeypatch.setattr(converter, "MAX_FILE_BYTES", 40_000)
-    convert(tmp_path / "meta", tmp_path / "hf")
-    assert len(list((tmp_path / "hf").glob("model-0000?-of-0000?.safetensors"))) > 2
-    convert(tmp_path / "hf", tmp_path / "back", shards=shards)
-    assert equal(tmp_path / "meta", tmp_path / "hf") and equal(tmp_path / "meta", tmp_path / "back")
-    for path in (tmp_path / "meta").glob("*.pth"):
-        ours, theirs = (
-            torch.load(folder / path.name) for folder in (tmp_path / "back", tmp_path / "meta")
+        expected, found = (
+            reference(ids[None]).logits[0],
+            load_transformers(back)(ids[None]).logits[0],
         )
-        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
-    reference, shape = (
-        LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval(),
-        open_weights(tmp_path / "hf", None),
-    )
+    assert torch.equal(found, expected)
+    assert distance(logits(open_weights(meta, None), ids), expected) < LOGITS_RTOL
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_meta_to_hugging_face_and_back(
+    num_shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta, hf, back = tmp_path / "meta", tmp_path / "hf", tmp_path / "back"
+    oracle_files.write_tiny_meta(meta, 400, shards=num_shards)
+    monkeypatch.setattr(weight_conversion, "MAX_FILE_BYTES", 40_000)
+    convert(meta, hf)
+    assert len(list(hf.glob("model-0000?-of-0000?.safetensors"))) > 2
+    convert(hf, back, shards=num_shards)
+    assert same_weights(meta, hf) and same_weights(meta, back)
+    for path in meta.glob("*.pth"):
+        assert holds_all(torch.load(path), torch.load(back / path.name))
+    weights = open_weights(hf, None)
     with torch.no_grad():
-        expected = reference(text(shape)[None]).logits[0]
-    assert distance(logits(shape, text(shape)), expected) < LOGITS_RTOL
+        expected = load_transformers(hf)(text(weights)[None]).logits[0]
+    assert distance(logits(weights, text(weights)), expected) < LOGITS_RTOL
 
 
 def test_meta_shards_are_divided_anew(tmp_path: Path) -> None:
-    oracle_files.write_tiny_meta(tmp_path / "one", 400)
-    convert(tmp_path / "one", tmp_path / "four", "meta", 4)
-    convert(tmp_path / "four", tmp_path / "again", "meta")
-    assert len(list((tmp_path / "four").glob("*.pth"))) == 4 and equal(
-        tmp_path / "one", tmp_path / "four"
-    )
-    ours, theirs = (
-        torch.load(tmp_path / name / "consolidated.00.pth") for name in ("again", "one")
-    )
-    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    one, four, again = tmp_path / "one", tmp_path / "four", tmp_path / "again"
+    oracle_files.write_tiny_meta(one, 400)
+    convert(one, four, "meta", 4)
+    convert(four, again, "meta")
+    assert len(list(four.glob("*.pth"))) == 4 and same_weights(one, four)
+    shard = "consolidated.00.pth"
+    assert holds_all(torch.load(one / shard), torch.load(again / shard))
 
 
-def test_a_large_vocabulary_is_split_as_meta_s_llama_3_does(
+def test_large_vocabulary_is_split_like_llama_3(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(converter, "LARGE_VOCAB_SIZE", 1000)
-    make_hugging_face(tmp_path / "hf", KINDS["LLaMA-3"])
-    convert(tmp_path / "hf", tmp_path / "meta", shards=2)
-    assert torch.load(tmp_path / "meta" / "consolidated.01.pth")["tok_embeddings.weight"].shape == (
-        512,
-        64,
-    )
-    assert equal(tmp_path / "hf", tmp_path / "meta")
+    monkeypatch.setattr(weight_conversion, "LARGE_VOCAB_SIZE", 1000)
+    hf, meta = tmp_path / "hf", tmp_path / "meta"
+    make_hugging_face(hf, KINDS["LLaMA-3"])
+    convert(hf, meta, shards=2)
+    shard = torch.load(meta / "consolidated.01.pth")
+    assert shard["tok_embeddings.weight"].shape == (512, 64)
+    assert same_weights(hf, meta)
 
 
-# ---- adapters ----------------------------------------------------------------------------------------------------------------
+# Adapters
 
 
-def trainables() -> dict[str, Tensor]:
-    values = initial_trainables(trainable_shapes(SHAPE, 2, 10, 10), bias=3.5, seed=3)
-    return {name: value + 0.1 for name, value in values.items()}
-
-
-def save(folder: Path) -> dict[str, Tensor]:
-    weights = trainables()
-    moments = {
-        f"{n}.{m}": torch.zeros_like(v)
-        for n, v in weights.items()
-        for m in ("exp_avg", "exp_avg_sq")
-    }
+def save_checkpoint(folder: Path) -> dict[str, Tensor]:
+    """A checkpoint of random trainables, which are returned."""
+    initial = initial_trainables(trainable_shapes(CONFIG, 2, 10, 10), bias=3.5, seed=3)
+    weights = {name: value + 0.1 for name, value in initial.items()}
+    moments = {}
+    for name, value in weights.items():
+        moments[f"{name}.exp_avg"] = torch.zeros_like(value)
+        moments[f"{name}.exp_avg_sq"] = torch.zeros_like(value)
     config = RunConfig(dataset="star", bias=3.5, adapter_layer=2, output_dir=folder)
     run = write.RunIdentity("", config.to_json(), {})
     write.save(folder, weights, moments, TrainState(step=1), run)
     return weights
 
 
-def test_adapters_go_to_the_lineage_and_back(tmp_path: Path) -> None:
-    weights = save(tmp_path / "checkpoint_best")
-    assert "7 tensors, without the optimizer's state" in convert(
-        tmp_path / "checkpoint_best", tmp_path / "new" / "best.pth"
-    )
-    content = torch.load(
-        tmp_path / "new" / "best.pth", weights_only=True
-    )  # by torch alone, without anything allowed
+def test_adapters_to_the_published_format_and_back(tmp_path: Path) -> None:
+    checkpoint, published = tmp_path / "checkpoint_best", tmp_path / "new" / "best.pth"
+    weights = save_checkpoint(checkpoint)
+    assert "7 tensors, without the optimizer's state" in convert(checkpoint, published)
+    # torch alone reads it, without any class allowed.
+    content = torch.load(published, weights_only=True)
     assert set(content) == {"model", "args"} and list(content["model"]) == list(weights)
-    read = read_checkpoint(tmp_path / "new" / "best.pth")
-    assert (
-        read.settings["dataset"] == "star"
-        and read.settings["bias"] == 3.5
-        and read.settings["adapter_layer"] == 2
-    )
-    convert(tmp_path / "new" / "best.pth", tmp_path / "back.safetensors")
-    convert(tmp_path / "checkpoint_best" / format.WEIGHTS, tmp_path / "alone.pth")
-    for found in (
-        content["model"],
-        *(read_checkpoint(tmp_path / n).weights for n in ("back.safetensors", "alone.pth")),
-    ):
-        assert found.keys() == weights.keys() and all(
-            torch.equal(found[n], v) for n, v in weights.items()
-        )
+    settings = read_checkpoint(published).settings
+    expected = {"dataset": "star", "bias": 3.5, "adapter_layer": 2}
+    assert expected.items() <= settings.items()
+    back, from_weights = tmp_path / "back.safetensors", tmp_path / "alone.pth"
+    convert(published, back)
+    convert(checkpoint / format.WEIGHTS, from_weights)
+    written = [content["model"], *(read_checkpoint(p).weights for p in (back, from_weights))]
+    for tensors in written:
+        assert tensors.keys() == weights.keys() and holds_all(weights, tensors)
 
 
 def test_the_published_code_s_own_files_are_read(tmp_path: Path) -> None:
     hyper = oracle.Hyper(adapter_layer=2)
     own = oracle.init_trainables({"dim": 32, "n_heads": 4, "n_layers": 3}, hyper, random_gates=True)
-    oracle_files.save_lineage(tmp_path / "lineage.pth", own, lower_gates=1)
-    convert(tmp_path / "lineage.pth", tmp_path / "ours.safetensors")
-    found = validate_for_model(
-        read_checkpoint(tmp_path / "ours.safetensors"), trainable_shapes(SHAPE, 2, 10, 10), 3
-    )
-    assert (
-        all(torch.equal(found.weights[n], v.detach()) for n, v in own.items())
-        and len(found.notes) == 1
-    )
+    source, target = tmp_path / "published.pth", tmp_path / "ours.safetensors"
+    oracle_files.save_lineage(source, own, lower_gates=1)
+    convert(source, target)
+    shapes = trainable_shapes(CONFIG, 2, 10, 10)
+    found = validate_for_model(read_checkpoint(target), shapes, 3)
+    assert all(torch.equal(found.weights[name], value.detach()) for name, value in own.items())
+    assert len(found.notes) == 1
 
 
-# ---- what is refused, and what is left behind ------------------------------------------------------------------------------------
+# Errors, and what they leave behind
 
 
-def flip(path: Path) -> None:
+def flip_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
-def nan(path: Path) -> None:
+def put_nan(path: Path) -> None:
     content = torch.load(path)
     content["layers.2.feed_forward.w2.weight"][3, 3] = torch.nan
     torch.save(content, path)
 
 
-def drop(path: Path) -> None:
+def drop_gate(path: Path) -> None:
     with torch.serialization.safe_globals([argparse.Namespace, type(Path())]):
         content = torch.load(path, weights_only=True)
     del content["model"]["layers.1.attention.gate2"]
     torch.save(content, path)
 
 
-# name: (damage, command line, exit code, what the line says)
-HOSTILE: dict[str, tuple[Any, str, int, str]] = {
-    "nothing there": (None, "nowhere out", 2, "nowhere: no such file or folder to convert"),
-    "target is there": (
-        None,
-        "meta hf",
-        2,
-        "hf: already exists; name another target, or remove it",
+@dataclass(frozen=True)
+class Hostile:
+    """A command that fails: its exit code, part of its message, and the damage done before."""
+
+    command: str
+    code: int
+    message: str
+    damage: Callable[[Path], object] = lambda folder: None
+
+
+SHARD = "meta/consolidated.00.pth"
+HOSTILE = {
+    "nothing there": Hostile("nowhere out", 2, "nowhere: no such file or folder to convert"),
+    "target is there": Hostile(
+        "meta hf", 2, "hf: already exists; name another target, or remove it"
     ),
-    "target in a file": (
-        None,
-        "meta meta/params.json/out",
-        2,
-        "params.json: 'meta/params.json' is not a folder",
+    "target in a file": Hostile(
+        "meta meta/params.json/out", 2, "params.json: 'meta/params.json' is not a folder"
     ),
-    "same layout": (
-        None,
-        "hf out --to hf",
-        2,
-        "hf: is in Hugging Face's layout already; --to meta writes the other",
+    "same layout": Hostile(
+        "hf out --to hf", 2, "hf: is in Hugging Face's layout already; --to meta writes the other"
     ),
-    "shards of HF": (None, "meta out --shards 2", 2, "--shards: is for Meta's layout"),
-    "three shards": (
-        None,
-        "hf out --shards 3",
-        2,
-        "--shards 3: n_heads 4 of this model cannot be divided by it",
+    "shards of HF": Hostile("meta out --shards 2", 2, "--shards: is for Meta's layout"),
+    "three shards": Hostile(
+        "hf out --shards 3", 2, "--shards 3: n_heads 4 of this model cannot be divided by it"
     ),
-    "no shards": (None, "hf out --shards 0", 2, "--shards 0: must be a whole number of at least 1"),
-    "shards of an adapter": (
-        None,
-        "lineage.pth out.safetensors --shards 2",
-        2,
-        "lineage.pth: holds no LLaMA weights, and --to and --shards",
+    "no shards": Hostile(
+        "hf out --shards 0", 2, "--shards 0: must be a whole number of at least 1"
     ),
-    "wrong suffix": (
-        None,
-        "lineage.pth out.pth",
+    "shards of an adapter": Hostile(
+        "published.pth out.safetensors --shards 2",
+        2,
+        "published.pth: holds no LLaMA weights, and --to and --shards",
+    ),
+    "wrong suffix": Hostile(
+        "published.pth out.pth",
         2,
         "out.pth: this conversion writes a .safetensors file; name the target so",
     ),
-    "unknown flag": (
-        None,
-        "meta out --shard 2",
-        2,
-        "unrecognized arguments: --shard 2 (see vico convert --help)",
+    "unknown flag": Hostile(
+        "meta out --shard 2", 2, "unrecognized arguments: --shard 2 (see vico convert --help)"
     ),
-    "no target": (None, "meta", 2, "the following arguments are required: TARGET"),
-    "an empty folder": (
-        lambda h: (h / "empty").mkdir(),
+    "no target": Hostile("meta", 2, "the following arguments are required: TARGET"),
+    "an empty folder": Hostile(
         "empty out",
         3,
         "empty/state.json: no such file; a checkpoint is a folder with",
+        lambda folder: (folder / "empty").mkdir(),
     ),
-    "no config": (
-        lambda h: (h / "hf" / "config.json").unlink(),
+    "no config": Hostile(
         "hf out",
         2,
         "config.json: no such file; config.json, which comes with the LLaMA",
+        lambda folder: (folder / "hf" / "config.json").unlink(),
     ),
-    "a flipped bit": (
-        lambda h: flip(h / "meta" / "consolidated.00.pth"),
-        "meta out",
-        3,
-        "is cut off or damaged",
+    "a flipped bit": Hostile(
+        "meta out", 3, "is cut off or damaged", lambda folder: flip_bit(folder / SHARD)
     ),
-    "not a number": (
-        lambda h: nan(h / "meta" / "consolidated.00.pth"),
+    "not a number": Hostile(
         "meta out",
         3,
         "'layers.2.feed_forward.w2.weight' holds NaN or infinite",
+        lambda folder: put_nan(folder / SHARD),
     ),
-    "cut off": (
-        lambda h: os.truncate(h / "hf" / "model.safetensors", 5000),
+    "cut off": Hostile(
         "hf out",
         3,
         "model.safetensors: the file of LLaMA weights is cut",
+        lambda folder: os.truncate(folder / "hf" / "model.safetensors", 5000),
     ),
-    "half a pair of gates": (
-        lambda h: drop(h / "lineage.pth"),
-        "lineage.pth out.safetensors",
+    "half a pair of gates": Hostile(
+        "published.pth out.safetensors",
         3,
-        "lineage.pth: lacks layers.1.attention.gate2",
+        "published.pth: lacks layers.1.attention.gate2",
+        lambda folder: drop_gate(folder / "published.pth"),
     ),
-    "a backbone as adapter": (
-        None,
+    "a backbone as adapter": Hostile(
         "hf/model.safetensors out.pth",
         3,
         "model.safetensors: lacks adapter_query.weight, temporal_emb.weight, visual",
     ),
-    "a flipped adapter": (
-        lambda h: flip(h / "lineage.pth"),
-        "lineage.pth out.safetensors",
+    "a flipped adapter": Hostile(
+        "published.pth out.safetensors",
         3,
         "the checkpoint is cut off or damaged",
+        lambda folder: flip_bit(folder / "published.pth"),
     ),
 }
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    fixture = tmp_path_factory.mktemp("original")
-    oracle_files.write_tiny_meta(fixture / "meta", 400)
-    convert(fixture / "meta", fixture / "hf")
-    oracle_files.save_lineage(
-        fixture / "lineage.pth",
-        oracle.init_trainables({"dim": 32, "n_heads": 4, "n_layers": 3}, oracle.Hyper()),
-    )
-    return fixture
+    """The same LLaMA in both layouts, and an adapter."""
+    folder = tmp_path_factory.mktemp("original")
+    oracle_files.write_tiny_meta(folder / "meta", 400)
+    convert(folder / "meta", folder / "hf")
+    dimensions = {"dim": 32, "n_heads": 4, "n_layers": 3}
+    trainables = oracle.init_trainables(dimensions, oracle.Hyper())
+    oracle_files.save_lineage(folder / "published.pth", trainables)
+    return folder
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_one_line_and_no_trace(
-    name: str,
+@pytest.mark.parametrize("case", HOSTILE.values(), ids=HOSTILE.keys())
+def test_errors_are_one_line_and_leave_nothing(
+    case: Hostile,
     original: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    damage, line, code, part = HOSTILE[name]
-    fixture = tmp_path / "fixture"
-    shutil.copytree(original, fixture)
-    if damage is not None:
-        damage(fixture)
-    monkeypatch.chdir(fixture)
-    before = sorted(fixture.rglob("*"))
-    ended = main(["convert", *line.split()])
-    out, err = capfd.readouterr()
-    assert err.startswith("vico: error: ") and err.count("\n") == 1 and out == ""
-    assert part in err and ended == code, err
-    assert sorted(fixture.rglob("*")) == before
+    folder = tmp_path / "copy"
+    shutil.copytree(original, folder)
+    case.damage(folder)
+    monkeypatch.chdir(folder)
+    before = sorted(folder.rglob("*"))
+    code = main(["convert", *case.command.split()])
+    stdout, stderr = capfd.readouterr()
+    assert stderr.startswith("vico: error: ") and stderr.count("\n") == 1 and stdout == ""
+    assert case.message in stderr and code == case.code, stderr
+    assert sorted(folder.rglob("*")) == before
 
 
 @pytest.mark.parametrize("source", ["meta", "hf"])
-def test_a_full_disk_leaves_nothing(
+def test_full_disk_leaves_nothing(
     source: str, original: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-        ended = main(["convert", str(original / source), str(tmp_path / "out")])
+        code = main(["convert", str(original / source), str(tmp_path / "out")])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
-    assert ended == 6 and "out: cannot be written (" in capfd.readouterr().err
+        signal.signal(signal.SIGXFSZ, handler)
+    assert code == 6 and "out: cannot be written (" in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_it_says_what_it_did(
+def test_reports_what_was_done(
     original: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["convert", str(original / "meta"), str(tmp_path / "out")]) == 0
-    said = capfd.readouterr().out
-    assert (
-        f"{tmp_path}/out: {original}/meta from Meta's layout to Hugging Face's, 1 file(s) of weights, 0."
-        in said
-        and said.endswith(" s\n")
-    )
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_key_value_heads"] == 4
-    assert (
-        safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")[
-            "model.norm.weight"
-        ].dtype
-        == torch.float16
-    )
+    source, target = original / "meta", tmp_path / "out"
+    assert main(["convert", str(source), str(target)]) == 0
+    stdout = capfd.readouterr().out
+    layouts = "from Meta's layout to Hugging Face's, 1 file(s) of weights, 0."
+    assert f"{target}: {source} {layouts}" in stdout and stdout.endswith(" s\n")
+    assert json.loads((target / "config.json").read_text())["num_key_value_heads"] == 4
+    tensors = safetensors.torch.load_file(target / "model.safetensors")
+    assert tensors["model.norm.weight"].dtype == torch.float16
