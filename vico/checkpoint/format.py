@@ -4,7 +4,6 @@ A folder holds whole tensors under the published names. It fits any number of ra
 stage.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from vico.io.digest import digest_json
 
 WEIGHTS, OPTIMIZER, STATE = "adapter_model.safetensors", "optimizer.safetensors", "state.json"
 FORMAT = 1
@@ -58,5 +59,5 @@ class Checkpoint:
 
 def with_checksum(state: Mapping[str, Any]) -> str:
     """The text of a state.json. Its last entry is the sha256 of the others."""
-    checksum = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    checksum = digest_json(state)
     return json.dumps({**state, "sha256": checksum}, indent=1)

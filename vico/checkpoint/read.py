@@ -3,7 +3,6 @@
 Nothing in a file is executed.
 """
 
-import hashlib
 import math
 import os
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from vico.checkpoint.format import (
 )
 from vico.errors import CheckpointError, show
 from vico.io.atomic import read_bytes
+from vico.io.digest import digest_bytes
 from vico.io.output_dir import OutputDir, step_of
 from vico.io.text import as_object, parse_json, read_text
 
@@ -163,6 +163,6 @@ def _read_safetensors(path: Path, recorded: Mapping[str, Any] | None = None) -> 
 def _difference(data: bytes, recorded: Mapping[str, Any]) -> str:
     if len(data) != recorded.get("bytes"):
         return f"{len(data)} of {show(recorded.get('bytes'))} bytes"
-    if hashlib.sha256(data).hexdigest() != recorded.get("sha256"):
+    if digest_bytes(data) != recorded.get("sha256"):
         return "its sha256 is not the recorded one"
     return ""

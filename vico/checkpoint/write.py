@@ -3,7 +3,6 @@
 Only then older ones go.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from vico.checkpoint.format import FORMAT, OPTIMIZER, STATE, WEIGHTS, TrainState
 from vico.checkpoint.read import read
 from vico.errors import CheckpointError, DiskError
 from vico.io.atomic import remove_folder, write_folder, write_json
+from vico.io.digest import digest_bytes
 from vico.io.failpoints import reached
 from vico.io.output_dir import OutputDir, step_of
 
@@ -46,7 +46,7 @@ def save(
         for name, tensors in ((WEIGHTS, weights), (OPTIMIZER, moments)):
             data = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()})
             (folder / name).write_bytes(data)
-            files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            files[name] = {"bytes": len(data), "sha256": digest_bytes(data)}
             reached("save:file")
         record = {
             "format": FORMAT,

@@ -164,7 +164,8 @@ def measure_captions(
     cache: FileCache,
 ) -> Lengths:
     """The caption sequences of the questions' videos, one per video, in tokens."""
-    used = {video: captions[video] for video in sorted({q.video for q in questions})}
+    videos = sorted(_videos_of(questions))
+    used = {video: captions[video] for video in videos}
     key = cache_key(
         "captions",
         fingerprint.of_captions(used),
@@ -181,6 +182,10 @@ def _cached_lengths(key: str | None, cache: FileCache, measure: Callable[[], Len
     lengths = measure()
     cache.put(key, lengths.to_json())
     return lengths
+
+
+def _videos_of(questions: Sequence[Question]) -> set[str]:
+    return {q.video for q in questions}
 
 
 # Notes for the user
@@ -221,7 +226,7 @@ def problem_notes(
     """Notes about the questions used, for those counts that are not zero."""
     num_shortened = lengths.above(config.max_seq_len)
     num_equal = count_equal_options(questions)
-    num_empty = sum(not all(option.strip() for option in q.options) for q in questions)
+    num_empty = sum(_has_empty_option(q) for q in questions)
     shortened = (
         f"shortened to fit --max_seq_len {config.max_seq_len} "
         "(dialogue first, then options; answers never)"
@@ -240,6 +245,10 @@ def problem_notes(
     ]
 
 
+def _has_empty_option(question: Question) -> bool:
+    return not all(option.strip() for option in question.options)
+
+
 def caption_notes(config: RunConfig, lengths: Lengths) -> list[str]:
     """How many captions are cut to --max_cap_len."""
     num_cut, total = lengths.above(config.max_cap_len), sum(lengths.counts.values())
@@ -253,7 +262,7 @@ def caption_notes(config: RunConfig, lengths: Lengths) -> list[str]:
 
 def shared_video_notes(splits: Mapping[str, Sequence[Question]]) -> list[str]:
     """Warnings of videos in two splits: a score on one split may then be learned from the other."""
-    videos = {split: {q.video for q in questions} for split, questions in splits.items()}
+    videos = {split: _videos_of(questions) for split, questions in splits.items()}
     notes = []
     for first, second in combinations(videos, 2):
         shared = videos[first] & videos[second]
