@@ -218,13 +218,13 @@ MODEL: dict[str, Case] = {
         two_shards(copy("other/consolidated.01.pth", SHARD_1)),
         "",
         2,
-        ["differs between the shards, so they are of different models; copy them anew"],
+        ["differs between the shards, so they are of different models; copy them again"],
     ),
     "a shard twice": (
         two_shards(copy(SHARD, SHARD_1)),
         "",
         2,
-        ["llama/tiny: two of the 2 shards are the same file; copy consolidated.*.pth anew"],
+        ["llama/tiny: two of the 2 shards are the same file; copy consolidated.*.pth again"],
     ),
     # checkpoints
     "nothing to resume": (

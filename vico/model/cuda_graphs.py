@@ -56,9 +56,9 @@ class GraphedBlocks:
         # Number of the forward or backward that wrote last to the static tensors.
         self.generation = 0
         self.entries: dict[LayoutSizes, _GraphEntry] = {}
-        adapted = self.blocks[self.num_plain :]
-        gates = [(block.attention.gate1, block.attention.gate2) for block in adapted]
-        self._gates = [gate for pair in gates for gate in pair]
+        self._gates: list[Tensor] = []
+        for block in self.blocks[self.num_plain :]:
+            self._gates += [block.attention.gate1, block.attention.gate2]
         self._static: tuple[_GraphInputs, Tensor] | None = None
         self._pool: Any = None  # captures replay one after the other: they share their memory
         self._pool_bytes = 0  # reserved for the pool; nothing else can use it

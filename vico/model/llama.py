@@ -49,10 +49,14 @@ class FrozenEmbedding(nn.Module):
         return F.embedding(ids, self.weight)
 
 
-class OutputHead(FrozenLinear):
+class OutputHead(nn.Module):
     """The product with the vocabulary, fused with the cross-entropy: the logits are never whole."""
 
-    def forward(self, h_RD: Tensor, rows_N: Tensor, ids_N: Tensor) -> Tensor:  # type: ignore[override]
+    def __init__(self, dim: int, vocab_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = _frozen(vocab_size, dim, dtype=dtype)
+
+    def forward(self, h_RD: Tensor, rows_N: Tensor, ids_N: Tensor) -> Tensor:
         """Cross-entropy [N], fp32, of token ids_N[n] at row rows_N[n] of h_RD."""
         return FusedLinearCrossEntropy.apply(h_RD, self.weight, rows_N, ids_N)
 

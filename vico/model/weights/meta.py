@@ -129,18 +129,18 @@ class MetaWeights:
         if len({part.dtype for part in parts}) != 1:
             raise UserError(
                 f"{self.folder}: '{name}' has another type in each shard, so they are of different "
-                "models; copy them anew"
+                "models; copy them again"
             )
         if dim is None and not all(_are_close(part, parts[0]) for part in parts):
             raise UserError(
                 f"{self.folder}: '{name}' differs between the shards, so they are of different "
-                "models; copy them anew"
+                "models; copy them again"
             )
         pairs = itertools.combinations(parts, 2)
         if name == UNIQUE_PART and any(torch.equal(a[:1], b[:1]) for a, b in pairs):
             raise UserError(
                 f"{self.folder}: two of the {len(parts)} shards are the same file; "
-                "copy consolidated.*.pth anew"
+                "copy consolidated.*.pth again"
             )
 
 
