@@ -70,14 +70,14 @@ BREAKS = (
         "vico/data/batching.py",
         "default_rng([self._seed, epoch])",
         "default_rng()",
-        "tests/distributed/test_engine.py::test_order_is_a_function_of_seed_and_epoch_and_ranks_divide_it",
+        "tests/unit/test_batching.py::test_ranks_divide_a_step",
     ),
     Break(
         "a loss that is not finite is let through",
         "vico/train/step.py",
         "_require_finite(~sums_and_stop_RT.isfinite().all(dim=1)",
         "_require_finite(torch.zeros(world.size, dtype=torch.bool)",
-        "tests/distributed/test_engine.py::test_a_loss_or_gradient_that_is_not_finite_updates_nothing",
+        "tests/distributed/test_engine.py::test_non_finite_step_updates_nothing",
     ),
     Break(
         "a checkpoint of another run is taken",

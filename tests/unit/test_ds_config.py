@@ -1,0 +1,55 @@
+"""The DeepSpeed config of a run: the shipped files, and those that contradict the run's flags."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.processes import ROOT
+from vico.errors import UserError
+from vico.train.ds_config import read_config
+
+
+def read(name: str) -> dict[str, Any]:
+    return read_config(name, "bf16", micro_batch_size=8, accumulation=2, world_size=4)
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_shipped_files(name: str) -> None:
+    config = read(name)
+    assert config["train_micro_batch_size_per_gpu"] == 8
+    assert config["gradient_accumulation_steps"] == 2
+    assert config["train_batch_size"] == 64
+    assert config["zero_optimization"]["stage"] == int(name[-1])
+    assert config["gradient_clipping"] == 0.0
+    assert "auto" not in json.dumps(config) and "bf16" not in config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"train_batch_size": 7},
+            r"train_batch_size 7 does not fit --batch_size 8 --accum_iter 2 on 4 rank\(s\), "
+            "which make 64",
+        ),
+        (
+            {"zero_optimizaton": {}},
+            "unknown key 'zero_optimizaton'; did you mean 'zero_optimization'",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_bucket_sze": 1}},
+            "did you mean 'reduce_bucket_size'",
+        ),
+        ({"zero_optimization": {"stage": 0}}, "stage is 0; use 1, 2 or 3"),
+        ({"optimizer": {"type": "Adam"}}, "'optimizer' must go"),
+        ({"bf16": {"enabled": False}}, "bf16.enabled false against --precision bf16"),
+    ],
+)
+def test_contradictions(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    shipped = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({**shipped, **change}))
+    with pytest.raises(UserError, match=message):
+        read(str(path))
