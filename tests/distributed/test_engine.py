@@ -48,8 +48,9 @@ def test_step_moves_the_trainables_only(toy: ToyData, alone: World) -> None:
         assert parameter.dtype == (torch.float32 if name in moved else torch.bfloat16), name
     weights, moments = engine.state()
     assert all(torch.equal(weights[name], parameters[name]) for name in moved)
-    of_adam = [{f"{name}.{moment}" for name in moved} for moment in ("exp_avg", "exp_avg_sq")]
-    assert set(moments) == of_adam[0] | of_adam[1]
+    first_moments = {f"{name}.exp_avg" for name in moved}
+    second_moments = {f"{name}.exp_avg_sq" for name in moved}
+    assert set(moments) == first_moments | second_moments
 
 
 @contextmanager
