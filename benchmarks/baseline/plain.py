@@ -185,7 +185,7 @@ class PlainViCo(nn.Module):
         )
         losses = losses_N.view(labels.shape)
         # Divides by the number of targets. The published code counts the losses that are not
-        # exactly zero (METHOD sections 6 and 9).
+        # exactly zero (METHOD section 6, item 9).
         return (losses.sum(-1) / (labels != IGNORE).sum(-1)).view(len(questions), num_options)
 
 

@@ -14,7 +14,7 @@ from vico.model.attention.masks import AttentionMask
 def attend_plain(
     q_QHd: Tensor, k_THd: Tensor, v_THd: Tensor, gate2_H: Tensor | None, mask: AttentionMask
 ) -> Tensor:
-    """Attention as METHOD section 1, defines it, in fp32. Returns [Q, H, d]."""
+    """Attention as METHOD section 1 defines it, in fp32. Returns [Q, H, d]."""
     num_rows, _, width = k_THd.shape
     visible_TT, gated_TT = _dense_masks(mask, num_rows)
     if mask.query_rows is not None:
