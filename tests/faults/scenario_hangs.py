@@ -63,6 +63,6 @@ def _case(
         return seconds, f"it took {seconds:.1f} s: {codes}"
     if not {5, -9} >= set(codes) or 5 not in codes:
         return seconds, f"ended with {codes}: {last_line(run.output)}"
-    if len(run.errors) != 1 or f"rank {rank} on " not in run.errors[0].partition("last heard")[0]:
+    if len(run.errors) != 1 or f"rank {rank} on " not in run.errors[0].partition("last reports")[0]:
         return seconds, f"the guilty rank is not named once: {run.errors}"
     return seconds, "" if 'File "' in run.output else "there are no stacks"
