@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from support.toy_dataset import ToyData
-from support.training import config_of, training_steps
+from support.training_steps import config_of, training_steps
 from vico.distributed.world import World
 from vico.errors import TrainingError
 from vico.model.vico import initial_trainables

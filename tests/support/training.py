@@ -1,45 +1,54 @@
-"""Short ways to a config and to training steps of the toy dataset."""
+"""Whole training commands on the toy data, with settings that the oracle knows too."""
 
-from support.toy_dataset import ToyData
-from vico.cli.flags import parse
-from vico.data.batching import TrainingSteps
-from vico.train.build import Inputs
-from vico.train.config import RunConfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from reference import oracle
+from support.processes import succeeds
+from support.toy_dataset import ToyData, records
+
+HYPER = oracle.Hyper(
+    bias=0.7, vaq=True, qav=True, lr=5e-3, warmup_epochs=1, epochs=2, weight_decay=0.1
+)
+FLAGS = ("--bias 0.7 --vaq --qav --lr 5e-3 --warmup_epochs 1 --epochs 2 --weight_decay 0.1").split()
+PLAIN = "--no_shuffle --caption_crop none".split()
 
 
-def config_of(toy: ToyData, *flags: str) -> RunConfig:
-    """The config of a run on the toy dataset: 4 questions a micro-batch, and these flags."""
-    return parse([*toy.flags, "--batch_size", "4", *flags], "vico train", "").resolve()
+@dataclass
+class Run:
+    """The output_dir of a run that has ended."""
+
+    folder: Path
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        return records(self.folder / "steps.jsonl")
+
+    @property
+    def epochs(self) -> list[dict[str, Any]]:
+        return records(self.folder / "log.txt")
+
+    @property
+    def predictions(self) -> list[dict[str, Any]]:
+        return records(self.folder / "predictions_val.jsonl")
+
+    @property
+    def predictions_text(self) -> bytes:
+        return (self.folder / "predictions_val.jsonl").read_bytes()
+
+    def tensors(self, step: int) -> dict[str, Tensor]:
+        """Weights and Adam's moments of a checkpoint."""
+        folder = self.folder / f"checkpoint-{step}"
+        weights = load_file(folder / "adapter_model.safetensors")
+        return {**weights, **load_file(folder / "optimizer.safetensors")}
 
 
-def training_steps(
-    inputs: Inputs,
-    *,
-    micro_batch_size: int = 4,
-    accumulation: int = 1,
-    rank: int = 0,
-    world_size: int = 1,
-    seed: int = 0,
-    in_file_order: bool = False,
-    max_tokens: int | None = None,
-) -> TrainingSteps:
-    """The steps of both tasks over the training questions, by default on one rank.
-
-    `in_file_order`: questions are not shuffled, and captions not cropped at random.
-    """
-    return TrainingSteps(
-        inputs.questions["train"],
-        inputs.captions,
-        inputs.features,
-        inputs.prompts,
-        num_slots=10,
-        tasks=("vqa", "cap"),
-        micro_batch_size=micro_batch_size,
-        accumulation=accumulation,
-        rank=rank,
-        world_size=world_size,
-        seed=seed,
-        shuffle=not in_file_order,
-        crop=not in_file_order,
-        max_tokens=max_tokens,
-    )
+def train(toy: ToyData, folder: Path, *flags: str, ranks: int = 1) -> Run:
+    """A run in file order, with whole captions, as the oracle does it."""
+    out = ["--output_dir", str(folder)]
+    succeeds("train", *toy.flags, *FLAGS, *PLAIN, *out, *flags, ranks=ranks)
+    return Run(folder)

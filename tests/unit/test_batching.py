@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from support.toy_dataset import ToyData
-from support.training import config_of, training_steps
+from support.training_steps import config_of, training_steps
 from vico.distributed.world import World
 from vico.train.build import Inputs, read_inputs
 

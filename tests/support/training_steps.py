@@ -1,0 +1,45 @@
+"""Short ways to a config and to training steps of the toy dataset."""
+
+from support.toy_dataset import ToyData
+from vico.cli.flags import parse
+from vico.data.batching import TrainingSteps
+from vico.train.build import Inputs
+from vico.train.config import RunConfig
+
+
+def config_of(toy: ToyData, *flags: str) -> RunConfig:
+    """The config of a run on the toy dataset: 4 questions a micro-batch, and these flags."""
+    return parse([*toy.flags, "--batch_size", "4", *flags], "vico train", "").resolve()
+
+
+def training_steps(
+    inputs: Inputs,
+    *,
+    micro_batch_size: int = 4,
+    accumulation: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    in_file_order: bool = False,
+    max_tokens: int | None = None,
+) -> TrainingSteps:
+    """The steps of both tasks over the training questions, by default on one rank.
+
+    `in_file_order`: questions are not shuffled, and captions not cropped at random.
+    """
+    return TrainingSteps(
+        inputs.questions["train"],
+        inputs.captions,
+        inputs.features,
+        inputs.prompts,
+        num_slots=10,
+        tasks=("vqa", "cap"),
+        micro_batch_size=micro_batch_size,
+        accumulation=accumulation,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        shuffle=not in_file_order,
+        crop=not in_file_order,
+        max_tokens=max_tokens,
+    )
