@@ -1,6 +1,7 @@
-"""The hostile user: whatever is wrong, the command ends with one line that says where and what to do, and changes nothing.
+"""Bad input: the command ends with one line that says where and what to do, and changes nothing.
 
-The cases are the self-test's (vico/selftest/cases_*.py), which runs them all; here are some of them, and two ranks.
+The cases are those of the self-test (tests/faults/cases_*.py), which runs them all. Here are some
+of them, and some on two ranks.
 """
 
 import argparse
@@ -15,23 +16,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from faults.cases_settings import DS, EVAL
-from faults.damage import Case, ds, flip, gone, pth, rows
-from faults.scenario_inputs import CASES, attempt_all
+from faults.case import Case, ds_config, flags, own, refused
+from faults.cases import CASES
+from faults.damage import ds, flip, gone, pth
+from faults.damage_tables import rows
+from faults.scenario_inputs import try_all
 from support.processes import Processes, start
-from support.run_fixture import CHECKPOINT, FEATURES, OPTIMIZER, RunFixture, make_run_fixture
+from support.run_fixture import FEATURES, OPTIMIZER, PUBLISHED, RunFixture, make_run_fixture
 from support.warm_process import WarmProcess, warm_processes
 from vico.cli.main import main
 from vico.distributed import world as dist
 from vico.io import output_dir
 
-EVERY = 6  # so many cases are passed over for one
+# One case of so many is run.
+EVERY = 6
 
 
 @pytest.fixture(scope="module")
 def workers() -> Iterator[list[WarmProcess]]:
-    with warm_processes(2) as found:
-        yield found
+    with warm_processes(2) as processes:
+        yield processes
 
 
 @pytest.fixture(scope="module")
@@ -40,148 +44,118 @@ def original(workers: list[WarmProcess], tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture
-def fixture(original: RunFixture, tmp_path: Path) -> RunFixture:
+def copied(original: RunFixture, tmp_path: Path) -> RunFixture:
     return original.copy(tmp_path / "fixture")
 
 
-def in_this_process(patch: pytest.MonkeyPatch, alone: dist.World) -> None:
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch, alone: dist.World) -> None:
     """DeepSpeed connects once per process, so the commands here share a world of one rank."""
-    patch.setattr(dist, "connect", lambda *_: alone)
-    patch.setattr(dist, "disconnect", lambda world, together: None)
+    monkeypatch.setattr(dist, "connect", lambda *_: alone)
+    monkeypatch.setattr(dist, "disconnect", lambda world, together: None)
 
 
 def test_one_line_says_where_and_what_to_do(
     original: RunFixture, workers: list[WarmProcess], tmp_path: Path
 ) -> None:
     assert len(CASES) > 200
-    results = attempt_all(
-        list(CASES)[::EVERY], original, workers, tmp_path, limit=60
-    )  # a busy machine is no fault
+    # The self-test limits the seconds; a busy machine is no fault here.
+    results = try_all(list(CASES)[::EVERY], original, workers, tmp_path, limit=60)
     assert not {name: fault for name, (fault, _) in results.items() if fault}
 
 
 def test_debug_shows_where_an_error_comes_from(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--debug", "--batch_size", "0"]) == 2
     err = capfd.readouterr().err
-    assert (
-        "Traceback" in err
-        and err.splitlines()[-1]
-        == "vico: error: --batch_size 0: must be a whole number of at least 1"
-    )
+    message = "vico: error: --batch_size 0: must be a whole number of at least 1"
+    assert "Traceback" in err and err.splitlines()[-1] == message
 
 
-def test_what_looks_odd_and_is_legal(
-    fixture: RunFixture, alone: dist.World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Settings that the lineage saved and nobody can use, a byte order mark, a ds_config with every harmless word."""
-    in_this_process(monkeypatch, alone)
+def test_odd_but_legal_settings(copied: RunFixture, in_this_process: None) -> None:
+    """Unusable settings in a published checkpoint, and a ds_config with every harmless word."""
     saved = argparse.Namespace(
         batch_size=-3, lr="nan", sub=True, resume="", epochs=1.5, max_feats=10, data_path=3
     )
-    pth("lineage.pth", lambda content: content.update(args=saved))(fixture)
-    quiet = {
-        "bf16": {"enabled": False},
-        "fp16": {"enabled": "auto", "loss_scale": 0},
-        "amp": {"enabled": False},
-        "wandb": {"enabled": False},
-    }
+    pth(PUBLISHED, lambda content: content.update(args=saved))(copied)
+    switched_off = {name: {"enabled": False} for name in ("bf16", "amp", "wandb")}
     offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}, "overlap_comm": "auto"}
     ds(
-        **quiet,
+        **switched_off,
+        fp16={"enabled": "auto", "loss_scale": 0},
         gradient_clipping=0.0,
         steps_per_print="auto",
         train_batch_size=4,
         zero_optimization=offload,
-    )(fixture)
-    flags = f"--resume {fixture.folder}/lineage.pth --deepspeed {fixture.folder}/ds.json".split()
-    assert main(["eval", *fixture.flags, *flags]) == 0
+    )(copied)
+    line = f"eval --resume {{fixture}}/{PUBLISHED} --deepspeed {{fixture}}/ds.json"
+    assert main(copied.command(line)) == 0
 
 
 @pytest.mark.parametrize("size", [150_000, 100_000, 2_500])
-def test_a_full_disk_ends_the_run_and_leaves_nothing_half_written(
+def test_a_full_disk_leaves_nothing_half_written(
     size: int,
-    fixture: RunFixture,
-    alone: dist.World,
+    copied: RunFixture,
+    in_this_process: None,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """No file can grow beyond `size`: the optimizer's state, the weights, or the curves are what does not fit."""
-    in_this_process(monkeypatch, alone)
-    monkeypatch.setattr(
-        "threading.excepthook", lambda args: None
-    )  # the thread that TensorBoard writes in
+    """No file can exceed `size`: the optimizer's state, the weights, or the curves do not fit."""
+    # TensorBoard writes in a thread.
+    monkeypatch.setattr("threading.excepthook", lambda args: None)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     capfd.readouterr()
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
-        code = main(["train", *fixture.flags])
+        code = main(["train", *copied.flags])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    err = capfd.readouterr().err.splitlines()
-    assert code == 6 and len(err) == 1
-    assert (
-        err[0].startswith(f"vico: error: {fixture.folder}/out")
-        and f"({os.strerror(errno.EFBIG)}); free space" in err[0]
-    )
-    assert not [
-        p.name
-        for p in (fixture.folder / "out").iterdir()
-        if p.name.startswith((".", "checkpoint")) and p.name != output_dir.NAME
-    ]
-    assert main(["train", *fixture.flags]) == 0, "the same command goes on when there is space"
+    (error,) = capfd.readouterr().err.splitlines()
+    out = copied.folder / "out"
+    assert code == 6 and error.startswith(f"vico: error: {out}")
+    assert f"({os.strerror(errno.EFBIG)}); free space" in error
+    names = {path.name for path in out.iterdir()} - {output_dir.LOCK}
+    assert not [name for name in names if name.startswith((".", "checkpoint"))]
+    # With enough space the same command runs.
+    assert main(["train", *copied.flags]) == 0
 
 
-# ---- two ranks -------------------------------------------------------------------------------------------------------
+# ---- two ranks ----------------------------------------------------------------------------------
 
 
 def spoil_rank_1(fixture: RunFixture) -> None:
-    """NaN in the one video that only the second of two ranks looks at before training."""
+    """NaN in the one video that only the second of two ranks checks before training."""
     rows({}, {"video": "100001"}, {}, {})(fixture)
     pth(FEATURES, lambda videos: videos["100001"].fill_(torch.nan) is None or videos)(fixture)
 
 
 TWO_RANKS: dict[str, Case] = {
-    "unknown flag": (None, "--epoch 3", 2, ["unknown flag --epoch; did you mean '--epochs'?"]),
-    "no features": (
-        gone(FEATURES),
-        "",
-        2,
-        ["clipvitl14.pth: no such file; the video feature file should be there"],
+    "unknown flag": flags("--epoch 3", "unknown flag --epoch; did you mean '--epochs'?"),
+    "no features": refused(
+        gone(FEATURES), "clipvitl14.pth: no such file; the video feature file should be there"
     ),
-    "a feature of rank 1": (
+    "a feature of rank 1": refused(
         spoil_rank_1,
-        "",
-        2,
-        [
-            "clipvitl14.pth: 1 of 2 questions (1 videos) have features with NaN or infinite values, e.g. '100001'"
-        ],
+        "clipvitl14.pth: 1 of 2 questions (1 videos) have features with NaN or infinite values, "
+        "e.g. '100001'",
     ),
-    "batch size of one rank": (
+    "batch size of one rank": ds_config(
         ds(train_batch_size=4),
-        DS,
-        2,
-        [
-            "train_batch_size 4 does not fit --batch_size 4 --accum_iter 1 on 2 rank(s), which make 8"
-        ],
+        "train_batch_size 4 does not fit --batch_size 4 --accum_iter 1 on 2 rank(s), which make 8",
     ),
-    "damaged checkpoint": (
-        flip(OPTIMIZER, 5000),
-        EVAL + CHECKPOINT,
-        3,
-        ["optimizer.safetensors: damaged (its sha256 is not the recorded one)"],
+    "damaged checkpoint": own(
+        flip(OPTIMIZER, 5000), "optimizer.safetensors: damaged (its sha256 is not the recorded one)"
     ),
-    "output_dir fails late": (
-        None,
+    "output_dir fails late": flags(
         "--output_dir /proc/vico",
-        2,
-        ["/proc/vico: cannot be made (No such file or directory); choose another"],
+        "/proc/vico: cannot be made (No such file or directory); choose another",
     ),
 }
-WAITED_FOR = "unknown flag"  # the case whose second rank may end by itself
+# The case whose second rank may end by itself.
+WAITED_FOR = "unknown flag"
 
 
-def end_as_launchers_do(fixture: RunFixture, line: str, wait: bool) -> tuple[int, Processes]:
-    """(the rank that ended first, how all ended): every rank is ended as soon as one has; with `wait` only at last."""
+def run_as_launchers_do(fixture: RunFixture, line: str, wait: bool) -> tuple[int, Processes]:
+    """(the rank that ended first, the run). Then the other is ended; with `wait` it may end."""
     run = start(*fixture.command(line), ranks=2)
     run.wait_until(lambda: not run.running)
     has_ended = [process.poll() is not None for process in run.processes]
@@ -195,33 +169,29 @@ def end_as_launchers_do(fixture: RunFixture, line: str, wait: bool) -> tuple[int
 @pytest.fixture(scope="module")
 def two_ranks(
     original: RunFixture, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, tuple[int, Processes]]]:
-    """All cases at once: most of their time is spent in loading torch, and one in waiting."""
+) -> dict[str, tuple[int, Processes]]:
+    """All cases at once: they mostly load torch, and one waits."""
 
     def run(name: str) -> tuple[int, Processes]:
         fixture = original.copy(tmp_path_factory.mktemp("two") / "fixture")
-        damage, line, _, _ = TWO_RANKS[name]
-        if damage is not None:
-            damage(fixture)
-        return end_as_launchers_do(fixture, line, wait=name == WAITED_FOR)
+        case = TWO_RANKS[name]
+        if case.damage is not None:
+            case.damage(fixture)
+        return run_as_launchers_do(fixture, case.line, wait=name == WAITED_FOR)
 
     with ThreadPoolExecutor(3) as pool:
-        yield dict(zip(TWO_RANKS, pool.map(run, TWO_RANKS), strict=True))
+        return dict(zip(TWO_RANKS, pool.map(run, TWO_RANKS), strict=True))
 
 
 @pytest.mark.parametrize("name", TWO_RANKS)
-def test_rank_0_says_it_before_any_rank_ends(
+def test_rank_0_speaks_before_any_rank_ends(
     name: str, two_ranks: dict[str, tuple[int, Processes]]
 ) -> None:
-    _, _, code, parts = TWO_RANKS[name]
-    first, ended = two_ranks[name]
-    assert first == 0 and ended.codes == [code, code if name == WAITED_FOR else -signal.SIGTERM], (
-        ended.output
-    )
-    assert "Traceback" not in ended.output and ended.stderrs[1] == ""
-    line = ended.stderrs[0]
-    assert (
-        line.startswith("vico: error: ")
-        and line.count("\n") == 1
-        and all(part in line for part in parts)
-    ), line
+    case = TWO_RANKS[name]
+    first, run = two_ranks[name]
+    code_of_rank_1 = case.code if name == WAITED_FOR else -signal.SIGTERM
+    assert first == 0 and run.codes == [case.code, code_of_rank_1], run.output
+    assert "Traceback" not in run.output and run.stderrs[1] == ""
+    line = run.stderrs[0]
+    assert line.startswith("vico: error: ") and line.count("\n") == 1, line
+    assert all(part in line for part in case.parts), line

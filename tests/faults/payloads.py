@@ -1,4 +1,4 @@
-"""Pickles that run code when they are loaded, each leaving a canary file, and the files they can hide in."""
+"""Pickles that make a canary file when they are loaded, and the files that can hold them."""
 
 import builtins
 import cProfile
@@ -28,10 +28,8 @@ import numpy as np
 import torch
 
 # Of torch < 1.6: magic number and version, and the empty list of storages behind the content.
-OLD_START, NO_KEYS = (
-    pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + pickle.dumps(1001, protocol=2),
-    pickle.dumps([], protocol=2),
-)
+OLD_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + pickle.dumps(1001, protocol=2)
+NO_KEYS = pickle.dumps([], protocol=2)
 
 
 class Call:
@@ -98,7 +96,7 @@ def payloads(canary: Path) -> dict[str, bytes]:
 
 
 def bites(payload: bytes, canary: Path) -> bool:
-    """Whether the canary is there once the pickle has been loaded without care, in a process of its own."""
+    """Whether the payload makes the canary: unpickles it without care, in another process."""
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -106,7 +104,7 @@ def bites(payload: bytes, canary: Path) -> bool:
         signal.alarm(20)
         try:
             pickle.loads(payload)
-            subprocess.run(["sleep", "0.1"], check=False)  # what it started may still be at it
+            subprocess.run(["sleep", "0.1"], check=False)  # what it started may take a moment
         finally:
             os._exit(0)
     os.waitpid(child, 0)
@@ -114,15 +112,13 @@ def bites(payload: bytes, canary: Path) -> bool:
 
 
 def canary_is_there(canary: Path) -> bool:
-    """Some libraries add to the name that they are given."""
-    found = [
-        path
-        for path in canary.parent.iterdir()
-        if path.name.startswith(canary.name) and path.suffix != ".py"
-    ]
-    for path in found:
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    return bool(found)
+    """Removes it, too. Some libraries add to the name that they are given."""
+    is_there = False
+    for path in list(canary.parent.iterdir()):
+        if path.name.startswith(canary.name) and path.suffix != ".py":
+            is_there = True
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    return is_there
 
 
 # Files
@@ -142,7 +138,7 @@ def as_old(payload: bytes) -> bytes:
 
 
 def as_old_system(payload: bytes) -> bytes:
-    """The same, the payload in the place of what the file says of its machine."""
+    """The same, with the payload in the place of the machine's properties."""
     return OLD_START + payload + pickle.dumps({}, protocol=2) + NO_KEYS
 
 
@@ -150,15 +146,10 @@ def as_tar(payload: bytes) -> bytes:
     """torch's format before 0.1.10."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name, content in (
-            ("sys_info", payload),
-            ("pickle", payload),
-            ("storages", payload),
-            ("tensors", payload),
-        ):
+        for name in ("sys_info", "pickle", "storages", "tensors"):
             info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
+            info.size = len(payload)
+            archive.addfile(info, io.BytesIO(payload))
     return buffer.getvalue()
 
 
@@ -176,11 +167,5 @@ def as_it_is(payload: bytes) -> bytes:
     return payload
 
 
-CARRIERS: tuple[Callable[[bytes], bytes], ...] = (
-    as_zip,
-    as_old,
-    as_old_system,
-    as_tar,
-    as_npy,
-    as_it_is,
-)
+Carrier = Callable[[bytes], bytes]
+CARRIERS: tuple[Carrier, ...] = (as_zip, as_old, as_old_system, as_tar, as_npy, as_it_is)

@@ -1,14 +1,12 @@
-"""No pickle is ever run: payloads in every kind of file, handed to every command, and not one canary or audit event."""
+"""No pickle is ever run: payloads in every kind of file, given to every command."""
 
-import itertools
-import queue
 import shutil
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from faults.payloads import (
     CARRIERS,
+    Carrier,
     as_it_is,
     as_old,
     as_safetensors,
@@ -24,6 +22,7 @@ from support.run_fixture import (
     FEATURES,
     OPTIMIZER,
     PARAMS,
+    PUBLISHED,
     SHARD,
     STATE,
     TINY,
@@ -33,136 +32,141 @@ from support.run_fixture import (
     RunFixture,
     make_run_fixture,
 )
-from support.warm_process import WarmProcess, warm_processes
+from support.warm_process import WarmProcess, share_out, warm_processes
 
 NAME = "pickles"
 TITLE = "pickle payloads through six commands: none is run (canaries and an audit hook)"
 MINUTES = (0.8, 4.0)
-Carrier = Callable[[bytes], bytes]
-Door = tuple[
-    str, str, tuple[Carrier, ...]
-]  # a command, the file it is handed, and what the payload comes as
-LINEAGE = "lineage.pth"
-OUT = OPTIMIZER.replace("run/", "out/")
-DOORS: dict[str, list[Door]] = {
+OF_THE_RUN = "--output_dir {fixture}/run"
+RESUME, EVAL = f"--resume {{fixture}}/{PUBLISHED}", f"eval --resume {{fixture}}/{PUBLISHED}"
+EVAL_OWN = f"eval --resume {{fixture}}/{CHECKPOINT}"
+
+
+class Entry(NamedTuple):
+    """A way into the program: a command, the file that it reads, and what that can be."""
+
+    line: str
+    file: str
+    carriers: tuple[Carrier, ...]
+
+
+ENTRIES: dict[str, list[Entry]] = {
     "train": [
-        ("", FEATURES, CARRIERS),
-        ("", SHARD, (as_zip, as_old)),
-        ("", CAPTIONS, (as_it_is,)),
-        ("", TRAIN, (as_it_is,)),
-        ("", TOKENIZER, (as_it_is,)),
-        ("", PARAMS, (as_it_is,)),
-        ("--config {fixture}/r.yaml", "r.yaml", (as_it_is,)),
+        Entry("", FEATURES, CARRIERS),
+        Entry("", SHARD, (as_zip, as_old)),
+        Entry("", CAPTIONS, (as_it_is,)),
+        Entry("", TRAIN, (as_it_is,)),
+        Entry("", TOKENIZER, (as_it_is,)),
+        Entry("", PARAMS, (as_it_is,)),
+        Entry("--config {fixture}/r.yaml", "r.yaml", (as_it_is,)),
     ],
     "resume": [
-        ("--resume {fixture}/lineage.pth", LINEAGE, CARRIERS),
-        ("--output_dir {fixture}/run", OPTIMIZER, (as_safetensors, as_zip)),
-        ("--output_dir {fixture}/run", STATE, (as_it_is,)),
-        ("--output_dir {fixture}/run", "run/args.json", (as_it_is,)),
+        Entry(RESUME, PUBLISHED, CARRIERS),
+        Entry(OF_THE_RUN, OPTIMIZER, (as_safetensors, as_zip)),
+        Entry(OF_THE_RUN, STATE, (as_it_is,)),
+        Entry(OF_THE_RUN, "run/args.json", (as_it_is,)),
     ],
     "eval": [
-        ("eval --resume {fixture}/lineage.pth", LINEAGE, CARRIERS),
-        (f"eval --resume {{fixture}}/{CHECKPOINT}", WEIGHTS, (as_safetensors, as_zip)),
-        (f"eval --resume {{fixture}}/{CHECKPOINT}", STATE, (as_it_is,)),
+        Entry(EVAL, PUBLISHED, CARRIERS),
+        Entry(EVAL_OWN, WEIGHTS, (as_safetensors, as_zip)),
+        Entry(EVAL_OWN, STATE, (as_it_is,)),
     ],
     "convert": [
-        ("!convert {fixture}/lineage.pth {fixture}/x.safetensors", LINEAGE, CARRIERS),
-        (f"!convert {{fixture}}/{CHECKPOINT} {{fixture}}/x.pth", WEIGHTS, (as_safetensors, as_zip)),
-        (f"!convert {{fixture}}/{TINY} {{fixture}}/hf", SHARD, (as_zip, as_old)),
+        Entry(f"!convert {{fixture}}/{PUBLISHED} {{fixture}}/x.safetensors", PUBLISHED, CARRIERS),
+        Entry(
+            f"!convert {{fixture}}/{CHECKPOINT} {{fixture}}/x.pth",
+            WEIGHTS,
+            (as_safetensors, as_zip),
+        ),
+        Entry(f"!convert {{fixture}}/{TINY} {{fixture}}/hf", SHARD, (as_zip, as_old)),
     ],
     "check": [
-        ("check", FEATURES, CARRIERS),
-        ("check", SHARD, (as_zip,)),
-        ("check --resume {fixture}/lineage.pth", LINEAGE, (as_zip, as_old)),
+        Entry("check", FEATURES, CARRIERS),
+        Entry("check", SHARD, (as_zip,)),
+        Entry(f"check {RESUME}", PUBLISHED, (as_zip, as_old)),
     ],
-    "plan": [(f"!plan --gpu H100 --model {{fixture}}/{TINY}", PARAMS, (as_it_is,))],
+    "plan": [Entry(f"!plan --gpu H100 --model {{fixture}}/{TINY}", PARAMS, (as_it_is,))],
 }
-OWN_ERRORS = "pickle.find_class ('vico.errors', "  # a rank's refusal, on its way to the others
+# A rank's refusal, on its way to the others.
+OWN_ERRORS = "pickle.find_class ('vico.errors', "
+
+
+class Job(NamedTuple):
+    payload: str
+    command: str
+    line: str
+    file: str
+    carrier: Carrier
+
+    def __str__(self) -> str:
+        return f"{self.payload} as {self.carrier.__name__} in {self.file}, {self.command}"
 
 
 def run(scale: Scale) -> Result:
     canary = scale.folder / "canary"
-    found = payloads(canary)
-    faults = [
+    pickles = payloads(canary)
+    failures = [
         f"{name}: the payload does not bite, so it proves nothing"
-        for name, payload in found.items()
+        for name, payload in pickles.items()
         if not bites(payload, canary)
     ]
+    jobs = _make_jobs(list(pickles), scale.quick)
     with warm_processes(2) as workers:
         original = make_run_fixture(scale.folder / "original", workers[0])
-        jobs = [
-            (name, door, *choice)
-            for i, name in enumerate(found)
-            for door, ways in DOORS.items()
-            for choice in _choices(ways, i if scale.quick else None)
-        ]
-        free: queue.SimpleQueue[WarmProcess] = queue.SimpleQueue()
-        for worker in workers:
-            free.put(worker)
 
-        def attempt(job: tuple[str, str, str, str, Carrier]) -> str | None:
-            worker = free.get()
-            try:
-                name, _, line, target, carrier = job
-                return try_payload(
-                    carrier(found[name]),
-                    line,
-                    target,
-                    original,
-                    scale.folder / str(id(worker)),
-                    canary,
-                    worker,
-                )
-            finally:
-                free.put(worker)
+        def attempt(job: Job, worker: WarmProcess) -> str | None:
+            content = job.carrier(pickles[job.payload])
+            folder = scale.folder / str(id(worker))
+            return try_payload(content, job.line, job.file, original, folder, canary, worker)
 
-        with ThreadPoolExecutor(len(workers)) as pool:
-            results = list(pool.map(attempt, jobs))
-    faults += [
-        f"{j[0]} as {j[4].__name__} in {j[3]}, {j[1]}: {fault}"
-        for j, fault in zip(jobs, results, strict=True)
-        if fault
-    ]
-    total = len(found) + len(jobs)
-    return Result(
-        total - len(faults),
-        total,
-        {"payloads": len(found), "loadings": len(jobs), "doors": list(DOORS), "failures": faults},
-    )
+        faults = share_out(jobs, workers, attempt)
+    failures += [f"{job}: {fault}" for job, fault in zip(jobs, faults, strict=True) if fault]
+    total = len(pickles) + len(jobs)
+    facts = {
+        "payloads": len(pickles),
+        "loadings": len(jobs),
+        "doors": list(ENTRIES),
+        "failures": failures,
+    }
+    return Result(total - len(failures), total, facts)
 
 
-def _choices(ways: list[Door], turn: int | None) -> list[tuple[str, str, Carrier]]:
-    """All, or one that is another at every turn."""
-    every = [(line, target, carrier) for line, target, carriers in ways for carrier in carriers]
-    return (
-        every
-        if turn is None
-        else list(itertools.islice(every, turn % len(every), turn % len(every) + 1))
-    )
+def _make_jobs(names: list[str], quick: bool) -> list[Job]:
+    """Every payload in every carrier; `quick`: in one of each command, another at every turn."""
+    jobs = []
+    for turn, name in enumerate(names):
+        for command, entries in ENTRIES.items():
+            choices = []
+            for entry in entries:
+                for carrier in entry.carriers:
+                    choices.append(Job(name, command, entry.line, entry.file, carrier))
+            jobs += [choices[turn % len(choices)]] if quick else choices
+    return jobs
 
 
 def try_payload(
     content: bytes,
     line: str,
-    target: str,
+    file: str,
     original: RunFixture,
     folder: Path,
     canary: Path,
     worker: WarmProcess,
 ) -> str | None:
+    """What is wrong after the command has read the payload; None: nothing."""
     shutil.rmtree(folder, ignore_errors=True)
     fixture, watched = original.copy(folder), folder.with_suffix(".watched")
     watched.write_text("")
-    (fixture.folder / target).write_bytes(content)
-    ended = worker.run(fixture.command(line), fixture.folder, watched=watched)
+    (fixture.folder / file).write_bytes(content)
+    result = worker.run(fixture.command(line), fixture.folder, watched=watched)
     events = [
         event for event in watched.read_text().splitlines() if not event.startswith(OWN_ERRORS)
     ]
+    one_line = result.stderr.count("\n") == 1 and "Traceback" not in result.stdout
     faults = {
         "the canary is there": canary_is_there(canary),
         f"ran {events}": bool(events),
-        f"exit code {ended.code}: {ended.err[-300:]!r}": ended.code not in (2, 3),
-        f"not one line: {ended.err[-300:]!r}": ended.err.count("\n") != 1
-        or "Traceback" in ended.out,
+        f"exit code {result.code}: {result.stderr[-300:]!r}": result.code not in (2, 3),
+        f"not one line: {result.stderr[-300:]!r}": not one_line,
     }
-    return "; ".join(what for what, so in faults.items() if so) or None
+    return "; ".join(what for what, is_so in faults.items() if is_so) or None

@@ -1,4 +1,4 @@
-"""What a start finds in its output_dir: damaged checkpoints, a run of other files, a second writer."""
+"""What a start finds in its output_dir: damage, a run of other files, a second writer."""
 
 import os
 import shutil
@@ -99,7 +99,7 @@ def test_a_second_writer_is_refused(toy: ToyData, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_of_two_starts_on_a_new_folder_one_runs(toy: ToyData, tmp_path: Path) -> None:
-    """The later one looked while the folder was empty; it must not overwrite what the other wrote."""
+    """The later one looked while the folder was empty; it must not overwrite the other's files."""
     out = tmp_path / "out"
     command = train_command(toy, 1, out)
     environment = {"VICO_FAILPOINT": "inputs=sleep 25"}

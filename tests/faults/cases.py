@@ -1,0 +1,20 @@
+"""All cases of corrupted inputs."""
+
+from faults.case import Case
+from faults.cases_checkpoints import CHECKPOINTS
+from faults.cases_deepspeed import DEEPSPEED
+from faults.cases_features import FEATURE_FILES
+from faults.cases_llama import LLAMA
+from faults.cases_output_dir import OUTPUT_DIR
+from faults.cases_settings import SETTINGS
+from faults.cases_tables import TABLES
+
+CASES: dict[str, Case] = {
+    **SETTINGS,
+    **DEEPSPEED,
+    **OUTPUT_DIR,
+    **TABLES,
+    **FEATURE_FILES,
+    **LLAMA,
+    **CHECKPOINTS,
+}
