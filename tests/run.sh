@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The tests. Makes the environment if need be; arguments are pytest's, seen from the checkout: bash tests/run.sh tests/e2e/test_launch.py -x
+# The tests. Makes the environment if needed. Arguments are pytest's, relative to the checkout:
+# bash tests/run.sh tests/e2e/test_launch.py -x
 set -euo pipefail
 source "$(dirname "$(readlink -f "$0")")/../launch/common.sh"
 
 bash "$root/launch/environment.sh" --dev
-export PYTHON=$venv/bin/python # for the scripts that tests start
+export PYTHON=$venv/bin/python # for scripts that tests start
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 cd "$root"
-exec "$PYTHON" -m pytest -rs "$@" # with the reasons of what is skipped: no GPU, no SLURM
+exec "$PYTHON" -m pytest -rs "$@" # with the reasons for skips: no GPU, no SLURM

@@ -110,7 +110,7 @@ CHECKPOINTS: dict[str, Case] = {
     ),
     "published, not one": published(
         pth(PUBLISHED, lambda c: c["model"]),
-        "published.pth: has no 'model' dict of tensors; a lineage",
+        "published.pth: has no 'model' dict of tensors; a published checkpoint has one",
     ),
     "published, key missing": published(
         pth(PUBLISHED, lambda c: [c["model"].pop("visual_proj.weight")] and c),
@@ -206,7 +206,8 @@ CHECKPOINTS: dict[str, Case] = {
         "{fixture}/nowhere: no such file or folder to convert",
     ),
     "convert, onto something": flags(
-        "!convert {fixture}/published.pth {fixture}/run", "{fixture}/run: is there already"
+        "!convert {fixture}/published.pth {fixture}/run",
+        "{fixture}/run: already exists; name another target",
     ),
     "convert, HTML": refused(
         put(PUBLISHED, HTML),

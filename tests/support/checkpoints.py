@@ -1,4 +1,4 @@
-"""What the tests of checkpoints share: shapes and values of a tiny model's trainables, how a file is refused, a pickle that would run."""
+"""For tests of checkpoints: a tiny model's trainables, refusals, and a pickle that runs code."""
 
 import os
 from pathlib import Path
@@ -21,16 +21,18 @@ SHAPES = trainable_shapes(LLAMA, num_adapted=3, adapter_len=10, num_slots=10)
 def values(
     shapes: dict[str, tuple[int, ...]], seed: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Random (weights, Adam's moments) of these shapes."""
     generator = torch.Generator().manual_seed(seed)
     weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    return weights, {
-        f"{name}.{m}": torch.rand(shape, generator=generator)
-        for name, shape in shapes.items()
-        for m in MOMENTS
-    }
+    moments = {}
+    for name, shape in shapes.items():
+        for moment in MOMENTS:
+            moments[f"{name}.{moment}"] = torch.rand(shape, generator=generator)
+    return weights, moments
 
 
 def refusal(path: Path, shapes: dict[str, tuple[int, ...]] = SHAPES) -> str:
+    """The message with which a checkpoint is refused."""
     with pytest.raises(CheckpointError) as caught:
         validate_for_model(read(path), shapes, LLAMA.n_layers)
     assert caught.value.exit_code == 3
@@ -38,11 +40,10 @@ def refusal(path: Path, shapes: dict[str, tuple[int, ...]] = SHAPES) -> str:
 
 
 def same(a: dict[str, Tensor] | None, b: dict[str, Tensor] | None) -> bool:
-    if a is None or b is None:
+    """Whether names, types and values are equal."""
+    if a is None or b is None or a.keys() != b.keys():
         return a is b
-    return a.keys() == b.keys() and all(
-        torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a
-    )
+    return all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
 
 
 class Payload:

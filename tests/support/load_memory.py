@@ -1,4 +1,7 @@
-"""One rank of test_scale.py: loads a backbone under ZeRO-3 and prints how its anonymous memory went, in MiB."""
+"""One rank of test_scale.py: loads a backbone under ZeRO-3, and prints its memory in MiB as JSON.
+
+growth: of the anonymous memory, at its peak; share: what this rank keeps; largest: of one tensor.
+"""
 
 import json
 import sys
@@ -18,21 +21,23 @@ from vico.train.engine import load_parameter, zero_init
 MIB = 2**20
 
 
-def anonymous() -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+def anonymous_memory() -> float:
+    """In MiB."""
+    status = Path("/proc/self/status").read_text()
+    kib = status.partition("RssAnon:")[2].split()[0]
+    return int(kib) / 1024
 
 
 def main(folder: Path, ds_config: str) -> None:
     world = dist.connect()
     weights = open_weights(folder, None)
     config = read_config(ds_config, "fp32", 1, 1, world.size)
-    torch.ones(2**20).sum()  # the threads that any first work starts
-    peaks, done = [anonymous()], threading.Event()
+    torch.ones(2**20).sum()  # starts torch's threads, which take memory
+    samples, done = [anonymous_memory()], threading.Event()
 
     def watch() -> None:
         while not done.is_set():
-            peaks.append(anonymous())
+            samples.append(anonymous_memory())
             time.sleep(0.001)
 
     watcher = threading.Thread(target=watch)
@@ -46,7 +51,7 @@ def main(folder: Path, ds_config: str) -> None:
     watcher.join()
     share = sum(p.ds_tensor.numel() * 4 for p in model.parameters()) / MIB
     largest = max(p.ds_numel * 4 for p in model.parameters()) / MIB
-    print(json.dumps({"growth": max(peaks) - peaks[0], "share": share, "largest": largest}))
+    print(json.dumps({"growth": max(samples) - samples[0], "share": share, "largest": largest}))
     dist.disconnect(world)
 
 

@@ -1,4 +1,4 @@
-"""One rank of test_scale.py: loads a checkpoint as a run would, and prints the sha256 of what the engine then holds."""
+"""One rank of test_scale.py: loads a checkpoint as a run does; prints the sha256 of its state."""
 
 import hashlib
 import sys
@@ -15,12 +15,12 @@ def main(argv: list[str]) -> None:
     assert config.resume is not None
     world = dist.connect()
     inputs = read_inputs(config, ("train",), world)
-    found = validate_for_model(
-        read_checkpoint(config.resume), inputs.trainable_shapes, inputs.weights.config.n_layers
-    )
-    engine = build_engine(config, inputs, found.weights, world)
-    assert found.moments is not None
-    engine.set_moments(found.moments, found.state.num_updates)
+    checkpoint = read_checkpoint(config.resume)
+    num_layers = inputs.weights.config.n_layers
+    checkpoint = validate_for_model(checkpoint, inputs.trainable_shapes, num_layers)
+    engine = build_engine(config, inputs, checkpoint.weights, world)
+    assert checkpoint.moments is not None
+    engine.set_moments(checkpoint.moments, checkpoint.state.num_updates)
     weights, moments = engine.state()
     digest = hashlib.sha256()
     for name, value in sorted({**weights, **moments}.items()):

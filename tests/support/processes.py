@@ -1,12 +1,12 @@
 """Processes that tests and fault scenarios start: the ranks of a command, or any other command.
 
-    run = start("train", *flags, ranks=2)          # as a launcher starts them; `launch` uses launch/train.sh itself
+    run = start("train", *flags, ranks=2)  # as a launcher starts them
     run.wait_until(lambda: steps_logged(out) >= 3)  # outputs can be read meanwhile
     run.processes[1].kill()
     assert run.wait(60) == [5, -9], run.output
 
-`vico` and `succeeds` start and wait in one call. Each process leads a session of its own, on one thread, without the rank
-variables that the test process itself may have.
+`vico` and `succeeds` start and wait in one call; `launch` uses a script of launch/. Each process
+leads a session of its own, on one thread, without the rank variables of the test process.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ RANK_VARIABLES = (*SINGLE_RANK, "LOCAL_WORLD_SIZE", "MASTER_PORT")
 
 
 class Processes:
-    """Running commands. Their outputs are collected by threads, so that they can be read at any time."""
+    """Running commands. Threads collect their outputs, which can be read at any time."""
 
     def __init__(
         self,
@@ -92,10 +92,11 @@ class Processes:
         return True
 
     def wait(self, seconds: float = RUN_SECONDS) -> list[int | None]:
-        """Wait for all processes, and for the children that hold their outputs open; returns `codes`.
+        """Wait for all processes and for children that hold their outputs open; returns `codes`.
 
-        The code of a process that has not ended in time is None. It is aborted, at which faulthandler (PYTHONFAULTHANDLER=1)
-        writes its stacks to stderr, and all processes and their children are killed.
+        The code of a process that has not ended in time is None. It is aborted, at which Python's
+        faulthandler (PYTHONFAULTHANDLER=1) writes its stacks to stderr. Then all processes and
+        their children are killed.
         """
         deadline = time.monotonic() + seconds
         self.codes = [self._code_until(deadline, index) for index in range(len(self.processes))]
@@ -181,9 +182,10 @@ def start(
     environment: Mapping[str, str] | None = None,
     rank_environments: Mapping[int, Mapping[str, str]] | None = None,
 ) -> Processes:
-    """`vico ARGUMENTS` (or another Python program) on this many ranks, as srun or torchrun starts them, on a free port.
+    """`vico ARGUMENTS` (or another Python program) on this many ranks, as srun starts them.
 
-    `only`: start just these of the ranks. `environment` adds variables for all, `rank_environments` for single ranks.
+    `only`: start just these of the ranks. `environment` adds variables for all ranks,
+    `rank_environments` for single ones. They meet on a free port.
     """
     started = range(ranks) if only is None else only
     world = {

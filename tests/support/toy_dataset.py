@@ -1,4 +1,4 @@
-"""The toy data set of most tests: a tokenizer, a random LLaMA in Meta's layout, questions, features and captions."""
+"""The toy data set of most tests: a tokenizer, a random LLaMA, questions, features, captions."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""A toy run to break: a data set of 30 questions, the flags to train on it, and what a run of them leaves behind."""
+"""A toy run to break: its data set and flags, starts of it, and what it leaves behind."""
 
 import contextlib
 import hashlib
@@ -19,8 +19,8 @@ RANKS = 2
 LAST_STEP = 10  # of two epochs
 SAVE_STEPS = 2
 SETTINGS = (
-    "--model tiny --precision fp32 --max_seq_len 128 --max_cap_len 128 --num_workers 0 --batch_size 2 "
-    f"--epochs 2 --warmup_epochs 1 --lr 0.02 --bias 0.7 --save_steps {SAVE_STEPS}"
+    "--model tiny --precision fp32 --max_seq_len 128 --max_cap_len 128 --num_workers 0 "
+    f"--batch_size 2 --epochs 2 --warmup_epochs 1 --lr 0.02 --bias 0.7 --save_steps {SAVE_STEPS}"
 ).split()
 # Stacks of a process that hangs are written when it is aborted.
 STACKS = {"PYTHONFAULTHANDLER": "1"}
@@ -28,7 +28,10 @@ STACKS = {"PYTHONFAULTHANDLER": "1"}
 
 @dataclass(frozen=True)
 class ToyRun:
-    """20 training questions, 10 to validate on, a LLaMA of random numbers; ZeRO-3 partitions even its smallest tensor."""
+    """20 training and 10 validation questions, and a random LLaMA.
+
+    ZeRO-3 partitions even its smallest tensor.
+    """
 
     folder: Path
 
@@ -66,7 +69,7 @@ def launch_training(flags: list[str], failpoint: str = "") -> Processes:
 
 
 def sha256(out: Path, step: int = LAST_STEP) -> str:
-    """Of the weights and the optimizer's state of the checkpoint of a step; empty: there is none."""
+    """Of the weights and the optimizer state of a step's checkpoint; empty: there is none."""
     files = [out / f"checkpoint-{step}" / name for name in (WEIGHTS, OPTIMIZER)]
     if not all(path.exists() for path in files):
         return ""
@@ -97,7 +100,10 @@ def stray_files(out: Path) -> list[str]:
 
 
 def undisturbed(toy: ToyRun, stage: int) -> tuple[str, list[tuple[int, float]]]:
-    """(sha256, losses) of a run that nothing disturbs, made once per folder. Raises RuntimeError when it fails."""
+    """(sha256, losses) of a run that nothing disturbs, made once per folder.
+
+    Raises RuntimeError when it fails.
+    """
     out = toy.folder / f"undisturbed{stage}"
     if not out.exists():
         run = start_training(toy.flags(stage, out))
