@@ -210,11 +210,16 @@ def start_command(
 
 
 def launch(
-    script: str, *arguments: str, ranks: int, cwd: Path | None = None, **environment: str
+    script: str,
+    *arguments: str,
+    ranks: int,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Processes:
     """`launch/SCRIPT ARGUMENTS`, as users start training and evaluation."""
     command = ["bash", str(ROOT / "launch" / script), *arguments]
-    return start_command(command, cwd, base_environment(VICO_RANKS=str(ranks), **environment))
+    variables = {**base_environment(VICO_RANKS=str(ranks)), **(environment or {})}
+    return start_command(command, cwd, variables)
 
 
 def run_command(

@@ -65,7 +65,8 @@ def start_training(flags: list[str], failpoint: str = "", ranks: int = RANKS) ->
 
 def launch_training(flags: list[str], failpoint: str = "") -> Processes:
     """By launch/train.sh."""
-    return launch("train.sh", *flags, ranks=RANKS, **STACKS, VICO_FAILPOINT=failpoint)
+    environment = {**STACKS, "VICO_FAILPOINT": failpoint}
+    return launch("train.sh", *flags, ranks=RANKS, environment=environment)
 
 
 def sha256(out: Path, step: int = LAST_STEP) -> str:
