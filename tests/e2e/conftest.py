@@ -17,7 +17,7 @@ def start(toy: ToyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("start") / "start.pth"
     params, _ = oracle_files.load_meta(toy.llama / "tiny")
     trainables = oracle.init_trainables(params, HYPER, seed=5, random_gates=True)
-    oracle_files.save_lineage(path, trainables)
+    oracle_files.save_published(path, trainables)
     return path
 
 

@@ -100,7 +100,7 @@ def test_a_published_checkpoint_continues_after_its_epoch(toy: ToyData, tmp_path
     epoch = (model, toy.tokenizer, trainables, batches, HYPER, 3)
     oracle.train_steps(*epoch, optimizer=optimizer)
     path, args = tmp_path / "published.pth", argparse.Namespace(bias=0.7, dataset="nextqa")
-    oracle_files.save_lineage(path, trainables, optimizer=optimizer, epoch=0, args=args)
+    oracle_files.save_published(path, trainables, optimizer=optimizer, epoch=0, args=args)
     run = train(toy, tmp_path / "out", "--resume", str(path), "--batch_size", "8")
     reports = oracle.train_steps(*epoch, steps_done=3, optimizer=optimizer)
     assert [line["step"] for line in run.steps] == [4, 5, 6]

@@ -117,7 +117,7 @@ def test_whole_runs(toy: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     params, _ = oracle_files.load_meta(toy.llama / "wide")
     hyper = oracle.Hyper(bias=0.7)
     trainables = oracle.init_trainables(params, hyper, seed=5, random_gates=True)
-    oracle_files.save_lineage(checkpoint, trainables)
+    oracle_files.save_published(checkpoint, trainables)
     common = ["train", *toy.flags, "--model", "wide", *FLAGS, "--resume", str(checkpoint)]
     common += ["--no_shuffle", "--caption_crop", "none"]
     runs = {}

@@ -1,5 +1,7 @@
-"""Files of the lineage and of Meta as the method's oracle has them: tiny random LLaMAs, trained adapters. Like tests/reference/oracle.py,
-this shares no code with the package it is held against."""
+"""Files for the oracle: tiny random LLaMAs in Meta's format, adapters in the published format.
+
+Like oracle.py, this shares no code with the package that it checks.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,10 @@ from reference.oracle import Model, Trainables
 
 
 def shard_dim(name: str) -> int | None:
-    """The dimension Meta's shards split: 0 column-parallel, 1 row-parallel and tok_embeddings, None replicated."""
+    """The dimension that Meta's shards split; None for a replicated tensor.
+
+    0 for column-parallel ones, 1 for row-parallel ones and tok_embeddings.
+    """
     if "norm" in name or name.endswith("rope.freqs"):
         return None
     return 1 if any(part in name for part in (".wo.", ".w2.", "tok_embeddings.")) else 0
@@ -71,7 +76,10 @@ def write_tiny_meta(
     multiple_of: int = 8,
     dtype: torch.dtype = torch.float16,
 ) -> None:
-    """A random LLaMA in Meta's files, `rope.freqs` (nonsense, to be passed over) included; the same model for any number of shards."""
+    """Write a random LLaMA in Meta's format, the same model for any number of shards.
+
+    `rope.freqs` holds nonsense, which a reader must ignore.
+    """
     hidden = multiple_of * math.ceil(int(2 * 4 * dim / 3) / multiple_of)
     full = {
         name: value.to(dtype)
@@ -100,7 +108,7 @@ def write_tiny_meta(
     (Path(folder) / "params.json").write_text(json.dumps(params))
 
 
-def save_lineage(
+def save_published(
     path: str | Path,
     trainables: Trainables,
     optimizer: torch.optim.AdamW | None = None,
@@ -108,8 +116,11 @@ def save_lineage(
     args: argparse.Namespace | None = None,
     lower_gates: int = 0,
 ) -> None:
-    """A lineage file, with `model` alone where no optimizer is given. `lower_gates` adds gates of layers 0 to lower_gates - 1, held
-    though never run. The optimizer has timm's two groups (without decay: empty) and no state for gates that never got a gradient."""
+    """Write a published file; without an optimizer it holds `model` alone.
+
+    `lower_gates` adds the unused gates of layers 0 to lower_gates - 1. The optimizer has timm's two
+    groups (the one without decay is empty) and no state for gates that never got a gradient.
+    """
     named = {key: value.detach().float() for key, value in trainables.items()}
     own = list(named)
     extra = {

@@ -1,4 +1,4 @@
-"""For tests of checkpoints: a tiny model's trainables, refusals, and a pickle that runs code."""
+"""For tests of checkpoints: the state of a tiny model, error messages, a pickle with code."""
 
 import os
 from pathlib import Path
@@ -18,10 +18,10 @@ LLAMA = LlamaConfig(dim=32, n_layers=3, n_heads=4, vocab_size=400)
 SHAPES = trainable_shapes(LLAMA, num_adapted=3, adapter_len=10, num_slots=10)
 
 
-def values(
+def random_state(
     shapes: dict[str, tuple[int, ...]], seed: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Random (weights, Adam's moments) of these shapes."""
+    """Weights and Adam's moments of these shapes."""
     generator = torch.Generator().manual_seed(seed)
     weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     moments = {}
@@ -31,8 +31,8 @@ def values(
     return weights, moments
 
 
-def refusal(path: Path, shapes: dict[str, tuple[int, ...]] = SHAPES) -> str:
-    """The message with which a checkpoint is refused."""
+def validation_error(path: Path, shapes: dict[str, tuple[int, ...]] = SHAPES) -> str:
+    """The message with which this checkpoint is refused."""
     with pytest.raises(CheckpointError) as caught:
         validate_for_model(read(path), shapes, LLAMA.n_layers)
     assert caught.value.exit_code == 3
@@ -40,9 +40,11 @@ def refusal(path: Path, shapes: dict[str, tuple[int, ...]] = SHAPES) -> str:
 
 
 def same(a: dict[str, Tensor] | None, b: dict[str, Tensor] | None) -> bool:
-    """Whether names, types and values are equal."""
-    if a is None or b is None or a.keys() != b.keys():
+    """Whether the names, types and bits are equal."""
+    if a is None or b is None:
         return a is b
+    if a.keys() != b.keys():
+        return False
     return all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
 
 

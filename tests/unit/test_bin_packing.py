@@ -1,6 +1,6 @@
-"""How a step's questions are divided over ranks and micro-batches."""
+"""Bin packing: how a step's questions are divided over ranks and micro-batches."""
 
-from itertools import combinations
+from itertools import chain, combinations
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,26 +13,27 @@ SIZES = st.lists(st.integers(1, 500), min_size=1, max_size=60)
 @given(SIZES, st.integers(1, 9))
 def test_greedy_balance(sizes: list[int], num_bins: int) -> None:
     bins = greedy_balance(sizes, num_bins)
-    assert sorted(i for b in bins for i in b) == list(range(len(sizes)))
+    assert sorted(chain.from_iterable(bins)) == list(range(len(sizes)))
     counts = [len(b) for b in bins]
     assert len(bins) == num_bins and max(counts) - min(counts) <= 1
 
 
 @given(SIZES, st.integers(1, 2000))
 def test_first_fit(sizes: list[int], budget: int) -> None:
-    """Only an item above the budget has a bin above it; no two bins fit into one."""
+    """A bin above the budget holds one item, which is too large; no two bins fit into one."""
     bins = first_fit(sizes, budget)
-    assert sorted(i for b in bins for i in b) == list(range(len(sizes)))
-    loads = [sum(sizes[i] for i in b) for b in bins]
-    assert all(load <= budget or len(b) == 1 for load, b in zip(loads, bins, strict=True))
+    assert sorted(chain.from_iterable(bins)) == list(range(len(sizes)))
+    loads = []
+    for items in bins:
+        loads.append(sum(sizes[i] for i in items))
+        assert loads[-1] <= budget or len(items) == 1
     assert all(one + other > budget for one, other in combinations(loads, 2))
 
 
-@given(
-    st.lists(st.integers(1, 60), min_size=1, max_size=7),
-    st.integers(1, 4),
-    st.none() | st.integers(20, 150),
-)
+FEW_SIZES = st.lists(st.integers(1, 60), min_size=1, max_size=7)
+
+
+@given(FEW_SIZES, st.integers(1, 4), st.none() | st.integers(20, 150))
 def test_best_fill(sizes: list[int], max_items: int, budget: int | None) -> None:
     chosen = best_fill(sizes, max_items, budget)
     assert len(set(chosen)) == len(chosen) and 1 <= len(chosen) <= max_items

@@ -160,7 +160,7 @@ def test_the_published_code_s_own_files_are_read(tmp_path: Path) -> None:
     hyper = oracle.Hyper(adapter_layer=2)
     own = oracle.init_trainables({"dim": 32, "n_heads": 4, "n_layers": 3}, hyper, random_gates=True)
     source, target = tmp_path / "published.pth", tmp_path / "ours.safetensors"
-    oracle_files.save_lineage(source, own, lower_gates=1)
+    oracle_files.save_published(source, own, lower_gates=1)
     convert(source, target)
     shapes = trainable_shapes(CONFIG, 2, 10, 10)
     found = validate_for_model(read_checkpoint(target), shapes, 3)
@@ -288,7 +288,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     convert(folder / "meta", folder / "hf")
     dimensions = {"dim": 32, "n_heads": 4, "n_layers": 3}
     trainables = oracle.init_trainables(dimensions, oracle.Hyper())
-    oracle_files.save_lineage(folder / "published.pth", trainables)
+    oracle_files.save_published(folder / "published.pth", trainables)
     return folder
 
 

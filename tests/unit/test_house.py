@@ -1,4 +1,4 @@
-"""The size of the house: few entries, short files and functions, no circle of imports."""
+"""Limits that keep the code readable: few entries, short files, no nested comprehension."""
 
 import ast
 import re
@@ -25,7 +25,7 @@ def module_of(path: Path) -> str:
 
 
 def imports_of(path: Path) -> Iterator[str]:
-    """What a file imports, lazily and for types too: modules, or names in modules."""
+    """Modules, and names in modules, that a file imports: lazily and for types, too."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -34,14 +34,14 @@ def imports_of(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def test_no_circle() -> None:
-    """Modules that import none of the others are removed in turn; what stays is a circle."""
+def test_no_import_cycle() -> None:
+    """Modules that import none of the others are removed in turn; the rest would form a cycle."""
     paths = {module_of(path): path for path in PACKAGE}
     left = {name: (set(imports_of(path)) & paths.keys()) - {name} for name, path in paths.items()}
     while leaves := [module for module, imports in left.items() if not imports & left.keys()]:
         for module in leaves:
             del left[module]
-    assert not left, "these modules import each other, or import such modules"
+    assert not left, "these modules import each other, or import modules that do"
 
 
 def test_the_top_level_is_small() -> None:

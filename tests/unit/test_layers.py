@@ -1,4 +1,4 @@
-"""Imports go down only, lazy ones included; what is said to need no torch loads none."""
+"""Layers: imports go downward only, lazy ones included. Some modules must load without torch."""
 
 import ast
 import subprocess
@@ -16,7 +16,7 @@ WITHOUT_TORCH = (
 
 
 def imported_rooms(path: Path) -> set[str]:
-    """The entries of the package that a file imports from, wherever in the file."""
+    """The rooms of the package that a file imports from, anywhere in the file."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -46,7 +46,7 @@ def test_init_files_are_empty(path: Path) -> None:
     assert not path.read_text(encoding="utf-8")
 
 
-def test_no_torch_where_none_is_needed() -> None:
+def test_modules_without_torch() -> None:
     modules = ", ".join(f"vico.{name}" for name in WITHOUT_TORCH)
     program = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=PACKAGE.parent)
