@@ -34,7 +34,7 @@ def start_long_run(
 @pytest.mark.parametrize(
     ("moment", "phase"),
     [
-        ("rehearsal", "trying the longest micro-batch (4 questions, "),
+        ("dry_run", "trying the longest micro-batch (4 questions, "),
         ("step@2", "micro-batch 1 of 1 of step 2"),
     ],
 )

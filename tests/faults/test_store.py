@@ -80,7 +80,7 @@ def test_old_checkpoints_go_after_the_new_is_read_back(
 ) -> None:
     save_both(tmp_path, 1, keep=1)
     break_reading(monkeypatch, name="checkpoint-2")
-    with pytest.raises(DiskError, match="the disk does not keep what it is given"):
+    with pytest.raises(DiskError, match="the disk does not store data correctly"):
         save_both(tmp_path, 2, keep=1)
     assert (tmp_path / "checkpoint-1").is_dir()
     assert find_newest(tmp_path)[0] == "checkpoint-1"

@@ -17,12 +17,12 @@ from vico.io.digest import digest_json
 WEIGHTS, OPTIMIZER, STATE = "adapter_model.safetensors", "optimizer.safetensors", "state.json"
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's state, besides the number of updates
-REMEDY = "use another checkpoint; a run goes on from an older one of its own when this is removed"
+REMEDY = "use another checkpoint; without this one, its run resumes from its next older one"
 
 
 @dataclass
 class TrainState:
-    """Where a run stands: all that resuming needs besides tensors and settings."""
+    """The position of a run: all that resuming needs besides tensors and settings."""
 
     step: int = 0  # optimizer steps done
     questions_per_step: int = 0
@@ -32,7 +32,7 @@ class TrainState:
     best_accuracy: float | None = None
     epoch_loss_sums: list[float] = field(default_factory=list)  # of the current epoch, per task
     epoch_target_counts: list[int] = field(default_factory=list)
-    evaluation_due: bool = False  # an epoch has ended and was not evaluated yet
+    evaluation_due: bool = False  # an epoch has ended and is not evaluated yet
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class PublishedOptimizer:
     """What a published .pth file holds besides weights."""
 
     epoch: int  # the last finished one
-    state: object  # as it lies in the file, unchecked
+    state: object  # as the file holds it, unchecked
 
 
 @dataclass(frozen=True)

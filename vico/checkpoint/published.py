@@ -17,9 +17,9 @@ from vico.checkpoint.format import MOMENTS, Checkpoint, PublishedOptimizer
 from vico.errors import CheckpointError, show
 from vico.io.safe_load import is_float_tensor, load_tensors
 
-# What comes before the gates of the layers.
+# These come before the gates of the layers.
 FIRST = ("adapter_query.weight", "visual_proj.weight", "temporal_emb.weight")
-MAX_EPOCHS, MAX_STEPS = 10**6, 10**12  # more is damage
+MAX_EPOCHS, MAX_STEPS = 10**6, 10**12  # a larger number means a damaged file
 ALLOWED_CLASSES = [argparse.Namespace, pathlib.PosixPath, pathlib.WindowsPath]
 
 
@@ -111,7 +111,7 @@ def adam_moments(
 def in_published_order(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The trainables in the order of the published files.
 
-    Each gets a storage of its own: torch.save writes whole storages.
+    Each gets its own storage, because torch.save writes whole storages.
     """
     gates = sorted(weights.keys() - {*FIRST}, key=lambda name: (int(name.split(".")[1]), name))
     layout = torch.contiguous_format

@@ -32,10 +32,10 @@ from vico.io.text import as_object, parse_json, read_text
 
 
 def read(path: Path, run: str = "") -> Checkpoint:
-    """The checkpoint at `path`; with `run`, only one that this run wrote (or that names no run).
+    """The checkpoint at `path`. Raises CheckpointError when it cannot be used.
 
-    `settings` of the result are plain values, unchecked. Raises CheckpointError when the
-    checkpoint cannot be used.
+    `run`: the id of the run that must have written it, unless it records none. `settings` of the
+    result are plain values, unchecked.
     """
     if not os.path.exists(path):
         raise CheckpointError(
@@ -72,7 +72,7 @@ def _read_folder(path: Path, run: str) -> Checkpoint:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """The content of a state.json whose checksum and entries are right."""
+    """The content of a state.json. Raises CheckpointError for a wrong checksum or entry."""
     if not os.path.exists(path):
         inner = OutputDir(path.parent).step_checkpoints()
         hint = f"did you mean {inner[0]}?" if inner else "a checkpoint is a folder with state.json"
@@ -111,7 +111,7 @@ STATE_RULES = {
 
 
 def _check_entries(record: Mapping[str, Any], path: Path) -> None:
-    """The checksum says that the file is as it was written, not that its entries make sense."""
+    """A right checksum shows that the file is unchanged, not that its entries are valid."""
     sections = {
         "progress": record.get("progress"),
         "settings": record.get("settings"),
@@ -138,14 +138,14 @@ def _wrong_entries(sections: Mapping[str, Any]) -> list[str]:
         if rule is None or name not in progress or not rule(progress[name]):
             wrong.append(name)
     wrong += [name for name in (WEIGHTS, OPTIMIZER) if not isinstance(files.get(name), dict)]
-    prints = sections["fingerprints"]
-    return wrong + [name for name, value in prints.items() if not isinstance(value, str)]
+    fingerprints = sections["fingerprints"]
+    return wrong + [name for name, value in fingerprints.items() if not isinstance(value, str)]
 
 
 def _read_safetensors(path: Path, recorded: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
     """The tensors of a file.
 
-    `recorded`: its size and sha256. They are checked on the very bytes that are then used.
+    `recorded`: its size and sha256. They are checked on the same bytes that are then parsed.
     """
     try:
         data = read_bytes(path)

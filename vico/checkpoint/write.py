@@ -1,6 +1,6 @@
 """Writing checkpoints: to a temporary folder, flushed, renamed, read back.
 
-Only then older ones go.
+Only then are older ones removed.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from vico.io.output_dir import OutputDir, step_of
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What every checkpoint of a run records of it."""
+    """What every checkpoint records about its run."""
 
     id: str  # empty: not recorded
     settings: Mapping[str, Any]
@@ -36,9 +36,9 @@ def save(
     state: TrainState,
     run: RunIdentity,
 ) -> None:
-    """Write a checkpoint folder; what lies under `target` afterwards is whole. Raises DiskError.
+    """Write a checkpoint folder. At any time, `target` is complete or absent. Raises DiskError.
 
-    state.json is written last. Its sha256 sums bind the other files to one step of one run.
+    state.json is written last. Its sha256 sums tie the other files to one step of one run.
     """
 
     def fill(folder: Path) -> None:
@@ -63,7 +63,7 @@ def save(
             read(folder)
         except CheckpointError as fault:
             raise DiskError(
-                f"{fault}; it was written a moment ago, so the disk does not keep what it is given"
+                f"{fault}; it was written a moment ago, so the disk does not store data correctly"
             ) from None
 
     write_folder(target, fill, check)
@@ -78,7 +78,7 @@ def save_step(
     run: RunIdentity,
     keep: int | None,
 ) -> None:
-    """Write checkpoint-<step> and note it as the latest; then remove all but the newest `keep`.
+    """Write checkpoint-<step>, record it as the latest, and remove all but the newest `keep`.
 
     `keep` None: nothing is removed. Raises DiskError.
     """
@@ -93,8 +93,8 @@ def save_step(
 def prune(output_dir: OutputDir, keep: int, step: int) -> None:
     """Remove all but the newest `keep` checkpoint-<step> folders up to the one of `step`.
 
-    checkpoint_best stays. A folder with a higher step stays: this run did not write it, or its
-    start passed it over.
+    checkpoint_best stays. A folder with a higher step stays: this run did not write it, or skipped
+    it as damaged when it started.
     """
     ours = [f for f in output_dir.step_checkpoints() if (step_of(f) or 0) <= step]
     for folder in ours[keep:]:

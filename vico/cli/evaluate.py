@@ -7,7 +7,7 @@ from vico.cli.flags import CommandLine, parse_with_checkpoint
 from vico.cli.with_world import with_world
 from vico.train.config import SHAPES, RunConfig
 
-if TYPE_CHECKING:  # they import torch, and a mistyped flag is answered before that
+if TYPE_CHECKING:  # they import torch, which is slow; a mistyped flag is reported before
     from vico.checkpoint.format import Checkpoint
     from vico.distributed.world import World
 
@@ -66,7 +66,7 @@ def evaluate_checkpoint(
 
 
 def settings_of(checkpoint: "Checkpoint", line: CommandLine) -> tuple[RunConfig, list[str]]:
-    """(settings, notes for the user): the checkpoint's settings, under the given flags.
+    """(settings, notes for the user): the checkpoint's settings, overridden by the given flags.
 
     Shapes are always the checkpoint's.
     """
@@ -76,7 +76,7 @@ def settings_of(checkpoint: "Checkpoint", line: CommandLine) -> tuple[RunConfig,
         given = line.given.get(name, value)
         if given != value:
             notes.append(f"note: --{name} {given} is not used: the checkpoint has {value}")
-    # Predictions go beside the checkpoint, wherever it was copied; the split is not remembered.
+    # Predictions go beside the checkpoint, wherever it was copied; the split is always the flag's.
     folder = checkpoint.path.parent
     saved = {**checkpoint.settings, "output_dir": folder, "split": "val", "init_eval": False}
     given = {name: value for name, value in line.given.items() if name not in shapes}

@@ -20,29 +20,29 @@ from vico.train.config import (
     with_absolute_paths,
 )
 
-# Flags of the published code that no longer do anything, with what does.
+# Flags of the published code that no longer do anything, with the reason.
 RETIRED = {
-    "device": "the device is found",
-    "pin_mem": "batches are pinned where a GPU is",
-    "no_pin_mem": "batches are pinned where a GPU is",
-    "start_epoch": "the checkpoint says where to go on",
-    "world_size": "the launcher says it",
-    "dist_url": "the launcher says it",
-    "dist_on_itp": "the launcher says it",
+    "device": "the device is detected",
+    "pin_mem": "batches are pinned when there is a GPU",
+    "no_pin_mem": "batches are pinned when there is a GPU",
+    "start_epoch": "the checkpoint holds the position",
+    "world_size": "the launcher sets it",
+    "dist_url": "the launcher sets it",
+    "dist_on_itp": "the launcher sets it",
 }
 RETIRED_SWITCHES = {"pin_mem", "no_pin_mem", "dist_on_itp"}
 
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What was typed: the settings given by recipe or flag, and notes for the user."""
+    """The settings given by recipe or flag, and notes for the user."""
 
     given: dict[str, Any]
     notes: tuple[str, ...]
     debug: bool
 
     def resolve(self, saved: Mapping[str, Any] | None = None) -> RunConfig:
-        """The defaults, under `saved` (a checkpoint's settings), under what was given.
+        """The given settings over `saved` (a checkpoint's settings) over the defaults.
 
         Raises UserError for a value out of range.
         """
@@ -61,7 +61,7 @@ def parse(argv: Sequence[str], command: str, description: str) -> CommandLine:
     retired = [name for name in RETIRED if name in typed]
     notes = [f"--{name} does nothing now: {RETIRED[name]}" for name in retired]
     if given.get("lr") is not None and given.get("blr") is not None:
-        # Said, because a sweep over --blr on a recipe with lr would be one run many times.
+        # A sweep over --blr on a recipe with lr would repeat the same run.
         by = "" if "lr" in typed else " by the recipe"
         notes.append(f"--blr {given['blr']:g} is not used, since --lr {given['lr']:g} is given{by}")
     return CommandLine(given, tuple(notes), "debug" in typed)
@@ -76,7 +76,7 @@ def parse_with_checkpoint(argv: Sequence[str], command: str, description: str) -
 
 
 def make_parser(command: str, description: str) -> OneLineParser:
-    """A parser of RunConfig's fields. A flag that is not given leaves no value, not a default."""
+    """A parser of RunConfig's fields. A flag that is not given has no value, not the default."""
     parser = OneLineParser(
         prog=command,
         description=description,

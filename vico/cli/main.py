@@ -49,10 +49,10 @@ def main(argv: Sequence[str]) -> int:
     """Run one subcommand; returns the exit code (errors.EXIT_CODES)."""
     debug = "--debug" in argv
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # As stderr is: a terminal that cannot show a name must not end a run.
+        # As on stderr: a name that the terminal cannot show must not end a run.
         sys.stdout.reconfigure(errors="backslashreplace")
     signals.unblock()
-    # For libraries, DeepSpeed above all: no pickle is executed.
+    # For libraries, DeepSpeed in particular: torch.load executes no pickle.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
         launcher_env.set_rank_variables()
@@ -63,15 +63,15 @@ def main(argv: Sequence[str]) -> int:
         return _run(command, rest)
     except UserError as error:
         return report_error(error, debug)
-    except signals.Stopped as stop:  # before the ranks had met
+    except signals.Stopped as stop:  # before the ranks were connected
         signals.ignore_all()
-        # Each host may have been asked alone.
+        # Each host may be the only one that got the signal.
         if "0" in (os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK")):
             print(f"vico: {stop.line}", flush=True)
         return stop.exit_code
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            log.warning("stopped by Ctrl-C; the same command goes on at the last checkpoint")
+            log.warning("stopped by Ctrl-C; rerun the same command to resume")
         os._exit(INTERRUPTED)  # at once: a collective would wait for ranks that may be gone
 
 

@@ -1,6 +1,6 @@
 """`vico quantize-eval`: how --quantize changes the scores and answers of a checkpoint.
 
-It scores the same questions twice: with the backbone as it is, and with quantized linear layers.
+It scores the same questions twice: with the unquantized backbone and with quantized linear layers.
 """
 
 import json
@@ -14,14 +14,14 @@ from vico.cli.with_world import with_world
 from vico.errors import UserError
 from vico.train.config import RunConfig
 
-if TYPE_CHECKING:  # they import torch, and a mistyped flag is answered before that
+if TYPE_CHECKING:  # they import torch, which is slow; a mistyped flag is reported before
     from vico.checkpoint.format import Checkpoint
     from vico.distributed.world import World
     from vico.train.evaluate import Evaluation
 
 DESCRIPTION = (
     "Measure what --quantize costs on --split: how far the scores and answers of a checkpoint "
-    "(--resume) are from those of the backbone as it is, which must fit in memory as well. "
+    "(--resume) are from those of the unquantized backbone, which must fit in memory as well. "
     "Settings come from the checkpoint, as for `vico eval`."
 )
 
@@ -40,15 +40,15 @@ def main(argv: list[str]) -> int:
             config, notes = settings_of(checkpoint, line)
             if config.quantize is None:
                 raise UserError(
-                    "--quantize is missing: name what is to be compared with the weights as they "
-                    "are, 8bit or nf4"
+                    "--quantize is missing: give 8bit or nf4, to be compared with the unquantized "
+                    "weights"
                 )
         require_same_files(world, config)
         for note in notes:
             world.print_rank0(note)
-        whole = _evaluate(checkpoint, replace(config, quantize=None), world)
+        unquantized = _evaluate(checkpoint, replace(config, quantize=None), world)
         quantized = _evaluate(checkpoint, config, world)
-        result = Comparison(whole, quantized).to_json()
+        result = Comparison(unquantized, quantized).to_json()
         world.print_rank0(describe(result, config.quantize, config.precision))
         shown = {"split": config.split, "quantize": config.quantize, **result}
         world.print_rank0(json.dumps(shown))
@@ -60,28 +60,29 @@ def main(argv: list[str]) -> int:
 class Comparison:
     """Two evaluations of the same questions. Scores are mean losses per answer token."""
 
-    whole: "Evaluation"
+    unquantized: "Evaluation"
     quantized: "Evaluation"
 
     def to_json(self) -> dict[str, Any]:
         """The differences. `right_option_loss_change` only where the split has answers."""
-        whole = [np.array(scores) for scores in self.whole.scores]
+        unquantized = [np.array(scores) for scores in self.unquantized.scores]
         quantized = [np.array(scores) for scores in self.quantized.scores]
-        distances = np.abs(np.concatenate(quantized) - np.concatenate(whole))
-        answers = zip(self.whole.predictions, self.quantized.predictions, strict=True)
+        distances = np.abs(np.concatenate(quantized) - np.concatenate(unquantized))
+        answers = zip(self.unquantized.predictions, self.quantized.predictions, strict=True)
         result: dict[str, Any] = {
-            "n": len(whole),
-            "mean_score": float(np.concatenate(whole).mean()),
+            "n": len(unquantized),
+            "mean_score": float(np.concatenate(unquantized).mean()),
             "mean_score_distance": float(distances.mean()),
             "largest_score_distance": float(distances.max()),
             "predictions_changed": sum(before != after for before, after in answers),
         }
-        if self.whole.accuracies:
+        if self.unquantized.accuracies:
             changes = []
-            for question, before, after in zip(self.whole.questions, whole, quantized, strict=True):
+            questions = self.unquantized.questions
+            for question, before, after in zip(questions, unquantized, quantized, strict=True):
                 changes.append(after[question.answer] - before[question.answer])
             result["right_option_loss_change"] = float(np.mean(changes))
-            result["acc"] = self.whole.accuracies["acc"]
+            result["acc"] = self.unquantized.accuracies["acc"]
             result["acc_quantized"] = self.quantized.accuracies["acc"]
         return result
 

@@ -9,7 +9,7 @@ from vico.distributed import signals
 from vico.io import log
 from vico.io.output_dir import OutputDir
 
-if TYPE_CHECKING:  # they import torch, and a mistyped flag is answered before that
+if TYPE_CHECKING:  # they import torch, which is slow; a mistyped flag is reported before
     from vico.distributed.world import World
 
 DESCRIPTION = (
@@ -26,8 +26,8 @@ def main(argv: list[str]) -> int:
     output_dir = OutputDir(config.output_dir)
     is_rank_0 = os.environ.get("RANK", "0") == "0"
     if is_rank_0 and output_dir.has_run() and not config.only_evaluates:
-        # At once, before anything is read there. A folder without a run is claimed when its run
-        # begins to write.
+        # Before anything is read from it. A folder without a run is claimed when the first file is
+        # written.
         for note in output_dir.claim():
             log.info(note)
 

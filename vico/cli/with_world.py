@@ -14,10 +14,10 @@ from vico.errors import UnreachableError, UserError, one_line
 from vico.io import log
 from vico.train.config import RunConfig
 
-if TYPE_CHECKING:  # they import torch, and a mistyped flag is answered before that
+if TYPE_CHECKING:  # they import torch, which is slow; a mistyped flag is reported before
     from vico.distributed.world import World
 
-# Launchers end every rank as soon as one has ended, so no rank ends before rank 0 has spoken.
+# Launchers kill all ranks as soon as one has ended, so the others wait for rank 0's message.
 SECONDS_FOR_RANK_0 = 10.0
 WORLD_FLAGS = ("collective_timeout", "hang_timeout", "expect_world_size")
 
@@ -25,7 +25,7 @@ WORLD_FLAGS = ("collective_timeout", "hang_timeout", "expect_world_size")
 def with_world(line: CommandLine, work: Callable[["World"], None]) -> int:
     """Connect the ranks, call `work(world)`, leave together; returns the exit code.
 
-    torch is imported here and not above: a mistyped flag is answered at once.
+    torch is imported here and not above, so that a mistyped flag is reported at once.
     """
     config = RunConfig(**{name: line.given[name] for name in WORLD_FLAGS if name in line.given})
     _prepare_process(config, line.debug)
@@ -42,7 +42,7 @@ def with_world(line: CommandLine, work: Callable[["World"], None]) -> int:
         require_same_code(world, line.given)
         work(world)
     except signals.Stopped as stop:
-        # All is saved. A launcher sends another signal as soon as the first rank has ended.
+        # The state is saved. Launchers send another signal as soon as the first rank has ended.
         signals.ignore_all()
         world.print_rank0(f"vico: {stop.line}")
         code = stop.exit_code
@@ -58,16 +58,15 @@ def with_world(line: CommandLine, work: Callable[["World"], None]) -> int:
 def _prepare_process(config: RunConfig, debug: bool) -> None:
     """Set what must be set before torch is imported. Raises UserError for a wrong world size."""
     if "LOCAL_RANK" in os.environ:
-        # Otherwise a launcher that is killed outright leaves its ranks training, and a second
-        # start writes beside them.
+        # Otherwise the ranks of a killed launcher train on, and a second start writes beside them.
         signals.die_with_parent(os.getppid())
     launcher_env.check_world_size(config.expect_world_size)
     num_cores = len(os.sched_getaffinity(0))
     num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    # Launchers differ in what they set.
+    # Some launchers do not set it.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores // num_ranks)))
     if not debug:
-        # A lost rank is a warning there, with pages of C++ frames.
+        # Below that level, a lost rank prints pages of C++ frames.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 

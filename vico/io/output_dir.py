@@ -1,6 +1,6 @@
-"""The folder of a run: the names of its files, its one writer, and its repair after a kill.
+"""The folder of a run: the names of its files, its only writer, and its repair after a kill.
 
-The lock is the kernel's. It is released when the process that holds it ends, however it ends.
+The kernel holds the lock and releases it when the process ends, however it ends.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ _locks: dict[Path, int] = {}  # open descriptors: a lock lives as long as its de
 
 
 class OutputDir:
-    """Names, lock and repair of the folder given by --output_dir. Making one touches nothing."""
+    """Names, lock and repair of the --output_dir folder. Creating an object touches no file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -31,7 +31,7 @@ class OutputDir:
         self.steps = path / "steps.jsonl"
         self.epochs = path / "log.txt"
         self.tensorboard = path / "runs"
-        self.attempts = path / "attempts.json"  # starts that came no further
+        self.attempts = path / "attempts.json"  # starts without progress
         self.latest = path / "latest.json"  # the step that was saved last
         self.best_checkpoint = path / "checkpoint_best"
         self.best_published = path / "checkpoint_best.pth"
@@ -53,7 +53,7 @@ class OutputDir:
         return sorted(found, key=lambda folder: step_of(folder) or 0, reverse=True)
 
     def latest_step(self) -> int | None:
-        """The step that was saved last. A hint only: the folders that are there count."""
+        """The step that was saved last. Only a hint: the folders that exist decide."""
         if not os.path.exists(self.latest):
             return None
         try:
@@ -78,15 +78,15 @@ class OutputDir:
         except UserError as error:
             raise UserError(
                 f"{error}, or choose another --output_dir: "
-                "it cannot be told whose run this folder holds"
+                "it is unknown which run this folder holds"
             ) from None
         return saved
 
     def claim(self) -> list[str]:
-        """Become the folder's one writer and undo what a killed run left half-written.
+        """Become the folder's only writer and repair what a killed run left half-written.
 
-        Makes the folder. Returns notes for the user; a second call changes nothing.
-        Raises InUseError naming the run that holds the folder, DiskError where it cannot write.
+        Creates the folder. Returns notes for the user; a second call changes nothing.
+        Raises InUseError naming the run that uses the folder, DiskError where it cannot write.
         """
         if self.path / LOCK in _locks:
             return []
@@ -131,7 +131,7 @@ def _lock(folder: Path) -> list[str]:
             f"{folder}: cannot be locked ({problem.strerror}); make sure that no second run uses it"
         ]
     _locks[path] = descriptor
-    with contextlib.suppress(OSError):  # on a full disk the lock holds without a name
+    with contextlib.suppress(OSError):  # on a full disk, the lock works without a name
         os.ftruncate(descriptor, 0)
         os.write(descriptor, _owner().encode())
     return []

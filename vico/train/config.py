@@ -1,8 +1,8 @@
 """The settings of a run: one typed, strict record of the published flags.
 
 cli/flags.py fills it from defaults, a YAML recipe and flags, in this order. Nothing here imports
-torch: a mistyped flag is answered at once. Only train/ and cli/ see the record; the rooms below get
-plain values.
+torch, so a mistyped flag is reported at once. Only train/ and cli/ see the record; the packages
+below get plain values.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ def _flag(default: Any, group: str, help: str, **extra: Any) -> Any:
     return field(default=default, metadata={"group": group, "help": help, **extra})
 
 
-MAX_FLOAT = 3e38  # of fp32, in which settings meet tensors
+MAX_FLOAT = 3e38  # of fp32, the type of the tensors that settings are combined with
 MAX_SEED = 2**63 - 1  # of torch's generator
 MAX_MINUTES = 1e6
 MODEL, DATA, OBJECTIVE, OPTIMIZATION, RUN = "model", "data", "objective", "optimization", "run"
-DatasetName = Annotated[str, tuple(DATASETS)]  # a text and its choices: see value_type
+DatasetName = Annotated[str, tuple(DATASETS)]  # a text with choices: see value_type
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,6 @@ class RunConfig:
         MODEL,
         "dtype of the frozen weights and of the computation; trainables are always fp32",
     )
-
     quantize: Literal["8bit", "nf4"] | None = _flag(
         None,
         MODEL,
@@ -165,7 +164,7 @@ class RunConfig:
     max_steps: int | None = _flag(
         None,
         RUN,
-        "stop after this many optimizer steps, as at an epoch's end; the schedule still spans "
+        "evaluate, save and stop after this many optimizer steps; the schedule still spans "
         "--epochs",
     )
     save_steps: int | None = _flag(
@@ -278,9 +277,9 @@ class RunConfig:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Objectives of this run, in the order of their columns everywhere.
+        """Objectives of this run, in the order of all per-task values.
 
-        Each flag of the group OBJECTIVE is the task of its name.
+        Each flag of the group OBJECTIVE stands for the task of its name.
         """
         fields = dataclasses.fields(self)
         optional = [f.name for f in fields if f.metadata["group"] == OBJECTIVE]
@@ -297,8 +296,8 @@ class RunConfig:
         return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
 
-# What may differ between a run and its continuation: where things lie, how they are shown, and
-# how a step is divided. Never what is computed. (Resuming checks that a step keeps its questions.)
+# Settings that may change when a run is resumed: paths, logging, and how a step is divided into
+# micro-batches. None changes the result. (Resuming checks that a step keeps its questions.)
 NOT_IDENTITY = frozenset(
     """
     model llama_model_path data_path captions missing_features output_dir resume init_eval split
@@ -307,7 +306,7 @@ NOT_IDENTITY = frozenset(
     hang_timeout expect_world_size
     """.split()
 )
-# Besides settings, what a run must keep (checkpoint/fingerprint.py).
+# What must not change either when a run is resumed (checkpoint/fingerprint.py).
 FINGERPRINTED = ("data", "backbone")
 # The shapes of a checkpoint's tensors follow from these. Evaluation takes them from the checkpoint.
 SHAPES = ("adapter_layer", "adapter_len", "max_feats")
@@ -322,10 +321,10 @@ TYPE_NAMES = {
 
 
 def parse_path(text: str) -> Path:
-    """Raises ValueError for what cannot be a path here.
+    """The path. Raises ValueError for an empty text, for NUL and for what is not UTF-8.
 
     An empty text (of an unset variable) would mean the current folder. A name in another encoding
-    could be opened, but not written into a log.
+    could be opened, but not written to a log.
     """
     if not text.strip() or "\0" in text:
         raise ValueError
@@ -334,7 +333,7 @@ def parse_path(text: str) -> Path:
 
 
 def is_path(deepspeed: str) -> bool:
-    """Whether --deepspeed names a file of the user's, not one of ds_configs/."""
+    """Whether --deepspeed names a user's file, not one of ds_configs/."""
     return "/" in deepspeed or deepspeed.endswith(".json")
 
 

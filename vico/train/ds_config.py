@@ -9,9 +9,9 @@ from vico.io.text import read_json_object
 from vico.planner.estimate import SHIPPED_CONFIGS
 from vico.train.config import is_path
 
-# What the run decides. "auto" or absent is right; a number must be the one that the flags give.
+# Set by the run. They may be absent, "auto", or the number that follows from the flags.
 RUN_KEYS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
-# What would compute something else than the method, or has no effect here; with what to use.
+# Keys that would change the method or have no effect here, with what to use instead.
 REFUSED = {
     "optimizer": "the optimizer is AdamW as the method sets it; use --lr, --blr and --weight_decay",
     "scheduler": "the schedule is the method's; use --lr, --min_lr, --warmup_epochs and --epochs",
@@ -31,7 +31,7 @@ REFUSED = {
     "zero_optimization.zero_quantized_gradients": "gradients are summed exactly",
     "zero_optimization.zenflow": "gradients are summed exactly",
 }
-# DeepSpeed checks what these hold.
+# DeepSpeed checks the content of these.
 SECTIONS = ("zero_optimization", "bf16", "fp16", "aio", "flops_profiler", "comms_logger")
 SWITCHES = (
     "wall_clock_breakdown",
@@ -95,8 +95,8 @@ def resolve_auto(
     config = {key: value for key, value in config.items() if value != "auto" and key not in REFUSED}
     zero = config["zero_optimization"]
     config["zero_optimization"] = {key: value for key, value in zero.items() if value != "auto"}
-    # DeepSpeed clips gradients at 1.0 unless told otherwise, and the method does not. Its own
-    # lines about steps are printed only on request.
+    # DeepSpeed clips gradients at 1.0 by default, and the method does not clip. Its own lines about
+    # steps are printed only on request.
     config = {"gradient_clipping": 0.0, "steps_per_print": 10**9, **config, **numbers}
     # The optimizer is torch's AdamW, also where its state is offloaded.
     config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
@@ -161,6 +161,6 @@ def _let_deepspeed_check(config: dict[str, Any], path: Path) -> None:
         where = ".".join(map(str, first["loc"]))
         reason = first["msg"][:MAX_REASON]
         _fail(path, f"DeepSpeed refuses {where} {show(first['input'])}: {reason}")
-    except Exception as problem:  # the keys are known, so a value of the user's caused it
+    except Exception as problem:  # the keys are known, so one of the user's values caused it
         reason = " ".join(str(problem).split())[:MAX_REASON]
         _fail(path, f"DeepSpeed refuses a value: {reason}")

@@ -1,4 +1,4 @@
-"""DeepSpeed: the model that it partitions, one backward, one step, and the full state in and out.
+"""DeepSpeed: partitioning the model, backward, the optimizer step, and the full training state.
 
 This file and ds_config.py are the only ones that call it. The frozen backbone keeps its own type
 and the trainables are fp32, so DeepSpeed's bf16 and fp16 sections stay off. A fixed factor keeps
@@ -22,7 +22,7 @@ GRADIENT_SCALE = {torch.float16: 2.0**10, torch.bfloat16: 1.0, torch.float32: 1.
 
 @contextmanager
 def zero_init(config: Mapping[str, Any], device: torch.device) -> Iterator[None]:
-    """Modules made inside lie on `device`. Under stage 3 each rank keeps its part of them."""
+    """Create modules on `device`. Under stage 3 each rank keeps only its partition of them."""
     if config["zero_optimization"]["stage"] < 3:
         with device:
             yield
@@ -33,11 +33,11 @@ def zero_init(config: Mapping[str, Any], device: torch.device) -> Iterator[None]
 
     class Init(deepspeed.zero.Init):  # type: ignore[misc]
         def _zero_init_param(self, parameter: nn.Parameter) -> None:
-            """DeepSpeed's (0.19.8) without its broadcast: `load_parameter` replaces the values."""
+            """As DeepSpeed's (0.19.8), but no broadcast: `load_parameter` sets the values."""
             self._convert_to_deepspeed_param(parameter)
             parameter.partition()  # type: ignore[attr-defined]
 
-    # Types stay as they are: by default every new tensor gets the one type of the ds_config.
+    # Keep the types: by default every new tensor gets the one type of the ds_config.
     overrides = [DeepSpeedTensorOverride.device]
     with Init(config_dict_or_path=dict(config), tensor_overrides=overrides):
         yield
@@ -46,8 +46,8 @@ def zero_init(config: Mapping[str, Any], device: torch.device) -> Iterator[None]
 def load_parameter(parameter: nn.Parameter, read: Callable[[int, int], Tensor]) -> None:
     """Give a parameter its value, converted to its type.
 
-    `read(start, stop)` returns elements of the flattened tensor. Under stage 3 each rank reads its
-    own part only: its memory never holds more than its share and one tensor.
+    `read(start, stop)` returns elements of the flattened tensor. Under stage 3 each rank reads only
+    its own part, so it never holds more than its share and one tensor.
     """
     with torch.no_grad():
         if not hasattr(parameter, "ds_id"):
@@ -60,7 +60,7 @@ def load_parameter(parameter: nn.Parameter, read: Callable[[int, int], Tensor]) 
         if getattr(parameter, "ds_secondary_tensor", None) is not None:
             raise UserError(
                 "--deepspeed: zero_hpz_partition_size must go: "
-                "a second copy of each part is not kept right"
+                "its second copy of each part would keep old values"
             )
         start = min(part.ds_numel * torch.distributed.get_rank(), size)
         stop = min(start + part.ds_numel, size)
@@ -79,7 +79,7 @@ class Engine:
         dtype: torch.dtype,
         attention: str = "",
     ) -> None:
-        """`config`: a resolved ds_config. `attention`: what computes it and why, for the log."""
+        """`config`: a resolved ds_config. `attention`: its implementation and why, for the log."""
         import deepspeed
 
         self.attention = attention
@@ -90,7 +90,7 @@ class Engine:
         self._world_size: int = self._engine.world_size
         self.stage: int = config["zero_optimization"]["stage"]
         self.trainables = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        # NaN, once there, stays the maximum.
+        # A NaN stays the maximum.
         self._max_gradient = torch.zeros((), device=self._engine.device)
         self._is_dry_run = False
         for parameter in self.trainables.values():
@@ -99,7 +99,7 @@ class Engine:
     def _pass_gradient(self, gradient: Tensor) -> Tensor:
         """Record, without a sync, whether this rank's own gradient is finite.
 
-        After the sum over ranks nobody could tell whose it was.
+        After the sum over ranks, the rank could no longer be named.
         """
         if self._is_dry_run:
             return torch.zeros_like(gradient)
@@ -116,7 +116,7 @@ class Engine:
         return not is_finite
 
     def train(self, mode: bool) -> None:
-        # A walk through all modules takes 2 ms of a slow host, for which a GPU would wait.
+        # Setting the mode of all modules takes 2 ms on a slow host, and the GPU would wait.
         if self.module.training != mode:
             self._engine.train(mode)
 
@@ -126,7 +126,7 @@ class Engine:
         return losses
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of `loss`; `last`: of the step's last micro-batch, before `step`.
+        """Add the gradients of `loss`. `last`: it is the step's last micro-batch.
 
         Gradients add up over micro-batches and ranks: DeepSpeed's mean over the ranks is undone
         here, and its division by the number of micro-batches is off. A loss that is not finite
@@ -140,7 +140,7 @@ class Engine:
             self._engine.step()  # counts the micro-batch, updates nothing
 
     def dry_run(self, batch: PackedBatch) -> None:
-        """Forward and backward of a micro-batch with gradients of zero: the state stays."""
+        """Forward and backward of a micro-batch with zero gradients: no state changes."""
         self._is_dry_run = True
         self.backward(self.forward(batch).sum(), last=False)
         self._is_dry_run = False
@@ -160,8 +160,8 @@ class Engine:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(weights by name, Adam's moments by "NAME.moment"), whole, fp32, on the host.
 
-        A collective of one exchange. DeepSpeed's own getters (0.19.8, utils/tensor_fragment.py)
-        make one per tensor, which is most of a save's time.
+        One collective for all tensors. DeepSpeed's own getters (0.19.8, utils/tensor_fragment.py)
+        need one per tensor, which takes most of a save's time.
         """
         flat = iter(self._gathered_state() if self.stage == 3 else self._summed_state())
         weights: dict[str, Tensor] = {}
@@ -177,28 +177,28 @@ class Engine:
         return weights, moments
 
     def _summed_state(self) -> list[Tensor]:
-        """Weights and moments of each trainable, flat, below stage 3.
+        """Weights and moments of each trainable, flattened, below stage 3.
 
-        Each rank holds a range of each and knows its place. It adds zeros elsewhere.
+        Each rank holds a range of each tensor. It adds zeros elsewhere, and the ranks are summed.
         """
         parameters: list[Any] = list(self.trainables.values())
         shares = []
         for parameter in parameters:
             for moment in (None, *MOMENTS):
                 share = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-                if (held := parameter._hp_mapping) is not None:
-                    place = held.lp_fragment_address
-                    own = share[place.start : place.start + place.numel]
-                    own.copy_(held.get_hp_fragment(moment))
+                if (mapping := parameter._hp_mapping) is not None:
+                    address = mapping.lp_fragment_address
+                    own = share[address.start : address.start + address.numel]
+                    own.copy_(mapping.get_hp_fragment(moment))
                 shares.append(share)
         whole = torch.cat(shares)
         torch.distributed.all_reduce(whole, group=parameters[0]._dp_group)
         return list(whole.cpu().split([share.numel() for share in shares]))
 
     def _gathered_state(self) -> list[Tensor]:
-        """The same under stage 3, each padded at its end.
+        """The same under stage 3, each tensor padded at its end.
 
-        The ranks hold equal parts in their order.
+        The ranks hold equal parts of each, in the order of ranks.
         """
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
@@ -247,8 +247,8 @@ def _set_moment(parameter: nn.Parameter, value: Tensor, moment: str) -> None:
     if not hasattr(parameter, "ds_id"):
         safe_set_full_optimizer_state(parameter, value.to(parameter.device), moment)
         return
-    # Stage 3, by slices: DeepSpeed's setter for whole values fails for sizes that the ranks do not
-    # divide evenly.
+    # Stage 3, by slices: DeepSpeed's setter for whole values fails for sizes that are no multiple
+    # of the number of ranks.
     local = safe_get_local_optimizer_state(parameter, moment)
     padded = torch.zeros(local.numel() * torch.distributed.get_world_size())
     padded[: value.numel()] = value.flatten()

@@ -30,7 +30,7 @@ from vico.train.config import RunConfig
 from vico.train.engine import Engine
 from vico.train.progress_bar import ProgressBar
 
-# Forwards between two looks at whether a rank was asked to stop. Each look makes ranks wait.
+# Forwards between two checks for a stop signal. Each check makes the ranks wait for each other.
 CHUNKS_PER_STOP_CHECK = 8
 
 
@@ -54,7 +54,7 @@ class Evaluation:
 
     @property
     def used(self) -> str:
-        """How many questions every figure is about."""
+        """How many questions the accuracies cover."""
         n = len(self.scores)
         return f"{n} used / {self.num_total} total questions" if self.dropped else f"{n} questions"
 
@@ -117,7 +117,7 @@ def evaluate(
 ) -> Evaluation:
     """Score the questions of a split. A collective: every rank gets the result.
 
-    Raises TrainingError for scores that are not finite, Stopped when a rank was asked to stop.
+    Raises TrainingError for scores that are not finite, Stopped when a rank got a stop signal.
     """
     questions = inputs.questions[split]
     if not questions:
@@ -149,7 +149,7 @@ def _score_chunks(
     config: RunConfig,
     world: World,
 ) -> list[ScoredChunk]:
-    """Run this rank's chunks. Every rank runs as many forwards, as ZeRO-3 needs."""
+    """Run this rank's chunks. All ranks run the same number of forwards, as ZeRO-3 needs."""
     pin = world.device.type == "cuda"
     batches = loader(chunks, range(len(chunks)), config.num_workers, pin=pin)
     what = f"{num_questions} {split} questions"
@@ -163,10 +163,10 @@ def _score_chunks(
             world.set_phase(f"batch {number} of the {split} evaluation")
             reached("evaluation")
             error = error or chunk.error
-            # After an error this rank goes on with some batch: the others count on its forwards.
+            # After an error this rank repeats its last batch: the others need its forwards.
             last_batch = chunk.batch or last_batch
             if last_batch is None:
-                raise error or AssertionError("a chunk without batch brings its error")
+                raise error or AssertionError("a chunk without a batch carries its error")
             losses = engine.forward(last_batch.to(world.device))  # no sync
             if chunk.batch is not None:
                 scored.append((chunk, losses))
@@ -191,7 +191,7 @@ def _gather(
 ) -> list[list[float]]:
     """The scores of all ranks.
 
-    One rank scores a question, so adding the ranks' tables changes no bit.
+    Each question is scored by one rank, so summing the ranks' tables changes no bit.
     """
     width = max(len(question.options) for question in questions)
     table = torch.zeros(len(questions), width, dtype=torch.float64)
@@ -227,7 +227,7 @@ def summarize(
     dataset: str,
     dropped: Sequence[Question] = (),
 ) -> Evaluation:
-    """Accuracies as counts over questions: in all, and by the data set's groups of types.
+    """Accuracies as counts over questions: of all, and by the dataset's groups of types.
 
     `dropped`: questions that were not scored.
     """

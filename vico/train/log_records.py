@@ -1,4 +1,4 @@
-"""What is logged of a step and of an epoch: the JSON records and the TensorBoard curves."""
+"""The JSON records and TensorBoard curves of a step and of an epoch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from vico.train.step import StepReport
 
 @dataclass(frozen=True)
 class EpochResult:
-    """An epoch that has ended: its losses (means per task) and its evaluation."""
+    """A finished epoch: its losses (means per task) and its evaluation."""
 
     epoch: int
     step: int  # steps done
@@ -45,7 +45,7 @@ def log_step(
     total = total_loss(config, losses)
     if run_log is None:
         return total
-    # The columns of the published tasks are there in every run.
+    # Every record has the keys of the published tasks.
     task_losses: dict[str, float | None] = {"vqa_loss": None, "cap_loss": None}
     targets = {"vqa_targets": 0, "cap_targets": 0}
     for task, loss, count in zip(config.tasks, losses, report.target_counts, strict=True):

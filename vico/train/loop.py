@@ -34,7 +34,7 @@ from vico.train.step import StepReport, mean_losses, train_step
 def run(run: Run) -> None:
     """Train to the last step. A collective.
 
-    Raises Stopped when a signal asked for it; what was trained is saved then.
+    Raises Stopped after a stop signal, with the state saved.
     """
     config, world, state = run.config, run.world, run.state
     if config.init_eval and run.from_scratch:
@@ -55,10 +55,10 @@ def run(run: Run) -> None:
         _save(run, run_log, state)
         _end_attempt(run)
         name, saved = signal.Signals(stop.number).name, run.output_dir.checkpoint(state.step)
-        line = f"stopped by {name}; saved {saved}; the same command goes on there"
+        line = f"stopped by {name}; saved {saved}; rerun the same command to resume"
         raise signals.Stopped(stop.number, line) from None
     except DiskError:
-        _end_attempt(run)  # with more space the same command does not fail
+        _end_attempt(run)  # not a failure that a restart repeats: space can be freed
         raise
     if run_log is not None:
         run_log.close()
@@ -100,7 +100,7 @@ def _open_log(run: Run) -> RunLog:
     logs = read_logs(output_dir)
     restart_limit.record_start(output_dir, config.to_json(), logs.last_step)
     if config.resume is None and saved is not None and saved.get("resume") is not None:
-        config = replace(config, resume=Path(saved["resume"]))  # what this run once started from
+        config = replace(config, resume=Path(saved["resume"]))  # where this run first started
     steps_per_epoch = run.steps.steps_per_epoch
     if saved is not None:
         position = (state.step, state.evaluation_due, steps_per_epoch)
@@ -169,7 +169,7 @@ def _batches(run: Run) -> Iterator[tuple[int, int, Step]]:
 def _dry_run(run: Run) -> None:
     """Try the longest micro-batch of all before the first step.
 
-    What does not fit in memory ends the run in its first minute, not in its tenth hour.
+    A run that does not fit in memory then fails in its first minute, not in its tenth hour.
     """
     world = run.world
     with world.raise_together():
@@ -177,7 +177,7 @@ def _dry_run(run: Run) -> None:
     what = f"the longest micro-batch ({num_questions} questions, {batch.num_real_tokens:,} tokens)"
     world.set_phase(f"trying {what}")
     started = time.perf_counter()
-    reached("rehearsal")
+    reached("dry_run")
     run.engine.train(True)
     run.engine.dry_run(batch.to(world.device))
     curve, peak_gib = list(memory_curves(world.device).items())[-1]
@@ -195,7 +195,7 @@ def _advance(state: TrainState, step: StepReport) -> None:
 
 
 def _end_epoch(run: Run, run_log: RunLog | None) -> None:
-    """Evaluate, log the epoch, save; when it is the best so far, also as the best checkpoint."""
+    """Evaluate, log the epoch and save, also as the best checkpoint when it is the best so far."""
     config, state = run.config, run.state
     started = time.perf_counter()
     evaluation = evaluate(run.engine, run.inputs, "val", config, run.world)
@@ -213,7 +213,7 @@ def _end_epoch(run: Run, run_log: RunLog | None) -> None:
     if state.step % run.steps.steps_per_epoch == 0:
         after = with_empty_sums(after, config)
     _save(run, run_log, after, result)
-    vars(state).update(vars(after))  # only now: a run stopped before this line evaluates again
+    vars(state).update(vars(after))  # last: a run that stops before this line evaluates again
 
 
 def _save(
@@ -231,7 +231,8 @@ def _save(
         if epoch is not None:
             _log_epoch(run, run_log, epoch, weights)
         started = time.perf_counter()
-        if epoch is not None and epoch.is_best:  # first: the other one says that it is the best
+        if epoch is not None and epoch.is_best:
+            # First, because the step's checkpoint records the best accuracy.
             _save_best(run, weights, moments, state)
         keep = run.config.save_total_limit
         save_step(run.output_dir, weights, moments, state, run.identity, keep)

@@ -1,6 +1,7 @@
-"""Where a run starts: from nothing, from --resume, or from its own output_dir; and whether it may.
+"""Which checkpoint a run starts from: none, --resume, or the newest of its own output_dir.
 
-A run never starts from zero unasked, and never continues another run's settings, data or weights.
+A run never starts anew where a checkpoint exists, and never continues from a checkpoint with other
+settings, data or weights, unless the user asks for it.
 """
 
 import contextlib
@@ -19,12 +20,12 @@ from vico.io.output_dir import OutputDir
 from vico.train.config import NOT_IDENTITY, RunConfig, settings_from
 
 # Settings of a published file that mean nothing here, or something else.
-NOT_TAKEN = ("resume", "output_dir", "device")
+IGNORED_SETTINGS = ("resume", "output_dir", "device")
 
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint to start from (None: from nothing), the run's id, and notes for the user."""
+    """The checkpoint to start from (None: a new run), notes for the user, and the run's id."""
 
     checkpoint: Checkpoint | None = None
     notes: tuple[str, ...] = ()
@@ -44,13 +45,13 @@ def read_checkpoint(path: Path, run_id: str = "") -> Checkpoint:
 
 
 def _published_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The settings of a published file that are settings here too, with values that are allowed.
+    """The settings of a published file that exist here too and have an allowed value.
 
-    The published code had other flags and no checks; what cannot be used is left out.
+    The published code had other flags and no checks; the other settings are left out.
     """
     settings: dict[str, Any] = {}
     for name, value in checkpoint.settings.items():
-        if name not in NOT_TAKEN:
+        if name not in IGNORED_SETTINGS:
             with contextlib.suppress(UserError):
                 typed = settings_from({name: value}, str(checkpoint.path))
                 RunConfig(**{"dataset": "tvqa", **typed})  # checks the value; --sub needs TVQA
@@ -61,7 +62,7 @@ def _published_settings(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def find_start(config: RunConfig) -> Start:
-    """The newest checkpoint of this very run in output_dir, else --resume, else nothing.
+    """The newest checkpoint of this run in output_dir, else --resume, else none.
 
     Raises UserError when output_dir belongs to a run with other settings, CheckpointError when
     none of its checkpoints can be used.
@@ -81,8 +82,8 @@ def find_start(config: RunConfig) -> Start:
     return _resume_own(config, output_dir, saved)
 
 
-def _start_from(named: Path | None, **known: Any) -> Start:
-    return Start(None if named is None else read_checkpoint(named), **known)
+def _start_from(path: Path | None, **fields: Any) -> Start:
+    return Start(None if path is None else read_checkpoint(path), **fields)
 
 
 def _resume_own(config: RunConfig, output_dir: OutputDir, saved: Mapping[str, Any]) -> Start:
@@ -99,8 +100,8 @@ def _resume_own(config: RunConfig, output_dir: OutputDir, saved: Mapping[str, An
         return _start_from(named, run_id=run_id)
     if named is not None and named not in own[:1] and str(named) != saved.get("resume"):
         raise UserError(
-            f"{output_dir}: holds a run that stands at {own[0].name} and did not start from "
-            f"--resume {named}; leave --resume out to go on there, or choose another --output_dir"
+            f"{output_dir}: holds a run with {own[0].name} that did not start from --resume "
+            f"{named}; leave --resume out to continue that run, or choose another --output_dir"
         )
     if named == own[0]:
         start = Start(read_checkpoint(own[0], run_id), run_id=run_id)
@@ -110,9 +111,9 @@ def _resume_own(config: RunConfig, output_dir: OutputDir, saved: Mapping[str, An
 
 
 def newest_usable(folders: Sequence[Path], output_dir: OutputDir, run_id: str = "") -> Start:
-    """The first of `folders` (newest first) that is whole and of this run; every file is checked.
+    """The first of `folders` (newest first) that is undamaged and of this run.
 
-    Raises CheckpointError, with what is wrong with each, when there is none.
+    Every file is checked. Raises CheckpointError, with the fault of each, when there is none.
     """
     faults: list[str] = []
     latest = output_dir.latest_step()
@@ -147,7 +148,10 @@ def _note_lost_best(start: Start, output_dir: OutputDir) -> Start:
 
 
 def _refuse_foreign_files(output_dir: OutputDir, save_legacy: bool) -> None:
-    """A folder without args.json may hold predictions, but no run: that would be overwritten."""
+    """Raises UserError for a folder without args.json that holds a run's files all the same.
+
+    They would be overwritten.
+    """
     candidates = [output_dir.epochs, output_dir.steps, output_dir.best_checkpoint]
     if save_legacy:
         candidates.append(output_dir.best_published)
@@ -172,7 +176,7 @@ def start_state(
     config: RunConfig,
     fingerprints: Mapping[str, str],
 ) -> TrainState:
-    """Where the run stands. Raises UserError when it does not continue the run of `start`.
+    """The training state to start from. Raises UserError when `start` is of a different run.
 
     `fingerprints`: of backbone and data as they are now (on ranks other than 0: empty). They must
     be those of the run that wrote `start`.
@@ -188,9 +192,9 @@ def start_state(
     _refuse_changed_run(start, config, fingerprints)
     if start.state.questions_per_step != questions_per_step:
         raise UserError(
-            f"{start.path}: its steps took {start.state.questions_per_step} questions and these "
-            f"would take {questions_per_step}; choose ranks, --batch_size and --accum_iter with "
-            "the same product"
+            f"{start.path}: was written with {start.state.questions_per_step} questions per step, "
+            f"and this run would have {questions_per_step}; choose ranks, --batch_size and "
+            "--accum_iter with the same product"
         )
     if config.output_dir not in start.path.parents:  # another run's best is not this one's
         return replace(start.state, best_accuracy=None)

@@ -33,9 +33,9 @@ class Logs:
 class RunLog:
     """The logs of one output_dir, written by rank 0.
 
-    A run that resumes at `step` drops what was logged after it: those steps are done again. A step
-    that cannot be logged leaves its `error`. Only rank 0 meets it, and the ranks must end together,
-    so train_step raises it on all.
+    A run that resumes at `step` drops the records of later steps, which it repeats. When a step
+    cannot be logged, `error` keeps the reason. Only rank 0 knows it, and the ranks must end
+    together, so train_step raises it on all.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class RunLog:
 
         self._dir = output_dir
         self.error: UserError | None = None
-        self.num_dropped = max(0, logs.last_step - step)  # steps to do again
+        self.num_dropped = max(0, logs.last_step - step)  # steps to repeat
         with _disk_errors(output_dir.path):
             write_lines(output_dir.steps, [r for r in logs.steps if r["step"] <= step])
             last = step - evaluation_due
@@ -62,7 +62,7 @@ class RunLog:
             self.error = error
 
     def epoch(self, record: Record, curves: dict[str, float]) -> None:
-        """Raises DiskError, also one that an earlier step left."""
+        """Log an epoch. Raises DiskError, also that of an earlier step."""
         if self.error is not None:
             raise self.error
         with _disk_errors(self._dir.path):
@@ -71,7 +71,7 @@ class RunLog:
             self._board.flush()
 
     def saved(self, step: int, seconds: float) -> None:
-        """Log how long the ranks did nothing but save."""
+        """Log how long a save kept the ranks from training."""
         with _disk_errors(self._dir.path):
             self._curves({"perf/save_seconds": seconds}, step)
 
@@ -103,7 +103,7 @@ def read_logs(output_dir: OutputDir) -> Logs:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The whole lines of a JSON-lines log; a kill may have cut the last one off."""
+    """The complete lines of a JSON-lines log. A kill may have cut off the last one."""
     if not path.exists():
         return []
     try:
@@ -147,8 +147,8 @@ def gaps(
     ):
         if lost := sum(number not in logged for number in expected):
             lines.append(
-                f"{path}: lacks {lost} of {len(expected)} {unit}(s) up to step {step}, "
-                "which are not done again for it"
+                f"{path}: lacks {lost} of {len(expected)} {unit}(s) up to step {step}; "
+                "they are not repeated"
             )
     return lines
 

@@ -1,4 +1,4 @@
-"""Everything before the first step: files checked, model built, place in the data found."""
+"""Everything before the first step: check the files, build the model, find the position."""
 
 from dataclasses import dataclass
 
@@ -75,7 +75,7 @@ def start(config: RunConfig, world: World) -> Run:
     for note in (*found.notes, *inputs.notes, *(checkpoint.notes if checkpoint else ())):
         world.print_rank0(note)
     steps = _training_steps(config, inputs, world)
-    # Before minutes go into loading the weights: may this run continue that checkpoint?
+    # Before the weights, which take minutes to load: may this run continue that checkpoint?
     fingerprints, state = _check_continuation(config, world, inputs, checkpoint, steps)
     if checkpoint is None:
         trainables = initial_trainables(inputs.trainable_shapes, config.bias, config.seed)
@@ -116,10 +116,10 @@ def _check_continuation(
     checkpoint: Checkpoint | None,
     steps: TrainingSteps,
 ) -> tuple[dict[str, str], TrainState]:
-    """(fingerprints of backbone and data, where the run stands). A collective.
+    """(fingerprints of backbone and data, the training state to start from). A collective.
 
-    Rank 0 alone takes fingerprints and writes checkpoints. All hosts have the same files; that was
-    checked before.
+    Only rank 0 takes fingerprints, as only it writes checkpoints. That all hosts have the same
+    files was checked before.
     """
     world.set_phase("taking fingerprints of backbone and data")
     with world.raise_together():

@@ -28,7 +28,7 @@ class StepReport:
     target_counts: list[int]  # per task
     grad_norm: float
     num_real_tokens: int
-    stop_signal: int  # the signal that asked a rank to stop; 0: none
+    stop_signal: int  # the stop signal that a rank received; 0: none
 
     def task_losses(self) -> list[float | None]:
         """The mean loss of each task; None for a task without targets."""
@@ -53,8 +53,8 @@ def train_step(
     The loss is the weighted sum over tasks of the mean over the task's targets in the whole step
     (METHOD section 3). So each micro-batch adds its loss sums divided by the step's target counts.
 
-    `error`: one that this rank met before; it ends the step on all ranks. Raises TrainingError
-    when a loss or gradient of any rank is not finite; the update was not made then.
+    `error`: an earlier one of this rank, which is raised on all ranks. Raises TrainingError when a
+    loss or gradient of any rank is not finite; the trainables are unchanged then.
     """
     world.set_phase(f"agreeing on step {number}")
     error = step.error or error
@@ -71,7 +71,7 @@ def train_step(
     engine.train(True)
     loss_sums = torch.zeros(len(target_counts), dtype=torch.float64, device=world.device)
     for i in range(num_micro_batches):
-        # A rank with fewer micro-batches than others takes part with one that has no targets.
+        # A rank with fewer micro-batches than others runs one without targets in their place.
         micro_batch = step.micro_batches[i] if i < len(step.micro_batches) else step.dummy
         assert micro_batch is not None
         world.set_phase(f"micro-batch {i + 1} of {num_micro_batches} of step {number}")
@@ -82,7 +82,7 @@ def train_step(
         loss_sums += sums.detach()
         engine.backward((sums.float() * weights).sum(), last=i + 1 == num_micro_batches)
     world.set_phase(f"updating in step {number}")
-    grad_norm, updated = engine.step(lr)  # refused where a rank's loss or gradient is not finite
+    grad_norm, updated = engine.step(lr)  # no update if a rank's loss or gradient is not finite
     stop = torch.tensor([signals.stop_requested()], dtype=torch.float64)
     sums_and_stop_RT = world.gather(torch.cat([loss_sums.cpu(), stop]))
     _require_finite(~sums_and_stop_RT.isfinite().all(dim=1), "loss", number, step, world)
@@ -98,7 +98,7 @@ def train_step(
 
 
 def _fail_on_gradient(engine: Engine, number: int, step: Step, world: World) -> NoReturn:
-    """DeepSpeed refused the update: name the rank, or say that only the sum was not finite."""
+    """DeepSpeed skipped the update: name the rank, or report that only the sum is not finite."""
     bad_R = world.gather(torch.tensor(engine.had_bad_gradient()))
     _require_finite(bad_R, "gradient", number, step, world)
     raise TrainingError(
@@ -108,7 +108,7 @@ def _fail_on_gradient(engine: Engine, number: int, step: Step, world: World) -> 
 
 
 def _require_finite(bad_R: Tensor, what: str, number: int, step: Step, world: World) -> None:
-    """Stop all ranks together when one of them has met a NaN; that rank names its questions."""
+    """Raise TrainingError on all ranks when one of them is bad; it names its questions."""
     if not bad_R.any():
         return
     with world.raise_together():
