@@ -41,16 +41,18 @@ def steps_done(out: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
+def read_losses(out: Path) -> list[tuple[int, float]]:
+    """(step, loss) of each step."""
+    return [(line["step"], line["loss"]) for line in records(out / "steps.jsonl")]
+
+
 def assert_same_end(out: Path, undisturbed: Path) -> None:
     """Weights, optimizer state, losses and accuracies are bitwise those of the undisturbed run."""
     for folder in (f"checkpoint-{LAST_STEP}", "checkpoint_best"):
         for name in (WEIGHTS, OPTIMIZER):
             same = (out / folder / name).read_bytes() == (undisturbed / folder / name).read_bytes()
             assert same, (folder, name)
-    losses = [
-        [(line["step"], line["loss"]) for line in records(folder / "steps.jsonl")]
-        for folder in (out, undisturbed)
-    ]
-    assert losses[0] == losses[1]
-    assert [step for step, _ in losses[0]] == list(range(1, LAST_STEP + 1))
+    losses = read_losses(out)
+    assert losses == read_losses(undisturbed)
+    assert [step for step, _ in losses] == list(range(1, LAST_STEP + 1))
     assert records(out / "log.txt") == records(undisturbed / "log.txt")

@@ -127,16 +127,13 @@ class ToyData:
 
     def items(self, split: str) -> list[oracle.Question]:
         """The rows as the oracle takes them, captions whole."""
-        return [
-            oracle.Question(
-                row["question"],
-                tuple(row[f"a{k}"] for k in range(5)),
-                int(row["answer"]),
-                self.features[row["video"]],
-                self.captions[row["video"]],
-            )
-            for row in self.rows[split]
-        ]
+        items = []
+        for row in self.rows[split]:
+            options = tuple(row[f"a{k}"] for k in range(5))
+            video, answer = row["video"], int(row["answer"])
+            features, caption = self.features[video], self.captions[video]
+            items.append(oracle.Question(row["question"], options, answer, features, caption))
+        return items
 
 
 def records(path: Path) -> list[dict[str, Any]]:
