@@ -165,7 +165,9 @@ def test_refusals_are_one_line(
     weights = str(run / "checkpoint-6" / "adapter_model.safetensors")
     ended = vico("quantize-eval", "--resume", weights, *flags)
     last_line = ended.stderrs[0].splitlines()[-1]
-    assert ended.codes == [2] and "vico: error: --quantize is missing: give 8bit or nf4" in last_line
+    assert (
+        ended.codes == [2] and "vico: error: --quantize is missing: give 8bit or nf4" in last_line
+    )
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.delitem(sys.modules, "bitsandbytes.functional", raising=False)
     pattern = r"--quantize: bitsandbytes .*; run pip install .*\[quantized\]'"
