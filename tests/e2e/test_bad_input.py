@@ -28,7 +28,7 @@ from vico.cli.main import main
 from vico.distributed import world as dist
 from vico.io import output_dir
 
-# One case of so many is run.
+# One case in EVERY is run.
 EVERY = 6
 
 
@@ -122,7 +122,7 @@ def test_a_full_disk_leaves_nothing_half_written(
 # ---- two ranks ----------------------------------------------------------------------------------
 
 
-def spoil_rank_1(fixture: RunFixture) -> None:
+def damage_rank_1(fixture: RunFixture) -> None:
     """NaN in the one video that only the second of two ranks checks before training."""
     rows({}, {"video": "100001"}, {}, {})(fixture)
     pth(FEATURES, lambda videos: videos["100001"].fill_(torch.nan) is None or videos)(fixture)
@@ -134,7 +134,7 @@ TWO_RANKS: dict[str, Case] = {
         gone(FEATURES), "clipvitl14.pth: no such file; the video feature file should be there"
     ),
     "a feature of rank 1": refused(
-        spoil_rank_1,
+        damage_rank_1,
         "clipvitl14.pth: 1 of 2 questions (1 videos) have features with NaN or infinite values, "
         "e.g. '100001'",
     ),

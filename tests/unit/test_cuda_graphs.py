@@ -162,7 +162,7 @@ def test_gradients_come_in_the_same_order(num_adapted: int, config: LlamaConfig)
 def test_padding_is_as_finite_as_the_stream() -> None:
     """Rows of zeros would have values that no real row has.
 
-    What is not finite there spoils sums over rows.
+    A value that is not finite there would spread by sums over rows.
     """
     model = make_model()
     model.graphed = GraphedBlocks(model)

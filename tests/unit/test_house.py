@@ -15,8 +15,8 @@ FORMATTER_OFF = re.compile("# *" + "fmt:")
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 PACKAGE = sorted((ROOT / "vico").rglob("*.py"))
 CODE = [*PACKAGE, ROOT / "setup.py"]
-for room in ("tests", "benchmarks", "launch"):
-    CODE += sorted((ROOT / room).rglob("*.py"))
+for folder in ("tests", "benchmarks", "launch"):
+    CODE += sorted((ROOT / folder).rglob("*.py"))
 each_file = pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
 
 

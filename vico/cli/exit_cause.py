@@ -16,7 +16,7 @@ that one line in one log says why the run ended. "after" counts from the error:
 | any other; a cause was published             | nothing                  | 2 s   | the cause's |
 | any other; no cause, or rank 0 is gone       | nothing                  | 2 s   | 5           |
 
-Rank 0, which hosts the store, and a rank that speaks in its place stay for 3 more seconds: some
+Rank 0, which hosts the store, and a rank that reports in its place stay for 3 more seconds: some
 ranks notice a loss only when those that noticed it first have ended.
 """
 
@@ -164,17 +164,17 @@ def _on_peer_lost(world: World, error: Exception) -> int:
     # Decided now: in a moment the ranks below this one may have ended by themselves.
     is_lowest_on_host = world.watchdog is None or world.watchdog.is_lowest_on_host()
     time.sleep(CAUSE_SECONDS - EXIT_SECONDS)
-    speaks = world.is_main
+    reports = world.is_main
     cause = None
     try:
         cause = _read_cause(world)
     except RuntimeError:  # rank 0 is gone, and the store with it
-        speaks = is_lowest_on_host
-    if speaks and cause is None:
+        reports = is_lowest_on_host
+    if reports and cause is None:
         log.error(one_line(_describe_loss(world, error, exited or _exited_ranks(world))))
-    elif speaks and cause is not None and cause.host != socket.gethostname():
+    elif reports and cause is not None and cause.host != socket.gethostname():
         log.error(one_line(f"{cause.host}: {cause.line}"))
-    _linger(is_needed=speaks)
+    _linger(is_needed=reports)
     return PeerLostError.exit_code if cause is None else cause.code
 
 
@@ -191,11 +191,11 @@ def _read_cause(world: World) -> Cause | None:
 
 
 def _describe_loss(world: World, error: Exception, exited: list[str]) -> str:
-    who = f"{', '.join(exited) or 'a peer rank'} exited"
+    event = f"{', '.join(exited) or 'a peer rank'} exited"
     if not exited and "NCCL" in str(error):  # then it may be a wrong setting, and all ranks alive
-        who += f", or NCCL failed ({first_line(error)})"
+        event += f", or NCCL failed ({first_line(error)})"
     return (
-        f"{who} while {world.phase}, which ends this run; "
+        f"{event} while {world.phase}, which ends this run; "
         f"see the lines above, or the log of that rank; {RESUME_HINT}"
     )
 

@@ -132,7 +132,7 @@ def connect(
     own = topology.Member.of_this_process(rank, device)
     store, texts = rendezvous(rank, size, timeout, own.to_text())
     if device.type == "cuda":
-        # DeepSpeed reads it as the device number. Until here it decided which rank speaks.
+        # DeepSpeed reads it as the device number. Until here it decided which rank prints.
         os.environ["LOCAL_RANK"] = str(device.index)
     members = tuple(topology.Member.from_text(text) for text in texts)
     if rank == 0:

@@ -1,4 +1,4 @@
-"""Who computes the blocks of a model, decided once, when it is built.
+"""Which code runs the blocks of a model; chosen once, when the model is built.
 
 - The modules (llama.run_modules): any block, and always the last one, where only the rows that
   predict a target are queries.

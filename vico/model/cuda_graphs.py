@@ -36,7 +36,7 @@ from vico.model.vico import ViCo
 # Each captured size holds its output and the stream's gradient: 16 KiB per row at 7B.
 MAX_GRAPHS = 32
 # Memory that a capture takes, as a multiple of what a forward keeps: backward's work and the
-# allocator's rounding come on top (seen: 1.2). And the least that it takes, although it can use
+# allocator's rounding come on top (measured: 1.2). And the least that it takes, although it can use
 # most of the memory of earlier captures.
 CAPTURE_FACTOR, MIN_CAPTURE_FACTOR = 1.25, 0.3
 # Memory that must be left after a capture: for another size that runs eagerly, as a multiple of

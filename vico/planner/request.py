@@ -1,4 +1,4 @@
-"""What `vico plan` is asked: a model, its data, the machine, and what the user has decided."""
+"""The request to `vico plan`: a model, its data, the machine, and the user's choices."""
 
 import math
 from dataclasses import dataclass
