@@ -3,6 +3,9 @@
 A `UserError` is caused by the user's input (a flag, a file, a row). Its message is one line that
 says where the problem is, what it is and what to do. The command prints that line without a
 traceback and ends with the error's exit code. Bugs in ViCo itself stay ordinary exceptions.
+
+Once the ranks are connected, a UserError must be every rank's: raise it inside
+`World.raise_together`. Only rank 0 prints it, and ranks that do not have it wait for the others.
 """
 
 import difflib

@@ -78,7 +78,7 @@ class Scorer:
                 prefix.update(token_bytes(ids[parent.start : parent.stop]))
             prefixes.append(prefix)
         losses = []
-        targets = (batch.token_targets_N.tolist(), batch.token_target_ids_N.tolist())
+        targets = (batch.token_rows_N.tolist(), batch.token_target_ids_N.tolist())
         for place, target_id in zip(*targets, strict=True):
             row = int(batch.wanted_rows_R[place])
             index = _segment_of(batch, row)

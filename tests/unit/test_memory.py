@@ -70,7 +70,7 @@ def batch_shape(batch: PackedBatch) -> BatchShape:
     return BatchShape(
         num_rows=batch.num_rows,
         num_wanted_rows=len(batch.wanted_rows_R),
-        num_targets=len(batch.token_targets_N),
+        num_targets=len(batch.token_rows_N),
         num_clips=len(batch.features_VFC),
         num_keys=segment_layout(batch.segments).sizes.num_keys,
     )

@@ -55,7 +55,7 @@ def test_every_target_sees_exactly_its_sequence(examples: list[Example], share: 
     past = pasts(batch)
     frames = torch.full((batch.num_rows,), -1)
     frames[batch.slot_rows_S] = batch.slot_frames_S
-    rows = batch.wanted_rows_R[torch.cat([batch.token_targets_N, batch.frame_targets_M])].tolist()
+    rows = batch.wanted_rows_R[torch.cat([batch.token_rows_N, batch.frame_rows_M])].tolist()
     target_ids = torch.cat([batch.token_target_ids_N, batch.frame_target_ids_M]).tolist()
     places, tasks = batch.target_sequences.tolist(), batch.target_tasks.tolist()
     segment_of = segment_of_rows(batch)

@@ -34,6 +34,10 @@ class TrainState:
     epoch_target_counts: list[int] = field(default_factory=list)
     evaluation_due: bool = False  # an epoch has ended and is not evaluated yet
 
+    def assign(self, other: "TrainState") -> None:
+        """Take all values of `other`. A run keeps one TrainState, which its loop changes."""
+        vars(self).update(vars(other))
+
 
 @dataclass(frozen=True)
 class PublishedOptimizer:

@@ -59,11 +59,12 @@ def _layer_of_gate(name: str) -> int | None:
 def _unused_gates(weights: Mapping[str, Tensor], shapes: Shapes, num_layers: int) -> set[str]:
     """Gates that belong to layers of the model below the adapted ones."""
     adapted = [layer for layer in map(_layer_of_gate, shapes) if layer is not None]
-    lowest = min(adapted, default=0)
+    # A gate of a layer that the model does not have is not unused but wrong.
+    lowest = min(min(adapted, default=0), num_layers)
     unused = set()
     for name in weights:
         layer = _layer_of_gate(name)
-        if name not in shapes and layer is not None and layer < min(lowest, num_layers):
+        if name not in shapes and layer is not None and layer < lowest:
             unused.add(name)
     return unused
 

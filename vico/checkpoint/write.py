@@ -38,6 +38,8 @@ def save(
 ) -> None:
     """Write a checkpoint folder. At any time, `target` is complete or absent. Raises DiskError.
 
+    Where a new folder cannot be read back, it stays for inspection, and the error says so; one
+    that it was to replace comes back.
     state.json is written last. Its sha256 sums tie the other files to one step of one run.
     """
 

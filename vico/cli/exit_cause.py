@@ -162,14 +162,14 @@ def _on_peer_lost(world: World, error: Exception) -> int:
     time.sleep(EXIT_SECONDS)
     exited = _exited_ranks(world)
     # Decided now: in a moment the ranks below this one may have ended by themselves.
-    is_lowest_on_host = world.watchdog is None or world.watchdog.is_lowest_on_host()
+    speaks_for_host = world.watchdog is None or world.watchdog.speaks_for_host()
     time.sleep(CAUSE_SECONDS - EXIT_SECONDS)
     reports = world.is_main
     cause = None
     try:
         cause = _read_cause(world)
     except RuntimeError:  # rank 0 is gone, and the store with it
-        reports = is_lowest_on_host
+        reports = speaks_for_host
     if reports and cause is None:
         log.error(one_line(_describe_loss(world, error, exited or _exited_ranks(world))))
     elif reports and cause is not None and cause.host != socket.gethostname():

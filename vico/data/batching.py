@@ -105,8 +105,8 @@ class TrainingSteps(MicroBatchBuilder, Dataset[Step]):
     def _step(self, questions: list[Question], epoch: int) -> Step:
         """This rank's share of a step over `questions`, which are those of all ranks."""
         # A crop begins anywhere in the caption, so half of it is left on average.
-        share = 2 if self._crop else 1
-        characters = [self._characters(question, share) for question in questions]
+        caption_share = 2 if self._crop else 1
+        characters = [self._characters(question, caption_share) for question in questions]
         own = greedy_balance(characters, self._world_size)[self._rank]
         own_questions = [questions[i] for i in own]
         sequences = [self._sequences(question, epoch) for question in own_questions]
@@ -123,7 +123,7 @@ class TrainingSteps(MicroBatchBuilder, Dataset[Step]):
         return torch.zeros(len(self._tasks), dtype=torch.int64)
 
     def _dummy(self, question: Question) -> PackedBatch:
-        """A micro-batch whose targets belong to no task's column."""
+        """A micro-batch whose targets belong to no task: step.sums_by_task leaves them out."""
         sequence = self._fitted_sequence("vqa", question, _answer(question))
         return self._pack([TaskSequence(question, sequence, task=len(self._tasks))])
 

@@ -181,9 +181,9 @@ def _targets(examples: Sequence[Example], rows_of: list[np.ndarray]) -> dict[str
     wanted, places = np.unique(np.concatenate([token_rows, frame_rows]), return_inverse=True)
     fields = {
         "wanted_rows_R": wanted,
-        "token_targets_N": places[: len(token_rows)],
+        "token_rows_N": places[: len(token_rows)],
         "token_target_ids_N": _concatenate([token_ids(i) for i in token_sequences]),
-        "frame_targets_M": places[len(token_rows) :],
+        "frame_rows_M": places[len(token_rows) :],
         "frame_videos_M": _concatenate([per_target(i, examples[i].clip) for i in frame_sequences]),
         "frame_target_ids_M": _concatenate([frame_ids(i) for i in frame_sequences]),
         "target_tasks": _concatenate([per_target(i, examples[i].task) for i in in_order]),

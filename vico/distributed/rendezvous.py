@@ -152,6 +152,7 @@ def _open_store(rank: int, size: int, timeout: timedelta) -> TCPStore:
             wait.pause()
             continue
         try:
+            # `pause` raises when the time is over or a signal asks to stop.
             store: TCPStore = _call_in_thread(connect, wait.pause)
         except torch_dist.DistError as error:
             if is_server:

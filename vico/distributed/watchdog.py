@@ -98,7 +98,7 @@ class Watchdog:
         heartbeats = sorted(self._heartbeats.items())
         return [f"rank {rank} {beat.name}" for rank, beat in heartbeats if beat.has_exited()]
 
-    def is_lowest_on_host(self) -> bool:
+    def speaks_for_host(self) -> bool:
         """Whether this rank is the lowest that still runs on its host, rank 0 not counted.
 
         Only meaningful after rank 0 has exited.

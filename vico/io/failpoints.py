@@ -32,7 +32,7 @@ def arm(text: str | None) -> None:
     global _failpoint
     _failpoint = None
     if text:
-        match = re.fullmatch(r"([a-z :]+)(?:@(\d+))?(?:#(\d+))?=(kill|sleep|raise) ?(.*)", text)
+        match = re.fullmatch(r"([a-z_ :]+)(?:@(\d+))?(?:#(\d+))?=(kill|sleep|raise) ?(.*)", text)
         assert match is not None, f"VICO_FAILPOINT={text}"
         point, count, rank, action, argument = match.groups()
         _failpoint = _Failpoint(point, int(count or 1), rank, action, argument)

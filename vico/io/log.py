@@ -61,6 +61,6 @@ def error(message: str) -> None:
 
 
 def fields(values: Mapping[str, object]) -> None:
-    """One `key: value` line per entry, on stdout."""
+    """`key: value` for each entry, on stdout. A value may have more lines, indented."""
     for key, value in values.items():
         info(f"{key}: {value}")

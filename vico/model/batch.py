@@ -59,9 +59,9 @@ class PackedBatch:
     features_VFC: Tensor  # float32 frame features of the distinct clips
     segments: tuple[Segment, ...]
     wanted_rows_R: Tensor  # int64, ascending, stays on the host: the rows that predict a target
-    token_targets_N: Tensor  # int64: which of the R rows predicts the target
+    token_rows_N: Tensor  # int64: which of the R rows predicts the target
     token_target_ids_N: Tensor  # int64
-    frame_targets_M: Tensor  # int64: which of the R rows predicts the target
+    frame_rows_M: Tensor  # int64: which of the R rows predicts the target
     frame_videos_M: Tensor  # int64: v, whose frames are the candidates
     frame_target_ids_M: Tensor  # int64: j
     target_tasks: Tensor  # int64 [N + M]: index of the task in the run's list of tasks

@@ -53,7 +53,7 @@ class ViCo(Llama):
         rotary_T1h = rotary_angles(batch.positions_T, *rope)
         context = Context(rotary_T1h, attention_mask(batch.segments), self.attend)
         h_RD = self.trunk(x_TD, prompts_GAD, context, batch.wanted_rows_R)
-        token_losses_N = self.output(h_RD, batch.token_targets_N, batch.token_target_ids_N)
+        token_losses_N = self.output(h_RD, batch.token_rows_N, batch.token_target_ids_N)
         frame_losses_M = self._frame_losses(h_RD, projected_VFD, batch)
         return torch.cat([token_losses_N, frame_losses_M])
 
@@ -83,7 +83,7 @@ class ViCo(Llama):
 
         The features are without temporal embedding.
         """
-        h_MD = h_RD.index_select(0, batch.frame_targets_M).float()
+        h_MD = h_RD.index_select(0, batch.frame_rows_M).float()
         frames_MFD = projected_VFD.index_select(0, batch.frame_videos_M)
         logits_MF = torch.einsum("md,mfd->mf", h_MD, frames_MFD) / self.tau
         return F.cross_entropy(logits_MF, batch.frame_target_ids_M, reduction="none")

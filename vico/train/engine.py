@@ -1,6 +1,7 @@
 """DeepSpeed: partitioning the model, backward, the optimizer step, and the full training state.
 
-This file and ds_config.py are the only ones that call it. The frozen backbone keeps its own type
+No other file calls its engine; ds_config.py reads its settings, and
+distributed/world.py connects its groups. The frozen backbone keeps its own type
 and the trainables are fp32, so DeepSpeed's bf16 and fp16 sections stay off. A fixed factor keeps
 small fp16 gradients from vanishing (`GRADIENT_SCALE`).
 """

@@ -213,7 +213,7 @@ def _end_epoch(run: Run, run_log: RunLog | None) -> None:
     if state.step % run.steps.steps_per_epoch == 0:
         after = with_empty_sums(after, config)
     _save(run, run_log, after, result)
-    vars(state).update(vars(after))  # last: a run that stops before this line evaluates again
+    state.assign(after)  # last: a run that stops before this line evaluates again
 
 
 def _save(

@@ -170,7 +170,8 @@ def _require_same(world: World, subject: str, own: dict[str, str], remedy: str) 
         return
     # 56 bits fit an int64. Only the digests are exchanged unless two of them differ.
     digest = int(digest_json(own, length=14), 16)
-    if world.max(digest) == -world.max(-digest):
+    largest, smallest = world.max(digest), -world.max(-digest)
+    if largest == smallest:
         return
     reports: list[tuple[str, dict[str, str]]] = world.gather_objects((host_name(), own))
     host_of_rank_0, values_of_rank_0 = reports[0]
