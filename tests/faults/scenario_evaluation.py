@@ -179,14 +179,14 @@ def _scores_alone(inputs: Inputs, question: Question) -> list[float]:
 
 def wrong_counts(evaluation: Evaluation, questions: list[Question]) -> str | None:
     """Compares with counts of single predictions."""
-    asked, right = Counter[str](), Counter[str]()
+    scored, right = Counter[str](), Counter[str]()
     for question, prediction in zip(questions, evaluation.predictions, strict=True):
         group = GROUPS[question.type]
-        asked[group] += 1
+        scored[group] += 1
         right[group] += prediction == question.answer
-    counts = {group: (right[group], number) for group, number in asked.items()}
+    counts = {group: (right[group], number) for group, number in scored.items()}
     n = len(questions)
-    accuracies = {group: right[group] / asked[group] for group in asked}
+    accuracies = {group: right[group] / scored[group] for group in scored}
     results = {"n": n, "n_total": n, "acc": sum(right.values()) / n, **accuracies}
     if evaluation.counts != counts or evaluation.results() != results:
         return f"counts {evaluation.counts} for {counts}"
