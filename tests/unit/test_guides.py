@@ -13,6 +13,63 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 FILE = re.compile(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|sh|sbatch|json|yaml|txt|md))`")
 FILES_OF_USERS = ("data/", "pretrained/", "demo/", "benchmarks/results/", "results/SUITE")
 EXAMPLES = ("myqa", "_NAME")  # files that a guide shows how to write
+ITEM = re.compile(r"^\d+\. \[.+?\]\((.+?)\)", re.MULTILINE)
+ITEM_AND_NAME = re.compile(r"^\d+\. \[.+?\]\((.+?)\): `([\w.]+)`", re.MULTILINE)
+
+# How one gets to each file of the step that the package's guide follows: (a file, what it says).
+# The caller is not always the file before it: train.sh is read twice, and work() is train.py's.
+WAY = {
+    "../launch/train.sh": [],
+    "../launch/start.py": [
+        ("../launch/train.sh", "/start.sh"),
+        ("../launch/start.sh", '"$here/start.py" "$script"'),
+    ],
+    "cli/main.py": [
+        ("../launch/start.py", "launch.main()"),
+        ("../launch/train.sh", "from vico.cli.main import console"),
+        ("../launch/train.sh", 'console(["train"'),
+    ],
+    "cli/train.py": [
+        ("cli/main.py", '"train": ("train"'),
+        ("cli/main.py", 'import_module(f"vico.cli.{module}").main(argv)'),
+    ],
+    "cli/with_world.py": [
+        ("cli/train.py", "from vico.cli.with_world import with_world"),
+        ("cli/train.py", "return with_world(line, work)"),
+    ],
+    "train/start.py": [
+        ("cli/with_world.py", "work(world)"),
+        ("cli/train.py", "from vico.train.start import start"),
+        ("cli/train.py", "run(start(config, world))"),
+    ],
+    "train/build.py": [
+        ("train/start.py", "from vico.train.build import"),
+        ("train/start.py", "read_inputs("),
+        ("train/start.py", "build_engine("),
+    ],
+    "train/loop.py": [
+        ("cli/train.py", "from vico.train.loop import run"),
+        ("train/loop.py", " _run_steps(run, run_log)"),
+    ],
+    "train/step.py": [
+        ("train/loop.py", "from vico.train.step import"),
+        ("train/loop.py", "train_step("),
+    ],
+    "model/vico.py": [
+        ("train/build.py", "from vico.model.vico import ViCo"),
+        ("train/step.py", "engine.forward("),
+        ("train/engine.py", "self._engine(batch)"),
+    ],
+    "model/llama.py": [
+        ("model/vico.py", "from vico.model.llama import"),
+        ("model/vico.py", "self.trunk("),
+    ],
+    "train/engine.py": [
+        ("train/step.py", "from vico.train.engine import Engine"),
+        ("train/step.py", "engine.step("),
+        ("train/engine.py", "self._engine.step()"),
+    ],
+}
 
 
 def headings(text: str) -> set[str]:
@@ -51,14 +108,24 @@ def test_named_files_exist(guide: str) -> None:
         assert any((root / name).exists() for root in roots), f"{guide}: {name}"
 
 
+def read_beside_the_package_guide(name: str) -> str:
+    return (ROOT / "vico" / name).read_text(encoding="utf-8")
+
+
 def test_the_step_can_be_followed() -> None:
     """Each file of the package's guide holds the function that the guide names first."""
-    guide = ROOT / "vico" / "README.md"
-    items = re.findall(
-        r"^\d+\. \[.+?\]\((.+?)\): `([\w.]+)`", guide.read_text("utf-8"), re.MULTILINE
-    )
+    items = ITEM_AND_NAME.findall(read_beside_the_package_guide("README.md"))
     assert len(items) >= 10
     for file, name in items:
-        code = (guide.parent / file).read_text(encoding="utf-8")
+        code = read_beside_the_package_guide(file)
         for part in name.split("."):
             assert re.search(rf"^ *(def|class) {part}\b", code, re.MULTILINE), f"{file}: {name}"
+
+
+def test_the_way_to_each_file() -> None:
+    """One gets from file to file as the guide says: each is imported and called on the way."""
+    files = ITEM.findall(read_beside_the_package_guide("README.md"))
+    assert files == list(WAY) and len(files) <= 12
+    for file, steps in WAY.items():
+        for caller, words in steps:
+            assert words in read_beside_the_package_guide(caller), f"{file}: {caller}: {words}"
