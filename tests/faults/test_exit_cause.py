@@ -1,7 +1,10 @@
 """Who says what ended a run: one line, by the rank that failed, with its phase and what helps."""
 
+import multiprocessing
 import os
 import signal
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,6 +136,19 @@ def test_a_killed_data_worker_is_one_line(toy: ToyData, tmp_path: Path) -> None:
         "exited unexpectedly"
     )
     assert expected in run.stderrs[0]
+
+
+def test_the_exit_of_a_worker_is_awaited() -> None:
+    """A killed worker breaks its connection to the rank before it counts as exited."""
+    worker = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    worker.start()
+    threading.Timer(0.3, worker.kill).start()
+    error = exit_cause._wait_for_worker_exit(ConnectionResetError())
+    assert str(error) == f"DataLoader worker (pid(s) {worker.pid}) exited unexpectedly"
+    assert exit_cause.KILLED_WORKER.search(str(error))
+    worker.join()
+    other = ConnectionResetError()
+    assert exit_cause._wait_for_worker_exit(other) is other
 
 
 IN_SMALL_SHARED_MEMORY = """

@@ -21,6 +21,7 @@ ranks notice a loss only when those that noticed it first have ended.
 """
 
 import json
+import multiprocessing.process
 import os
 import re
 import resource
@@ -44,8 +45,8 @@ EXIT_SECONDS = 0.7
 # After this time, EXIT_SECONDS included, the failed rank has published its cause.
 CAUSE_SECONDS = 2.0
 LINGER_SECONDS = 3.0
-# torch reports a killed data worker by a signal, shortly after the worker's silence is noticed.
-WORKER_SIGNAL_SECONDS = 1.0
+# A killed data worker breaks its connections a moment before its server reports its exit.
+WORKER_EXIT_SECONDS = 1.0
 KEY = "vico cause"
 RESUME_HINT = "rerun the same command to resume from the latest checkpoint"
 KILLED_WORKER = re.compile(
@@ -93,7 +94,7 @@ def report(world: World, error: Exception, debug: bool) -> int:
 
     Not a collective: other ranks may be gone.
     """
-    error = _wait_for_worker_signal(error)
+    error = _wait_for_worker_exit(error)
     if is_lost_peer(error) and not debug:
         return _on_peer_lost(world, error)
     cause = known_cause(error, world)
@@ -203,13 +204,25 @@ def _describe_loss(world: World, error: Exception, exited: list[str]) -> str:
 # ---- known causes ------------------------------------------------------------------------------
 
 
-def _wait_for_worker_signal(error: Exception) -> Exception:
-    """The error that torch raises for a killed data worker, where it follows `error`."""
-    if isinstance(error, EOFError | ConnectionError):
-        try:
-            time.sleep(WORKER_SIGNAL_SECONDS)
-        except RuntimeError as worker_error:
-            return worker_error
+def _wait_for_worker_exit(error: Exception) -> Exception:
+    """torch's error for a data worker that exited, where `error` is a connection that it broke.
+
+    torch looks once whether a worker has exited, which can be too early. It may also raise its
+    error by a signal.
+    """
+    if not isinstance(error, EOFError | ConnectionError):
+        return error
+    deadline = time.monotonic() + WORKER_EXIT_SECONDS
+    try:
+        while time.monotonic() < deadline:
+            # Not active_children(): it forgets a worker that has exited.
+            for worker in list(multiprocessing.process._children):  # type: ignore[attr-defined]
+                if worker.exitcode:
+                    ended = f"DataLoader worker (pid(s) {worker.pid}) exited unexpectedly"
+                    return RuntimeError(ended)
+            time.sleep(0.01)
+    except RuntimeError as worker_error:
+        return worker_error
     return error
 
 
