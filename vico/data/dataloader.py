@@ -13,8 +13,7 @@ import os
 import pickle
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.queues import Queue
 from multiprocessing.reduction import ForkingPickler
@@ -29,7 +28,6 @@ from vico.data.evaluation_batches import Chunk, EvaluationChunks
 from vico.distributed import signals
 
 PREFETCHED_BATCHES = 4  # per worker
-DEATH_SECONDS = 1.0  # between a worker's broken connection and its end
 SHARED_MEMORY = "/dev/shm"
 PRELOADED = [
     "torch",
@@ -63,16 +61,13 @@ def start_forkserver() -> None:
 
 def loader(
     dataset: TrainingSteps | EvaluationChunks, items: Any, num_workers: int, pin: bool
-) -> Iterator[Any]:
-    """The dataset's `items` in this order, prepared by `num_workers` processes (0: by the rank).
-
-    Raises RuntimeError, in torch's words, where a worker was killed.
-    """
+) -> DataLoader[Any]:
+    """The dataset's `items` in this order, prepared by `num_workers` processes (0: by the rank)."""
     if num_workers:
         start_forkserver()
         # At least as many as DataLoader makes (torch 2.13).
         _require_room_for_locks(12 + 3 * num_workers)
-    batches = DataLoader(
+    return DataLoader(
         dataset,
         sampler=items,
         batch_size=None,
@@ -82,30 +77,6 @@ def loader(
         worker_init_fn=_init_worker,
         multiprocessing_context="forkserver" if num_workers else None,
     )
-    return _name_dead_workers(iter(batches))
-
-
-def _name_dead_workers(batches: Iterator[Any]) -> Iterator[Any]:
-    """The same items. A worker that is killed can break its connection before torch sees it dead.
-
-    torch learns of it by polling only: workers are children of the server, not of the rank.
-    """
-    while True:
-        try:
-            item = next(batches)
-        except StopIteration:
-            return
-        except (EOFError, ConnectionError) as problem:
-            workers = getattr(batches, "_workers", [])
-            deadline = time.monotonic() + DEATH_SECONDS
-            while all(worker.is_alive() for worker in workers) and time.monotonic() < deadline:
-                time.sleep(0.01)
-            dead = [str(worker.pid) for worker in workers if not worker.is_alive()]
-            if not dead:
-                raise
-            message = f"DataLoader worker (pid(s) {', '.join(dead)}) exited unexpectedly"
-            raise RuntimeError(message) from problem
-        yield item
 
 
 def _require_room_for_locks(num_locks: int) -> None:
