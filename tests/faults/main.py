@@ -48,7 +48,7 @@ class Scenario(Protocol):
 
 def main(argv: list[str]) -> int:
     scenarios = [_load_scenario(name) for name in SCENARIOS]
-    flags = _make_parser(scenarios).parse(argv)
+    flags = _make_parser(scenarios).parse_args(argv)
     for name in flags.only or ():
         if name not in SCENARIOS:
             known = f"{nearest(name, SCENARIOS)}; there are {', '.join(SCENARIOS)}"

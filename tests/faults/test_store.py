@@ -137,7 +137,14 @@ def test_a_missing_checkpoint_is_noted(tmp_path: Path) -> None:
 
 def test_the_best_accuracy_is_that_of_the_run(tmp_path: Path) -> None:
     """A later, worse epoch does not replace the best one. Another run's accuracy does not count."""
-    progress = format.TrainState(step=3, questions_per_step=8, num_updates=3, best_accuracy=0.7)
+    progress = format.TrainState(
+        step=3,
+        questions_per_step=8,
+        num_updates=3,
+        best_accuracy=0.7,
+        epoch_loss_sums=[0.0, 0.0],
+        epoch_target_counts=[0, 0],
+    )
     write.save(
         tmp_path / "out" / "checkpoint-3",
         {},
@@ -150,6 +157,26 @@ def test_the_best_accuracy_is_that_of_the_run(tmp_path: Path) -> None:
         config = RunConfig(output_dir=tmp_path / folder)
         expected = replace(progress, best_accuracy=best)
         assert start_state(saved, 3, 8, config, {}) == expected
+
+
+def test_tasks_do_not_change_inside_an_epoch(tmp_path: Path) -> None:
+    """The log's line of an epoch has one loss per task. --allow_change permits the change."""
+    folder = tmp_path / "out" / "checkpoint-3"
+    state = format.TrainState(
+        step=3,
+        questions_per_step=8,
+        num_updates=3,
+        epoch_loss_sums=[5.0, 6.0],
+        epoch_target_counts=[7, 8],
+    )
+    write.save(folder, {}, {}, state, RunIdentity("", RunConfig().to_json(), {}))
+    saved = read_checkpoint(folder)
+    config = RunConfig(output_dir=tmp_path / "out", vaq=True, allow_change="vaq")
+    assert config.tasks == ("vqa", "cap", "vaq")
+    assert refusal(start_state, saved, 4, 8, config, {}).startswith(
+        f"{folder}: is inside an epoch with 2 task(s), and this run has 3; "
+    )
+    assert start_state(saved, 3, 8, config, {}).epoch_loss_sums == [0.0] * 3
 
 
 def test_a_missing_best_checkpoint_is_noted(tmp_path: Path) -> None:

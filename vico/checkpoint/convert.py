@@ -7,18 +7,18 @@ import safetensors.torch
 from torch import Tensor
 
 from vico.checkpoint import published
-from vico.checkpoint.read import read
+from vico.checkpoint.format import Checkpoint
 from vico.checkpoint.validate import GATE, require_finite
 from vico.errors import CheckpointError, UserError
 from vico.io.atomic import make_folder, write_bytes
 
 
-def convert_adapter(source: Path, target: Path) -> str:
+def convert_adapter(checkpoint: Checkpoint, target: Path) -> str:
     """ViCo's checkpoint (folder or .safetensors) to a published .pth, and a .pth to .safetensors.
 
     Returns a description of what was done. Raises UserError or DiskError.
     """
-    checkpoint = read(source)
+    source = checkpoint.path
     _check_adapter(checkpoint.weights, source)
     weights = published.in_published_order(checkpoint.weights)
     make_folder(target.parent)

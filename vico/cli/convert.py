@@ -13,6 +13,7 @@ from vico.io import log
 from vico.io.atomic import require_writable
 from vico.model.weights.convert import Layout, convert_weights
 from vico.model.weights.load import holds_weights
+from vico.train.resume import read_checkpoint
 
 HELP = """Convert SOURCE, by what it is:
   LLaMA weights of Meta (consolidated.*.pth)    -> a folder of Hugging Face's (config.json,
@@ -63,4 +64,4 @@ def convert(source: Path, target: Path, to: Layout | None = None, shards: int | 
         return convert_weights(source, target, to, shards)
     if to is not None or shards is not None:
         raise UserError(f"{source}: holds no LLaMA weights, and --to and --shards are for those")
-    return convert_adapter(source, target)
+    return convert_adapter(read_checkpoint(source), target)

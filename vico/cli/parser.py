@@ -8,7 +8,13 @@ from vico.errors import UserError, nearest, show
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError with one line, and names the nearest known flag."""
+    """An ArgumentParser that raises UserError with one line.
+
+    `parse` is for run settings: its lines begin with the flag, and name the nearest known one.
+    `parse_args` keeps argparse's own words, which the other commands have always printed.
+    """
+
+    _begins_with_flag = False
 
     @property
     def hint(self) -> str:
@@ -16,14 +22,16 @@ class OneLineParser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Read all of `argv`. Raises UserError for an unknown flag, word or invalid value."""
+        self._begins_with_flag = True
         namespace, unknown = self.parse_known_args(list(argv))
         if unknown:
             self.refuse_unknown(unknown)
         return namespace
 
     def error(self, message: str) -> NoReturn:
-        message = message.removeprefix("argument ")
-        message = message.replace("ignored explicit argument", "takes no value, but was given")
+        if self._begins_with_flag:
+            message = message.removeprefix("argument ")
+            message = message.replace("ignored explicit argument", "takes no value, but was given")
         raise UserError(f"{message} ({self.hint})")
 
     def refuse_unknown(self, unknown: Sequence[str]) -> NoReturn:

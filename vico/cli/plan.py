@@ -27,7 +27,7 @@ from vico.planner.request import (
 
 
 def main(argv: Sequence[str]) -> int:
-    flags = _parser().parse(argv)
+    flags = _parser().parse_args(argv)
     if flags.table:
         print(plan_text.table())
         return 0
@@ -175,12 +175,12 @@ def _share(text: str) -> float:
 
 def _request(flags: argparse.Namespace) -> PlanRequest:
     """Raises UserError for flags that contradict each other, or do not fit the model."""
+    hardware = _hardware(flags)
     if flags.quantize and flags.deepspeed not in (None, "zero2"):
         raise UserError(
             f"--quantize {flags.quantize}: is for ZeRO-2, and --deepspeed is {flags.deepspeed}; "
             "leave one out"
         )
-    hardware = _hardware(flags)
     model, config = named_config(flags.model)
     dataset = DATASETS[flags.dataset]
     lengths = TokenLengths(

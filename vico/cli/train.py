@@ -26,9 +26,9 @@ def main(argv: list[str]) -> int:
     output_dir = OutputDir(config.output_dir)
     is_rank_0 = os.environ.get("RANK", "0") == "0"
     if is_rank_0 and output_dir.has_run() and not config.only_evaluates:
-        # Before anything is read from it. A folder without a run is claimed when the first file is
-        # written.
-        for note in output_dir.claim():
+        # Before the ranks meet: a folder in use is reported at once. A folder without a run is
+        # locked when the first file is written.
+        for note in output_dir.lock():
             log.info(note)
 
     def work(world: "World") -> None:

@@ -58,7 +58,7 @@ def set_rank_variables(environment: MutableMapping[str, str] = os.environ) -> No
         return
     if f"{OPEN_MPI}SIZE" in environment:
         _set_from_mpi(environment)
-    elif "SLURM_STEP_ID" in environment and (slurm_allocation(environment).tasks or 1) > 1:
+    elif (slurm_allocation(environment).tasks or 1) > 1 and "SLURM_STEP_ID" in environment:
         _set_from_srun(environment)
 
 

@@ -21,16 +21,16 @@ class _LineHandler(logging.Handler):
 
 
 class _LineFormatter(logging.Formatter):
-    """Notes are plain; lines on stderr begin with "vico: "; ranks other than 0 name themselves."""
+    """Notes are plain. Lines on stderr begin with "vico: ", and ranks above 0 name themselves."""
 
     def format(self, record: logging.LogRecord) -> str:
         message = record.getMessage()
         if record.levelno >= logging.ERROR:
             return f"vico: error: {message}"
+        if record.levelno < logging.WARNING:
+            return message
         rank = os.environ.get("RANK", "0")
-        if rank != "0":
-            message = f"[rank {rank}] {message}"
-        return f"vico: {message}" if record.levelno >= logging.WARNING else message
+        return f"vico: {message}" if rank == "0" else f"vico: [rank {rank}] {message}"
 
 
 def _set_up() -> None:

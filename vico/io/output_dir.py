@@ -20,6 +20,7 @@ LOCK = ".vico-lock"
 _STEP_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 NO_LOCK = -1  # in place of a descriptor, on a file system without locks
 _locks: dict[Path, int] = {}  # open descriptors: a lock lives as long as its descriptor
+_repaired: set[Path] = set()  # folders that this process has claimed
 
 
 class OutputDir:
@@ -82,18 +83,28 @@ class OutputDir:
             ) from None
         return saved
 
-    def claim(self) -> list[str]:
-        """Become the folder's only writer and repair what a killed run left half-written.
+    def lock(self) -> list[str]:
+        """Become the folder's only writer, which creates the folder.
 
-        Creates the folder. Returns notes for the user; a second call changes nothing.
-        Raises InUseError naming the run that uses the folder, DiskError where it cannot write.
+        Returns notes for the user; a second call changes nothing. Raises InUseError naming the run
+        that uses the folder, DiskError where it cannot be written.
         """
         if self.path / LOCK in _locks:
             return []
         make_folder(self.path)
-        notes = _lock(self.path)
+        return _lock(self.path)
+
+    def claim(self) -> list[str]:
+        """Lock the folder, and repair what a killed run left half-written.
+
+        Returns and raises as `lock` does.
+        """
+        notes = self.lock()
+        if self.path in _repaired:
+            return notes
         if repaired := repair_folder(self.path):
             notes.append(f"{self.path}: a run was killed while it wrote; {', '.join(repaired)}")
+        _repaired.add(self.path)
         return notes
 
 

@@ -189,9 +189,10 @@ def _dry_run(run: Run) -> None:
 def _advance(state: TrainState, step: StepReport) -> None:
     state.step += 1
     state.num_updates += 1
-    for task, loss_sum in enumerate(step.loss_sums):
-        state.epoch_loss_sums[task] += loss_sum
-        state.epoch_target_counts[task] += step.target_counts[task]
+    sums = zip(state.epoch_loss_sums, step.loss_sums, strict=True)
+    counts = zip(state.epoch_target_counts, step.target_counts, strict=True)
+    state.epoch_loss_sums = [a + b for a, b in sums]
+    state.epoch_target_counts = [a + b for a, b in counts]
 
 
 def _end_epoch(run: Run, run_log: RunLog | None) -> None:

@@ -196,9 +196,27 @@ def start_state(
             f"and this run would have {questions_per_step}; choose ranks, --batch_size and "
             "--accum_iter with the same product"
         )
+    state = _with_sums_of(config, start, steps_per_epoch)
     if config.output_dir not in start.path.parents:  # another run's best is not this one's
-        return replace(start.state, best_accuracy=None)
-    return start.state
+        return replace(state, best_accuracy=None)
+    return state
+
+
+def _with_sums_of(config: RunConfig, start: Checkpoint, steps_per_epoch: int) -> TrainState:
+    """The state of `start` with a loss sum for each task of `config`.
+
+    --allow_change may change the tasks, but not inside an epoch: the log has one line for all of
+    its steps. Raises UserError there.
+    """
+    state = start.state
+    if len(state.epoch_loss_sums) == len(config.tasks):
+        return state
+    if state.step % steps_per_epoch == 0 and not state.evaluation_due:
+        return with_empty_sums(state, config)
+    raise UserError(
+        f"{start.path}: is inside an epoch with {len(state.epoch_loss_sums)} task(s), and this run "
+        f"has {len(config.tasks)}; change the tasks from a checkpoint at the end of an epoch"
+    )
 
 
 def with_empty_sums(state: TrainState, config: RunConfig) -> TrainState:

@@ -8,6 +8,7 @@ from vico.checkpoint.write import RunIdentity
 from vico.data.batching import TrainingSteps
 from vico.data.dataloader import start_forkserver
 from vico.distributed.world import World
+from vico.io import log
 from vico.io.failpoints import reached
 from vico.io.output_dir import OutputDir
 from vico.model.vico import initial_trainables
@@ -59,6 +60,8 @@ def start(config: RunConfig, world: World) -> Run:
 
     Raises UserError, on all ranks, for bad input.
     """
+    output_dir = OutputDir(config.output_dir)
+    _claim(output_dir, world)
     require_same_files(world, config)
     world.set_phase("reading the inputs")
     if config.num_workers:
@@ -85,9 +88,16 @@ def start(config: RunConfig, world: World) -> Run:
     if checkpoint is not None and checkpoint.moments is not None:
         engine.set_moments(checkpoint.moments, state.num_updates)
     identity = RunIdentity(found.run_id, config.to_json(), fingerprints)
-    output_dir = OutputDir(config.output_dir)
     from_scratch = checkpoint is None
     return Run(config, world, output_dir, inputs, engine, steps, state, identity, from_scratch)
+
+
+def _claim(output_dir: OutputDir, world: World) -> None:
+    """Claim the folder on rank 0 where it holds a run, before anything is read from it."""
+    with world.raise_together():
+        if world.is_main and output_dir.has_run():
+            for note in output_dir.claim():
+                log.info(note)
 
 
 def _training_steps(config: RunConfig, inputs: Inputs, world: World) -> TrainingSteps:
