@@ -232,7 +232,7 @@ def test_peak_growth() -> None:
     ("words", "message"),
     [
         ([], "the following arguments are required: suite"),
-        (["disk"], "suite: invalid choice: 'disk'"),
+        (["disk"], "argument suite: invalid choice: 'disk'"),
         (["cpu", "--bogus"], "unknown flag --bogus; did you mean"),
         (["cpu", "--data_path", "data"], "--data_path needs --tokenizer"),
     ],
