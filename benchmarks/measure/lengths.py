@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paths import LENGTHS
-from vico.cli.parser import OneLineParser
+from vico.cli.parser import SettingsParser
 from vico.data.datasets import read_questions
 from vico.data.prompts import Prompts
 from vico.data.tokenizer import Tokenizer
@@ -97,7 +97,7 @@ def _answer_tokens(sequence: TokenSequence) -> tuple[int, ...]:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = OneLineParser(prog="benchmarks.measure.lengths", description=__doc__)
+    parser = SettingsParser(prog="benchmarks.measure.lengths", description=__doc__)
     parser.add_argument("--data_path", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--split", default="val")

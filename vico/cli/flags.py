@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vico.cli.parser import OneLineParser
+from vico.cli.parser import SettingsParser
 from vico.errors import UserError, show
 from vico.io.text import read_text
 from vico.train.config import (
@@ -75,9 +75,9 @@ def parse_with_checkpoint(argv: Sequence[str], command: str, description: str) -
     return line
 
 
-def make_parser(command: str, description: str) -> OneLineParser:
+def make_parser(command: str, description: str) -> SettingsParser:
     """A parser of RunConfig's fields. A flag that is not given has no value, not the default."""
-    parser = OneLineParser(
+    parser = SettingsParser(
         prog=command,
         description=description,
         allow_abbrev=False,
@@ -96,7 +96,7 @@ def make_parser(command: str, description: str) -> OneLineParser:
     return parser
 
 
-def _add_settings(parser: OneLineParser) -> None:
+def _add_settings(parser: SettingsParser) -> None:
     hints = typing.get_type_hints(RunConfig, include_extras=True)
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(RunConfig):
@@ -116,7 +116,7 @@ def _add_settings(parser: OneLineParser) -> None:
         )
 
 
-def _add_retired(parser: OneLineParser) -> None:
+def _add_retired(parser: SettingsParser) -> None:
     group = parser.add_argument_group(
         "launcher and retired flags", "accepted so that published commands run unchanged"
     )

@@ -8,30 +8,13 @@ from vico.errors import UserError, nearest, show
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError with one line.
-
-    `parse` is for run settings: its lines begin with the flag, and name the nearest known one.
-    `parse_args` keeps argparse's own words, which the other commands have always printed.
-    """
-
-    _begins_with_flag = False
+    """An ArgumentParser that raises UserError with one line, in argparse's own words."""
 
     @property
     def hint(self) -> str:
         return f"see {self.prog} --help"
 
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Read all of `argv`. Raises UserError for an unknown flag, word or invalid value."""
-        self._begins_with_flag = True
-        namespace, unknown = self.parse_known_args(list(argv))
-        if unknown:
-            self.refuse_unknown(unknown)
-        return namespace
-
     def error(self, message: str) -> NoReturn:
-        if self._begins_with_flag:
-            message = message.removeprefix("argument ")
-            message = message.replace("ignored explicit argument", "takes no value, but was given")
         raise UserError(f"{message} ({self.hint})")
 
     def refuse_unknown(self, unknown: Sequence[str]) -> NoReturn:
@@ -45,6 +28,21 @@ class OneLineParser(argparse.ArgumentParser):
             f"unexpected word {show(unknown[0])}: a value follows a --flag, "
             f"and switches take none; {self.hint}"
         )
+
+
+class SettingsParser(OneLineParser):
+    """A parser of run settings: its lines begin with the flag, and name the nearest known one."""
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Read all of `argv`. Raises UserError for an unknown flag, word or invalid value."""
+        namespace, unknown = self.parse_known_args(list(argv))
+        if unknown:
+            self.refuse_unknown(unknown)
+        return namespace
+
+    def error(self, message: str) -> NoReturn:
+        message = message.removeprefix("argument ")
+        super().error(message.replace("ignored explicit argument", "takes no value, but was given"))
 
 
 def bounded_float(text: str, minimum: float, maximum: float = 1e15) -> float:
