@@ -3,7 +3,6 @@
 benchmarks/README.md explains the suites.
 """
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ if __name__ == "__main__" and not __package__:
 
 from benchmarks.paths import RESULTS
 from vico.cli.parser import OneLineParser
+from vico.distributed import launcher_env
 from vico.errors import UserError, one_line
 from vico.io import log
 
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if launcher_env.is_rank_0():
             log.error(one_line(str(error)))
         else:
             # Launchers end all ranks as soon as one has ended; rank 0 must print its line first.

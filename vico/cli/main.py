@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"vico: {stop.line}", flush=True)
         return stop.exit_code
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if launcher_env.is_rank_0():
             log.warning("stopped by Ctrl-C; rerun the same command to resume")
         os._exit(INTERRUPTED)  # at once: a collective would wait for ranks that may be gone
 

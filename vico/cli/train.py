@@ -1,11 +1,10 @@
 """`vico train`: train, or resume the run in OUTPUT_DIR; with --resume and --init_eval, evaluate."""
 
-import os
 from typing import TYPE_CHECKING
 
 from vico.cli.flags import parse
 from vico.cli.with_world import with_world
-from vico.distributed import signals
+from vico.distributed import launcher_env, signals
 from vico.io import log
 from vico.io.output_dir import OutputDir
 
@@ -24,8 +23,7 @@ def main(argv: list[str]) -> int:
     line = parse(argv, "vico train", DESCRIPTION)
     config = line.resolve()
     output_dir = OutputDir(config.output_dir)
-    is_rank_0 = os.environ.get("RANK", "0") == "0"
-    if is_rank_0 and output_dir.has_run() and not config.only_evaluates:
+    if launcher_env.is_rank_0() and output_dir.has_run() and not config.only_evaluates:
         # Before the ranks meet: a folder in use is reported at once. A folder without a run is
         # locked when the first file is written.
         for note in output_dir.lock():

@@ -76,9 +76,8 @@ def report_error(error: UserError, debug: bool) -> int:
     Returns the exit code. The other ranks wait a moment first.
     """
     signals.restore_default_handlers()
-    is_rank_0 = os.environ.get("RANK", "0") == "0"
     is_first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"
-    if is_rank_0 or (isinstance(error, UnreachableError) and is_first_of_host):
+    if launcher_env.is_rank_0() or (isinstance(error, UnreachableError) and is_first_of_host):
         if debug:
             traceback.print_exception(error)
         lines = [str(error), *error.rows]

@@ -25,6 +25,11 @@ LAUNCH_HINT = (
 )
 
 
+def is_rank_0() -> bool:
+    """Whether this process prints and writes. True before a launcher has set variables."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @dataclass(frozen=True)
 class SlurmAllocation:
     """What SLURM started. None: unknown, or not started by SLURM."""
