@@ -12,6 +12,7 @@ from support.toy_dataset import ToyData
 from support.training_steps import config_of, training_steps
 from vico.distributed.world import World
 from vico.errors import TrainingError
+from vico.model.batch import PackedBatch
 from vico.model.vico import initial_trainables
 from vico.train.build import build_engine, read_inputs
 from vico.train.engine import Engine
@@ -72,7 +73,11 @@ def added_to_losses(engine: Engine, value: float) -> Iterator[None]:
     """Only the first micro-batch's losses get `value`, which no gradient shows."""
     values = iter((value, 0.0))
     forward = engine.forward
-    engine.forward = lambda batch: forward(batch) + torch.tensor(next(values))  # type: ignore[method-assign]
+
+    def forward_plus(batch: PackedBatch) -> Tensor:
+        return forward(batch) + torch.tensor(next(values))
+
+    engine.forward = forward_plus  # type: ignore[method-assign]
     yield
     engine.forward = forward  # type: ignore[method-assign]
 

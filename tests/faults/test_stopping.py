@@ -1,6 +1,7 @@
 """A run that a signal stops saves, and resumes to the bits of an undisturbed run."""
 
 import contextlib
+import functools
 import os
 import pty
 import signal
@@ -21,6 +22,10 @@ from faults.interrupted import (
 )
 from support.processes import ROOT, Processes, base_environment, run_command, succeeds
 from support.toy_dataset import ToyData
+
+
+def _has_done(out: Path, steps: int) -> bool:
+    return steps_done(out) >= steps
 
 
 @pytest.mark.parametrize(
@@ -63,7 +68,7 @@ def test_a_signal_loses_no_step(
                 process.send_signal(number)
 
     for target in (1, 3):
-        run = interrupt(command, 2, lambda t=target: steps_done(out) >= t, send)  # type: ignore[misc]
+        run = interrupt(command, 2, functools.partial(_has_done, out, target), send)
         assert run.codes == [code, code], run.output
         assert "Traceback" not in run.output
         assert r"\xf6ut/checkpoint-" in run.stdouts[0]
