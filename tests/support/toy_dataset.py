@@ -10,7 +10,8 @@ from typing import Any
 import sentencepiece
 import torch
 
-from reference import oracle, oracle_files
+from reference import oracle_files
+from reference.oracle_sequences import Question
 
 WORDS = (
     "man woman dog ball red blue table kitchen run jump sit hold "
@@ -125,14 +126,14 @@ class ToyData:
         data = str(self.folder / "data")
         return ["--llama_model_path", str(self.llama), "--data_path", data, *settings]
 
-    def items(self, split: str) -> list[oracle.Question]:
+    def items(self, split: str) -> list[Question]:
         """The rows as the oracle takes them, captions whole."""
         items = []
         for row in self.rows[split]:
-            options = tuple(row[f"a{k}"] for k in range(5))
+            options = [row[f"a{k}"] for k in range(5)]
             video, answer = row["video"], int(row["answer"])
             features, caption = self.features[video], self.captions[video]
-            items.append(oracle.Question(row["question"], options, answer, features, caption))
+            items.append(Question(row["question"], options, answer, features, caption))
         return items
 
 
