@@ -5,11 +5,14 @@ command, `end` records its exit code (VICO_EXIT_CODE) and writes OUTPUT_DIR/resu
 printed when all elements of the array have ended.
 """
 
+import contextlib
 import csv
+import fcntl
 import json
 import os
 import sys
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from vico.io.atomic import make_folder, write_text  # noqa: E402
 from vico.train import config as configs  # noqa: E402
 
 EXIT_CODE = "exit_code"  # a file beside a run's files: how its last start ended
+RESULTS, LOCK = "results.tsv", ".results-lock"  # in the folder of all runs
 YES, NO = ("true", "yes", "1"), ("false", "no", "0")
 SEPARATOR_HINT = "a .tsv file has tabs between columns, others commas"
 
@@ -148,13 +152,29 @@ def write_results(rows: list[Row], base: Path) -> None:
     """Write results.tsv; print it when all rows, or all elements of the array, have ended."""
     results = [result(row, base / row.name) for row in rows]
     lines = [list(results[0]), *(list(values.values()) for values in results)]
-    path = base / "results.tsv"
+    path = base / RESULTS
     write_text(path, "".join("\t".join(line) + "\n" for line in lines))
     num_ended = sum(values["status"] != "not ended" for values in results)
     num_started = int(os.environ.get("SLURM_ARRAY_TASK_COUNT", "1"))
     log.info(f"{num_ended} of {len(rows)} rows have ended: {path}")
     if num_ended >= min(num_started, len(rows)):
         print("\n".join(_align(lines)), flush=True)
+
+
+@contextlib.contextmanager
+def one_at_a_time(base: Path) -> Iterator[None]:
+    """Wait until no other run records its end.
+
+    Two runs that end in one moment would both be the last, or write results.tsv without the other.
+    A POSIX lock: network file systems pass it on to other nodes.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    with open(os.open(base / LOCK, flags, 0o666), "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError as error:
+            log.info(f"{base}: cannot be locked ({error.strerror}); {RESULTS} may miss a run")
+        yield
 
 
 def _align(lines: list[list[str]]) -> list[str]:
@@ -178,8 +198,9 @@ def main(action: str, number: str, table: str, flags: list[str]) -> None:
 
     def end(code: str) -> None:
         make_folder(exit_code.parent)
-        write_text(exit_code, code + "\n")
-        write_results(rows, base)
+        with one_at_a_time(base):
+            write_text(exit_code, code + "\n")
+            write_results(rows, base)
 
     if action == "start":
         exit_code.unlink(missing_ok=True)
