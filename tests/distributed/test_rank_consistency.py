@@ -9,10 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from support.checkpoints import SHAPES, random_state
 from support.processes import PYTHONPATH, ROOT, start
 from support.toy_dataset import ToyData
+from vico.checkpoint.format import WEIGHTS, TrainState
+from vico.checkpoint.write import RunIdentity, save
+from vico.train.config import RunConfig
 
+OLD_FORMAT = {"_use_new_zipfile_serialization": False}
 TIMEOUT_SECONDS = 120.0
 REFUSED_WITHIN_SECONDS = 60.0  # a start on a busy machine takes up to 30
 DEEPSPEED_OP = "deepspeed_shm_comm"
@@ -47,7 +53,11 @@ from vico.distributed import world as dist
 from vico.errors import UserError
 from vico.train import rank_consistency
 from vico.train.config import RunConfig
-from vico.train.rank_consistency import require_same_code, require_same_files
+from vico.train.rank_consistency import (
+    require_same_code, require_same_files, require_same_start
+)
+from vico.train.resume import read_checkpoint
+from vico.train.start import start
 
 base = Path(sys.argv[1])
 world = dist.connect(timedelta(minutes=2))
@@ -60,9 +70,9 @@ def check(name, function, *arguments):
     except UserError as error:
         results[name] = str(error)
 
-def config(data="data", out=base / "out"):
-    llama = base / "llama"
-    return RunConfig(llama_model_path=llama, model="tiny", data_path=base / data, output_dir=out)
+def config(data="data", out=base / "out", **more):
+    paths = dict(llama_model_path=base / "llama", data_path=base / data, output_dir=out)
+    return RunConfig(model="tiny", **paths, **more)
 
 check("same", require_same_code, {"seed": 1})
 check("settings", require_same_code, {"seed": world.rank, "blr": 0.1})
@@ -82,6 +92,11 @@ rank_consistency.VISIBILITY_SECONDS = 2
 begin = time.monotonic()
 check("output", require_same_files, config(out=Path("apart")))
 results["output after"] = time.monotonic() - begin
+
+ready = dict(num_workers=0, precision="fp32", max_seq_len=256)
+check("start", lambda world, config: start(config, world), config(out=Path("starts"), **ready))
+published = read_checkpoint(Path("published.pth"))
+check("older .pth", require_same_start, published, (), {})
 
 from deepspeed.utils import groups
 clone = groups._clone_world_group()
@@ -110,6 +125,29 @@ def make_hosts(folder: Path, toy: ToyData) -> None:
     for name in ("host0/late", "host1/late-hidden", "host0/apart"):
         (folder / name / "checkpoint-7").mkdir(parents=True)
         (folder / name / "args.json").write_text("{}")
+    for host in ("host0", "host1"):
+        make_starts(folder / host)
+
+
+def make_starts(host: Path) -> None:
+    """A run with two checkpoints, of which host1 has the newer one damaged, and a large old .pth.
+
+    The .pth differs in its middle.
+    """
+    config = RunConfig(model="tiny", num_workers=0, precision="fp32", max_seq_len=256)
+    run = RunIdentity("a run", config.to_json(), {})
+    weights, moments = random_state(SHAPES, 0)
+    (host / "starts").mkdir()
+    (host / "starts" / "args.json").write_text(json.dumps({**config.to_json(), "run": "a run"}))
+    for step in (2, 4):
+        state = TrainState(step=step, questions_per_step=16, num_updates=step)
+        save(host / "starts" / f"checkpoint-{step}", weights, moments, state, run)
+    middle = torch.zeros(2**18)
+    if host.name == "host1":
+        middle[2**17] = 1
+        path = host / "starts" / "checkpoint-4" / WEIGHTS
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    torch.save({"model": {"a": middle}}, host / "published.pth", **OLD_FORMAT)
 
 
 def test_differences_are_refused(
@@ -130,6 +168,7 @@ def test_differences_are_refused(
     results = json.loads(run.stdouts[0].splitlines()[-1])
     check_refusals(results)
     check_late_files(results, run.stderrs[1])
+    check_starts(results)
     assert 2 < results["gave up after"] < 8
 
 
@@ -139,6 +178,16 @@ def check_refusals(results: dict[str, Any]) -> None:
     assert "--seed: 0 -> 1; give every rank" in results["settings"]
     assert "the ranks have different files: " in results["files"]
     assert "val.csv: " in results["files"]
+
+
+def check_starts(results: dict[str, Any]) -> None:
+    """What a rank falls back to, and a file of which only the middle differs."""
+    damaged = f"passed over: starts/checkpoint-4/{WEIGHTS}: damaged"
+    assert results["start"].startswith("the ranks have different starting points: ")
+    assert "start: starts/checkpoint-4 (step 4, digest " in results["start"]
+    assert "-> starts/checkpoint-2 (step 2, digest " in results["start"]
+    assert damaged in results["start"]
+    assert "start: published.pth (step 0, digest " in results["older .pth"]
 
 
 def check_late_files(results: dict[str, Any], stderr_of_rank_1: str) -> None:

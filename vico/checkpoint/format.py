@@ -56,6 +56,7 @@ class Checkpoint:
     state: TrainState = field(default_factory=TrainState)
     settings: dict[str, Any] = field(default_factory=dict)  # of the run that wrote it
     fingerprints: dict[str, str] = field(default_factory=dict)  # of its backbone and data
+    digest: str = ""  # of the whole file, or of the whole folder by its state.json
     published: bool = False  # a .pth file of the published code
     published_optimizer: PublishedOptimizer | None = None
     notes: tuple[str, ...] = ()

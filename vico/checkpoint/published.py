@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vico.checkpoint.format import MOMENTS, Checkpoint, PublishedOptimizer
 from vico.errors import CheckpointError, show
+from vico.io.digest import digest_files
 from vico.io.safe_load import is_float_tensor, load_tensors
 
 # These come before the gates of the layers.
@@ -50,6 +51,7 @@ def read(path: Path) -> Checkpoint:
         path,
         weights,
         settings=_plain_settings(content.get("args")),
+        digest=digest_files([path]),
         published=True,
         published_optimizer=_optimizer(content, path),
     )

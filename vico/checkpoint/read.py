@@ -26,7 +26,7 @@ from vico.checkpoint.format import (
 )
 from vico.errors import CheckpointError, show
 from vico.io.atomic import read_bytes
-from vico.io.digest import digest_bytes
+from vico.io.digest import digest_bytes, digest_json
 from vico.io.output_dir import OutputDir, step_of
 from vico.io.text import as_object, parse_json, read_text
 
@@ -44,7 +44,8 @@ def read(path: Path, run: str = "") -> Checkpoint:
     if path.is_dir():
         return _read_folder(path, run)
     if path.suffix == ".safetensors":
-        return Checkpoint(path, _read_safetensors(path))
+        weights, digest = _read_safetensors(path)
+        return Checkpoint(path, weights, digest=digest)
     return published.read(path)
 
 
@@ -65,10 +66,12 @@ def _read_folder(path: Path, run: str) -> Checkpoint:
         raise CheckpointError(
             f"{path}: holds '{extra[0]}', which is no part of a checkpoint; move it away"
         )
-    weights = _read_safetensors(path / WEIGHTS, record["files"][WEIGHTS])
-    moments = _read_safetensors(path / OPTIMIZER, record["files"][OPTIMIZER])
+    weights, _ = _read_safetensors(path / WEIGHTS, record["files"][WEIGHTS])
+    moments, _ = _read_safetensors(path / OPTIMIZER, record["files"][OPTIMIZER])
     fingerprints = dict(record.get("fingerprints", {}))
-    return Checkpoint(path, weights, moments, state, record["settings"], fingerprints)
+    # The record holds the digests of the two files, which have just been compared.
+    digest = digest_json(record)
+    return Checkpoint(path, weights, moments, state, record["settings"], fingerprints, digest)
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -142,8 +145,10 @@ def _wrong_entries(sections: Mapping[str, Any]) -> list[str]:
     return wrong + [name for name, value in fingerprints.items() if not isinstance(value, str)]
 
 
-def _read_safetensors(path: Path, recorded: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-    """The tensors of a file.
+def _read_safetensors(
+    path: Path, recorded: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a file, and the sha256 of its bytes.
 
     `recorded`: its size and sha256. They are checked on the same bytes that are then parsed.
     """
@@ -151,18 +156,19 @@ def _read_safetensors(path: Path, recorded: Mapping[str, Any] | None = None) -> 
         data = read_bytes(path)
     except OSError as error:
         raise CheckpointError(f"{path}: damaged ({error.strerror}); {REMEDY}") from None
-    fault = "" if recorded is None else _difference(data, recorded)
+    digest = digest_bytes(data)
+    fault = "" if recorded is None else _difference(len(data), digest, recorded)
     if not fault:
         try:
-            return safetensors.torch.load(data)
+            return safetensors.torch.load(data), digest
         except SafetensorError as error:
             fault = str(error)
     raise CheckpointError(f"{path}: damaged ({fault}); {REMEDY}")
 
 
-def _difference(data: bytes, recorded: Mapping[str, Any]) -> str:
-    if len(data) != recorded.get("bytes"):
-        return f"{len(data)} of {show(recorded.get('bytes'))} bytes"
-    if digest_bytes(data) != recorded.get("sha256"):
+def _difference(num_bytes: int, digest: str, recorded: Mapping[str, Any]) -> str:
+    if num_bytes != recorded.get("bytes"):
+        return f"{num_bytes} of {show(recorded.get('bytes'))} bytes"
+    if digest != recorded.get("sha256"):
         return "its sha256 is not the recorded one"
     return ""

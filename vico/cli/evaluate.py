@@ -50,14 +50,11 @@ def evaluate_checkpoint(
     config: RunConfig, checkpoint: "Checkpoint", world: "World", notes: Sequence[str] = ()
 ) -> None:
     """Score config.split, print the accuracies, write the predictions. A collective."""
-    from vico.train.build import build_engine, fit, read_inputs
+    from vico.train.build import build_engine
     from vico.train.evaluate import evaluate, report
+    from vico.train.start import open_evaluation
 
-    with world.raise_together():
-        inputs = read_inputs(config, (config.split,), world)
-        checkpoint = fit(checkpoint, inputs)
-    if world.is_main:
-        inputs.cache.flush()
+    inputs, checkpoint = open_evaluation(config, checkpoint, world)
     for note in (*notes, *checkpoint.notes, *inputs.notes):
         world.print_rank0(note)
     engine = build_engine(config, inputs, checkpoint.weights, world)

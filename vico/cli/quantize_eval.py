@@ -110,12 +110,11 @@ def _evaluate(checkpoint: "Checkpoint", config: RunConfig, world: "World") -> "E
 
     import torch
 
-    from vico.train.build import build_engine, fit, read_inputs
+    from vico.train.build import build_engine
     from vico.train.evaluate import evaluate
+    from vico.train.start import open_evaluation
 
-    with world.raise_together():
-        inputs = read_inputs(config, (config.split,), world)
-        checkpoint = fit(checkpoint, inputs)
+    inputs, checkpoint = open_evaluation(config, checkpoint, world)
     engine = build_engine(config, inputs, checkpoint.weights, world)
     kind = config.quantize or config.precision
     world.print_rank0(f"linear layers in {kind}, {inputs.stage}")

@@ -6,10 +6,12 @@ Checkpoints and the user's cache store these values: the digest of a given input
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 FULL_LENGTH = 64
+CHUNK_BYTES = 1 << 24  # of a file in memory at a time
 SHORT_LENGTH = 8  # enough to tell two versions of a file apart in a message
 
 
@@ -37,4 +39,10 @@ def digest_json(value: object, length: int = FULL_LENGTH, sort_keys: bool = True
 
 def digest_files(paths: Iterable[Path], length: int = FULL_LENGTH) -> str:
     """The digest of the contents of all files joined. Raises OSError."""
-    return digest_chunks((path.read_bytes() for path in paths), length)
+    return digest_chunks(chain.from_iterable(map(_read_chunks, paths)), length)
+
+
+def _read_chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk

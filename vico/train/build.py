@@ -51,6 +51,12 @@ class Inputs:
     notes: tuple[str, ...]
     cache: FileCache  # to be flushed once all ranks agree that nothing is wrong
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many questions of each split are used, and how many captions."""
+        used = {f"{split} questions": len(q) for split, q in self.questions.items()}
+        return {**used, "captions": len(self.captions)}
+
 
 def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inputs:
     """Open and check every file of a run; nothing is computed yet. Raises UserError.

@@ -8,13 +8,14 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vico.checkpoint.format import Checkpoint
 from vico.distributed.launcher_env import host_name
 from vico.distributed.world import World
 from vico.errors import UserError
@@ -72,6 +73,27 @@ def require_same_files(world: World, config: RunConfig) -> None:
     _require_same(world, "files", inputs, "copy them again, or use a folder that all hosts share")
     remedy = "--output_dir must be a folder that all hosts share"
     _require_same(world, "checkpoints", _output_state(OutputDir(config.output_dir)), remedy)
+
+
+def require_same_start(
+    world: World, checkpoint: Checkpoint | None, notes: Sequence[str], counts: Mapping[str, int]
+) -> None:
+    """Compare what each rank has decided from the files it sees. A collective of all ranks.
+
+    Where a rank finds the newest checkpoint damaged, it would go on from an older one, and the
+    others would not know. `notes`: why a rank passed over others; `counts`: of questions, by name.
+    Raises UserError, the same on every rank, naming the hosts that differ from rank 0's.
+    """
+    start = "a new run"
+    if checkpoint is not None:
+        position = f"step {checkpoint.state.step}, digest {checkpoint.digest[:SHORT_LENGTH]}"
+        start = "; ".join([f"{checkpoint.path} ({position})", *notes])
+    own = {"start": start, **{name: str(count) for name, count in counts.items()}}
+    remedy = (
+        "all ranks must read the same checkpoint and questions: use folders that all hosts share, "
+        "and remove or copy again what is damaged"
+    )
+    _require_same(world, "starting points", own, remedy)
 
 
 def _output_state(output_dir: OutputDir) -> dict[str, str]:

@@ -16,7 +16,7 @@ from vico.train.build import Inputs, build_engine, fit, read_inputs
 from vico.train.config import RunConfig
 from vico.train.engine import Engine
 from vico.train.optim import learning_rate, peak_learning_rate
-from vico.train.rank_consistency import require_same_files
+from vico.train.rank_consistency import require_same_files, require_same_start
 from vico.train.resume import find_start, start_state
 
 
@@ -73,6 +73,7 @@ def start(config: RunConfig, world: World) -> Run:
         inputs = read_inputs(config, splits, world)
         reached("inputs")
         checkpoint = fit(found.checkpoint, inputs) if found.checkpoint else None
+    require_same_start(world, checkpoint, found.notes, inputs.counts)
     if world.is_main:
         inputs.cache.flush()
     for note in (*found.notes, *inputs.notes, *(checkpoint.notes if checkpoint else ())):
@@ -90,6 +91,22 @@ def start(config: RunConfig, world: World) -> Run:
     identity = RunIdentity(found.run_id, config.to_json(), fingerprints)
     from_scratch = checkpoint is None
     return Run(config, world, output_dir, inputs, engine, steps, state, identity, from_scratch)
+
+
+def open_evaluation(
+    config: RunConfig, checkpoint: Checkpoint, world: World
+) -> tuple[Inputs, Checkpoint]:
+    """The checked files of config.split, and `checkpoint` with this model's tensors. A collective.
+
+    Raises UserError, on all ranks, for bad input.
+    """
+    with world.raise_together():
+        inputs = read_inputs(config, (config.split,), world)
+        checkpoint = fit(checkpoint, inputs)
+    require_same_start(world, checkpoint, (), inputs.counts)
+    if world.is_main:
+        inputs.cache.flush()
+    return inputs, checkpoint
 
 
 def _claim(output_dir: OutputDir, world: World) -> None:
