@@ -2,7 +2,7 @@
 
 from itertools import chain, combinations
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vico.data.bin_packing import best_fill, first_fit, greedy_balance
@@ -34,6 +34,7 @@ FEW_SIZES = st.lists(st.integers(1, 60), min_size=1, max_size=7)
 
 
 @given(FEW_SIZES, st.integers(1, 4), st.none() | st.integers(20, 150))
+@example([7, 20, 10, 8, 9, 5], 3, 32)  # 20 + 7 + 5, though 27 is 10 + 9 + 8 first
 def test_best_fill(sizes: list[int], max_items: int, budget: int | None) -> None:
     chosen = best_fill(sizes, max_items, budget)
     assert len(set(chosen)) == len(chosen) and 1 <= len(chosen) <= max_items

@@ -49,9 +49,8 @@ def best_fill(sizes: Sequence[int], max_items: int, budget: int | None) -> list[
     """At most `max_items` items whose total comes as close to `budget` as it may.
 
     Without a budget, the largest items. If the largest item exceeds the budget, it alone.
-    Otherwise a subset sum by dynamic programming: `subset_of` keeps one subset per total, the
-    first one found. With `max_items` that can miss the best total by a little, which does not
-    matter here.
+    Otherwise a subset sum by dynamic programming: `subset_of` keeps one subset per total, of the
+    fewest items. So a total that `max_items` items can reach is always found.
     """
     by_size = _largest_first(sizes)
     if budget is None:
@@ -63,8 +62,10 @@ def best_fill(sizes: Sequence[int], max_items: int, budget: int | None) -> list[
     for item in by_size:
         for total, subset in list(subset_of.items()):
             new_total = total + sizes[item]
-            fits = new_total <= budget and len(subset) < max_items
-            if fits and new_total not in subset_of:
+            if new_total > budget or len(subset) == max_items:
+                continue
+            known = subset_of.get(new_total)
+            if known is None or len(subset) + 1 < len(known):
                 subset_of[new_total] = (*subset, item)
     best_total = max(subset_of)
     return list(subset_of[best_total])
