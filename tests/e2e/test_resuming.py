@@ -50,7 +50,9 @@ def test_a_run_cut_in_two_is_the_run(
     # How often is saved changes nothing else.
     saving = "--save_steps 1 --save_total_limit 2 --save_legacy".split()
     whole, cut = Run(tmp_path / "whole"), Run(tmp_path / "cut")
-    succeeds("train", *flags, "--output_dir", str(whole.folder), ranks=ranks)
+    no_limit = ["--save_total_limit", "0"]
+    succeeds("train", *flags, *no_limit, "--output_dir", str(whole.folder), ranks=ranks)
+    assert len(list(whole.folder.glob("checkpoint-*"))) == 2, "one of each epoch"
     in_two = ["train", *flags, *saving, "--output_dir", str(cut.folder)]
     succeeds(*in_two, "--max_steps", "4", ranks=ranks)
     assert "resuming from step 4" in succeeds(*in_two, ranks=ranks).stdouts[0]

@@ -2,41 +2,23 @@
 
 import dataclasses
 import json
-import shlex
 import typing
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vico.cli.flags import RETIRED, CommandLine, make_parser, parse
+from support.command_line import error_of, parse_line, recipe
+from vico.cli.flags import RETIRED, make_parser, parse
 from vico.cli.main import main
 from vico.errors import UserError
 from vico.train import config as configs
-from vico.train.config import NOT_IDENTITY, RunConfig, settings_from
-from vico.train.resume import differences, refuse_changes
+from vico.train.config import RunConfig
 
 RULES = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-
-def parse_line(line: str) -> CommandLine:
-    return parse(shlex.split(line), "vico train", "")
-
-
-def error_of(line: str) -> str:
-    with pytest.raises(UserError) as caught:
-        parse_line(line).resolve()
-    assert str(caught.value).isprintable()
-    return str(caught.value)
-
-
-def recipe(tmp_path: Path, text: str) -> str:
-    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
-    return f"--config {tmp_path}/recipe.yaml"
 
 
 def test_defaults() -> None:
@@ -107,7 +89,7 @@ def test_help_of_vico(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 SEE_HELP = "see vico train --help"
-COUNT = "must be a whole number of at least 1"
+COUNT = "must be a whole number of at least 1, and at most a billion"
 CHOICES = "'bf16', 'fp16', 'fp32'"
 FLAG_ERRORS = [
     ("--batchsize 4", "unknown flag --batchsize; did you mean '--batch_size'?"),
@@ -134,6 +116,10 @@ FLAG_ERRORS = [
     ("--cap nan", "--cap nan: must be 0 or more, and finite"),
     ("--tau 0", "--tau 0.0: must be above 0, and finite"),
     ("--blr inf", "--blr inf: must be 0 or more, and finite"),
+    ("--save_steps -1", f"--save_steps -1: {COUNT.replace('1', '0')}"),
+    ("--save_total_limit -1", f"--save_total_limit -1: {COUNT.replace('1', '0')}"),
+    ("--epochs " + "9" * 30, f"--epochs {'9' * 30}: {COUNT}"),
+    ("--num_workers 9999", "--num_workers 9999: must be a whole number from 0 to 1024"),
     ("--seed -1", f"--seed -1: must be a whole number from 0 to {2**63 - 1}"),
     ("--max_feats 512", "--max_feats 512: must be below --max_seq_len 512"),
     ("--dataset star --sub", "--sub: only TVQA has subtitles, and --dataset is star; drop --sub"),
@@ -145,8 +131,50 @@ def test_flag_errors(line: str, message: str) -> None:
     assert error_of(line) == message
 
 
+NUMBERS = [
+    f.name for f in dataclasses.fields(RunConfig) if configs.value_type(f.type)[0] in (int, float)
+]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_has_bounds(name: str) -> None:
+    """Below, above, and for a fraction neither NaN nor infinity."""
+    kind, _ = configs.value_type(HINTS[name])
+    bad = [-1, 10**30] if kind is int else [-1e300, 1e300, float("nan"), float("inf")]
+    for value in bad:
+        with pytest.raises(UserError, match=f"^--{name} .*: must be "):
+            RunConfig(**{name: value})
+
+
+def test_more_than_a_word_of_layers_is_refused() -> None:
+    assert "none, full or a number" in error_of("--checkpoint_activations " + "9" * 5000)
+
+
 def test_last_of_a_repeated_flag_wins() -> None:
     assert parse_line("--seed 1 --vaq --seed 2 --vaq").given == {"seed": 2, "vaq": True}
+    assert parse_line("--vaq --no-vaq --no_shuffle --shuffle --no-qav --qav").given == {
+        "vaq": False,
+        "no_shuffle": False,
+        "qav": True,
+    }
+
+
+def test_flags_switch_off_what_a_recipe_or_checkpoint_sets(tmp_path: Path) -> None:
+    """Every switch and every value that may be absent, except for texts and paths."""
+    fields = dataclasses.fields(RunConfig)
+    switches = {f.name: True for f in fields if f.type is bool}
+    numbers = {"adapter_layer": 2, "max_tokens": 9, "lr": 0.1, "max_steps": 3, "save_steps": 4}
+    numbers |= {"save_total_limit": 5, "expect_world_size": 2}
+    values = {**switches, **numbers, "quantize": "nf4", "dataset": "tvqa"}
+    off = [f"--no-{name}" if name != "no_shuffle" else "--shuffle" for name in switches]
+    off += [f"--{name}=none" for name in (*numbers, "quantize")]
+    text = recipe(tmp_path, json.dumps(values))
+    assert parse_line(text).resolve().sub
+    by_recipe = parse_line(" ".join([text, *off])).resolve()
+    over_checkpoint = parse_line(" ".join(off)).resolve(values)
+    assert by_recipe == over_checkpoint == parse_line("--dataset tvqa").resolve()
+    optional = {f.name for f in fields if type(None) in typing.get_args(f.type)}
+    assert optional - {"captions", "resume", "allow_change"} == {*numbers, "quantize"}
 
 
 def test_recipe_is_typed_and_flags_win(tmp_path: Path) -> None:
@@ -243,93 +271,7 @@ def test_random_recipes(tmp_path: Path, content: bytes) -> None:
         assert str(problem)
 
 
-def values_of(annotation: Any) -> st.SearchStrategy[Any]:
-    kind, choices = configs.value_type(annotation)
-    if choices:
-        return st.sampled_from(choices)
-    strategies: dict[Any, st.SearchStrategy[Any]] = {
-        bool: st.booleans(),
-        int: st.integers(1, 400),
-        float: st.floats(1e-6, 1e6),
-        str: st.text(st.characters(codec="utf-8"), max_size=5),
-        Path: st.text("ab/.é ", min_size=1, max_size=9).filter(str.strip).map(Path),
-    }
-    optional = type(None) in getattr(annotation, "__args__", ())
-    return strategies[kind] | st.none() if optional else strategies[kind]
-
-
 HINTS = typing.get_type_hints(RunConfig, include_extras=True)
-SETTINGS = {name: values_of(hint) for name, hint in HINTS.items()}
-SETTINGS |= {
-    "allow_change": st.sampled_from([None, "lr", "data, backbone"]),
-    "checkpoint_activations": st.sampled_from(["none", "full", "7"]),
-}
-
-
-@RULES
-@given(values=st.fixed_dictionaries({}, optional=SETTINGS))
-def test_saved_settings_round_trip(values: dict[str, Any]) -> None:
-    subtitles = values.get("sub", False) and values.get("dataset") == "tvqa"
-    values |= {"max_seq_len": 512, "sub": subtitles}
-    config = CommandLine(values, (), False).resolve()
-    again = settings_from(config.to_json(), "args.json")
-    assert RunConfig(**again) == config and differences(config.to_json(), config) == []
-    assert CommandLine({}, (), False).resolve(again) == config
-
-
-def test_flags_win_over_saved_settings() -> None:
-    """And saved settings win over defaults."""
-    line = CommandLine({"seed": 5}, (), False)
-    config = line.resolve({"seed": 3, "epochs": 7})
-    assert (config.seed, config.epochs, config.batch_size) == (5, 7, 64)
-
-
-def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    line = parse_line("--data_path d --deepspeed my/ds.json --output_dir /abs")
-    config = line.resolve()
-    assert config.data_path == tmp_path / "d"
-    assert config.deepspeed == f"{tmp_path}/my/ds.json"
-    assert config.output_dir == Path("/abs")
-    assert parse([], "vico train", "").resolve().deepspeed == "auto"
-
-
-def test_differences_change_the_numbers() -> None:
-    """Settings that change no result, such as paths, may differ."""
-    saved = RunConfig().to_json()
-    now = RunConfig(
-        seed=1,
-        lr=0.5,
-        num_workers=9,
-        data_path=Path("else"),
-        output_dir=Path("else"),
-        max_steps=3,
-        deepspeed="zero3",
-        split="test",
-    )
-    assert differences(saved, now) == [("lr", "null", "0.5"), ("seed", "0", "1")]
-    assert differences({}, RunConfig()), "missing settings differ"
-
-
-IDENTITY = [f.name for f in dataclasses.fields(RunConfig) if f.name not in NOT_IDENTITY]
-
-
-@pytest.mark.parametrize("name", IDENTITY)
-def test_changed_identity_is_refused(name: str) -> None:
-    """Unless --allow_change names the setting."""
-    config = RunConfig(dataset="tvqa", max_seq_len=512)  # which allow --sub
-    before = config.to_json()
-    value = before[name]
-    kind, choices = configs.value_type(HINTS[name])
-    if choices:
-        other = next(choice for choice in choices if choice != value)
-    else:
-        other = {bool: not value, str: "other", int: 300, float: 0.37}[kind]
-    now = dataclasses.replace(config, **{name: other})
-    assert differences(before, now) == [(name, json.dumps(value), json.dumps(other))]
-    with pytest.raises(UserError, match=rf"^x \({name}; table below\); .* --allow_change {name}$"):
-        refuse_changes("x", differences(before, now), "remedy")
-    assert differences(before, dataclasses.replace(now, allow_change=name)) == []
 
 
 def test_parser_has_exactly_the_settings() -> None:

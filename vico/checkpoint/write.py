@@ -98,6 +98,7 @@ def prune(output_dir: OutputDir, keep: int, step: int) -> None:
     checkpoint_best stays. A folder with a higher step stays: this run did not write it, or skipped
     it as damaged when it started.
     """
+    assert keep >= 1, "the checkpoint that was just written stays"
     ours = [f for f in output_dir.step_checkpoints() if (step_of(f) or 0) <= step]
     for folder in ours[keep:]:
         remove_folder(folder)

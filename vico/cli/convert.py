@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vico.checkpoint import format
 from vico.checkpoint.convert import convert_adapter
-from vico.cli.parser import OneLineParser
+from vico.cli.parser import OneLineParser, path_argument
 from vico.errors import UserError
 from vico.io import log
 from vico.io.atomic import require_writable
@@ -32,8 +32,8 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("source", metavar="SOURCE", type=Path)
-    parser.add_argument("target", metavar="TARGET", type=Path, help="must not exist yet")
+    parser.add_argument("source", metavar="SOURCE", type=path_argument)
+    parser.add_argument("target", metavar="TARGET", type=path_argument, help="must not exist yet")
     parser.add_argument(
         "--to", choices=("hf", "meta"), help="of weights: the layout (default: the other one)"
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vico.cli.demo_dataset import write_dataset
 from vico.cli.demo_llama import MODEL_NAME, NUM_STEPS, make_llama, make_tokenizer
-from vico.cli.parser import OneLineParser
+from vico.cli.parser import OneLineParser, path_argument
 from vico.errors import UserError
 from vico.io import log
 from vico.io.atomic import make_folder, write_json
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument(
         "--output_dir",
-        type=Path,
+        type=path_argument,
         default=Path("demo"),
         help="folder for the data and the model (default: demo)",
     )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from vico.cli.flags import CommandLine, parse_with_checkpoint
 from vico.cli.with_world import with_world
-from vico.train.config import SHAPES, RunConfig
+from vico.train.config import SAVING, SHAPES, RunConfig
 
 if TYPE_CHECKING:  # they import torch, which is slow; a mistyped flag is reported before
     from vico.checkpoint.format import Checkpoint
@@ -76,5 +76,7 @@ def settings_of(checkpoint: "Checkpoint", line: CommandLine) -> tuple[RunConfig,
     # Predictions go beside the checkpoint, wherever it was copied; the split is always the flag's.
     folder = checkpoint.path.parent
     saved = {**checkpoint.settings, "output_dir": folder, "split": "val", "init_eval": False}
+    for name in SAVING:  # an earlier version may have accepted a number that is out of range now
+        saved.pop(name, None)
     given = {name: value for name, value in line.given.items() if name not in shapes}
     return CommandLine(given, line.notes, line.debug).resolve(saved), notes

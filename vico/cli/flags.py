@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vico.cli.parser import SettingsParser
+from vico.cli.parser import SettingsParser, path_argument
 from vico.errors import UserError, show
 from vico.io.text import read_text
-from vico.train.config import (
+from vico.train.config import RunConfig, value_type
+from vico.train.settings import (
     TYPE_NAMES,
-    RunConfig,
-    parse_path,
+    expand_home,
+    expand_variables,
+    is_path_setting,
     settings_from,
-    value_type,
     with_absolute_paths,
 )
 
@@ -31,6 +32,8 @@ RETIRED = {
     "dist_on_itp": "the launcher sets it",
 }
 RETIRED_SWITCHES = {"pin_mem", "no_pin_mem", "dist_on_itp"}
+OFF_SWITCHES = {"no_shuffle": "shuffle"}  # of the others: no-NAME
+UNSET = "none"  # a flag's value
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def make_parser(command: str, description: str) -> SettingsParser:
     )
     parser.add_argument(
         "--config",
-        type=_converter(Path),
+        type=path_argument,
         metavar="RECIPE",
         help="YAML file of these settings; flags win over it",
     )
@@ -97,23 +100,34 @@ def make_parser(command: str, description: str) -> SettingsParser:
 
 
 def _add_settings(parser: SettingsParser) -> None:
-    hints = typing.get_type_hints(RunConfig, include_extras=True)
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(RunConfig):
         title, text = field.metadata["group"], field.metadata["help"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        kind, choices = value_type(hints[field.name])
+        kind, choices = value_type(field.type)
         flag = f"--{field.name}"
         if kind is bool:
             groups[title].add_argument(flag, action="store_true", help=text)
             continue
         if field.default is not None:
             text = f"{text} (default: {field.default})"
-        metavar = None if choices else kind.__name__.upper()
-        groups[title].add_argument(
-            flag, type=_converter(kind), choices=choices, metavar=metavar, help=text
-        )
+        words = (*choices, UNSET) if choices and _can_be_unset(field) else choices
+        metavar = f"{{{','.join(words)}}}" if words else kind.__name__.upper()
+        groups[title].add_argument(flag, type=_converter(field), metavar=metavar, help=text)
+    _add_off_switches(parser)
+
+
+def _add_off_switches(parser: SettingsParser) -> None:
+    group = parser.add_argument_group(
+        "against a recipe or checkpoint",
+        "These switch off what it has switched on. The word none unsets a number without a "
+        "default, and --quantize.",
+    )
+    for field in dataclasses.fields(RunConfig):
+        if field.type is bool:
+            off = OFF_SWITCHES.get(field.name, f"no-{field.name}")
+            group.add_argument(f"--{off}", dest=field.name, action="store_false")
 
 
 def _add_retired(parser: SettingsParser) -> None:
@@ -129,12 +143,27 @@ def _add_retired(parser: SettingsParser) -> None:
             group.add_argument(f"--{name}", metavar="VALUE", help=text)
 
 
-def _converter(kind: type) -> Callable[[str], Any]:
+def _can_be_unset(field: "dataclasses.Field[Any]") -> bool:
+    """Whether the word none means no value. In a text or a path it may be a name."""
+    kind, choices = value_type(field.type)
+    is_name = kind is Path or (kind is str and not choices)
+    return type(None) in typing.get_args(field.type) and not is_name
+
+
+def _converter(field: "dataclasses.Field[Any]") -> Callable[[str], Any]:
     """argparse's converter of one flag value."""
+    kind, choices = value_type(field.type)
 
     def convert(text: str) -> Any:
+        if text == UNSET and _can_be_unset(field):
+            return None
+        if choices and text not in choices:
+            allowed = ", ".join(map(repr, choices))
+            raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {allowed})")
+        if is_path_setting(field.name, text):
+            return kind(path_argument(text))
         try:
-            return parse_path(text) if kind is Path else kind(text)
+            return kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{show(text)} is not {TYPE_NAMES[kind]}") from None
 
@@ -157,4 +186,10 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     for key in keys:
         if keys.count(key) > 1:
             raise UserError(f"--config {path}: '{key}' appears twice; keep one")
+    for key, value in recipe.items():
+        try:
+            if is_path_setting(key, value):
+                recipe[key] = expand_home(expand_variables(value))
+        except UserError as error:
+            raise UserError(f"--config {path}: {key}: {error}") from None
     return settings_from(recipe, f"--config {path}")

@@ -2,9 +2,11 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from vico.errors import UserError, nearest, show
+from vico.train.settings import TYPE_NAMES, expand_home, parse_path
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -43,6 +45,17 @@ class SettingsParser(OneLineParser):
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ")
         super().error(message.replace("ignored explicit argument", "takes no value, but was given"))
+
+
+def path_argument(text: str) -> Path:
+    """A path; a ~ at its beginning is the home folder."""
+    try:
+        return parse_path(expand_home(text))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    except ValueError:
+        what = f"{show(text)} is not {TYPE_NAMES[Path]}"
+        raise argparse.ArgumentTypeError(what) from None
 
 
 def bounded_float(text: str, minimum: float, maximum: float = 1e15) -> float:

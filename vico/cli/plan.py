@@ -7,7 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from vico.cli import plan_text
-from vico.cli.parser import OneLineParser, bounded_float, positive_float, positive_int
+from vico.cli.parser import (
+    OneLineParser,
+    bounded_float,
+    path_argument,
+    positive_float,
+    positive_int,
+)
 from vico.data.datasets import DATASETS
 from vico.errors import UserError, nearest
 from vico.io.atomic import write_json
@@ -24,6 +30,7 @@ from vico.planner.request import (
     PlanRequest,
     TokenLengths,
 )
+from vico.train.settings import expand_home
 
 
 def main(argv: Sequence[str]) -> int:
@@ -57,7 +64,7 @@ def _parser() -> OneLineParser:
     _add_batch_flags(parser)
     _add_choice_flags(parser)
     add = parser.add_argument
-    add("--write", type=Path, metavar="FILE", help="write the ds_config")
+    add("--write", type=path_argument, metavar="FILE", help="write the ds_config")
     add("--json", action="store_true", help="print all numbers as one JSON object: bytes, seconds")
     add(
         "--table",
@@ -238,7 +245,7 @@ def named_config(model: str) -> tuple[str, LlamaConfig]:
     """Name and dimensions of a known model, or of a folder's params.json or config.json."""
     if model in LLAMA_CONFIGS:
         return model, LLAMA_CONFIGS[model]
-    folder = Path(model)
+    folder = Path(expand_home(model))
     if not folder.is_dir():
         raise UserError(
             f"--model {model}: must be {', '.join(LLAMA_CONFIGS)} or a folder with params.json"

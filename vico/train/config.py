@@ -5,17 +5,15 @@ torch, so a mistyped flag is reported at once. Only train/ and cli/ see the reco
 below get plain values.
 """
 
-import contextlib
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from vico.data.datasets import DATASETS
-from vico.errors import UserError, nearest, show
+from vico.errors import UserError, nearest
 
 
 def _flag(default: Any, group: str, help: str, **extra: Any) -> Any:
@@ -24,7 +22,8 @@ def _flag(default: Any, group: str, help: str, **extra: Any) -> Any:
 
 MAX_FLOAT = 3e38  # of fp32, the type of the tensors that settings are combined with
 MAX_SEED = 2**63 - 1  # of torch's generator
-MAX_MINUTES = 1e6
+MAX_COUNT = 10**9  # what follows from counts, such as epochs times steps, stays below 2**63
+SMALLEST = 5e-324  # above 0
 MODEL, DATA, OBJECTIVE, OPTIMIZATION, RUN = "model", "data", "objective", "optimization", "run"
 DatasetName = Annotated[str, tuple(DATASETS)]  # a text with choices: see value_type
 
@@ -170,12 +169,13 @@ class RunConfig:
     save_steps: int | None = _flag(
         None,
         RUN,
-        "save a checkpoint every N steps as well (default: at the end of each epoch only)",
+        "save a checkpoint every N steps as well (default, or 0: at the end of each epoch only)",
     )
     save_total_limit: int | None = _flag(
         None,
         RUN,
-        "keep only the newest N checkpoint-STEP folders; checkpoint_best always stays",
+        "keep only the newest N checkpoint-STEP folders (default, or 0: all); checkpoint_best "
+        "always stays",
     )
     save_legacy: bool = _flag(
         False,
@@ -218,28 +218,19 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        whole = "a whole number of at least 1"
-        counts = "adapter_len max_feats max_seq_len max_cap_len batch_size accum_iter epochs"
-        for name in counts.split():
-            self._require(getattr(self, name) >= 1, name, whole)
-        for name in "adapter_layer max_steps max_tokens expect_world_size".split():
-            value = getattr(self, name)
-            self._require(value is None or value >= 1, name, whole)
-        for name in "cap blr min_lr weight_decay warmup_epochs num_workers".split():
-            self._require(0 <= getattr(self, name) <= MAX_FLOAT, name, "0 or more, and finite")
-        for name in "lr tau".split():
-            value = getattr(self, name)
-            self._require(value is None or 0 < value <= MAX_FLOAT, name, "above 0, and finite")
-        for name in "collective_timeout hang_timeout".split():
-            value = getattr(self, name)
-            self._require(0 < value <= MAX_MINUTES, name, "minutes above 0, at most a million")
-        self._require(abs(self.bias) <= MAX_FLOAT, "bias", "finite")
-        self._require(0 <= self.seed <= MAX_SEED, "seed", f"a whole number from 0 to {MAX_SEED}")
+        for item in dataclasses.fields(self):
+            kind, _ = value_type(item.type)
+            if kind in (int, float):
+                least, most, allowed = BOUNDS.get(item.name, COUNT)
+                value = getattr(self, item.name)
+                self._require(value is None or least <= value <= most, item.name, allowed)
         slots_fit = self.max_feats < self.max_seq_len
         self._require(slots_fit, "max_feats", f"below --max_seq_len {self.max_seq_len}")
         recomputed = self.checkpoint_activations
-        is_count = recomputed in ("none", "full") or recomputed.isdecimal()
-        self._require(is_count, "checkpoint_activations", "none, full or a number of layers")
+        # The length comes first: int() refuses thousands of digits.
+        is_count = len(recomputed) < 10 and recomputed.isdecimal()
+        is_valid = recomputed in ("none", "full") or is_count
+        self._require(is_valid, "checkpoint_activations", "none, full or a number of layers")
         known = (*(field.name for field in dataclasses.fields(self)), *FINGERPRINTED)
         for name in self.allowed_changes:
             if name not in known:
@@ -296,6 +287,21 @@ class RunConfig:
         return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
 
+# (least, most, what is allowed) of numbers. A whole number that is not listed is a COUNT.
+COUNT = (1, MAX_COUNT, "a whole number of at least 1, and at most a billion")
+_NOT_NEGATIVE = (0, MAX_FLOAT, "0 or more, and finite")
+_POSITIVE = (SMALLEST, MAX_FLOAT, "above 0, and finite")
+_MINUTES = (SMALLEST, 1e6, "minutes above 0, at most a million")
+_COUNT_OR_0 = (0, MAX_COUNT, "a whole number of at least 0, and at most a billion")
+BOUNDS: dict[str, tuple[float, float, str]] = {
+    **dict.fromkeys(("cap", "blr", "min_lr", "weight_decay", "warmup_epochs"), _NOT_NEGATIVE),
+    **dict.fromkeys(("lr", "tau"), _POSITIVE),
+    **dict.fromkeys(("collective_timeout", "hang_timeout"), _MINUTES),
+    **dict.fromkeys(("save_steps", "save_total_limit"), _COUNT_OR_0),
+    "bias": (-MAX_FLOAT, MAX_FLOAT, "finite"),
+    "num_workers": (0, 1024, "a whole number from 0 to 1024"),
+    "seed": (0, MAX_SEED, f"a whole number from 0 to {MAX_SEED}"),
+}
 # Settings that may change when a run is resumed: paths, logging, and how a step is divided into
 # micro-batches. None changes the result. (Resuming checks that a step keeps its questions.)
 NOT_IDENTITY = frozenset(
@@ -310,26 +316,8 @@ NOT_IDENTITY = frozenset(
 FINGERPRINTED = ("data", "backbone")
 # The shapes of a checkpoint's tensors follow from these. Evaluation takes them from the checkpoint.
 SHAPES = ("adapter_layer", "adapter_len", "max_feats")
-
-TYPE_NAMES = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a text (quote it)",
-    Path: "a path in UTF-8",
-}
-
-
-def parse_path(text: str) -> Path:
-    """The path. Raises ValueError for an empty text, for NUL and for what is not UTF-8.
-
-    An empty text (of an unset variable) would mean the current folder. A name in another encoding
-    could be opened, but not written to a log.
-    """
-    if not text.strip() or "\0" in text:
-        raise ValueError
-    text.encode()
-    return Path(text)
+# They have no effect on an evaluation.
+SAVING = ("save_steps", "save_total_limit", "save_legacy")
 
 
 def is_path(deepspeed: str) -> bool:
@@ -347,42 +335,3 @@ def value_type(annotation: Any) -> tuple[Any, tuple[str, ...] | None]:
     if typing.get_origin(annotation) is Literal:
         return str, typing.get_args(annotation)
     return annotation, None
-
-
-def settings_from(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Typed settings from the plain values of a recipe, an args.json or a checkpoint.
-
-    Raises UserError naming the key and its type.
-    """
-    hints = typing.get_type_hints(RunConfig, include_extras=True)
-    settings = {}
-    for key, value in values.items():
-        if key not in hints:
-            raise UserError(f"{source}: unknown key {show(key)}{nearest(str(key)[:60], hints)}")
-        settings[key] = _typed(key, value, hints[key], source)
-    return settings
-
-
-def _typed(key: str, value: Any, annotation: Any, source: str) -> Any:
-    kind, choices = value_type(annotation)
-    if value is None and type(None) in typing.get_args(annotation):
-        return None
-    if choices:
-        if value in choices:
-            return value
-        raise UserError(f"{source}: {key}: {show(value)} is not one of {', '.join(choices)}")
-    # YAML 1.1 reads 3e-4 as text.
-    accepted = {float: (int, float, str), Path: (str,)}.get(kind, (kind,))
-    if isinstance(value, accepted) and isinstance(value, bool) == (kind is bool):
-        with contextlib.suppress(ValueError, OverflowError):
-            return parse_path(value) if kind is Path else kind(value)
-    raise UserError(f"{source}: {key}: {show(value)} is not {TYPE_NAMES[kind]}")
-
-
-def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """The same settings with absolute paths, so that they mean the same from any directory."""
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    paths: dict[str, Any] = {k: v.absolute() for k, v in values.items() if isinstance(v, Path)}
-    if is_path(config.deepspeed):
-        paths["deepspeed"] = str(Path(config.deepspeed).absolute())
-    return dataclasses.replace(config, **paths)

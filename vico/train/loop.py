@@ -235,7 +235,7 @@ def _save(
         if epoch is not None and epoch.is_best:
             # First, because the step's checkpoint records the best accuracy.
             _save_best(run, weights, moments, state)
-        keep = run.config.save_total_limit
+        keep = run.config.save_total_limit or None  # 0 means no limit, as in Hugging Face's Trainer
         save_step(run.output_dir, weights, moments, state, run.identity, keep)
         run_log.saved(state.step, seconds + time.perf_counter() - started)
 

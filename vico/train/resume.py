@@ -17,7 +17,8 @@ from vico.checkpoint.format import REMEDY, WEIGHTS, Checkpoint, TrainState
 from vico.checkpoint.read import read
 from vico.errors import CheckpointError, UserError
 from vico.io.output_dir import OutputDir
-from vico.train.config import NOT_IDENTITY, RunConfig, settings_from
+from vico.train.config import NOT_IDENTITY, RunConfig
+from vico.train.settings import settings_from
 
 # Settings of a published file that mean nothing here, or something else.
 IGNORED_SETTINGS = ("resume", "output_dir", "device")

@@ -12,15 +12,25 @@ from vico.io.text import read_json_object
 FILE_NAMES = ("llava_v15_13b_n6.json", "star_caption_7B.json", "blip2_n6.json")
 
 
-def find(folder: Path, path: Path | None) -> Path:
-    """The caption file: `--captions PATH`, or the one that the dataset's folder holds.
+def locate(folder: Path, path: Path) -> Path:
+    """The absolute path of --captions PATH, relative to the current folder or to the dataset's.
 
-    PATH is relative to the current folder or, where it does not exist there, to the dataset's.
+    The current folder's file is taken where both exist.
     """
+    here, in_folder = path.absolute(), (folder / path).absolute()
+    return in_folder if not os.path.exists(here) and os.path.exists(in_folder) else here
+
+
+def find(folder: Path, path: Path | None) -> Path:
+    """The caption file: that of --captions (see `locate`), or the one that the folder holds."""
     if path is not None:
-        in_folder = folder / path
-        use_folder = not os.path.exists(path) and os.path.exists(in_folder)
-        return in_folder if use_folder else path
+        located = locate(folder, path)
+        if not os.path.exists(located):
+            fail(
+                f"--captions {located}: no such file, and {folder} holds no {path.name}; correct "
+                "the path, or train with --cap 0"
+            )
+        return located
     found = [folder / name for name in FILE_NAMES if os.path.exists(folder / name)]
     if len(found) > 1:
         names = " and ".join(file.name for file in found)

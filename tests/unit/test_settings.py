@@ -1,0 +1,164 @@
+"""Settings as plain values: saved and read again, paths, and which of them define a run."""
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from support.command_line import error_of, parse_line, recipe
+from vico.checkpoint.format import Checkpoint
+from vico.cli.evaluate import settings_of
+from vico.cli.flags import CommandLine, parse
+from vico.errors import UserError
+from vico.train import config as configs
+from vico.train.config import NOT_IDENTITY, RunConfig
+from vico.train.resume import differences, refuse_changes
+from vico.train.settings import settings_from
+
+RULES = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def values_of(annotation: Any) -> st.SearchStrategy[Any]:
+    kind, choices = configs.value_type(annotation)
+    if choices:
+        return st.sampled_from(choices)
+    strategies: dict[Any, st.SearchStrategy[Any]] = {
+        bool: st.booleans(),
+        int: st.integers(1, 400),
+        float: st.floats(1e-6, 1e6),
+        str: st.text(st.characters(codec="utf-8"), max_size=5),
+        Path: st.text("ab/.é ", min_size=1, max_size=9).filter(str.strip).map(Path),
+    }
+    optional = type(None) in getattr(annotation, "__args__", ())
+    return strategies[kind] | st.none() if optional else strategies[kind]
+
+
+HINTS = typing.get_type_hints(RunConfig, include_extras=True)
+SETTINGS = {name: values_of(hint) for name, hint in HINTS.items()}
+SETTINGS |= {
+    "allow_change": st.sampled_from([None, "lr", "data, backbone"]),
+    "checkpoint_activations": st.sampled_from(["none", "full", "7"]),
+}
+
+
+@RULES
+@given(values=st.fixed_dictionaries({}, optional=SETTINGS))
+def test_saved_settings_round_trip(values: dict[str, Any]) -> None:
+    subtitles = values.get("sub", False) and values.get("dataset") == "tvqa"
+    values |= {"max_seq_len": 512, "sub": subtitles}
+    config = CommandLine(values, (), False).resolve()
+    again = settings_from(config.to_json(), "args.json")
+    assert RunConfig(**again) == config and differences(config.to_json(), config) == []
+    assert CommandLine({}, (), False).resolve(again) == config
+
+
+def test_flags_win_over_saved_settings() -> None:
+    """And saved settings win over defaults."""
+    line = CommandLine({"seed": 5}, (), False)
+    config = line.resolve({"seed": 3, "epochs": 7})
+    assert (config.seed, config.epochs, config.batch_size) == (5, 7, 64)
+
+
+def test_evaluation_ignores_how_a_run_saved(tmp_path: Path) -> None:
+    """An earlier version accepted numbers that are out of range now."""
+    settings = {"save_steps": -5, "save_total_limit": -1, "epochs": 7}
+    checkpoint = Checkpoint(tmp_path / "run" / "checkpoint-1", {}, settings=settings)
+    config, _ = settings_of(checkpoint, CommandLine({}, (), False))
+    assert (config.save_steps, config.epochs) == (None, 7)
+
+
+def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = parse_line("--data_path d --deepspeed my/ds.json --output_dir /abs")
+    config = line.resolve()
+    assert config.data_path == tmp_path / "d"
+    assert config.deepspeed == f"{tmp_path}/my/ds.json"
+    assert config.output_dir == Path("/abs")
+    assert parse([], "vico train", "").resolve().deepspeed == "auto"
+
+
+def test_home_and_variables_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipe's paths know ~ and $NAME, those of flags ~: the shell does the rest for them."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("ROOT_", "/scratch")
+    monkeypatch.setenv("EMPTY_", "")
+    text = "data_path: ~/d\nresume: $ROOT_/c$$\ncaptions: ${ROOT_}/c.json\ndeepspeed: ~/ds.json\n"
+    config = parse_line(recipe(tmp_path, text)).resolve()
+    home = tmp_path / "home"
+    assert (config.data_path, config.deepspeed) == (home / "d", f"{home}/ds.json")
+    assert (config.resume, config.captions) == (Path("/scratch/c$"), Path("/scratch/c.json"))
+    flags = parse_line("--output_dir=~/o --data_path=~ --deepspeed=~/x --resume='/a$b'").resolve()
+    assert (flags.output_dir, flags.data_path, flags.resume) == (home / "o", home, Path("/a$b"))
+    assert flags.deepspeed == f"{home}/x"
+    assert parse_line("--model '~$x'").resolve().model == "~$x", "no path"
+    for value, fault in (
+        ("$NOWHERE_/x", "the variable NOWHERE_ is not set"),
+        ("$EMPTY_/x", "the variable EMPTY_ is not set"),
+        ("a$/x", "write $$ for a dollar sign"),
+        ("~nobody_/x", "no such home folder"),
+    ):
+        error = error_of(recipe(tmp_path, f"output_dir: {value}\n"))
+        assert error.startswith(f"--config {tmp_path}/recipe.yaml: output_dir: '{value}': ")
+        assert fault in error
+    assert "--output_dir: '~nobody_/x': no such home" in error_of("--output_dir=~nobody_/x")
+    assert settings_from({"data_path": "/a/$b/~"}, "args.json")["data_path"] == Path("/a/$b/~")
+
+
+def test_captions_may_be_named_by_their_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--captions NAME is in the current folder or, where it is not there, in the dataset's."""
+    folder = tmp_path / "data" / "star"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    line = parse_line("--dataset star --captions mine.json")
+    assert line.resolve().captions == tmp_path / "mine.json"
+    (folder / "mine.json").touch()
+    assert line.resolve().captions == folder / "mine.json"
+    (tmp_path / "mine.json").touch()
+    assert line.resolve().captions == tmp_path / "mine.json"
+
+
+def test_differences_change_the_numbers() -> None:
+    """Settings that change no result, such as paths, may differ."""
+    saved = RunConfig().to_json()
+    now = RunConfig(
+        seed=1,
+        lr=0.5,
+        num_workers=9,
+        data_path=Path("else"),
+        output_dir=Path("else"),
+        max_steps=3,
+        deepspeed="zero3",
+        split="test",
+    )
+    assert differences(saved, now) == [("lr", "null", "0.5"), ("seed", "0", "1")]
+    assert differences({}, RunConfig()), "missing settings differ"
+
+
+IDENTITY = [f.name for f in dataclasses.fields(RunConfig) if f.name not in NOT_IDENTITY]
+
+
+@pytest.mark.parametrize("name", IDENTITY)
+def test_changed_identity_is_refused(name: str) -> None:
+    """Unless --allow_change names the setting."""
+    config = RunConfig(dataset="tvqa", max_seq_len=512)  # which allow --sub
+    before = config.to_json()
+    value = before[name]
+    kind, choices = configs.value_type(HINTS[name])
+    if choices:
+        other = next(choice for choice in choices if choice != value)
+    else:
+        other = {bool: not value, str: "other", int: 300, float: 0.37}[kind]
+    now = dataclasses.replace(config, **{name: other})
+    assert differences(before, now) == [(name, json.dumps(value), json.dumps(other))]
+    with pytest.raises(UserError, match=rf"^x \({name}; table below\); .* --allow_change {name}$"):
+        refuse_changes("x", differences(before, now), "remedy")
+    assert differences(before, dataclasses.replace(now, allow_change=name)) == []

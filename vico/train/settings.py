@@ -1,0 +1,109 @@
+"""Settings from plain values and texts: typed, with the user's paths expanded and absolute."""
+
+import contextlib
+import dataclasses
+import os
+import string
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vico.data.readers import captions
+from vico.errors import UserError, nearest, show
+from vico.train.config import RunConfig, is_path, value_type
+
+TYPE_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text (quote it)",
+    Path: "a path in UTF-8",
+}
+
+
+def parse_path(text: str) -> Path:
+    """The path. Raises ValueError for an empty text, for NUL and for what is not UTF-8.
+
+    An empty text (of an unset variable) would mean the current folder. A name in another encoding
+    could be opened, but not written to a log.
+    """
+    if not text.strip() or "\0" in text:
+        raise ValueError
+    text.encode()
+    return Path(text)
+
+
+def settings_from(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Typed settings from the plain values of a recipe, an args.json or a checkpoint.
+
+    Raises UserError naming the key and its type.
+    """
+    hints = typing.get_type_hints(RunConfig, include_extras=True)
+    settings = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise UserError(f"{source}: unknown key {show(key)}{nearest(str(key)[:60], hints)}")
+        settings[key] = _typed(key, value, hints[key], source)
+    return settings
+
+
+def _typed(key: str, value: Any, annotation: Any, source: str) -> Any:
+    kind, choices = value_type(annotation)
+    if value is None and type(None) in typing.get_args(annotation):
+        return None
+    if choices:
+        if value in choices:
+            return value
+        raise UserError(f"{source}: {key}: {show(value)} is not one of {', '.join(choices)}")
+    # YAML 1.1 reads 3e-4 as text.
+    accepted = {float: (int, float, str), Path: (str,)}.get(kind, (kind,))
+    if isinstance(value, accepted) and isinstance(value, bool) == (kind is bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            return parse_path(value) if kind is Path else kind(value)
+    raise UserError(f"{source}: {key}: {show(value)} is not {TYPE_NAMES[kind]}")
+
+
+def expand_home(text: str) -> str:
+    """`text` with the home folder for a ~ at its beginning. Raises UserError for an unknown one.
+
+    The shell does this for `--flag ~/x`, but not for `--flag=~/x`.
+    """
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise UserError(f"{show(text)}: no such home folder; write ./~ for a name that begins so")
+    return expanded
+
+
+def expand_variables(text: str) -> str:
+    """`text` with the values of $NAME and ${NAME}; $$ is a dollar sign. Raises UserError.
+
+    A variable that is unset or empty would lead to another folder, so it is refused.
+    """
+    known = {name: value for name, value in os.environ.items() if value}
+    try:
+        return string.Template(text).substitute(known)
+    except KeyError as missing:
+        raise UserError(f"{show(text)}: the variable {missing.args[0]} is not set") from None
+    except ValueError:
+        raise UserError(f"{show(text)}: no name follows a $; write $$ for a dollar sign") from None
+
+
+def is_path_setting(name: str, value: object) -> bool:
+    """Whether this value of a setting, as the user wrote it, is a path."""
+    if name == "deepspeed":
+        return isinstance(value, str) and is_path(value)
+    hint = typing.get_type_hints(RunConfig).get(name)
+    return hint is not None and value_type(hint)[0] is Path and isinstance(value, str)
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The same settings with absolute paths, so that they mean the same from any directory."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    paths: dict[str, Any] = {k: v.absolute() for k, v in values.items() if isinstance(v, Path)}
+    if config.captions is not None:
+        folder = paths["data_path"] / config.dataset
+        paths["captions"] = captions.locate(folder, config.captions)
+    if is_path(config.deepspeed):
+        paths["deepspeed"] = str(Path(config.deepspeed).absolute())
+    return dataclasses.replace(config, **paths)
