@@ -18,7 +18,18 @@ import threading
 import time
 from typing import NoReturn
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Those of vico/distributed/signals.py.
+SIGNALS = [
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGHUP,
+    signal.SIGXCPU,
+    signal.SIGQUIT,
+]
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    SIGNALS.remove(signal.SIGHUP)  # nohup: a signal that is blocked would arrive nevertheless
 SRUN_SECONDS = 0.5  # srun can lose the last line of a task that fails
 SIGNAL_HINTS = {
     "SIGKILL": "; the kernel does that when memory runs out",
@@ -27,10 +38,25 @@ SIGNAL_HINTS = {
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    print(f"vico: error: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(f"vico: error: {message}", file=sys.stderr, flush=True)
     if "SLURM_STEP_ID" in os.environ:
         time.sleep(SRUN_SECONDS)
     sys.exit(code)
+
+
+def open_closed_descriptors() -> None:
+    """A file that is opened later would become the ranks' stdout. See vico/io/streams.py."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            reader, writer = os.pipe()
+            os.dup2(writer if descriptor else reader, descriptor)
+            os.set_inheritable(descriptor, True)
+            for end in {reader, writer} - {descriptor}:
+                os.close(end)
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
 
 
 def requested_ranks() -> int | None:
@@ -83,11 +109,12 @@ def forward_signals(forwarded: list[int]) -> NoReturn:
     """Send each signal on to the ranks, which decide how they end. Without ranks, end."""
     while True:
         number = signal.sigwait(SIGNALS)
-        forwarded.append(number)
+        if number != signal.SIGQUIT:  # it ends nothing
+            forwarded.append(number)
         import psutil  # late: where it is missing, `main` reports that packages are missing
 
         ranks = psutil.Process().children()
-        if not ranks:
+        if not ranks and number != signal.SIGQUIT:
             os._exit(128 + number)
         for rank in ranks:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -109,6 +136,7 @@ def main() -> None:
     # them (vico/distributed/signals.py): none is lost. This comes first, as threads of libraries
     # would receive the signals otherwise.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    open_closed_descriptors()
     forwarded: list[int] = []
     threading.Thread(target=forward_signals, args=(forwarded,), daemon=True).start()
     num_ranks, port = requested_ranks(), master_port()

@@ -23,7 +23,8 @@ EXIT_CODES = {
     "or the same step failed repeatedly",
     5: "a peer rank exited, hung or failed to join",
     6: "the disk is full, or another run uses the output_dir or the port",
-    RESUMABLE: "stopped by SIGTERM or SIGUSR1, and saved: rerun the same command to resume",
+    RESUMABLE: "stopped by SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 or SIGXCPU, and saved: "
+    "rerun the same command to resume",
     INTERRUPTED: "stopped by Ctrl-C, and saved: rerun the same command to resume",
 }
 

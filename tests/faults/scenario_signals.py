@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1, in a step, a save, an evaluation or at the start: no step is lost."""
+"""Requests to stop in a step, a save, an evaluation or at the start: no step is lost."""
 
 import re
 import signal
@@ -18,9 +18,10 @@ from support.toy_run import (
 )
 
 NAME = "signals"
-TITLE = "SIGTERM and SIGUSR1, also in a save or evaluation: exit 75, no step is lost"
+TITLE = "SIGTERM, SIGHUP and others, also in a save or evaluation: exit 75, no step is lost"
 MINUTES = (1.1, 6.0)
 RUNS = (1, 5)
+SIGNALS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 # The failpoint holds that moment until the signal has come.
 MOMENTS = {
     "a step": "step@2=sleep 1",
@@ -47,7 +48,7 @@ def run(scale: Scale) -> Result:
         stage, out = (2, 3)[number % 2], scale.folder / f"run{number}"
         undisturbed(toy, stage)
         for place, moment in enumerate(ORDERS[(number + scale.seed) % len(ORDERS)]):
-            name = ("SIGTERM", "SIGUSR1")[(number + place) % 2]
+            name = SIGNALS[(number + place) % len(SIGNALS)]
             receiver = ("the launcher", "rank 0", "rank 1")[(number + place) % 3]
             if problem := _stop(toy, stage, out, moment, signal.Signals[name], receiver):
                 case = f"run {number}, ZeRO-{stage}, {name} to {receiver} in {moment}"

@@ -5,8 +5,10 @@ import functools
 import os
 import pty
 import signal
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -34,6 +36,7 @@ def _has_done(out: Path, steps: int) -> bool:
         (signal.SIGTERM, 75, "one"),
         pytest.param(signal.SIGTERM, 75, "all", marks=pytest.mark.slow),
         pytest.param(signal.SIGUSR1, 75, "all", marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR2, 75, "all", marks=pytest.mark.slow),
         (signal.SIGINT, 130, "all"),
     ],
 )
@@ -107,6 +110,41 @@ def test_ctrl_c_on_a_terminal(toy: ToyData, tmp_path: Path) -> None:
     assert (out / f"checkpoint-{steps_done(out)}").exists()
 
 
+def test_a_closed_terminal(toy: ToyData, tmp_path: Path) -> None:
+    """Nobody reads the outputs, and the hang-up reaches every process: the run saves, and says so.
+
+    Ctrl-\\ before it prints the stacks, and ends nothing.
+    """
+    out = tmp_path / "out"
+    arguments = [*toy.flags, *FLAGS, *ENDLESS, "--batch_size", "4", "--output_dir", str(out)]
+    command = ["bash", str(ROOT / "launch" / "train.sh"), *arguments, "--num_workers", "1"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(tmp_path / "stderr", "w") as stderr:
+        run = subprocess.Popen(
+            command,
+            env=base_environment(VICO_RANKS="2"),
+            stdout=writer,
+            stderr=stderr,
+            start_new_session=True,
+        )
+    os.close(writer)
+    limit = threading.Timer(120, os.killpg, (run.pid, signal.SIGKILL))
+    limit.start()
+    for number, step in ((signal.SIGQUIT, 2), (signal.SIGHUP, 5)):
+        while steps_done(out) < step and run.poll() is None:
+            time.sleep(0.01)
+        os.killpg(run.pid, number)
+    code = run.wait()
+    limit.cancel()
+    lost, stacks = (out / "output.txt").read_text(), (tmp_path / "stderr").read_text()
+    assert code == 75, lost
+    assert "stdout takes no output (Broken pipe)" in lost and "Traceback" not in lost + stacks
+    saved = f"saved {out}/checkpoint-{steps_done(out)};"
+    assert f"vico: stopped by SIGHUP; {saved}" in lost and steps_done(out) >= 5
+    assert "vico/train/loop.py" in stacks and "error" not in stacks, stacks
+
+
 TWO_SIGNALS = """
 import os, signal, sys, time
 from vico.distributed import signals
@@ -129,11 +167,21 @@ print("still running", flush=True)
         ("SIGUSR1", "SIGTERM", 143, False),
         ("SIGINT", "SIGINT", 130, False),
         ("SIGTERM", "SIGUSR1", 0, True),
+        ("SIGXCPU", "SIGXCPU", 0, True),
+        ("SIGUSR2", "SIGHUP", 0, True),
+        ("SIGHUP", "SIGTERM", 143, False),
     ],
 )
 def test_a_second_signal_ends_at_once(first: str, second: str, code: int, survives: bool) -> None:
-    """Except SIGUSR1, a scheduler's warning, and a signal that a launcher repeats."""
+    """Except a scheduler's or terminal's warning, and a signal that a launcher repeats."""
     run = run_command([sys.executable, "-c", TWO_SIGNALS, first, second], seconds=60)
     assert (run.codes, run.stderrs) == ([code], [""])
     after = "still running\n" if survives else ""
     assert run.stdouts[0] == f"{signal.Signals[first].value}\n{after}"
+
+
+def test_nohup_keeps_hang_ups_away() -> None:
+    code = "import os, signal\nfrom vico.distributed import signals\nsignals.install_handlers()\n"
+    code += "os.kill(os.getpid(), signal.SIGHUP)\nprint(signals.stop_requested())"
+    run = run_command(["nohup", sys.executable, "-c", code], seconds=60)
+    assert (run.codes, run.stdouts) == ([0], ["0\n"])

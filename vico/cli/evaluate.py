@@ -1,10 +1,13 @@
 """`vico eval`: score the questions of a split with a checkpoint."""
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vico.cli.flags import CommandLine, parse_with_checkpoint
 from vico.cli.with_world import with_world
+from vico.io import streams
+from vico.io.output_dir import OutputDir
 from vico.train.config import SAVING, SHAPES, RunConfig
 
 if TYPE_CHECKING:  # they import torch, which is slow; a mistyped flag is reported before
@@ -55,6 +58,8 @@ def evaluate_checkpoint(
     from vico.train.start import open_evaluation
 
     inputs, checkpoint = open_evaluation(config, checkpoint, world)
+    if os.path.isdir(config.output_dir):
+        streams.keep_lost_output(OutputDir(config.output_dir).lost_output)
     for note in (*notes, *checkpoint.notes, *inputs.notes):
         world.print_rank0(note)
     engine = build_engine(config, inputs, checkpoint.weights, world)

@@ -12,8 +12,8 @@ from typing import NoReturn
 
 from vico.cli.with_world import report_error
 from vico.distributed import launcher_env, signals
-from vico.errors import EXIT_CODES, INTERNAL_ERROR, INTERRUPTED, UserError
-from vico.io import log
+from vico.errors import DONE, EXIT_CODES, INTERNAL_ERROR, INTERRUPTED, DiskError, UserError
+from vico.io import log, streams
 
 # Command: (its module in this folder, what it does). A module is imported when its command runs.
 COMMANDS = {
@@ -51,6 +51,7 @@ def main(argv: Sequence[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # As on stderr: a name that the terminal cannot show must not end a run.
         sys.stdout.reconfigure(errors="backslashreplace")
+    signals.print_stacks_on_quit()
     signals.unblock()
     # For libraries, DeepSpeed in particular: torch.load executes no pickle.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
@@ -99,6 +100,7 @@ def console(argv: Sequence[str] | None = None) -> NoReturn:
     Ends without Python's own shutdown, which aborts while torch's threads still leave a collective
     (torch 2.13). They do when a rank was lost.
     """
+    streams.guard()
     try:
         code = main(sys.argv[1:] if argv is None else argv)
     except Exception:  # a bug
@@ -106,6 +108,9 @@ def console(argv: Sequence[str] | None = None) -> NoReturn:
         code = INTERNAL_ERROR
     sys.stdout.flush()
     sys.stderr.flush()
+    if code == DONE and (reason := streams.loss()):
+        log.error(f"not all that this command printed could be written ({reason})")
+        code = DiskError.exit_code
     atexit._run_exitfuncs()
     if code and "SLURM_STEP_ID" in os.environ:
         time.sleep(SRUN_LINGER_SECONDS)

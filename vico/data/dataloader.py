@@ -50,10 +50,10 @@ def start_forkserver() -> None:
     warnings = os.environ.get("PYTHONWARNINGS", "")
     if NO_TRACKER_WARNING not in warnings:
         os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [warnings, NO_TRACKER_WARNING]))
-    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)
+    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals.BLOCKED)
     try:
         resource_tracker.ensure_running()  # unblocks two of the signals when it starts
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals.BLOCKED)
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)

@@ -1,10 +1,12 @@
-"""Stop requests: after SIGTERM, SIGUSR1 or Ctrl-C training finishes its step, saves and ends.
+"""Stop requests: after SIGTERM, Ctrl-C and the like training finishes its step, saves and ends.
 
-Schedulers send them before a time limit or a preemption, to some or all processes of a job. This
-module imports no torch, so that the handlers are installed from the first moment on.
+Schedulers send SIGTERM, SIGUSR1, SIGUSR2 or SIGXCPU before a time limit or a preemption, to some or
+all processes of a job. A terminal or ssh connection that goes away sends SIGHUP. This module
+imports no torch, so that the handlers are installed from the first moment on.
 """
 
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
@@ -13,7 +15,19 @@ from types import FrameType
 
 from vico.errors import INTERRUPTED, RESUMABLE
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGHUP,
+    signal.SIGXCPU,
+)
+# Those that end the process at once where they come a second time. The others are warnings, which
+# may be repeated: the kernel sends SIGXCPU every second.
+ENDING = (signal.SIGINT, signal.SIGTERM)
+# launch/start.py blocks them until the ranks handle them. SIGQUIT asks for the stacks.
+BLOCKED = (*SIGNALS, signal.SIGQUIT)
 # One request can arrive twice: sent to the whole job, and passed on by the launcher.
 ECHO_SECONDS = 2.0
 
@@ -37,7 +51,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
     global _number, _received_at
     if not _number:
         _number, _received_at = number, time.monotonic()
-    elif number != signal.SIGUSR1 and time.monotonic() - _received_at > ECHO_SECONDS:
+    elif number in ENDING and time.monotonic() - _received_at > ECHO_SECONDS:
         # The second request ends the process at once. Files on disk are complete at any moment.
         os._exit(128 + number)
 
@@ -45,25 +59,37 @@ def _handle(number: int, frame: FrameType | None) -> None:
 def install_handlers() -> None:
     """Record the signals from now on. A second SIGTERM or SIGINT, after 2 s, ends the process."""
     for number in SIGNALS:
-        signal.signal(number, _handle)
+        if not _is_ignored_hangup(number):
+            signal.signal(number, _handle)
     unblock()
 
 
 def unblock() -> None:
     """Unblock the signals: launch/start.py blocks them until the ranks can handle them."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED)
+
+
+def print_stacks_on_quit() -> None:
+    """SIGQUIT (Ctrl-\\ on a terminal) prints the stacks of all threads, and the process goes on."""
+    faulthandler.register(signal.SIGQUIT, file=2, all_threads=True)
 
 
 def ignore_all() -> None:
     """For helper processes: they end with their rank, which handles the signals."""
-    for number in SIGNALS:
+    for number in BLOCKED:
         signal.signal(number, signal.SIG_IGN)
 
 
 def restore_default_handlers() -> None:
     """Let the signals end the process again: after an error nothing is left to save."""
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
+        if not _is_ignored_hangup(number):
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _is_ignored_hangup(number: int) -> bool:
+    """`nohup` has SIGHUP ignored."""
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
 
 
 def stop_requested() -> int:

@@ -24,6 +24,7 @@ from torch._C._distributed_c10d import Store
 
 from vico.distributed.topology import Member
 from vico.errors import PeerLostError
+from vico.io import streams
 
 WAITING = "waiting for other ranks after: "  # the prefix of a phase that is spent in a collective
 # A rank whose innermost stack frames are in these folders waits for other ranks.
@@ -170,7 +171,7 @@ class Watchdog:
         """Print all stacks and, on the lowest running rank, the error; kill the silent ranks."""
         silent = self._silent_ranks()
         running = [rank for rank in self._heartbeats if rank not in silent] or [self._rank]
-        faulthandler.dump_traceback(all_threads=True)
+        faulthandler.dump_traceback(streams.descriptor_for_stacks(), all_threads=True)
         if self._rank == min(running):
             # Not through the logger: the stuck main thread may hold its lock.
             print(f"vico: error: {self.verdict(silent)}", file=sys.stderr, flush=True)

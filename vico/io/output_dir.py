@@ -32,6 +32,7 @@ class OutputDir:
         self.steps = path / "steps.jsonl"
         self.epochs = path / "log.txt"
         self.tensorboard = path / "runs"
+        self.lost_output = path / "output.txt"  # what stdout and stderr did not take
         self.attempts = path / "attempts.json"  # starts without progress
         self.latest = path / "latest.json"  # the step that was saved last
         self.best_checkpoint = path / "checkpoint_best"

@@ -19,7 +19,7 @@ from vico.data.batching import Step
 from vico.data.dataloader import loader
 from vico.distributed import signals
 from vico.errors import DiskError, InUseError
-from vico.io import log
+from vico.io import log, streams
 from vico.io.atomic import write_bytes, write_json
 from vico.io.failpoints import reached
 from vico.train.evaluate import evaluate, report
@@ -48,6 +48,7 @@ def run(run: Run) -> None:
         return
     with world.raise_together():
         run_log = _open_log(run) if world.is_main else None
+    streams.keep_lost_output(run.output_dir.lost_output)
     _print_start(run)
     try:
         _run_steps(run, run_log)

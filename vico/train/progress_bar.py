@@ -5,7 +5,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from vico.io import log
+from vico.io import log, streams
 
 PLAIN_SECONDS = 20.0  # between progress lines where there is no terminal
 EARLY = (1, 10)  # items after which a plain line comes early: does it run, how long will it take
@@ -34,6 +34,9 @@ class ProgressBar:
     def advance(self, note: str = "") -> None:
         """One more item is done."""
         self._done += 1
+        if self._bar is not None and streams.is_lost(sys.stderr):
+            self._bar.close()  # the terminal is gone: lines from now on
+            self._bar = None
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update()

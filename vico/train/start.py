@@ -8,7 +8,7 @@ from vico.checkpoint.write import RunIdentity
 from vico.data.batching import TrainingSteps
 from vico.data.dataloader import start_forkserver
 from vico.distributed.world import World
-from vico.io import log
+from vico.io import log, streams
 from vico.io.failpoints import reached
 from vico.io.output_dir import OutputDir
 from vico.model.vico import initial_trainables
@@ -62,6 +62,8 @@ def start(config: RunConfig, world: World) -> Run:
     """
     output_dir = OutputDir(config.output_dir)
     _claim(output_dir, world)
+    if output_dir.has_run():
+        streams.keep_lost_output(output_dir.lost_output)
     require_same_files(world, config)
     world.set_phase("reading the inputs")
     if config.num_workers:
