@@ -44,6 +44,9 @@ class EmulatedWorld(World):
     def max(self, value: int) -> int:
         return int(max(self.exchange.all_gather(self.rank, value)))
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        return self.exchange.all_gather(self.rank, value)
+
     @contextlib.contextmanager
     def raise_together(self) -> Iterator[None]:
         error: UserError | None = None

@@ -9,10 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from faults.interrupted import FLAGS, interrupt, steps_done, train_command
+from faults.interrupted import ENDLESS, FLAGS, interrupt, steps_done, train_command
 from support.processes import Processes, start, succeeds, vico
 from support.toy_dataset import ToyData
-from vico.checkpoint.format import OPTIMIZER, STATE, WEIGHTS
+from support.toy_run import newest_step
+from support.warm_process import WarmProcess
+from vico.checkpoint.format import OPTIMIZER, STATE, WEIGHTS, TrainState
+from vico.checkpoint.write import RunIdentity, save
+from vico.errors import UserError
+from vico.train.config import RunConfig
+from vico.train.resume import (
+    RECORDED_FIRST,
+    notes_of_uncompared,
+    read_checkpoint,
+    start_state,
+)
 
 
 def test_a_damaged_checkpoint_is_passed_over(
@@ -38,10 +49,11 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert "none of its 4 checkpoints can be used" in run.stderrs[0]
 
 
-def change_one_number(path: Path) -> None:
+def change_one_number(path: Path, prefix: str = "") -> None:
     """Of the first matrix in a torch file."""
     tensors = torch.load(path, weights_only=True)
-    matrix = next(value for value in tensors.values() if value.dim() == 2)
+    matrices = [v for name, v in tensors.items() if name.startswith(prefix) and v.dim() == 2]
+    matrix = matrices[0]
     matrix[len(matrix) // 2, 3] += 1
     torch.save(tensors, path)
 
@@ -78,6 +90,70 @@ def test_other_files_are_refused(
     assert run.codes == [2] and says in run.stderrs[0] and "--allow_change" in run.stderrs[0]
     assert not (out / "checkpoint-5").exists()
     succeeds(*command, "--allow_change", name)
+
+
+def test_features_overwritten_in_a_run_are_not_saved(toy: ToyData, tmp_path: Path) -> None:
+    """By finite numbers, at the same size, with the old time put back."""
+    out, data = tmp_path / "out", tmp_path / "data"
+    shutil.copytree(toy.folder / "data", data)
+    clips = data / "nextqa" / "clipvitl14.pth"
+    command = [*train_command(toy, 1, out), "--data_path", str(data), *ENDLESS, "--save_steps", "4"]
+    last_clean = 0
+
+    def overwrite(run: Processes) -> None:
+        nonlocal last_clean
+        times = clips.stat()
+        change_one_number(clips)
+        os.utime(clips, ns=(times.st_atime_ns, times.st_mtime_ns))
+        last_clean = steps_done(out)
+
+    run = interrupt(command, 1, lambda: steps_done(out) >= 5, overwrite)
+    assert run.codes == [4] and run.errors == [run.stderrs[0].strip()]
+    assert run.errors[0].startswith(f"vico: error: {clips}: changed during the run: it was written")
+    assert 4 <= newest_step(out) <= last_clean + 1
+
+
+def test_an_evaluation_with_another_backbone_is_refused(
+    toy: ToyData, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Of the same weights: another norm_eps. Other questions are noted; no notes without cause."""
+    llama, data = tmp_path / "llama", tmp_path / "data"
+    shutil.copytree(toy.llama, llama)
+    shutil.copytree(toy.folder / "data", data)
+    params = llama / "tiny" / "params.json"
+    params.write_text(params.read_text().replace("1e-06", "0.001"))
+    paths = ["--llama_model_path", str(llama), "--output_dir", str(tmp_path / "out")]
+    command = ["eval", "--resume", str(undisturbed / "checkpoint_best"), *paths]
+    with WarmProcess() as warm:
+        run = warm.run(command, tmp_path)
+        assert run.code == 2 and "backbone norm_eps  1e-06  0.001" in run.stderr
+        allowed = warm.run([*command, "--allow_change", "backbone"], tmp_path)
+        assert allowed.code == 0 and "note:" not in allowed.stdout, allowed.stderr
+        checked = warm.run(["check", *toy.flags, *FLAGS, "--init_eval", *command[1:]], tmp_path)
+        assert checked.code == 2 and "trained with other files (backbone;" in checked.stderr
+        same = ["eval", "--resume", command[2], "--data_path", str(data), *paths[2:]]
+        change_words(data / "nextqa" / "val.csv")
+        assert "note: the val questions are not those" in warm.run(same, tmp_path).stdout
+        shutil.copy(toy.data / "val.csv", data / "nextqa" / "val.csv")
+        change_one_number(data / "nextqa" / "clipvitl14.pth", "w")
+        run = warm.run(same, tmp_path)
+        assert run.code == 2 and "data val features" in run.stderr, run.stdout
+
+
+def test_an_older_checkpoint_is_compared_in_what_it_recorded(tmp_path: Path) -> None:
+    """With a note on the rest."""
+    config = RunConfig(output_dir=tmp_path / "out")
+    old = dict.fromkeys(RECORDED_FIRST, "a")
+    state = TrainState(questions_per_step=8)
+    save(tmp_path / "out" / "checkpoint-0", {}, {}, state, RunIdentity("", config.to_json(), old))
+    saved = read_checkpoint(tmp_path / "out" / "checkpoint-0")
+    now = {**old, "tokenizer": "b", "backbone norm_eps": "1e-06", "data val features": "c"}
+    assert start_state(saved, 4, 8, config, now).step == 0
+    (note,) = notes_of_uncompared(saved, now)
+    assert "did not record tokenizer, backbone norm_eps: " in note
+    with pytest.raises(UserError) as refused:
+        start_state(saved, 4, 8, config, {**now, "data val questions": "d"})
+    assert refused.value.table[1:] == (("data val questions", "a", "d"),)
 
 
 def test_a_second_writer_is_refused(toy: ToyData, tmp_path: Path) -> None:

@@ -1,45 +1,74 @@
-"""Digests of what a run is trained on: the backbone, the questions, the captions, the features.
+"""Digests of what a run's result depends on: the backbone, its tokenizer, and the data.
 
-Checkpoints store them, so that resuming with another LLaMA or other data is detected. They depend
-on content alone, not on paths, shards or file formats, and cover every number. Results are cached
-per file: a 7B backbone takes some seconds the first time and none after that.
+Checkpoints store them, so that going on with another LLaMA or other data is detected. Those of
+tensors and texts depend on content alone, not on paths, shards or file formats, and cover every
+number. Those of a tokenizer in two file formats differ. train/shared_digests.py takes those of
+tensors, which are large.
 """
 
-import os
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from vico.data.features import Features
+from vico.data.tokenizer import content_digest
 from vico.data.types import Question
 from vico.io.digest import digest_chunks
-from vico.io.file_cache import FileCache, cache_key, file_stamp
-from vico.model.config import backbone_shapes
-from vico.model.weights.load import Weights
+from vico.model.config import LlamaConfig, backbone_shapes
+from vico.model.weights.load import Weights, weight_files
 
 DIGEST_LENGTH = 16
 # Elements of a tensor that a thread reads at a time.
 CHUNK_ELEMENTS = 1 << 24
-MAX_THREADS = 8
 
 
-def of_run(
-    weights: Weights,
-    questions: Mapping[str, Sequence[Question]],
-    captions: Mapping[str, str],
-    features: Features,
-    cache: FileCache,
-) -> dict[str, str]:
-    """The fingerprints of everything a resumed run must keep, by the names used in messages."""
-    trained_on = {split: questions[split] for split in ("train", "val")}
-    data = of_data(trained_on, captions, features, cache)
-    return {"backbone": of_backbone(weights, cache), **data}
+@dataclass(frozen=True)
+class Sources:
+    """What fingerprints are taken of, opened."""
+
+    weights: Weights
+    tokenizer_path: Path
+    features: Features
+    questions: Mapping[str, Sequence[Question]]  # by split
+    captions: Mapping[str, str]  # by video
 
 
-def of_backbone(weights: Weights, cache: FileCache) -> str:
-    """Of all frozen tensors under Meta's names."""
+@dataclass(frozen=True)
+class TensorSet:
+    """Named tensors of files, and the fingerprints that are made of their digests."""
+
+    what: str  # in messages and in the cache
+    paths: Sequence[Path]  # all files of it
+    num_bytes: Mapping[str, int]  # by tensor
+    read_chunks: Callable[[str], Iterable[Tensor]]
+    verify: Callable[[str], None]  # compares the tensor with its file's checksum
+    groups: Mapping[str, Sequence[str]]  # fingerprint -> its tensors, in the digest's order
+
+    def digest(self, name: str) -> str:
+        """Of one tensor. Raises UserError for a wrong checksum. Hashing releases the GIL."""
+        self.verify(name)
+        return digest_chunks(self._buffers(name))
+
+    def _buffers(self, name: str) -> Iterable[bytes | memoryview]:
+        yield name.encode()
+        for chunk in self.read_chunks(name):
+            yield str(chunk.dtype).encode()
+            yield chunk.contiguous().view(torch.uint8).numpy().data
+
+    def fingerprints(self, digests: Mapping[str, str]) -> dict[str, str]:
+        """Of each group. `digests`: of all tensors."""
+        result = {}
+        for group, names in self.groups.items():
+            result[group] = _digest_parts(bytes.fromhex(digests[name]) for name in names)
+        return result
+
+
+def backbone_tensors(weights: Weights) -> TensorSet:
+    """All frozen tensors under Meta's names."""
     shapes = backbone_shapes(weights.config)
 
     def read_chunks(name: str) -> Iterable[Tensor]:
@@ -47,29 +76,59 @@ def of_backbone(weights: Weights, cache: FileCache) -> str:
         for start in range(0, num_elements, CHUNK_ELEMENTS):
             yield weights.read_slice(name, start, min(start + CHUNK_ELEMENTS, num_elements))
 
-    stamps = [file_stamp(path) for path in sorted(weights.folder.iterdir()) if path.is_file()]
-    key = cache_key("backbone", *stamps)
-    return _cached(key, cache, lambda: _digest_tensors(sorted(shapes), read_chunks))
+    num_bytes = {}
+    for name, shape in shapes.items():
+        element = weights.read_slice(name, 0, 1)
+        num_bytes[name] = torch.Size(shape).numel() * element.element_size()
+    groups = {"backbone": sorted(shapes)}
+    paths = weight_files(weights.folder)
+    return TensorSet("backbone", paths, num_bytes, read_chunks, weights.verify, groups)
 
 
-def of_data(
-    questions: Mapping[str, Sequence[Question]],
-    captions: Mapping[str, str],
-    features: Features,
-    cache: FileCache,
-) -> dict[str, str]:
-    """Of each split's questions, and of the captions and features of their videos."""
-    videos = sorted({q.video for split in questions.values() for q in split})
-    video_digest = _digest_parts(video.encode() for video in videos)
-    key = cache_key("features", file_stamp(features.path), video_digest)
+def feature_tensors(features: Features, questions: Mapping[str, Sequence[Question]]) -> TensorSet:
+    """The features of the videos of each split and, for a run that trains, of both its splits."""
+    videos = {f"data {split} features": _videos(q) for split, q in questions.items()}
+    groups = dict(videos)
+    if "train" in questions:
+        groups["data features"] = sorted({*_videos(questions["train"]), *_videos(questions["val"])})
+    num_bytes = {}
+    for video in sorted({name for names in groups.values() for name in names}):
+        frames = features.frames(video)
+        num_bytes[video] = frames.numel() * frames.element_size()
+    return TensorSet(
+        "features",
+        [features.path],
+        num_bytes,
+        lambda video: [features.frames(video)],
+        features.verify,
+        groups,
+    )
 
-    def digest_features() -> str:
-        return _digest_tensors(videos, lambda video: [features.frames(video)])
 
-    fingerprints = {f"data {split} questions": of_questions(q) for split, q in questions.items()}
-    fingerprints["data captions"] = of_captions({v: captions[v] for v in videos if v in captions})
-    fingerprints["data features"] = _cached(key, cache, digest_features)
+def of_texts(sources: Sources) -> dict[str, str]:
+    """The fingerprints of everything but tensors. Each is taken in a few seconds at most."""
+    fingerprints = of_llama_config(sources.weights.config)
+    fingerprints["tokenizer"] = content_digest(sources.tokenizer_path)[:DIGEST_LENGTH]
+    for split, questions in sources.questions.items():
+        fingerprints[f"data {split} questions"] = of_questions(questions)
+    if "train" in sources.questions:
+        videos = {q.video for split in ("train", "val") for q in sources.questions[split]}
+        used = {v: sources.captions[v] for v in sorted(videos) if v in sources.captions}
+        fingerprints["data captions"] = of_captions(used)
     return fingerprints
+
+
+def of_llama_config(config: LlamaConfig) -> dict[str, str]:
+    """What the shapes of the tensors do not show, as text: a change is then shown as it is."""
+    scaling = config.rope_scaling
+    values = {
+        "n_heads": config.n_heads,
+        "n_kv_heads": config.kv_heads,
+        "norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if scaling is None else asdict(scaling),
+    }
+    return {f"backbone {name}": json.dumps(value) for name, value in values.items()}
 
 
 def of_questions(questions: Sequence[Question]) -> str:
@@ -87,33 +146,11 @@ def of_captions(captions: Mapping[str, str]) -> str:
     return _digest_parts(text.encode() for text in captions.values())
 
 
-def _digest_tensors(names: Sequence[str], read_chunks: Callable[[str], Iterable[Tensor]]) -> str:
-    """Of named tensors, read in chunks. Threads share the work: hashing releases the GIL."""
-
-    def buffers(name: str) -> Iterable[bytes | memoryview]:
-        yield name.encode()
-        for chunk in read_chunks(name):
-            yield str(chunk.dtype).encode()
-            yield chunk.contiguous().view(torch.uint8).numpy().data
-
-    def digest_one(name: str) -> bytes:
-        return bytes.fromhex(digest_chunks(buffers(name)))
-
-    num_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
-    with ThreadPoolExecutor(num_threads) as pool:
-        return _digest_parts(pool.map(digest_one, names))
+def _videos(questions: Sequence[Question]) -> list[str]:
+    return sorted({q.video for q in questions})
 
 
 def _digest_parts(parts: Iterable[bytes]) -> str:
     """Each part is preceded by its length, so that no two lists of parts share a digest."""
     framed = (len(part).to_bytes(8, "little") + part for part in parts)
     return digest_chunks(framed, DIGEST_LENGTH)
-
-
-def _cached(key: str | None, cache: FileCache, compute: Callable[[], str]) -> str:
-    known = cache.get(key)
-    if isinstance(known, str):
-        return known
-    result = compute()
-    cache.put(key, result)
-    return result

@@ -6,7 +6,7 @@ that the run does not use, the whole feature file and the other data sets, and s
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -19,15 +19,21 @@ from vico.data.datasets import DATASETS, read_questions
 from vico.data.features import Features, Scan
 from vico.data.prompts import Prompts, letter
 from vico.data.types import Question
+from vico.distributed.world import World
 from vico.errors import UserError, fail, one_line, show
 from vico.io import log
 from vico.io.atomic import require_writable
 from vico.io.file_cache import FileCache, cache_key, file_stamp
 from vico.model.config import trainable_shapes
-from vico.train import preflight, zero_stage
+from vico.train import preflight, shared_digests, zero_stage
 from vico.train.config import RunConfig
-from vico.train.preflight import BackboneFiles
-from vico.train.resume import find_start, start_state
+from vico.train.preflight import FEATURES_FILE, BackboneFiles
+from vico.train.resume import (
+    find_start,
+    notes_of_uncompared,
+    refuse_other_function,
+    start_state,
+)
 
 CHECK = (
     "Find the problems of a run's files before it starts: the flags of `vico train`, one process, "
@@ -60,7 +66,8 @@ class Check:
         self.config = config
         self.errors: list[UserError] = []
         self.num_warnings = 0
-        self._cache = FileCache()
+        self._files = preflight.input_files(config, splits_of(config))
+        self._cache = FileCache(reread=config.verify)
         self._backbone: BackboneFiles | None = None
         self._prompts: Prompts | None = None
         self._features: Features | None = None
@@ -90,6 +97,8 @@ class Check:
         self._show_samples()
         if not self.errors:
             self._try(self._check_start)
+        if not self.errors:
+            self._try(self._files.check_unchanged)
         if not self.errors:
             self._cache.flush()
         summary = "nothing is wrong"
@@ -125,7 +134,7 @@ class Check:
             questions = self._try(_read_split, config, split)
             if questions is not None:
                 self._questions[split] = questions
-        self._features = self._try(Features, config.dataset_folder / "clipvitl14.pth")
+        self._features = self._try(Features, config.dataset_folder / FEATURES_FILE)
         for split, questions in self._questions.items():
             self._dropped[split] = []
             if self._features is None:
@@ -266,6 +275,7 @@ class Check:
         """Whether these files continue the run in output_dir, or fit --resume. Raises UserError."""
         config, backbone = self.config, self._backbone
         assert backbone is not None, "there are no errors"
+        fingerprints = self._take_fingerprints(backbone)
         start = find_start(config)
         for note in start.notes:
             self._report(note)
@@ -279,16 +289,28 @@ class Check:
         checkpoint = validate_for_model(start.checkpoint, shapes, num_layers)
         for note in checkpoint.notes:
             self._report(note)
+        for note in notes_of_uncompared(checkpoint, fingerprints):
+            self._report(note)
         if config.only_evaluates:
+            for note in refuse_other_function(checkpoint, config, fingerprints):
+                self._report(note)
             self._report(f"start: {checkpoint.path} is evaluated on {config.split}")
         else:
-            self._report(f"start: {checkpoint.path}, {self._describe_resume(checkpoint, backbone)}")
+            resume = self._describe_resume(checkpoint, fingerprints)
+            self._report(f"start: {checkpoint.path}, {resume}")
 
-    def _describe_resume(self, checkpoint: Checkpoint, backbone: BackboneFiles) -> str:
+    def _take_fingerprints(self, backbone: BackboneFiles) -> dict[str, str]:
+        """Reads all weights and features, and compares their checksums. The start then need not."""
         assert self._features is not None, "there are no errors"
-        fingerprints = fingerprint.of_run(
-            backbone.weights, self._questions, self._captions, self._features, self._cache
+        splits = [self.config.split] if self.config.only_evaluates else ["train", "val"]
+        questions = {split: self._questions[split] for split in splits}
+        sources = fingerprint.Sources(
+            backbone.weights, backbone.tokenizer_path, self._features, questions, self._captions
         )
+        alone = World(0, 1, torch.device("cpu"), None)
+        return shared_digests.of_run(sources, self._files, self._cache, alone, self.config.verify)
+
+    def _describe_resume(self, checkpoint: Checkpoint, fingerprints: Mapping[str, str]) -> str:
         state = start_state(
             checkpoint, 1, checkpoint.state.questions_per_step, self.config, fingerprints
         )

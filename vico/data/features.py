@@ -15,7 +15,8 @@ from torch import Tensor
 from vico.data.readers.rows import MAX_EXAMPLES, strip_ids
 from vico.data.types import FeatureRows, Question
 from vico.errors import TrainingError, UserError, fail, show
-from vico.io.safe_load import is_float_tensor, load_tensors
+from vico.io.input_files import InputFiles, Stamp, stamp_of
+from vico.io.safe_load import StoredChecksums, is_float_tensor, load_tensors
 
 WIDTH = 768  # CLIP ViT-L/14
 FILE = "the video feature file"  # in messages
@@ -36,8 +37,10 @@ class Features:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._mapped: dict[str, Any] | None = None
+        before = InputFiles([path]).stamp(path)
         content = load_tensors(path, FILE)
-        self._stamp = _stamp(path)
+        self._stamp = before or _stamp(path)
+        self._checksums = StoredChecksums(path, FILE)
         if not isinstance(content, dict) or not content:
             found = _describe(content)
             fail(
@@ -63,6 +66,7 @@ class Features:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.path, self._stamp, self._mapped = state["path"], state["stamp"], None
+        self._checksums = StoredChecksums(self.path, FILE)
 
     def __contains__(self, video: str) -> bool:
         return video in self._videos
@@ -122,12 +126,13 @@ class Features:
         self._refuse(questions, used, "have features with NaN or infinite values")
 
     def scan(self) -> Scan:
-        """Read the whole file: seconds per GB."""
+        """Read the whole file: seconds per GB. Raises UserError for a wrong checksum."""
         malformed, not_finite, with_zeros = [], [], []
         for video, value in self._videos.items():
             if not _is_clip(value):
                 malformed.append(video)
                 continue
+            self.verify(video)
             clip = value.detach()
             # Both keep NaN, and are ten times as fast as isfinite on the whole clip.
             lowest_T, highest_T = clip.amin(1).float(), clip.amax(1).float()
@@ -159,6 +164,10 @@ class Features:
             "extract them, or fetch the feature file that belongs to these questions"
         )
 
+    def verify(self, video: str) -> None:
+        """Raise UserError if the video's bytes are not those that torch.save wrote."""
+        self._checksums.verify(f"the features of video {show(video)}", self._videos[video])
+
     def frames(self, video: str) -> Tensor:
         """[frames, 768]: a whole video as it lies in the mapped file. It must not be written to."""
         frames: Tensor = self._videos[video].detach()
@@ -183,12 +192,11 @@ class Features:
         return out
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _stamp(path: Path) -> Stamp:
     try:
-        status = path.stat()
+        return stamp_of(path)
     except OSError as problem:
         raise UserError(f"{path}: {FILE} cannot be opened ({problem.strerror})") from None
-    return status.st_size, status.st_mtime_ns
 
 
 def _is_clip(value: Any) -> bool:

@@ -10,18 +10,22 @@ import base64
 import binascii
 import json
 import re
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
 from vico.errors import UserError
 from vico.io.atomic import read_bytes
+from vico.io.digest import digest_chunks, digest_json
 from vico.io.safe_load import failed_download
 from vico.io.text import parse_json
 
 # A folder that holds both has the same tokenizer twice; the first is the original.
 FILE_NAMES = ("tokenizer.model", "tokenizer.json")
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
+# The prompts add BOS and EOS. Nothing is cut or padded.
+UNUSED = {"post_processor": None, "truncation": None, "padding": None}
 # LLaMA-3 as Meta published it: how a text is cut before pieces are merged...
 LLAMA_3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -105,6 +109,63 @@ def find_tokenizer(llama_folder: Path, model_folder: Path) -> Path:
             "or keep models with different tokenizers under different --llama_model_path"
         )
     return shared
+
+
+def content_digest(path: Path) -> str:
+    """Of what a tokenizer's file says of its function.
+
+    Left out are names of files that it was trained from, and what is not used of a tokenizer.json.
+    Raises UserError.
+    """
+    data = _read(path)
+    if not TIKTOKEN_LINE.match(data) and data.lstrip()[:1] == b"{":
+        content: dict[str, Any] = parse_json(data.decode(), path, 1)
+        return digest_json(content | UNUSED)
+    if not TIKTOKEN_LINE.match(data):
+        return digest_chunks(_without_training_files(data))
+    return digest_chunks([data.replace(b"\r\n", b"\n")])
+
+
+def _without_training_files(data: bytes) -> Iterator[bytes]:
+    """The fields of a sentencepiece model.
+
+    Its second, trainer_spec, begins with the names of the texts (1) and of the model (2).
+    """
+    for number, field, value in _protobuf_fields(data):
+        if number != 2:
+            yield field
+            continue
+        for inner_number, inner_field, _ in _protobuf_fields(value):
+            if inner_number > 2:
+                yield inner_field
+
+
+def _protobuf_fields(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
+    """(number, all bytes, value without tag and length) of each field of a message."""
+    position = 0
+    while position < len(data):
+        tag, begin = _varint(data, position)
+        kind = tag & 7
+        if kind == 2:
+            size, begin = _varint(data, begin)
+        elif kind == 0:
+            size = _varint(data, begin)[1] - begin
+        else:
+            size = 8 if kind == 1 else 4
+        yield tag >> 3, data[position : begin + size], data[begin : begin + size]
+        position = begin + size
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    """(value, position behind it) of a protobuf number: 7 bits a byte, the lowest first."""
+    value = shift = 0
+    while True:
+        byte = data[position] if position < len(data) else 0
+        position += 1
+        value |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            return value, position
 
 
 def _tokenizer_in(folder: Path) -> Path | None:
@@ -239,8 +300,8 @@ class _HuggingFace:
                 f"{path}: not UTF-8 (byte offset {problem.start}); copy it again"
             ) from None
         content: dict[str, Any] = parse_json(text, path, 1)
-        # The prompts add BOS and EOS. Nothing is cut or padded, and offsets keep their blanks.
-        content |= {"post_processor": None, "truncation": None, "padding": None}
+        # Without the post-processor, offsets keep their blanks.
+        content |= UNUSED
         try:
             self._model = tokenizers.Tokenizer.from_str(json.dumps(content))
             self._model.encode_special_tokens = True

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 from vico.distributed import launcher_env, topology
+from vico.distributed.launcher_env import host_name
 from vico.distributed.rendezvous import clone_store, hint_when_slow, rendezvous
 from vico.distributed.watchdog import WAITING, Watchdog
 from vico.errors import UserError
@@ -43,6 +44,12 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def is_first_of_host(self) -> bool:
+        """Whether this rank is the lowest of its host."""
+        own = host_name()
+        return self.rank == min((m.rank for m in self.members if m.host == own), default=0)
 
     @property
     def phase(self) -> str:
@@ -77,6 +84,8 @@ class World:
 
     def gather_objects(self, value: Any) -> list[Any]:
         """The (picklable) value of every rank, in rank order."""
+        if self.size == 1:
+            return [value]
         gathered: list[Any] = [None] * self.size
         with self._waiting():
             torch_dist.all_gather_object(gathered, value, group=self.host_group)

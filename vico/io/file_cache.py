@@ -14,6 +14,7 @@ from typing import Any
 from vico.errors import UserError
 from vico.io.atomic import write_text
 from vico.io.digest import digest_files, digest_json
+from vico.io.input_files import stamp_of
 
 MAX_ENTRIES = 200
 # A younger file may be written again without a change of its times, which have a finite resolution.
@@ -22,17 +23,20 @@ SETTLED_SECONDS = 2.0
 
 def file_stamp(path: Path) -> str | None:
     """A text that changes when the file does; None: the file is too young. Raises OSError."""
-    status = path.stat()
-    if time.time() - status.st_ctime < SETTLED_SECONDS:
+    size, mtime_ns, ctime_ns, inode = stamp_of(path)
+    if time.time() - ctime_ns / 1e9 < SETTLED_SECONDS:
         return None
-    return f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+    return f"{path.resolve()} {size} {mtime_ns} {ctime_ns} {inode}"
 
 
 class FileCache:
-    """Results by key. `put` results reach the disk by `flush`, once all ranks found no error."""
+    """Results by key. `put` results reach the disk by `flush`, once all ranks found no error.
 
-    def __init__(self) -> None:
-        self._entries = _read()
+    `reread`: nothing that is remembered is used, and all results are made anew.
+    """
+
+    def __init__(self, reread: bool = False) -> None:
+        self._entries = {} if reread else _read()
         self._new: dict[str, Any] = {}
 
     def get(self, key: str | None) -> Any:

@@ -7,13 +7,15 @@ messages that name neither the file nor the cause, so the file's format is check
 import io
 import pickle
 import re
+import threading
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from vico.errors import UserError, one_line
+from vico.errors import UserError, fail, one_line
 from vico.io.atomic import read_bytes, require_file
 from vico.io.old_torch_format import MAGIC, find_fault
 
@@ -89,6 +91,59 @@ def load_tensors(
         reason = (str(problem).splitlines() or [""])[0][:MAX_REASON_CHARACTERS]
         fault = f"{_DAMAGED} ({type(problem).__name__}: {reason})"
     raise error(one_line(f"{path}: {what} {fault}"))
+
+
+class StoredChecksums:
+    """The CRC-32 sums that torch.save wrote, of a file that is loaded; torch.load ignores them.
+
+    `what` names the content in messages. The file's directory is read at the first comparison.
+    """
+
+    def __init__(self, path: Path, what: str, error: type[UserError] = UserError) -> None:
+        self._path, self._what, self._error = path, what, error
+        self._known: set[tuple[int, int]] | None = None  # (bytes, checksum); empty: there are none
+        self._verified: set[int] = set()  # addresses of storages
+        self._lock = threading.Lock()
+
+    def verify(self, name: str, tensor: Any) -> None:
+        """Raise an error if the bytes below `tensor` are not those that were saved.
+
+        A storage that several tensors share is read once. Threads may call it at the same time.
+        """
+        import torch
+
+        storage = tensor.untyped_storage()
+        with self._lock:
+            if self._known is None:
+                self._known = self._read()
+            if not self._known or storage.data_ptr() in self._verified:
+                return
+            self._verified.add(storage.data_ptr())
+        checksum = zlib.crc32(torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data)
+        if storage.nbytes() and (storage.nbytes(), checksum) not in self._known:
+            self._fail(f"(wrong checksum of {name})")
+
+    def _read(self) -> set[tuple[int, int]]:
+        """What the directory holds of the storages. The other parts are small, and compared."""
+        try:
+            with zipfile.ZipFile(self._path) as archive:
+                entries = archive.infolist()
+                if not any(entry.CRC for entry in entries):
+                    return set()  # torch.serialization.set_crc32_options(False)
+                for entry in entries:
+                    if not _is_storage(entry):
+                        archive.read(entry)
+        except (zipfile.BadZipFile, OSError) as problem:
+            self._fail(f"({problem})")
+        return {(entry.file_size, entry.CRC) for entry in entries if _is_storage(entry)}
+
+    def _fail(self, reason: str) -> NoReturn:
+        fail(f"{self._path}: {self._what} {_DAMAGED} {reason}", self._error)
+
+
+def _is_storage(entry: zipfile.ZipInfo) -> bool:
+    """Whether a part of a torch file holds numbers of a tensor."""
+    return entry.filename.rpartition("/")[0].endswith("/data")
 
 
 def _load_zip(path: Path) -> tuple[Any, str | None]:
@@ -168,9 +223,7 @@ def _size_fault(path: Path, content: Any) -> str | None:
     """
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-    record_sizes = Counter(
-        entry.file_size for entry in entries if entry.filename.rpartition("/")[0].endswith("/data")
-    )
+    record_sizes = Counter(entry.file_size for entry in entries if _is_storage(entry))
     claimed_sizes = Counter(_storage_sizes(content).values())
     if claimed_sizes - record_sizes:
         return "claims tensors of other sizes than it holds; fetch or copy it again"

@@ -1,12 +1,15 @@
 """What a run reads, checked before anything is built; and the model under DeepSpeed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vico.checkpoint.fingerprint import Sources
 from vico.checkpoint.format import Checkpoint
 from vico.checkpoint.validate import validate_for_model
 from vico.data.datasets import read_questions
@@ -16,6 +19,7 @@ from vico.data.types import Question
 from vico.distributed.world import World, set_collective_timeout
 from vico.io.atomic import require_writable
 from vico.io.file_cache import FileCache
+from vico.io.input_files import InputFiles
 from vico.model.attention.backends import choose_attention
 from vico.model.block_runners import choose_block_runners
 from vico.model.config import trainable_shapes
@@ -30,7 +34,6 @@ from vico.train.config import RunConfig
 from vico.train.engine import Engine, load_parameter, zero_init
 from vico.train.optim import make_optimizer
 
-FEATURES_FILE = "clipvitl14.pth"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -49,6 +52,8 @@ class Inputs:
     ds_config: dict[str, Any]
     stage: str  # which ZeRO stage, and why
     notes: tuple[str, ...]
+    tokenizer_path: Path
+    files: InputFiles  # to be compared with the disk before anything is saved
     cache: FileCache  # to be flushed once all ranks agree that nothing is wrong
 
     @property
@@ -57,6 +62,11 @@ class Inputs:
         used = {f"{split} questions": len(q) for split, q in self.questions.items()}
         return {**used, "captions": len(self.captions)}
 
+    def sources(self, splits: Sequence[str]) -> Sources:
+        """What the fingerprints of a run over these splits are taken of."""
+        questions = {split: self.questions[split] for split in splits}
+        return Sources(self.weights, self.tokenizer_path, self.features, questions, self.captions)
+
 
 def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inputs:
     """Open and check every file of a run; nothing is computed yet. Raises UserError.
@@ -64,7 +74,7 @@ def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inp
     No collective runs inside: the ranks agree afterwards.
     """
     require_writable(config.output_dir)
-    cache = FileCache()
+    files, cache = preflight.input_files(config, splits), FileCache(reread=config.verify)
     backbone = preflight.open_backbone(config)
     llama = backbone.weights.config
     training = "train" in splits
@@ -74,7 +84,7 @@ def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inp
     annotated = {}
     for split in splits:
         annotated[split] = read_questions(config.dataset, folder, split, subtitles=config.sub)
-    features = Features(folder / FEATURES_FILE)
+    features = Features(folder / preflight.FEATURES_FILE)
     questions, dropped, notes = {}, {}, [*choice.notes]
     for split in splits:
         questions[split], dropped[split] = preflight.with_features(
@@ -94,6 +104,7 @@ def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inp
         )
         notes += preflight.caption_notes(config, lengths)
     notes += preflight.shared_video_notes(questions)
+    files.check_unchanged()
     shapes = trainable_shapes(llama, backbone.num_adapted, config.adapter_len, config.max_feats)
     return Inputs(
         weights=backbone.weights,
@@ -107,6 +118,8 @@ def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inp
         ds_config=choice.ds_config,
         stage=choice.name,
         notes=tuple(notes),
+        tokenizer_path=backbone.tokenizer_path,
+        files=files,
         cache=cache,
     )
 

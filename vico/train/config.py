@@ -185,8 +185,13 @@ class RunConfig:
     allow_change: str | None = _flag(
         None,
         RUN,
-        "comma-separated settings, 'data' or 'backbone', that may differ from those of the "
-        "resumed run",
+        "comma-separated settings, 'data', 'backbone' or 'tokenizer', that may differ from the "
+        "checkpoint's run",
+    )
+    verify: bool = _flag(
+        False,
+        RUN,
+        "read all inputs again, whatever is remembered of files of the same size and times",
     )
     deepspeed: str = _flag(
         "auto",
@@ -308,12 +313,12 @@ NOT_IDENTITY = frozenset(
     """
     model llama_model_path data_path captions missing_features output_dir resume init_eval split
     max_steps num_workers deepspeed attention checkpoint_activations batch_size accum_iter
-    max_tokens save_steps save_total_limit save_legacy allow_change collective_timeout
+    max_tokens save_steps save_total_limit save_legacy allow_change verify collective_timeout
     hang_timeout expect_world_size
     """.split()
 )
 # What must not change either when a run is resumed (checkpoint/fingerprint.py).
-FINGERPRINTED = ("data", "backbone")
+FINGERPRINTED = ("data", "backbone", "tokenizer")
 # The shapes of a checkpoint's tensors follow from these. Evaluation takes them from the checkpoint.
 SHAPES = ("adapter_layer", "adapter_len", "max_feats")
 # They have no effect on an evaluation.

@@ -123,7 +123,7 @@ def evaluate(
     if not questions:
         raise UserError(f"{split}: there are no questions to evaluate; name a split that has some")
     with world.raise_together():
-        inputs.features.check_unchanged()
+        inputs.files.check_unchanged()
     chunks = EvaluationChunks(
         questions,
         inputs.features,
@@ -133,6 +133,8 @@ def evaluate(
         world_size=world.size,
     )
     scored = _score_chunks(engine, chunks, len(questions), split, config, world)
+    with world.raise_together():
+        inputs.files.check_unchanged()
     scores = _gather(scored, questions, world)
     _require_finite(scores, questions)
     return summarize(questions, scores, config.dataset, inputs.dropped[split])

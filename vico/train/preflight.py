@@ -4,6 +4,7 @@
 shortened or suspicious is counted and reported in notes.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +18,16 @@ from vico.data.features import Features
 from vico.data.length_stats import Lengths
 from vico.data.prompts import Prompts
 from vico.data.readers import captions as caption_files
+from vico.data.tokenizer import FILE_NAMES as TOKENIZER_FILES
 from vico.data.tokenizer import Tokenizer, find_tokenizer
 from vico.data.types import Question
 from vico.errors import UserError, fail
 from vico.io.file_cache import FileCache, cache_key, file_stamp
-from vico.model.weights.load import Weights, holds_weights, open_weights
+from vico.io.input_files import InputFiles
+from vico.model.weights.load import Weights, holds_weights, open_weights, weight_files
 from vico.train.config import RunConfig
+
+FEATURES_FILE = "clipvitl14.pth"  # in the dataset's folder
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,23 @@ def open_backbone(config: RunConfig) -> BackboneFiles:
             "leave it out to adapt all"
         )
     return BackboneFiles(tokenizer, tokenizer_path, weights, num_adapted)
+
+
+def input_files(config: RunConfig, splits: Sequence[str]) -> InputFiles:
+    """The files that a run with these splits reads, as far as they exist, before they are opened.
+
+    Subtitles are not among them: there are thousands, and they are read into memory at once.
+    """
+    folder, weights = config.dataset_folder, config.llama_model_path / config.model
+    paths = [DATASETS[config.dataset].annotation_file(folder, split) for split in splits]
+    paths.append(folder / FEATURES_FILE)
+    for tokenizer_folder in (config.llama_model_path, weights):
+        paths += [tokenizer_folder / name for name in TOKENIZER_FILES]
+    paths += weight_files(weights)
+    if config.cap and "train" in splits:
+        with contextlib.suppress(UserError):  # who reads them says what is wrong
+            paths.append(caption_files.find(folder, config.captions))
+    return InputFiles(paths)
 
 
 def with_features(

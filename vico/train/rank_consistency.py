@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from vico.checkpoint.format import Checkpoint
+from vico.data.tokenizer import FILE_NAMES as TOKENIZER_FILES
 from vico.distributed.launcher_env import host_name
 from vico.distributed.world import World
 from vico.errors import UserError
@@ -96,6 +97,15 @@ def require_same_start(
     _require_same(world, "starting points", own, remedy)
 
 
+def require_same_inputs(world: World, fingerprints: Mapping[str, str]) -> None:
+    """Compare all that each rank has read, whole. A collective of all ranks.
+
+    Raises UserError, the same on every rank, naming the hosts that differ from rank 0's.
+    """
+    remedy = "copy the files again, or use a folder that all hosts share"
+    _require_same(world, "inputs", dict(fingerprints), remedy)
+
+
 def _output_state(output_dir: OutputDir) -> dict[str, str]:
     folders = output_dir.step_checkpoints()
     state = {str(output_dir): folders[0].name if folders else "no checkpoint"}
@@ -154,7 +164,10 @@ def _late_outputs(config: RunConfig, visible_RN: torch.Tensor) -> list[str]:
 
 
 def _input_files(config: RunConfig) -> list[Path]:
-    """The files that training reads, as far as they exist."""
+    """The files that training reads, as far as they exist: a first look, before they are opened.
+
+    `require_same_inputs` and `require_same_start` compare all that was read, whole.
+    """
     files: list[Path | None] = []
     for folder in (config.dataset_folder, config.llama_model_path / config.model):
         if not folder.is_dir():
@@ -163,7 +176,8 @@ def _input_files(config: RunConfig) -> list[Path]:
             is_data = path.suffix in DATA_SUFFIXES or path.parent != config.dataset_folder
             if path.is_file() and is_data:
                 files.append(path)
-    files += [config.llama_model_path / "tokenizer.model", config.captions, config.resume]
+    files += [config.llama_model_path / name for name in TOKENIZER_FILES]
+    files += [config.captions, config.resume]
     if is_path(config.deepspeed):
         files.append(Path(config.deepspeed))
     return [path for path in files if path is not None]

@@ -9,7 +9,7 @@ import json
 import os
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from vico.checkpoint.format import REMEDY, WEIGHTS, Checkpoint, TrainState
 from vico.checkpoint.read import read
 from vico.errors import CheckpointError, UserError
 from vico.io.output_dir import OutputDir
-from vico.train.config import NOT_IDENTITY, RunConfig
+from vico.train.config import NOT_IDENTITY, OBJECTIVE, RunConfig
 from vico.train.settings import settings_from
 
 # Settings of a published file that mean nothing here, or something else.
@@ -179,8 +179,7 @@ def start_state(
 ) -> TrainState:
     """The training state to start from. Raises UserError when `start` is of a different run.
 
-    `fingerprints`: of backbone and data as they are now (on ranks other than 0: empty). They must
-    be those of the run that wrote `start`.
+    `fingerprints`: of all inputs as they are now. They must be those of the run that wrote `start`.
     """
     fresh = with_empty_sums(TrainState(questions_per_step=questions_per_step), config)
     if start is None:
@@ -210,13 +209,17 @@ def _with_sums_of(config: RunConfig, start: Checkpoint, steps_per_epoch: int) ->
     its steps. Raises UserError there.
     """
     state = start.state
-    if len(state.epoch_loss_sums) == len(config.tasks):
+    flags = [field for field in fields(RunConfig) if field.metadata["group"] == OBJECTIVE]
+    values = {flag.name: start.settings.get(flag.name, flag.default) for flag in flags}
+    before = replace(config, **values).tasks
+    if before == config.tasks:
         return state
     if state.step % steps_per_epoch == 0 and not state.evaluation_due:
         return with_empty_sums(state, config)
     raise UserError(
-        f"{start.path}: is inside an epoch with {len(state.epoch_loss_sums)} task(s), and this run "
-        f"has {len(config.tasks)}; change the tasks from a checkpoint at the end of an epoch"
+        f"{start.path}: is inside an epoch with {len(before)} task(s), and this run has "
+        f"{len(config.tasks)}; {', '.join(before)} -> {', '.join(config.tasks)}: change the tasks "
+        "from a checkpoint at the end of an epoch"
     )
 
 
@@ -226,6 +229,14 @@ def with_empty_sums(state: TrainState, config: RunConfig) -> TrainState:
     return replace(state, epoch_loss_sums=[0.0] * num_tasks, epoch_target_counts=[0] * num_tasks)
 
 
+# Fingerprints that each checkpoint has had since there are any. Later ones may be missing.
+RECORDED_FIRST = (
+    "backbone",
+    "data train questions",
+    "data val questions",
+    "data captions",
+    "data features",
+)
 Change = tuple[str, str, str]  # (name of the setting or file, what it was, what it is)
 
 
@@ -233,16 +244,73 @@ def _refuse_changed_run(
     start: Checkpoint, config: RunConfig, fingerprints: Mapping[str, str]
 ) -> None:
     saved = {k: str(v) if isinstance(v, Path) else v for k, v in start.settings.items()}
-    changes = differences(saved, config)
-    for name, now in fingerprints.items():
-        before = start.fingerprints.get(name)
-        if before != now and name.split()[0] not in config.allowed_changes:
-            changes.append((name, before or "none", now))
+    changes = differences(saved, config) + _changed_files(start, config, fingerprints)
     refuse_changes(
         f"{start.path}: was written by a run with other settings or files",
         changes,
         f"give the same, or start a new run from its weights by --resume {start.path / WEIGHTS}",
     )
+
+
+def _changed_files(
+    start: Checkpoint, config: RunConfig, fingerprints: Mapping[str, str]
+) -> list[Change]:
+    """What `start` recorded otherwise, and --allow_change does not permit."""
+    uncompared = _uncompared(start, fingerprints)
+    return [
+        (name, start.fingerprints.get(name, "none"), now)
+        for name, now in fingerprints.items()
+        if name not in uncompared
+        and start.fingerprints.get(name) != now
+        and name.split()[0] not in config.allowed_changes
+    ]
+
+
+def _uncompared(start: Checkpoint, fingerprints: Mapping[str, str]) -> list[str]:
+    """What earlier versions did not record."""
+    return [name for name in fingerprints if name not in {*start.fingerprints, *RECORDED_FIRST}]
+
+
+def notes_of_uncompared(start: Checkpoint, fingerprints: Mapping[str, str]) -> list[str]:
+    """A note where a checkpoint of this program lacks what is compared today."""
+    names = _uncompared(start, fingerprints) if start.fingerprints else []
+    functional = [name for name in names if not name.startswith("data")]
+    if not functional:
+        return []
+    return [
+        f"note: {start.path}: an earlier version wrote it and did not record "
+        f"{', '.join(functional)}: these are not compared"
+    ]
+
+
+def refuse_other_function(
+    start: Checkpoint, config: RunConfig, fingerprints: Mapping[str, str]
+) -> list[str]:
+    """Refuse to evaluate `start` with another backbone, tokenizer or features than it has seen.
+
+    Other questions may be asked: that is noted where they are of the split that its own run
+    evaluated. Raises UserError; --allow_change permits it. `fingerprints`: of the evaluated split.
+    """
+    if not start.fingerprints:  # it is a file that records none
+        return []
+    questions, features = (f"data {config.split} {what}" for what in ("questions", "features"))
+    same_dataset = start.settings.get("dataset") == config.dataset
+    is_own_split = same_dataset and questions in start.fingerprints
+    same_questions = is_own_split and start.fingerprints[questions] == fingerprints[questions]
+    names = [name for name in fingerprints if not name.startswith("data")]
+    if same_questions:
+        names.append(features)
+    refuse_changes(
+        f"{start.path}: was trained with other files",
+        _changed_files(start, config, {name: fingerprints[name] for name in names}),
+        "evaluate it with those",
+    )
+    if is_own_split and not same_questions:
+        return [
+            f"note: the {config.split} questions are not those of the run that wrote "
+            f"{start.path}: its accuracies are of others"
+        ]
+    return []
 
 
 def differences(saved: Mapping[str, Any], config: RunConfig) -> list[Change]:

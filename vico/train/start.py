@@ -1,8 +1,8 @@
 """Everything before the first step: check the files, build the model, find the position."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vico.checkpoint import fingerprint
 from vico.checkpoint.format import Checkpoint, TrainState
 from vico.checkpoint.write import RunIdentity
 from vico.data.batching import TrainingSteps
@@ -12,12 +12,18 @@ from vico.io import log, streams
 from vico.io.failpoints import reached
 from vico.io.output_dir import OutputDir
 from vico.model.vico import initial_trainables
+from vico.train import shared_digests
 from vico.train.build import Inputs, build_engine, fit, read_inputs
 from vico.train.config import RunConfig
 from vico.train.engine import Engine
 from vico.train.optim import learning_rate, peak_learning_rate
 from vico.train.rank_consistency import require_same_files, require_same_start
-from vico.train.resume import find_start, start_state
+from vico.train.resume import (
+    find_start,
+    notes_of_uncompared,
+    refuse_other_function,
+    start_state,
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ def start(config: RunConfig, world: World) -> Run:
         reached("inputs")
         checkpoint = fit(found.checkpoint, inputs) if found.checkpoint else None
     require_same_start(world, checkpoint, found.notes, inputs.counts)
-    if world.is_main:
+    if world.is_first_of_host:
         inputs.cache.flush()
     for note in (*found.notes, *inputs.notes, *(checkpoint.notes if checkpoint else ())):
         world.print_rank0(note)
@@ -88,6 +94,8 @@ def start(config: RunConfig, world: World) -> Run:
     else:
         trainables = checkpoint.weights
     engine = build_engine(config, inputs, trainables, world)
+    with world.raise_together():
+        inputs.files.check_unchanged()  # the weights have been read a second time
     if checkpoint is not None and checkpoint.moments is not None:
         engine.set_moments(checkpoint.moments, state.num_updates)
     identity = RunIdentity(found.run_id, config.to_json(), fingerprints)
@@ -106,8 +114,11 @@ def open_evaluation(
         inputs = read_inputs(config, (config.split,), world)
         checkpoint = fit(checkpoint, inputs)
     require_same_start(world, checkpoint, (), inputs.counts)
-    if world.is_main:
-        inputs.cache.flush()
+    fingerprints = _fingerprints(config, inputs, (config.split,), world)
+    with world.raise_together():
+        notes = refuse_other_function(checkpoint, config, fingerprints)
+    for note in (*notes, *notes_of_uncompared(checkpoint, fingerprints)):
+        world.print_rank0(note)
     return inputs, checkpoint
 
 
@@ -117,6 +128,17 @@ def _claim(output_dir: OutputDir, world: World) -> None:
         if world.is_main and output_dir.has_run():
             for note in output_dir.claim():
                 log.info(note)
+
+
+def _fingerprints(
+    config: RunConfig, inputs: Inputs, splits: Sequence[str], world: World
+) -> dict[str, str]:
+    """Of all that a run over these splits reads, the same on all hosts. A collective."""
+    sources = inputs.sources(splits)
+    fingerprints = shared_digests.of_run(sources, inputs.files, inputs.cache, world, config.verify)
+    if world.is_first_of_host:
+        inputs.cache.flush()
+    return fingerprints
 
 
 def _training_steps(config: RunConfig, inputs: Inputs, world: World) -> TrainingSteps:
@@ -145,21 +167,13 @@ def _check_continuation(
     checkpoint: Checkpoint | None,
     steps: TrainingSteps,
 ) -> tuple[dict[str, str], TrainState]:
-    """(fingerprints of backbone and data, the training state to start from). A collective.
-
-    Only rank 0 takes fingerprints, as only it writes checkpoints. That all hosts have the same
-    files was checked before.
-    """
-    world.set_phase("taking fingerprints of backbone and data")
+    """(fingerprints of all inputs, the training state to start from). A collective."""
+    fingerprints = _fingerprints(config, inputs, ("train", "val"), world)
     with world.raise_together():
-        fingerprints: dict[str, str] = {}
-        if world.is_main:
-            fingerprints = fingerprint.of_run(
-                inputs.weights, inputs.questions, inputs.captions, inputs.features, inputs.cache
-            )
         state = start_state(
             checkpoint, steps.steps_per_epoch, steps.questions_per_step, config, fingerprints
         )
-    if world.is_main:
-        inputs.cache.flush()
+    if checkpoint is not None:
+        for note in notes_of_uncompared(checkpoint, fingerprints):
+            world.print_rank0(note)
     return fingerprints, state

@@ -9,7 +9,7 @@ from vico.errors import UserError
 from vico.io.text import read_json_object
 from vico.model.config import LlamaConfig
 from vico.model.weights import hf, meta
-from vico.model.weights.hf import CONFIG, HuggingFaceWeights
+from vico.model.weights.hf import CONFIG, INDEX, HuggingFaceWeights
 from vico.model.weights.meta import MetaWeights
 
 
@@ -25,6 +25,10 @@ class Weights(Protocol):
 
     def read_slice(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor."""
+        ...
+
+    def verify(self, name: str) -> None:
+        """Compare the tensor with the checksums of its file. Raises CheckpointError."""
         ...
 
 
@@ -62,5 +66,10 @@ def _has_only_hugging_face_config(folder: Path) -> bool:
 
 def holds_weights(folder: Path) -> bool:
     """As far as the names of its files tell; for hints."""
-    patterns = ("params.json", CONFIG, "consolidated.*.pth", "model*.safetensors")
-    return any(any(folder.glob(pattern)) for pattern in patterns)
+    return bool(weight_files(folder))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files in `folder` that belong to weights by their names, sorted."""
+    patterns = ("params.json", CONFIG, INDEX, "consolidated.*.pth", "model*.safetensors")
+    return sorted({path for pattern in patterns for path in folder.glob(pattern)})

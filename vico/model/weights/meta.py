@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vico.errors import CheckpointError, UserError, show
-from vico.io.safe_load import is_float_tensor, load_tensors
+from vico.io.safe_load import StoredChecksums, is_float_tensor, load_tensors
 from vico.io.text import read_json_object
 from vico.model.config import EMBEDDINGS, LlamaConfig, RopeScaling, backbone_shapes
 from vico.model.weights.validate import (
@@ -32,6 +32,7 @@ from vico.model.weights.validate import (
 # MetaWeights looks at the shapes.
 SHARDED_DIM = dict.fromkeys(("wq", "wk", "wv", "w1", "w3", "output"), 0)
 SHARDED_DIM |= dict.fromkeys(("wo", "w2", "tok_embeddings"), 1)
+SHARD = "the shard of LLaMA weights"  # in messages
 # No two shards of a model hold the same part of this tensor.
 UNIQUE_PART = "layers.0.attention.wq.weight"
 # A buffer that some files hold; it is computed instead.
@@ -52,6 +53,9 @@ class MetaWeights:
         self.folder = folder
         self.config = read_llama_config(folder / "params.json")
         self._shards = [(path, _load(path)) for path in shard_paths(folder)]
+        self._checksums = [
+            StoredChecksums(path, SHARD, CheckpointError) for path, _ in self._shards
+        ]
         parts = [shard[EMBEDDINGS] for _, shard in self._shards if EMBEDDINGS in shard]
         splits_vocabulary = bool(parts) and parts[0].shape[1:] == (self.config.dim,)
         self._embeddings_dim = 0 if splits_vocabulary else 1
@@ -87,6 +91,11 @@ class MetaWeights:
         first = start // width
         rows = torch.cat([part[first : -(-stop // width)] for part in parts], dim=1)
         return rows.reshape(-1)[start - first * width : stop - first * width]
+
+    def verify(self, name: str) -> None:
+        """Raise CheckpointError if a shard's bytes of the tensor are not those that were saved."""
+        for checksums, (_, shard) in zip(self._checksums, self._shards, strict=True):
+            checksums.verify(show(name), shard[name])
 
     def _parts(self, name: str) -> tuple[list[Tensor], int | None]:
         """The tensor's parts, one per shard, and the dimension along which they join.
@@ -197,7 +206,7 @@ def shard_paths(folder: Path) -> list[Path]:
 
 
 def _load(path: Path) -> dict[str, Tensor]:
-    shard = load_tensors(path, "the shard of LLaMA weights", error=CheckpointError)
+    shard = load_tensors(path, SHARD, error=CheckpointError)
     if not isinstance(shard, dict) or not all(_is_named_tensor(*item) for item in shard.items()):
         raise UserError(
             f"{path}: not a dict of tensors; LLaMA weights in Meta's layout are expected"
