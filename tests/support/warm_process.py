@@ -1,10 +1,12 @@
 """Whole commands by the hundred: a process that has loaded torch and DeepSpeed forks one for each.
 
 A start of `python -m vico` takes seconds before it looks at the first file. Here the same command
-runs with its own arguments, folder, output and exit code; only the loading is shared.
+runs with its own arguments, folder, output and exit code; only the loading is shared. Pytest is run
+like this too, on a checkout whose package changes from one command to the next.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import queue
@@ -21,8 +23,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import psutil
+import pytest
+
 from support.processes import ROOT, base_environment
 
+PR_SET_CHILD_SUBREAPER = 36  # of prctl(2)
 # Seconds after which a command is killed.
 TIME_LIMIT = 60.0
 # What `watch` reports.
@@ -42,32 +48,51 @@ class CommandResult:
 
 
 class WarmProcess:
-    """The client: `with WarmProcess() as warm: warm.run(["train", ...], cwd)`. One at a time."""
+    """The client: `with WarmProcess() as warm: warm.run(["train", ...], cwd)`. One at a time.
+
+    `checkout`: run pytest on it, and load nothing of it before a command does.
+    """
+
+    def __init__(self, checkout: Path | None = None) -> None:
+        self.checkout = checkout
 
     def __enter__(self) -> "WarmProcess":
         self._temporary = tempfile.TemporaryDirectory(prefix="vico-warm-")
         self._folder = Path(self._temporary.name)
         # On the CPU: a process that has touched a GPU cannot be forked.
-        on_the_cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        more = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        if self.checkout is not None:
+            paths = [str(self.checkout), str(self.checkout / "tests")]
+            more |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
+        program = "vico" if self.checkout is None else "pytest"
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "support.warm_process", str(self._folder)],
+            [sys.executable, "-m", "support.warm_process", str(self._folder), program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=base_environment(XDG_CACHE_HOME=str(self._folder), **on_the_cpu),
-            cwd=ROOT / "tests",
+            env=base_environment(XDG_CACHE_HOME=str(self._folder), **more),
+            cwd=(self.checkout or ROOT) / "tests",
         )
         return self
 
     def run(
-        self, arguments: Sequence[str], cwd: Path, *, watched: Path | None = None
+        self,
+        arguments: Sequence[str],
+        cwd: Path,
+        *,
+        watched: Path | None = None,
+        seconds: float = TIME_LIMIT,
     ) -> CommandResult:
-        """`vico ARGUMENTS` in `cwd`. `watched`: a file for what it runs or unpickles (`watch`)."""
+        """`vico ARGUMENTS` in `cwd`. `watched`: a file for what it runs or unpickles (`watch`).
+
+        After `seconds` it is killed, with what it started: its code is -9.
+        """
         assert self._process.stdin is not None and self._process.stdout is not None
         order = {
             "arguments": list(arguments),
             "cwd": str(cwd),
             "watched": None if watched is None else str(watched),
+            "seconds": seconds,
         }
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
@@ -135,20 +160,26 @@ def watch(path: Path) -> None:
     sys.addaudithook(hook)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, program: str) -> None:
     """Load everything, then run the command of each line of the input."""
     answers = os.fdopen(os.dup(1), "w")
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     for descriptor in (1, 2):  # for what libraries print while they are loaded
         os.dup2(os.open(folder / "log", flags, 0o600), descriptor)
-    _load_libraries()
+    if program == "vico":
+        _load_libraries()
+    else:
+        _load_test_libraries()
+    own = psutil.Process().children()  # a library may have started one
     for line in sys.stdin:
         order = json.loads(line)
         began = time.monotonic()
         child = os.fork()
         if child == 0:
-            _run_command(order, folder)
-        code = _wait(child)
+            _run_command(order, folder, program)
+        code = _wait(child, order["seconds"])
+        if program == "pytest":
+            _kill_orphans(own)
         answers.write(json.dumps({"code": code, "seconds": time.monotonic() - began}) + "\n")
         answers.flush()
 
@@ -166,7 +197,26 @@ def _load_libraries() -> None:
     assert deepspeed.ops.__compatible_ops__  # the first look tries out the compiler
 
 
-def _run_command(order: dict[str, Any], folder: Path) -> None:
+def _load_test_libraries() -> None:
+    """What tests import, without the package, which each command imports as it is then."""
+    import deepspeed.ops
+    import hypothesis
+    import safetensors.torch
+    import torch
+    import yaml
+
+    torch.set_num_threads(1)
+    assert deepspeed.ops.__compatible_ops__
+    assert hypothesis and safetensors.torch and yaml
+    # Tests start processes that lead sessions of their own. With this they become children of
+    # this process when the test is killed, so that it can kill them too.
+    assert ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+    for name in list(sys.modules):
+        if name.split(".")[0] in ("vico", "support"):
+            del sys.modules[name]
+
+
+def _run_command(order: dict[str, Any], folder: Path, program: str) -> None:
     """The child's whole life."""
     code = 1
     try:
@@ -178,9 +228,12 @@ def _run_command(order: dict[str, Any], folder: Path) -> None:
         os.chdir(order["cwd"])
         if order["watched"] is not None:
             watch(Path(order["watched"]))
-        from vico.cli.main import main as vico
+        if program == "pytest":
+            code = int(pytest.main(order["arguments"]))
+        else:
+            from vico.cli.main import main as vico
 
-        code = vico(order["arguments"])
+            code = vico(order["arguments"])
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except BaseException:
@@ -191,8 +244,8 @@ def _run_command(order: dict[str, Any], folder: Path) -> None:
         os._exit(code)
 
 
-def _wait(child: int) -> int:
-    deadline = time.monotonic() + TIME_LIMIT
+def _wait(child: int, seconds: float) -> int:
+    deadline = time.monotonic() + seconds
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
@@ -203,5 +256,14 @@ def _wait(child: int) -> int:
         time.sleep(0.002)
 
 
+def _kill_orphans(own: list[psutil.Process]) -> None:
+    """Kill the processes that a test has left behind."""
+    orphans = [p for p in psutil.Process().children(recursive=True) if p not in own]
+    for orphan in orphans:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            orphan.kill()
+    psutil.wait_procs(orphans, timeout=5)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -9,6 +9,8 @@ import pytest
 
 from faults import main as selftest
 from faults import scenario_mutations, scenario_store
+from faults.drawn_mutations import LineMap, Verdict, pick_tests
+from faults.mutation_operators import EQUIVALENT, FILES_LEFT_OUT, Equivalent, draw, mutations
 from faults.result import Result, Scale, SkippedError
 from faults.scenario_mutations import BREAKS, Break
 from support.errors import refusal
@@ -27,6 +29,80 @@ def test_a_mutation_finds_its_code_and_test(case: Break) -> None:
         if isinstance(node, ast.FunctionDef)
     ]
     assert functions.count(name) == 1
+
+
+SOURCE = b"""
+LIMIT = 3
+
+def f(a, b, *, steps=True):
+    \"\"\"Not code: 1 < 2.\"\"\"
+    assert a < 7
+    if a < b and not steps:
+        raise ValueError(f"{a + 1}")
+    zip(a, b, strict=True)
+    a.step(max(a[1:], key=len))
+    log.info("step %d", 5)
+    return a
+"""
+MUTATIONS = """
+    LIMIT = 4; LIMIT = 2; steps=False; if (a <= b) and not steps:; if (a >= b) and not steps:;
+    if (a < b or not steps):; if a < b and steps:; if True:; if False:; pass; zip(b, a, strict=True);
+    max(a[1:]); min(a[1:], key=len); a[1 + 1:]; a[2:]; a[0:]; return None
+"""
+
+
+def test_mutations_by_operator() -> None:
+    """All of a small source. Docstrings, assertions and what is said to people stay as they are."""
+    lines = SOURCE.decode().splitlines()
+    found = mutations("f.py", SOURCE)
+    texts = [mutation.apply(SOURCE).decode() for mutation in found]
+    for text, mutation in zip(texts, found, strict=True):
+        changed = text.splitlines()
+        assert len(changed) == len(lines)
+        differing = [i for i, line in enumerate(lines, start=1) if line != changed[i - 1]]
+        assert differing == [mutation.line]
+    for words in MUTATIONS.split(";"):
+        assert any(words.strip() in text for text in texts), words
+    assert len(set(texts)) == len(texts) == 19
+    in_default = next(m for m in found if m.old == "True")
+    assert in_default.lines == (5, 12), "the tests of the function, which has the default"
+    assert next(m for m in found if m.old == "3").lines == (0, 0), "the tests of the file"
+
+
+def test_drawn_mutations_are_code() -> None:
+    drawn = draw(ROOT, 0, 100)
+    assert drawn == draw(ROOT, 0, 100) != draw(ROOT, 1, 100)
+    assert len({m.operator for m in drawn}) > 10 and len({m.file for m in drawn}) > 30
+    for mutation in drawn:
+        ast.parse(mutation.apply((ROOT / mutation.file).read_bytes()))
+    assert all((ROOT / file).exists() for file in FILES_LEFT_OUT)
+
+
+@pytest.mark.parametrize("place", EQUIVALENT, ids=lambda place: f"{place.file}: {place.old}")
+def test_an_equivalent_mutation_finds_its_code(place: Equivalent) -> None:
+    assert place.old in (ROOT / place.file).read_text(encoding="utf-8")
+
+
+def test_a_mutation_is_tried_by_the_tests_of_its_lines() -> None:
+    mutation = next(m for m in mutations("vico/f.py", SOURCE) if m.old == "a < b")
+    lines = {("f.py", 7): {"slow", "fast", "failed"}, ("f.py", 8): {"other"}}
+    known = LineMap(lines, {"slow": 30.0, "fast": 0.1, "other": 0.1})
+    assert mutation.line == 7 and pick_tests(mutation, known) == ["fast", "slow"]
+    constant = next(m for m in mutations("vico/f.py", SOURCE) if m.old == "3")
+    assert pick_tests(constant, known) == ["fast", "other", "slow"]
+
+
+def test_the_share_that_is_caught_is_judged(capsys: pytest.CaptureFixture[str]) -> None:
+    mutation = mutations("vico/f.py", SOURCE)[0]
+    caught = [Verdict(mutation, 1, "red", "t")] * 8 + [Verdict(mutation, 1, "time limit", "t")]
+    assert not scenario_mutations._judge([*caught, Verdict(mutation, 1, "survived")])
+    said = capsys.readouterr().out
+    assert "9 of 10 drawn mutations are caught (90%; goal 90%)" in said
+    assert "survived: vico/f.py:2: constant: 3 -> 4" in said
+    none = [Verdict(mutation, 0, "no test runs it")] * 2
+    assert scenario_mutations._judge([*caught, *none]) == [
+        "only 9 of 11 drawn mutations are caught"
+    ]
 
 
 def test_scenarios_describe_themselves() -> None:

@@ -64,7 +64,7 @@ class Evaluation:
 
     @property
     def predictions(self) -> list[int]:
-        return [int(np.argmin(scores)) for scores in self.scores]
+        return choose(self.scores)
 
     def records(self) -> list[dict[str, Any]]:
         """One JSON object per question, in file order."""
@@ -223,6 +223,11 @@ def _require_finite(scores: list[list[float]], questions: Sequence[Question]) ->
         )
 
 
+def choose(scores: Sequence[Sequence[float]]) -> list[int]:
+    """The option of each question with the lowest score; of equal scores, the first."""
+    return [int(np.argmin(row)) for row in scores]
+
+
 def summarize(
     questions: Sequence[Question],
     scores: list[list[float]],
@@ -239,7 +244,7 @@ def summarize(
     if any(q.answer is None for q in questions):
         return Evaluation(questions, scores, {}, {}, num_dropped)
     answers = [q.answer for q in questions]
-    right = np.array([int(np.argmin(s)) for s in scores]) == np.array(answers)
+    right = np.array(choose(scores)) == np.array(answers)
     counts, accuracies = {}, {"acc": float(right.sum() / len(right))}
     types_of = np.array([q.type for q in questions])
     for group, types in accuracy_groups(dataset, types_of.tolist()).items():

@@ -208,7 +208,7 @@ def _end_epoch(run: Run, run_log: RunLog | None) -> None:
         losses=mean_losses(state.epoch_loss_sums, state.epoch_target_counts),
         evaluation=evaluation,
         eval_seconds=time.perf_counter() - started,
-        is_best=state.best_accuracy is None or evaluation.accuracies["acc"] > state.best_accuracy,
+        is_best=is_best(evaluation.accuracies["acc"], state.best_accuracy),
     )
     best = evaluation.accuracies["acc"] if result.is_best else state.best_accuracy
     after = replace(state, best_accuracy=best, evaluation_due=False)
@@ -216,6 +216,11 @@ def _end_epoch(run: Run, run_log: RunLog | None) -> None:
         after = with_empty_sums(after, config)
     _save(run, run_log, after, result)
     state.assign(after)  # last: a run that stops before this line evaluates again
+
+
+def is_best(accuracy: float, best: float | None) -> bool:
+    """Whether an epoch is the best so far. Of equal epochs the first one stays the best."""
+    return best is None or accuracy > best
 
 
 def _save(

@@ -1,0 +1,347 @@
+"""Small mistakes, made by rule in the source of the package: what `mutations` draws from.
+
+An operator is given a node of the syntax tree and returns nodes to put in its place.
+"""
+
+import ast
+import copy
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# How often a folder of vico/ is drawn from, beside the others: the first five keep what the
+# product promises (losses, updates, checkpoints, files).
+WEIGHTS = {"model": 3.0, "data": 3.0, "train": 3.0, "checkpoint": 3.0, "io": 3.0}
+# What is not mutated, and why.
+FILES_LEFT_OUT = {
+    "vico/model/ops/triton_kernels.py": "runs on a GPU; tests/gpu has its tests",
+    "vico/model/cuda_graphs.py": "runs on a GPU; tests/gpu has its tests",
+    "vico/planner/gpu_specs.py": "a table of what GPUs are sold with, measured nowhere",
+}
+CODE_LEFT_OUT = {
+    "assert": "it states what cannot happen, and changes no result",
+    "the value of a raise": "words for a person; that it is raised is mutated",
+    "log.info, print_rank0, set_phase": "words for a person who watches the run",
+    "annotations, decorators, f-strings": "types, caches and words",
+    "strict= of zip": "it states that lengths are equal, and changes no result",
+}
+
+
+@dataclass(frozen=True)
+class Equivalent:
+    file: str
+    old: str
+    new: str
+    why: str
+
+
+# Looked at one by one: no test can tell these from the code.
+EQUIVALENT: tuple[Equivalent, ...] = ()
+WORDS_FOR_PEOPLE = ("info", "fields", "print", "print_rank0", "set_phase")
+SWAPPED_COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+}
+OPPOSITE_COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.Lt: ast.GtE,
+    ast.GtE: ast.Lt,
+}
+SWAPPED_ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Add,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv,
+    ast.Pow: ast.Mult,
+}
+SWAPPED_NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
+SWAPPED_NAMES |= {"argmin": "argmax", "argmax": "argmin", "amax": "amin", "amin": "amax"}
+SWAPPED_NAMES |= {"sorted": "list", "reversed": "list", "sum": "max", "ceil": "floor"}
+RELATIVE_ERROR = 1.02
+SHOWN = 60  # letters of the code that changes
+
+
+def _boundary(node: ast.AST) -> Iterator[ast.AST]:
+    """`<=` for `<`."""
+    yield from _compare(node, SWAPPED_COMPARISONS)
+
+
+def _comparison(node: ast.AST) -> Iterator[ast.AST]:
+    """`!=` for `==`."""
+    yield from _compare(node, OPPOSITE_COMPARISONS)
+
+
+def _compare(node: ast.AST, others: dict[type[ast.cmpop], type[ast.cmpop]]) -> Iterator[ast.AST]:
+    if isinstance(node, ast.Compare):
+        for index, operator in enumerate(node.ops):
+            if type(operator) in others:
+                changed = copy.deepcopy(node)
+                changed.ops[index] = others[type(operator)]()
+                yield changed
+
+
+def _arithmetic(node: ast.AST) -> Iterator[ast.AST]:
+    """`-` for `+`. Strings and paths have operators too, which are left alone."""
+    if isinstance(node, ast.BinOp | ast.AugAssign) and type(node.op) in SWAPPED_ARITHMETIC:
+        operands = [
+            getattr(node, name) for name in ("left", "right", "value") if name in vars(node)
+        ]
+        if not any(_is_text(operand) for operand in operands):
+            changed = copy.deepcopy(node)
+            changed.op = SWAPPED_ARITHMETIC[type(node.op)]()
+            yield changed
+
+
+def _is_text(node: ast.AST) -> bool:
+    if isinstance(node, ast.Constant):
+        return isinstance(node.value, str | bytes)
+    if isinstance(node, ast.BinOp):
+        return _is_text(node.left) or _is_text(node.right)
+    return isinstance(node, ast.JoinedStr)
+
+
+def _and_or(node: ast.AST) -> Iterator[ast.AST]:
+    """`or` for `and`."""
+    if isinstance(node, ast.BoolOp):
+        changed = copy.deepcopy(node)
+        changed.op = ast.Or() if isinstance(node.op, ast.And) else ast.And()
+        yield changed
+
+
+def _sign(node: ast.AST) -> Iterator[ast.AST]:
+    """A dropped `not`, `-` or `~`."""
+    if isinstance(node, ast.UnaryOp):
+        yield node.operand
+
+
+def _condition(node: ast.AST) -> Iterator[ast.AST]:
+    """A condition that always holds, or never."""
+    if isinstance(node, ast.If | ast.IfExp | ast.While):
+        for value in (True, False):
+            if value and isinstance(node, ast.While):
+                continue
+            changed = copy.deepcopy(node)
+            changed.test = ast.Constant(value)
+            yield changed
+
+
+def _constant(node: ast.AST) -> Iterator[ast.AST]:
+    """An integer off by one, a number off by 2 %, False for True."""
+    if not isinstance(node, ast.Constant):
+        return
+    value: Any = node.value
+    if isinstance(value, bool):
+        yield ast.Constant(not value)
+    elif isinstance(value, int):
+        yield ast.Constant(value + 1)
+        if value > 0:
+            yield ast.Constant(value - 1)
+    elif isinstance(value, float):
+        yield ast.Constant(value * RELATIVE_ERROR if value else 0.02)
+
+
+def _arguments(node: ast.AST) -> Iterator[ast.AST]:
+    """The first two arguments of a call, swapped."""
+    if isinstance(node, ast.Call) and len(node.args) >= 2:
+        names = [ast.unparse(argument) for argument in node.args[:2]]
+        plain = all(isinstance(a, ast.Name | ast.Attribute | ast.Subscript) for a in node.args[:2])
+        if plain and names[0] != names[1]:
+            changed = copy.deepcopy(node)
+            changed.args[:2] = reversed(changed.args[:2])
+            yield changed
+
+
+def _keyword(node: ast.AST) -> Iterator[ast.AST]:
+    """A keyword argument that is forgotten."""
+    if isinstance(node, ast.Call):
+        for index, keyword in enumerate(node.keywords):
+            if keyword.arg not in (None, "strict"):
+                changed = copy.deepcopy(node)
+                del changed.keywords[index]
+                yield changed
+
+
+def _function(node: ast.AST) -> Iterator[ast.AST]:
+    """`max` for `min`."""
+    if isinstance(node, ast.Call):
+        for name in ("id", "attr"):
+            other = SWAPPED_NAMES.get(getattr(node.func, name, ""))
+            if other is not None and not (name == "attr" and other == "list"):
+                changed = copy.deepcopy(node)
+                setattr(changed.func, name, other)
+                if other == "list":
+                    changed.keywords = []
+                yield changed
+
+
+def _slice(node: ast.AST) -> Iterator[ast.AST]:
+    """A bound of a slice, off by one."""
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Slice):
+        for name, operator in (("lower", ast.Add()), ("upper", ast.Sub())):
+            bound = getattr(node.slice, name)
+            if bound is not None:
+                changed = copy.deepcopy(node)
+                setattr(changed.slice, name, ast.BinOp(bound, operator, ast.Constant(1)))
+                yield changed
+
+
+def _return(node: ast.AST) -> Iterator[ast.AST]:
+    """A function that returns nothing."""
+    if isinstance(node, ast.Return) and node.value is not None:
+        yield ast.Return(ast.Constant(None))
+
+
+def _statement(node: ast.AST) -> Iterator[ast.AST]:
+    """A statement that is forgotten: a call, a refusal, an update, a jump."""
+    forgotten = ast.Raise | ast.AugAssign | ast.Continue | ast.Break | ast.Delete
+    is_call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+    if isinstance(node, forgotten) or is_call:
+        yield ast.Pass()
+
+
+OPERATORS: tuple[Callable[[ast.AST], Iterator[ast.AST]], ...] = (
+    _boundary,
+    _comparison,
+    _arithmetic,
+    _and_or,
+    _sign,
+    _condition,
+    _constant,
+    _arguments,
+    _keyword,
+    _function,
+    _slice,
+    _return,
+    _statement,
+)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    operator: str
+    file: str  # in the checkout
+    line: int
+    lines: tuple[int, int]  # those whose tests are asked: (0, 0) is the whole file
+    start: int  # what is replaced, in bytes
+    end: int
+    old: str
+    new: str
+
+    @property
+    def name(self) -> str:
+        """One line; of long code, the part that changes."""
+        old, new = (" ".join(text.split()) for text in (self.old, self.new))
+        pairs = enumerate(zip(old, new, strict=False))
+        begin = max(0, next((i for i, (a, b) in pairs if a != b), 0) - SHOWN // 2)
+        old, new = (text[begin : begin + SHOWN] for text in (old, new))
+        return f"{self.file}:{self.line}: {self.operator}: {old} -> {new}"
+
+    def apply(self, source: bytes) -> bytes:
+        return source[: self.start] + self.new.encode() + source[self.end :]
+
+
+def draw(root: Path, seed: int, number: int, files: tuple[str, ...] = ()) -> list[Mutation]:
+    """Distinct mutations of vico/, or of `files` only; few where one operator has many places."""
+    paths = [root / file for file in files] or sorted((root / "vico").rglob("*.py"))
+    places: list[Mutation] = []
+    for path in paths:
+        file = path.relative_to(root).as_posix()
+        if file not in FILES_LEFT_OUT:
+            places += mutations(file, path.read_bytes())
+    counts = Counter(place.operator for place in places)
+    random_numbers = random.Random(seed)
+
+    def key(place: Mutation) -> float:
+        """Sorting by it draws without replacement: Efraimidis and Spirakis, 2006."""
+        weight = WEIGHTS.get(place.file.split("/")[1], 1.0) / counts[place.operator] ** 0.5
+        exponent: float = 1 / weight
+        return random_numbers.random() ** exponent
+
+    return sorted(places, key=key, reverse=True)[:number]
+
+
+def mutations(file: str, source: bytes) -> list[Mutation]:
+    """All of a file, in its order."""
+    lines = source.splitlines(keepends=True)
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line))
+    found = []
+    for node, span in _code(ast.parse(source), (0, 0)):
+        for operator in OPERATORS:
+            for changed in operator(node):
+                old, new = _changed_part(node, changed)
+                start = starts[old.lineno - 1] + old.col_offset
+                end = starts[(old.end_lineno or 0) - 1] + (old.end_col_offset or 0)
+                text = ast.unparse(ast.fix_missing_locations(new))
+                if isinstance(new, ast.BinOp | ast.BoolOp | ast.Compare | ast.IfExp | ast.UnaryOp):
+                    text = f"({text})"
+                name = operator.__name__.strip("_")
+                old_text = source[start:end].decode()
+                found.append(Mutation(name, file, old.lineno, span, start, end, old_text, text))
+    equivalent = [(place.file, place.old, place.new) for place in EQUIVALENT]
+    return [m for m in found if m.old != m.new and (m.file, m.old, m.new) not in equivalent]
+
+
+def _changed_part(node: Any, changed: Any) -> tuple[Any, Any]:
+    """Of a compound statement only its condition is replaced."""
+    if isinstance(node, ast.If | ast.While):
+        return node.test, changed.test
+    return node, changed
+
+
+def _code(node: ast.AST, span: tuple[int, int]) -> Iterator[tuple[ast.AST, tuple[int, int]]]:
+    """The nodes that are mutated, each with its statement's lines; (0, 0) outside functions."""
+    if isinstance(node, ast.FunctionDef):
+        body = (node.body[0].lineno, node.end_lineno or 0)
+        for default in (*node.args.defaults, *node.args.kw_defaults):
+            if default is not None:
+                yield from _code(default, body)
+        for statement in node.body:
+            yield from _code(statement, body)
+        return
+    if isinstance(node, ast.stmt) and span != (0, 0):
+        inner = getattr(node, "body", None)
+        last = inner[0].lineno - 1 if inner else node.end_lineno or 0
+        span = (node.lineno, max(node.lineno, last))
+    if not _is_left_out(node):
+        yield node, span
+        for name, child in _children(node):
+            if name not in ("annotation", "decorator_list", "returns", "exc", "cause"):
+                yield from _code(child, span)
+
+
+def _children(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    for name, value in ast.iter_fields(node):
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST):
+                yield name, child
+
+
+def _is_left_out(node: ast.AST) -> bool:
+    """What CODE_LEFT_OUT describes."""
+    if isinstance(node, ast.Expr):
+        call = node.value
+        return isinstance(call, ast.Call) and _called(call) in WORDS_FOR_PEOPLE
+    if isinstance(node, ast.keyword):
+        return node.arg == "strict"
+    return isinstance(node, ast.Assert | ast.JoinedStr | ast.AnnAssign) and not (
+        isinstance(node, ast.AnnAssign) and node.value is not None
+    )
+
+
+def _called(call: ast.Call) -> str:
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    return str(name)
