@@ -29,6 +29,8 @@ EXIT_CODES = {
 }
 
 MAX_SHOWN_CHARACTERS = 60
+# Of a line. Each of its ends is kept: the place of the problem, and what to do.
+MAX_LINE_CHARACTERS = 4000
 _SHORT_REPR = reprlib.Repr()
 _SHORT_REPR.maxlevel, _SHORT_REPR.maxstring, _SHORT_REPR.maxother = 2, 100, 100
 
@@ -111,8 +113,17 @@ def show(value: object) -> str:
 
 
 def one_line(message: str) -> str:
-    """`message` with control characters escaped: text from files must not break or forge lines."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    """`message` with control characters escaped: text from files must not break or forge lines.
+
+    A longer one than MAX_LINE_CHARACTERS loses its middle: an id may be as long as its file.
+    """
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    line = "".join(escaped)
+    num_left_out = len(line) - MAX_LINE_CHARACTERS
+    if num_left_out <= 0:
+        return line
+    begin, end = line[: MAX_LINE_CHARACTERS // 2], line[-MAX_LINE_CHARACTERS // 2 :]
+    return f"{begin} ... ({num_left_out:,} characters left out) ... {end}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

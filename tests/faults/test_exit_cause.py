@@ -1,5 +1,6 @@
 """Who says what ended a run: one line, by the rank that failed, with its phase and what helps."""
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -15,11 +16,12 @@ import torch
 from support.processes import Processes, start, vico
 from support.toy_dataset import ToyData
 from vico.cli import exit_cause
+from vico.data import dataloader
 from vico.distributed.rendezvous import clone_store
 from vico.distributed.topology import Member
 from vico.distributed.watchdog import Watchdog
 from vico.distributed.world import World
-from vico.errors import EXIT_CODES, TrainingError
+from vico.errors import EXIT_CODES, MAX_LINE_CHARACTERS, TrainingError, one_line
 from vico.io.output_dir import OutputDir
 from vico.train.run_log import read_logs
 
@@ -131,11 +133,54 @@ def test_a_killed_data_worker_is_one_line(toy: ToyData, tmp_path: Path) -> None:
     run.wait(60)
     assert run.codes == [4] and run.stderrs[0].count("\n") == 1, run.output
     assert not psutil.wait_procs(helpers, timeout=5)[1]
-    expected = (
-        f"a data worker of rank 0 on {os.uname().nodename} (process {worker.pid}) "
-        "exited unexpectedly"
+    who = f"a data worker of rank 0 on {os.uname().nodename} (process {worker.pid})"
+    assert f"{who} was ended by SIGKILL while " in run.stderrs[0]
+
+
+class _Endless(torch.utils.data.Dataset[int]):
+    def __getitem__(self, index: int) -> int:
+        time.sleep(60)
+        return index
+
+
+@pytest.mark.parametrize(
+    ("victim", "number", "seen", "why"),
+    [
+        ("worker", signal.SIGKILL, "was ended by SIGKILL", "where memory ran out"),
+        ("worker", signal.SIGSEGV, "was ended by SIGSEGV", "a crash of native code"),
+        ("worker", signal.SIGBUS, "was ended by SIGBUS", "feature file was truncated"),
+        ("worker", signal.SIGALRM, "was ended by SIGALRM", ""),
+        ("server", signal.SIGKILL, "was ended by SIGKILL", "where memory ran out"),
+        ("server", signal.SIGSEGV, "was ended by SIGSEGV", "a crash of native code"),
+    ],
+)
+def test_the_end_of_a_helper_is_named_as_seen(
+    alone: World,
+    capfd: pytest.CaptureFixture[str],
+    victim: str,
+    number: int,
+    seen: str,
+    why: str,
+) -> None:
+    steps = iter(dataloader.loader(_Endless(), range(9), 1, pin=False))  # type: ignore[arg-type]
+    (worker,) = steps._workers  # type: ignore[attr-defined]
+    # It looks for dead workers every 5 s by itself.
+    steps._try_get_data = functools.partial(steps._try_get_data, 0.2)  # type: ignore[attr-defined]
+    server = psutil.Process(worker.pid).parent()
+    assert server is not None
+    time.sleep(0.5)  # until it has set up its signals
+    os.kill(worker.pid if victim == "worker" else server.pid, number)
+    with pytest.raises(Exception) as caught:
+        next(steps)
+    error = exit_cause.known_cause(exit_cause._wait_for_worker_exit(caught.value), alone)
+    assert isinstance(error, TrainingError)
+    text = str(error)
+    assert f"(process {worker.pid}) {seen} while " in text and why in text, text
+    assert (f"the server of the data workers (process {server.pid})" in text) == (
+        victim == "server"
     )
-    assert expected in run.stderrs[0]
+    assert "memory" not in text or number == signal.SIGKILL
+    assert "\0" not in capfd.readouterr().err
 
 
 def test_the_exit_of_a_worker_is_awaited() -> None:
@@ -145,7 +190,7 @@ def test_the_exit_of_a_worker_is_awaited() -> None:
     threading.Timer(0.3, worker.kill).start()
     error = exit_cause._wait_for_worker_exit(ConnectionResetError())
     assert str(error) == f"DataLoader worker (pid(s) {worker.pid}) exited unexpectedly"
-    assert exit_cause.KILLED_WORKER.search(str(error))
+    assert exit_cause.ENDED_WORKER.search(str(error))
     worker.join()
     other = ConnectionResetError()
     assert exit_cause._wait_for_worker_exit(other) is other
@@ -192,14 +237,23 @@ def test_a_truncated_feature_file_is_one_line(tmp_path: Path) -> None:
     assert run.wait_until(lambda: read_logs(OutputDir(out)).last_step >= 2), run.output
     os.truncate(toy.data / "clipvitl14.pth", 5000)
     run.wait(60)
-    # torch's own message has no line end.
-    lines = [line for line in run.stderrs[0].splitlines() if "vico: " in line]
+    lines = run.stderrs[0].splitlines()
     assert run.codes == [4] and len(lines) == 1 and "Traceback" not in run.output, run.output
     assert "a data worker of rank 0 on " in lines[0]
-    assert "or when a feature file is truncated while it is read" in lines[0]
+    assert "was ended by SIGBUS" in lines[0]
+    assert "a feature file was truncated while it was read" in lines[0]
 
 
 def test_exit_codes_are_documented() -> None:
     readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
     for code, meaning in EXIT_CODES.items():
         assert f"| {code} | {meaning} |" in readme
+
+
+def test_a_long_line_loses_its_middle() -> None:
+    """An id may be as long as its file."""
+    video = "v\0" * 100_000
+    line = one_line(f"data/val.csv:7: video {video} is unknown; correct it")
+    assert len(line) < MAX_LINE_CHARACTERS + 60 and "\0" not in line
+    assert line.startswith("data/val.csv:7: video v\\x00v")
+    assert "characters left out) ... " in line and line.endswith(" is unknown; correct it")

@@ -15,9 +15,11 @@ import signal
 import threading
 from collections.abc import Callable
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.queues import Queue
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NoReturn
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -37,6 +39,18 @@ PRELOADED = [
 ]
 # Python's resource tracker removes the semaphores of a killed rank. It need not warn of that.
 NO_TRACKER_WARNING = "ignore:resource_tracker"
+# The data workers that this process has started. multiprocessing forgets those that have ended.
+WORKERS: "WeakSet[ForkServerProcess]" = WeakSet()
+
+
+class _Worker(ForkServerProcess):
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        WORKERS.add(self)
+
+
+class _Context(ForkServerContext):
+    Process = _Worker
 
 
 def start_forkserver() -> None:
@@ -75,7 +89,7 @@ def loader(
         pin_memory=pin,
         prefetch_factor=PREFETCHED_BATCHES if num_workers else None,
         worker_init_fn=_init_worker,
-        multiprocessing_context="forkserver" if num_workers else None,
+        multiprocessing_context=_Context() if num_workers else None,
     )
 
 
@@ -130,6 +144,9 @@ def _init_worker(worker: int) -> None:
     # The hook that Python provides for this.
     Queue._on_queue_feeder_error = staticmethod(_exit_on_send_error)  # type: ignore[attr-defined]
     signals.ignore_all()
+    # torch's handlers print a guess and a NUL byte; the rank names the signal.
+    for number in (signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE):
+        signal.signal(number, signal.SIG_DFL)
     signals.die_with_parent(os.getppid())
     threading.Thread(target=_end_with_rank, daemon=True).start()
 
