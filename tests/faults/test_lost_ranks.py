@@ -1,5 +1,6 @@
 """Ranks that are killed or hang: the others end with one line that names them; the run resumes."""
 
+import functools
 import signal
 import socket
 import sys
@@ -34,6 +35,23 @@ def test_killed_ranks_resume(toy: ToyData, undisturbed: Path, tmp_path: Path) ->
     assert run.codes == [-9, -9] and (out / "checkpoint-4").exists()
     assert "resuming from step" in succeeds(*command, ranks=2).stdouts[0]
     assert_same_end(out, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_gets_on(toy: ToyData, tmp_path: Path) -> None:
+    """Four times in its third step: no start is refused, and each saves sooner."""
+    out = tmp_path / "out"
+    command = train_command(toy, 1, out, "--save_steps", "100")
+    for kill in range(4):
+        run = start(*command, ranks=1, environment={"VICO_FAILPOINT": "step@3=sleep 100"})
+        assert run.wait_until(functools.partial(_is_held, run)), run.output
+        run.kill()
+        assert (out / "checkpoint-1").exists() == (kill > 0), run.output
+    assert "resuming from step" in succeeds(*command).stdouts[0]
+
+
+def _is_held(run: Processes) -> bool:
+    return "vico: failpoint" in run.output
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])

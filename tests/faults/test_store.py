@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,10 +14,12 @@ from faults.small_store import RUN, save_both
 from support.errors import refusal
 from vico.checkpoint import format, restart_limit, write
 from vico.checkpoint import read as checkpoints
+from vico.checkpoint.format import TrainState
 from vico.checkpoint.write import RunIdentity
 from vico.errors import CheckpointError, DiskError, TrainingError
 from vico.io import failpoints
 from vico.io.output_dir import OutputDir
+from vico.io.text import read_json_object
 from vico.train import resume
 from vico.train.config import RunConfig
 from vico.train.resume import find_start, newest_usable, read_checkpoint, start_state
@@ -220,20 +223,38 @@ def test_missing_log_lines_are_counted(tmp_path: Path) -> None:
 
 
 def test_three_failures_at_one_step_are_enough(tmp_path: Path) -> None:
+    """Reported ones: a start that was killed is not counted, and the next one saves sooner."""
     settings, other_settings = RunConfig().to_json(), RunConfig(batch_size=1).to_json()
-    for _ in range(3):
-        restart_limit.record_start(OutputDir(tmp_path), settings, 7)
+    out = OutputDir(tmp_path)
+
+    def start(settings: dict[str, Any], last_step: int, failing_step: int | None) -> int | None:
+        early_save = restart_limit.record_start(out, settings, last_step, from_step=4)
+        if failing_step is not None:
+            restart_limit.enter_steps(out, TrainState(step=failing_step - 1))
+            for _ in range(2):  # by two ranks
+                restart_limit.record_failure()
+            restart_limit.leave_steps()
+        return early_save
+
+    assert start(settings, 0, None) is None
+    assert start(settings, 4, None) == 5  # killed before its first step
+    assert [start(settings, 12, None) for _ in range(4)] == [8] * 4
+    assert start(settings, 12, 13) == 8
+    assert [start(settings, 12, 13) for _ in range(2)] == [None, None]
     for _ in range(2):
-        message = refusal(restart_limit.record_start, OutputDir(tmp_path), settings, 7)
-        assert "step 8 has failed 3 times in a row" in message
-    restart_limit.record_start(OutputDir(tmp_path), other_settings, 7)
+        message = refusal(restart_limit.record_start, out, settings, 12, 4)
+        assert "step 13 has failed 3 times in a row" in message
+    start(other_settings, 12, 13)
     for _ in range(2):
-        restart_limit.record_start(OutputDir(tmp_path), other_settings, 8)  # farther than before
-    restart_limit.clear(OutputDir(tmp_path))
+        start(other_settings, 12, 14)  # farther than before
+    restart_limit.clear(out)
     for _ in range(3):
-        restart_limit.record_start(OutputDir(tmp_path), other_settings, 8)
+        start(other_settings, 13, 14)
     with pytest.raises(TrainingError):
-        restart_limit.record_start(OutputDir(tmp_path), other_settings, 8)
+        start(other_settings, 13, None)
+    restart_limit.leave_steps()
+    restart_limit.record_failure()  # outside the steps of a run: not counted
+    assert read_json_object(out.attempts, "")["failures"] == 3
 
 
 @pytest.mark.parametrize(

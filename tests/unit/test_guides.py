@@ -49,7 +49,7 @@ WAY = {
     ],
     "train/loop.py": [
         ("cli/train.py", "from vico.train.loop import run"),
-        ("train/loop.py", " _run_steps(run, run_log)"),
+        ("train/loop.py", " _run_steps(run, run_log, early_save)"),
     ],
     "train/step.py": [
         ("train/loop.py", "from vico.train.step import"),

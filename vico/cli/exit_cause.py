@@ -25,16 +25,19 @@ import multiprocessing.process
 import os
 import re
 import resource
+import signal
 import socket
 import time
 import traceback
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from multiprocessing import forkserver
 
 import torch
 import torch.distributed as torch_dist
 
-from vico.data.dataloader import SHARED_MEMORY
+from vico.checkpoint import restart_limit
+from vico.data.dataloader import SHARED_MEMORY, WORKERS
 from vico.distributed.rendezvous import first_line
 from vico.distributed.world import World
 from vico.errors import INTERNAL_ERROR, PeerLostError, TrainingError, UserError, one_line
@@ -49,10 +52,20 @@ LINGER_SECONDS = 3.0
 WORKER_EXIT_SECONDS = 1.0
 KEY = "vico cause"
 RESUME_HINT = "rerun the same command to resume from the latest checkpoint"
-KILLED_WORKER = re.compile(
-    r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\) "
-    r"(?:is killed by signal: ([^.]*)|exited unexpectedly)"
+ENDED_WORKER = re.compile(
+    r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\) (?:is killed by signal|exited unexpectedly)"
 )
+# Why a data worker ends, by its exit code: a signal's is negative.
+WORKER_CAUSES = {
+    -signal.SIGKILL: "it comes from outside: from the kernel where memory ran out (then lower "
+    "--num_workers, or give the job more), or from a person or program",
+    -signal.SIGBUS: "/dev/shm ran out, or a feature file was truncated while it was read",
+    1: "/dev/shm ran out (use --num_workers 0, or give a container more), or the lines above tell "
+    "its error",
+}
+CRASH = "a crash of native code; --num_workers 0 shows the place in the rank itself"
+CRASHES = (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGILL, -signal.SIGFPE)
+UNKNOWN_CODE = 255  # multiprocessing's, where the server of the workers is gone
 # gloo and NCCL report a lost peer by words in a RuntimeError only.
 LOST_PEER_SIGNS = (
     "Connection closed by peer",
@@ -111,6 +124,7 @@ def report(world: World, error: Exception, debug: bool) -> int:
 def _end_with_bug(world: World, error: Exception) -> int:
     problem = f"{type(error).__name__}: {one_line(first_line(error))}"
     line = f"rank {world.rank} failed with {problem}; its traceback is in its log"
+    restart_limit.record_failure()
     _publish_cause(world, line, INTERNAL_ERROR)
     _linger(is_needed=world.is_main and world.size > 1)
     return INTERNAL_ERROR
@@ -118,6 +132,7 @@ def _end_with_bug(world: World, error: Exception) -> int:
 
 def _end_with_known_cause(world: World, error: Exception, cause: UserError) -> int:
     line = str(cause)
+    restart_limit.record_failure()
     names_host_only = isinstance(error, OSError)  # then all ranks of the host have the same line
     if not names_host_only:
         log.error(one_line(line))
@@ -228,8 +243,8 @@ def _wait_for_worker_exit(error: Exception) -> Exception:
 
 def known_cause(error: Exception, world: World) -> UserError | None:
     """The message for an error that is not a bug of ViCo; None for any other."""
-    if match := KILLED_WORKER.search(str(error)):
-        return _killed_worker(match[1], match[2], world)
+    if match := ENDED_WORKER.search(str(error)):
+        return _ended_worker([int(pid) for pid in match[1].split(",") if pid.strip()], world)
     if isinstance(error, OSError) and error.filename == SHARED_MEMORY:
         return _full_shared_memory(error)
     if isinstance(error, torch.OutOfMemoryError):
@@ -241,14 +256,37 @@ def known_cause(error: Exception, world: World) -> UserError | None:
     return None
 
 
-def _killed_worker(pids: str, signal_name: str | None, world: World) -> TrainingError:
-    end = f"was killed ({signal_name.strip()})" if signal_name else "exited unexpectedly"
-    worker = f"a data worker of rank {world.rank} on {socket.gethostname()} (process {pids})"
-    return TrainingError(
-        f"{worker} {end} while {world.phase}; the kernel kills workers when memory or /dev/shm "
-        "runs out (lower --num_workers, or give the job more), "
-        "or when a feature file is truncated while it is read"
-    )
+def _ended_worker(pids: list[int], world: World) -> TrainingError:
+    """Names what was seen: the exit code or signal, of the worker or of its server."""
+    codes = [worker.exitcode for worker in WORKERS if worker.pid in pids]
+    code = next((code for code in codes if code), UNKNOWN_CODE)
+    shown = ", ".join(map(str, pids))
+    who = f"a data worker of rank {world.rank} on {socket.gethostname()} (process {shown})"
+    if code == UNKNOWN_CODE:
+        server, code = _ended_server()
+        who = f"{server} and with it {who}" if server else who
+    end = f"ended with code {code}" if code >= 0 else f"was ended by {_signal_name(-code)}"
+    if code == UNKNOWN_CODE:
+        end = "exited unexpectedly, and its exit code is not known"
+    why = CRASH if code in CRASHES else WORKER_CAUSES.get(code, "")
+    hint = f"{why}; " if why else ""
+    return TrainingError(f"{who} {end} while {world.phase}; {hint}{RESUME_HINT}")
+
+
+def _ended_server() -> tuple[str, int]:
+    """(the server that data workers are forked from, its exit code), where it has ended."""
+    pid = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    with suppress(ChildProcessError):
+        # WNOWAIT: Python's own wait, which starts another server, still finds it.
+        end = os.waitid(os.P_PID, pid or 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if end is not None:
+            code = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
+            return f"the server of the data workers (process {pid})", code
+    return "", UNKNOWN_CODE
+
+
+def _signal_name(number: int) -> str:
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 def _full_shared_memory(error: OSError) -> TrainingError:

@@ -29,6 +29,7 @@ def with_world(line: CommandLine, work: Callable[["World"], None]) -> int:
     """
     config = RunConfig(**{name: line.given[name] for name in WORLD_FLAGS if name in line.given})
     _prepare_process(config, line.debug)
+    from vico.checkpoint import restart_limit
     from vico.cli import exit_cause
     from vico.distributed.world import connect, disconnect
     from vico.train.rank_consistency import require_same_code
@@ -47,6 +48,8 @@ def with_world(line: CommandLine, work: Callable[["World"], None]) -> int:
         world.print_rank0(f"vico: {stop.line}")
         code = stop.exit_code
     except UserError as error:  # of all ranks
+        if world.is_main:
+            restart_limit.record_failure()
         code, together = report_error(error, line.debug), False
     except Exception as problem:  # of this rank alone
         signals.restore_default_handlers()

@@ -46,12 +46,17 @@ def run(run: Run) -> None:
             "nothing to train"
         )
         return
+    early_save: int | None = None
     with world.raise_together():
-        run_log = _open_log(run) if world.is_main else None
+        run_log = None
+        if world.is_main:
+            run_log, early_save = _open_log(run)
+    early_save = world.max(early_save or 0)
+    restart_limit.enter_steps(run.output_dir, state)
     streams.keep_lost_output(run.output_dir.lost_output)
     _print_start(run)
     try:
-        _run_steps(run, run_log)
+        _run_steps(run, run_log, early_save)
     except signals.Stopped as stop:
         _save(run, run_log, state)
         _end_attempt(run)
@@ -71,6 +76,7 @@ def run(run: Run) -> None:
 def _end_attempt(run: Run) -> None:
     if run.world.is_main:
         restart_limit.clear(run.output_dir)
+    restart_limit.leave_steps()
 
 
 def _print_start(run: Run) -> None:
@@ -87,8 +93,11 @@ def _print_start(run: Run) -> None:
         )
 
 
-def _open_log(run: Run) -> RunLog:
-    """Claim output_dir, write args.json, open the logs. On rank 0. Raises UserError."""
+def _open_log(run: Run) -> tuple[RunLog, int | None]:
+    """Claim output_dir, write args.json, open the logs. On rank 0. Raises UserError.
+
+    Returns the log, and a step at which to save besides --save_steps (None: there is none).
+    """
     output_dir, config, state = run.output_dir, run.config, run.state
     for note in output_dir.claim():
         log.info(note)
@@ -99,7 +108,8 @@ def _open_log(run: Run) -> RunLog:
             "choose another --output_dir"
         )
     logs = read_logs(output_dir)
-    restart_limit.record_start(output_dir, config.to_json(), logs.last_step)
+    settings, last_step = config.to_json(), logs.last_step
+    early_save = restart_limit.record_start(output_dir, settings, last_step, state.step)
     if config.resume is None and saved is not None and saved.get("resume") is not None:
         config = replace(config, resume=Path(saved["resume"]))  # where this run first started
     steps_per_epoch = run.steps.steps_per_epoch
@@ -123,11 +133,17 @@ def _open_log(run: Run) -> RunLog:
             f"no checkpoint had been saved yet: starting at step 1 again{again}; "
             "--save_steps saves more often"
         )
-    return run_log
+    if early_save is not None:
+        log.info(
+            f"note: the last start was killed at step {max(last_step, state.step) + 1}, before it "
+            f"saved; this one saves at step {early_save} already"
+        )
+    return run_log, early_save
 
 
-def _run_steps(run: Run, run_log: RunLog | None) -> None:
+def _run_steps(run: Run, run_log: RunLog | None, early_save: int) -> None:
     config, world, state, steps = run.config, run.world, run.state, run.steps
+    save_steps = config.save_steps
     if state.evaluation_due:  # the run was stopped between an epoch's last step and its evaluation
         _end_epoch(run, run_log)
     if state.step >= run.last_step:
@@ -153,7 +169,7 @@ def _run_steps(run: Run, run_log: RunLog | None) -> None:
             if state.evaluation_due:
                 _end_epoch(run, run_log)
                 started = time.perf_counter()
-            elif config.save_steps and state.step % config.save_steps == 0:
+            elif state.step == early_save or (save_steps and state.step % save_steps == 0):
                 _save(run, run_log, state)
 
 
