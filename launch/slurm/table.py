@@ -8,10 +8,12 @@ printed when all elements of the array have ended.
 import contextlib
 import csv
 import fcntl
+import io
 import json
 import os
 import sys
 import typing
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from vico.cli import flags as command_line  # noqa: E402
 from vico.errors import UserError, nearest, one_line, show  # noqa: E402
 from vico.io import log  # noqa: E402
 from vico.io.atomic import make_folder, write_text  # noqa: E402
+from vico.io.paths import exists, open_to_write, read_bytes  # noqa: E402
 from vico.train import config as configs  # noqa: E402
 
 EXIT_CODE = "exit_code"  # a file beside a run's files: how its last start ended
@@ -50,8 +53,8 @@ def read_table(path: Path) -> list[Row]:
         _read_row(path, number, columns, line, types) for number, line in enumerate(lines, start=1)
     ]
     names = [row.name for row in rows]
-    for name in names:
-        if names.count(name) > 1:
+    for name, count in Counter(names).items():
+        if count > 1:
             raise UserError(f"{path}: two rows are named {show(name)}; each needs its own folder")
     return rows
 
@@ -60,10 +63,8 @@ def _read_lines(path: Path) -> list[list[str]]:
     """The lines of cells that are not empty, at least two."""
     delimiter = "\t" if path.suffix == ".tsv" else ","
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = [
-                line for line in csv.reader(file, delimiter=delimiter, strict=True) if any(line)
-            ]
+        text = io.StringIO(read_bytes(path).decode("utf-8-sig"), newline="")
+        lines = [line for line in csv.reader(text, delimiter=delimiter, strict=True) if any(line)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         why = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: the table of flags cannot be read ({why})") from None
@@ -73,8 +74,8 @@ def _read_lines(path: Path) -> list[list[str]]:
 
 
 def _check_columns(path: Path, columns: list[str], types: dict[str, Any]) -> None:
-    for column in columns:
-        if columns.count(column) > 1:
+    for column, count in Counter(columns).items():
+        if count > 1:
             raise UserError(f"{path}: column {show(column)} appears twice; keep one")
         problem = None
         if column == "output_dir":
@@ -125,20 +126,22 @@ def result(row: Row, folder: Path) -> dict[str, str]:
 
 
 def _status(path: Path) -> str:
-    code = path.read_text().strip() if path.exists() else ""
+    code = read_bytes(path).decode(errors="replace").strip() if exists(path) else ""
     return {"": "not ended", "0": "done"}.get(code, f"failed ({code})")
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
     """The JSON lines of a log, up to one that is being written."""
     records: list[dict[str, Any]] = []
-    if not path.exists():
+    if not exists(path):
         return records
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_bytes(path).decode(errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if isinstance(record, dict):
+            records.append(record)
     return records
 
 
@@ -168,8 +171,11 @@ def one_at_a_time(base: Path) -> Iterator[None]:
     Two runs that end in one moment would both be the last, or write results.tsv without the other.
     A POSIX lock: network file systems pass it on to other nodes.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-    with open(os.open(base / LOCK, flags, 0o666), "w") as file:
+    try:
+        descriptor = open_to_write(base / LOCK, os.O_RDWR)
+    except OSError as error:
+        raise UserError(f"{base / LOCK}: is {error.strerror}; remove it") from None
+    with open(descriptor, "w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX)
         except OSError as error:

@@ -1,7 +1,8 @@
 """Output folders that are refused, with what the error must say."""
 
 from faults.case import Case, flags, refused
-from faults.damage import both, copy, cut, gone, put
+from faults.damage import both, copy, cut, gone, link, pipe, put
+from vico.io.output_dir import LOCK
 
 OUTPUT_DIR: dict[str, Case] = {
     "output_dir is a file": refused(
@@ -45,6 +46,24 @@ OUTPUT_DIR: dict[str, Case] = {
     "args.json as a list": refused(
         both(copy("run", "out"), put("out/args.json", "[1]")),
         "args.json:1: column 1: a list where a JSON object",
+    ),
+    "a lock that is a link": refused(
+        both(copy("run", "out"), link(f"out/{LOCK}", "args.json")),
+        "{fixture}/out/.vico-lock: is a symbolic link, not a file; remove it, or choose another",
+    ),
+    "a lock that is a pipe": refused(
+        both(copy("run", "out"), pipe(f"out/{LOCK}")),
+        "{fixture}/out/.vico-lock: is a device or a pipe, not a file; remove it",
+    ),
+    "args.json is a pipe": refused(
+        both(copy("run", "out"), pipe("out/args.json")),
+        "args.json cannot be read (a device or a pipe",
+    ),
+    "a checkpoint of 60 GB": refused(
+        both(copy("run", "out"), cut("out/checkpoint-1/optimizer.safetensors", 60 << 30)),
+        "{fixture}/out: none of its 1 checkpoints can be used "
+        "({fixture}/out/checkpoint-1/optimizer.safetensors: damaged (64,424,509,440 bytes, where ",
+        code=3,
     ),
     "checkpoints gone": refused(
         both(copy("run", "out"), gone("out/checkpoint-1/state.json")),

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.checkpoints import LLAMA, SHAPES, Payload, random_state, same, validation_error
+from vico.checkpoint import write
 from vico.checkpoint.format import OPTIMIZER, STATE, WEIGHTS, TrainState
 from vico.checkpoint.read import read
 from vico.checkpoint.validate import validate_for_model
@@ -198,14 +199,14 @@ def assert_old_checkpoint(checkpoint: Path) -> None:
 
 
 def test_full_disk(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_bytes = Path.write_bytes
+    write_new = write.write_new
 
-    def fail_on_optimizer(path: Path, data: bytes) -> int:
+    def fail_on_optimizer(path: Path, data: bytes) -> None:
         if path.name == OPTIMIZER:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write_bytes(path, data)
+        write_new(path, data)
 
-    monkeypatch.setattr(Path, "write_bytes", fail_on_optimizer)
+    monkeypatch.setattr(write, "write_new", fail_on_optimizer)
     reason = r"No space left on device: [\d,]+ bytes free"
     message = rf"checkpoint-12: cannot be written \({reason}\); free space"
     with pytest.raises(DiskError, match=message) as caught:

@@ -11,6 +11,7 @@ from vico.checkpoint.format import Checkpoint
 from vico.checkpoint.validate import GATE, require_finite
 from vico.errors import CheckpointError, UserError
 from vico.io.atomic import make_folder, write_bytes
+from vico.io.paths import is_folder
 
 
 def convert_adapter(checkpoint: Checkpoint, target: Path) -> str:
@@ -22,7 +23,7 @@ def convert_adapter(checkpoint: Checkpoint, target: Path) -> str:
     _check_adapter(checkpoint.weights, source)
     weights = published.in_published_order(checkpoint.weights)
     make_folder(target.parent)
-    if source.is_dir() or source.suffix == ".safetensors":
+    if is_folder(source) or source.suffix == ".safetensors":
         _require_suffix(target, ".pth")
         write_bytes(target, published.to_bytes(weights, checkpoint.settings))
         kind, omitted = "a published checkpoint", "the optimizer's state"

@@ -4,10 +4,9 @@ Nothing in a file is executed.
 """
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -25,9 +24,9 @@ from vico.checkpoint.format import (
     with_checksum,
 )
 from vico.errors import CheckpointError, show
-from vico.io.atomic import read_bytes
 from vico.io.digest import digest_bytes, digest_json
 from vico.io.output_dir import OutputDir, step_of
+from vico.io.paths import MAX_BYTES, entries, exists, is_folder, read_bytes
 from vico.io.text import as_object, parse_json, read_text
 
 
@@ -37,11 +36,11 @@ def read(path: Path, run: str = "") -> Checkpoint:
     `run`: the id of the run that must have written it, unless it records none. `settings` of the
     result are plain values, unchecked.
     """
-    if not os.path.exists(path):
+    if not exists(path, CheckpointError):
         raise CheckpointError(
             f"{path}: no such checkpoint; --resume takes a checkpoint folder or a .pth file"
         )
-    if path.is_dir():
+    if is_folder(path, CheckpointError):
         return _read_folder(path, run)
     if path.suffix == ".safetensors":
         weights, digest = _read_safetensors(path)
@@ -62,9 +61,12 @@ def _read_folder(path: Path, run: str) -> Checkpoint:
             f"{path}: is of another run ({show(record['run'])} and not {run}), so it was copied "
             "here; move it away"
         )
-    if extra := sorted({entry.name for entry in path.iterdir()} - {WEIGHTS, OPTIMIZER, STATE}):
+    names = {entry.name for entry in entries(path, error=CheckpointError)}
+    # Hidden files come and go: a desktop's .DS_Store, the .nfs* file of one that is still open.
+    extra = {name for name in names if not name.startswith(".")} - {WEIGHTS, OPTIMIZER, STATE}
+    if extra:
         raise CheckpointError(
-            f"{path}: holds '{extra[0]}', which is no part of a checkpoint; move it away"
+            f"{path}: holds '{min(extra)}', which is no part of a checkpoint; move it away"
         )
     weights, _ = _read_safetensors(path / WEIGHTS, record["files"][WEIGHTS])
     moments, _ = _read_safetensors(path / OPTIMIZER, record["files"][OPTIMIZER])
@@ -76,7 +78,7 @@ def _read_folder(path: Path, run: str) -> Checkpoint:
 
 def _read_state(path: Path) -> dict[str, Any]:
     """The content of a state.json. Raises CheckpointError for a wrong checksum or entry."""
-    if not os.path.exists(path):
+    if not exists(path, CheckpointError):
         inner = OutputDir(path.parent).step_checkpoints()
         hint = f"did you mean {inner[0]}?" if inner else "a checkpoint is a folder with state.json"
         raise CheckpointError(f"{path}: no such file; {hint}")
@@ -94,7 +96,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     return record
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
@@ -152,8 +154,9 @@ def _read_safetensors(
 
     `recorded`: its size and sha256. They are checked on the same bytes that are then parsed.
     """
+    size = None if recorded is None else recorded.get("bytes")
     try:
-        data = read_bytes(path)
+        data = read_bytes(path, min(size, MAX_BYTES) if _is_count(size) else MAX_BYTES)
     except OSError as error:
         raise CheckpointError(f"{path}: damaged ({error.strerror}); {REMEDY}") from None
     digest = digest_bytes(data)

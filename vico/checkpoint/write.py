@@ -14,7 +14,7 @@ from torch import Tensor
 from vico.checkpoint.format import FORMAT, OPTIMIZER, STATE, WEIGHTS, TrainState, with_checksum
 from vico.checkpoint.read import read
 from vico.errors import CheckpointError, DiskError
-from vico.io.atomic import remove_folder, write_folder, write_json
+from vico.io.atomic import remove_folder, write_folder, write_json, write_new
 from vico.io.digest import digest_bytes
 from vico.io.failpoints import reached
 from vico.io.output_dir import OutputDir, step_of
@@ -47,7 +47,7 @@ def save(
         files = {}
         for name, tensors in ((WEIGHTS, weights), (OPTIMIZER, moments)):
             data = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()})
-            (folder / name).write_bytes(data)
+            write_new(folder / name, data)
             files[name] = {"bytes": len(data), "sha256": digest_bytes(data)}
             reached("save:file")
         record = {
@@ -58,7 +58,7 @@ def save(
             "fingerprints": dict(run.fingerprints),
             "files": files,
         }
-        (folder / STATE).write_text(with_checksum(record), encoding="utf-8")
+        write_new(folder / STATE, with_checksum(record).encode())
 
     def check(folder: Path) -> None:
         try:

@@ -24,6 +24,7 @@ from vico.errors import UserError, fail, one_line, show
 from vico.io import log
 from vico.io.atomic import require_writable
 from vico.io.file_cache import FileCache, cache_key, file_stamp
+from vico.io.paths import exists
 from vico.model.config import trainable_shapes
 from vico.train import preflight, shared_digests, zero_stage
 from vico.train.config import RunConfig
@@ -330,7 +331,7 @@ def splits_of(config: RunConfig) -> list[str]:
     present = [
         split
         for split in check_report.SPLITS
-        if os.path.exists(annotation_file(config.dataset_folder, split))
+        if exists(annotation_file(config.dataset_folder, split))
     ]
     return list(dict.fromkeys([*needed, *present]))
 

@@ -10,6 +10,7 @@ from vico.data.prompts import Prompts
 from vico.data.tokenizer import Tokenizer
 from vico.data.types import VIDEO_SLOT, Question, TokenSequence
 from vico.errors import UserError, show
+from vico.io.paths import is_file
 from vico.train.config import RunConfig
 from vico.train.preflight import BackboneFiles
 
@@ -114,7 +115,7 @@ def shared_dataset_warnings(
             continue
         for split in SPLITS:
             path = DATASETS[name].annotation_file(config.data_path / name, split)
-            if not path.is_file():
+            if not is_file(path):
                 continue
             try:
                 others = read_questions(name, config.data_path / name, split)

@@ -11,6 +11,7 @@ from vico.cli.parser import OneLineParser, path_argument
 from vico.errors import UserError
 from vico.io import log
 from vico.io.atomic import require_writable
+from vico.io.paths import exists, is_folder
 from vico.model.weights.convert import Layout, convert_weights
 from vico.model.weights.load import holds_weights
 from vico.train.resume import read_checkpoint
@@ -57,10 +58,10 @@ def convert(source: Path, target: Path, to: Layout | None = None, shards: int | 
     if os.path.lexists(target):
         raise UserError(f"{target}: already exists; name another target, or remove it")
     require_writable(target.parent, "the target's folder")
-    if not os.path.exists(source):
+    if not exists(source):
         raise UserError(f"{source}: no such file or folder to convert")
-    is_checkpoint = (source / format.STATE).exists()
-    if source.is_dir() and not is_checkpoint and holds_weights(source):
+    is_checkpoint = exists(source / format.STATE)
+    if is_folder(source) and not is_checkpoint and holds_weights(source):
         return convert_weights(source, target, to, shards)
     if to is not None or shards is not None:
         raise UserError(f"{source}: holds no LLaMA weights, and --to and --shards are for those")

@@ -15,6 +15,7 @@ from vico.cli.parser import OneLineParser, path_argument
 from vico.errors import UserError
 from vico.io import log
 from vico.io.atomic import make_folder, write_json
+from vico.io.paths import exists
 from vico.io.text import read_json_object
 
 VERSION = 1
@@ -50,7 +51,7 @@ def make_toy_dataset(
     """
     settings = {"version": VERSION, "seed": seed, "steps": steps, "splits": splits or SPLITS}
     manifest = out / "world.json"
-    if manifest.exists():
+    if exists(manifest):
         if read_json_object(manifest, "the demo's manifest") != settings:
             raise UserError(
                 f"{out}: holds a demo of other settings; remove it, or choose another --output_dir"

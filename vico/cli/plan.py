@@ -17,6 +17,7 @@ from vico.cli.parser import (
 from vico.data.datasets import DATASETS
 from vico.errors import UserError, nearest
 from vico.io.atomic import write_json
+from vico.io.paths import is_folder
 from vico.model.config import LLAMA_CONFIGS, QUANTIZED_BYTES, LlamaConfig, ViCoConfig
 from vico.planner.gpu_specs import GPUS, Hardware, gpu_by_name, gpu_of_size
 from vico.planner.memory import ITEMSIZE
@@ -246,7 +247,7 @@ def named_config(model: str) -> tuple[str, LlamaConfig]:
     if model in LLAMA_CONFIGS:
         return model, LLAMA_CONFIGS[model]
     folder = Path(expand_home(model))
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(
             f"--model {model}: must be {', '.join(LLAMA_CONFIGS)} or a folder with params.json"
             f"{nearest(model, LLAMA_CONFIGS)}"

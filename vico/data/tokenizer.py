@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vico.errors import UserError
-from vico.io.atomic import read_bytes
 from vico.io.digest import digest_chunks, digest_json
+from vico.io.paths import exists, read_bytes
 from vico.io.safe_load import failed_download
 from vico.io.text import parse_json
 
@@ -170,7 +170,7 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
 
 def _tokenizer_in(folder: Path) -> Path | None:
     for name in FILE_NAMES:
-        if (folder / name).exists():
+        if exists(folder / name):
             return folder / name
     return None
 

@@ -8,20 +8,20 @@ import errno
 import json
 import os
 import shutil
-import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from vico.errors import DiskError, UserError
 from vico.io.failpoints import reached
+from vico.io.paths import is_file, open_to_read, open_to_write
 
 # Names with these endings belong to ViCo alone: `repair_folder` removes or renames them.
 TEMPORARY_SUFFIX, REPLACED_SUFFIX = ".vico-tmp", ".vico-old"
 REMEDY = "free space or fix the permissions, then start again"
 
 
-# Checks before reading and writing
+# Checks before writing
 
 
 def require_writable(folder: Path, name: str = "--output_dir") -> None:
@@ -50,19 +50,6 @@ def _exists(path: Path) -> bool:
     return True
 
 
-def require_file(path: Path) -> None:
-    """Raises OSError for a device or a pipe: reading one may never end."""
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise OSError(errno.EINVAL, "a device or a pipe, not a file")
-
-
-def read_bytes(path: Path) -> bytes:
-    """The whole file. Raises OSError, also for a device or a pipe."""
-    require_file(path)
-    return path.read_bytes()
-
-
 def make_folder(folder: Path) -> None:
     """Create `folder` and its parents. Raises UserError."""
     try:
@@ -81,10 +68,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     # The process id keeps an evaluation that writes beside a training run apart from it.
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        write_new(temporary, data)
         temporary.replace(path)
     except OSError as error:
         # The free space is measured before the half-written file is removed.
@@ -93,6 +77,15 @@ def write_bytes(path: Path, data: bytes) -> None:
             temporary.unlink()
         raise DiskError(f"{path}: cannot be written ({reason}); {REMEDY}") from None
     _flush_folder(path.parent)
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Write a file under a name that ViCo alone uses, flushed to the disk. Raises OSError."""
+    path.unlink(missing_ok=True)  # a killed run's, or a link: it is not followed
+    with open(open_to_write(path, os.O_WRONLY | os.O_EXCL), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -158,8 +151,8 @@ def _write_temporary(temporary: Path, fill: Callable[[Path], None]) -> None:
     reached("save:begun")
     fill(temporary)
     reached("save:written")
-    for path in temporary.iterdir():
-        with path.open("rb") as file:
+    for path in filter(is_file, temporary.iterdir()):
+        with open_to_read(path) as file:
             os.fsync(file.fileno())
     _flush_folder(temporary)
     reached("save:flushed")

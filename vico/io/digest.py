@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
+from vico.io.paths import open_to_read
+
 FULL_LENGTH = 64
 CHUNK_BYTES = 1 << 24  # of a file in memory at a time
 SHORT_LENGTH = 8  # enough to tell two versions of a file apart in a message
@@ -43,6 +45,6 @@ def digest_files(paths: Iterable[Path], length: int = FULL_LENGTH) -> str:
 
 
 def _read_chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
+    with open_to_read(path) as file:
         while chunk := file.read(CHUNK_BYTES):
             yield chunk

@@ -15,6 +15,7 @@ from vico.errors import UserError
 from vico.io.atomic import write_text
 from vico.io.digest import digest_files, digest_json
 from vico.io.input_files import stamp_of
+from vico.io.paths import read_bytes
 
 MAX_ENTRIES = 200
 # A younger file may be written again without a change of its times, which have a finite resolution.
@@ -86,7 +87,7 @@ def _path() -> Path:
 def _read() -> dict[str, Any]:
     damages = (OSError, RuntimeError, ValueError, KeyError, TypeError, RecursionError)
     with contextlib.suppress(*damages):
-        content = json.loads(_path().read_bytes())
+        content = json.loads(read_bytes(_path()))
         if content["sha256"] == _checksum(content["entries"]):
             return dict(content["entries"])
     return {}

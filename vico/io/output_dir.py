@@ -4,6 +4,7 @@ The kernel holds the lock and releases it when the process ends, however it ends
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -14,10 +15,11 @@ from typing import Any
 
 from vico.errors import DiskError, InUseError, UserError, fail, show
 from vico.io.atomic import make_folder, repair_folder
+from vico.io.paths import entries, exists, is_folder, open_to_write
 from vico.io.text import read_json_object
 
 LOCK = ".vico-lock"
-_STEP_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_STEP_CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,18})")  # more digits are no step
 NO_LOCK = -1  # in place of a descriptor, on a file system without locks
 _locks: dict[Path, int] = {}  # open descriptors: a lock lives as long as its descriptor
 _repaired: set[Path] = set()  # folders that this process has claimed
@@ -49,14 +51,13 @@ class OutputDir:
 
     def step_checkpoints(self) -> list[Path]:
         """The checkpoint-<step> folders, newest first."""
-        if not os.path.isdir(self.path):
-            return []
-        found = [p for p in self.path.glob("checkpoint-*") if step_of(p) is not None and p.is_dir()]
+        found = entries(self.path, "checkpoint-*")
+        found = [path for path in found if step_of(path) is not None and is_folder(path)]
         return sorted(found, key=lambda folder: step_of(folder) or 0, reverse=True)
 
     def latest_step(self) -> int | None:
         """The step that was saved last. Only a hint: the folders that exist decide."""
-        if not os.path.exists(self.latest):
+        if not exists(self.latest):
             return None
         try:
             step = read_json_object(self.latest, self.latest.name).get("step")
@@ -65,7 +66,7 @@ class OutputDir:
         return step if isinstance(step, int) and not isinstance(step, bool) else None
 
     def has_run(self) -> bool:
-        return os.path.exists(self.args)
+        return exists(self.args)
 
     def read_args(self) -> dict[str, Any]:
         """The settings that the run here was started with. Raises UserError for a damaged file.
@@ -122,8 +123,12 @@ def _lock(folder: Path) -> list[str]:
     """
     path = folder / LOCK
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = open_to_write(path, os.O_RDWR)
     except OSError as problem:
+        if problem.errno in (errno.ELOOP, errno.EINVAL, errno.EISDIR):
+            raise UserError(
+                f"{path}: is {problem.strerror}; remove it, or choose another --output_dir"
+            ) from None
         raise DiskError(
             f"{path}: cannot be written ({problem.strerror}); "
             "correct the permissions, or choose another --output_dir"
@@ -144,8 +149,10 @@ def _lock(folder: Path) -> list[str]:
         ]
     _locks[path] = descriptor
     with contextlib.suppress(OSError):  # on a full disk, the lock works without a name
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, _owner().encode())
+        # Nor is the name written to a file of two names: the other one may be any file of the user.
+        if os.fstat(descriptor).st_nlink == 1:
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, _owner().encode())
     return []
 
 

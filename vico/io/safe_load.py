@@ -5,6 +5,7 @@ messages that name neither the file nor the cause, so the file's format is check
 """
 
 import io
+import os
 import pickle
 import re
 import threading
@@ -16,8 +17,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vico.errors import UserError, fail, one_line
-from vico.io.atomic import read_bytes, require_file
 from vico.io.old_torch_format import MAGIC, find_fault
+from vico.io.paths import open_to_read, read_bytes
 
 MAX_REASON_CHARACTERS = 160
 _DAMAGED = "is cut off or damaged; fetch or copy it again and compare the sizes"
@@ -171,9 +172,8 @@ def _format_fault(
 ) -> tuple[str | None, bool]:
     """(the message when the file cannot be loaded, whether it is a zip and can be mapped)."""
     try:
-        num_bytes = path.stat().st_size
-        require_file(path)
-        with path.open("rb") as file:
+        with open_to_read(path) as file:
+            num_bytes = os.fstat(file.fileno()).st_size
             head = file.read(512)
     except FileNotFoundError:
         return f"{path}: no such file; {what} should be there", False

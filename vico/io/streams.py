@@ -9,12 +9,13 @@ import errno
 import io
 import os
 import select
-import stat
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
+
+from vico.io.paths import open_to_write
 
 NAMES = {1: "stdout", 2: "stderr"}
 PIECE_BYTES = select.PIPE_BUF  # a pipe that is ready takes this much without a wait
@@ -49,12 +50,7 @@ class _LostOutput:
 
     def open(self, path: Path) -> int:
         """For appending. Raises OSError, also for a link, a FIFO or a device."""
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-        descriptor = os.open(path, flags, 0o666)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        return descriptor
+        return open_to_write(path, os.O_WRONLY | os.O_APPEND)
 
 
 _lost = _LostOutput()

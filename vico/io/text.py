@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vico.errors import UserError, fail, show
-from vico.io.atomic import read_bytes
+from vico.io.paths import read_bytes
 from vico.io.safe_load import failed_download
 
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]|-?Infinity|NaN')

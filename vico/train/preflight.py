@@ -5,7 +5,6 @@ shortened or suspicious is counted and reported in notes.
 """
 
 import contextlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -24,6 +23,7 @@ from vico.data.types import Question
 from vico.errors import UserError, fail
 from vico.io.file_cache import FileCache, cache_key, file_stamp
 from vico.io.input_files import InputFiles
+from vico.io.paths import entries, is_folder
 from vico.model.weights.load import Weights, holds_weights, open_weights, weight_files
 from vico.train.config import RunConfig
 
@@ -52,8 +52,8 @@ class BackboneFiles:
 def open_backbone(config: RunConfig) -> BackboneFiles:
     """Open the tokenizer and the weights of --model. Raises UserError."""
     folder = config.llama_model_path / config.model
-    if not os.path.isdir(folder):
-        models = sorted(p.name for p in config.llama_model_path.glob("*/") if holds_weights(p))
+    if not is_folder(folder):
+        models = [p.name for p in entries(config.llama_model_path) if holds_weights(p)]
         hint = "it must hold LLaMA weights of Meta or Hugging Face"
         if models:
             hint = f"--model can be {', '.join(models)}"

@@ -21,9 +21,9 @@ from vico.distributed.launcher_env import host_name
 from vico.distributed.world import World
 from vico.errors import UserError
 from vico.io import log
-from vico.io.atomic import require_file
 from vico.io.digest import SHORT_LENGTH, digest_chunks, digest_files, digest_json
 from vico.io.output_dir import OutputDir, step_of
+from vico.io.paths import entries, exists, is_file, open_to_read
 from vico.train.config import RunConfig, is_path
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -68,12 +68,13 @@ def require_same_files(world: World, config: RunConfig) -> None:
     Raises UserError, the same on every rank, naming the hosts that differ from rank 0's.
     """
     _wait_until_visible(world, config)
-    inputs = {
-        f"{path.parent.name}/{path.name}": _fingerprint(path) for path in _input_files(config)
-    }
+    with world.raise_together():
+        files = _input_files(config)
+        outputs = _output_state(OutputDir(config.output_dir))
+    inputs = {f"{path.parent.name}/{path.name}": _fingerprint(path) for path in files}
     _require_same(world, "files", inputs, "copy them again, or use a folder that all hosts share")
     remedy = "--output_dir must be a folder that all hosts share"
-    _require_same(world, "checkpoints", _output_state(OutputDir(config.output_dir)), remedy)
+    _require_same(world, "checkpoints", outputs, remedy)
 
 
 def require_same_start(
@@ -123,7 +124,9 @@ def _wait_until_visible(world: World, config: RunConfig) -> None:
     if world.size == 1:
         return
     for second in range(VISIBILITY_SECONDS + 1):
-        visible_RN = world.gather(torch.tensor(_visible_outputs(config)))
+        with world.raise_together():
+            visible_N = torch.tensor(_visible_outputs(config))
+        visible_RN = world.gather(visible_N)
         is_late_R = (visible_RN < visible_RN.amax(dim=0)).any(dim=1)
         if not is_late_R.any():
             return
@@ -150,7 +153,7 @@ def _visible_outputs(config: RunConfig) -> list[int]:
     return [
         -1 if newest is None else newest,
         output_dir.has_run(),
-        config.resume is not None and os.path.exists(config.resume),
+        config.resume is not None and exists(config.resume),
     ]
 
 
@@ -170,11 +173,9 @@ def _input_files(config: RunConfig) -> list[Path]:
     """
     files: list[Path | None] = []
     for folder in (config.dataset_folder, config.llama_model_path / config.model):
-        if not folder.is_dir():
-            continue
-        for path in sorted(folder.iterdir()):
+        for path in entries(folder):
             is_data = path.suffix in DATA_SUFFIXES or path.parent != config.dataset_folder
-            if path.is_file() and is_data:
+            if is_data and is_file(path):
                 files.append(path)
     files += [config.llama_model_path / name for name in TOKENIZER_FILES]
     files += [config.captions, config.resume]
@@ -188,9 +189,8 @@ def _fingerprint(path: Path) -> str:
     try:
         if path.is_dir():
             return "a folder"
-        require_file(path)
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_to_read(path) as file:
+            size = os.fstat(file.fileno()).st_size
             ends = [file.read(END_BYTES)]
             if size > END_BYTES:
                 file.seek(max(END_BYTES, size - END_BYTES))

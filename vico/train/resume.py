@@ -17,6 +17,7 @@ from vico.checkpoint.format import REMEDY, WEIGHTS, Checkpoint, TrainState
 from vico.checkpoint.read import read
 from vico.errors import CheckpointError, UserError
 from vico.io.output_dir import OutputDir
+from vico.io.paths import exists
 from vico.train.config import NOT_IDENTITY, OBJECTIVE, RunConfig
 from vico.train.settings import settings_from
 
@@ -139,7 +140,7 @@ def newest_usable(folders: Sequence[Path], output_dir: OutputDir, run_id: str = 
 def _note_lost_best(start: Start, output_dir: OutputDir) -> Start:
     best = output_dir.best_checkpoint
     accuracy = start.checkpoint.state.best_accuracy if start.checkpoint else None
-    if accuracy is None or os.path.exists(best):
+    if accuracy is None or exists(best):
         return start
     note = (
         f"{best}: is gone; the best epoch so far had {accuracy:.2%}, "

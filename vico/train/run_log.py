@@ -13,6 +13,7 @@ import torch
 from vico.errors import DiskError, UserError
 from vico.io.atomic import REMEDY, write_lines
 from vico.io.output_dir import OutputDir
+from vico.io.paths import append_text, exists, read_bytes
 
 Record = dict[str, Any]
 
@@ -50,6 +51,12 @@ class RunLog:
             write_lines(output_dir.steps, [r for r in logs.steps if r["step"] <= step])
             last = step - evaluation_due
             write_lines(output_dir.epochs, [r for r in logs.epochs if r["step"] <= last])
+            # TensorBoard would write to where a link leads.
+            if output_dir.tensorboard.is_symlink():
+                raise UserError(
+                    f"{output_dir.tensorboard}: is a symbolic link, not a folder; remove it, "
+                    "or choose another --output_dir"
+                )
             purge = step + 1 if step else None
             self._board = SummaryWriter(str(output_dir.tensorboard), purge_step=purge)
 
@@ -94,8 +101,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
 
 
 def _append(path: Path, record: Record) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    append_text(path, json.dumps(record) + "\n")
 
 
 def read_logs(output_dir: OutputDir) -> Logs:
@@ -104,10 +110,10 @@ def read_logs(output_dir: OutputDir) -> Logs:
 
 def read_records(path: Path) -> list[Record]:
     """The complete lines of a JSON-lines log. A kill may have cut off the last one."""
-    if not path.exists():
+    if not exists(path):
         return []
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = read_bytes(path).decode(errors="replace")
     except OSError as problem:
         raise UserError(
             f"{path}: cannot be read ({problem.strerror}); "
@@ -115,7 +121,7 @@ def read_records(path: Path) -> list[Record]:
         ) from None
     records = []
     for line in text.splitlines():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 records.append(record)

@@ -1,12 +1,12 @@
 """The caption of each video, which the caption task learns to write."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vico.data.readers import rows
 from vico.data.types import Question
 from vico.errors import fail, show
+from vico.io.paths import exists
 from vico.io.text import read_json_object
 
 FILE_NAMES = ("llava_v15_13b_n6.json", "star_caption_7B.json", "blip2_n6.json")
@@ -18,20 +18,20 @@ def locate(folder: Path, path: Path) -> Path:
     The current folder's file is taken where both exist.
     """
     here, in_folder = path.absolute(), (folder / path).absolute()
-    return in_folder if not os.path.exists(here) and os.path.exists(in_folder) else here
+    return in_folder if not exists(here) and exists(in_folder) else here
 
 
 def find(folder: Path, path: Path | None) -> Path:
     """The caption file: that of --captions (see `locate`), or the one that the folder holds."""
     if path is not None:
         located = locate(folder, path)
-        if not os.path.exists(located):
+        if not exists(located):
             fail(
                 f"--captions {located}: no such file, and {folder} holds no {path.name}; correct "
                 "the path, or train with --cap 0"
             )
         return located
-    found = [folder / name for name in FILE_NAMES if os.path.exists(folder / name)]
+    found = [folder / name for name in FILE_NAMES if exists(folder / name)]
     if len(found) > 1:
         names = " and ".join(file.name for file in found)
         fail(f"{folder}: holds {names}; say which by --captions PATH")

@@ -3,7 +3,6 @@
 import codecs
 import dataclasses
 import math
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from vico.data.readers import rows
 from vico.data.readers.rows import Row, RowError, Rows
 from vico.data.types import FeatureRows, Question
 from vico.errors import fail, show
-from vico.io.atomic import read_bytes
+from vico.io.paths import exists, is_folder, read_bytes
 
 FEATURES_PER_SECOND = 3
 _OPTIONS = ("a0", "a1", "a2", "a3", "a4")
@@ -32,7 +31,7 @@ class Subtitle:
 
 def annotation_file(folder: Path, split: str) -> Path:
     path, public = folder / f"tvqa_{split}.jsonl", folder / "tvqa_test_public.jsonl"
-    use_public = split == "test" and not os.path.exists(path) and os.path.exists(public)
+    use_public = split == "test" and not exists(path) and exists(public)
     return public if use_public else path
 
 
@@ -85,7 +84,7 @@ def _feature_rows(clip: Seconds | None) -> FeatureRows | None:
 
 def _with_dialogue(questions: list[Question], records: Rows, folder: Path) -> list[Question]:
     """The questions with the subtitles inside their clips. `records`: their rows, in order."""
-    if not os.path.isdir(folder):
+    if not is_folder(folder):
         fail(
             f"{folder}: no such folder; the subtitles VID_NAME.srt should be there: "
             "fetch them, or run without --sub"

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vico.errors import CheckpointError, UserError, show
-from vico.io.atomic import require_file
+from vico.io.paths import entries, exists, open_to_read
 from vico.io.safe_load import failed_download
 from vico.io.text import read_json_object
 from vico.model.config import EMBEDDINGS, LlamaConfig, RopeScaling, backbone_shapes
@@ -173,15 +173,15 @@ def _stored_row(row: Tensor, head_dim: int) -> Tensor:
 def _open_files(folder: Path) -> dict[str, tuple[Path, Any]]:
     """Tensor -> the file that holds it, mapped. An index must agree with its files."""
     single, index = folder / SINGLE, folder / INDEX
-    if index.exists() and single.exists():
+    if exists(index) and exists(single):
         raise UserError(
             f"{folder}: holds {SINGLE} and {INDEX}; leave the one that belongs to config.json"
         )
-    if index.exists():
+    if exists(index):
         return _open_indexed_files(folder)
-    if not single.exists():
+    if not exists(single):
         remedy = "copy it"
-        if any(folder.glob("pytorch_model*.bin")):
+        if entries(folder, "pytorch_model*.bin"):
             remedy = "pytorch_model*.bin is there: save it again as safetensors"
         raise UserError(f"{folder}: no {SINGLE} and no {INDEX}; {remedy}")
     file = _open(single)
@@ -214,8 +214,7 @@ def _is_file_name(value: object) -> bool:
 def _open(path: Path) -> Any:
     """safetensors checks the header, and that the tensors fill the file."""
     try:
-        require_file(path)
-        with path.open("rb") as file:
+        with open_to_read(path) as file:
             if kind := failed_download(file.read(512), path.stat().st_size):
                 raise CheckpointError(f"{path}: {WHAT} is {kind}")
         return safe_open(path, "pt")

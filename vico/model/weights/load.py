@@ -6,6 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from vico.errors import UserError
+from vico.io.paths import entries, exists
 from vico.io.text import read_json_object
 from vico.model.config import LlamaConfig
 from vico.model.weights import hf, meta
@@ -37,8 +38,8 @@ def open_weights(folder: Path, vocab_size: int | None) -> Weights:
 
     `vocab_size`: of the tokenizer; None: there is none to compare with.
     """
-    is_meta = any(folder.glob("consolidated.*.pth"))
-    is_hugging_face = any(folder.glob("model*.safetensors"))
+    is_meta = bool(entries(folder, "consolidated.*.pth"))
+    is_hugging_face = bool(entries(folder, "model*.safetensors"))
     if is_meta and is_hugging_face:
         raise UserError(
             f"{folder}: holds weights in Meta's layout (*.pth) and in Hugging Face's "
@@ -61,7 +62,7 @@ def read_llama_config(folder: Path) -> LlamaConfig:
 
 
 def _has_only_hugging_face_config(folder: Path) -> bool:
-    return (folder / CONFIG).exists() and not (folder / "params.json").exists()
+    return exists(folder / CONFIG) and not exists(folder / "params.json")
 
 
 def holds_weights(folder: Path) -> bool:
@@ -72,4 +73,4 @@ def holds_weights(folder: Path) -> bool:
 def weight_files(folder: Path) -> list[Path]:
     """The files in `folder` that belong to weights by their names, sorted."""
     patterns = ("params.json", CONFIG, INDEX, "consolidated.*.pth", "model*.safetensors")
-    return sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    return sorted({path for pattern in patterns for path in entries(folder, pattern)})

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vico.errors import CheckpointError, UserError, show
+from vico.io.paths import entries
 from vico.io.safe_load import StoredChecksums, is_float_tensor, load_tensors
 from vico.io.text import read_json_object
 from vico.model.config import EMBEDDINGS, LlamaConfig, RopeScaling, backbone_shapes
@@ -190,7 +191,7 @@ def sharded_dim(name: str) -> int | None:
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    paths = sorted(folder.glob("consolidated.*.pth"))
+    paths = entries(folder, "consolidated.*.pth")
     if not paths:
         raise UserError(
             f"{folder}: no consolidated.00.pth; --llama_model_path and --model must name a folder "
