@@ -1,14 +1,17 @@
 """Ranks that are killed or hang: the others end with one line that names them; the run resumes."""
 
 import functools
+import json
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from faults.interrupted import (
     ENDLESS,
@@ -24,6 +27,16 @@ from support.toy_dataset import ToyData
 def kill_all(run: Processes) -> None:
     for process in run.processes:
         process.kill()
+
+
+def listening(run: Processes) -> set[tuple[str, int]]:
+    """Addresses and ports on which the ranks accept connections."""
+    addresses = set()
+    for process in run.processes:
+        for connection in psutil.Process(process.pid).net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                addresses.add((connection.laddr.ip, connection.laddr.port))
+    return addresses
 
 
 @pytest.mark.slow
@@ -56,14 +69,29 @@ def _is_held(run: Processes) -> bool:
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_stopped_rank_ends_the_run(toy: ToyData, tmp_path: Path, rank: int) -> None:
-    """--hang_timeout is 6 s. The stopped rank is named, and does not stay behind."""
+    """--hang_timeout is 6 s. The stopped rank is named, and does not stay behind.
+
+    Somebody writes garbage and an innocent's process number into the store: nothing comes of it.
+    """
     out = tmp_path / "out"
     run = start(*train_command(toy, 2, out, *ENDLESS, "--hang_timeout", "0.1"), ranks=2)
     assert run.wait_until(lambda: steps_done(out) >= 3), run.output
+    assert {address for address, _ in listening(run)} == {"127.0.0.1"}
+    port = int(psutil.Process(run.processes[0].pid).environ()["MASTER_PORT"])
+    assert ("127.0.0.1", port) in listening(run)
     run.processes[rank].send_signal(signal.SIGSTOP)
     began = time.monotonic()
+    innocent = subprocess.Popen(["sleep", "60"])
+    if rank == 1:  # a stopped rank 0 takes the store with it
+        store = PrefixStore("vico/0", TCPStore("127.0.0.1", port, 2, False))
+        store.set("watchdog 0", "{garbage")
+        claim = {"tick": 1, "idle_seconds": 9.0, "phase": "", "host": socket.gethostname()}
+        store.set("watchdog 1", json.dumps(claim | {"pid": innocent.pid}))
     run.wait(60)
     assert time.monotonic() - began < 6 + 5
+    assert innocent.poll() is None and "watchdog.py" not in run.stderrs[1]
+    innocent.kill()
+    innocent.wait()
     assert run.codes[1 - rank] == 5 and run.codes[rank] == -9
     error = run.stderrs[1 - rank]
     assert f"rank {rank} on " in error

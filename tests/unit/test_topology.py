@@ -39,7 +39,7 @@ def test_description() -> None:
 
 @pytest.mark.parametrize("member", members_on(1, 1, gpus=2))
 def test_member_survives_the_exchange(member: Member) -> None:
-    assert Member.from_text(member.to_text()) == member
+    assert Member.from_text(member.to_text(), member.rank) == member
 
 
 ONE_GPU_PER_TASK = [replace(member, num_visible_gpus=1) for member in members_on(4, gpus=4)]

@@ -39,8 +39,20 @@ import torch.distributed as torch_dist
 from vico.checkpoint import restart_limit
 from vico.data.dataloader import SHARED_MEMORY, WORKERS
 from vico.distributed.rendezvous import first_line
+from vico.distributed.store_words import read_word
+from vico.distributed.topology import machine_id
 from vico.distributed.world import World
-from vico.errors import INTERNAL_ERROR, PeerLostError, TrainingError, UserError, one_line
+from vico.errors import (
+    DONE,
+    EXIT_CODES,
+    INTERNAL_ERROR,
+    INTERRUPTED,
+    RESUMABLE,
+    PeerLostError,
+    TrainingError,
+    UserError,
+    one_line,
+)
 from vico.io import log
 
 # A killed process closes its connections a moment before it has exited.
@@ -51,6 +63,7 @@ LINGER_SECONDS = 3.0
 # A killed data worker breaks its connections a moment before its server reports its exit.
 WORKER_EXIT_SECONDS = 1.0
 KEY = "vico cause"
+NO_FAILURES = (DONE, RESUMABLE, INTERRUPTED)
 RESUME_HINT = "rerun the same command to resume from the latest checkpoint"
 ENDED_WORKER = re.compile(
     r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\) (?:is killed by signal|exited unexpectedly)"
@@ -100,6 +113,11 @@ class Cause:
     line: str
     code: int  # the exit code of every rank
     pid: int
+    machine: str
+
+    def __post_init__(self) -> None:
+        if self.code in NO_FAILURES or self.code not in EXIT_CODES:
+            raise ValueError(f"code {self.code}: ends no run that failed")
 
 
 def report(world: World, error: Exception, debug: bool) -> int:
@@ -148,13 +166,15 @@ def _publish_cause(world: World, line: str, code: int) -> bool:
 
     Returns False where a rank of this host has published the same line, else True.
     """
-    own = Cause(socket.gethostname(), line, code, os.getpid())
+    own = Cause(socket.gethostname(), one_line(line), code, os.getpid(), machine_id())
     if world.store is None:
         return True
     with suppress(RuntimeError):  # rank 0 is gone, and the store with it
         stored = world.store.compare_set(KEY, "", json.dumps(asdict(own)))
-        first = Cause(**json.loads(stored))
-        return first.pid == own.pid or (first.host, first.line) != (own.host, own.line)
+        first = read_word(Cause, stored)
+        if first is None or (first.machine, first.pid) == (own.machine, own.pid):
+            return True
+        return (first.machine, first.line) != (own.machine, own.line)
     return True
 
 
@@ -188,7 +208,7 @@ def _on_peer_lost(world: World, error: Exception) -> int:
         reports = speaks_for_host
     if reports and cause is None:
         log.error(one_line(_describe_loss(world, error, exited or _exited_ranks(world))))
-    elif reports and cause is not None and cause.host != socket.gethostname():
+    elif reports and cause is not None and cause.machine != machine_id():
         log.error(one_line(f"{cause.host}: {cause.line}"))
     _linger(is_needed=reports)
     return PeerLostError.exit_code if cause is None else cause.code
@@ -203,7 +223,7 @@ def _read_cause(world: World) -> Cause | None:
     assert world.store is not None
     if not world.store.check([KEY]):
         return None
-    return Cause(**json.loads(world.store.get(KEY)))
+    return read_word(Cause, world.store.get(KEY))
 
 
 def _describe_loss(world: World, error: Exception, exited: list[str]) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from vico.errors import UnreachableError, UserError
 
 SINGLE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+LOOPBACK_NAMES = ("127.0.0.1", "::1", "localhost")
 OPEN_MPI = "OMPI_COMM_WORLD_"
 # Only the ranks of torchrun have the first, only those of DeepSpeed's launcher the second.
 LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "LOCAL_SIZE")
@@ -28,6 +29,20 @@ LAUNCH_HINT = (
 def is_rank_0() -> bool:
     """Whether this process prints and writes. True before a launcher has set variables."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def is_on_one_host(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether all ranks are on this host, as far as the launcher's variables tell."""
+    if environment.get("MASTER_ADDR") in LOOPBACK_NAMES:
+        return True
+    size = int_variable(environment, "WORLD_SIZE") or 1
+    return size == local_world_size(environment)
+
+
+def local_world_size(environment: Mapping[str, str] = os.environ) -> int | None:
+    """The number of ranks on this host, according to the launcher; None where it does not say."""
+    local_size = int_variable(environment, "LOCAL_WORLD_SIZE")
+    return local_size or int_variable(environment, "LOCAL_SIZE")
 
 
 @dataclass(frozen=True)

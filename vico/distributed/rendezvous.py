@@ -15,10 +15,11 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch.distributed as torch_dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from vico.distributed import signals
+from vico.distributed import launcher_env, signals
 from vico.errors import InUseError, NoAnswerError, PeerLostError, UserError
 from vico.io import log
 
@@ -31,9 +32,11 @@ INTERFACE_HINT = (
     "name the network interface that the hosts share by GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME "
     "(eth0, ib0, ...)"
 )
+INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+LOOPBACK = "127.0.0.1"
 
 
-def rendezvous(rank: int, size: int, timeout: timedelta, text: str) -> tuple[Store, list[str]]:
+def rendezvous(rank: int, size: int, timeout: timedelta, text: str) -> tuple[Store, list[bytes]]:
     """Publish `text`; returns the store and the texts of all ranks, in their order.
 
     Raises PeerLostError naming the ranks that did not join, NoAnswerError where rank 0 does not
@@ -46,7 +49,7 @@ def rendezvous(rank: int, size: int, timeout: timedelta, text: str) -> tuple[Sto
     try:
         store.set(keys[rank], text)
         _wait_for_all(store, keys, rank, timeout, deadline)
-        texts = [store.get(key).decode() for key in keys]
+        texts: list[bytes] = store.multi_get(keys)
         store.set(f"{keys[rank]} done", "")
     except torch_dist.DistError as error:
         _await_stop_request()
@@ -130,12 +133,14 @@ class _WaitForRank0:
 
 def _open_store(rank: int, size: int, timeout: timedelta) -> TCPStore:
     """Connect to the store. Rank 0 hosts it, except under torchrun, which does so itself."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address, port = _master()
     is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     connect_timeout = timedelta(seconds=min(SILENT_SECONDS, timeout.total_seconds()))
     wait = _WaitForRank0(timeout)
 
     def connect() -> TCPStore:
+        # By itself torch listens on all interfaces. Whoever reaches the store can write to it.
+        is_local = is_server and address == LOOPBACK
         return TCPStore(
             address,
             port,
@@ -144,6 +149,7 @@ def _open_store(rank: int, size: int, timeout: timedelta) -> TCPStore:
             timeout=connect_timeout,
             wait_for_workers=False,
             multi_tenant=True,
+            master_listen_fd=_listen_on_loopback(port) if is_local else None,
         )
 
     while True:
@@ -154,7 +160,7 @@ def _open_store(rank: int, size: int, timeout: timedelta) -> TCPStore:
         try:
             # `pause` raises when the time is over or a signal asks to stop.
             store: TCPStore = _call_in_thread(connect, wait.pause)
-        except torch_dist.DistError as error:
+        except (torch_dist.DistError, OSError) as error:
             if is_server:
                 problem = f"cannot be opened on {socket.gethostname()} ({first_line(error)})"
                 raise InUseError(f"MASTER_PORT={port}: {problem}; choose another") from None
@@ -162,6 +168,11 @@ def _open_store(rank: int, size: int, timeout: timedelta) -> TCPStore:
             continue
         store.set_timeout(timeout)
         return store
+
+
+def _listen_on_loopback(port: int) -> int:
+    """The descriptor of a socket that only this host reaches. Raises OSError for a taken port."""
+    return socket.create_server((LOOPBACK, port)).detach()
 
 
 def _accepts_connections(address: str, port: int) -> bool:
@@ -229,8 +240,26 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def _master() -> tuple[str, int]:
+    """Address and port of the store. On one host the address is that of its loopback interface."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return LOOPBACK if launcher_env.is_on_one_host() else address, port
+
+
 def _address() -> str:
-    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    address, port = _master()
+    return f"{address}:{port}"
+
+
+def use_loopback() -> None:
+    """On one host: have gloo and NCCL listen on the loopback interface, unless the user chose."""
+    if not launcher_env.is_on_one_host():
+        return
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(address.address == LOOPBACK for address in addresses):
+            for variable in INTERFACE_VARIABLES:
+                os.environ.setdefault(variable, interface)
+            return
 
 
 def _format_duration(duration: timedelta) -> str:

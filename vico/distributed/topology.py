@@ -6,12 +6,15 @@ their allocation. So every start prints its ranks, hosts and devices, and refuse
 
 import json
 import os
+import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
-from vico.distributed.launcher_env import LAUNCH_HINT, SlurmAllocation, host_name, int_variable
+from vico.distributed.launcher_env import LAUNCH_HINT, SlurmAllocation, host_name, local_world_size
+from vico.distributed.store_words import read_word
 from vico.errors import UserError
 
 # Set when SLURM, and not the user, chose CUDA_VISIBLE_DEVICES.
@@ -33,16 +36,16 @@ class Member:
     gpu_bytes: int = 0  # memory of its GPU
     host_bytes: int = 0  # memory of its host
     pid: int = 0
+    machine: str = ""  # where `pid` means this process; see machine_id
 
     @classmethod
     def of_this_process(
         cls, rank: int, device: torch.device, environment: Mapping[str, str] = os.environ
     ) -> "Member":
-        host, pid = host_name(environment), os.getpid()
-        local_size = int_variable(environment, "LOCAL_WORLD_SIZE")
-        local_size = local_size or int_variable(environment, "LOCAL_SIZE")
+        host, pid, machine = host_name(environment), os.getpid(), machine_id()
+        local_size = local_world_size(environment)
         if device.type == "cpu":
-            return cls(rank, host, "cpu", None, 0, True, local_size, pid=pid)
+            return cls(rank, host, "cpu", None, 0, True, local_size, pid=pid, machine=machine)
         properties = torch.cuda.get_device_properties(device)
         by_slurm = any(name in environment for name in SLURM_GPU_VARIABLES)
         return cls(
@@ -56,14 +59,35 @@ class Member:
             gpu_bytes=properties.total_memory,
             host_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             pid=pid,
+            machine=machine,
         )
 
     def to_text(self) -> str:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_text(cls, text: str) -> "Member":
-        return cls(**json.loads(text))
+    def from_text(cls, text: str | bytes, rank: int) -> "Member":
+        """What `rank` published. Raises UserError where it is something else."""
+        member = read_word(cls, text)
+        if member is None or member.rank != rank:
+            raise UserError(
+                f"what rank {rank} published at the rendezvous is not what this version of ViCo "
+                "does; run the same code on all hosts, and see that no other program uses "
+                "MASTER_PORT"
+            )
+        return member
+
+
+def machine_id() -> str:
+    """Names the set of processes that a process number is unique in, on Linux.
+
+    It is not the host's name: containers may share that, and number their processes from 1 each.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except (OSError, ValueError):
+        return socket.gethostname()
 
 
 def by_host(members: Iterable[Member]) -> dict[str, list[Member]]:

@@ -10,8 +10,6 @@ long.
 import faulthandler
 import json
 import os
-import signal
-import socket
 import sys
 import threading
 import time
@@ -22,8 +20,10 @@ from dataclasses import asdict, dataclass
 import psutil
 from torch._C._distributed_c10d import Store
 
-from vico.distributed.topology import Member
-from vico.errors import PeerLostError
+from vico.distributed import launcher_env
+from vico.distributed.store_words import read_word
+from vico.distributed.topology import Member, machine_id
+from vico.errors import PeerLostError, UserError
 from vico.io import streams
 
 WAITING = "waiting for other ranks after: "  # the prefix of a phase that is spent in a collective
@@ -31,7 +31,11 @@ WAITING = "waiting for other ranks after: "  # the prefix of a phase that is spe
 COLLECTIVE_CODE = ("/torch/distributed/", "/deepspeed/comm/", "/deepspeed/runtime/zero/")
 NUM_INNERMOST_FRAMES = 4
 MAX_HEARTBEAT_SECONDS = 5.0
+# Of the timeout. A rank whose main thread is silent for longer reads the heartbeats of the others.
+SILENCE_BEFORE_READING = 1 / 6
 MAX_REPORTS_SHOWN = 16
+# By these variables the ranks of one run find each other.
+RENDEZVOUS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -41,29 +45,57 @@ class _Heartbeat:
     tick: int
     idle_seconds: float  # since its main thread last reported a phase
     phase: str
-    host: str
-    pid: int
-
-    @property
-    def name(self) -> str:
-        return f"on {self.host} (process {self.pid})"
 
     @property
     def is_waiting(self) -> bool:
         return self.phase.startswith(WAITING)
 
-    @property
-    def is_on_this_host(self) -> bool:
-        return self.host == socket.gethostname()
+
+@dataclass(frozen=True)
+class _Peer:
+    """Another rank, or this one: where it runs."""
+
+    host: str
+    name: str
+    process: psutil.Process | None  # None: of another machine, or not shown to be this run's
+
+    @classmethod
+    def of(cls, member: Member) -> "_Peer":
+        name = f"on {member.host} (process {member.pid})"
+        return cls(member.host, name, _process_of(member))
 
     def has_exited(self) -> bool:
-        """Whether the process has ended, zombies included; False for one of another host."""
-        if not self.is_on_this_host:
+        """Whether the process has ended, zombies included; False where it cannot be seen."""
+        if self.process is None:
             return False
         try:
-            return psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
+            # psutil compares start times, as process numbers are used again.
+            return not self.process.is_running() or self.process.status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return True
+
+    def kill(self) -> None:
+        if self.process is not None:
+            with suppress(psutil.Error):
+                self.process.kill()
+
+
+def _process_of(member: Member) -> psutil.Process | None:
+    """The process of a rank of this machine, if the process itself shows that it is that rank.
+
+    The process number comes from the store, so it may be anybody's. But the environment that a
+    process was started with is the kernel's word, and names the rank and the run.
+    """
+    if member.machine != machine_id():
+        return None
+    try:
+        process = psutil.Process(member.pid)
+        environment = process.environ()
+        launcher_env.set_rank_variables(environment)
+    except (psutil.Error, OSError, UserError, KeyError, ValueError):
+        return None
+    same_run = all(environment.get(n) == os.environ.get(n) for n in RENDEZVOUS_VARIABLES)
+    return process if same_run and environment.get("RANK") == str(member.rank) else None
 
 
 class Watchdog:
@@ -78,9 +110,10 @@ class Watchdog:
         now = time.monotonic()
         self._phase, self._phase_since = "starting", now
         self._tick = 0
-        # A rank can be lost before its first heartbeat; its host and process are known already.
-        self._heartbeats = _initial_heartbeats(rank, members)
-        self._last_change = dict.fromkeys(self._heartbeats, now)  # when a rank's tick last changed
+        self._peers = {member.rank: _Peer.of(member) for member in members}
+        # A rank can be lost before its first heartbeat.
+        self._heartbeats = dict.fromkeys(self._peers, _Heartbeat(0, 0.0, "starting"))
+        self._last_change = dict.fromkeys(self._peers, now)  # when a rank's tick last changed
         self._last_exchange = now
         self._closed = threading.Event()
         for work in (self._exchange_heartbeats, self._check_progress):
@@ -96,24 +129,25 @@ class Watchdog:
 
     def exited_ranks(self) -> list[str]:
         """The ranks of this host whose processes have ended, with host and process number."""
-        heartbeats = sorted(self._heartbeats.items())
-        return [f"rank {rank} {beat.name}" for rank, beat in heartbeats if beat.has_exited()]
+        peers = sorted(self._peers.items())
+        return [f"rank {rank} {peer.name}" for rank, peer in peers if peer.has_exited()]
 
     def speaks_for_host(self) -> bool:
         """Whether this rank is the lowest that still runs on its host, rank 0 not counted.
 
         Only meaningful after rank 0 has exited.
         """
-        lower = [beat for rank, beat in self._heartbeats.items() if 0 < rank < self._rank]
-        return all(beat.has_exited() for beat in lower if beat.is_on_this_host)
+        lower = [peer for rank, peer in self._peers.items() if 0 < rank < self._rank]
+        return all(peer.has_exited() for peer in lower if peer.process is not None)
 
     def close(self) -> None:
         self._closed.set()
 
     def _exchange_heartbeats(self) -> None:
-        """Publish this rank's heartbeat and read the others'.
+        """Publish this rank's heartbeat and, when its main thread is silent, read the others'.
 
-        It blocks when the host of the store hangs. Hence progress is checked by another thread.
+        So N ranks that make progress send N requests in an interval, not N^2. It blocks when the
+        host of the store hangs. Hence progress is checked by another thread.
         """
         pause = 0.0
         while not self._closed.wait(pause):
@@ -121,21 +155,26 @@ class Watchdog:
             self._tick += 1
             with suppress(RuntimeError):  # the store is gone: the missing heartbeats show it
                 self._publish_heartbeat()
-                self._read_heartbeats()
+                idle_seconds = time.monotonic() - self._phase_since
+                if idle_seconds > SILENCE_BEFORE_READING * self._timeout_seconds:
+                    self._read_heartbeats()
                 self._last_exchange = time.monotonic()
 
     def _publish_heartbeat(self) -> None:
         idle_seconds = time.monotonic() - self._phase_since
-        host, pid = socket.gethostname(), os.getpid()
-        beat = _Heartbeat(self._tick, idle_seconds, self._current_phase(), host, pid)
-        self._store.set(f"watchdog {self._rank}", json.dumps(asdict(beat)))
+        beat = _Heartbeat(self._tick, idle_seconds, self._current_phase())
+        self._store.set(_key(self._rank), json.dumps(asdict(beat)))
 
     def _read_heartbeats(self) -> None:
-        for rank in range(self._size):
-            key = f"watchdog {rank}"
-            if not self._store.check([key]):
-                continue
-            beat = _Heartbeat(**json.loads(self._store.get(key)))
+        """Two requests, or N + 1 where a rank was lost before its first heartbeat."""
+        ranks = sorted(self._peers)
+        if not self._store.check([_key(rank) for rank in ranks]):
+            ranks = [rank for rank in ranks if self._store.check([_key(rank)])]
+        words = self._store.multi_get([_key(rank) for rank in ranks])
+        for rank, word in zip(ranks, words, strict=True):
+            beat = read_word(_Heartbeat, word)
+            if beat is None:
+                continue  # not a rank's: as if it had sent nothing
             if self._heartbeats[rank].tick != beat.tick:
                 self._last_change[rank] = time.monotonic()
             self._heartbeats[rank] = beat
@@ -177,10 +216,7 @@ class Watchdog:
             print(f"vico: error: {self.verdict(silent)}", file=sys.stderr, flush=True)
         time.sleep(min(1.0, self._interval))  # the other ranks print their stacks meanwhile
         for rank in silent:
-            beat = self._heartbeats[rank]
-            if beat.is_on_this_host:  # a stopped process ignores its launcher's SIGTERM
-                with suppress(ProcessLookupError, PermissionError):
-                    os.kill(beat.pid, signal.SIGKILL)
+            self._peers[rank].kill()  # a stopped process ignores its launcher's SIGTERM
 
     def _silent_ranks(self) -> set[int]:
         """The ranks whose heartbeats have stopped; rank 0 alone where the store does not answer."""
@@ -194,7 +230,7 @@ class Watchdog:
         """The error line: which rank is to blame, as far as known, and what each last reported."""
         beats = sorted(self._heartbeats.items())
         reports = [
-            f"rank {rank} ({beat.host}): {beat.phase}, for {beat.idle_seconds:.0f} s"
+            f"rank {rank} ({self._peers[rank].host}): {beat.phase}, for {beat.idle_seconds:.0f} s"
             for rank, beat in beats
         ]
         stuck = [rank for rank, beat in beats if not beat.is_waiting]
@@ -215,15 +251,9 @@ class Watchdog:
 
     def _name_with_verb(self, ranks: Sequence[int]) -> str:
         """For example "rank 1 on gpu7 (process 42) is"."""
-        names = ", ".join(f"rank {rank} {self._heartbeats[rank].name}" for rank in ranks)
+        names = ", ".join(f"rank {rank} {self._peers[rank].name}" for rank in ranks)
         return f"{names} {'is' if len(ranks) == 1 else 'are'}"
 
 
-def _initial_heartbeats(rank: int, members: Sequence[Member]) -> dict[int, _Heartbeat]:
-    """Members carry the cluster's name of their host; heartbeats carry the host's own name."""
-    cluster_name = members[rank].host
-    heartbeats = {}
-    for member in members:
-        host = socket.gethostname() if member.host == cluster_name else member.host
-        heartbeats[member.rank] = _Heartbeat(0, 0.0, "starting", host, member.pid)
-    return heartbeats
+def _key(rank: int) -> str:
+    return f"watchdog {rank}"

@@ -20,7 +20,7 @@ from torch._C._distributed_c10d import Store
 
 from vico.distributed import launcher_env, topology
 from vico.distributed.launcher_env import host_name
-from vico.distributed.rendezvous import clone_store, hint_when_slow, rendezvous
+from vico.distributed.rendezvous import clone_store, hint_when_slow, rendezvous, use_loopback
 from vico.distributed.watchdog import WAITING, Watchdog
 from vico.errors import UserError
 from vico.io import log
@@ -139,11 +139,12 @@ def connect(
     device = _choose_device()
     _prepare_deepspeed(device)
     own = topology.Member.of_this_process(rank, device)
+    use_loopback()
     store, texts = rendezvous(rank, size, timeout, own.to_text())
     if device.type == "cuda":
         # DeepSpeed reads it as the device number. Until here it decided which rank prints.
         os.environ["LOCAL_RANK"] = str(device.index)
-    members = tuple(topology.Member.from_text(text) for text in texts)
+    members = tuple(topology.Member.from_text(text, other) for other, text in enumerate(texts))
     if rank == 0:
         log.fields({"world": topology.describe(members)})
     topology.check_topology(members, launcher_env.slurm_allocation(), expected)
