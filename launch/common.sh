@@ -22,4 +22,6 @@ find_python() {
     else python=python3; fi
     local remedy="run 'bash $root/launch/environment.sh', or set PYTHON to the one to use"
     command -v "$python" >/dev/null || fail "there is no Python at '$python'; $remedy"
+    "$python" -IS -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        fail "'$python' is no Python of version 3.10 or newer; $remedy"
 }

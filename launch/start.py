@@ -16,7 +16,13 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import NoReturn
+
+# Before installed packages: the script runs the checkout that it is part of.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from vico.cli import interpreter
 
 # Those of vico/distributed/signals.py.
 SIGNALS = [
@@ -140,6 +146,7 @@ def main() -> None:
     forwarded: list[int] = []
     threading.Thread(target=forward_signals, args=(forwarded,), daemon=True).start()
     num_ranks, port = requested_ranks(), master_port()
+    interpreter.prepare()
     logging.disable(logging.WARNING)  # DeepSpeed's messages about this process, not the ranks'
     try:
         from deepspeed.launcher import launch

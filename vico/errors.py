@@ -10,6 +10,7 @@ Once the ranks are connected, a UserError must be every rank's: raise it inside
 
 import difflib
 import reprlib
+import sys
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
@@ -101,6 +102,12 @@ class DiskError(UserError):
 def fail(message: str, error: type[UserError] = UserError) -> NoReturn:
     """Raises `error` with `message` on one line."""
     raise error(one_line(message))
+
+
+def missing_package(error: ModuleNotFoundError) -> UserError:
+    """The message for a Python without one of ViCo's dependencies."""
+    remedy = "run 'bash launch/environment.sh', or use a Python that has it"
+    return UserError(f"{sys.executable} has no module '{error.name}'; {remedy}")
 
 
 def show(value: object) -> str:

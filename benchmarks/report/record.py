@@ -63,7 +63,7 @@ def git_commit() -> str:
 
 def _git(*arguments: str) -> str:
     completed = subprocess.run(
-        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", *arguments], cwd=ROOT, capture_output=True, encoding="utf-8", check=True
     )
     return completed.stdout.strip()
 

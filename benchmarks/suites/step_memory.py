@@ -34,7 +34,7 @@ def step_memory(variant: str, config: LlamaConfig, num_questions: int) -> dict[s
         env={**os.environ, **MALLOC_ENVIRONMENT, "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         stdout=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         check=True,
     )
     report: dict[str, Any] = json.loads(completed.stdout.splitlines()[-1])

@@ -104,7 +104,9 @@ def _read_row(
         if value.lower() not in (*YES, *NO, ""):
             problem = f"{column} is {show(value)}; a switch is yes or no"
             raise UserError(f"{path}: row {number}: {problem}")
-        flags += [f"--{column}"] if value.lower() in YES else []
+        if value:
+            is_on = value.lower() in YES
+            flags.append(f"--{column}" if is_on else command_line.off_switch(column))
     return Row(name, cells, flags)
 
 
@@ -175,7 +177,7 @@ def one_at_a_time(base: Path) -> Iterator[None]:
         descriptor = open_to_write(base / LOCK, os.O_RDWR)
     except OSError as error:
         raise UserError(f"{base / LOCK}: is {error.strerror}; remove it") from None
-    with open(descriptor, "w") as file:
+    with open(descriptor, "wb") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX)
         except OSError as error:

@@ -29,7 +29,7 @@ def threshold_0(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         config = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         paths[name] = str(folder / f"{name}.json")
-        Path(paths[name]).write_text(json.dumps(config))
+        Path(paths[name]).write_text(json.dumps(config), encoding="utf-8")
     return paths
 
 

@@ -188,7 +188,7 @@ def version() -> dict[str, str]:
     for path in sorted((ROOT / "vico").rglob("*.py")):
         contents.append(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False)
+    commit = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     return {
         "code": digest_chunks(contents, CODE_DIGITS),
         "commit": commit.stdout.strip() or "unknown",

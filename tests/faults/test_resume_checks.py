@@ -59,7 +59,7 @@ def change_one_number(path: Path, prefix: str = "") -> None:
 
 
 def change_words(path: Path) -> None:
-    path.write_text(path.read_text().replace("man", "dog"))
+    path.write_text(path.read_text(encoding="utf-8").replace("man", "dog"), encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ TRAINING = f"--batch_size 2 --epochs {EPOCHS} --warmup_epochs 0".split()
 
 
 def slurm(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
 
 
 def cluster_answers() -> bool:
@@ -141,7 +141,7 @@ def submit_job(
     training = [*before, *dataset.flags, *TRAINING, "--output_dir", str(run), *flags]
     command = [*sbatch, str(SCRIPTS / f"{name}.sbatch"), *training]
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+        command, cwd=folder, env=environment, capture_output=True, encoding="utf-8", check=False
     )
     assert done.returncode == 0, done.stderr
     number = done.stdout.strip().split(";")[0]

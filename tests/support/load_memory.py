@@ -23,7 +23,7 @@ MIB = 2**20
 
 def anonymous_memory() -> float:
     """In MiB."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     kib = status.partition("RssAnon:")[2].split()[0]
     return int(kib) / 1024
 

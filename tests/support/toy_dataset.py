@@ -139,4 +139,4 @@ class ToyData:
 
 def records(path: Path) -> list[dict[str, Any]]:
     """The lines of a .jsonl file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

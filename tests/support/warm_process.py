@@ -69,7 +69,7 @@ class WarmProcess:
             [sys.executable, "-m", "support.warm_process", str(self._folder), program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
             env=base_environment(XDG_CACHE_HOME=str(self._folder), **more),
             cwd=(self.checkout or ROOT) / "tests",
         )

@@ -97,7 +97,7 @@ def test_all_problems_are_reported_at_once(
     captions = json.loads((data / "llava_v15_13b_n6.json").read_text())
     del captions["v0003"]
     (data / "llava_v15_13b_n6.json").write_text(json.dumps(captions))
-    out.write_text("")
+    out.write_text("", encoding="utf-8")
     assert main(["check", *flags, "--deepspeed", "zero4", "--model", "13B"]) == 2
     lines = capfd.readouterr().err.splitlines()
     parts = (

@@ -67,7 +67,7 @@ def test_pickling_maps_the_file_again(tmp_path: Path) -> None:
     assert len(sent) < 1000 < mmap.PAGESIZE
     received = pickle.loads(sent)
     assert torch.equal(received.sample("v", None, 10), features.sample("v", None, 10))
-    assert Path("/proc/self/maps").read_text().count(str(path)) >= 2
+    assert Path("/proc/self/maps").read_text(encoding="utf-8").count(str(path)) >= 2
     os.utime(path, ns=(1, 1))
     assert "changed during the run" in refusal(pickle.loads(sent).frames, "v")
     assert "changed during the run" in refusal(features.check_unchanged)
@@ -91,6 +91,7 @@ MALFORMED = {
     "[0, 768] float32": torch.zeros(0, WIDTH),
     "[4, 768] int64": torch.zeros(4, WIDTH, dtype=torch.int64),
     "[4, 768] complex64": torch.zeros(4, WIDTH, dtype=torch.complex64),
+    "[4, 768] float8_e4m3fn": torch.zeros(4, WIDTH).to(torch.float8_e4m3fn),
     "list of length 2": [[0.0], [0.0]],
     "NoneType": None,
 }

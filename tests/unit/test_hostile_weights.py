@@ -20,8 +20,8 @@ Damage = Callable[[Path], Any]
 
 
 def change_json(path: Path, **changes: Any) -> None:
-    content = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps(content))
+    content = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def config(**changes: Any) -> Damage:

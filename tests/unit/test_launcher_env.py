@@ -110,10 +110,43 @@ def test_mpirun_process_is_a_rank() -> None:
     assert "MASTER_ADDR and MASTER_PORT must be set" in message
 
 
+MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+AS_MPICH = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "ranks"),
+    [
+        (MPICH, AS_MPICH),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, {"RANK": "1", "WORLD_SIZE": "2"}),
+        ({name.replace("PMI_", "MV2_COMM_WORLD_"): v for name, v in MPICH.items()}, None),
+        # mpirun in a job of SLURM, which starts one task of srun per node
+        ({**STEP, **MPICH}, AS_MPICH),
+    ],
+)
+def test_other_mpiruns(environment: dict[str, str], ranks: dict[str, str] | None) -> None:
+    """MPICH's and Intel MPI's processes are ranks, and MVAPICH2's."""
+    added = added_variables(environment)
+    assert added == (ranks or {"RANK": "1", "WORLD_SIZE": "2"})
+
+
+def test_srun_with_pmi_is_srun() -> None:
+    """srun knows the host of rank 0, which PMI does not tell."""
+    pmi = {"PMI_RANK": "3", "PMI_SIZE": "4"}
+    assert added_variables({**STEP, **pmi}) == added_variables(STEP)
+
+
+def test_empty_variables_count_as_unset() -> None:
+    changed = {"RANK": "", "WORLD_SIZE": "", "MASTER_PORT": "", "OTHER": ""}
+    launcher_env.set_rank_variables(changed)
+    assert changed == {"OTHER": ""}
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
         ({}, None),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, None),
         (RANK, None),
         (RANK, 4),
         ({**STEP, **RANK}, None),
@@ -149,6 +182,16 @@ def test_consistent_environment(environment: dict[str, str], expected: int | Non
             "SLURM allocated 2 nodes and the world size is 1, so nodes would idle or train",
         ),
         ({**RANK, "RANK": "4"}, None, "RANK=4: must be below WORLD_SIZE=4"),
+        ({"RANK": "0"}, None, "RANK=0: WORLD_SIZE is not set; the launcher sets both"),
+        ({"RANK": "1"}, None, "RANK=1: WORLD_SIZE is not set; the launcher sets both"),
+        ({"WORLD_SIZE": "2"}, None, "WORLD_SIZE=2: RANK is not set; the launcher sets both"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, None, "MASTER_ADDR and MASTER_PORT must be set: "),
+        ({"MASTER_PORT": "abc"}, None, "MASTER_PORT=abc: must be a whole number"),
+        ({**RANK, "MASTER_PORT": "65536"}, None, "MASTER_PORT=65536: must be a port number from 1"),
+        ({"LOCAL_RANK": "x"}, None, "LOCAL_RANK=x: must be a whole number"),
+        ({"LOCAL_WORLD_SIZE": "x"}, None, "LOCAL_WORLD_SIZE=x: must be a whole number"),
+        ({"LOCAL_SIZE": "x"}, None, "LOCAL_SIZE=x: must be a whole number"),
+        ({**RANK, "WORLD_SIZE": "9" * 5000}, None, "WORLD_SIZE=999"),
         ({**RANK, "WORLD_SIZE": "two"}, None, "WORLD_SIZE=two: must be a whole number"),
         ({**RANK, "MASTER_PORT": ""}, None, "MASTER_ADDR and MASTER_PORT must be set: rank 0's"),
         (

@@ -38,7 +38,7 @@ def run_json(capsys: pytest.CaptureFixture[str], flags: str) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir()
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def test_gpu_names() -> None:
@@ -232,7 +232,7 @@ def test_answers_without_torch() -> None:
         [sys.executable, "-c", f"{code}; sys.exit(code or 'torch' in sys.modules)"],
         cwd=ROOT,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     assert "zero3" in done.stdout

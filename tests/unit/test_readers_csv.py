@@ -10,6 +10,8 @@ from vico.data.datasets import count_equal_options, read_questions
 from vico.data.readers.nextqa import GROUPS
 from vico.data.types import Question
 from vico.errors import show
+from vico.train import preflight
+from vico.train.config import RunConfig
 
 
 def test_csv_row(tmp_path: Path) -> None:
@@ -138,6 +140,8 @@ BAD_CSV: dict[str, tuple[str | bytes, list[str]]] = {
     ),
     "empty file": ("", ["val.csv: is empty; the CSV of the val questions should be there"]),
     "blank file": ("\n \n", ["val.csv: is empty"]),
+    "empty quotes only": ('"",""\n""\n', ["val.csv: holds no header and no rows"]),
+    "a quoted newline only": ('"\n"', ["val.csv: holds no header and no rows"]),
     "commas only": (",,,\n,,,\n", ["val.csv: holds no header and no rows; fetch it again"]),
     "header only": (TOP, ["val.csv: holds a header and no rows"]),
     "HTML page": ("<!DOCTYPE html><html>quota", ["is an HTML page (26 bytes)", "fetch it again"]),
@@ -158,6 +162,19 @@ def test_bad_csv(tmp_path: Path, kind: str) -> None:
     put(tmp_path / "val.csv", content)
     message = refusal(read_questions, "nextqa", tmp_path, "val")
     assert all(part in message for part in parts), message
+
+
+def test_rows_of_blanks_are_counted(tmp_path: Path) -> None:
+    """They are passed over, with a warning. An empty line is no row."""
+    blank = csv_text(ROWS) + "\n,,,,,,,,,,,,\n \n\n" + ',"", ,,,,,,,,,,\n'
+    put(tmp_path / "val.csv", blank)
+    questions = read_questions("nextqa", tmp_path, "val")
+    assert len(questions) == 2
+    notes = preflight.annotation_notes(RunConfig(), {"val": questions})
+    assert notes == ["warning: val: 3 rows of blanks are passed over"]
+    put(tmp_path / "val.csv", csv_text(ROWS))
+    questions = read_questions("nextqa", tmp_path, "val")
+    assert preflight.annotation_notes(RunConfig(), {"val": questions}) == []
 
 
 NOT_AN_ANSWER = [

@@ -1,6 +1,7 @@
 """TVQA's JSON lines and SubRip files: what is legal arrives verbatim; else one line says why."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from support.errors import refusal
 from vico.data.datasets import read_questions
 from vico.data.readers.tvqa import Subtitle, dialogue
 from vico.data.types import Question
+from vico.train import preflight
+from vico.train.config import RunConfig
 
 
 def test_tvqa_rows_and_clips(tmp_path: Path) -> None:
@@ -188,6 +191,26 @@ def test_files_without_subtitles(tmp_path: Path) -> None:
         assert "s01_clip.srt (holds no subtitle)" in refusal(read_dialogue, tmp_path, srt)
     message = refusal(read_dialogue, tmp_path, "1\n00:00:0x --> 00:00:02\nhm\n")
     assert "s01_clip.srt:2 (time stamps '00:00:0x --> 00:00:02')" in message
+    for stamp in ("9" * 5000 + ":00:00 --> 00:00:02", "00:00:00 --> 00:00:" + "9" * 5000):
+        assert "s01_clip.srt:2 (time stamps '" in refusal(read_dialogue, tmp_path, f"1\n{stamp}\n")
+
+
+def test_unused_subtitles_are_noted(tmp_path: Path) -> None:
+    """They lie there, and --sub is not given."""
+    put(tmp_path / "tvqa" / "tvqa_subtitles" / "v0.srt", SRT)
+    config = RunConfig(dataset="tvqa", data_path=tmp_path)
+    note = f"{tmp_path}/tvqa/tvqa_subtitles: not used; --sub puts the subtitles into the prompts"
+    assert preflight.annotation_notes(config, {}) == [note]
+    for changes in ({"sub": True}, {"data_path": tmp_path / "other"}, {"dataset": "star"}):
+        assert preflight.annotation_notes(replace(config, **changes), {}) == []
+
+
+def test_lines_of_blanks_are_counted(tmp_path: Path) -> None:
+    rows = [json.dumps(tvqa_row(qid=i)) for i in range(2)]
+    put(tmp_path / "tvqa_val.jsonl", f"{rows[0]}\r\n \r\n\r\n{rows[1]}\n\n\t\n")
+    questions = read_questions("tvqa", tmp_path, "val")
+    notes = preflight.annotation_notes(RunConfig(), {"val": questions})
+    assert notes == ["warning: val: 2 rows of blanks are passed over"]
 
 
 def test_missing_subtitles(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import runpy
 import typing
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from support.command_line import error_of, parse_line, recipe
+from support.processes import ROOT
 from vico.checkpoint.format import Checkpoint
 from vico.cli.evaluate import settings_of
 from vico.cli.flags import CommandLine, parse
@@ -64,6 +66,15 @@ def test_flags_win_over_saved_settings() -> None:
     line = CommandLine({"seed": 5}, (), False)
     config = line.resolve({"seed": 3, "epochs": 7})
     assert (config.seed, config.epochs, config.batch_size) == (5, 7, 64)
+
+
+def test_a_table_of_runs_switches_off(tmp_path: Path) -> None:
+    """A cell that says no, in a row of launch/slurm/table.py, wins over the recipe."""
+    table = runpy.run_path(str(ROOT / "launch" / "slurm" / "table.py"))
+    types = typing.get_type_hints(RunConfig)
+    columns = ["vaq", "no_shuffle", "qav", "sub", "lr"]
+    row = table["_read_row"](tmp_path, 1, columns, ["no", "no", "yes", "", "0.1"], types)
+    assert row.flags == ["--no-vaq", "--shuffle", "--qav", "--lr=0.1"]
 
 
 def test_evaluation_ignores_how_a_run_saved(tmp_path: Path) -> None:

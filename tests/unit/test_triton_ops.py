@@ -22,7 +22,7 @@ if not torch.cuda.is_available() and os.environ.get(IN_A_CHILD) != "1":
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
         root = Path(__file__).resolve().parents[2]
         ended = subprocess.run(
-            command, cwd=root, env=environment, capture_output=True, text=True, timeout=300
+            command, cwd=root, env=environment, capture_output=True, encoding="utf-8", timeout=300
         )
         assert ended.returncode == 0 and "passed" in ended.stdout, ended.stdout[-4000:]
 

@@ -86,7 +86,7 @@ def write_large_model(folder: Path, layout: str) -> None:
 
 
 def anonymous_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 

@@ -135,6 +135,8 @@ class Check:
             questions = self._try(_read_split, config, split)
             if questions is not None:
                 self._questions[split] = questions
+        for note in preflight.annotation_notes(config, self._questions):
+            self._report(note)
         self._features = self._try(Features, config.dataset_folder / FEATURES_FILE)
         for split, questions in self._questions.items():
             self._dropped[split] = []
@@ -338,3 +340,9 @@ def splits_of(config: RunConfig) -> list[str]:
 
 def _read_split(config: RunConfig, split: str) -> list[Question]:
     return read_questions(config.dataset, config.dataset_folder, split, subtitles=config.sub)
+
+
+if __name__ == "__main__":  # `python -m vico.cli.check`, or this file
+    from vico.cli.main import console
+
+    console(command="check")

@@ -66,3 +66,9 @@ def convert(source: Path, target: Path, to: Layout | None = None, shards: int | 
     if to is not None or shards is not None:
         raise UserError(f"{source}: holds no LLaMA weights, and --to and --shards are for those")
     return convert_adapter(read_checkpoint(source), target)
+
+
+if __name__ == "__main__":  # `python -m vico.cli.convert`, or this file
+    from vico.cli.main import console
+
+    console(command="convert")

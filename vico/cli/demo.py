@@ -75,3 +75,9 @@ def make_toy_dataset(
         shutil.rmtree(temporary, ignore_errors=True)
     write_json(manifest, settings)
     log.info(f"{out}: the demo is made")
+
+
+if __name__ == "__main__":  # `python -m vico.cli.demo`, or this file
+    from vico.cli.main import console
+
+    console(command="demo")

@@ -87,3 +87,9 @@ def settings_of(checkpoint: "Checkpoint", line: CommandLine) -> tuple[RunConfig,
         saved.pop(name, None)
     given = {name: value for name, value in line.given.items() if name not in shapes}
     return CommandLine(given, line.notes, line.debug).resolve(saved), notes
+
+
+if __name__ == "__main__":  # `python -m vico.cli.evaluate`, or this file
+    from vico.cli.main import console
+
+    console(command="eval")

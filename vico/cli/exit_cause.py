@@ -51,6 +51,7 @@ from vico.errors import (
     PeerLostError,
     TrainingError,
     UserError,
+    missing_package,
     one_line,
 )
 from vico.io import log
@@ -263,6 +264,8 @@ def _wait_for_worker_exit(error: Exception) -> Exception:
 
 def known_cause(error: Exception, world: World) -> UserError | None:
     """The message for an error that is not a bug of ViCo; None for any other."""
+    if isinstance(error, ModuleNotFoundError):
+        return missing_package(error)
     if match := ENDED_WORKER.search(str(error)):
         return _ended_worker([int(pid) for pid in match[1].split(",") if pid.strip()], world)
     if isinstance(error, OSError) and error.filename == SHARED_MEMORY:

@@ -32,7 +32,7 @@ RETIRED = {
     "dist_on_itp": "the launcher sets it",
 }
 RETIRED_SWITCHES = {"pin_mem", "no_pin_mem", "dist_on_itp"}
-OFF_SWITCHES = {"no_shuffle": "shuffle"}  # of the others: no-NAME
+OFF_SWITCHES = {"no_shuffle": "--shuffle"}  # of the others: --no-NAME
 UNSET = "none"  # a flag's value
 
 
@@ -118,6 +118,11 @@ def _add_settings(parser: SettingsParser) -> None:
     _add_off_switches(parser)
 
 
+def off_switch(name: str) -> str:
+    """The flag that switches off the switch `name`."""
+    return OFF_SWITCHES.get(name, f"--no-{name}")
+
+
 def _add_off_switches(parser: SettingsParser) -> None:
     group = parser.add_argument_group(
         "against a recipe or checkpoint",
@@ -126,8 +131,7 @@ def _add_off_switches(parser: SettingsParser) -> None:
     )
     for field in dataclasses.fields(RunConfig):
         if field.type is bool:
-            off = OFF_SWITCHES.get(field.name, f"no-{field.name}")
-            group.add_argument(f"--{off}", dest=field.name, action="store_false")
+            group.add_argument(off_switch(field.name), dest=field.name, action="store_false")
 
 
 def _add_retired(parser: SettingsParser) -> None:

@@ -10,9 +10,18 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
+from vico.cli import interpreter  # first: it refuses old Pythons
 from vico.cli.with_world import report_error
 from vico.distributed import launcher_env, signals
-from vico.errors import DONE, EXIT_CODES, INTERNAL_ERROR, INTERRUPTED, DiskError, UserError
+from vico.errors import (
+    DONE,
+    EXIT_CODES,
+    INTERNAL_ERROR,
+    INTERRUPTED,
+    DiskError,
+    UserError,
+    missing_package,
+)
 from vico.io import log, streams
 
 # Command: (its module in this folder, what it does). A module is imported when its command runs.
@@ -64,6 +73,10 @@ def main(argv: Sequence[str]) -> int:
         return _run(command, rest)
     except UserError as error:
         return report_error(error, debug)
+    except ModuleNotFoundError as error:
+        if (error.name or "vico").partition(".")[0] == "vico":
+            raise  # a bug
+        return report_error(missing_package(error), debug)
     except signals.Stopped as stop:  # before the ranks were connected
         signals.ignore_all()
         # Each host may be the only one that got the signal.
@@ -94,15 +107,19 @@ def usage() -> str:
     return "\n".join(lines)
 
 
-def console(argv: Sequence[str] | None = None) -> NoReturn:
+def console(argv: Sequence[str] | None = None, command: str | None = None) -> NoReturn:
     """A whole process: run the command and exit with its code.
+
+    `command` stands before `argv`, which is by default that of the process.
 
     Ends without Python's own shutdown, which aborts while torch's threads still leave a collective
     (torch 2.13). They do when a rank was lost.
     """
+    interpreter.prepare()
     streams.guard()
+    words = [*([command] if command else []), *(sys.argv[1:] if argv is None else argv)]
     try:
-        code = main(sys.argv[1:] if argv is None else argv)
+        code = main(words)
     except Exception:  # a bug
         traceback.print_exc()
         code = INTERNAL_ERROR
@@ -115,3 +132,7 @@ def console(argv: Sequence[str] | None = None) -> NoReturn:
     if code and "SLURM_STEP_ID" in os.environ:
         time.sleep(SRUN_LINGER_SECONDS)
     os._exit(code)
+
+
+if __name__ == "__main__":  # `python -m vico.cli.main`, or this file
+    console()

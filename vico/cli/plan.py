@@ -257,3 +257,9 @@ def named_config(model: str) -> tuple[str, LlamaConfig]:
 
     config = read_llama_config(folder)
     return folder.resolve().name, replace(config, n_kv_heads=config.kv_heads)
+
+
+if __name__ == "__main__":  # `python -m vico.cli.plan`, or this file
+    from vico.cli.main import console
+
+    console(command="plan")

@@ -124,3 +124,9 @@ def _evaluate(checkpoint: "Checkpoint", config: RunConfig, world: "World") -> "E
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
     return evaluation
+
+
+if __name__ == "__main__":  # `python -m vico.cli.quantize_eval`, or this file
+    from vico.cli.main import console
+
+    console(command="quantize-eval")

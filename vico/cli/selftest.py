@@ -19,3 +19,9 @@ def main(argv: list[str]) -> int:
     sys.path.insert(0, str(TESTS))
     code: int = importlib.import_module("faults.main").main(argv)
     return code
+
+
+if __name__ == "__main__":  # `python -m vico.cli.selftest`, or this file
+    from vico.cli.main import console
+
+    console(command="selftest")

@@ -41,3 +41,9 @@ def main(argv: list[str]) -> int:
             run(start(config, world))
 
     return with_world(line, work)
+
+
+if __name__ == "__main__":  # `python -m vico.cli.train`, or this file
+    from vico.cli.main import console
+
+    console(command="train")

@@ -18,6 +18,7 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.queues import Queue
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any, NoReturn
 from weakref import WeakSet
 
@@ -64,6 +65,11 @@ def start_forkserver() -> None:
     warnings = os.environ.get("PYTHONWARNINGS", "")
     if NO_TRACKER_WARNING not in warnings:
         os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [warnings, NO_TRACKER_WARNING]))
+    # Python's server (3.11) does not take over sys.path before it imports: it would import ViCo
+    # from the installed packages, which may be those of another checkout.
+    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    if paths[0] not in paths[1].split(os.pathsep):
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals.BLOCKED)
     try:
         resource_tracker.ensure_running()  # unblocks two of the signals when it starts

@@ -29,6 +29,12 @@ class Question:
     place: str = ""
 
 
+class Questions(list[Question]):
+    """The questions of a file, in its order."""
+
+    num_blank_rows = 0  # of the file: they hold nothing but blanks, and were passed over
+
+
 @dataclass(frozen=True, slots=True)
 class TokenSequence:
     """The tokens of one task. For t in `targets`, the row of position t - 1 predicts token t."""

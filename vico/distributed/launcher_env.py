@@ -10,17 +10,24 @@ import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
-from vico.errors import UnreachableError, UserError
+from vico.errors import UnreachableError, UserError, show
 
 SINGLE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 LOOPBACK_NAMES = ("127.0.0.1", "::1", "localhost")
-OPEN_MPI = "OMPI_COMM_WORLD_"
+# Of a process that mpirun started: rank, size, local rank, local size.
+_NAMES = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in _NAMES)
+MVAPICH = tuple(f"MV2_COMM_WORLD_{name}" for name in _NAMES)
+PMI = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")  # of MPICH and Intel MPI
 # Only the ranks of torchrun have the first, only those of DeepSpeed's launcher the second.
 LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "LOCAL_SIZE")
 # SLURM sets it in a batch script and in srun's tasks, not in the shell of salloc.
 TASK_VARIABLE = "SLURM_PROCID"
 # The step that is the shell of salloc, on clusters that place this shell on a node.
 INTERACTIVE_STEP = "4294967290"
+RANK_VARIABLES = (*SINGLE_RANK, "MASTER_PORT", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+MAX_PORT = 65535
+MAX_DIGITS = 18  # of an integer variable: int() refuses thousands
 LAUNCH_HINT = (
     "use a script of launch/slurm/, or confirm the number of ranks with --expect_world_size"
 )
@@ -63,30 +70,41 @@ def int_variable(environment: Mapping[str, str], name: str) -> int | None:
     text = environment.get(name) or None
     if text is None:
         return None
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > MAX_DIGITS:
         hint = "unset it, or let the launcher set it"
-        raise UserError(f"{name}={text}: must be a whole number; {hint}")
+        raise UserError(f"{name}={show(text)[1:-1]}: must be a whole number; {hint}")
     return int(text)
 
 
 def set_rank_variables(environment: MutableMapping[str, str] = os.environ) -> None:
     """Where no launcher set RANK, derive the rank variables from mpirun's or from srun's.
 
-    A single task of srun, and an interactive shell in a SLURM job, stay without a rank.
+    A single task of srun, and an interactive shell in a SLURM job, stay without a rank. An empty
+    variable counts as unset.
     """
+    for name in RANK_VARIABLES:
+        if environment.get(name) == "":
+            del environment[name]
     if "RANK" in environment:
         return
-    if f"{OPEN_MPI}SIZE" in environment:
-        _set_from_mpi(environment)
-    elif (slurm_allocation(environment).tasks or 1) > 1 and "SLURM_STEP_ID" in environment:
+    num_tasks = slurm_allocation(environment).tasks or 1
+    is_task = num_tasks > 1 and "SLURM_STEP_ID" in environment
+    # srun sets PMI's variables too. With another size they are of an mpirun, which starts one srun
+    # task per node.
+    has_own_size = int_variable(environment, "PMI_SIZE") not in (None, num_tasks)
+    for variables in (OPEN_MPI, MVAPICH, PMI):
+        is_rank = all(name in environment for name in variables[:2])
+        if is_rank and (variables != PMI or has_own_size or not is_task):
+            return _set_from_mpi(environment, variables)
+    if is_task:
         _set_from_srun(environment)
 
 
-def _set_from_mpi(environment: MutableMapping[str, str]) -> None:
-    environment["RANK"] = environment[f"{OPEN_MPI}RANK"]
-    environment["WORLD_SIZE"] = environment[f"{OPEN_MPI}SIZE"]
-    environment["LOCAL_RANK"] = environment[f"{OPEN_MPI}LOCAL_RANK"]
-    environment["LOCAL_WORLD_SIZE"] = environment[f"{OPEN_MPI}LOCAL_SIZE"]
+def _set_from_mpi(environment: MutableMapping[str, str], variables: tuple[str, ...]) -> None:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    for name, variable in zip(names, variables, strict=True):
+        if variable in environment:
+            environment[name] = environment[variable]
 
 
 def _set_from_srun(environment: MutableMapping[str, str]) -> None:
@@ -142,8 +160,15 @@ def check_world_size(expected: int | None, environment: Mapping[str, str] = os.e
 
     Raises UserError where they contradict each other.
     """
+    for name in RANK_VARIABLES:
+        if name != "MASTER_ADDR":
+            int_variable(environment, name)  # raises for a text
     size = int_variable(environment, "WORLD_SIZE") or 1
     rank = int_variable(environment, "RANK") or 0
+    if "RANK" in environment and "WORLD_SIZE" not in environment:
+        raise UnreachableError(f"RANK={rank}: WORLD_SIZE is not set; the launcher sets both")
+    if size > 1 and "RANK" not in environment:
+        raise UnreachableError(f"WORLD_SIZE={size}: RANK is not set; the launcher sets both")
     if rank >= size:
         bound = f"must be below WORLD_SIZE={size}"
         raise UnreachableError(f"RANK={rank}: {bound}; the launcher sets both")
@@ -154,8 +179,11 @@ def check_world_size(expected: int | None, environment: Mapping[str, str] = os.e
         raise UserError(
             f"--expect_world_size {expected}: the launcher started {size} rank(s); {remedy}"
         )
-    if size > 1:
-        _check_master_address(environment)
+    if size > 1 and not (environment.get("MASTER_ADDR") and environment.get("MASTER_PORT")):
+        raise UnreachableError(
+            "MASTER_ADDR and MASTER_PORT must be set: rank 0's host name and a free port on it"
+        )
+    _check_master_address(environment)
 
 
 def _check_against_slurm(size: int, environment: Mapping[str, str]) -> None:
@@ -177,10 +205,10 @@ def _check_against_slurm(size: int, environment: Mapping[str, str]) -> None:
 def _check_master_address(environment: Mapping[str, str]) -> None:
     """Torch would try to reach a host name that does not resolve for the whole timeout."""
     address, port = environment.get("MASTER_ADDR"), int_variable(environment, "MASTER_PORT")
-    if not address or port is None:
-        raise UnreachableError(
-            "MASTER_ADDR and MASTER_PORT must be set: rank 0's host name and a free port on it"
-        )
+    if port is not None and not 0 < port <= MAX_PORT:
+        raise UnreachableError(f"MASTER_PORT={port}: must be a port number from 1 to {MAX_PORT}")
+    if not address or "RANK" not in environment:  # then this process meets no other
+        return
     try:
         socket.getaddrinfo(address, port)
     except (OSError, UnicodeError) as error:

@@ -134,6 +134,8 @@ def connect(
     """
     if "RANK" not in os.environ:
         os.environ.update(launcher_env.SINGLE_RANK)
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ.setdefault("MASTER_ADDR", launcher_env.SINGLE_RANK["MASTER_ADDR"])
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = _choose_device()

@@ -45,13 +45,16 @@ def failed_download(head: bytes, num_bytes: int) -> str | None:
 
 
 def is_float_tensor(value: object) -> bool:
-    """True for a dense floating-point tensor with data: not sparse, nested, quantized or "meta"."""
+    """True for a dense tensor of floating-point numbers: not sparse, nested, quantized or "meta".
+
+    The 8-bit and 4-bit types do not count: torch cannot compare or add their numbers.
+    """
     import torch  # heavy: the planner reads JSON through this package without torch
 
     return (
         isinstance(value, torch.Tensor)
         and value.layout is torch.strided
-        and value.is_floating_point()
+        and value.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         and not value.is_meta
     )
 

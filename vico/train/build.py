@@ -85,7 +85,8 @@ def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inp
     for split in splits:
         annotated[split] = read_questions(config.dataset, folder, split, subtitles=config.sub)
     features = Features(folder / preflight.FEATURES_FILE)
-    questions, dropped, notes = {}, {}, [*choice.notes]
+    questions, dropped = {}, {}
+    notes = [*choice.notes, *preflight.annotation_notes(config, annotated)]
     for split in splits:
         questions[split], dropped[split] = preflight.with_features(
             config, split, annotated[split], features

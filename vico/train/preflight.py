@@ -17,9 +17,10 @@ from vico.data.features import Features
 from vico.data.length_stats import Lengths
 from vico.data.prompts import Prompts
 from vico.data.readers import captions as caption_files
+from vico.data.readers import tvqa
 from vico.data.tokenizer import FILE_NAMES as TOKENIZER_FILES
 from vico.data.tokenizer import Tokenizer, find_tokenizer
-from vico.data.types import Question
+from vico.data.types import Question, Questions
 from vico.errors import UserError, fail
 from vico.io.file_cache import FileCache, cache_key, file_stamp
 from vico.io.input_files import InputFiles
@@ -211,6 +212,19 @@ def _videos_of(questions: Sequence[Question]) -> set[str]:
 
 
 # Notes for the user
+
+
+def annotation_notes(config: RunConfig, questions: Mapping[str, Sequence[Question]]) -> list[str]:
+    """What the files of `questions` (by split, as they were read) hold and is not used."""
+    notes = []
+    for split, of_split in questions.items():
+        num_blank = of_split.num_blank_rows if isinstance(of_split, Questions) else 0
+        if num_blank:
+            notes.append(f"warning: {split}: {num_blank} rows of blanks are passed over")
+    subtitles = config.dataset_folder / tvqa.SUBTITLES
+    if DATASETS[config.dataset].has_dialogue and not config.sub and os.path.isdir(subtitles):
+        notes.append(f"{subtitles}: not used; --sub puts the subtitles into the prompts")
+    return notes
 
 
 def split_notes(

@@ -13,12 +13,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vico.data.types import Question
+from vico.data.types import Question, Questions
 from vico.errors import fail, show
 from vico.io.text import json_kind, parse_json, read_text
 
 Row = Mapping[str, Any]
-Rows = list[tuple[str, Row]]  # (place such as "val.csv:17", the row's fields)
+
+
+class Rows(list[tuple[str, Row]]):
+    """(place such as "val.csv:17", the row's fields) of each row of a file."""
+
+    num_blank = 0  # further rows, which hold nothing but blanks
+
 
 # The type of a question whose file states none, and the group of types that no group lists.
 UNKNOWN = "(unknown)"
@@ -56,15 +62,16 @@ def read_csv(path: Path, what: str, required: Sequence[str], aliases: Mapping[st
     first_line = text.partition("\n")[0]
     if first_line.endswith("\r"):  # CRLF, which a spreadsheet also puts inside quotes
         text = text.replace("\r\n", "\n")
-    (header_line, names), *records = _csv_records(text, path)
+    records, num_blank = _csv_records(text, path)
+    header_line, names = records.pop(0)
     header = _canonical_names(names, aliases)
     _check_header(f"{path.name}:{header_line}", header, required, path)
     if not records:
         fail(f"{path}: holds a header and no rows; fetch it again")
     # The last record, where the text does not end with a newline: a cut-off copy looks like that.
     unended_line = None if text.endswith(("\n", "\r")) else records[-1][0]
-    rows: Rows = []
-    bad = []
+    rows, bad = Rows(), []
+    rows.num_blank = num_blank
     for line, fields in records:
         place = f"{path.name}:{line}"
         count = f"{len(fields)} fields, header has {len(header)}"
@@ -78,15 +85,20 @@ def read_csv(path: Path, what: str, required: Sequence[str], aliases: Mapping[st
     return rows
 
 
-def _csv_records(text: str, path: Path) -> list[tuple[int, list[str]]]:
-    """(line it begins on, fields) of each record that is not blank, the header included."""
+def _csv_records(text: str, path: Path) -> tuple[list[tuple[int, list[str]]], int]:
+    """((line it begins on, fields) of each record, the number of blank ones, which are left out).
+
+    The header is the first record. An empty line is no record.
+    """
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    records = []
+    records, num_blank = [], 0
     line = 1  # where the record begins; reader.line_num is where it ends
     try:
         for fields in reader:
             if any(field.strip() for field in fields):
                 records.append((line, fields))
+            else:
+                num_blank += bool(fields)
             line = reader.line_num + 1
     except csv.Error as problem:
         fault = f"broken quotes in this row ({problem})"
@@ -95,7 +107,7 @@ def _csv_records(text: str, path: Path) -> list[tuple[int, list[str]]]:
         fail(f"{path.name}:{line}: {fault}; correct {path} or fetch it again")
     if not records:
         fail(f"{path}: holds no header and no rows; fetch it again")
-    return records
+    return records, num_blank
 
 
 def _canonical_names(names: Sequence[str], aliases: Mapping[str, str]) -> list[str]:
@@ -132,9 +144,10 @@ def _shown(names: Sequence[str]) -> str:
 
 def read_jsonl(path: Path, what: str) -> Rows:
     """One JSON object per line."""
-    rows: Rows = []
+    rows = Rows()
     for line, text in enumerate(read_text(path, what).split("\n"), 1):
         if not text.strip():
+            rows.num_blank += bool(text.strip("\r"))
             continue
         place = f"{path.name}:{line}"
         row = parse_json(text, path, line)
@@ -163,7 +176,7 @@ def read_json_list(path: Path, what: str) -> Rows:
         if not isinstance(item, dict)
     ]
     refuse(path, bad, len(items))
-    return [(f"{path.name}[{i}]", item) for i, item in enumerate(items)]
+    return Rows((f"{path.name}[{i}]", item) for i, item in enumerate(items))
 
 
 # ---- fields of a row
@@ -242,15 +255,14 @@ def answer_field(row: Row, key: str, num_options: int, split: str) -> int | None
 # -------------------------------------------------------------------------------------
 
 
-def questions_from(
-    path: Path, rows: Rows, make: Callable[[int, str, Row], Question]
-) -> list[Question]:
+def questions_from(path: Path, rows: Rows, make: Callable[[int, str, Row], Question]) -> Questions:
     """A `Question` per row by `make(index, place, row)`, which raises RowError for a bad one.
 
     All bad rows are counted before this raises UserError. Questions must be unique, and all or
     none of them answered.
     """
-    questions, bad = [], []
+    questions, bad = Questions(), []
+    questions.num_blank_rows = rows.num_blank
     for index, (place, row) in enumerate(rows):
         try:
             questions.append(make(index, place, row))

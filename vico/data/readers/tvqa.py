@@ -13,9 +13,12 @@ from vico.data.types import FeatureRows, Question
 from vico.errors import fail, show
 from vico.io.paths import exists, is_folder, read_bytes
 
+SUBTITLES = "tvqa_subtitles"  # the folder of VID_NAME.srt
 FEATURES_PER_SECOND = 3
 _OPTIONS = ("a0", "a1", "a2", "a3", "a4")
-_TIME_STAMPS = re.compile(r"\s*(\d+):(\d+):(\d+)[,.:]?\d*\s*-->\s*(\d+):(\d+):(\d+)", re.ASCII)
+# At most nine digits each: int() refuses thousands, and no clip is that long.
+_TIME = r"(\d{1,9}):(\d{1,9}):(\d{1,9})"
+_TIME_STAMPS = re.compile(rf"\s*{_TIME}[,.:]?\d*\s*-->\s*{_TIME}(?!\d)", re.ASCII)
 
 Seconds = tuple[int, int]  # first and last whole second
 
@@ -54,7 +57,9 @@ def read(folder: Path, split: str, subtitles: bool = False) -> list[Question]:
         )
 
     questions = rows.questions_from(path, records, question)
-    return _with_dialogue(questions, records, folder / "tvqa_subtitles") if subtitles else questions
+    if subtitles:
+        questions[:] = _with_dialogue(questions, records, folder / SUBTITLES)
+    return questions
 
 
 def _clip(row: Row) -> Seconds | None:
