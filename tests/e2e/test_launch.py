@@ -65,6 +65,7 @@ def checkout(tmp_path: Path) -> Path:
     (folder / "vico" / "cli").mkdir(parents=True)
     (folder / "vico" / "__init__.py").touch()
     (folder / "vico" / "cli" / "__init__.py").touch()
+    shutil.copy(ROOT / "vico" / "cli" / "interpreter.py", folder / "vico" / "cli")
     (folder / "vico" / "cli" / "main.py").write_text(STAND_IN)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "seen").mkdir()

@@ -120,7 +120,7 @@ def test_a_closed_terminal(toy: ToyData, tmp_path: Path) -> None:
     command = ["bash", str(ROOT / "launch" / "train.sh"), *arguments, "--num_workers", "1"]
     reader, writer = os.pipe()
     os.close(reader)
-    with open(tmp_path / "stderr", "w") as stderr:
+    with open(tmp_path / "stderr", "w", encoding="utf-8") as stderr:
         run = subprocess.Popen(
             command,
             env=base_environment(VICO_RANKS="2"),
