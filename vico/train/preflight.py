@@ -222,7 +222,7 @@ def annotation_notes(config: RunConfig, questions: Mapping[str, Sequence[Questio
         if num_blank:
             notes.append(f"warning: {split}: {num_blank} rows of blanks are passed over")
     subtitles = config.dataset_folder / tvqa.SUBTITLES
-    if DATASETS[config.dataset].has_dialogue and not config.sub and os.path.isdir(subtitles):
+    if DATASETS[config.dataset].has_dialogue and not config.sub and is_folder(subtitles):
         notes.append(f"{subtitles}: not used; --sub puts the subtitles into the prompts")
     return notes
 
