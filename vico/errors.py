@@ -4,8 +4,8 @@ A `UserError` is caused by the user's input (a flag, a file, a row). Its message
 says where the problem is, what it is and what to do. The command prints that line without a
 traceback and ends with the error's exit code. Bugs in ViCo itself stay ordinary exceptions.
 
-Once the ranks are connected, a UserError must be every rank's: raise it inside
-`World.raise_together`. Only rank 0 prints it, and ranks that do not have it wait for the others.
+Once the ranks are connected, a UserError should be every rank's: raise it inside
+`World.raise_together`. Then only rank 0 prints it. One that a rank has alone ends the run too.
 """
 
 import difflib
@@ -43,6 +43,7 @@ class UserError(ValueError):
     """
 
     exit_code = 2
+    of_all_ranks = False  # then rank 0 prints it, and the others need not
 
     def __init__(self, message: str, table: Sequence[Sequence[str]] = ()) -> None:
         super().__init__(message)
@@ -58,15 +59,30 @@ class UserError(ValueError):
             lines.append("  ".join(cells).rstrip())
         return lines
 
+    @property
+    def details(self) -> str:
+        """What is printed: the message and the rows, a line each."""
+        return "\n  ".join(one_line(line) for line in (str(self), *self.rows))
+
 
 class UnreachableError(UserError):
-    """Rank 0 cannot report this error, so the first rank of each host does. Exit code 2."""
+    """This rank has no way to rank 0, which cannot learn of the error. Exit code 2."""
 
 
 class NoAnswerError(UnreachableError):
     """Rank 0 did not join. Exit code 5."""
 
     exit_code = 5
+
+
+class StartFailedError(UserError):
+    """Another rank failed before the ranks had met. It has that rank's exit code."""
+
+    of_all_ranks = True
+
+    def __init__(self, message: str, host: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.host, self.exit_code = host, exit_code
 
 
 class CheckpointError(UserError):

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from support.processes import Processes, start
+from support.processes import Processes, free_port, start
 from support.toy_dataset import ToyData
 from vico.errors import RESUMABLE, UnreachableError, UserError
+from vico.io.output_dir import OutputDir
 
 TIMEOUT_SECONDS = 120.0
 START_SECONDS = 60.0
@@ -103,3 +104,47 @@ def test_another_program_on_the_port(toy: ToyData, tmp_path: Path) -> None:
     assert "is waiting for rank 0" in run.stderrs[0]
     assert "rank 0 did not answer at 127.0.0.1:" in run.stderrs[0]
     assert "frame #" not in run.stderrs[0]
+
+
+OTHER_HOST = """
+import socket, sys
+socket.gethostname = lambda: "far"
+sys.argv[1:] = [*sys.argv[1:], "--batch_size", "-1"]
+from vico.cli import main
+main.console()
+"""
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_of_one_rank_reaches_the_others(
+    failing: int, toy: ToyData, tmp_path: Path
+) -> None:
+    """Before the ranks have met: the first rank of its host prints it, and rank 0 in any case."""
+    flags = train_flags(toy, tmp_path)
+    programs = [("-m", "vico"), ("-m", "vico")]
+    programs[failing] = ("-c", OTHER_HOST)
+    port, runs = str(free_port()), []
+    for rank in (0, 1):
+        own = {"LOCAL_RANK": "0", "MASTER_PORT": port}
+        runs.append(
+            start(
+                *flags, ranks=2, only=(rank,), program=programs[rank], rank_environments={rank: own}
+            )
+        )
+    begin = time.monotonic()
+    assert [run.wait(TIMEOUT_SECONDS) for run in runs] == [[2], [2]]
+    assert time.monotonic() - begin < TIMEOUT_SECONDS / 2
+    own, other = runs[failing].stderrs[0], runs[1 - failing].stderrs[0]
+    assert own.startswith("vico: error: --batch_size -1: must be ") and own.count("\n") == 1
+    assert other == f"vico: error: rank {failing} on far: {own.removeprefix('vico: error: ')}"
+
+
+def test_a_second_writer_takes_its_peer_along(toy: ToyData, tmp_path: Path) -> None:
+    """Rank 0 is refused before the rendezvous; its bare peer ends within seconds, in silence."""
+    out = OutputDir(tmp_path / "run")
+    out.lock()
+    out.args.write_text("{}")
+    run = start(*train_flags(toy, tmp_path), ranks=2)
+    assert run.wait(TIMEOUT_SECONDS) == [6, 6], run.output
+    assert "in use by " in run.stderrs[0] and run.stderrs[0].count("\n") == 1
+    assert run.stderrs[1] == ""

@@ -56,6 +56,31 @@ def test_only_the_failing_rank_speaks(
     assert "lower --batch_size and raise --accum_iter" in line
 
 
+ALONE = """
+import sys
+from vico.cli import main
+from vico.cli.flags import CommandLine
+from vico.cli.with_world import with_world
+from vico.errors import CheckpointError
+
+def work(world):
+    if sys.argv[1] == "all" or world.rank == 1:
+        raise CheckpointError("bad; mend it")
+    world.barrier()
+
+main._run = lambda command, argv: with_world(CommandLine({}, [], False), work)
+main.console()
+"""
+
+
+@pytest.mark.parametrize("who", ["all", "rank 1"])
+def test_an_error_outside_an_agreement_is_said_once(who: str) -> None:
+    run = start(who, ranks=2, program=("-c", ALONE))
+    run.wait(60)
+    assert run.codes == [3, 3], run.output
+    assert run.stderrs[who != "all"] == "vico: error: bad; mend it\n" and len(run.errors) == 1
+
+
 @pytest.mark.slow
 def test_a_bug_on_one_rank_shows_one_traceback(toy: ToyData, tmp_path: Path) -> None:
     failpoint = "step@2#1=raise ZeroDivisionError"

@@ -48,6 +48,7 @@ COMMANDS = {
         "Inject faults into runs, files and disks, and check that none does harm.",
     ),
 }
+OF_SEVERAL_RANKS = {"train", "eval", "quantize-eval"}
 ALIASES = {"cost": "quantize-eval"}
 
 # srun ends a step as soon as one task has failed, and can lose that task's last line (22.05).
@@ -72,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
             return 0 if command else 2
         return _run(command, rest)
     except UserError as error:
-        return report_error(error, debug)
+        return report_error(error, debug, announces=bool({*argv[:1]} & OF_SEVERAL_RANKS))
     except ModuleNotFoundError as error:
         if (error.name or "vico").partition(".")[0] == "vico":
             raise  # a bug

@@ -1,6 +1,7 @@
 """What a command of several ranks does around its work: connect, run, report, leave together."""
 
 import os
+import socket
 import sys
 import time
 import traceback
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from vico.cli.flags import CommandLine
 from vico.distributed import launcher_env, signals
-from vico.errors import UnreachableError, UserError, one_line
+from vico.errors import PeerLostError, StartFailedError, UnreachableError, UserError, one_line
 from vico.io import log
 from vico.train.config import RunConfig
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # they import torch, which is slow; a mistyped flag is report
 # Launchers kill all ranks as soon as one has ended, so the others wait for rank 0's message.
 SECONDS_FOR_RANK_0 = 10.0
 LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # of torchrun, of DeepSpeed's launcher
+SECONDS_FOR_REPORT = 2.0  # the same where rank 0 is known to print at this moment
 WORLD_FLAGS = ("collective_timeout", "hang_timeout", "expect_world_size")
 
 
@@ -48,13 +50,14 @@ def with_world(line: CommandLine, work: Callable[["World"], None]) -> int:
         signals.ignore_all()
         world.print_rank0(f"vico: {stop.line}")
         code = stop.exit_code
-    except UserError as error:  # of all ranks
-        if world.is_main:
-            restart_limit.record_failure()
-        code, together = report_error(error, line.debug), False
-    except Exception as problem:  # of this rank alone
-        signals.restore_default_handlers()
-        code, together = exit_cause.report(world, problem, line.debug), False
+    except Exception as problem:
+        if isinstance(problem, UserError) and (problem.of_all_ranks or world.size == 1):
+            if world.is_main:
+                restart_limit.record_failure()
+            code, together = report_error(problem, line.debug), False
+        else:  # of this rank alone
+            signals.restore_default_handlers()
+            code, together = exit_cause.report(world, problem, line.debug), False
     disconnect(world, together)  # outside `except`: the error no longer holds tensors or groups
     return code
 
@@ -75,19 +78,39 @@ def _prepare_process(config: RunConfig, debug: bool) -> None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
-def report_error(error: UserError, debug: bool) -> int:
-    """Print the error on rank 0, or on each host's first rank when rank 0 cannot know it.
+def report_error(error: UserError, debug: bool, announces: bool = False) -> int:
+    """Print the error where it is this rank's turn; returns the exit code.
 
-    Returns the exit code. The other ranks wait a moment first.
+    Rank 0 prints an error that all ranks have. The first rank of each host prints any other, and
+    with `announces` the ranks that wait at the rendezvous are told.
     """
     signals.restore_default_handlers()
-    is_first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"
-    if launcher_env.is_rank_0() or (isinstance(error, UnreachableError) and is_first_of_host):
-        if debug:
-            traceback.print_exception(error)
-        lines = [str(error), *error.rows]
-        log.error("\n  ".join(one_line(line) for line in lines))
-        sys.stderr.flush()
+    is_rank_0 = launcher_env.is_rank_0()
+    is_first = is_rank_0 or os.environ.get("LOCAL_RANK", "0") == "0"
+    if isinstance(error, StartFailedError):  # the host of the failed rank knows it
+        speaks = is_rank_0 or (is_first and error.host != socket.gethostname())
     else:
+        speaks = is_rank_0 if error.of_all_ranks else is_first
+    if speaks:
+        _print(error, debug)
+    has_no_way = error.of_all_ranks or isinstance(error, UnreachableError | PeerLostError)
+    if announces and not has_no_way and launcher_env.has_peers():
+        from vico.distributed.rendezvous import announce_failure  # late: it imports torch
+
+        is_known = announce_failure(one_line(str(error)), error.exit_code)
+        if not is_known and not speaks:
+            _print(error, debug)
+        if not is_rank_0:
+            time.sleep(SECONDS_FOR_REPORT)
+    elif isinstance(error, StartFailedError):
+        time.sleep(0 if speaks else SECONDS_FOR_REPORT)
+    elif not speaks:
         time.sleep(SECONDS_FOR_RANK_0)
     return error.exit_code
+
+
+def _print(error: UserError, debug: bool) -> None:
+    if debug:
+        traceback.print_exception(error)
+    log.error(error.details)
+    sys.stderr.flush()

@@ -52,6 +52,20 @@ def local_world_size(environment: Mapping[str, str] = os.environ) -> int | None:
     return local_size or int_variable(environment, "LOCAL_SIZE")
 
 
+def has_peers(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether other ranks may wait at the rendezvous for this one, and can be reached there.
+
+    They do not where the launcher of all ranks ends them as soon as rank 0 has ended.
+    """
+    rank, size = environment.get("RANK", ""), environment.get("WORLD_SIZE", "")
+    port = environment.get("MASTER_PORT", "")
+    is_complete = rank.isdecimal() and size.isdecimal() and port.isdecimal()
+    if not is_complete or int(size) < 2 or not environment.get("MASTER_ADDR"):
+        return False
+    has_launcher = any(name in environment for name in LAUNCHER_VARIABLES)
+    return int(rank) != 0 or not has_launcher or local_world_size(environment) != int(size)
+
+
 @dataclass(frozen=True)
 class SlurmAllocation:
     """What SLURM started. None: unknown, or not started by SLURM."""

@@ -4,6 +4,7 @@ torch's own rendezvous waits in silence, and its error names no rank. This one l
 it waits, and ends when the user requests a stop.
 """
 
+import json
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -20,7 +22,16 @@ import torch.distributed as torch_dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from vico.distributed import launcher_env, signals
-from vico.errors import InUseError, NoAnswerError, PeerLostError, UserError
+from vico.distributed.store_words import read_word
+from vico.errors import (
+    EXIT_CODES,
+    INTERNAL_ERROR,
+    InUseError,
+    NoAnswerError,
+    PeerLostError,
+    StartFailedError,
+    UserError,
+)
 from vico.io import log
 
 SILENT_SECONDS = 15.0  # a start that waits longer logs for what it waits
@@ -28,6 +39,7 @@ CONNECT_SECONDS = 1.0
 POLL_SECONDS = 0.2
 STOP_SECONDS = 2.0  # one stop request reaches all ranks within this time
 MAX_RANKS_SHOWN = 8
+FAILURE = "failure"  # the key under which a rank tells that it will not join
 INTERFACE_HINT = (
     "name the network interface that the hosts share by GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME "
     "(eth0, ib0, ...)"
@@ -43,24 +55,76 @@ def rendezvous(rank: int, size: int, timeout: timedelta, text: str) -> tuple[Sto
     answer, InUseError for a port that is taken, and Stopped when a signal requests a stop.
     """
     deadline = time.monotonic() + timeout.total_seconds()
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = PrefixStore(f"vico/{restart}", _open_store(rank, size, timeout))
+    store = _open_run_store(rank, size, timeout)
     keys = [f"rank {other}" for other in range(size)]
     try:
         store.set(keys[rank], text)
         _wait_for_all(store, keys, rank, timeout, deadline)
         texts: list[bytes] = store.multi_get(keys)
-        store.set(f"{keys[rank]} done", "")
+        _acknowledge(store, rank, size)  # rank 0 may refuse the other ranks right after this
     except torch_dist.DistError as error:
         _await_stop_request()
         raise NoAnswerError(
             f"rank 0 left the rendezvous at {_address()} ({first_line(error)}); see its log"
         ) from None
-    if rank == 0:
-        # The store ends with rank 0, which may refuse the other ranks right after this.
-        with suppress(torch_dist.DistError):
-            store.wait([f"{key} done" for key in keys], timedelta(seconds=SILENT_SECONDS))
     return store, texts
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What a rank tells that will not join."""
+
+    rank: int
+    host: str
+    line: str
+    code: int
+
+    def __post_init__(self) -> None:
+        if self.code not in EXIT_CODES:
+            raise ValueError(f"code {self.code}: ends no run")
+
+
+def _open_run_store(rank: int, size: int, timeout: timedelta) -> Store:
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"vico/{restart}", _open_store(rank, size, timeout))
+
+
+def announce_failure(line: str, code: int) -> bool:
+    """Tell the ranks that wait at the rendezvous that this one has failed; False: it could not.
+
+    Rank 0, which hosts the store, stays until all others know, or the time is over.
+    """
+    timeout = timedelta(seconds=SILENT_SECONDS)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    failure = _Failure(rank, socket.gethostname(), line, code)
+    try:
+        store = _open_run_store(rank, size, timeout)
+        store.compare_set(FAILURE, "", json.dumps(asdict(failure)))
+        _acknowledge(store, rank, size)
+    except (RuntimeError, UserError, signals.Stopped):
+        return False
+    return True
+
+
+def _raise_failure(store: Store, rank: int, size: int) -> None:
+    """Raise StartFailedError where a rank has announced that it failed."""
+    if not store.check([FAILURE]):
+        return
+    failure = read_word(_Failure, store.get(FAILURE))
+    if failure is None:  # not a rank's
+        failure = _Failure(0, "unknown", "its word cannot be read; see its log", INTERNAL_ERROR)
+    line = f"rank {failure.rank} on {failure.host}: {failure.line}"
+    _acknowledge(store, rank, size)
+    raise StartFailedError(line, failure.host, failure.code)
+
+
+def _acknowledge(store: Store, rank: int, size: int) -> None:
+    """The store ends with rank 0, which waits a while until all others have read what they need."""
+    store.set(f"rank {rank} done", "")
+    if rank == 0:
+        with suppress(torch_dist.DistError):
+            keys = [f"rank {other} done" for other in range(size)]
+            store.wait(keys, timedelta(seconds=SILENT_SECONDS))
 
 
 def _await_stop_request() -> None:
@@ -78,6 +142,7 @@ def _wait_for_all(
 
     def all_joined(until: float) -> bool:
         while not store.check(keys):
+            _raise_failure(store, rank, len(keys))
             if time.monotonic() >= until:
                 return False
             _raise_if_stop_requested()

@@ -120,6 +120,7 @@ class World:
             error = raised
         for rank_error in self.gather_objects(error):
             if rank_error is not None:
+                rank_error.of_all_ranks = True
                 raise rank_error from None
 
 
@@ -149,7 +150,11 @@ def connect(
     members = tuple(topology.Member.from_text(text, other) for other, text in enumerate(texts))
     if rank == 0:
         log.fields({"world": topology.describe(members)})
-    topology.check_topology(members, launcher_env.slurm_allocation(), expected)
+    try:
+        topology.check_topology(members, launcher_env.slurm_allocation(), expected)
+    except UserError as error:
+        error.of_all_ranks = True  # they check the same members
+        raise
     host_group = _init_process_groups(rank, size, device, store, timeout)
     watchdog = None
     if hang_seconds is not None:

@@ -214,11 +214,13 @@ def _require_same(world: World, subject: str, own: dict[str, str], remedy: str) 
     differing = [rank for rank, (_, values) in enumerate(reports) if values != values_of_rank_0]
     hosts = dict.fromkeys(reports[rank][0] for rank in differing)
     _, values = reports[differing[0]]
-    raise UserError(
+    error = UserError(
         f"the ranks have different {subject}: {', '.join(hosts)} ({len(differing)} rank(s), "
         f"the first is {differing[0]}) against rank 0 on {host_of_rank_0}: "
         f"{_describe_differences(values_of_rank_0, values)}; {remedy}"
     )
+    error.of_all_ranks = True
+    raise error
 
 
 def _describe_differences(first: Mapping[str, str], second: Mapping[str, str]) -> str:
