@@ -78,6 +78,33 @@ DEEPSPEED: dict[str, Case] = {
     "ds_config, bf16 as a value": ds_config(
         ds(bf16=True), "ds.json: 'bf16' must be a section of its own"
     ),
+    "ds_config, round robin": ds_config(
+        ds(zero_optimization={"stage": 2, "round_robin_gradients": True}),
+        "ds.json: 'zero_optimization.round_robin_gradients' must go: checkpoints are not tested",
+    ),
+    "ds_config, hpz": ds_config(
+        ds(zero_optimization={"stage": 3, "zero_hpz_partition_size": 2}),
+        "ds.json: 'zero_optimization.zero_hpz_partition_size' must go: ",
+    ),
+    "ds_config, NVMe": ds_config(
+        ds(
+            zero_optimization={
+                "stage": 3,
+                "offload_param": {"device": "nvme", "nvme_path": "/tmp"},
+            }
+        ),
+        'ds.json: zero_optimization.offload_param.device is "nvme"; use "cpu" or leave it out',
+    ),
+    "ds_config, NVMe for the optimizer": ds_config(
+        ds(zero_optimization={"stage": 3, "offload_optimizer": {"device": "nvme"}}),
+        'zero_optimization.offload_optimizer.device is "nvme"; use "cpu" or leave it out',
+    ),
+    "ds_config, a part of the optimizer": ds_config(
+        ds(
+            zero_optimization={"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}},
+        ),
+        "'zero_optimization.offload_optimizer.ratio' must go: ",
+    ),
     "ds_config is a pipe": ds_config(
         pipe("ds.json"),
         "{fixture}/ds.json: the DeepSpeed config (--deepspeed) cannot be read (a device or a pipe",

@@ -31,6 +31,36 @@ REFUSED = {
     "zero_optimization.zero_quantized_gradients": "gradients are summed exactly",
     "zero_optimization.zenflow": "gradients are summed exactly",
 }
+# What ZeRO may be told: tests/distributed/test_zero_options.py saves and resumes under each.
+# Another option may place gradients or weights where a save does not look (round_robin_gradients
+# did), so it must have DeepSpeed's default value.
+TESTED_OPTIONS = frozenset(
+    {
+        "stage",
+        "allgather_bucket_size",
+        "allgather_partitions",
+        "contiguous_gradients",
+        "ignore_unused_parameters",
+        "leaf_module",
+        "log_trace_cache_warnings",
+        "memory_efficient_linear",
+        "offload_optimizer",
+        "offload_param",
+        "overlap_comm",
+        "reduce_bucket_size",
+        "reduce_scatter",
+        "stage3_gather_16bit_weights_on_model_save",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "stage3_model_persistence_threshold",
+        "stage3_param_persistence_threshold",
+        "stage3_prefetch_bucket_size",
+        "sub_group_size",
+        "use_multi_rank_bucket_allreduce",
+    }
+)
+OFFLOADS = ("offload_optimizer", "offload_param")
+TESTED_OFFLOAD_OPTIONS = frozenset({"device", "pin_memory"})
 # DeepSpeed checks the content of these.
 SECTIONS = ("zero_optimization", "bf16", "fp16", "aio", "flops_profiler", "comms_logger")
 SWITCHES = (
@@ -127,6 +157,9 @@ def _check_keys(config: dict[str, Any], path: Path) -> None:
         if key not in known_of_zero:
             _fail(path, f"unknown key {show(name)}{nearest(key, known_of_zero)}")
         _refuse(name, value, path)
+        if key in OFFLOADS and isinstance(value, dict):
+            _check_offload(name, value, path)
+    _refuse_untested(zero, "zero_optimization", TESTED_OPTIONS, DeepSpeedZeroConfig, path)
     stage = zero.get("stage")
     if stage not in (1, 2, 3) or not isinstance(stage, int) or isinstance(stage, bool):
         _fail(path, f"zero_optimization.stage is {_brief(stage)}; use 1, 2 or 3")
@@ -134,6 +167,39 @@ def _check_keys(config: dict[str, Any], path: Path) -> None:
     if steps != "auto" and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         must = "must be a whole number of at least 1"
         _fail(path, f"steps_per_print is {_brief(steps)} and {must}")
+
+
+def _check_offload(name: str, section: dict[str, Any], path: Path) -> None:
+    """Only to the host's memory: what lies on NVMe is not where a save and a resume look for it."""
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
+
+    if section.get("device") not in (None, "auto", "none", "cpu"):
+        _fail(path, f'{name}.device is {_brief(section["device"])}; use "cpu" or leave it out')
+    model = DeepSpeedZeroOffloadParamConfig
+    if name.endswith("optimizer"):
+        model = DeepSpeedZeroOffloadOptimizerConfig
+    _refuse_untested(section, name, TESTED_OFFLOAD_OPTIONS, model, path)
+
+
+def _refuse_untested(
+    section: dict[str, Any], name: str, tested: frozenset[str], model: Any, path: Path
+) -> None:
+    """Raise UserError for an option that is not `tested` and has another value than by default.
+
+    `model`: DeepSpeed's class of the section. Keys that it does not know are left to DeepSpeed.
+    """
+    defaults = {field.alias or key: field.default for key, field in model.model_fields.items()}
+    for key, value in section.items():
+        is_off = value in ("auto", defaults.get(key)) or (not value and defaults.get(key) is None)
+        if key in defaults and key not in tested and not is_off:
+            _fail(
+                path,
+                f"'{name}.{key}' must go: checkpoints are not tested with it, and it may change "
+                "what a save finds",
+            )
 
 
 def _brief(value: Any) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vico.checkpoint.format import MOMENTS
-from vico.errors import UserError
+from vico.errors import TrainingError
 from vico.model.batch import PackedBatch
 
 GRADIENT_SCALE = {torch.float16: 2.0**10, torch.bfloat16: 1.0, torch.float32: 1.0}
@@ -58,11 +58,6 @@ def load_parameter(parameter: nn.Parameter, read: Callable[[int, int], Tensor]) 
         # equal parts of the flattened tensor in the order of ranks, the last one padded.
         partitioned: Any = parameter
         part, size = partitioned.ds_tensor, partitioned.ds_numel
-        if getattr(parameter, "ds_secondary_tensor", None) is not None:
-            raise UserError(
-                "--deepspeed: zero_hpz_partition_size must go: "
-                "its second copy of each part would keep old values"
-            )
         start = min(part.ds_numel * torch.distributed.get_rank(), size)
         stop = min(start + part.ds_numel, size)
         part.zero_()
@@ -176,6 +171,27 @@ class Engine:
                 else:
                     moments[f"{name}.{moment}"] = value
         return weights, moments
+
+    @torch.no_grad()
+    def require_live(self, weights: Mapping[str, Tensor]) -> None:
+        """Raise TrainingError if `weights`, which `state` returned, are not those of the model.
+
+        DeepSpeed updates copies of the trainables, and `state` reads those. Where an option or
+        another version of DeepSpeed orders them differently, a save would hold values of other
+        tensors. Costs milliseconds; no collective.
+        """
+        for name, parameter in self.trainables.items():
+            saved, live = weights[name], parameter.detach()
+            if hasattr(parameter, "ds_id"):
+                partitioned: Any = parameter
+                size = partitioned.ds_tensor.ds_numel
+                saved = saved.flatten()[size * torch.distributed.get_rank() :][:size]
+                live = partitioned.ds_tensor.flatten()[: saved.numel()]
+            if not torch.equal(live.cpu(), saved):
+                raise TrainingError(
+                    f"a save would hold other values of {name} than the model has; nothing is "
+                    "saved: use a ds_config of ds_configs/ and the pinned version of DeepSpeed"
+                )
 
     def _summed_state(self) -> list[Tensor]:
         """Weights and moments of each trainable, flattened, below stage 3.

@@ -249,6 +249,7 @@ def _save(
     seconds = time.perf_counter() - started
     with run.world.raise_together():
         run.inputs.files.check_unchanged()  # on every host: what was trained on is the run's
+        run.engine.require_live(weights)
         if not run.world.is_main:
             return
         assert run_log is not None
