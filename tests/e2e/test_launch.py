@@ -4,6 +4,7 @@ A start takes 4 to 12 s, mostly the launchers' imports, so most starts check sev
 ranks run a stand-in for the package, in a copy of launch/ whose path has blanks.
 """
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -25,6 +26,7 @@ SCRIPTS = sorted(
         *ROOT.glob("launch/slurm/*.sbatch"),
         *ROOT.glob("tests/**/*.sh"),
         ROOT / ".ci" / "run",
+        ROOT / ".ci" / "other_python",
     ]
 )
 START_SECONDS = 120  # 10 on an idle machine
@@ -276,3 +278,28 @@ def test_the_real_command(tmp_path: Path) -> None:
     assert refused.stderrs[0].startswith("vico: error: unknown flag --no_such_flag")
     assert refused.stderrs[0].count("\n") == 1
     assert not any(tmp_path.iterdir())
+
+
+def test_ends_of_an_array_wait_for_each_other(tmp_path: Path) -> None:
+    """Of launch/slurm/table.py. Two that record their end at once would both print all results."""
+    table, out = tmp_path / "table.csv", tmp_path / "out"
+    table.write_text("name,lr\na,0.1\n")
+    out.mkdir()
+    script = str(ROOT / "launch" / "slurm" / "table.py")
+    command = [sys.executable, script, "end", "1", str(table), "--output_dir", str(out)]
+    with open(out / ".results-lock", "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        end = start_command(command, tmp_path, user_environment(VICO_EXIT_CODE="0"))
+        pid = f" {end.processes[0].pid} "
+
+        def waits() -> bool:
+            """Linux lists who waits for a lock after an arrow."""
+            locks = Path("/proc/locks").read_text().splitlines()
+            return any("->" in line and pid in line for line in locks)
+
+        assert end.wait_until(waits, START_SECONDS), end.output
+        assert not (out / "a" / "exit_code").exists()
+        fcntl.lockf(lock, fcntl.LOCK_UN)
+        assert end.wait(START_SECONDS) == [0], end.output
+    assert (out / "a" / "exit_code").read_text() == "0\n"
+    assert "a\t0.1\tdone" in (out / "results.tsv").read_text()
