@@ -287,14 +287,14 @@ def test_ends_of_an_array_wait_for_each_other(tmp_path: Path) -> None:
     out.mkdir()
     script = str(ROOT / "launch" / "slurm" / "table.py")
     command = [sys.executable, script, "end", "1", str(table), "--output_dir", str(out)]
-    with open(out / ".results-lock", "w") as lock:
+    with open(out / ".results-lock", "w", encoding="utf-8") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
         end = start_command(command, tmp_path, user_environment(VICO_EXIT_CODE="0"))
         pid = f" {end.processes[0].pid} "
 
         def waits() -> bool:
             """Linux lists who waits for a lock after an arrow."""
-            locks = Path("/proc/locks").read_text().splitlines()
+            locks = Path("/proc/locks").read_text(encoding="utf-8").splitlines()
             return any("->" in line and pid in line for line in locks)
 
         assert end.wait_until(waits, START_SECONDS), end.output

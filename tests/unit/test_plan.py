@@ -16,8 +16,9 @@ from vico.cli.plan import main, named_config
 from vico.cli.plan_text import CASES, QUANTIZED_CASES, TableCase, plan_case, table
 from vico.errors import UserError
 from vico.model.config import LLAMA_CONFIGS, LLAMA_VOCAB_SIZE, ViCoConfig
-from vico.planner.estimate import binary_search, estimate_memory
+from vico.planner.estimate import _trainable_bytes, binary_search, estimate_memory
 from vico.planner.gpu_specs import GIB, GPUS, Hardware, detected_gpu, gpu_by_name, gpu_of_size
+from vico.planner.memory import FP32
 from vico.planner.plan import plan
 from vico.planner.request import TOKEN_STEP
 from vico.planner.speed import estimate_speed
@@ -203,6 +204,7 @@ def test_folder_of_weights(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
         ("--gpu H100 --efficiency 2", "--efficiency: 2 must be 0.001 to 1"),
         ("--gpu H100 --caption_tokens x", "--caption_tokens: 'x' is not a number"),
         ("--gpu H100 --gpuss 2", "unrecognized arguments: --gpuss 2 (see vico plan --help)"),
+        ("--gpu H100 --dataset activitynet", "--dataset: invalid choice: 'activitynet'"),
         ("--gpu H100 8", "unrecognized arguments: 8"),
         ("--model 65B --gpu_memory 6", "65B on 1 x 6 GB: does not fit"),
         ("--model 65B --gpu_memory 6", "GiB short; what would help: "),
@@ -240,5 +242,18 @@ def test_answers_without_torch() -> None:
 
 @pytest.mark.parametrize("model", sorted(VICO_CONFIGS))
 def test_named_models_have_their_published_width(model: str) -> None:
+    """And as many parameters as Hugging Face counts in the published weights."""
     widths = {"7B": 11008, "13B": 13824, "33B": 17920, "65B": 22016, "8B": 14336, "70B": 28672}
+    numbers = {"7B": 6738415616, "13B": 13015864320, "33B": 32528943616, "65B": 65285660672}
+    numbers |= {"8B": 8030261248, "70B": 68976648192}
     assert LLAMA_CONFIGS[model].hidden_dim == widths[model]
+    assert LLAMA_CONFIGS[model].num_parameters == numbers[model]
+
+
+def test_ranks_share_the_optimizer() -> None:
+    """Four tensors of the trainables' size under ZeRO-2, and six under ZeRO-3."""
+    num_bytes = FP32 * VICO_CONFIGS["7B"].num_trainables
+    for stage, shared in (("zero2", 4), ("zero3", 6)):
+        one, two, many = (_trainable_bytes(VICO_CONFIGS["7B"], stage, n) for n in (1, 2, 10**6))
+        assert one - two == shared * num_bytes / 2
+        assert one - many == pytest.approx(shared * num_bytes, rel=1e-5)

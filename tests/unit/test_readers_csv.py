@@ -111,6 +111,10 @@ BAD_CSV: dict[str, tuple[str | bytes, list[str]]] = {
         TOP + ROW + ROW[:-12],
         ["val.csv:3: the last line is cut off (11 fields, header has 13)", "fetch it again"],
     ),
+    "cut last line of four": (
+        TOP + ROW + ROW.replace("007", "8", 1) + ROW.replace("007", "9", 1) + ROW[:-12],
+        ["val.csv:5: the last line is cut off (11 fields, header has 13)"],
+    ),
     "cut at the last comma": (TOP + ROW + ROW[:-4], ["val.csv:3: the last line is cut off"]),
     "NUL": (TOP + ROW.replace("clap", "cl\0ap"), ["val.csv:2: a NUL byte at offset 94;", "UTF-8"]),
     "UTF-16": ((TOP + ROW).encode("utf-16"), ["UTF-16", "byte offset 0", "save it as UTF-8"]),
@@ -215,5 +219,8 @@ def test_only_test_questions_may_lack_answers(tmp_path: Path) -> None:
     assert refusal(read_questions, "nextqa", tmp_path, "test").startswith(
         "test.csv:3: 1 of 2 questions have no answer and the others have"
     )
+    three = [csv_row(), csv_row(qid="2", answer=""), csv_row(qid="3")]
+    put(tmp_path / "test.csv", csv_text(three))
+    assert "1 of 3 questions have no answer" in refusal(read_questions, "nextqa", tmp_path, "test")
     put(tmp_path / "test.csv", csv_text([csv_row(answer="7")]))
     assert "'answer' is '7', not one of" in refusal(read_questions, "nextqa", tmp_path, "test")

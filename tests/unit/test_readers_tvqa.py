@@ -19,7 +19,7 @@ from vico.train.config import RunConfig
 
 
 def test_tvqa_rows_and_clips(tmp_path: Path) -> None:
-    stamps = ["48.62-60.02", "NaN-NaN", "2.5-3.5", "7.0-7.0"]
+    stamps = ["48.62-60.02", "NaN-NaN", "2.5-3.5", "7.0-7.0", "0-3"]
     put(tmp_path / "tvqa_val.jsonl", [tvqa_row(ts=ts, qid=i) for i, ts in enumerate(stamps)])
     questions = read_questions("tvqa", tmp_path, "val")
     assert questions[0] == Question(
@@ -34,7 +34,7 @@ def test_tvqa_rows_and_clips(tmp_path: Path) -> None:
         dialogue="",
         place="tvqa_val.jsonl:1",
     )
-    assert [q.feature_rows for q in questions] == [(147, 183), None, (6, 15), (21, 24)]
+    assert [q.feature_rows for q in questions] == [(147, 183), None, (6, 15), (21, 24), (0, 12)]
 
 
 def test_public_test_file(tmp_path: Path) -> None:
