@@ -86,6 +86,13 @@ BREAKS = (
         TIES,
     ),
     Break(
+        "a logit of half precision is 2 % too large",
+        "vico/model/ops/autograd.py",
+        "linear(h_CD, weight_WD).float()",
+        "linear(h_CD, weight_WD).float() * 1.02",
+        "tests/unit/test_half_precision.py::test_scores_of_a_trained_model",
+    ),
+    Break(
         "the order of questions from no seed",
         "vico/data/batching.py",
         "default_rng([self._seed, epoch])",

@@ -19,9 +19,9 @@ from vico.model.ops.autograd import (
     AdapterAttention,
     FrozenLinearFunction,
     FrozenRMSNorm,
-    FusedLinearCrossEntropy,
     RotaryEmbedding,
     SwiGLU,
+    linear_cross_entropy,
 )
 
 
@@ -58,7 +58,7 @@ class OutputHead(nn.Module):
 
     def forward(self, h_RD: Tensor, rows_N: Tensor, ids_N: Tensor) -> Tensor:
         """Cross-entropy [N], fp32, of token ids_N[n] at row rows_N[n] of h_RD."""
-        return FusedLinearCrossEntropy.apply(h_RD, self.weight, rows_N, ids_N)
+        return linear_cross_entropy(h_RD, self.weight, rows_N, ids_N)
 
 
 class RMSNorm(nn.Module):

@@ -149,22 +149,29 @@ def _graph_buffers(config: ViCoConfig, run: RunShape) -> int:
 def _head_peak(config: ViCoConfig, batch: BatchShape, run: RunShape) -> int:
     """Live at the worst moment of the output head's forward, besides what the layers keep."""
     row_bytes = config.dim * run.itemsize
-    logits = config.vocab_size * FP32  # of one row
-    # A product in half precision is copied to fp32.
-    half_logits = config.vocab_size * run.itemsize if run.itemsize < FP32 else 0
-    wanted = batch.num_wanted_rows
-    chunk_rows = min(wanted, max(1, run.head_chunk_bytes // logits))
-    next_chunk_rows = min(chunk_rows, wanted - chunk_rows)
-    last_chunk_rows = wanted % chunk_rows or chunk_rows
-    within_chunk = chunk_rows * (logits + half_logits + row_bytes)
-    # The logits of one chunk are still held while those of the next are computed.
-    between_chunks = chunk_rows * logits + next_chunk_rows * (logits + half_logits)
-    targets = batch.num_targets * (row_bytes + 3 * config.dim * FP32)
-    after_chunks = last_chunk_rows * logits + targets
+    wanted, targets = batch.num_wanted_rows, batch.num_targets
     prompts = config.num_prompt_parameters * run.itemsize
     frames = 2 * batch.num_clips * config.num_slots * config.dim * FP32
+    logits = config.vocab_size * FP32  # of one row
+    max_rows = max(1, run.head_chunk_bytes // logits)
+    # Rows of the model's width that are multiplied in fp32, and their product.
+    products = 3 * config.dim * FP32
+    if run.itemsize < FP32:
+        # The head's input, and a gradient for each target.
+        rows = (wanted + targets) * row_bytes
+        # A product in half precision is copied to fp32; so are the softmax's weights copied back.
+        half_logits = config.vocab_size * run.itemsize
+        of_row = logits + max(half_logits + 3 * row_bytes, 2 * row_bytes + products)
+        return rows + prompts + frames + min(targets, max_rows) * of_row
     # The head's input, and the weights' expectation under the softmax.
     rows = 2 * wanted * row_bytes
+    chunk_rows = min(wanted, max_rows)
+    next_chunk_rows = min(chunk_rows, wanted - chunk_rows)
+    last_chunk_rows = wanted % chunk_rows or chunk_rows
+    within_chunk = chunk_rows * (logits + row_bytes)
+    # The logits of one chunk are still held while those of the next are computed.
+    between_chunks = (chunk_rows + next_chunk_rows) * logits
+    after_chunks = last_chunk_rows * logits + targets * (row_bytes + products)
     return rows + prompts + frames + max(within_chunk, between_chunks, after_chunks)
 
 

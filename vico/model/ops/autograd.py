@@ -6,6 +6,7 @@ twice, q, k, v, the attention's output, w1 x and w3 x. Where a GPU has Triton, k
 (triton_ops.py) take the place of the plain operations here.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from torch.autograd import Function
 
 from vico.model.config import HEAD_CHUNK_BYTES
 from vico.model.ops import triton_ops
+
+# In the place of a sum of exponentials that is 0: the smallest normal number of fp32.
+TINY = torch.finfo(torch.float32).tiny
 
 # oneDNN's fp32 product, which torch.compile uses too: at these shapes 10 % faster than MKL's, the
 # default. It is private, so it may be missing.
@@ -220,41 +224,149 @@ class AdapterAttention(Function):
         return gradients[0], *adapter_attention_backward(gradients[0], *ctx.saved_tensors)
 
 
-class FusedLinearCrossEntropy(Function):
+def linear_cross_entropy(h_RD: Tensor, weight_WD: Tensor, rows_N: Tensor, ids_N: Tensor) -> Tensor:
     """Cross-entropy [N], fp32, of tokens ids_N at rows rows_N of h_RD W^T, without keeping logits.
 
-    The product runs in chunks of rows. A target's gradient is its loss's gradient times (softmax W
-    - W[id]), which forward can already compute: [N, D] is saved.
+    The product runs in chunks of rows.
+    """
+    is_half = h_RD.dtype != torch.float32
+    function: type[Function] = HalfLinearCrossEntropy if is_half else FusedLinearCrossEntropy
+    losses_N: Tensor = function.apply(h_RD, weight_WD, rows_N, ids_N)
+    return losses_N
+
+
+def _chunks(num_rows: int, weight_WD: Tensor) -> Iterator[slice]:
+    """Rows whose logits are held at a time."""
+    chunk_bytes = HEAD_CHUNK_BYTES["cuda" if weight_WD.is_cuda else "cpu"]
+    chunk = max(1, chunk_bytes // (4 * weight_WD.shape[0]))
+    for first in range(0, num_rows, chunk):
+        yield slice(first, min(first + chunk, num_rows))
+
+
+def _exponentials(logits_CW: Tensor, max_C1: Tensor) -> Tensor:
+    """exp(logits - max), in place: by hand, as torch.logsumexp takes 15 times as long on a CPU."""
+    return logits_CW.sub_(max_C1).exp_()
+
+
+def _half_exponentials(h_CD: Tensor, weight_WD: Tensor) -> tuple[Tensor, Tensor]:
+    """(exp(logits - max), max), in fp32, with the largest logit of each row in fp32 as well.
+
+    Where it is not the target's, the loss moves by as much as this one logit is rounded.
+    """
+    logits_CW = linear(h_CD, weight_WD).float()
+    max_C1, top_C1 = logits_CW.max(dim=-1, keepdim=True)
+    top_logits_C = _exact_logits(h_CD, weight_WD[top_C1.squeeze(-1)])
+    return _exponentials(logits_CW.scatter_(1, top_C1, top_logits_C[:, None]), max_C1), max_C1
+
+
+def _exact_logits(h_ND: Tensor, weights_ND: Tensor) -> Tensor:
+    """h . W[id], multiplied and summed in fp32."""
+    return (h_ND.float() * weights_ND.float()).sum(dim=-1)
+
+
+def _sum_by_row(gradients_ND: Tensor, rows_N: Tensor, num_rows: int) -> Tensor:
+    """Added, because several targets may have the same row."""
+    zeros_RD = gradients_ND.new_zeros(num_rows, gradients_ND.shape[1])
+    return zeros_RD.index_add_(0, rows_N, gradients_ND)
+
+
+class FusedLinearCrossEntropy(Function):
+    """`linear_cross_entropy` in fp32.
+
+    A target's gradient is its loss's gradient times (softmax W - W[id]), which forward can already
+    compute: [N, D] is saved.
     """
 
     @staticmethod
     def forward(ctx: Any, h_RD: Tensor, weight_WD: Tensor, rows_N: Tensor, ids_N: Tensor) -> Tensor:
-        num_rows = h_RD.shape[0]
-        chunk_bytes = HEAD_CHUNK_BYTES["cuda" if h_RD.is_cuda else "cpu"]
-        chunk = max(1, chunk_bytes // (4 * weight_WD.shape[0]))
-        normalizer_R = h_RD.new_empty(num_rows, dtype=torch.float32)
+        normalizer_R = h_RD.new_empty(len(h_RD))
         expected_RD = torch.empty_like(h_RD) if ctx.needs_input_grad[0] else None
-        for first in range(0, num_rows, chunk):
-            rows = slice(first, first + chunk)
-            logits = linear(h_RD[rows], weight_WD).float()
-            max_logit = logits.amax(dim=-1, keepdim=True)
-            # exp and sum by hand: torch.logsumexp takes 15 times as long on a CPU.
-            exponentials = logits.sub_(max_logit).exp_()
-            total = exponentials.sum(dim=-1, keepdim=True)
-            normalizer_R[rows] = (total.log() + max_logit).squeeze(-1)
+        for rows in _chunks(len(h_RD), weight_WD):
+            logits_CW = linear(h_RD[rows], weight_WD)
+            max_C1 = logits_CW.amax(dim=-1, keepdim=True)
+            exponentials_CW = _exponentials(logits_CW, max_C1)
+            total_C1 = exponentials_CW.sum(dim=-1, keepdim=True)
+            normalizer_R[rows] = (total_C1.log() + max_C1).squeeze(-1)
             if expected_RD is not None:
-                expected_RD[rows] = exponentials.div_(total).to(weight_WD.dtype) @ weight_WD
+                expected_RD[rows] = exponentials_CW.div_(total_C1) @ weight_WD
         targets_ND = weight_WD[ids_N]
-        target_logits_N = (h_RD[rows_N].float() * targets_ND.float()).sum(dim=-1)
+        target_logits_N = _exact_logits(h_RD[rows_N], targets_ND)
         if expected_RD is not None:
             ctx.save_for_backward(expected_RD[rows_N].sub_(targets_ND), rows_N)
-            ctx.num_rows = num_rows
+            ctx.num_rows = len(h_RD)
         return normalizer_R[rows_N] - target_logits_N
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         difference_ND, rows_N = ctx.saved_tensors
-        scaled_ND = difference_ND * gradients[0].to(difference_ND.dtype)[:, None]
-        # Added, because several targets may have the same row.
-        zeros_RD = scaled_ND.new_zeros(ctx.num_rows, scaled_ND.shape[1])
-        return zeros_RD.index_add_(0, rows_N, scaled_ND), None, None, None
+        scaled_ND = difference_ND * gradients[0][:, None]
+        return _sum_by_row(scaled_ND, rows_N, ctx.num_rows), None, None, None
+
+
+class HalfLinearCrossEntropy(Function):
+    """`linear_cross_entropy` in bf16 or fp16, whose products round the logits.
+
+    A confident token's loss is a small difference of large logits, of which one must not be rounded
+    where the other is not. So the target is left out of the sum over rounded logits. With l the
+    logits of the other tokens, t the target's in fp32, and p the target's probability:
+
+        loss = log(sum exp l + exp t) - t = softplus(log sum exp l - t) >= 0
+        d loss / d h = (1 - p) (softmax(l) W - W[id])
+
+    [N, D] is saved, the difference in the last brackets, and [N], its factor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h_RD: Tensor, weight_WD: Tensor, rows_N: Tensor, ids_N: Tensor) -> Tensor:
+        if not ctx.needs_input_grad[0]:
+            return _half_losses(h_RD, weight_WD, rows_N, ids_N)
+        losses_N = h_RD.new_empty(len(rows_N), dtype=torch.float32)
+        difference_ND = h_RD.new_empty(len(rows_N), h_RD.shape[1])
+        for part in _chunks(len(rows_N), weight_WD):
+            # A row for each target. In training no row has two.
+            chunk = _half_chunk(h_RD[rows_N[part]], weight_WD, ids_N[part])
+            losses_N[part], difference_ND[part] = chunk
+        # 1 - p = 1 - exp(-loss)
+        ctx.save_for_backward(difference_ND, -torch.expm1(-losses_N), rows_N)
+        ctx.num_rows = len(h_RD)
+        return losses_N
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        difference_ND, factor_N, rows_N = ctx.saved_tensors
+        factor_N1 = (gradients[0] * factor_N)[:, None]
+        # Multiplied in fp32 and rounded once, without a whole fp32 tensor on a GPU.
+        scaled_ND = torch.mul(difference_ND, factor_N1, out=torch.empty_like(difference_ND))
+        return _sum_by_row(scaled_ND, rows_N, ctx.num_rows), None, None, None
+
+
+def _half_chunk(h_CD: Tensor, weight_WD: Tensor, ids_C: Tensor) -> tuple[Tensor, Tensor]:
+    """(losses [C], softmax(l) W - W[id] [C, D]) of targets with a row each."""
+    exponentials_CW, max_C1 = _half_exponentials(h_CD, weight_WD)
+    exponentials_CW.scatter_(1, ids_C[:, None], 0.0)
+    others_C1 = exponentials_CW.sum(dim=-1, keepdim=True)
+    targets_CD = weight_WD[ids_C]
+    log_others_C = _log_others(others_C1, max_C1).squeeze(-1)
+    losses_C = F.softplus(log_others_C - _exact_logits(h_CD, targets_CD))
+    weights_CW = exponentials_CW.div_(others_C1.clamp_(min=TINY)).to(weight_WD.dtype)
+    return losses_C, (weights_CW @ weight_WD).sub_(targets_CD)
+
+
+def _half_losses(h_RD: Tensor, weight_WD: Tensor, rows_N: Tensor, ids_N: Tensor) -> Tensor:
+    """The losses of HalfLinearCrossEntropy; each row's logits are computed once."""
+    log_others_N = h_RD.new_empty(len(rows_N), dtype=torch.float32)
+    for rows in _chunks(len(h_RD), weight_WD):
+        exponentials_CW, max_C1 = _half_exponentials(h_RD[rows], weight_WD)
+        total_C1 = exponentials_CW.sum(dim=-1, keepdim=True)
+        # By a mask over all targets: a GPU does not tell the host how many are in this chunk.
+        is_here_N = (rows_N >= rows.start) & (rows_N < rows.stop)
+        places_N = (rows_N - rows.start).clamp(0, rows.stop - rows.start - 1)
+        others_N = total_C1[places_N, 0] - exponentials_CW[places_N, ids_N]
+        log_here_N = _log_others(others_N, max_C1[places_N, 0])
+        log_others_N = torch.where(is_here_N, log_here_N, log_others_N)
+    return F.softplus(log_others_N - _exact_logits(h_RD[rows_N], weight_WD[ids_N]))
+
+
+def _log_others(others: Tensor, max_logit: Tensor) -> Tensor:
+    """log sum exp of all logits but the target's."""
+    return others.clamp(min=TINY).log() + max_logit
