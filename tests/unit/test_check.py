@@ -135,7 +135,7 @@ def test_results_are_cached(
         slow_steps.append("scan")
         return scan(features)
 
-    def counted_measure(*arguments: Any) -> length_stats.Lengths:
+    def counted_measure(*arguments: Any) -> length_stats.QuestionLengths:
         slow_steps.append("measure")
         return measure(*arguments)
 

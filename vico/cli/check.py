@@ -7,6 +7,7 @@ that the run does not use, the whole feature file and the other data sets, and s
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -69,6 +70,7 @@ class Check:
         self.num_warnings = 0
         self._files = preflight.input_files(config, splits_of(config))
         self._cache = FileCache(reread=config.verify)
+        self._progress = log.ProgressLog(lambda _: None, is_main=True)
         self._backbone: BackboneFiles | None = None
         self._prompts: Prompts | None = None
         self._features: Features | None = None
@@ -189,7 +191,7 @@ class Check:
         if self._features is not None:
             num_past_end = self._try(self._features.check, questions)
         if self._backbone is not None and self._prompts is not None:
-            lengths = self._try(
+            measured = self._try(
                 preflight.measure_questions,
                 config,
                 split,
@@ -197,14 +199,15 @@ class Check:
                 self._backbone,
                 self._prompts,
                 self._cache,
+                self._progress,
             )
-            if lengths is not None:
-                self._report(f"{split}: sequences of {lengths.describe()}")
+            if measured is not None:
+                self._report(f"{split}: sequences of {measured.lengths.describe()}")
                 self._try(self._check_answers, questions, self._backbone, self._prompts)
                 if dropped:
                     self._report(preflight.usage_note(split, questions, dropped))
                 for note in preflight.problem_notes(
-                    config, split, questions, num_past_end or 0, lengths
+                    config, split, questions, num_past_end or 0, measured
                 ):
                     self._report(note)
         for warning in check_report.repeated_question_warnings(split, questions):
@@ -213,7 +216,10 @@ class Check:
     def _check_answers(
         self, questions: list[Question], backbone: BackboneFiles, prompts: Prompts
     ) -> None:
-        """The targets, decoded, are the answer's letter: no tokenizer or length limit lost it."""
+        """The targets, decoded, are the answer's letter: no tokenizer lost it.
+
+        The dialogue is encoded apart from them.
+        """
         config, tokenizer = self.config, backbone.tokenizer
         key = cache_key(
             "answers",
@@ -229,7 +235,7 @@ class Check:
         first: tuple[str, str, str] | None = None
         for q in questions:
             expected = letter(q.answer or 0)
-            sequence = prompts.vqa(prompts.fit(q, "vqa"), q.answer or 0)
+            sequence = prompts.vqa(replace(q, dialogue=""), q.answer or 0)
             text = tokenizer.decode([sequence.tokens[t] for t in sequence.targets[:-1]])
             if text.strip() != expected or sequence.tokens[-1] != tokenizer.eos:
                 num_faults += 1
@@ -254,9 +260,10 @@ class Check:
             self._backbone,
             self._prompts,
             self._cache,
+            self._progress,
         )
         if lengths is not None:
-            num_used = sum(lengths.counts.values())
+            num_used = lengths.num_sequences
             self._report(
                 f"captions: {len(self._captions)}, of which training uses {num_used}; "
                 f"whole, sequences of {lengths.describe()}"

@@ -5,8 +5,11 @@ after the character at which the target text begins. No token id is ever searche
 may contain "Answer:".
 """
 
+from bisect import bisect_right
 from dataclasses import replace
+from typing import Any
 
+from vico.data.shortening import MAX_JOINED_TOKENS, shorten
 from vico.data.tokenizer import Tokenizer
 from vico.data.types import VIDEO_SLOT, Question, TokenSequence
 from vico.errors import UserError
@@ -14,6 +17,10 @@ from vico.errors import UserError
 CAPTION_CONTEXT = 3  # caption tokens that are context, not targets
 # "(A)" and "(E)" differ by fewer tokens. Spares encoding every answer of a short question.
 LETTER_SPREAD = 8
+# Encoded texts that are remembered: those of a question with all its answers.
+MAX_REMEMBERED = 16
+# A text of more characters per token of the limit is measured by its beginning first.
+MAX_CHARACTERS_PER_TOKEN = 16
 CAPTION_INSTRUCTION = "Instruction: describe the what happens in the video.\n"  # as published
 ANSWER_TEXT = "Answer: The answer is "
 
@@ -51,6 +58,9 @@ class Prompts:
         self._max_seq_len, self._max_cap_len = max_seq_len, max_cap_len
         self._given = "dialogue, " if dialogue else ""
         self._heads: dict[str, list[int]] = {}
+        self._dialogues: dict[str, list[int]] = {}
+        self._texts: dict[str, tuple[list[int], list[int]]] = {}
+        self._have_equal_letters: dict[tuple[str, int], bool] = {}
 
     # The tasks of a question. Each method is a task: `question_sequence` lists them by name.
 
@@ -129,34 +139,96 @@ class Prompts:
     def fit(self, question: Question, task: str) -> Question:
         """`question` shortened (dialogue, then options) until the task's sequence fits max_seq_len.
 
-        The same text results for every answer, so that all options are scored after one prompt. The
-        question itself and the answer are never cut: UserError if the sequence does not fit without
-        dialogue and options.
+        Keeps the most whole words that fit. The same text results for every answer, so that all
+        options are scored after one prompt. The question itself and the answer are never cut:
+        UserError if the sequence does not fit without dialogue and options.
         """
-        fitted, excess = question, self.length(question, task) - self._max_seq_len
-        while excess > 0:
-            if fitted.dialogue:
-                fitted = replace(fitted, dialogue=_without_last_words(fitted.dialogue, excess))
-            elif any(fitted.options):
-                fitted = _shorten_longest_option(fitted)
-            else:
-                raise UserError(
-                    f"{question.place}: the question alone is {excess} tokens above "
-                    f"--max_seq_len {self._max_seq_len}; raise it"
-                )
-            excess = self.length(fitted, task) - self._max_seq_len
-        return fitted
+        limit, clipped = self._max_seq_len, self._clipped(question)
+        if clipped is not question and self.length(clipped, task) <= limit + MAX_JOINED_TOKENS:
+            clipped = question
+        excess = self.length(clipped, task) - limit
+        if excess <= 0:
+            return question
+        if question.dialogue:
+            budget = len(self._dialogue(clipped.dialogue)) - excess
+            fitted = replace(question, dialogue=self._shorten_dialogue(question.dialogue, budget))
+            if fitted.dialogue and self.length(fitted, task) <= limit:
+                return fitted
+            question = replace(question, dialogue="")
+        return self._fit_options(question, task)
+
+    def _clipped(self, question: Question) -> Question:
+        """`question`, or the beginnings of its dialogue and options where these are far too long.
+
+        Measuring a question then takes no longer for a longer text.
+        """
+        most = self._max_seq_len * MAX_CHARACTERS_PER_TOKEN
+        if len(question.dialogue) <= most and max(map(len, question.options)) <= most:
+            return question
+        options = tuple(option[:most] for option in question.options)
+        return replace(question, dialogue=question.dialogue[:most], options=options)
+
+    def _shorten_dialogue(self, dialogue: str, budget: int) -> str:
+        """As much of `dialogue` as makes at most `budget` tokens."""
+
+        def count(texts: tuple[str, ...]) -> int:
+            return len(self._dialogue(texts[0]))
+
+        if budget <= 0:
+            return ""
+        encode = self._tokenizer.encode_with_ends
+        labels = ["Dialogue: "]
+        texts = shorten((dialogue,), labels, budget, encode, count, cut_first_word=False)
+        assert texts is not None, "an empty dialogue has no tokens"
+        return texts[0]
+
+    def _fit_options(self, question: Question, task: str) -> Question:
+        """`question`, which has no dialogue, with as much of its options as fits."""
+
+        def count(options: tuple[str, ...]) -> int:
+            return self.length(replace(question, options=options), task)
+
+        limit, encode = self._max_seq_len, self._tokenizer.encode_with_ends
+        labels = [f"\n{letter(i)} " for i in range(len(question.options))]
+        options = shorten(question.options, labels, limit, encode, count, cut_first_word=True)
+        if options is None:
+            excess = count(("",) * len(question.options)) - limit
+            raise UserError(
+                f"{question.place}: the question alone is {excess} tokens above "
+                f"--max_seq_len {limit}; raise it"
+            )
+        return replace(question, options=options)
 
     def length(self, question: Question, task: str) -> int:
         """Tokens of the question's longest sequence over its possible answers.
 
-        Far below the limit, where only the comparison with it matters, that of the first answer.
+        Of its right answer alone where that is the same, or where all are far below the limit and
+        only the comparison with it matters.
         """
-        first_length = len(self.question_sequence(task, question, 0).tokens)
-        if first_length + LETTER_SPREAD <= self._max_seq_len:
-            return first_length
+        answer = question.answer or 0
+        one_length = len(self.question_sequence(task, question, answer).tokens)
+        num_options = len(question.options)
+        if one_length + LETTER_SPREAD <= self._max_seq_len or self._equal_letters(
+            task, num_options
+        ):
+            return one_length
+        return max(self._lengths(task, question))
+
+    def _equal_letters(self, task: str, num_options: int) -> bool:
+        """Whether every answer's letter has as many tokens as the others.
+
+        They stand between the same texts in every question, whose pieces do not cross a newline.
+        """
+        key = (task, num_options)
+        if key not in self._have_equal_letters:
+            empty = Question(0, "", "", "", "?", ("",) * num_options, 0)
+            self._have_equal_letters[key] = len(set(self._lengths(task, empty))) == 1
+        return self._have_equal_letters[key]
+
+    def _lengths(self, task: str, question: Question) -> list[int]:
+        """Tokens of the sequence with each answer."""
         answers = range(len(question.options))
-        return max(len(self.question_sequence(task, question, a).tokens) for a in answers)
+        return [len(self.question_sequence(task, question, a).tokens) for a in answers]
 
     def _whole_caption(self, text: str) -> TokenSequence:
         label = "Description:"
@@ -173,8 +245,11 @@ class Prompts:
         """
         head = self._head(instruction)
         before = [*head, *self._slots, self._tokenizer.newline, *self._dialogue(dialogue)]
-        ids, ends = self._tokenizer.encode_with_ends(text)
-        num_context = sum(end <= target_start for end in ends)
+        if text not in self._texts:
+            _make_room(self._texts)
+            self._texts[text] = self._tokenizer.encode_with_ends(text)
+        ids, ends = self._texts[text]
+        num_context = bisect_right(ends, target_start)
         tokens = (*before, *ids, self._tokenizer.eos)
         targets = range(len(before) + num_context, len(tokens))
         return TokenSequence(task, tokens, targets, video_start=len(head))
@@ -187,26 +262,17 @@ class Prompts:
         return self._heads[instruction]
 
     def _dialogue(self, text: str) -> list[int]:
-        return self._tokenizer.encode(f"Dialogue: {text}\n") if text else []
+        if not text:
+            return []
+        if text not in self._dialogues:
+            _make_room(self._dialogues)
+            self._dialogues[text] = self._tokenizer.encode(f"Dialogue: {text}\n")
+        return self._dialogues[text]
 
 
-def _shorten_longest_option(question: Question) -> Question:
-    """`question` with one word less in its longest option."""
-    longest = max(question.options, key=len)
-    place = question.options.index(longest)
-    shortened = _without_last_words(longest, 1)
-    before, after = question.options[:place], question.options[place + 1 :]
-    return replace(question, options=(*before, shortened, *after))
-
-
-def _without_last_words(text: str, num_words: int) -> str:
-    """`text` less its last `num_words` words; a single long word loses its second half."""
-    words = text.split(" ")
-    if len(words) == 1:
-        return text[: len(text) // 2]
-    if num_words >= len(words):
-        return ""
-    return " ".join(words[: max(1, len(words) - num_words)])
+def _make_room(remembered: dict[str, Any]) -> None:
+    if len(remembered) >= MAX_REMEMBERED:
+        remembered.clear()
 
 
 def crop_candidates(caption: str) -> list[int]:

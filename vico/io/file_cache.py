@@ -49,17 +49,15 @@ class FileCache:
         if key is not None:
             self._new[key] = value
 
+    def save(self, key: str | None, value: Any) -> None:
+        """Write one result at once: a part of slow work that is right whatever follows."""
+        if key is not None:
+            _write({key: value})
+
     def flush(self) -> None:
-        """Add the new results to the file, the latest MAX_ENTRIES in all."""
-        if not self._new:
-            return
-        # Read again: another run may have written since.
-        entries = _read() | self._new
-        entries = dict(list(entries.items())[-MAX_ENTRIES:])
-        with contextlib.suppress(OSError, RuntimeError, UserError):
-            path = _path()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps({"entries": entries, "sha256": _checksum(entries)}))
+        """Add the new results to the file."""
+        if self._new:
+            _write(self._new)
         self._new = {}
 
 
@@ -91,6 +89,17 @@ def _read() -> dict[str, Any]:
         if content["sha256"] == _checksum(content["entries"]):
             return dict(content["entries"])
     return {}
+
+
+def _write(new: dict[str, Any]) -> None:
+    """Add results to the file, which keeps the latest MAX_ENTRIES."""
+    # Read again: another run may have written since.
+    kept = {key: value for key, value in _read().items() if key not in new}
+    entries = dict(list((kept | new).items())[-MAX_ENTRIES:])
+    with contextlib.suppress(OSError, RuntimeError, UserError):
+        path = _path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps({"entries": entries, "sha256": _checksum(entries)}))
 
 
 def _checksum(entries: dict[str, Any]) -> str:

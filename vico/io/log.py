@@ -7,9 +7,11 @@ can redirect or silence them.
 import logging
 import os
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 
 LOGGER = logging.getLogger("vico")
+PROGRESS_SECONDS = 10.0  # between two lines of a ProgressLog
 
 
 class _LineHandler(logging.Handler):
@@ -64,3 +66,20 @@ def fields(values: Mapping[str, object]) -> None:
     """`key: value` for each entry, on stdout. A value may have more lines, indented."""
     for key, value in values.items():
         info(f"{key}: {value}")
+
+
+class ProgressLog:
+    """What long work has done so far: for the watchdog at every call, now and then for the user."""
+
+    def __init__(self, set_phase: Callable[[str], None], is_main: bool) -> None:
+        self._set_phase, self._is_main = set_phase, is_main
+        self._last_line = time.monotonic()
+
+    def __call__(self, done: str) -> bool:
+        """Report `done`. True if it was also printed: on the main rank, every PROGRESS_SECONDS."""
+        self._set_phase(done)
+        if not self._is_main or time.monotonic() - self._last_line < PROGRESS_SECONDS:
+            return False
+        info(done)
+        self._last_line = time.monotonic()
+        return True

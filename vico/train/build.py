@@ -17,6 +17,7 @@ from vico.data.features import Features
 from vico.data.prompts import Prompts
 from vico.data.types import Question
 from vico.distributed.world import World, set_collective_timeout
+from vico.io import log
 from vico.io.atomic import require_writable
 from vico.io.file_cache import FileCache
 from vico.io.input_files import InputFiles
@@ -94,14 +95,17 @@ def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inp
     captions: dict[str, str] = {}
     if config.cap and training:
         captions = preflight.read_captions(config, questions["train"], prompts)
+    progress = log.ProgressLog(world.set_phase, world.is_main)
     for split in splits:
         used = questions[split]
         past_end = preflight.check_features(config, used, features, cache, world.rank, world.size)
-        lengths = preflight.measure_questions(config, split, used, backbone, prompts, cache)
-        notes += preflight.split_notes(config, split, used, dropped[split], past_end, lengths)
+        measured = preflight.measure_questions(
+            config, split, used, backbone, prompts, cache, progress
+        )
+        notes += preflight.split_notes(config, split, used, dropped[split], past_end, measured)
     if captions:
         lengths = preflight.measure_captions(
-            config, captions, questions["train"], backbone, prompts, cache
+            config, captions, questions["train"], backbone, prompts, cache, progress
         )
         notes += preflight.caption_notes(config, lengths)
     notes += preflight.shared_video_notes(questions)

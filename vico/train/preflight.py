@@ -5,7 +5,7 @@ shortened or suspicious is counted and reported in notes.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -14,7 +14,7 @@ from vico.checkpoint import fingerprint
 from vico.data import length_stats
 from vico.data.datasets import DATASETS, count_equal_options
 from vico.data.features import Features
-from vico.data.length_stats import Lengths
+from vico.data.length_stats import Lengths, QuestionLengths
 from vico.data.prompts import Prompts
 from vico.data.readers import captions as caption_files
 from vico.data.readers import tvqa
@@ -24,6 +24,7 @@ from vico.data.types import Question, Questions
 from vico.errors import UserError, fail
 from vico.io.file_cache import FileCache, cache_key, file_stamp
 from vico.io.input_files import InputFiles
+from vico.io.log import ProgressLog
 from vico.io.paths import entries, is_folder
 from vico.model.weights.load import Weights, holds_weights, open_weights, weight_files
 from vico.train.config import RunConfig
@@ -159,8 +160,12 @@ def measure_questions(
     backbone: BackboneFiles,
     prompts: Prompts,
     cache: FileCache,
-) -> Lengths:
-    """Each question's longest sequence over the split's tasks, in tokens. Raises UserError."""
+    progress: ProgressLog,
+) -> QuestionLengths:
+    """Each question's longest sequence over the split's tasks, and what is cut. Raises UserError.
+
+    Goes on where an earlier start was ended.
+    """
     tasks = [task for task in config.tasks if task != "cap"] if split == "train" else ["vqa"]
     key = cache_key(
         "questions",
@@ -172,10 +177,19 @@ def measure_questions(
         tasks,
     )
 
-    def measure() -> Lengths:
-        return length_stats.of_questions(questions, prompts, tasks, config.max_seq_len)
+    known = cache.get(key)
+    measured = None if known is None else QuestionLengths.from_json(known)
+    if measured is None or measured.num_measured < len(questions):
 
-    return _cached_lengths(key, cache, measure)
+        def report(part: QuestionLengths) -> None:
+            if progress(f"{split}: measured {part.num_measured} of {len(questions)} questions"):
+                cache.save(key, part.to_json())
+
+        measured = length_stats.of_questions(
+            questions, prompts, tasks, config.max_seq_len, measured, report
+        )
+        cache.put(key, measured.to_json())
+    return measured
 
 
 def measure_captions(
@@ -185,6 +199,7 @@ def measure_captions(
     backbone: BackboneFiles,
     prompts: Prompts,
     cache: FileCache,
+    progress: ProgressLog,
 ) -> Lengths:
     """The caption sequences of the questions' videos, one per video, in tokens."""
     videos = sorted(_videos_of(questions))
@@ -195,14 +210,10 @@ def measure_captions(
         file_stamp(backbone.tokenizer_path),
         config.max_feats,
     )
-    return _cached_lengths(key, cache, lambda: length_stats.of_captions(used.values(), prompts))
-
-
-def _cached_lengths(key: str | None, cache: FileCache, measure: Callable[[], Lengths]) -> Lengths:
     known = cache.get(key)
     if known is not None:
         return Lengths.from_json(known)
-    lengths = measure()
+    lengths = length_stats.of_captions(used.values(), prompts, progress)
     cache.put(key, lengths.to_json())
     return lengths
 
@@ -233,10 +244,10 @@ def split_notes(
     questions: Sequence[Question],
     dropped: Sequence[Question],
     num_past_end: int,
-    lengths: Lengths,
+    measured: QuestionLengths,
 ) -> list[str]:
     """How many questions of a split are used, and what is special about them."""
-    problems = problem_notes(config, split, questions, num_past_end, lengths)
+    problems = problem_notes(config, split, questions, num_past_end, measured)
     return [usage_note(split, questions, dropped), *problems]
 
 
@@ -257,15 +268,15 @@ def problem_notes(
     split: str,
     questions: Sequence[Question],
     num_past_end: int,
-    lengths: Lengths,
+    measured: QuestionLengths,
 ) -> list[str]:
     """Notes about the questions used, for those counts that are not zero."""
-    num_shortened = lengths.above(config.max_seq_len)
+    num_shortened = measured.lengths.above(config.max_seq_len)
     num_equal = count_equal_options(questions)
     num_empty = sum(_has_empty_option(q) for q in questions)
     shortened = (
         f"shortened to fit --max_seq_len {config.max_seq_len} "
-        "(dialogue first, then options; answers never)"
+        f"(dialogue first, then options; answers never): they lose {measured.cuts.describe()}"
     )
     past_end = "about a clip that lies past the end of its video's features: zeros in its slots"
     counts = (
@@ -287,12 +298,14 @@ def _has_empty_option(question: Question) -> bool:
 
 def caption_notes(config: RunConfig, lengths: Lengths) -> list[str]:
     """How many captions are cut to --max_cap_len."""
-    num_cut, total = lengths.above(config.max_cap_len), sum(lengths.counts.values())
+    num_cut, total = lengths.above(config.max_cap_len), lengths.num_sequences
     if not num_cut:
         return []
     return [
         f"train: {num_cut} of {total} captions are longer than --max_cap_len "
-        f"{config.max_cap_len} when whole, and are cut"
+        f"{config.max_cap_len} when whole, and are cut: "
+        f"they lose {lengths.tokens_above(config.max_cap_len)} of the {lengths.num_tokens} tokens "
+        "of all captions"
     ]
 
 
