@@ -3,6 +3,7 @@
 import mmap
 import os
 import pickle
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 
 from support.errors import refusal
 from support.feature_files import numbered, questions_about, save
-from vico.data.features import WIDTH, Features
+from vico.data.features import WIDTH, Features, Scan
+from vico.io.safe_load import release_pages
 
 
 @settings(max_examples=80, deadline=None)
@@ -144,3 +146,29 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
 )
 def test_files_that_hold_something_else(tmp_path: Path, content: Any, part: str) -> None:
     assert part in refusal(Features, save(tmp_path / "f.pth", content))
+
+
+def mapped_kilobytes(path: Path) -> int:
+    """Memory of this process that holds pages of the file."""
+    total, counted = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
+            counted = line.endswith(str(path))
+        elif counted and line.startswith("Rss:"):
+            total += int(line.split()[1])
+    return total
+
+
+def test_reading_all_holds_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pages of a file of 18 MB are given back on the way, and their values stay."""
+    videos = {f"v{i}": torch.full((300, WIDTH), float(i + 1)) for i in range(20)}
+    features = Features(save(tmp_path / "clips.pth", videos))
+    monkeypatch.setattr("vico.data.features.RELEASE_BYTES", 1 << 20)
+    assert features.scan() == Scan((), (), ())
+    assert mapped_kilobytes(features.path) < 3000
+    assert all(torch.equal(features.frames(video), videos[video]) for video in videos)
+    assert mapped_kilobytes(features.path) < 3000
+    # Torch swaps bytes in place when it loads a file of another byte order.
+    features.frames("v0")[0, 0] = 7.0
+    release_pages(features.path)
+    assert features.frames("v0")[0, 0] == 7.0 and mapped_kilobytes(features.path) > 0

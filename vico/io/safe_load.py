@@ -4,7 +4,9 @@
 messages that name neither the file nor the cause, so the file's format is checked first.
 """
 
+import ctypes
 import io
+import mmap
 import os
 import pickle
 import re
@@ -21,6 +23,8 @@ from vico.io.old_torch_format import MAGIC, find_fault
 from vico.io.paths import open_to_read, read_bytes
 
 MAX_REASON_CHARACTERS = 160
+# A mapping of this process: its addresses and file, then its counts in kB.
+_MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \S+ +(/.*)\n((?:[A-Z].*\n)+)", re.M)
 _DAMAGED = "is cut off or damaged; fetch or copy it again and compare the sizes"
 _CONVERT = "python -c \"import torch; torch.save(torch.load('IN', weights_only=True), 'OUT')\""
 _REFUSED = (
@@ -148,6 +152,21 @@ class StoredChecksums:
 def _is_storage(entry: zipfile.ZipInfo) -> bool:
     """Whether a part of a torch file holds numbers of a tensor."""
     return entry.filename.rpartition("/")[0].endswith("/data")
+
+
+def release_pages(path: Path) -> None:
+    """Give back this process's memory that holds pages of a mapped file.
+
+    The next use maps them again, from the system's file cache. Otherwise a process that reads a
+    whole file of 8 GB counts as one of 8 GB. Pages that were written to would lose that (torch
+    swaps the bytes of a big-endian file): such a mapping is left alone.
+    """
+    libc, name = ctypes.CDLL(None), str(path.resolve())
+    for mapping in _MAPPING.finditer(Path("/proc/self/smaps").read_text(errors="replace")):
+        start, stop, file, counts = mapping.groups()
+        if file == name and re.search(r"^Anonymous: +0 kB$", counts, re.M):
+            address, length = int(start, 16), int(stop, 16) - int(start, 16)
+            libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
 def _load_zip(path: Path) -> tuple[Any, str | None]:
