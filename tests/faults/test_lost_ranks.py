@@ -130,6 +130,51 @@ def test_a_killed_rank_is_one_line(toy: ToyData, tmp_path: Path) -> None:
     assert f"(process {run.processes[1].pid}) exited while" in run.stderrs[0]
 
 
+EXIT = """
+import os, signal, sys, time
+import torch.distributed
+from vico.cli import main
+from vico.cli.flags import CommandLine
+from vico.cli.with_world import with_world
+from vico.distributed import world as connecting
+
+def end_rank_1(*_):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def work(world):
+    end_rank_1()
+    if sys.argv[1] == "alone":
+        time.sleep(60)
+    torch.distributed.new_group()
+
+if sys.argv[1] == "connecting":
+    initialize = connecting._init_process_groups
+    connecting._init_process_groups = lambda world: end_rank_1() or initialize(world)
+main._run = lambda command, argv: with_world(CommandLine({}, [], False), work)
+main.console()
+"""
+
+
+@pytest.mark.parametrize(
+    "phase",
+    [
+        pytest.param("connecting", marks=pytest.mark.slow),
+        pytest.param("alone", marks=pytest.mark.slow),
+        "making a group",
+    ],
+)
+def test_the_end_of_a_peer_is_seen_in_every_phase(phase: str) -> None:
+    """Within seconds, --hang_timeout being 20 minutes; rank 0 names it."""
+    run = start(phase, ranks=2, program=("-c", EXIT))
+    assert run.wait_until(lambda: run.processes[1].poll() is not None, 60)
+    began = time.monotonic()
+    run.wait(60)
+    assert run.codes == [5, -9] and time.monotonic() - began < 20, run.output
+    assert len(run.errors) == 1, run.output
+    assert f"(process {run.processes[1].pid}) exited while" in run.errors[0]
+
+
 START_WORKER = """
 import os, pickle, sys
 from multiprocessing import forkserver

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 
 from support.errors import refusal
-from support.processes import free_port
+from support.processes import free_port, start_command
 from vico.cli.exit_cause import Cause
 from vico.distributed import launcher_env
 from vico.distributed.store_words import MAX_WORD_BYTES, read_word
@@ -83,16 +84,19 @@ def children() -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 def test_requests_do_not_grow_with_the_square_of_ranks(store: TCPStore) -> None:
-    """64 ranks that make progress publish, and read nothing; one that is silent sends two more."""
+    """64 ranks that make progress send two requests each; one that is silent sends two more."""
     stores = [CountingStore(store) for _ in range(64)]
     dogs = [Watchdog(rank, members(64), stores[rank], 600) for rank in range(64)]  # type: ignore[arg-type]
     try:
         deadline = time.monotonic() + 20
-        while not all(counting.requests for counting in stores) and time.monotonic() < deadline:
+        while (
+            not all(counting.requests["check"] for counting in stores)
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.01)
-        assert all(counting.requests == {"set": 1} for counting in stores)
+        assert all(counting.requests == {"set": 1, "check": 1} for counting in stores)
         dogs[5]._read_heartbeats()
-        assert stores[5].requests == {"set": 1, "check": 1, "multi_get": 1}
+        assert stores[5].requests == {"set": 1, "check": 2, "multi_get": 1}
         assert [beat.tick for beat in dogs[5]._heartbeats.values()] == [1] * 64
         store.delete_key("watchdog 7")  # a rank that was lost before its first heartbeat
         dogs[5]._read_heartbeats()
@@ -121,12 +125,61 @@ def test_a_silent_rank_reads_the_others_in_time(
         dog.close()
 
 
+def test_an_exit_on_another_host_ends_this_rank(
+    store: TCPStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank of that host tells it. A save is not cut off."""
+    ended = threading.Event()
+    monkeypatch.setattr(Watchdog, "_end_after_exit", lambda dog: ended.set())
+    monkeypatch.setattr("vico.distributed.watchdog.SECONDS_AFTER_EXIT", 0.1)
+    dog = Watchdog(0, members(2), store, 6.0)
+    try:
+        dog.set_phase("saving step 3")
+        store.set("watchdog exited", "")
+        assert not ended.wait(2.0)
+        dog.set_phase("batch 4")
+        assert ended.wait(2.0)
+    finally:
+        dog.close()
+
+
+SUSPENDED = """
+import sys, time
+from datetime import timedelta
+import torch
+from torch._C._distributed_c10d import TCPStore
+from vico.distributed.topology import Member
+from vico.distributed.watchdog import Watchdog
+store = TCPStore("127.0.0.1", int(sys.argv[1]), 1, True, timedelta(seconds=20), False)
+Watchdog(0, [Member.of_this_process(0, torch.device("cpu"))], store, 2.0)
+print("ready", flush=True)
+for _ in range(int(sys.argv[2])):
+    time.sleep(0.1)
+print("done", flush=True)
+"""
+
+
+def test_time_that_nobody_ran_does_not_count() -> None:
+    """A process that is suspended for longer than --hang_timeout goes on; one that waits ends."""
+    python = [sys.executable, "-c", SUSPENDED, str(free_port())]
+    run = start_command([*python, "10"])
+    assert run.wait_until(lambda: "ready" in run.output, 60)
+    run.processes[0].send_signal(signal.SIGSTOP)
+    time.sleep(3)
+    run.processes[0].send_signal(signal.SIGCONT)
+    run.wait(60)
+    assert run.codes == [0] and "done" in run.output, run.output
+    stuck = start_command([*python, "100"])
+    assert stuck.wait(60) == [5] and "nothing has moved for 2 s" in stuck.output, stuck.output
+
+
 @pytest.mark.parametrize("word", NOT_BEATS)
 def test_a_hostile_word_is_no_heartbeat(word: bytes, store: TCPStore) -> None:
     """It changes nothing, and raises nothing."""
     assert read_word(_Heartbeat, word) is None
     dog = Watchdog(0, members(2), store, 600)
     try:
+        store.wait(["watchdog 0"])  # its own first one
         store.set("watchdog 0", json.dumps(BEAT))
         store.set("watchdog 1", word)
         dog._read_heartbeats()

@@ -17,6 +17,9 @@ that one line in one log says why the run ended. "after" counts from the error:
 | any other; a cause was published             | nothing                  | 2 s   | the cause's |
 | any other; no cause, or rank 0 is gone       | nothing                  | 2 s   | 5           |
 
+A rank that is in no collective when another exits is ended in the same way by its watchdog, within
+ten seconds.
+
 Rank 0, which hosts the store, and a rank that reports in its place stay for 3 more seconds: some
 ranks notice a loss only when those that noticed it first have ended.
 """
@@ -209,6 +212,11 @@ def is_lost_peer(error: Exception) -> bool:
         return True
     has_sign = any(sign in str(error) for sign in LOST_PEER_SIGNS)
     return isinstance(error, RuntimeError) and has_sign
+
+
+def on_peer_exit(world: World) -> int:
+    """For the watchdog: a rank has exited, and the main thread of this one waits or computes."""
+    return _on_peer_lost(world, RuntimeError())
 
 
 def _on_peer_lost(world: World, error: Exception) -> int:

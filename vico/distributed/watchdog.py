@@ -1,4 +1,4 @@
-"""Ends a run in which a rank makes no progress any more, and names that rank.
+"""Ends a run in which a rank has exited or makes no progress any more, and names that rank.
 
 A rank that is stopped, or waits for something that never happens, leaves the others in a collective
 that never returns, or that fails after half an hour without naming anybody. So the main thread of
@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
@@ -33,6 +33,10 @@ NUM_INNERMOST_FRAMES = 4
 MAX_HEARTBEAT_SECONDS = 5.0
 # Of the timeout. A rank whose main thread is silent for longer reads the heartbeats of the others.
 SILENCE_BEFORE_READING = 1 / 6
+# The main thread's collective mostly fails at once when a rank exits, and knows more.
+SECONDS_AFTER_EXIT = 4.0
+SAVING = "saving"  # the prefix of a phase in which rank 0 writes
+EXITED = "watchdog exited"  # the key that is set when a rank has exited
 MAX_REPORTS_SHOWN = 16
 # By these variables the ranks of one run find each other.
 RENDEZVOUS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")
@@ -58,16 +62,18 @@ class _Peer:
     host: str
     name: str
     process: psutil.Process | None  # None: of another machine, or not shown to be this run's
+    ended_before: bool  # it joined, and had ended when this rank first looked
 
     @classmethod
     def of(cls, member: Member) -> "_Peer":
         name = f"on {member.host} (process {member.pid})"
-        return cls(member.host, name, _process_of(member))
+        ended = member.machine == machine_id() and _has_ended(member.pid)
+        return cls(member.host, name, None if ended else _process_of(member), ended)
 
     def has_exited(self) -> bool:
         """Whether the process has ended, zombies included; False where it cannot be seen."""
         if self.process is None:
-            return False
+            return self.ended_before
         try:
             # psutil compares start times, as process numbers are used again.
             return not self.process.is_running() or self.process.status() == psutil.STATUS_ZOMBIE
@@ -78,6 +84,13 @@ class _Peer:
         if self.process is not None:
             with suppress(psutil.Error):
                 self.process.kill()
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _process_of(member: Member) -> psutil.Process | None:
@@ -99,7 +112,11 @@ def _process_of(member: Member) -> psutil.Process | None:
 
 
 class Watchdog:
-    """The main thread calls `set_phase`; at most `timeout_seconds` may pass between two calls."""
+    """The main thread calls `set_phase`; at most `timeout_seconds` may pass between two calls.
+
+    Time in which this process was suspended does not count. A rank that exits ends the run too,
+    unless the main thread of this one notices it by itself.
+    """
 
     def __init__(
         self, rank: int, members: Sequence[Member], store: Store, timeout_seconds: float
@@ -107,8 +124,14 @@ class Watchdog:
         self._rank, self._size, self._store = rank, len(members), store
         self._timeout_seconds = timeout_seconds
         self._interval = min(MAX_HEARTBEAT_SECONDS, timeout_seconds / 8)
-        now = time.monotonic()
+        self._run_seconds, self._looked_at = 0.0, time.monotonic()
+        now = self._run_seconds
         self._phase, self._phase_since = "starting", now
+        # What ends this process after a peer's exit: it returns the exit code.
+        self.on_peer_exit: Callable[[], int] = lambda: PeerLostError.exit_code
+        self.on_hang: Callable[[], None] = lambda: None  # called where no process is to blame
+        self._ending = threading.Lock()  # of the thread that ends this process
+        self._hears_of_exit = False  # a rank of any host has exited
         self._tick = 0
         self._peers = {member.rank: _Peer.of(member) for member in members}
         # A rank can be lost before its first heartbeat.
@@ -121,7 +144,7 @@ class Watchdog:
             threading.Thread(target=work, daemon=True, name=name).start()
 
     def set_phase(self, phase: str) -> None:
-        self._phase, self._phase_since = phase, time.monotonic()
+        self._phase, self._phase_since = phase, self._run_seconds
 
     @property
     def phase(self) -> str:
@@ -140,6 +163,13 @@ class Watchdog:
         lower = [peer for rank, peer in self._peers.items() if 0 < rank < self._rank]
         return all(peer.has_exited() for peer in lower if peer.process is not None)
 
+    def ignore_exits(self) -> None:
+        """The main thread has come to its end: from now on other ranks may exit.
+
+        Does not return where the watchdog is already ending this process.
+        """
+        self._ending.acquire()
+
     def close(self) -> None:
         self._closed.set()
 
@@ -153,15 +183,24 @@ class Watchdog:
         while not self._closed.wait(pause):
             pause = self._interval
             self._tick += 1
-            with suppress(RuntimeError):  # the store is gone: the missing heartbeats show it
+            try:
                 self._publish_heartbeat()
-                idle_seconds = time.monotonic() - self._phase_since
+                idle_seconds = self._run_seconds - self._phase_since
                 if idle_seconds > SILENCE_BEFORE_READING * self._timeout_seconds:
                     self._read_heartbeats()
-                self._last_exchange = time.monotonic()
+                self._exchange_exits()
+                self._last_exchange = self._run_seconds
+            except RuntimeError:  # rank 0 is gone, and the store with it
+                self._hears_of_exit = self._rank != 0
+
+    def _exchange_exits(self) -> None:
+        """Only the ranks of a host see that a process of it has ended; they tell the others."""
+        if self._hears_of_exit or self.exited_ranks():
+            self._store.set(EXITED, "")
+        self._hears_of_exit = self._store.check([EXITED])
 
     def _publish_heartbeat(self) -> None:
-        idle_seconds = time.monotonic() - self._phase_since
+        idle_seconds = self._run_seconds - self._phase_since
         beat = _Heartbeat(self._tick, idle_seconds, self._current_phase())
         self._store.set(_key(self._rank), json.dumps(asdict(beat)))
 
@@ -176,7 +215,7 @@ class Watchdog:
             if beat is None:
                 continue  # not a rank's: as if it had sent nothing
             if self._heartbeats[rank].tick != beat.tick:
-                self._last_change[rank] = time.monotonic()
+                self._last_change[rank] = self._run_seconds
             self._heartbeats[rank] = beat
 
     def _current_phase(self) -> str:
@@ -195,9 +234,33 @@ class Watchdog:
         return WAITING + self.phase if waits else self._phase
 
     def _check_progress(self) -> None:
+        exit_seen_at: float | None = None
         while not self._closed.wait(self._interval / 2):
-            if time.monotonic() - self._phase_since > self._timeout_seconds:
+            self._count_run_seconds()
+            if self._run_seconds - self._phase_since > self._timeout_seconds:
                 self._abort()
+            if not (self._hears_of_exit or self.exited_ranks()):
+                continue
+            exit_seen_at = self._run_seconds if exit_seen_at is None else exit_seen_at
+            # A save ends by itself soon, and is worth more.
+            is_over = self._run_seconds - exit_seen_at > SECONDS_AFTER_EXIT
+            if is_over and not self._phase.startswith(SAVING):
+                self._end_after_exit()
+
+    def _count_run_seconds(self) -> None:
+        """Of a longer pause than between two looks, this process was suspended for the rest."""
+        now = time.monotonic()
+        self._run_seconds += min(now - self._looked_at, self._interval)
+        self._looked_at = now
+
+    def _end_after_exit(self) -> None:
+        if not self._ending.acquire(blocking=False):
+            return  # the main thread does it
+        code = PeerLostError.exit_code
+        try:
+            code = self.on_peer_exit()
+        finally:
+            os._exit(code)
 
     def _abort(self) -> None:
         """End the process from this thread: the main thread's wait cannot be interrupted."""
@@ -214,13 +277,15 @@ class Watchdog:
         if self._rank == min(running):
             # Not through the logger: the stuck main thread may hold its lock.
             print(f"vico: error: {self.verdict(silent)}", file=sys.stderr, flush=True)
+            if not silent:
+                self.on_hang()
         time.sleep(min(1.0, self._interval))  # the other ranks print their stacks meanwhile
         for rank in silent:
             self._peers[rank].kill()  # a stopped process ignores its launcher's SIGTERM
 
     def _silent_ranks(self) -> set[int]:
         """The ranks whose heartbeats have stopped; rank 0 alone where the store does not answer."""
-        stale = time.monotonic() - 3 * self._interval - 1
+        stale = self._run_seconds - 3 * self._interval - 1
         if self._last_exchange < stale and self._rank != 0:
             return {0}
         silent = {rank for rank, changed in self._last_change.items() if changed < stale}

@@ -4,12 +4,13 @@ Host exchanges (counts, errors, scores) use a gloo group of their own, so that o
 wait for the device.
 """
 
+import functools
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -22,7 +23,7 @@ from vico.distributed import launcher_env, topology
 from vico.distributed.launcher_env import host_name
 from vico.distributed.rendezvous import clone_store, hint_when_slow, rendezvous, use_loopback
 from vico.distributed.watchdog import WAITING, Watchdog
-from vico.errors import UserError
+from vico.errors import PeerLostError, UserError
 from vico.io import log
 
 TIMEOUT = timedelta(minutes=30)  # of every collective, unless --collective_timeout sets another
@@ -125,13 +126,17 @@ class World:
 
 
 def connect(
-    timeout: timedelta = TIMEOUT, expected: int | None = None, hang_seconds: float | None = None
+    timeout: timedelta = TIMEOUT,
+    expected: int | None = None,
+    hang_seconds: float | None = None,
+    on_peer_exit: Callable[["World"], int] | None = None,
 ) -> World:
     """Join the process group that the launcher described; without a launcher, a group of one.
 
     `expected`: the number of ranks that the user asked for. `hang_seconds`: abort when any rank
-    makes no progress for this long; None: wait. Raises UserError when the actual ranks differ from
-    the requested ones; no group is made then.
+    makes no progress for this long; None: wait. `on_peer_exit`: what the watchdog calls when a rank
+    has exited and this one does not notice by itself; it returns the exit code. Raises UserError
+    when the actual ranks differ from the requested ones; no group is made then.
     """
     if "RANK" not in os.environ:
         os.environ.update(launcher_env.SINGLE_RANK)
@@ -155,11 +160,28 @@ def connect(
     except UserError as error:
         error.of_all_ranks = True  # they check the same members
         raise
-    host_group = _init_process_groups(rank, size, device, store, timeout)
-    watchdog = None
-    if hang_seconds is not None:
-        watchdog = Watchdog(rank, members, clone_store(store), hang_seconds)
-    return World(rank, size, device, host_group, timeout, watchdog, store, members)
+    world = World(rank, size, device, None, timeout, None, store, members)
+    if hang_seconds is None:
+        return replace(world, host_group=_init_process_groups(world))
+    own_store = clone_store(store)
+    watchdog = Watchdog(rank, members, own_store, hang_seconds)
+    watchdog.set_phase("connecting the ranks")
+    if on_peer_exit is not None:
+        # By a store of its own: the main thread may be blocked in the other.
+        seen_by_watchdog = replace(world, watchdog=watchdog, store=own_store)
+        watchdog.on_peer_exit = functools.partial(on_peer_exit, seen_by_watchdog)
+    try:
+        host_group = _init_process_groups(world)
+    except BaseException as error:
+        watchdog.ignore_exits()
+        watchdog.close()
+        exited = watchdog.exited_ranks()
+        if exited and isinstance(error, UserError):  # then no interface is to blame
+            lost = f"{', '.join(exited)} exited while the ranks were connecting; see its log"
+            raise PeerLostError(lost) from None
+        raise
+    watchdog.set_phase("starting")
+    return replace(world, host_group=host_group, watchdog=watchdog)
 
 
 def _choose_device() -> torch.device:
@@ -196,19 +218,18 @@ def _disable_shm_op() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _init_process_groups(
-    rank: int, size: int, device: torch.device, store: Store, timeout: timedelta
-) -> Any:
+def _init_process_groups(world: World) -> Any:
     """Make torch's default group, hand it to DeepSpeed, and return the gloo group of the hosts."""
     import deepspeed
 
+    rank, size, device, timeout = world.rank, world.size, world.device, world.timeout
     backend = "nccl" if device.type == "cuda" else "gloo"
     # As in DeepSpeed: a group that is bound to its device connects now, not at its first use.
     bound_device = device if device.type == "cuda" and size > 1 else None
     with hint_when_slow(f"connecting the ranks over {backend}", rank):
         torch_dist.init_process_group(
             backend,
-            store=store,
+            store=world.store,
             rank=rank,
             world_size=size,
             timeout=timeout,
