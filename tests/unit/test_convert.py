@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from vico.model.config import LlamaConfig, backbone_shapes, trainable_shapes
 from vico.model.vico import initial_trainables
 from vico.model.weights import convert as weight_conversion
 from vico.model.weights.load import open_weights
+from vico.model.weights.meta import MetaWeights
 from vico.train.config import RunConfig
 from vico.train.resume import read_checkpoint
 
@@ -107,6 +109,28 @@ def test_meta_shards_are_divided_anew(tmp_path: Path) -> None:
     assert len(list(four.glob("*.pth"))) == 4 and same_weights(one, four)
     shard = "consolidated.00.pth"
     assert holds_all(torch.load(one / shard), torch.load(again / shard))
+
+
+def test_the_model_is_read_once_for_all_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but shards stays, each as long as its tensors."""
+    one, four = tmp_path / "one", tmp_path / "four"
+    oracle_files.write_tiny_meta(one, 400)
+    reads = Counter[str]()
+    read = MetaWeights.read
+
+    def counted(weights: MetaWeights, name: str) -> Tensor:
+        reads[name] += 1
+        return read(weights, name)
+
+    monkeypatch.setattr(MetaWeights, "read", counted)
+    convert(one, four, "meta", 4)
+    assert len(reads) > 20 and set(reads.values()) == {1}
+    assert len(list(four.iterdir())) == 5
+    shards = [torch.load(path) for path in four.glob("*.pth")]
+    for tensor in shards[0].values():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def test_large_vocabulary_is_split_like_llama_3(

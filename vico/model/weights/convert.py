@@ -4,13 +4,14 @@ Numbers are copied unchanged, so that converting back and forth gives the same b
 one file of the target at a time. The target folder is written whole or not at all.
 """
 
+import contextlib
 import errno
 import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import safetensors.torch
 import torch
@@ -129,15 +130,44 @@ def _require_representable(config: LlamaConfig, num_shards: int) -> None:
 
 
 def _write_meta(weights: Weights, folder: Path, num_shards: int) -> None:
-    config = weights.config
-    for shard in range(num_shards):
-        tensors = {}
-        for name in backbone_shapes(config):
-            part = _shard_part(_read_finite(weights, name), name, config, shard, num_shards)
-            # A clone: torch.save writes a view's whole storage.
-            tensors[name] = part.clone()
+    shards = _divide(weights, folder, num_shards) if num_shards > 1 else _undivided(weights)
+    for shard, tensors in enumerate(shards):
         torch.save(tensors, folder / f"consolidated.{shard:02d}.pth")
-    (folder / "params.json").write_text(json.dumps(_meta_params(config)) + "\n", encoding="utf-8")
+    params = json.dumps(_meta_params(weights.config))
+    (folder / "params.json").write_text(params + "\n", encoding="utf-8")
+
+
+def _undivided(weights: Weights) -> Iterator[dict[str, Tensor]]:
+    # Clones: torch.save writes a view's whole storage.
+    yield {name: _read_finite(weights, name).clone() for name in backbone_shapes(weights.config)}
+
+
+def _divide(weights: Weights, folder: Path, num_shards: int) -> Iterator[dict[str, Tensor]]:
+    """The tensors of each shard.
+
+    The model is read once: its parts go to one file per shard first, so that memory holds one
+    shard at a time.
+    """
+    paths = [folder / f"parts.{shard:02d}" for shard in range(num_shards)]
+    described: list[tuple[str, torch.dtype, torch.Size]] = []  # the same for every shard
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(path.open("wb")) for path in paths]
+        for name in backbone_shapes(weights.config):
+            tensor = _read_finite(weights, name)
+            for shard, file in enumerate(files):
+                part = _shard_part(tensor, name, weights.config, shard, num_shards)
+                file.write(part.flatten().view(torch.uint8).numpy().data)
+            described.append((name, part.dtype, part.shape))
+    for path in paths:
+        with path.open("rb") as parts:
+            tensors = {name: _next_part(parts, dtype, shape) for name, dtype, shape in described}
+        path.unlink()
+        yield tensors
+
+
+def _next_part(parts: BinaryIO, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    part = bytearray(parts.read(dtype.itemsize * math.prod(shape)))
+    return torch.frombuffer(part, dtype=dtype).view(shape)
 
 
 def _shard_part(
