@@ -15,7 +15,7 @@ import torch
 
 from vico.data.dataloader import loader
 from vico.data.datasets import DATASETS, accuracy_groups
-from vico.data.evaluation_batches import Chunk, EvaluationChunks
+from vico.data.evaluation_batches import EvaluationChunks
 from vico.data.types import Question
 from vico.distributed import signals
 from vico.distributed.world import World
@@ -140,7 +140,13 @@ def evaluate(
     return summarize(questions, scores, config.dataset, inputs.dropped[split])
 
 
-ScoredChunk = tuple[Chunk, torch.Tensor]  # with the losses of its targets, on the device
+@dataclass(frozen=True, slots=True)
+class ScoredChunk:
+    """What is kept of a chunk until the end: not its batch, of which pinned memory has no room."""
+
+    questions: tuple[int, ...]
+    target_sequences_N: np.ndarray  # the sequence of each target
+    losses_N: torch.Tensor  # of the targets, on the device
 
 
 def _score_chunks(
@@ -171,7 +177,8 @@ def _score_chunks(
                 raise error or AssertionError("a chunk without a batch carries its error")
             losses = engine.forward(last_batch.to(world.device))  # no sync
             if chunk.batch is not None:
-                scored.append((chunk, losses))
+                sequences_N = chunk.batch.target_sequences.numpy().copy()
+                scored.append(ScoredChunk(chunk.questions, sequences_N, losses))
             bar.advance()
             if number % CHUNKS_PER_STOP_CHECK == 0:
                 _stop_if_requested(what, world)
@@ -198,10 +205,9 @@ def _gather(
     width = max(len(question.options) for question in questions)
     table = torch.zeros(len(questions), width, dtype=torch.float64)
     times = torch.zeros(len(questions), dtype=torch.int64)
-    for chunk, losses in scored:
-        assert chunk.batch is not None
-        sequences = chunk.batch.target_sequences.numpy()
-        means = np.bincount(sequences, losses.double().cpu().numpy()) / np.bincount(sequences)
+    for chunk in scored:
+        sequences_N, losses_N = chunk.target_sequences_N, chunk.losses_N.double().cpu().numpy()
+        means = np.bincount(sequences_N, losses_N) / np.bincount(sequences_N)
         start = 0
         for index in chunk.questions:
             stop = start + len(questions[index].options)
