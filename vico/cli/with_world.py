@@ -13,6 +13,7 @@ from vico.cli.flags import CommandLine
 from vico.distributed import launcher_env, signals
 from vico.errors import PeerLostError, StartFailedError, UnreachableError, UserError, one_line
 from vico.io import log
+from vico.io.host_memory import limit_kept_products
 from vico.train.config import RunConfig
 
 if TYPE_CHECKING:  # they import torch, which is slow; a mistyped flag is reported before
@@ -79,6 +80,7 @@ def _prepare_process(config: RunConfig, debug: bool) -> None:
     num_ranks = next((size for size in local_sizes if size), 1)
     # Some launchers do not set it.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores // num_ranks)))
+    limit_kept_products()
     if not debug:
         # Below that level, a lost rank prints pages of C++ frames.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

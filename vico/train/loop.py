@@ -22,6 +22,7 @@ from vico.errors import DiskError, InUseError
 from vico.io import log, streams
 from vico.io.atomic import write_bytes, write_json
 from vico.io.failpoints import reached
+from vico.io.host_memory import return_free_memory
 from vico.train.evaluate import evaluate, report
 from vico.train.log_records import EpochResult, epoch_curves, epoch_record, log_step
 from vico.train.progress_bar import ProgressBar
@@ -232,6 +233,7 @@ def _end_epoch(run: Run, run_log: RunLog | None) -> None:
         after = with_empty_sums(after, config)
     _save(run, run_log, after, result)
     state.assign(after)  # last: a run that stops before this line evaluates again
+    return_free_memory()
 
 
 def is_best(accuracy: float, best: float | None) -> bool:
