@@ -1,5 +1,6 @@
 """What a start finds in its output_dir: damage, a run of other files, a second writer."""
 
+import json
 import os
 import shutil
 import time
@@ -24,6 +25,7 @@ from vico.train.resume import (
     read_checkpoint,
     start_state,
 )
+from vico.train.run_log import read_records
 
 
 def test_a_damaged_checkpoint_is_passed_over(
@@ -97,20 +99,23 @@ def test_features_overwritten_in_a_run_are_not_saved(toy: ToyData, tmp_path: Pat
     out, data = tmp_path / "out", tmp_path / "data"
     shutil.copytree(toy.folder / "data", data)
     clips = data / "nextqa" / "clipvitl14.pth"
-    command = [*train_command(toy, 1, out), "--data_path", str(data), *ENDLESS, "--save_steps", "4"]
+    command = [*train_command(toy, 1, out), "--data_path", str(data), *ENDLESS]
+    command += ["--batch_size", "1", "--save_steps", "1"]  # 20 steps to the next evaluation
     last_clean = 0
 
     def overwrite(run: Processes) -> None:
         nonlocal last_clean
         times = clips.stat()
-        change_one_number(clips)
+        with clips.open("r+b") as file:  # a file that shrinks first would kill who maps it
+            file.seek(clips.read_bytes().index(toy.features["v0003"].numpy().tobytes()))
+            file.write(torch.ones(3, 768).numpy().tobytes())
         os.utime(clips, ns=(times.st_atime_ns, times.st_mtime_ns))
         last_clean = steps_done(out)
 
     run = interrupt(command, 1, lambda: steps_done(out) >= 5, overwrite)
     assert run.codes == [4] and run.errors == [run.stderrs[0].strip()]
     assert run.errors[0].startswith(f"vico: error: {clips}: changed during the run: it was written")
-    assert 4 <= newest_step(out) <= last_clean + 1
+    assert 3 <= newest_step(out) <= last_clean + 1
 
 
 def test_an_evaluation_with_another_backbone_is_refused(
@@ -154,6 +159,40 @@ def test_an_older_checkpoint_is_compared_in_what_it_recorded(tmp_path: Path) -> 
     with pytest.raises(UserError) as refused:
         start_state(saved, 4, 8, config, {**now, "data val questions": "d"})
     assert refused.value.table[1:] == (("data val questions", "a", "d"),)
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"), [("--vaq", "vaq"), ("--qav", "qav"), ("--cap 0", "cap")]
+)
+def test_tasks_change_at_the_end_of_an_epoch(
+    toy: ToyData, undisturbed: Path, tmp_path: Path, flags: str, name: str
+) -> None:
+    """As the refusal offers, and the settings are rewritten with the first checkpoint of them."""
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    shutil.rmtree(out / "checkpoint-6")
+    args = (out / "args.json").read_text()
+    command = [*train_command(toy, 1, out, "--max_steps", "4"), *flags.split()]
+    with WarmProcess() as warm:
+        offered = warm.run(command, tmp_path)
+        assert offered.code == 2 and f"--allow_change {name}" in offered.stderr
+        command += ["--allow_change", name]
+        inside = warm.run(command, tmp_path)
+        assert inside.code == 2 and "checkpoint-4: is inside an epoch with 2 task" in inside.stderr
+        shutil.rmtree(out / "checkpoint-4")
+        if name == "vaq":  # ended by the dry run
+            before = [*command, "--deepspeed", str(tmp_path / "none.json")]
+            assert warm.run(before, tmp_path).code == 2
+            run = start(
+                *command, ranks=1, environment={"VICO_FAILPOINT": "dry_run=raise MemoryError"}
+            )
+            assert run.wait(60) == [4], run.output
+        assert (out / "args.json").read_text() == args
+        changed = warm.run(command, tmp_path)
+        assert changed.code == 0, changed.stderr
+    last = read_records(out / "steps.jsonl")[-1]
+    assert last["step"] == 4 and (last.get(f"{name}_loss") is None) == (name == "cap")
+    assert json.loads((out / "args.json").read_text())[name] == {"cap": 0}.get(name, True)
 
 
 def test_a_second_writer_is_refused(toy: ToyData, tmp_path: Path) -> None:

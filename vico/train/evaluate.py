@@ -123,6 +123,7 @@ def evaluate(
     if not questions:
         raise UserError(f"{split}: there are no questions to evaluate; name a split that has some")
     with world.raise_together():
+        inputs.features.check_unchanged()
         inputs.files.check_unchanged()
     chunks = EvaluationChunks(
         questions,

@@ -95,7 +95,7 @@ def _print_start(run: Run) -> None:
 
 
 def _open_log(run: Run) -> tuple[RunLog, int | None]:
-    """Claim output_dir, write args.json, open the logs. On rank 0. Raises UserError.
+    """Claim output_dir, open the logs, write a new run's args.json. On rank 0. Raises UserError.
 
     Returns the log, and a step at which to save besides --save_steps (None: there is none).
     """
@@ -124,8 +124,12 @@ def _open_log(run: Run) -> tuple[RunLog, int | None]:
         "peak_lr": run.peak_lr,
         "run": run.identity.id,
     }
-    write_json(output_dir.args, {**config.to_json(), **facts})
+    args = {**config.to_json(), **facts}
+    if saved is None:
+        write_json(output_dir.args, args)
     run_log = RunLog(output_dir, logs, state.step, state.evaluation_due)
+    if saved is not None:
+        run_log.args_due = args  # not before a checkpoint of these settings lies beside it
     again = f" ({run_log.num_dropped} step(s) to redo)" if run_log.num_dropped else ""
     if state.step:
         log.info(f"resuming from step {state.step}{again}")
@@ -263,6 +267,9 @@ def _save(
             _save_best(run, weights, moments, state)
         keep = run.config.save_total_limit or None  # 0 means no limit, as in Hugging Face's Trainer
         save_step(run.output_dir, weights, moments, state, run.identity, keep)
+        if run_log.args_due is not None:
+            write_json(run.output_dir.args, run_log.args_due)
+            run_log.args_due = None
         run_log.saved(state.step, seconds + time.perf_counter() - started)
 
 

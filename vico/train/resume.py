@@ -258,6 +258,8 @@ def _changed_files(
 ) -> list[Change]:
     """What `start` recorded otherwise, and --allow_change does not permit."""
     uncompared = _uncompared(start, fingerprints)
+    if bool(start.settings.get("cap")) != bool(config.cap):
+        uncompared.append("data captions")  # they are read on one side only
     return [
         (name, start.fingerprints.get(name, "none"), now)
         for name, now in fingerprints.items()

@@ -46,6 +46,7 @@ class RunLog:
 
         self._dir = output_dir
         self.error: UserError | None = None
+        self.args_due: Record | None = None  # args.json of a resumed run, written at its first save
         self.num_dropped = max(0, logs.last_step - step)  # steps to repeat
         with _disk_errors(output_dir.path):
             write_lines(output_dir.steps, [r for r in logs.steps if r["step"] <= step])
