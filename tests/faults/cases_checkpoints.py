@@ -22,6 +22,7 @@ from faults.damage import (
     safetensors_of,
     tar,
 )
+from faults.payloads import as_old, of_size
 from support.run_fixture import CHECKPOINT, OPTIMIZER, PARAMS, PUBLISHED, STATE, TINY, WEIGHTS
 
 CHECKPOINTS: dict[str, Case] = {
@@ -174,6 +175,10 @@ CHECKPOINTS: dict[str, Case] = {
         "x.safetensors: damaged (",
         "use another checkpoint",
     ),
+    "published, asks for memory": published(
+        put(PUBLISHED, as_old(of_size("torch.ByteTensor", 6_000_000_000))),
+        "published.pth: the checkpoint builds torch.ByteTensor of any size; save it again",
+    ),
     "published is a pipe": published(
         pipe(PUBLISHED), "published.pth: the checkpoint cannot be opened (a device or a pipe"
     ),
@@ -214,6 +219,11 @@ CHECKPOINTS: dict[str, Case] = {
         "published.pth: the checkpoint is an HTML page",
         line="!convert {fixture}/published.pth {fixture}/x.safetensors",
         code=3,
+    ),
+    "plan, a million layers": refused(
+        js(PARAMS, n_layers=1_000_000),
+        "params.json: 'n_layers' is 1000000 and must be a whole number from 1 to 1000",
+        line="!plan --model {fixture}/" + TINY + " --gpu H100",
     ),
     "plan, broken params.json": refused(
         put(PARAMS, "{"),

@@ -20,7 +20,10 @@ from faults.damage import (
     put,
 )
 from faults.damage_tables import rows
+from faults.payloads import as_zip, of_size
 from support.run_fixture import CAPTIONS, FEATURES, NEXTQA
+
+STRIDE_0 = torch.ones(1, 768).expand(2_000_000, 768)
 
 FEATURE_FILES: dict[str, Case] = {
     "no features": refused(
@@ -134,6 +137,17 @@ FEATURE_FILES: dict[str, Case] = {
     "features, a neighbour's bytes": refused(
         claims(FEATURES, 30_000),
         "clipvitl14.pth: the video feature file claims tensors of other sizes than it holds",
+    ),
+    "features of stride 0": refused(
+        pth(FEATURES, lambda videos: videos.update({"000001": STRIDE_0})),
+        "clipvitl14.pth: the video feature file holds a tensor [2000000, 768] that repeats fewer",
+    ),
+    "features that ask for memory": refused(
+        put(FEATURES, as_zip(of_size("builtins.bytearray", 6_000_000_000))),
+        "clipvitl14.pth: the video feature file builds builtins.bytearray of any size; save it",
+    ),
+    "features, 60 GB of nothing": refused(
+        cut(FEATURES, 60 << 30), "clipvitl14.pth: the video feature file is cut off or damaged"
     ),
     "features are a pipe": refused(
         pipe(FEATURES),

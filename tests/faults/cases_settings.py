@@ -8,6 +8,11 @@ ALIASES = "lr:\n- &a0 [x, x]\n"
 for _i in range(1, 13):
     ALIASES += f"- &a{_i} [{', '.join([f'*a{_i - 1}'] * 9)}]\n"
 
+# 2 ** 59 pairs, if they were merged.
+MERGES = "a0: &a0 {x: 1}\n"
+for _i in range(1, 60):
+    MERGES += f"a{_i}: &a{_i} {{<<: [*a{_i - 1}, *a{_i - 1}]}}\n"
+
 SETTINGS: dict[str, Case] = {
     "unknown command": flags("trian", "unknown command 'trian'; use one of train, eval, "),
     "unknown flag": flags(
@@ -82,6 +87,13 @@ SETTINGS: dict[str, Case] = {
         ALIASES,
         "--config {fixture}/r.yaml: lr: [",
         "is not a number",
+    ),
+    "recipe, merges without end": recipe(
+        MERGES, "--config {fixture}/r.yaml: holds a merge ('<<'); write its flags out"
+    ),
+    "recipe, 60,000 keys": recipe(
+        "".join(f"key{i}: 1\n" for i in range(60_000)),
+        "--config {fixture}/r.yaml: 708,890 characters, where at most 32,768 are expected",
     ),
     "recipe is a pipe": refused(
         pipe("r.yaml"),

@@ -56,6 +56,10 @@ TABLES: dict[str, Case] = {
         "test.csv:3: 1 of 2 questions have no answer and the others have one",
         line="check",
     ),
+    "60,000 columns": refused(
+        put(VAL, "x," + ",".join(f"c{i}" for i in range(60_000)) + "\n"),
+        "val.csv:1: columns 'video', 'question', 'qid', ",
+    ),
     "a column twice": refused(text(VAL, "a4", "a4,a0"), "val.csv:1: column 'a0' appears twice"),
     "a field too many": refused(
         put(

@@ -153,6 +153,13 @@ def as_tar(payload: bytes) -> bytes:
     return buffer.getvalue()
 
 
+def of_size(name: str, size: int) -> bytes:
+    """A pickle of some 40 bytes that calls the class with a number, by which it takes memory."""
+    module, _, last = name.rpartition(".")
+    number = b"\x8a\x08" + size.to_bytes(8, "little")
+    return b"\x80\x02c" + f"{module}\n{last}\n".encode() + number + b"\x85R."
+
+
 def as_npy(payload: bytes) -> bytes:
     header = b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }"
     header += b" " * (117 - len(header)) + b"\n"

@@ -27,7 +27,7 @@ State = dict[str, torch.Tensor]
 
 
 def main(argv: list[str]) -> None:
-    sections: dict[str, Any] = json.loads(Path(argv[0]).read_text())
+    sections: dict[str, Any] = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
     config = parse(argv[1:], "vico train", "").resolve()
     world = dist.connect()
     inputs = read_inputs(config, ("train",), world)

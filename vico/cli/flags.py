@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import typing
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ RETIRED = {
     "dist_url": "the launcher sets it",
     "dist_on_itp": "the launcher sets it",
 }
+MAX_RECIPE_CHARACTERS = 1 << 15
 RETIRED_SWITCHES = {"pin_mem", "no_pin_mem", "dist_on_itp"}
 OFF_SWITCHES = {"no_shuffle": "--shuffle"}  # of the others: --no-NAME
 UNSET = "none"  # a flag's value
@@ -174,12 +176,36 @@ def _converter(field: "dataclasses.Field[Any]") -> Callable[[str], Any]:
     return convert
 
 
+def _refuse_merges(tree: Any, path: Path) -> None:
+    """Raise UserError for a merge key: merges of merges multiply, and no flag has a mapping.
+
+    `tree`: of yaml.compose. Each node is visited once, however many aliases it has.
+    """
+    pending, visited = [tree], set[int]()
+    while pending:
+        node = pending.pop()
+        if id(node) in visited or not isinstance(getattr(node, "value", None), list):
+            continue
+        visited.add(id(node))
+        for item in node.value:
+            pair = item if isinstance(item, tuple) else (item,)
+            if len(pair) == 2 and pair[0].tag == "tag:yaml.org,2002:merge":
+                raise UserError(f"--config {path}: holds a merge ('<<'); write its flags out")
+            pending += pair
+
+
 def _read_recipe(path: Path) -> dict[str, Any]:
     import yaml  # only recipes need it
 
     text = read_text(path, "the recipe (--config)")
+    if len(text) > MAX_RECIPE_CHARACTERS:  # YAML is read at some 50,000 characters a second
+        raise UserError(
+            f"--config {path}: {len(text):,} characters, where at most {MAX_RECIPE_CHARACTERS:,} "
+            "are expected; keep the lines 'flag: value' alone"
+        )
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        _refuse_merges(tree, path)
         keys = [node.value for node, _ in tree.value] if isinstance(tree, yaml.MappingNode) else []
         recipe = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
@@ -187,8 +213,8 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: not valid YAML: {reason}") from None
     if not isinstance(recipe, dict):
         raise UserError(f"--config {path}: must hold lines 'flag: value'")
-    for key in keys:
-        if keys.count(key) > 1:
+    for key, count in Counter(keys).items():
+        if count > 1:
             raise UserError(f"--config {path}: '{key}' appears twice; keep one")
     for key, value in recipe.items():
         try:

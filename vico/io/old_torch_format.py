@@ -10,6 +10,8 @@ import pickletools
 from collections.abc import Iterator
 from typing import Any
 
+from vico.io.pickle_sizes import sized_class
+
 # The pickled magic number (torch.serialization.MAGIC_NUMBER, protocol 2).
 MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 NUM_PICKLES = 5
@@ -26,6 +28,7 @@ def find_fault(data: bytes) -> str | None:
     listed: set[str] = set()
     try:
         for number in range(NUM_PICKLES):
+            start = stream.tell()
             is_key_list = number == NUM_PICKLES - 1
             for kind, value in _read_pickle(stream):
                 if kind == "storage":
@@ -33,6 +36,8 @@ def find_fault(data: bytes) -> str | None:
                     sizes[key] = max(size, sizes.get(key, 0))
                 elif is_key_list and isinstance(value, str):
                     listed.add(value)
+            if name := sized_class(data[start : stream.tell()]):
+                return f"builds {name} of any size; save it again as plain tensors"
     except _NotAStorageError:
         return "was not written by torch.save as it is; save it again where you trust it"
     num_left, num_claimed = len(data) - stream.tell(), sum(sizes.values())

@@ -21,10 +21,12 @@ from typing import Any, NoReturn
 from vico.errors import UserError, fail, one_line
 from vico.io.old_torch_format import MAGIC, find_fault
 from vico.io.paths import open_to_read, read_bytes
+from vico.io.pickle_sizes import sized_class
 
 MAX_REASON_CHARACTERS = 160
 # A mapping of this process: its addresses and file, then its counts in kB.
 _MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \S+ +(/.*)\n((?:[A-Z].*\n)+)", re.M)
+MAX_SHARING = 16  # tensors of the same numbers, on average: tied weights, clips of one video
 _DAMAGED = "is cut off or damaged; fetch or copy it again and compare the sizes"
 _CONVERT = "python -c \"import torch; torch.save(torch.load('IN', weights_only=True), 'OUT')\""
 _REFUSED = (
@@ -186,7 +188,8 @@ def _load_old_format(path: Path) -> tuple[Any, str | None]:
     data = read_bytes(path)
     if fault := find_fault(data):
         return None, fault
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), None
+    content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    return content, _overlap_fault(content)
 
 
 def _format_fault(
@@ -222,12 +225,22 @@ def _zip_fault(path: Path, verify_checksums: bool) -> str | None:
     """What is wrong with the zip archive around the tensors."""
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
+            # First: the other checks read the parts, which may be larger than the file.
+            if fault := _parts_fault(archive.infolist(), path.stat().st_size):
+                return fault
             broken = archive.testzip() if verify_checksums else None
+            sized = _sized_class(archive)
     except Exception:  # a damaged directory can make zipfile raise anything
         return f"{_DAMAGED} (no whole zip directory at its end)"
+    if sized is not None:
+        return f"builds {sized} of any size; save it again as plain tensors where you trust it"
     if broken is not None:
         return f"{_DAMAGED} (wrong checksum of its part '{broken}')"
+    return None
+
+
+def _parts_fault(entries: Sequence[zipfile.ZipInfo], num_bytes: int) -> str | None:
+    """What is wrong with the parts of an archive of `num_bytes`, by its directory."""
     names = {entry.filename.rpartition("/")[2] for entry in entries}
     # A TorchScript archive holds constants.pkl.
     if "data.pkl" not in names or "constants.pkl" in names:
@@ -235,6 +248,17 @@ def _zip_fault(path: Path, verify_checksums: bool) -> str | None:
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         # torch maps the stored bytes as they are: it would take compressed ones for numbers.
         return "was packed again by another program and cannot be memory-mapped; fetch the original"
+    if (claimed := sum(entry.file_size for entry in entries)) > num_bytes:
+        return f"claims parts of {claimed:,} bytes and has {num_bytes:,}; fetch or copy it again"
+    return None
+
+
+def _sized_class(archive: zipfile.ZipFile) -> str | None:
+    """A class in the archive's pickles whose size is a number; None: there is none."""
+    for entry in archive.infolist():
+        is_pickle = entry.filename.lower().endswith("data.pkl")
+        if is_pickle and (name := sized_class(archive.read(entry))):
+            return name
     return None
 
 
@@ -246,22 +270,49 @@ def _size_fault(path: Path, content: Any) -> str | None:
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
     record_sizes = Counter(entry.file_size for entry in entries if _is_storage(entry))
+    if fault := _overlap_fault(content):
+        return fault
     claimed_sizes = Counter(_storage_sizes(content).values())
     if claimed_sizes - record_sizes:
         return "claims tensors of other sizes than it holds; fetch or copy it again"
     return None
 
 
-def _storage_sizes(content: Any) -> dict[int, int]:
-    """Bytes of each storage that the content refers to, by its address."""
+def _overlap_fault(content: Any) -> str | None:
+    """A tensor of stride 0, or many views of one, claim more numbers than are stored.
+
+    A copy takes the memory, and a scan the time, of what is claimed.
+    """
+    num_claimed = 0
+    for value in _dense_tensors(content):
+        num_bytes = value.numel() * value.element_size()
+        num_claimed += num_bytes
+        if num_bytes > value.untyped_storage().nbytes():
+            shape = list(value.shape)
+            return f"holds a tensor {shape} that repeats fewer numbers; save a copy (.contiguous())"
+    num_stored = sum(_storage_sizes(content).values())
+    if num_claimed > MAX_SHARING * num_stored:
+        return (
+            f"claims {num_claimed:,} bytes of numbers and holds {num_stored:,}; "
+            "save copies of the tensors"
+        )
+    return None
+
+
+def _dense_tensors(content: Any) -> Iterator[Any]:
     import torch
 
-    sizes: dict[int, int] = {}
     for value in _walk(content):
         if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
             continue
-        if value.is_meta or value.is_nested or value.is_quantized:
-            continue
+        if not (value.is_meta or value.is_nested or value.is_quantized):
+            yield value
+
+
+def _storage_sizes(content: Any) -> dict[int, int]:
+    """Bytes of each storage that the content refers to, by its address."""
+    sizes: dict[int, int] = {}
+    for value in _dense_tensors(content):
         storage = value.untyped_storage()
         if storage.nbytes():
             sizes[storage.data_ptr()] = storage.nbytes()

@@ -146,13 +146,14 @@ def gaps(
     first = 1 if from_start else min(logged_steps, default=step + 1)
     steps = range(first, step + 1)
     last_epoch_end = step - evaluation_due
-    epoch_ends = [s for s in steps if s % steps_per_epoch == 0 and s <= last_epoch_end]
+    first_epoch_end = -(-first // steps_per_epoch) * steps_per_epoch
+    epoch_ends = range(first_epoch_end, last_epoch_end + 1, steps_per_epoch)
     lines = []
     for path, logged, expected, unit in (
         (output_dir.steps, logged_steps, steps, "step"),
         (output_dir.epochs, logged_epochs, epoch_ends, "epoch"),
     ):
-        if lost := sum(number not in logged for number in expected):
+        if lost := len(expected) - sum(number in expected for number in logged):
             lines.append(
                 f"{path}: lacks {lost} of {len(expected)} {unit}(s) up to step {step}; "
                 "they are not repeated"

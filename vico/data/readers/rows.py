@@ -113,10 +113,11 @@ def _csv_records(text: str, path: Path) -> tuple[list[tuple[int, list[str]]], in
 def _canonical_names(names: Sequence[str], aliases: Mapping[str, str]) -> list[str]:
     """Column names, stripped. An alias becomes the name it stands for, unless that exists too."""
     stripped = [name.strip() for name in names]
+    known = set(stripped)
     header = []
     for name in stripped:
         canonical = aliases.get(name, name)
-        header.append(name if canonical in stripped else canonical)
+        header.append(name if canonical in known else canonical)
     return header
 
 
@@ -130,7 +131,7 @@ def _check_header(place: str, header: Sequence[str], required: Sequence[str], pa
             f"{place}: column{plural} {', '.join(missing)} missing ({has}); "
             f"add what is missing to {path}"
         )
-    repeated = sorted({name for name in header if name and header.count(name) > 1})
+    repeated = sorted(name for name, count in Counter(header).items() if name and count > 1)
     if repeated:
         fail(
             f"{place}: column {show(repeated[0])} appears twice ({has}); "

@@ -9,6 +9,8 @@ from vico.errors import UserError, show
 # Of any number in a config file. A larger one is a mistake, whose tensors would take forever to
 # check.
 MAX_DIMENSION = 10**6
+MAX_LAYERS = 1000  # ten times what there is; each layer is planned and checked by itself
+LAYERS = ("n_layers", "num_hidden_layers")
 
 
 def is_positive(value: object) -> bool:
@@ -23,10 +25,10 @@ def require_positive(values: Mapping[str, object], path: Path) -> None:
 
 def whole_number(params: Mapping[str, Any], key: str, path: Path) -> int:
     """params[key], which must be there."""
-    value = params.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_DIMENSION:
+    value, largest = params.get(key), MAX_LAYERS if key in LAYERS else MAX_DIMENSION
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
         raise UserError(
-            f"{path}: '{key}' is {show(value)} and must be a whole number from 1 to {MAX_DIMENSION}"
+            f"{path}: '{key}' is {show(value)} and must be a whole number from 1 to {largest}"
         )
     return value
 
