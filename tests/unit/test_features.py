@@ -151,7 +151,7 @@ def test_files_that_hold_something_else(tmp_path: Path, content: Any, part: str)
 def mapped_kilobytes(path: Path) -> int:
     """Memory of this process that holds pages of the file."""
     total, counted = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace").splitlines():
         if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
             counted = line.endswith(str(path))
         elif counted and line.startswith("Rss:"):

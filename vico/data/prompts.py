@@ -155,6 +155,9 @@ class Prompts:
             if fitted.dialogue and self.length(fitted, task) <= limit:
                 return fitted
             question = replace(question, dialogue="")
+            is_short = self._clipped(question) is question
+            if is_short and self.length(question, task) <= limit:
+                return question
         return self._fit_options(question, task)
 
     def _clipped(self, question: Question) -> Question:

@@ -8,8 +8,8 @@ texts are counted until one fits. The time depends on the budget, not on how lon
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
-# A text can have this many tokens less, or more, than pieces within a longer one, because pieces
-# may join across its end.
+# Texts can have this many tokens less than pieces within longer ones, and one more for each text,
+# because pieces may join across an end.
 MAX_JOINED_TOKENS = 4
 # Of a longer word, such as a text that is written without blanks, the beginning is kept.
 MAX_WORD_CHARACTERS = 40
@@ -32,7 +32,7 @@ def shorten(
     `cut_first_word`: a text loses its first word character by character, not at once.
     """
     most = max(budget, 1) * CHARACTERS_PER_TOKEN
-    most_estimated = budget + MAX_JOINED_TOKENS * len(texts)
+    most_estimated = budget + MAX_JOINED_TOKENS + len(texts)
     while True:
         known = _cut_all(texts, most, cut_first_word)
         estimate = _Estimate(known, labels, encode_with_ends, count(known), cut_first_word)

@@ -164,7 +164,7 @@ def release_pages(path: Path) -> None:
     swaps the bytes of a big-endian file): such a mapping is left alone.
     """
     libc, name = ctypes.CDLL(None), str(path.resolve())
-    for mapping in _MAPPING.finditer(Path("/proc/self/smaps").read_text(errors="replace")):
+    for mapping in _MAPPING.finditer(Path("/proc/self/smaps").read_text("utf-8", "replace")):
         start, stop, file, counts = mapping.groups()
         if file == name and re.search(r"^Anonymous: +0 kB$", counts, re.M):
             address, length = int(start, 16), int(stop, 16) - int(start, 16)
