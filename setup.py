@@ -1,8 +1,8 @@
 """ViCo's dependencies, and the reason for each bound.
 
-launch/constraints.txt has the exact versions of a tested environment. ViCo runs from its checkout,
-where ds_configs/ and launch/ lie beside the package: install it with `pip install -e .`, or not at
-all. launch/*.sh find the package in both cases.
+launch/constraints.txt has the exact versions of a tested environment. launch/*.sh run the package
+of their checkout, installed or not. `pip install .` installs the command `vico` alone, with
+ds_configs/ as files of the package; the scripts, recipes and tests stay in the checkout.
 """
 
 from setuptools import find_packages, setup
@@ -20,7 +20,9 @@ setup(
     name="vico",
     version="0.1.0",
     description="Video question answering on a frozen LLaMA, trained with DeepSpeed",
-    packages=find_packages(include=["vico", "vico.*"]),
+    packages=[*find_packages(include=["vico", "vico.*"]), "vico.ds_configs"],
+    package_dir={"vico.ds_configs": "ds_configs"},
+    package_data={"vico.ds_configs": ["*.json"]},
     python_requires=">=3.10",
     install_requires=[
         # From 2.11 varlen_attn has the signature that ViCo calls (2.12 changed it: both work).

@@ -33,9 +33,9 @@ DEEPSPEED: dict[str, Case] = {
         ds(zero_optimization={"stage": 2, "reduce_bucket_size": "big"}),
         "ds.json: DeepSpeed refuses reduce_bucket_size 'big': Input should be a valid integer",
     ),
-    "ds_config, no such type": ds_config(
-        ds(communication_data_type="fp9"),
-        "ds.json: DeepSpeed refuses a value: Invalid communication_data_type.",
+    "ds_config, another type for gradients": ds_config(
+        ds(communication_data_type="bf16"),
+        "ds.json: 'communication_data_type' must go: gradients are summed in fp32",
     ),
     "ds_config, a switch as text": ds_config(
         ds(wall_clock_breakdown="yes"), 'wall_clock_breakdown is "yes" and must be true or false'

@@ -4,6 +4,9 @@ import argparse
 import pathlib
 import pickle
 import random
+import sys
+import types
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +67,37 @@ def test_model_alone_starts_a_new_run(tmp_path: Path) -> None:
     assert list(checkpoint.weights) == list(SHAPES) and same(checkpoint.weights, weights)
     assert checkpoint.moments is None and checkpoint.published_optimizer is None
     assert checkpoint.state == TrainState() and checkpoint.notes == ()
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+@pytest.mark.parametrize("name", ["PosixPath", "WindowsPath"])
+def test_paths_of_any_python_and_system(tmp_path: Path, module: str, name: str) -> None:
+    """Python 3.13 writes pathlib._local; Windows writes paths that cannot be opened here."""
+    path_class = type(name, (), {"__module__": module, "__reduce__": _as_path})
+    holder = types.ModuleType(module)
+    setattr(holder, name, path_class)
+    args = argparse.Namespace(seed=5, llama_model_path=path_class())
+    weights, _ = write_published(tmp_path / "b.pth")
+    known = sys.modules.get(module)
+    sys.modules[module] = holder
+    try:
+        torch.save({"model": weights, "args": args}, tmp_path / "a.pth")
+    finally:
+        sys.modules.pop(module)
+        if known is not None:
+            sys.modules[module] = known
+    assert f"{module}\n{name}".encode() in pickle_of(tmp_path / "a.pth")
+    assert validated(tmp_path / "a.pth").settings == {"seed": 5}
+
+
+def _as_path(self: Any) -> tuple[type, tuple[str, str]]:
+    """As pathlib pickles a path: by its class and parts."""
+    return type(self), ("pretrained", "llama")
+
+
+def pickle_of(path: Path) -> bytes:
+    with zipfile.ZipFile(path) as archive:
+        return archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
 
 
 @pytest.mark.parametrize("save_options", [{}, {"_use_new_zipfile_serialization": False}])

@@ -21,7 +21,16 @@ from vico.io.safe_load import is_float_tensor, load_tensors
 # These come before the gates of the layers.
 FIRST = ("adapter_query.weight", "visual_proj.weight", "temporal_emb.weight")
 MAX_EPOCHS, MAX_STEPS = 10**6, 10**12  # a larger number means a damaged file
-ALLOWED_CLASSES = [argparse.Namespace, pathlib.PosixPath, pathlib.WindowsPath]
+# Under every name: Python 3.13 writes pathlib's classes as pathlib._local's. A path of another
+# system is no path here, and is built as a pure one.
+ALLOWED_CLASSES = [
+    (argparse.Namespace, "argparse.Namespace"),
+    *((pathlib.PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
+    *(
+        (pathlib.PureWindowsPath, f"{module}.WindowsPath")
+        for module in ("pathlib", "pathlib._local")
+    ),
+]
 
 
 def read(path: Path) -> Checkpoint:

@@ -68,7 +68,7 @@ def is_float_tensor(value: object) -> bool:
 def load_tensors(
     path: Path,
     what: str,
-    allowed_classes: Sequence[type] = (),
+    allowed_classes: Sequence[type | tuple[type, str]] = (),
     *,
     allow_old_format: bool = False,
     verify_checksums: bool = False,
@@ -77,9 +77,10 @@ def load_tensors(
     """The content of a torch file, memory-mapped: all processes of a machine share its pages.
 
     `what` names the content in messages. `allowed_classes` may be built besides tensors and plain
-    containers. `allow_old_format`: also accept the format of torch < 1.6, which cannot be mapped
-    and is read into memory. `verify_checksums`: compare the checksums that torch.save wrote, which
-    torch.load ignores (takes a second per GB). Raises `error`.
+    containers; a name is that in the file. `allow_old_format`: also accept the format of
+    torch < 1.6, which cannot be mapped and is read into memory. `verify_checksums`: compare the
+    checksums that torch.save wrote, which torch.load ignores (takes a second per GB). Raises
+    `error`.
     """
     import torch
 

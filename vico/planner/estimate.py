@@ -14,7 +14,10 @@ from vico.planner.memory import FP32, ITEMSIZE, BatchShape, RunShape, activation
 from vico.planner.request import TOKEN_STEP, PlanRequest, Stage, TokenLengths
 from vico.planner.zero3_trace import BLOCK, gathered_modules, live_bytes
 
-SHIPPED_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+# In a checkout they lie beside the package, in an installed one inside (setup.py).
+_PACKAGE = Path(__file__).resolve().parents[1]
+_INSTALLED = _PACKAGE / "ds_configs"
+SHIPPED_CONFIGS = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "ds_configs"
 
 CONTEXT_BYTES = GIB // 2  # CUDA's context, cuBLAS's workspace
 COMMUNICATOR_BYTES = GIB // 2  # NCCL's buffers, with more than one GPU

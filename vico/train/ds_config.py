@@ -21,6 +21,7 @@ REFUSED = {
     "gradient_predivide_factor": "gradients are summed exactly",
     "prescale_gradients": "gradients are summed exactly",
     "gradient_allreduce_op": "gradients are summed exactly",
+    "communication_data_type": "gradients are summed in fp32",
     "compression_training": "the backbone is frozen",
     "activation_checkpointing": "DeepSpeed does not recompute this model's activations",
     "tensorboard": "curves are written to OUTPUT_DIR/runs",
@@ -70,8 +71,7 @@ SWITCHES = (
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
 )
-OTHERS = ("steps_per_print", "communication_data_type")
-KNOWN = frozenset({*RUN_KEYS, *REFUSED, *SECTIONS, *SWITCHES, *OTHERS})
+KNOWN = frozenset({*RUN_KEYS, *REFUSED, *SECTIONS, *SWITCHES, "steps_per_print"})
 MAX_SHOWN, MAX_REASON = 60, 300  # characters
 
 
@@ -211,6 +211,7 @@ def _brief(value: Any) -> str:
 def _refuse(key: str, value: Any, path: Path) -> None:
     is_off = value in ("auto", None, 0, False)
     is_off = is_off or (isinstance(value, dict) and value.get("enabled") is False)
+    is_off = is_off or (key == "communication_data_type" and value == "fp32")
     if key in REFUSED and not is_off:
         _fail(path, f"'{key}' must go: {REFUSED[key]}")
 
