@@ -26,7 +26,7 @@ EXIT_CODES = {
     6: "the disk is full, or another run uses the output_dir or the port",
     RESUMABLE: "stopped by SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 or SIGXCPU, and saved: "
     "rerun the same command to resume",
-    INTERRUPTED: "stopped by Ctrl-C, and saved: rerun the same command to resume",
+    INTERRUPTED: "stopped by Ctrl-C; training has saved: rerun the same command to resume",
 }
 
 MAX_SHOWN_CHARACTERS = 60

@@ -25,6 +25,7 @@ from support.processes import Processes, start
 from support.run_fixture import FEATURES, OPTIMIZER, PUBLISHED, RunFixture, make_run_fixture
 from support.warm_process import WarmProcess, warm_processes
 from vico.cli.main import main
+from vico.distributed import signals
 from vico.distributed import world as dist
 from vico.io import output_dir
 
@@ -67,7 +68,8 @@ def test_one_line_says_where_and_what_to_do(
 def test_debug_shows_where_an_error_comes_from(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--debug", "--batch_size", "0"]) == 2
     err = capfd.readouterr().err
-    message = "vico: error: --batch_size 0: must be a whole number of at least 1"
+    message = "vico: error: --batch_size 0: must be a whole number of at least 1, "
+    message += "and at most a billion"
     assert "Traceback" in err and err.splitlines()[-1] == message
 
 
@@ -89,6 +91,17 @@ def test_odd_but_legal_settings(copied: RunFixture, in_this_process: None) -> No
     )(copied)
     line = f"eval --resume {{fixture}}/{PUBLISHED} --deepspeed {{fixture}}/ds.json"
     assert main(copied.command(line)) == 0
+
+
+def test_main_in_another_program(copied: RunFixture, in_this_process: None) -> None:
+    """A notebook or a thread calls `main`: it gets the code, and its own signal handlers back."""
+    before = signals.handlers()
+    line = ["train", *copied.flags, "--output_dir", str(copied.folder / "threads")]
+    line += "--max_steps 1 --warmup_epochs 1 --epochs 1".split()
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(main, line).result() == 0
+    assert main([*line, "--batch_size", "0"]) == 2
+    assert signals.handlers() == before and signals.stop_requested() == 0
 
 
 @pytest.mark.parametrize("size", [150_000, 100_000, 2_500])

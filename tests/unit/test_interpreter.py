@@ -12,6 +12,7 @@ import pytest
 from support.processes import ROOT, base_environment, run_command
 from vico.cli import main as command
 from vico.cli.main import COMMANDS
+from vico.errors import INTERRUPTED
 
 ENTRIES = ["vico/__main__.py", "vico/cli/main.py", "vico/cli/interpreter.py"]
 ENTRIES += ["launch/train.sh", "launch/eval.sh", "launch/start.py"]
@@ -68,6 +69,19 @@ def test_locale_and_warnings_end_no_command(tmp_path: Path) -> None:
     run = run_command(words, tmp_path, environment)
     assert run.codes == [2] and "Traceback" not in run.output, run.output
     assert "error(s), 0 warning(s)" in run.stdouts[0]
+
+
+def test_ctrl_c_speaks_of_no_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a command that saves none."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vico.cli.demo.make_toy_dataset", interrupt)
+    assert command.main(["demo"]) == INTERRUPTED
+    assert capsys.readouterr().err == "vico: stopped by Ctrl-C; the same command starts it again\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

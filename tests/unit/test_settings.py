@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from support.command_line import error_of, parse_line, recipe
 from support.processes import ROOT
 from vico.checkpoint.format import Checkpoint
-from vico.cli.evaluate import settings_of
-from vico.cli.flags import CommandLine, parse
+from vico.cli.evaluate import on_replaced_predictions, settings_of
+from vico.cli.flags import CommandLine, parse, training_notes
 from vico.errors import UserError
 from vico.train import config as configs
 from vico.train.config import NOT_IDENTITY, RunConfig
@@ -83,6 +83,35 @@ def test_evaluation_ignores_how_a_run_saved(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path / "run" / "checkpoint-1", {}, settings=settings)
     config, _ = settings_of(checkpoint, CommandLine({}, (), False))
     assert (config.save_steps, config.epochs) == (None, 7)
+
+
+def test_evaluation_keeps_the_predictions_of_the_run(tmp_path: Path) -> None:
+    """Another dataset needs another folder; other settings are said."""
+    run = tmp_path / "run"
+    saved = {"dataset": "nextqa", "precision": "bf16", "seed": 1}
+    checkpoint = Checkpoint(run / "checkpoint-1", {}, settings=saved)
+
+    def notes_for(**given: Any) -> list[str]:
+        return on_replaced_predictions(checkpoint, given)
+
+    assert notes_for(dataset="star") == [], "no run is there"
+    run.mkdir()
+    (run / "args.json").write_text("{}", encoding="utf-8")
+    assert notes_for() == notes_for(dataset="nextqa", batch_size=3) == []
+    with pytest.raises(UserError, match=r"^--dataset star: .* nextqa, .*_test.jsonl would be"):
+        notes_for(dataset="star", split="test")
+    assert notes_for(dataset="star", output_dir=tmp_path / "other") == []
+    (note,) = notes_for(precision="fp32")
+    assert note.startswith("note: --precision fp32: unlike the run, whose predictions_val.jsonl")
+
+
+def test_settings_that_do_less_than_they_seem_to() -> None:
+    (note,) = training_notes(RunConfig(epochs=5))
+    assert "--warmup_epochs 40 is above --epochs 5" in note and "rises to 12.5% of its peak" in note
+    enough = RunConfig(epochs=40, split="test")
+    (note,) = training_notes(enough)
+    assert note.startswith("--split test: epochs are evaluated on val; ")
+    assert training_notes(dataclasses.replace(enough, init_eval=True)) == []
 
 
 def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

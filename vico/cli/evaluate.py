@@ -1,14 +1,15 @@
 """`vico eval`: score the questions of a split with a checkpoint."""
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from vico.cli.flags import CommandLine, parse_with_checkpoint
 from vico.cli.with_world import with_world
+from vico.errors import UserError
 from vico.io import streams
 from vico.io.output_dir import OutputDir
-from vico.train.config import SAVING, SHAPES, RunConfig
+from vico.train.config import NOT_IDENTITY, SAVING, SHAPES, RunConfig
 
 if TYPE_CHECKING:  # they import torch, which is slow; a mistyped flag is reported before
     from vico.checkpoint.format import Checkpoint
@@ -31,6 +32,7 @@ def main(argv: list[str]) -> int:
         with world.raise_together():
             checkpoint = read_checkpoint(line.given["resume"])
             config, notes = settings_of(checkpoint, line)
+            notes += on_replaced_predictions(checkpoint, line.given)
         require_same_files(world, config)
         evaluate_checkpoint(config, checkpoint, world, notes)
 
@@ -65,6 +67,29 @@ def evaluate_checkpoint(
     engine = build_engine(config, inputs, checkpoint.weights, world)
     evaluation = evaluate(engine, inputs, config.split, config, world)
     report(evaluation, config.split, config, world)
+
+
+def on_replaced_predictions(checkpoint: "Checkpoint", given: Mapping[str, Any]) -> list[str]:
+    """A note where predictions of other settings replace those of the checkpoint's own run.
+
+    Raises UserError for another dataset: those are no newer version of them.
+    """
+    run = OutputDir(checkpoint.path.parent)
+    changed = [
+        f"--{name} {value}"
+        for name, value in given.items()
+        if name not in NOT_IDENTITY and checkpoint.settings.get(name, value) != value
+    ]
+    if "output_dir" in given or not changed or not run.has_run():
+        return []
+    path = run.predictions(given.get("split", "val"))
+    dataset = checkpoint.settings.get("dataset")
+    if given.get("dataset", dataset) != dataset:
+        raise UserError(
+            f"--dataset {given['dataset']}: the run of {run} is of {dataset}, and its {path.name} "
+            "would be overwritten; name another folder by --output_dir"
+        )
+    return [f"note: {', '.join(changed)}: unlike the run, whose {path.name} is replaced"]
 
 
 def settings_of(checkpoint: "Checkpoint", line: CommandLine) -> tuple[RunConfig, list[str]]:

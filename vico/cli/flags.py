@@ -72,6 +72,21 @@ def parse(argv: Sequence[str], command: str, description: str) -> CommandLine:
     return CommandLine(given, tuple(notes), "debug" in typed)
 
 
+def training_notes(config: RunConfig) -> list[str]:
+    """About settings that do less than they seem to."""
+    notes = []
+    if config.split != "val" and not config.init_eval:
+        evaluation = f"evaluate that by `vico eval --split {config.split}`"
+        notes.append(f"--split {config.split}: epochs are evaluated on val; {evaluation}")
+    if config.warmup_epochs > config.epochs:
+        share = config.epochs / config.warmup_epochs
+        notes.append(
+            f"--warmup_epochs {config.warmup_epochs:g} is above --epochs {config.epochs}: the "
+            f"learning rate rises to {share:.1%} of its peak, and the run ends there"
+        )
+    return notes
+
+
 def parse_with_checkpoint(argv: Sequence[str], command: str, description: str) -> CommandLine:
     """As `parse`, for a command that needs --resume."""
     line = parse(argv, command, description)

@@ -56,7 +56,27 @@ SRUN_LINGER_SECONDS = 0.5
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one subcommand; returns the exit code (errors.EXIT_CODES)."""
+    """Run one subcommand; returns the exit code (errors.EXIT_CODES).
+
+    For other programs and notebooks: their signal handlers are put back at the end.
+    """
+    handlers = signals.handlers()
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:
+        return _interrupted()
+    finally:
+        signals.put_back(handlers)
+
+
+def _interrupted() -> int:
+    """Ctrl-C in a command that does not save, or before a training run could handle it."""
+    if launcher_env.is_rank_0():
+        log.warning("stopped by Ctrl-C; the same command starts it again")
+    return INTERRUPTED
+
+
+def _main(argv: Sequence[str]) -> int:
     debug = "--debug" in argv
     if isinstance(sys.stdout, io.TextIOWrapper):
         # As on stderr: a name that the terminal cannot show must not end a run.
@@ -84,10 +104,6 @@ def main(argv: Sequence[str]) -> int:
         if "0" in (os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK")):
             print(f"vico: {stop.line}", flush=True)
         return stop.exit_code
-    except KeyboardInterrupt:
-        if launcher_env.is_rank_0():
-            log.warning("stopped by Ctrl-C; rerun the same command to resume")
-        os._exit(INTERRUPTED)  # at once: a collective would wait for ranks that may be gone
 
 
 def _run(command: str, argv: list[str]) -> int:
@@ -120,7 +136,9 @@ def console(argv: Sequence[str] | None = None, command: str | None = None) -> No
     streams.guard()
     words = [*([command] if command else []), *(sys.argv[1:] if argv is None else argv)]
     try:
-        code = main(words)
+        code = _main(words)
+    except KeyboardInterrupt:
+        os._exit(_interrupted())  # at once: a collective would wait for ranks that may be gone
     except Exception:  # a bug
         traceback.print_exc()
         code = INTERNAL_ERROR

@@ -1,8 +1,9 @@
 """`vico train`: train, or resume the run in OUTPUT_DIR; with --resume and --init_eval, evaluate."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from vico.cli.flags import parse
+from vico.cli.flags import parse, training_notes
 from vico.cli.with_world import with_world
 from vico.distributed import launcher_env, signals
 from vico.io import log
@@ -22,6 +23,8 @@ def main(argv: list[str]) -> int:
     signals.install_handlers()
     line = parse(argv, "vico train", DESCRIPTION)
     config = line.resolve()
+    if not config.only_evaluates:
+        line = replace(line, notes=(*line.notes, *training_notes(config)))
     output_dir = OutputDir(config.output_dir)
     if launcher_env.is_rank_0() and output_dir.has_run() and not config.only_evaluates:
         # Before the ranks meet: a folder in use is reported at once. A folder without a run is

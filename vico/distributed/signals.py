@@ -10,8 +10,10 @@ import faulthandler
 import os
 import signal
 import sys
+import threading
 import time
 from types import FrameType
+from typing import Any
 
 from vico.errors import INTERRUPTED, RESUMABLE
 
@@ -58,10 +60,27 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 def install_handlers() -> None:
     """Record the signals from now on. A second SIGTERM or SIGINT, after 2 s, ends the process."""
-    for number in SIGNALS:
-        if not _is_ignored_hangup(number):
-            signal.signal(number, _handle)
+    _handle_by({number: _handle for number in SIGNALS if not _is_ignored_hangup(number)})
     unblock()
+
+
+def handlers() -> dict[int, Any]:
+    """The handler of each signal, for `put_back`."""
+    return {number: signal.getsignal(number) for number in BLOCKED}
+
+
+def put_back(earlier: dict[int, Any]) -> None:
+    """End the work of this module in a program that goes on: a notebook, a test."""
+    global _number, _received_at
+    _number, _received_at = 0, 0.0
+    _handle_by({number: handler for number, handler in earlier.items() if handler is not None})
+
+
+def _handle_by(chosen: dict[int, Any]) -> None:
+    """Python lets the main thread alone choose handlers. In another one, its program decides."""
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in chosen.items():
+            signal.signal(number, handler)
 
 
 def unblock() -> None:
@@ -76,15 +95,12 @@ def print_stacks_on_quit() -> None:
 
 def ignore_all() -> None:
     """For helper processes: they end with their rank, which handles the signals."""
-    for number in BLOCKED:
-        signal.signal(number, signal.SIG_IGN)
+    _handle_by(dict.fromkeys(BLOCKED, signal.SIG_IGN))
 
 
 def restore_default_handlers() -> None:
     """Let the signals end the process again: after an error nothing is left to save."""
-    for number in SIGNALS:
-        if not _is_ignored_hangup(number):
-            signal.signal(number, signal.SIG_DFL)
+    _handle_by({n: signal.SIG_DFL for n in SIGNALS if not _is_ignored_hangup(n)})
 
 
 def _is_ignored_hangup(number: int) -> bool:
