@@ -48,7 +48,7 @@ COMMANDS = {
         "Inject faults into runs, files and disks, and check that none does harm.",
     ),
 }
-OF_SEVERAL_RANKS = {"train", "eval", "quantize-eval"}
+OF_SEVERAL_RANKS = {"train", "eval", "quantize-eval", "cost"}
 ALIASES = {"cost": "quantize-eval"}
 
 # srun ends a step as soon as one task has failed, and can lose that task's last line (22.05).
