@@ -41,8 +41,8 @@ def with_world(line: CommandLine, work: Callable[["World"], None]) -> int:
     timeout = timedelta(minutes=config.collective_timeout)
     hang_seconds = 60 * config.hang_timeout
     world = connect(timeout, config.expect_world_size, hang_seconds, exit_cause.on_peer_exit)
-    assert world.watchdog is not None
-    world.watchdog.on_hang = restart_limit.record_failure
+    if world.watchdog is not None:
+        world.watchdog.on_hang = restart_limit.record_failure
     code, together = 0, True
     try:
         try:
@@ -51,7 +51,8 @@ def with_world(line: CommandLine, work: Callable[["World"], None]) -> int:
             require_same_code(world, line.given)
             work(world)
         finally:
-            world.watchdog.ignore_exits()
+            if world.watchdog is not None:
+                world.watchdog.ignore_exits()
     except signals.Stopped as stop:
         # The state is saved. Launchers send another signal as soon as the first rank has ended.
         signals.ignore_all()
