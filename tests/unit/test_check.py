@@ -12,8 +12,10 @@ from support.toy_dataset import ToyData, make_rows, records, write_csv
 from vico.cli.main import main
 from vico.data import length_stats
 from vico.data.features import Features, Scan
+from vico.data.prompts import Prompts
+from vico.data.types import Question
 from vico.distributed import world as dist
-from vico.io import file_cache
+from vico.io import file_cache, log
 
 CLIPS = "clipvitl14.pth"
 
@@ -163,6 +165,40 @@ def test_results_are_cached(
     shutil.rmtree(cache)
     cache.write_text("no folder")
     assert check() == (report, all_steps)
+
+
+def test_a_check_that_was_killed_goes_on(
+    data: Path,
+    flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Measured rows are reported on the way, and not measured again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(file_cache, "SETTLED_SECONDS", -1)
+    monkeypatch.setattr(log, "PROGRESS_SECONDS", -1)
+    monkeypatch.setattr(length_stats, "ROWS_PER_REPORT", 8)
+    length = Prompts.length
+    measured: list[str] = []
+    last = 12
+
+    def killed_length(prompts: Prompts, question: Question, task: str) -> int:
+        measured.append(question.place)
+        if len(measured) == last:
+            raise SystemExit
+        return length(prompts, question, task)
+
+    monkeypatch.setattr(Prompts, "length", killed_length)
+    with pytest.raises(SystemExit):
+        main(["check", *flags])
+    assert measured[0] == "train.csv:2"
+    assert "train: measured 8 of 20 questions\n" in capfd.readouterr().out
+    measured.clear()
+    last = 0
+    assert main(["check", *flags]) == 0
+    assert measured[0] == "train.csv:10"
+    assert "train: measured 16 of 20 questions\n" in capfd.readouterr().out
 
 
 def test_dropped_questions_are_counted_in_every_result(
