@@ -3,6 +3,7 @@
 import contextlib
 import io
 import resource
+import sys
 import time
 import zipfile
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import torch
 from faults.payloads import as_old, as_zip, of_size
 from support.errors import refusal
 from support.feature_files import save
+from support.processes import Processes, base_environment, run_command, start_command
 from vico.checkpoint import published
 from vico.cli import flags
 from vico.cli.main import main
@@ -144,3 +146,34 @@ def test_logs_of_many_steps(tmp_path: Path) -> None:
     assert "lacks 999999999999995 of 999999999999998 step(s)" in lines[0]
     lines = gaps(OutputDir(tmp_path), logs, 8, False, 4, from_start=True)
     assert "lacks 6 of 8 step(s)" in lines[0] and "lacks 1 of 2 epoch(s)" in lines[1]
+
+
+# Limits of the process
+
+
+def test_few_descriptors_are_one_line(tmp_path: Path) -> None:
+    def limited(soft: int, hard: int) -> Processes:
+        code = "import resource, sys; from vico.cli.main import main; "
+        code += f"resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard})); "
+        code += "c = main(['plan', '--gpu', 'H100']); "
+        code += "print(resource.getrlimit(resource.RLIMIT_NOFILE)); sys.exit(c)"
+        return run_command([sys.executable, "-c", code], tmp_path, seconds=60)
+
+    few = limited(32, 32)
+    (line,) = few.stderrs[0].splitlines()
+    assert few.codes == [2] and line.startswith("vico: error: this process may open 32 files at a")
+    raised = limited(32, 2000)
+    assert raised.codes == [0] and "(1024, 2000)" in raised.stdouts[0]
+
+
+def test_a_long_tmpdir(tmp_path: Path) -> None:
+    """The server of the data workers starts, and its socket is bound where its name fits."""
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    code = "from multiprocessing import forkserver as f, util; "
+    code += "from vico.data import dataloader as d; d.PRELOADED.clear(); d.start_forkserver(); "
+    code += "print(f._forkserver._forkserver_address)"
+    environment = base_environment(TMPDIR=str(folder))
+    run = start_command([sys.executable, "-c", code], tmp_path, environment)
+    assert run.wait(60) == [0], run.output
+    assert run.stdouts[0].startswith("/tmp/pymp-")

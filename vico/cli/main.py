@@ -4,6 +4,7 @@ import atexit
 import importlib
 import io
 import os
+import resource
 import sys
 import time
 import traceback
@@ -51,6 +52,8 @@ COMMANDS = {
 OF_SEVERAL_RANKS = {"train", "eval", "quantize-eval", "cost"}
 ALIASES = {"cost": "quantize-eval"}
 
+# Open files, sockets and pipes: a run of one rank needs some 60, each further rank a few.
+MIN_DESCRIPTORS, MAX_DESCRIPTORS = 128, 1024
 # srun ends a step as soon as one task has failed, and can lose that task's last line (22.05).
 SRUN_LINGER_SECONDS = 0.5
 
@@ -86,6 +89,7 @@ def _main(argv: Sequence[str]) -> int:
     # For libraries, DeepSpeed in particular: torch.load executes no pickle.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
+        require_descriptors()
         launcher_env.set_rank_variables()
         command, *rest = argv or [""]
         if command in ("-h", "--help", ""):
@@ -104,6 +108,22 @@ def _main(argv: Sequence[str]) -> int:
         if "0" in (os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK")):
             print(f"vico: {stop.line}", flush=True)
         return stop.exit_code
+
+
+def require_descriptors() -> None:
+    """Raise the limit of open files to MAX_DESCRIPTORS; UserError for one that is too small.
+
+    A run would end in the middle, wherever the next file, socket or pipe is opened.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    largest = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < largest:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (largest, hard))
+    if largest < MIN_DESCRIPTORS:
+        raise UserError(
+            f"this process may open {largest} files at a time, and needs {MIN_DESCRIPTORS} at "
+            f"least; start it with a higher limit (ulimit -n {MAX_DESCRIPTORS})"
+        )
 
 
 def _run(command: str, argv: list[str]) -> int:

@@ -12,9 +12,10 @@ import multiprocessing
 import os
 import pickle
 import signal
+import tempfile
 import threading
 from collections.abc import Callable
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.queues import Queue
 from multiprocessing.reduction import ForkingPickler
@@ -32,6 +33,8 @@ from vico.distributed import signals
 
 PREFETCHED_BATCHES = 4  # per worker
 SHARED_MEMORY = "/dev/shm"
+# A socket's name has 107 bytes at most, of which multiprocessing adds 32.
+MAX_SOCKET_FOLDER_BYTES = 107 - len("/pymp-12345678/listener-12345678")
 PRELOADED = [
     "torch",
     "vico.data.batching",
@@ -70,6 +73,7 @@ def start_forkserver() -> None:
     paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     if paths[0] not in paths[1].split(os.pathsep):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    _choose_socket_folder()
     old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals.BLOCKED)
     try:
         resource_tracker.ensure_running()  # unblocks two of the signals when it starts
@@ -77,6 +81,20 @@ def start_forkserver() -> None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
+
+
+def _choose_socket_folder() -> None:
+    """Have multiprocessing put its sockets into /tmp where TMPDIR is too long for their names.
+
+    Python does so itself from 3.14 on; before, binding the server's socket fails.
+    """
+    if len(os.fsencode(tempfile.gettempdir())) <= MAX_SOCKET_FOLDER_BYTES:
+        return
+    usual, tempfile.tempdir = tempfile.tempdir, "/tmp"
+    try:
+        util.get_temp_dir()  # which this process and its workers keep
+    finally:
+        tempfile.tempdir = usual
 
 
 def loader(
