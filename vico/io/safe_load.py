@@ -256,7 +256,10 @@ def _parts_fault(entries: Sequence[zipfile.ZipInfo], num_bytes: int) -> str | No
 
 def _sized_class(archive: zipfile.ZipFile) -> str | None:
     """A class in the archive's pickles whose size is a number; None: there is none."""
+    has_checksums = any(entry.CRC for entry in archive.infolist())
     for entry in archive.infolist():
+        if not has_checksums:
+            del entry.CRC  # zipfile then compares none; torch can save without them
         is_pickle = entry.filename.lower().endswith("data.pkl")
         if is_pickle and (name := sized_class(archive.read(entry))):
             return name
