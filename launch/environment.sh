@@ -32,7 +32,13 @@ fi
 
 # The Python to build on.
 base=
-for name in ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10}; do
+# From here on the current folder is the checkout: `python -m` and `python -c` import from it, and
+# the user's may hold anything. It also spares pip a path with blanks for '-e .[dev]' below.
+[[ ${PYTHON:-} != */* || $PYTHON == /* ]] || PYTHON=$PWD/$PYTHON
+cd "$root"
+candidates=(python3 python3.13 python3.12 python3.11 python3.10)
+[[ -z ${PYTHON:-} ]] || candidates=("$PYTHON")
+for name in "${candidates[@]}"; do
     if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
         base=$name
         break
@@ -58,7 +64,6 @@ fi
 touch "$begun"
 rm -f "$venv/stamp"
 
-cd "$root" # for '-e .[dev]' below: pip would split a longer path at its blanks
 quiet=-qq
 [[ -t 2 ]] && quiet= # on a terminal, show pip's progress
 pip() { "$venv/bin/python" -m pip $quiet --disable-pip-version-check "$@" >&2; }
@@ -69,7 +74,8 @@ pip_failed() {
 
 # torch first and alone: its right build depends on the machine, and deepspeed's setup imports it.
 # PyPI's torch for Linux brings gigabytes of CUDA. Without a GPU take the CPU build: from a folder
-# that pip searches (PIP_FIND_LINKS), else from PyTorch's index.
+# that pip searches (PIP_FIND_LINKS), else from PyTorch's index: torch alone, as of two indexes the
+# one with the higher version of a package would win.
 torch=$(grep '^torch==' launch/constraints.txt)
 say "installing $torch"
 has_torch() {
@@ -79,8 +85,7 @@ has_torch() {
 pytorch_index=https://download.pytorch.org/whl/cpu
 if [[ $(uname -s) == Linux ]] && ! has_gpu && ! has_torch; then
     pip install --no-index --no-deps "$torch+cpu" 2>/dev/null ||
-        pip --timeout 10 --retries 1 install -c launch/constraints.txt \
-            --extra-index-url "$pytorch_index" "$torch+cpu" ||
+        pip --timeout 10 --retries 1 install --no-deps --index-url "$pytorch_index" "$torch+cpu" ||
         say "no CPU build is available; taking PyPI's, a download of gigabytes"
 fi
 pip install -c launch/constraints.txt "$torch" setuptools || pip_failed torch

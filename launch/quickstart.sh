@@ -7,6 +7,7 @@ source "$(dirname "$(readlink -f "$0")")/common.sh"
 
 demo=$(readlink -m "${VICO_DEMO_DIR:-$root/demo}")
 run=$demo/run
+cd "$root" # `python -m` imports from the current folder; the user's may hold anything
 if has_gpu; then where="all GPUs of this machine" size="some gigabytes"; else
     where="${VICO_RANKS:-2} rank(s) on the CPU, as there is no GPU" size="about 300 MB"
     export VICO_RANKS=${VICO_RANKS:-2}

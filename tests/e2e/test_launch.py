@@ -113,6 +113,58 @@ def test_is_valid_python(name: str) -> None:
     compile((ROOT / "launch" / name).read_text(), name, "exec")
 
 
+FAKE_PYTHON = """#!/bin/sh
+pwd >>"$SEEN/folders"
+exit 3
+"""
+START_HELPERS = """
+from vico.data.dataloader import start_forkserver
+start_forkserver()
+"""
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> Path:
+    """A folder in which Python would find other modules than it should."""
+    folder = tmp_path / "planted"
+    folder.mkdir()
+    for name in ("torch", "json", "socket", "multiprocessing", "pickle", "venv", "vico"):
+        (folder / f"{name}.py").write_text(f"raise SystemExit('planted {name}')")
+    return folder
+
+
+def test_torchrun_imports_nothing_from_the_current_folder(planted: Path) -> None:
+    text = (ROOT / "launch" / "slurm" / "nodes.sbatch").read_text()
+    assert " -m " not in "".join(line for line in text.splitlines() if "$python" in line)
+    program = text.split('torchrun="')[1].split('"')[0]
+    done = run_command([sys.executable, "-c", program, "--help"], planted, user_environment())
+    assert done.codes == [0] and "--nproc-per-node" in done.output, done.output
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no switch for it")
+def test_helpers_import_nothing_from_the_current_folder(planted: Path, tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text(START_HELPERS)
+    paths = user_environment(PYTHONPATH=str(ROOT))
+    done = run_command([sys.executable, str(tmp_path / "rank.py")], planted, paths)
+    assert (done.codes, done.output.strip()) == ([0], "")
+
+
+@pytest.mark.parametrize("name", ["environment.sh", "quickstart.sh"])
+def test_python_starts_in_the_checkout(checkout: Path, name: str) -> None:
+    """Its current folder is one that it may import from."""
+    python = checkout / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "setup.py", checkout)
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    if name == "quickstart.sh":
+        (checkout / "launch" / "environment.sh").write_text("exit 0")
+    done = run_script(name, checkout=checkout, PYTHON=str(python))
+    assert done.codes != [0]
+    folders = (checkout.parent / "seen" / "folders").read_text().splitlines()
+    assert set(folders) == {str(checkout)}, done.output
+
+
 def test_one_rank(checkout: Path) -> None:
     """It gets the flags verbatim, in the user's directory, also through a link to the script."""
     link = checkout.parent / "train"

@@ -74,6 +74,8 @@ def start_forkserver() -> None:
     if paths[0] not in paths[1].split(os.pathsep):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     _choose_socket_folder()
+    # Python starts both by `-c`, which imports from the current folder. 3.10 has no such switch.
+    os.environ["PYTHONSAFEPATH"] = "1"
     old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals.BLOCKED)
     try:
         resource_tracker.ensure_running()  # unblocks two of the signals when it starts

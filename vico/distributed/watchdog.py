@@ -176,7 +176,7 @@ class Watchdog:
     def _exchange_heartbeats(self) -> None:
         """Publish this rank's heartbeat and, when its main thread is silent, read the others'.
 
-        So N ranks that make progress send N requests in an interval, not N^2. It blocks when the
+        So the requests of N ranks that make progress grow with N, not N^2. It blocks when the
         host of the store hangs. Hence progress is checked by another thread.
         """
         pause = 0.0
