@@ -58,7 +58,7 @@ class LineMap:
 class Verdict:
     mutation: Mutation
     num_tests: int
-    how: str  # red, time limit, survived, no test runs it
+    how: str  # red, time limit, survived, undecided, no test runs it
     test: str = ""  # which was red
     seconds: float = 0.0
 
@@ -152,6 +152,8 @@ def try_all(mutations: Sequence[Mutation], known: LineMap, copies: Sequence[Path
                 tests.remove(test)  # red in any case, when it runs alone
                 continue
             how = "time limit" if "Timeout (" in result.stderr or result.code == -9 else "red"
+            if how == "time limit" and _run(worker, tests, known).code != 0:
+                how = "undecided: its tests exceed the time limit without it too"
             return Verdict(mutation, len(tests), how, test, result.seconds)
         return Verdict(mutation, 0, "no test runs it")
 

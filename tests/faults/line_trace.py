@@ -5,6 +5,7 @@ test in an environment variable, which they inherit. With `-p faults.line_trace`
 each test ended.
 """
 
+import fcntl
 import os
 import sys
 import threading
@@ -17,6 +18,7 @@ from typing import Any
 TRACE_FILE = "VICO_TRACE_FILE"  # a variable: where lines are noted; nothing is traced without it
 TEST = "PYTEST_CURRENT_TEST"
 REPORTS = ".reports"
+MIN_DESCRIPTOR = 64
 # A file of the package and a line of it.
 Line = tuple[str, int]
 
@@ -59,7 +61,10 @@ def start() -> None:
     path = os.environ.get(TRACE_FILE)
     if path is None:
         return
-    notes = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    # Not a standard stream's number, where a test has closed that stream.
+    notes = fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, MIN_DESCRIPTOR)
+    os.close(opened)
     package = Path(__file__).resolve().parents[2] / "vico"
     tracer = _Tracer(package, notes)
     threading.settrace(tracer.call)
