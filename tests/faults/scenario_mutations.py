@@ -1,7 +1,8 @@
 """Our own code, broken on purpose in a copy of the checkout: each break must turn a test red.
 
 BREAKS are made by hand, one for each promise. The other breaks are drawn by --seed from the
-operators of mutation_operators.py. A share of them must be caught; the others are named.
+operators of mutation_operators.py. At full scale a share of them must be caught; those that are not
+are named. The few of the quick scale are no measure: their share is printed only.
 """
 
 import os
@@ -39,8 +40,8 @@ BREAKS = (
     Break(
         "no file is flushed",
         "vico/io/atomic.py",
-        "            os.fsync(file.fileno())\n    _flush_folder",
-        "            pass\n    _flush_folder",
+        "        os.fsync(file.fileno())\n",
+        "        pass\n",
         ORDER,
     ),
     Break(
@@ -161,15 +162,19 @@ def run(scale: Scale) -> Result:
         )
     by_hand = _run_breaks(scale)
     verdicts = drawn_mutations.run(scale.quick, scale.seed, scale.folder)
-    problems = _judge(verdicts)
+    too_few = _print_share(verdicts)
+    problems = [] if scale.quick else too_few
     failures = [*by_hand.facts["failures"], *problems]
     facts = {**by_hand.facts, "failures": failures, "drawn": drawn_mutations.facts(verdicts)}
     # The drawn ones are one case: a share of them.
     return Result(by_hand.passed + (not problems), by_hand.of + 1, facts)
 
 
-def _judge(verdicts: Sequence[Verdict]) -> list[str]:
-    """Print the share of the drawn mutations that is caught, and the others. Returns failures."""
+def _print_share(verdicts: Sequence[Verdict]) -> list[str]:
+    """Print the share of the drawn mutations that is caught, and the others.
+
+    Returns a failure where the share is below the goal.
+    """
     caught = sum(verdict.is_caught for verdict in verdicts)
     share = f"{caught} of {len(verdicts)} drawn mutations are caught"
     print(f"   {share} ({caught / len(verdicts):.0%}; goal {MIN_SHARE:.0%})", flush=True)

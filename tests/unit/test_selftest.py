@@ -96,12 +96,12 @@ def test_a_mutation_is_tried_by_the_tests_of_its_lines() -> None:
 def test_the_share_that_is_caught_is_judged(capsys: pytest.CaptureFixture[str]) -> None:
     mutation = mutations("vico/f.py", SOURCE)[0]
     caught = [Verdict(mutation, 1, "red", "t")] * 8 + [Verdict(mutation, 1, "time limit", "t")]
-    assert not scenario_mutations._judge([*caught, Verdict(mutation, 1, "survived")])
+    assert not scenario_mutations._print_share([*caught, Verdict(mutation, 1, "survived")])
     said = capsys.readouterr().out
     assert "9 of 10 drawn mutations are caught (90%; goal 90%)" in said
     assert "survived: vico/f.py:2: constant: 3 -> 4" in said
     none = [Verdict(mutation, 0, "no test runs it")] * 2
-    assert scenario_mutations._judge([*caught, *none]) == [
+    assert scenario_mutations._print_share([*caught, *none]) == [
         "only 9 of 11 drawn mutations are caught"
     ]
 

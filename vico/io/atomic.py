@@ -69,6 +69,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
         write_new(temporary, data)
+        _flush_file(temporary)
         temporary.replace(path)
     except OSError as error:
         # The free space is measured before the half-written file is removed.
@@ -80,12 +81,10 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_new(path: Path, data: bytes) -> None:
-    """Write a file under a name that ViCo alone uses, flushed to the disk. Raises OSError."""
+    """Write a file under a name that ViCo alone uses. The caller flushes it. Raises OSError."""
     path.unlink(missing_ok=True)  # a killed run's, or a link: it is not followed
     with open(open_to_write(path, os.O_WRONLY | os.O_EXCL), "wb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -152,8 +151,7 @@ def _write_temporary(temporary: Path, fill: Callable[[Path], None]) -> None:
     fill(temporary)
     reached("save:written")
     for path in filter(is_file, temporary.iterdir()):
-        with open_to_read(path) as file:
-            os.fsync(file.fileno())
+        _flush_file(path)
     _flush_folder(temporary)
     reached("save:flushed")
 
@@ -217,6 +215,11 @@ def _reason(error: OSError, folder: Path) -> str:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return str(error.strerror)
     return f"{error.strerror}: {shutil.disk_usage(folder).free:,} bytes free"
+
+
+def _flush_file(path: Path) -> None:
+    with open_to_read(path) as file:
+        os.fsync(file.fileno())
 
 
 def _flush_folder(folder: Path) -> None:
