@@ -1,6 +1,7 @@
 """Options of ZeRO: a save and a resume under each that is let through, on two ranks."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,6 +61,21 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "zero3, offload": {**STAGE_3, "offload_param": CPU, "offload_optimizer": CPU},
 }
 ROUND_ROBIN = {"stage": 2, "round_robin_gradients": True}
+# A run whose saves would hold the values of one tensor in another order.
+WRONG_SAVES = """
+from vico.cli.main import console
+from vico.train.engine import Engine
+
+right = Engine.state
+
+def wrong(engine):
+    weights, moments = right(engine)
+    weights["temporal_emb.weight"] = weights["temporal_emb.weight"].flip(1)
+    return weights, moments
+
+Engine.state = wrong
+console()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +118,11 @@ def test_weights_that_are_not_live_are_not_saved(toy: ToyData, alone: World, sta
     weights["temporal_emb.weight"][0, 0] += 1e-3
     with pytest.raises(TrainingError, match=r"other values of temporal_emb\.weight than the model"):
         engine.require_live(weights)
+
+
+def test_a_run_saves_nothing_that_is_not_live(toy: ToyData, tmp_path: Path) -> None:
+    flags = ("train", *toy.flags, "--output_dir", str(tmp_path / "run"), "--save_steps", "1")
+    run = start(*flags, ranks=1, program=("-c", WRONG_SAVES))
+    assert run.wait() == [TrainingError.exit_code], run.output
+    assert "other values of temporal_emb.weight than the model has" in run.output
+    assert not list((tmp_path / "run").glob("checkpoint*"))
