@@ -59,13 +59,14 @@ def test_valid_files_are_described(
         nan=torch.full((2, 768), torch.nan),
         zero=torch.zeros(3, 768),
     )
-    assert main(["check", *flags, "--vaq", "--qav", "--max_cap_len", "60"]) == 0
+    assert main(["check", *flags, "--vaq", "--qav", "--max_cap_len", "60", "--epochs", "5"]) == 0
     stdout, stderr = capfd.readouterr()
     assert stderr == "" and not out.exists()
     letter = f"({'ABCDE'[int(toy.rows['train'][0]['answer'])]})"
     no_tensor = "are no floating-point tensor [frames >= 1, 768], and no question uses them"
     shared = "shares 7 videos and 20 questions with train of nextqa"
     parts = (
+        "note: --warmup_epochs 40 is above --epochs 5",
         "tiny: 3 layers (3 adapted), width 32, 4 heads; tokenizer.model of 400 pieces",
         "14 videos, of which the questions use 11",
         "1 videos hold a frame that is all zeros, of an extraction that failed, e.g. 'zero'",

@@ -112,6 +112,8 @@ def test_settings_that_do_less_than_they_seem_to() -> None:
     (note,) = training_notes(enough)
     assert note.startswith("--split test: epochs are evaluated on val; ")
     assert training_notes(dataclasses.replace(enough, init_eval=True)) == []
+    scored = dataclasses.replace(enough, epochs=5, init_eval=True, resume=Path("checkpoint"))
+    assert training_notes(scored) == []
 
 
 def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

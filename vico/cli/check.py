@@ -51,7 +51,7 @@ R = TypeVar("R")
 def main(argv: list[str]) -> int:
     line = flags.parse(argv, "vico check", CHECK)
     config = line.resolve()
-    for note in line.notes:
+    for note in (*line.notes, *flags.training_notes(config)):
         log.info(f"note: {note}")
     check = Check(config)
     check.run()

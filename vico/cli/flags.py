@@ -73,8 +73,10 @@ def parse(argv: Sequence[str], command: str, description: str) -> CommandLine:
 
 
 def training_notes(config: RunConfig) -> list[str]:
-    """About settings that do less than they seem to."""
-    notes = []
+    """About settings that do less than they seem to; none for a command that only evaluates."""
+    notes: list[str] = []
+    if config.only_evaluates:
+        return notes
     if config.split != "val" and not config.init_eval:
         evaluation = f"evaluate that by `vico eval --split {config.split}`"
         notes.append(f"--split {config.split}: epochs are evaluated on val; {evaluation}")

@@ -23,8 +23,7 @@ def main(argv: list[str]) -> int:
     signals.install_handlers()
     line = parse(argv, "vico train", DESCRIPTION)
     config = line.resolve()
-    if not config.only_evaluates:
-        line = replace(line, notes=(*line.notes, *training_notes(config)))
+    line = replace(line, notes=(*line.notes, *training_notes(config)))
     output_dir = OutputDir(config.output_dir)
     if launcher_env.is_rank_0() and output_dir.has_run() and not config.only_evaluates:
         # Before the ranks meet: a folder in use is reported at once. A folder without a run is
