@@ -181,6 +181,6 @@ FEATURE_FILES: dict[str, Case] = {
     ),
     "captions of elsewhere": flags(
         "--captions {fixture}/nowhere.json",
-        "{fixture}/nowhere.json: no such file; the JSON object of captions",
+        "--captions {fixture}/nowhere.json: no such file, and ",
     ),
 }

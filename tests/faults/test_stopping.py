@@ -180,6 +180,13 @@ def test_a_second_signal_ends_at_once(first: str, second: str, code: int, surviv
     assert run.stdouts[0] == f"{signal.Signals[first].value}\n{after}"
 
 
+def test_the_first_sigterm_after_a_warning_ends_nothing() -> None:
+    """SLURM's SIGUSR1 before the time limit, and its SIGTERM at the limit: a save has time."""
+    code = TWO_SIGNALS.replace("os.kill(os.getpid(), second)  # the echo", "# the echo")
+    run = run_command([sys.executable, "-c", code, "SIGUSR1", "SIGTERM"], seconds=60)
+    assert run.codes == [0] and run.stdouts[0].endswith("still running\n"), run.output
+
+
 def test_nohup_keeps_hang_ups_away() -> None:
     code = "import os, signal\nfrom vico.distributed import signals\nsignals.install_handlers()\n"
     code += "os.kill(os.getpid(), signal.SIGHUP)\nprint(signals.stop_requested())"

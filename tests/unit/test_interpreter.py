@@ -50,6 +50,16 @@ def test_a_python_without_torch_is_refused_in_one_line(words: list[str]) -> None
     assert run.stderrs[0].count("\n") == 1
 
 
+def test_a_rank_without_torch_says_its_error_once(tmp_path: Path) -> None:
+    """It cannot tell the others, which need torch to hear it."""
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('torch', name='torch')")
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    ranks = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    environment = base_environment(**ranks, MASTER_PORT="1", PYTHONPATH=paths)
+    run = run_command([sys.executable, "-m", "vico", "train", "--nope"], tmp_path, environment)
+    assert run.codes == [2] and run.stderrs[0].count("\n") == 1, run.output
+
+
 READ = "from vico.cli import interpreter; interpreter.prepare(); print(ascii(open('t').read()))"
 C_LOCALE = {"LC_ALL": "C", "LANG": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 

@@ -1,8 +1,10 @@
 """What lies in a folder is not trusted: pipes, links, and folders that may not be read."""
 
 import ast
+import functools
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 from support.checkpoints import SHAPES, random_state
 from support.errors import refusal
 from support.plain_user import as_plain_user, folder_of_anyone
-from support.processes import ROOT
+from support.processes import ROOT, Processes, start_command
 from vico.checkpoint.format import WEIGHTS, TrainState
 from vico.checkpoint.read import read
 from vico.checkpoint.write import RunIdentity, save
@@ -134,6 +136,39 @@ def test_a_checkpoint_of_60_gb_is_passed_over(tmp_path: Path) -> None:
     start = newest_usable(output_dir.step_checkpoints(), output_dir)
     assert start.checkpoint is not None and start.checkpoint.state.step == 1
     assert "64,424,509,440 bytes, where at most" in start.notes[0] + start.notes[1]
+
+
+LEASE = """
+import fcntl, os, signal, sys, time
+
+def release(*_):
+    time.sleep(0.3)
+    fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+
+descriptor = os.open(sys.argv[1], os.O_RDWR)
+signal.signal(signal.SIGIO, release)
+fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+print("ready", flush=True)
+time.sleep(100)
+"""
+
+
+def test_a_lease_is_waited_for(tmp_path: Path) -> None:
+    """A file server takes one while a client has the file open; it gives it back when asked."""
+    path = tmp_path / "log.txt"
+    for use in (lambda: append_text(path, "line\n"), lambda: read_bytes(path)):
+        path.write_text("")
+        holder = start_command([sys.executable, "-c", LEASE, str(path)])
+        try:
+            if not holder.wait_until(functools.partial(_says_ready, holder), 30):
+                pytest.skip(f"this file system has no leases: {holder.output[-200:]}")
+            use()
+        finally:
+            holder.kill()
+
+
+def _says_ready(run: Processes) -> bool:
+    return "ready" in run.output
 
 
 def test_a_file_is_read_up_to_a_limit(tmp_path: Path) -> None:

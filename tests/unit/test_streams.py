@@ -23,6 +23,7 @@ print("x" * int(sys.argv[1]))
 print("late")
 """
 BROKEN_PIPE = 'exec 3> >(true); sleep 0.1; "$@" >&3 2>&3'
+FULL = "could be written (No space left on device)\n"
 UNREAD_PIPE = 'exec 3> >(sleep 3); "$@" >&3 2>&3'
 
 
@@ -60,16 +61,17 @@ def test_only_regular_files_receive_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "code", "says"),
+    ("command", "how", "code", "says"),
     [
-        ('"$@" | head -1; exit ${PIPESTATUS[0]}', 0, ""),
-        ('"$@" >&-', 0, ""),
-        ('"$@" >/dev/full', 6, "could be written (No space left on device)\n"),
+        ("plan --table", '"$@" | head -1; exit ${PIPESTATUS[0]}', 0, ""),
+        ("plan --table", '"$@" >&-', 0, ""),
+        ("plan --table", '"$@" >/dev/full', 6, FULL),
+        ("train --help", '"$@" >/dev/full', 6, FULL),
     ],
 )
-def test_a_command_whose_output_is_its_result(how: str, code: int, says: str) -> None:
+def test_a_command_whose_output_is_its_result(command: str, how: str, code: int, says: str) -> None:
     """A reader that leaves wanted no more; a full disk is an error. Neither is a traceback."""
-    vico = [sys.executable, "-m", "vico", "plan", "--table"]
+    vico = [sys.executable, "-m", "vico", *command.split()]
     run = run_command(["bash", "-c", how, "bash", *vico], seconds=60)
     assert run.codes == [code] and run.stderrs[0].endswith(says), run.output
     assert run.stderrs[0].count("\n") == bool(says)

@@ -19,7 +19,7 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 
 from support.errors import refusal
-from support.processes import free_port, start_command
+from support.processes import free_port, run_command, start_command
 from vico.cli.exit_cause import Cause
 from vico.distributed import launcher_env
 from vico.distributed.store_words import MAX_WORD_BYTES, read_word
@@ -173,6 +173,53 @@ def test_time_that_nobody_ran_does_not_count() -> None:
     assert stuck.wait(60) == [5] and "nothing has moved for 2 s" in stuck.output, stuck.output
 
 
+HANGS_AT_ITS_END = """
+import sys, time
+import torch
+from torch._C._distributed_c10d import HashStore
+from vico.distributed import watchdog
+from vico.distributed.topology import Member
+watchdog.MAX_REPORT_SECONDS = 0.2
+members = [Member.of_this_process(0, torch.device("cpu"))]
+dog = watchdog.Watchdog(0, members, HashStore(), 600)
+dog.on_hang = dog.on_peer_exit = lambda: time.sleep(100)
+getattr(dog, sys.argv[1])()
+"""
+
+
+@pytest.mark.parametrize("end", ["_abort", "_end_after_exit"])
+def test_a_report_that_hangs_ends_too(end: str) -> None:
+    """The store or the file system does not answer, and nothing else would end the rank."""
+    run = run_command([sys.executable, "-c", HANGS_AT_ITS_END, end], seconds=60)
+    assert run.codes == [5], run.output
+
+
+CTRL_C = """
+import threading
+from vico.cli.flags import CommandLine
+from vico.cli.with_world import with_world
+from vico.distributed import launcher_env
+
+def work(world):
+    raise KeyboardInterrupt
+
+launcher_env.set_rank_variables()
+try:
+    with_world(CommandLine({"hang_timeout": 0.1}, (), False), work)
+except KeyboardInterrupt:
+    for thread in threading.enumerate():
+        if "watchdog" in thread.name:
+            thread.join(30)
+    print("nothing is left", flush=True)
+"""
+
+
+def test_no_watchdog_outlives_a_call() -> None:
+    """A notebook's Ctrl-C: it would end the notebook after --hang_timeout, which is 6 s here."""
+    run = run_command([sys.executable, "-c", CTRL_C], seconds=60)
+    assert "nothing is left" in run.output, run.output
+
+
 @pytest.mark.parametrize("word", NOT_BEATS)
 def test_a_hostile_word_is_no_heartbeat(word: bytes, store: TCPStore) -> None:
     """It changes nothing, and raises nothing."""
@@ -244,6 +291,9 @@ def test_only_a_rank_of_this_run_is_killed(
         ({"MASTER_ADDR": "gpu7", "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}, True),
         ({"MASTER_ADDR": "gpu7", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, False),
         ({"MASTER_ADDR": "gpu7", "WORLD_SIZE": "2"}, False),
+        ({"MASTER_ADDR": "localhost", "WORLD_SIZE": "2"}, False),
+        ({"MASTER_ADDR": "localhost", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, False),
+        ({"MASTER_ADDR": "localhost", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, True),
     ],
 )
 def test_one_host(environment: dict[str, str], expected: bool) -> None:

@@ -105,8 +105,9 @@ def settings_of(checkpoint: "Checkpoint", line: CommandLine) -> tuple[RunConfig,
             notes.append(f"note: --{name} {given} is not used: the checkpoint has {value}")
     # Predictions go beside the checkpoint, wherever it was copied; the split is always the flag's.
     folder = checkpoint.path.parent
-    # So are permissions: what its training was allowed is not what its evaluation is.
-    own = {"output_dir": folder, "split": "val", "init_eval": False}
+    # So are permissions: what its training was allowed is not what its evaluation is. Its captions
+    # are not read, and may lie in a folder that this user may not look into.
+    own = {"output_dir": folder, "split": "val", "init_eval": False, "captions": None}
     saved = {**checkpoint.settings, **own, "allow_change": None, "verify": False}
     for name in SAVING:  # an earlier version may have accepted a number that is out of range now
         saved.pop(name, None)

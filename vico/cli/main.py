@@ -80,7 +80,7 @@ def _interrupted() -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    debug = "--debug" in argv
+    debug, announces = "--debug" in argv, bool({*argv[:1]} & OF_SEVERAL_RANKS)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # As on stderr: a name that the terminal cannot show must not end a run.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -97,11 +97,11 @@ def _main(argv: Sequence[str]) -> int:
             return 0 if command else 2
         return _run(command, rest)
     except UserError as error:
-        return report_error(error, debug, announces=bool({*argv[:1]} & OF_SEVERAL_RANKS))
+        return report_error(error, debug, announces)
     except ModuleNotFoundError as error:
         if (error.name or "vico").partition(".")[0] == "vico":
             raise  # a bug
-        return report_error(missing_package(error), debug)
+        return report_error(missing_package(error), debug, announces)
     except signals.Stopped as stop:  # before the ranks were connected
         signals.ignore_all()
         # Each host may be the only one that got the signal.
@@ -159,6 +159,8 @@ def console(argv: Sequence[str] | None = None, command: str | None = None) -> No
         code = _main(words)
     except KeyboardInterrupt:
         os._exit(_interrupted())  # at once: a collective would wait for ranks that may be gone
+    except SystemExit as end:  # argparse's, after --help
+        code = end.code if isinstance(end.code, int) else DONE
     except Exception:  # a bug
         traceback.print_exc()
         code = INTERNAL_ERROR

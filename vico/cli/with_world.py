@@ -66,6 +66,9 @@ def with_world(line: CommandLine, work: Callable[["World"], None]) -> int:
         else:  # of this rank alone
             signals.restore_default_handlers()
             code, together = exit_cause.report(world, problem, line.debug), False
+    except BaseException:  # Ctrl-C in a notebook, whose program the watchdog would end later
+        disconnect(world, together=False)
+        raise
     disconnect(world, together)  # outside `except`: the error no longer holds tensors or groups
     return code
 
@@ -104,9 +107,7 @@ def report_error(error: UserError, debug: bool, announces: bool = False) -> int:
         _print(error, debug)
     has_no_way = error.of_all_ranks or isinstance(error, UnreachableError | PeerLostError)
     if announces and not has_no_way and launcher_env.has_peers():
-        from vico.distributed.rendezvous import announce_failure  # late: it imports torch
-
-        is_known = announce_failure(one_line(str(error)), error.exit_code)
+        is_known = _announce(error)
         if not is_known and not speaks:
             _print(error, debug)
         if not is_rank_0:
@@ -116,6 +117,15 @@ def report_error(error: UserError, debug: bool, announces: bool = False) -> int:
     elif not speaks:
         time.sleep(SECONDS_FOR_RANK_0)
     return error.exit_code
+
+
+def _announce(error: UserError) -> bool:
+    """Tell the ranks that wait at the rendezvous; returns whether rank 0 will print it."""
+    try:
+        from vico.distributed.rendezvous import announce_failure  # late: it imports torch
+    except ImportError:  # this Python has no torch; the error is said already
+        return False
+    return announce_failure(one_line(str(error)), error.exit_code)
 
 
 def _print(error: UserError, debug: bool) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from vico.errors import UnreachableError, UserError, show
 
 SINGLE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-LOOPBACK_NAMES = ("127.0.0.1", "::1", "localhost")
+LOOPBACK_ADDRESSES = ("127.0.0.1", "::1")
 # Of a process that mpirun started: rank, size, local rank, local size.
 _NAMES = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
 OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in _NAMES)
@@ -39,11 +39,16 @@ def is_rank_0() -> bool:
 
 
 def is_on_one_host(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether all ranks are on this host, as far as the launcher's variables tell."""
-    if environment.get("MASTER_ADDR") in LOOPBACK_NAMES:
-        return True
+    """Whether all ranks are on this host, as far as the launcher's variables tell.
+
+    The name localhost tells nothing: Kubernetes operators give it to rank 0 as its MASTER_ADDR, and
+    its real name to the ranks of other hosts.
+    """
     size = int_variable(environment, "WORLD_SIZE") or 1
-    return size == local_world_size(environment)
+    local_size = local_world_size(environment)
+    if local_size is not None or size == 1:
+        return size in (1, local_size)
+    return environment.get("MASTER_ADDR") in LOOPBACK_ADDRESSES
 
 
 def local_world_size(environment: Mapping[str, str] = os.environ) -> int | None:

@@ -46,14 +46,18 @@ class Stopped(Exception):
         return INTERRUPTED if self.number == signal.SIGINT else RESUMABLE
 
 
-_number, _received_at = 0, 0.0
+_number = 0  # of the first request
+_ending_since: float | None = None  # when the first of ENDING arrived
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
-    global _number, _received_at
-    if not _number:
-        _number, _received_at = number, time.monotonic()
-    elif number in ENDING and time.monotonic() - _received_at > ECHO_SECONDS:
+    global _number, _ending_since
+    _number = _number or number
+    if number not in ENDING:
+        return
+    if _ending_since is None:
+        _ending_since = time.monotonic()
+    elif time.monotonic() - _ending_since > ECHO_SECONDS:
         # The second request ends the process at once. Files on disk are complete at any moment.
         os._exit(128 + number)
 
@@ -71,8 +75,8 @@ def handlers() -> dict[int, Any]:
 
 def put_back(earlier: dict[int, Any]) -> None:
     """End the work of this module in a program that goes on: a notebook, a test."""
-    global _number, _received_at
-    _number, _received_at = 0, 0.0
+    global _number, _ending_since
+    _number, _ending_since = 0, None
     _handle_by({number: handler for number, handler in earlier.items() if handler is not None})
 
 

@@ -38,6 +38,7 @@ SECONDS_AFTER_EXIT = 4.0
 SAVING = "saving"  # the prefix of a phase in which rank 0 writes
 EXITED = "watchdog exited"  # the key that is set when a rank has exited
 MAX_REPORTS_SHOWN = 16
+MAX_REPORT_SECONDS = 10.0  # of the end of this process
 # By these variables the ranks of one run find each other.
 RENDEZVOUS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")
 
@@ -256,6 +257,7 @@ class Watchdog:
     def _end_after_exit(self) -> None:
         if not self._ending.acquire(blocking=False):
             return  # the main thread does it
+        _exit_soon()
         code = PeerLostError.exit_code
         try:
             code = self.on_peer_exit()
@@ -264,6 +266,7 @@ class Watchdog:
 
     def _abort(self) -> None:
         """End the process from this thread: the main thread's wait cannot be interrupted."""
+        _exit_soon()
         try:
             self._report_and_kill()
         finally:
@@ -318,6 +321,13 @@ class Watchdog:
         """For example "rank 1 on gpu7 (process 42) is"."""
         names = ", ".join(f"rank {rank} {self._peers[rank].name}" for rank in ranks)
         return f"{names} {'is' if len(ranks) == 1 else 'are'}"
+
+
+def _exit_soon() -> None:
+    """The report may hang as the run does: on a store or a file system that does not answer."""
+    timer = threading.Timer(MAX_REPORT_SECONDS, os._exit, [PeerLostError.exit_code])
+    timer.daemon = True
+    timer.start()
 
 
 def _key(rank: int) -> str:

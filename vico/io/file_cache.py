@@ -23,8 +23,11 @@ SETTLED_SECONDS = 2.0
 
 
 def file_stamp(path: Path) -> str | None:
-    """A text that changes when the file does; None: the file is too young. Raises OSError."""
-    size, mtime_ns, ctime_ns, inode = stamp_of(path)
+    """A text that changes when the file does; None: the file is too young, or gone."""
+    try:
+        size, mtime_ns, ctime_ns, inode = stamp_of(path)
+    except OSError:  # who reads it says what is wrong
+        return None
     if time.time() - ctime_ns / 1e9 < SETTLED_SECONDS:
         return None
     return f"{path.resolve()} {size} {mtime_ns} {ctime_ns} {inode}"

@@ -34,6 +34,11 @@ class InputFiles:
     def stamp(self, path: Path) -> Stamp | None:
         return self._stamps.get(path)
 
+    def watch_only(self, paths: Iterable[Path]) -> None:
+        """Forget the other files: they have been read, and what happens to them is no matter."""
+        kept = set(paths)
+        self._stamps = {path: stamp for path, stamp in self._stamps.items() if path in kept}
+
     def check_unchanged(self) -> None:
         """Raise TrainingError if a file was written or replaced since. Costs one stat per file."""
         for path, stamp in self._stamps.items():

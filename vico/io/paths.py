@@ -19,6 +19,7 @@ from vico.errors import UserError, fail
 # Of what is read whole: text, a checkpoint, a tokenizer. Real ones are below a tenth of this.
 MAX_BYTES = 2 << 30
 NOT_A_FILE = "a device or a pipe, not a file"
+NOWHERE = (errno.ELOOP, errno.ENAMETOOLONG)  # a link to itself; a name that no file can have
 
 
 # Opening
@@ -27,8 +28,7 @@ NOT_A_FILE = "a device or a pipe, not a file"
 @contextmanager
 def open_to_read(path: Path) -> Iterator[IO[bytes]]:
     """The bytes of a regular file. Raises OSError, also for a device or a pipe."""
-    # Without O_NONBLOCK, to open a pipe is to wait for its writer.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = _open(path, os.O_RDONLY | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:
         _require_regular(descriptor, path)
         yield file
@@ -39,9 +39,9 @@ def open_to_write(path: Path, flags: int) -> int:
 
     `flags`: of os.open, such as O_WRONLY and O_APPEND. A symbolic link is not followed.
     """
-    safe_flags = os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    safe_flags = os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        descriptor = os.open(path, flags | safe_flags, 0o666)
+        descriptor = _open(path, flags | safe_flags)
     except OSError as problem:
         if problem.errno == errno.ELOOP:
             raise OSError(errno.ELOOP, "a symbolic link, not a file", str(path)) from None
@@ -54,6 +54,17 @@ def open_to_write(path: Path, flags: int) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _open(path: Path, flags: int) -> int:
+    """Without O_NONBLOCK, to open a pipe is to wait for its other end."""
+    try:
+        return os.open(path, flags | os.O_NONBLOCK, 0o666)
+    except BlockingIOError:
+        # A file server holds a lease on the file (an NFS client has it open): wait for its end.
+        if not path.is_file():
+            raise
+        return os.open(path, flags, 0o666)
 
 
 def _require_regular(descriptor: int, path: Path) -> None:
@@ -104,8 +115,8 @@ def _mode(path: Path, error: type[UserError]) -> int | None:
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
         return None
     except OSError as problem:
-        if problem.errno in (errno.ELOOP, errno.ENAMETOOLONG):
-            return None  # a link to itself; a name that no file can have
+        if problem.errno in NOWHERE:
+            return None
         fail(f"{path}: cannot be looked at ({problem.strerror}); {_REMEDY}", error)
 
 
@@ -119,6 +130,8 @@ def entries(folder: Path, pattern: str = "*", error: type[UserError] = UserError
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as problem:
+        if problem.errno in NOWHERE:
+            return []
         fail(f"{folder}: cannot be read ({problem.strerror}); {_REMEDY}", error)
     return [folder / name for name in sorted(names) if fnmatch.fnmatchcase(name, pattern)]
 

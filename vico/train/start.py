@@ -96,6 +96,7 @@ def start(config: RunConfig, world: World) -> Run:
     engine = build_engine(config, inputs, trainables, world)
     with world.raise_together():
         inputs.files.check_unchanged()  # the weights have been read a second time
+    inputs.files.watch_only([inputs.features.path])
     if checkpoint is not None and checkpoint.moments is not None:
         engine.set_moments(checkpoint.moments, state.num_updates)
     identity = RunIdentity(found.run_id, config.to_json(), fingerprints)
