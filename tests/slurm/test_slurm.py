@@ -234,7 +234,8 @@ def test_another_world_size_than_expected_is_refused(submit: Submit) -> None:
     assert time.monotonic() - begin < REFUSED_WITHIN_SECONDS, job.text
     assert job.field("JobState") == "FAILED"
     error = "vico: error: --expect_world_size 4: the launcher started 2 rank(s)"
-    assert job.text.count(error) == 1, job.text
+    # The first rank of each host says it; srun may end the second before it does.
+    assert 1 <= job.text.count(error) <= 2, job.text
 
 
 TABLE = """\

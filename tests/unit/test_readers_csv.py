@@ -10,7 +10,6 @@ from vico.data.datasets import count_equal_options, read_questions
 from vico.data.readers.nextqa import GROUPS
 from vico.data.types import Question
 from vico.errors import show
-from vico.train import preflight
 from vico.train.config import RunConfig
 
 
@@ -170,6 +169,7 @@ def test_bad_csv(tmp_path: Path, kind: str) -> None:
 
 def test_rows_of_blanks_are_counted(tmp_path: Path) -> None:
     """They are passed over, with a warning. An empty line is no row."""
+    preflight = pytest.importorskip("vico.train.preflight")  # it needs torch
     blank = csv_text(ROWS) + "\n,,,,,,,,,,,,\n \n\n" + ',"", ,,,,,,,,,,\n'
     put(tmp_path / "val.csv", blank)
     questions = read_questions("nextqa", tmp_path, "val")

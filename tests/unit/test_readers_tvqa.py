@@ -14,7 +14,6 @@ from support.errors import refusal
 from vico.data.datasets import read_questions
 from vico.data.readers.tvqa import Subtitle, dialogue
 from vico.data.types import Question
-from vico.train import preflight
 from vico.train.config import RunConfig
 
 
@@ -197,6 +196,7 @@ def test_files_without_subtitles(tmp_path: Path) -> None:
 
 def test_unused_subtitles_are_noted(tmp_path: Path) -> None:
     """They lie there, and --sub is not given."""
+    preflight = pytest.importorskip("vico.train.preflight")  # it needs torch
     put(tmp_path / "tvqa" / "tvqa_subtitles" / "v0.srt", SRT)
     config = RunConfig(dataset="tvqa", data_path=tmp_path)
     note = f"{tmp_path}/tvqa/tvqa_subtitles: not used; --sub puts the subtitles into the prompts"
@@ -206,6 +206,7 @@ def test_unused_subtitles_are_noted(tmp_path: Path) -> None:
 
 
 def test_lines_of_blanks_are_counted(tmp_path: Path) -> None:
+    preflight = pytest.importorskip("vico.train.preflight")  # it needs torch
     rows = [json.dumps(tvqa_row(qid=i)) for i in range(2)]
     put(tmp_path / "tvqa_val.jsonl", f"{rows[0]}\r\n \r\n\r\n{rows[1]}\n\n\t\n")
     questions = read_questions("tvqa", tmp_path, "val")
