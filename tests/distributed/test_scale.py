@@ -138,7 +138,10 @@ def check_resume(runs: Runs, saved_on: Setup, resumed_on: Setup, folder: Path) -
 
 @pytest.mark.parametrize(
     ("saved_on", "resumed_on"),
-    [(Setup(4, 3), Setup(1, 2)), (Setup(1, 2), Setup(2, 3))],
+    [
+        pytest.param(Setup(4, 3), Setup(1, 2), marks=pytest.mark.slow),
+        (Setup(1, 2), Setup(2, 3)),
+    ],
     ids=str,
 )
 def test_resume_elsewhere(runs: Runs, saved_on: Setup, resumed_on: Setup, tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_fewer_questions_than_a_step_takes(
         assert b["loss"] == pytest.approx(a["loss"], rel=TWIN_LOSS_RTOL)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage", [2, 3])
 def test_half_precision_stays_near_fp32(
     toy: ToyData,

@@ -37,7 +37,8 @@ def _has_done(out: Path, steps: int) -> bool:
         pytest.param(signal.SIGTERM, 75, "all", marks=pytest.mark.slow),
         pytest.param(signal.SIGUSR1, 75, "all", marks=pytest.mark.slow),
         pytest.param(signal.SIGUSR2, 75, "all", marks=pytest.mark.slow),
-        (signal.SIGINT, 130, "all"),
+        # test_ctrl_c_on_a_terminal is its fast twin.
+        pytest.param(signal.SIGINT, 130, "all", marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_loses_no_step(
