@@ -86,7 +86,7 @@ def children() -> Iterator[list[subprocess.Popen[bytes]]]:
 def test_requests_do_not_grow_with_the_square_of_ranks(store: TCPStore) -> None:
     """64 ranks that make progress send two requests each; one that is silent sends two more."""
     stores = [CountingStore(store) for _ in range(64)]
-    dogs = [Watchdog(rank, members(64), stores[rank], 600) for rank in range(64)]  # type: ignore[arg-type]
+    dogs = [Watchdog(n, members(64), stores[n], 600) for n in range(64)]  # type: ignore[arg-type]
     try:
         deadline = time.monotonic() + 20
         while (

@@ -21,7 +21,6 @@ if TYPE_CHECKING:  # they import torch, which is slow; a mistyped flag is report
 
 # Launchers kill all ranks as soon as one has ended, so the others wait for rank 0's message.
 SECONDS_FOR_RANK_0 = 10.0
-LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # of torchrun, of DeepSpeed's launcher
 SECONDS_FOR_REPORT = 2.0  # the same where rank 0 is known to print at this moment
 WORLD_FLAGS = ("collective_timeout", "hang_timeout", "expect_world_size")
 
@@ -80,8 +79,7 @@ def _prepare_process(config: RunConfig, debug: bool) -> None:
         signals.die_with_parent(os.getppid())
     launcher_env.check_world_size(config.expect_world_size)
     num_cores = len(os.sched_getaffinity(0))
-    local_sizes = [launcher_env.int_variable(os.environ, n) for n in LOCAL_SIZES]
-    num_ranks = next((size for size in local_sizes if size), 1)
+    num_ranks = launcher_env.local_world_size() or 1
     # Some launchers do not set it.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores // num_ranks)))
     limit_kept_products()
