@@ -16,6 +16,16 @@ QUANTIZED = [
     "bitsandbytes>=0.50,<0.51",
 ]
 
+DATA = [
+    "h5py>=3.12,<4",  # features in one .h5
+    # Tables in parquet. 2.3 is the last version for Python 3.10.
+    "pandas>=2.2,<4",
+    "pyarrow>=18",
+]
+# Curves of --report_to. Both write to the local disk without a network.
+WANDB = ["wandb>=0.20,<1"]
+TRACKIO = ["trackio>=0.20,<1"]
+
 setup(
     name="vico",
     version="0.1.0",
@@ -53,11 +63,18 @@ setup(
         "flash": ["flash-attn>=2.8,<3"],
         "llama3": LLAMA_3,
         "quantized": QUANTIZED,
+        "data": DATA,
+        "wandb": WANDB,
+        "trackio": TRACKIO,
         # The plots of `bash benchmarks/run.sh report`.
         "benchmarks": ["matplotlib>=3.9,<4"],
         "dev": [
             *LLAMA_3,
             *QUANTIZED,
+            *DATA,
+            *WANDB,
+            *TRACKIO,
+            "peft>=0.17,<1",  # its reader opens what `vico export` writes
             "transformers>=5.20,<6",  # the reference for the backbone's logits
             # Its interpreter runs the GPU kernels in tests without a GPU. With one torch has it.
             "triton>=3.6,<4; platform_system == 'Linux' and platform_machine == 'x86_64'",
