@@ -36,7 +36,9 @@ SETTINGS: dict[str, Case] = {
         "--seed 99999999999999999999: must be a whole number from 0 to ",
     ),
     "unknown data set": flags(
-        "--dataset nextQA", "--dataset: invalid choice: 'nextQA' (choose from 'nextqa', 'star'"
+        "--dataset nextQA",
+        "--dataset 'nextQA': there is no such data set; it can be nextqa, star, tvqa, intentqa",
+        "did you mean 'nextqa'?",
     ),
     "subtitles of NExT-QA": flags("--sub", "--sub: only TVQA has subtitles", "drop --sub"),
     "unset variable": flags("--output_dir=", "--output_dir: '' is not a path in UTF-8"),

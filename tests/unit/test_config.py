@@ -43,7 +43,7 @@ def test_published_commands(dataset: str) -> None:
     expected = {"dataset": dataset, "blr": 0.09, "bias": 3.5, "warmup_epochs": 2.0, "accum_iter": 2}
     assert {name: getattr(config, name) for name in expected} == expected
     assert config.output_dir == Path.cwd() / "checkpoint" / dataset
-    assert config.dataset_folder == Path.cwd() / "data" / dataset
+    assert config.folder_of(dataset) == config.dataset_folder == Path.cwd() / "data" / dataset
     assert config.tasks == ("vqa", "cap") and config.task_weights == (1.0, 0.5)
     assert line.notes == ()
 
@@ -214,7 +214,7 @@ RECIPE_ERRORS = [
     ("model: 7", "model: 7 is not a text (quote it)"),
     ("resume: ''", "resume: '' is not a path in UTF-8"),
     ('resume: "a\\0b"', "resume: 'a\\x00b' is not a path in UTF-8"),
-    ("dataset: [nextqa]", "dataset: ['nextqa'] is not one of nextqa, star, tvqa, intentqa"),
+    ("dataset: [nextqa]", "dataset: ['nextqa'] is not a text (quote it)"),
     ("config: other.yaml", "unknown key 'config'"),
     ("lr: 1\n---\nlr: 2", "not valid YAML: expected a single document"),
     (

@@ -1,5 +1,6 @@
 """What an evaluation counts."""
 
+from vico.data.datasets import DATASETS
 from vico.data.types import Question
 from vico.train.evaluate import summarize
 from vico.train.loop import is_best
@@ -10,7 +11,7 @@ def test_an_accuracy_is_a_count_of_questions() -> None:
     types = ["CW"] * 5 + ["TN"]
     questions = [Question(i, str(i), "v", kind, "q", ("a", "b"), 0) for i, kind in enumerate(types)]
     scores = [[0.0, 1.0]] * 5 + [[1.0, 0.0]]
-    evaluation = summarize(questions, scores, "nextqa")
+    evaluation = summarize(questions, scores, DATASETS["nextqa"])
     assert evaluation.accuracies["acc"] == 5 / 6
     assert evaluation.counts["C"] == (5, 5) and evaluation.counts["T"] == (0, 1)
 
@@ -19,7 +20,7 @@ def test_of_equals_the_first_is_taken() -> None:
     """An option of equal scores, counted as it is written; and an epoch of equal accuracies."""
     options = ("a", "b", "c")
     question = Question(0, "0", "v", "CW", "q", options, 1)
-    evaluation = summarize([question], [[1.0, 0.5, 0.5]], "nextqa")
+    evaluation = summarize([question], [[1.0, 0.5, 0.5]], DATASETS["nextqa"])
     assert evaluation.predictions == [1] and evaluation.accuracies["acc"] == 1
     assert is_best(0.5, None) and is_best(0.5, 0.4)
     assert not is_best(0.5, 0.5) and not is_best(0.5, 0.6)

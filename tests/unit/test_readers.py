@@ -69,12 +69,15 @@ def test_damage_is_a_user_error(tmp_path: Path, dataset: str, data: st.DataObjec
 
 
 def test_accuracy_groups() -> None:
-    groups = accuracy_groups("nextqa", ["DB", "TN", "CW", "CH", "DO", "??", "CW"])
+    groups = accuracy_groups(DATASETS["nextqa"], ["DB", "TN", "CW", "CH", "DO", "??", "CW"])
     assert groups == {"C": ["CH", "CW"], "T": ["TN"], "D": ["DB", "DO"], "(unknown)": ["??"]}
-    assert accuracy_groups("intentqa", ["TN", "TP", "CH"]) == {"CH": ["CH"], "TP&TN": ["TN", "TP"]}
-    shows = accuracy_groups("tvqa", ["House M.D.", "Castle"])
+    assert accuracy_groups(DATASETS["intentqa"], ["TN", "TP", "CH"]) == {
+        "CH": ["CH"],
+        "TP&TN": ["TN", "TP"],
+    }
+    shows = accuracy_groups(DATASETS["tvqa"], ["House M.D.", "Castle"])
     assert shows == {"Castle": ["Castle"], "House M.D.": ["House M.D."]}
-    in_order = list(accuracy_groups("star", ["Feasibility", "Interaction", "(unknown)"]))
+    in_order = list(accuracy_groups(DATASETS["star"], ["Feasibility", "Interaction", "(unknown)"]))
     assert in_order == ["Interaction", "Feasibility", "(unknown)"]
     assert DATASETS["star"].mean_of == ("Interaction", "Sequence", "Prediction", "Feasibility")
 
@@ -85,6 +88,6 @@ def test_accuracy_groups() -> None:
 )
 def test_each_type_is_in_one_group(types: list[str], dataset: str) -> None:
     members: list[str] = []
-    for names in accuracy_groups(dataset, types).values():
+    for names in accuracy_groups(DATASETS[dataset], types).values():
         members += names
     assert sorted(members) == sorted(set(types))

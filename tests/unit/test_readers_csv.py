@@ -1,5 +1,6 @@
 """NExT-QA's and IntentQA's CSV: what is legal arrives verbatim, what is not ends with one line."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from vico.train.config import RunConfig
 def test_csv_row(tmp_path: Path) -> None:
     put(tmp_path / "val.csv", csv_text([csv_row(), csv_row(qid="2", answer="4")]))
     first, second = read_questions("nextqa", tmp_path, "val")
-    assert first == Question(0, "1", "007", "CW", "why", tuple(OPTIONS), 0, None, "", "val.csv:2")
+    expected = Question(0, "1", "007", "CW", "why", tuple(OPTIONS), 0, None, "", "val.csv:2")
+    assert first == replace(expected, dataset="nextqa")
     assert (second.index, second.qid, second.answer, second.place) == (1, "2", 4, "val.csv:3")
 
 

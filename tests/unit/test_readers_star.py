@@ -28,6 +28,7 @@ def test_star_items(tmp_path: Path) -> None:
         feature_rows=(6, 19),
         dialogue="",
         place="STAR_val.json[0]",
+        dataset="star",
     )
     assert (second.type, second.feature_rows, second.answer) == ("(unknown)", (8, 9), 3)
 

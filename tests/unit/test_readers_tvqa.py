@@ -32,6 +32,7 @@ def test_tvqa_rows_and_clips(tmp_path: Path) -> None:
         feature_rows=(147, 183),
         dialogue="",
         place="tvqa_val.jsonl:1",
+        dataset="tvqa",
     )
     assert [q.feature_rows for q in questions] == [(147, 183), None, (6, 15), (21, 24), (0, 12)]
 

@@ -47,6 +47,7 @@ SETTINGS = {name: values_of(hint) for name, hint in HINTS.items()}
 SETTINGS |= {
     "allow_change": st.sampled_from([None, "lr", "data, backbone"]),
     "checkpoint_activations": st.sampled_from(["none", "full", "7"]),
+    "dataset": st.sampled_from(["nextqa", "star", "tvqa", "intentqa"]),
 }
 
 

@@ -16,7 +16,7 @@ from vico.checkpoint import fingerprint
 from vico.checkpoint.format import Checkpoint
 from vico.checkpoint.validate import validate_for_model
 from vico.cli import check_report, flags
-from vico.data.datasets import DATASETS, read_questions
+from vico.data.datasets import find_dataset, read_questions
 from vico.data.features import Features, Scan
 from vico.data.prompts import Prompts, letter
 from vico.data.types import Question
@@ -336,12 +336,9 @@ def splits_of(config: RunConfig) -> list[str]:
     if config.only_evaluates:
         return [config.split]
     needed = ["train", "val", *([config.split] if config.init_eval else [])]
-    annotation_file = DATASETS[config.dataset].annotation_file
-    present = [
-        split
-        for split in check_report.SPLITS
-        if exists(annotation_file(config.dataset_folder, split))
-    ]
+    folder = config.dataset_folder
+    annotation_file = find_dataset(config.dataset, folder).annotation_file
+    present = [split for split in check_report.SPLITS if exists(annotation_file(folder, split))]
     return list(dict.fromkeys([*needed, *present]))
 
 

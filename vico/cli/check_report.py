@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from vico.data.datasets import DATASETS, accuracy_groups, read_questions
+from vico.data.datasets import DATASETS, accuracy_groups, find_dataset, read_questions
 from vico.data.features import WIDTH, Features, Scan
 from vico.data.prompts import Prompts
 from vico.data.tokenizer import Tokenizer
@@ -42,7 +42,8 @@ def describe_features(features: Features, used: Set[str]) -> str:
 
 
 def describe_split(config: RunConfig, split: str, questions: Sequence[Question]) -> str:
-    groups = accuracy_groups(config.dataset, [q.type for q in questions])
+    dataset = find_dataset(config.dataset, config.dataset_folder)
+    groups = accuracy_groups(dataset, [q.type for q in questions])
     counts = []
     for group, types in groups.items():
         counts.append(f"{group} {sum(q.type in types for q in questions)}")

@@ -3,13 +3,13 @@ folder).
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vico.data.readers import intentqa, nextqa, star, tvqa
 from vico.data.readers.rows import UNKNOWN
 from vico.data.types import Question
-from vico.errors import UserError
+from vico.errors import UserError, nearest, show
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Dataset:
     num_train_questions: int = 34132
 
 
+# Those with a format of their own. `find_dataset` is the way to ask for one.
 DATASETS = {
     "nextqa": Dataset(nextqa.annotation_file, nextqa.read, nextqa.GROUPS),
     "star": Dataset(
@@ -62,24 +63,41 @@ DATASETS = {
 RESERVED_KEYS = frozenset(("split", "n", "n_total", "acc", "Mean", "all"))
 
 
+def find_dataset(name: str, folder: Path) -> Dataset:
+    """The dataset of this name, whose files lie in `folder` (DATA_PATH/NAME).
+
+    Raises UserError if there is none.
+    """
+    if name in DATASETS:
+        return DATASETS[name]
+    known = list(DATASETS)
+    raise UserError(
+        f"--dataset {show(name)}: there is no such data set; it can be {', '.join(known)}"
+        f"{nearest(name.lower(), known)}"
+    )
+
+
 def read_questions(
     dataset: str, folder: Path, split: str, subtitles: bool = False
 ) -> list[Question]:
     """The questions of a split, in file order. Raises UserError for a file with a fault."""
-    entry = DATASETS[dataset]
+    entry = find_dataset(dataset, folder)
     if entry.has_dialogue:
-        return entry.read(folder, split, subtitles)
-    if subtitles:
+        questions = entry.read(folder, split, subtitles)
+    elif subtitles:
         raise UserError(f"--sub: {dataset} has no subtitles; leave --sub out")
-    return entry.read(folder, split)
+    else:
+        questions = entry.read(folder, split)
+    questions[:] = [replace(question, dataset=dataset) for question in questions]
+    return questions
 
 
-def accuracy_groups(dataset: str, types: Iterable[str]) -> dict[str, list[str]]:
+def accuracy_groups(dataset: Dataset, types: Iterable[str]) -> dict[str, list[str]]:
     """Group -> those of `types` that it sums up, in the order of the report.
 
     Each type is in exactly one group. Groups without a type are left out.
     """
-    table = DATASETS[dataset].groups
+    table = dataset.groups
     groups: dict[str, list[str]] = {group: [] for group in table.values()} if table else {}
     for name in sorted(set(types)):
         groups.setdefault(_group_of(name, table), []).append(name)

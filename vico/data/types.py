@@ -27,6 +27,8 @@ class Question:
     dialogue: str = ""
     # "val.csv:17", for messages.
     place: str = ""
+    # The name of its data set, where features and captions are looked up; readers leave it out.
+    dataset: str = ""
 
 
 class Questions(list[Question]):

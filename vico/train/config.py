@@ -10,9 +10,9 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from vico.data.datasets import DATASETS
+from vico.data.mixture import DatasetChoice, parse_datasets, paths_by_dataset
 from vico.errors import UserError, nearest
 
 
@@ -25,7 +25,6 @@ MAX_SEED = 2**63 - 1  # of torch's generator
 MAX_COUNT = 10**9  # what follows from counts, such as epochs times steps, stays below 2**63
 SMALLEST = 5e-324  # above 0
 MODEL, DATA, OBJECTIVE, OPTIMIZATION, RUN = "model", "data", "objective", "optimization", "run"
-DatasetName = Annotated[str, tuple(DATASETS)]  # a text with choices: see value_type
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,9 @@ class RunConfig:
         "extra 'quantized'; `vico quantize-eval` measures the loss in accuracy",
     )
 
-    dataset: DatasetName = _flag("nextqa", DATA, "annotation format, read from DATA_PATH/DATASET")
+    dataset: str = _flag(
+        "nextqa", DATA, "nextqa, star, tvqa or intentqa, read from DATA_PATH/DATASET"
+    )
     data_path: Path = _flag(Path("data"), DATA, "folder that holds one folder per dataset")
     captions: Path | None = _flag(
         None,
@@ -241,10 +242,8 @@ class RunConfig:
             if name not in known:
                 hint = nearest(name, known)
                 raise UserError(f"--allow_change {name}: no such setting{hint}")
-        if self.sub and not DATASETS[self.dataset].has_dialogue:
-            raise UserError(
-                f"--sub: only TVQA has subtitles, and --dataset is {self.dataset}; drop --sub"
-            )
+        if len(self.datasets) > 1 or self.datasets[0].weight != 1:
+            raise UserError(f"--dataset {self.dataset}: must be one name, without a weight")
 
     def _require(self, ok: bool, name: str, allowed: str) -> None:
         if not ok:
@@ -268,8 +267,22 @@ class RunConfig:
         return tuple(name for name in names if name)
 
     @property
+    def datasets(self) -> tuple[DatasetChoice, ...]:
+        """The data sets that --dataset names, with their weights."""
+        return parse_datasets(self.dataset)
+
+    def folder_of(self, name: str) -> Path:
+        """The folder of a data set."""
+        return self.data_path / name
+
+    def captions_of(self, name: str) -> Path | None:
+        """What --captions names for a data set."""
+        names = [choice.name for choice in self.datasets]
+        return paths_by_dataset("captions", self.captions, names).get(name)
+
+    @property
     def dataset_folder(self) -> Path:
-        return self.data_path / self.dataset
+        return self.folder_of(self.dataset)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -334,9 +347,6 @@ def value_type(annotation: Any) -> tuple[Any, tuple[str, ...] | None]:
     """(type of one value, allowed values or None) of a field's annotation."""
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         annotation, *_ = (a for a in typing.get_args(annotation) if a is not type(None))
-    if typing.get_origin(annotation) is Annotated:
-        kind, choices = typing.get_args(annotation)
-        return kind, choices
     if typing.get_origin(annotation) is Literal:
         return str, typing.get_args(annotation)
     return annotation, None

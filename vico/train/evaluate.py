@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from vico.data.dataloader import loader
-from vico.data.datasets import DATASETS, accuracy_groups
+from vico.data.datasets import Dataset, accuracy_groups, find_dataset
 from vico.data.evaluation_batches import EvaluationChunks
 from vico.data.types import Question
 from vico.distributed import signals
@@ -138,7 +138,8 @@ def evaluate(
         inputs.files.check_unchanged()
     scores = _gather(scored, questions, world)
     _require_finite(scores, questions)
-    return summarize(questions, scores, config.dataset, inputs.dropped[split])
+    dataset = find_dataset(config.dataset, config.dataset_folder)
+    return summarize(questions, scores, dataset, inputs.dropped[split])
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +239,7 @@ def choose(scores: Sequence[Sequence[float]]) -> list[int]:
 def summarize(
     questions: Sequence[Question],
     scores: list[list[float]],
-    dataset: str,
+    dataset: Dataset,
     dropped: Sequence[Question] = (),
 ) -> Evaluation:
     """Accuracies as counts over questions: of all, and by the dataset's groups of types.
@@ -259,7 +260,7 @@ def summarize(
         counts[group] = (int(right[members].sum()), int(members.sum()))
         accuracies[group] = counts[group][0] / counts[group][1]
     assert sum(scored for _, scored in counts.values()) == len(questions)
-    averaged = [accuracies[group] for group in DATASETS[dataset].mean_of if group in counts]
+    averaged = [accuracies[group] for group in dataset.mean_of if group in counts]
     if averaged:
         accuracies["Mean"] = float(np.mean(averaged))
     return Evaluation(questions, scores, accuracies, counts, num_dropped)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vico.checkpoint import fingerprint
 from vico.data import length_stats
-from vico.data.datasets import DATASETS, count_equal_options
+from vico.data.datasets import count_equal_options, find_dataset
 from vico.data.features import Features
 from vico.data.length_stats import Lengths, QuestionLengths
 from vico.data.prompts import Prompts
@@ -42,12 +42,13 @@ class BackboneFiles:
     num_adapted: int  # layers with gates, counted from the top
 
     def prompts(self, config: RunConfig) -> Prompts:
+        dataset = find_dataset(config.dataset, config.dataset_folder)
         return Prompts(
             self.tokenizer,
             config.max_feats,
             config.max_seq_len,
             config.max_cap_len,
-            dialogue=DATASETS[config.dataset].has_dialogue,
+            dialogue=dataset.has_dialogue,
         )
 
 
@@ -79,14 +80,15 @@ def input_files(config: RunConfig, splits: Sequence[str]) -> InputFiles:
     Subtitles are not among them: there are thousands, and they are read into memory at once.
     """
     folder, weights = config.dataset_folder, config.llama_model_path / config.model
-    paths = [DATASETS[config.dataset].annotation_file(folder, split) for split in splits]
+    dataset = find_dataset(config.dataset, folder)
+    paths = [dataset.annotation_file(folder, split) for split in splits]
     paths.append(folder / FEATURES_FILE)
     for tokenizer_folder in (config.llama_model_path, weights):
         paths += [tokenizer_folder / name for name in TOKENIZER_FILES]
     paths += weight_files(weights)
     if config.cap and "train" in splits:
         with contextlib.suppress(UserError):  # who reads them says what is wrong
-            paths.append(caption_files.find(folder, config.captions))
+            paths.append(caption_files.find(folder, config.captions_of(config.dataset)))
     return InputFiles(paths)
 
 
@@ -116,8 +118,10 @@ def read_captions(
     `prompts`: also check that --max_cap_len leaves room for a caption.
     """
     folder = config.dataset_folder
-    captions = caption_files.read(folder, config.captions)
-    caption_files.check(captions, questions, caption_files.find(folder, config.captions))
+    captions = caption_files.read(folder, config.captions_of(config.dataset))
+    caption_files.check(
+        captions, questions, caption_files.find(folder, config.captions_of(config.dataset))
+    )
     if prompts is not None:
         prompts.caption(captions[questions[0].video])
     return captions
@@ -232,8 +236,13 @@ def annotation_notes(config: RunConfig, questions: Mapping[str, Sequence[Questio
         num_blank = of_split.num_blank_rows if isinstance(of_split, Questions) else 0
         if num_blank:
             notes.append(f"warning: {split}: {num_blank} rows of blanks are passed over")
-    subtitles = config.dataset_folder / tvqa.SUBTITLES
-    if DATASETS[config.dataset].has_dialogue and not config.sub and is_folder(subtitles):
+    folder = config.dataset_folder
+    subtitles = folder / tvqa.SUBTITLES
+    if (
+        find_dataset(config.dataset, folder).has_dialogue
+        and not config.sub
+        and is_folder(subtitles)
+    ):
         notes.append(f"{subtitles}: not used; --sub puts the subtitles into the prompts")
     return notes
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vico.data.datasets import find_dataset
 from vico.data.readers import captions
 from vico.errors import UserError, nearest, show
 from vico.train.config import RunConfig, is_path, value_type
@@ -98,12 +99,23 @@ def is_path_setting(name: str, value: object) -> bool:
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """The same settings with absolute paths, so that they mean the same from any directory."""
+    """The same settings with absolute paths, so that they mean the same from any directory.
+
+    Raises UserError for a data set that there is not, and for --sub where none has subtitles.
+    """
+    datasets = [find_dataset(d.name, config.folder_of(d.name)) for d in config.datasets]
+    if config.sub and not any(dataset.has_dialogue for dataset in datasets):
+        raise UserError(
+            f"--sub: only TVQA has subtitles, and --dataset is {config.dataset}; drop --sub"
+        )
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     paths: dict[str, Any] = {k: v.absolute() for k, v in values.items() if isinstance(v, Path)}
-    if config.captions is not None:
-        folder = paths["data_path"] / config.dataset
-        paths["captions"] = captions.locate(folder, config.captions)
+    paths["dataset"] = ",".join(map(str, config.datasets))  # one spelling: "nextqa:1" is "nextqa"
+    for choice in config.datasets:
+        named = config.captions_of(choice.name)
+        if named is not None:
+            folder = paths["data_path"] / choice.name
+            paths["captions"] = captions.locate(folder, named)
     if is_path(config.deepspeed):
         paths["deepspeed"] = str(Path(config.deepspeed).absolute())
     return dataclasses.replace(config, **paths)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vico.data.datasets import DATASETS
+from vico.data.datasets import find_dataset
 from vico.distributed.topology import Member, by_host
 from vico.errors import UserError
 from vico.model.config import LlamaConfig, ViCoConfig
@@ -104,7 +104,7 @@ def hardware(members: Sequence[Member]) -> Hardware | None:
 def _request(
     config: RunConfig, llama: LlamaConfig, hardware: Hardware, training: bool
 ) -> PlanRequest:
-    dataset = DATASETS[config.dataset]
+    dataset = find_dataset(config.dataset, config.dataset_folder)
     num_prompts = sum(task != "cap" for task in config.tasks)
     lengths = TokenLengths(
         question=num_prompts * dataset.mean_question_tokens,
