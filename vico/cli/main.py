@@ -61,15 +61,23 @@ SRUN_LINGER_SECONDS = 0.5
 def main(argv: Sequence[str]) -> int:
     """Run one subcommand; returns the exit code (errors.EXIT_CODES).
 
-    For other programs and notebooks: their signal handlers are put back at the end.
+    For other programs and notebooks: their signal handlers and environment are put back at the end.
     """
-    handlers = signals.handlers()
+    handlers, environment = signals.handlers(), dict(os.environ)
     try:
         return _main(argv)
     except KeyboardInterrupt:
         return _interrupted()
     finally:
         signals.put_back(handlers)
+        _put_back(environment)
+
+
+def _put_back(environment: dict[str, str]) -> None:
+    """End this command's rank variables and settings: the next one has its own."""
+    for name in set(os.environ) - set(environment):
+        del os.environ[name]
+    os.environ.update(environment)
 
 
 def _interrupted() -> int:

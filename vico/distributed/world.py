@@ -277,14 +277,18 @@ def set_collective_timeout(timeout: timedelta) -> None:
 def disconnect(world: World, together: bool = True) -> None:
     """Leave the group: a rank that destroys it while another still uses it aborts the other.
 
-    `together` is False after an error: this rank then waits neither for the others nor for the
-    threads of a collective with a lost rank. The caller must end the process by os._exit
-    (cli.main.console), as Python's own exit would wait for these threads, or abort in them.
+    `together` is False after an error: this rank, where it has others, then waits neither for them
+    nor for the threads of a collective with a lost rank. The caller must end the process by
+    os._exit (cli.main.console), as Python's own exit would wait for these threads, or abort in
+    them. A group of one always ends here, so that its program can start another.
     """
     try:
         if together:
             world.barrier()
-            torch_dist.destroy_process_group()
+        if together or world.size == 1:
+            import deepspeed.comm  # late, as above
+
+            deepspeed.comm.destroy_process_group()  # and what DeepSpeed remembers of it
     except RuntimeError:  # a rank was lost after the end of the run: no result is lost
         pass
     finally:
