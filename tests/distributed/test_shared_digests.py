@@ -19,7 +19,7 @@ from support.feature_files import questions_about
 from support.toy_dataset import ToyData, make_tokenizer
 from vico.checkpoint.fingerprint import TensorSet, of_questions
 from vico.data.features import Features
-from vico.data.tokenizer import content_digest
+from vico.data.tokenizer import content_digests
 from vico.errors import UserError
 from vico.io import file_cache
 from vico.train import shared_digests
@@ -73,7 +73,8 @@ def take(*configs: RunConfig) -> list[dict[str, str] | str]:
         world = EmulatedWorld(rank, size, torch.device("cpu"), None, exchange=exchange)
         one, verify = inputs[rank], configs[rank].verify
         try:
-            return shared_digests.of_run(one.sources(SPLITS), one.files, one.cache, world, verify)
+            sources = one.sources(SPLITS)
+            return shared_digests.of_run(sources, {}, one.files, one.cache, world, verify)
         except UserError as error:
             return str(error)
 
@@ -234,7 +235,7 @@ def test_dialogue_and_training_files_of_a_tokenizer(toy: ToyData, tmp_path: Path
     make_tokenizer(tmp_path / "elsewhere.model")
     elsewhere, here = tmp_path / "elsewhere.model", toy.llama / "tokenizer.model"
     assert elsewhere.read_bytes() != here.read_bytes()
-    assert content_digest(elsewhere) == content_digest(here)
+    assert content_digests(elsewhere) == content_digests(here)
 
 
 def test_a_file_that_changes_meanwhile_is_not_remembered(

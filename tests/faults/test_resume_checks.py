@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from faults.interrupted import ENDLESS, FLAGS, interrupt, steps_done, train_command
+from faults.interrupted import ENDLESS, FLAGS, SECONDS, interrupt, steps_done, train_command
 from support.processes import Processes, start, succeeds, vico
 from support.toy_dataset import ToyData
 from support.toy_run import newest_step
@@ -95,7 +95,7 @@ def test_other_files_are_refused(
 
 
 def test_features_overwritten_in_a_run_are_not_saved(toy: ToyData, tmp_path: Path) -> None:
-    """By finite numbers, at the same size, with the old time put back."""
+    """By finite numbers, at the same size, with the old time put back. A chmod before is none."""
     out, data = tmp_path / "out", tmp_path / "data"
     shutil.copytree(toy.folder / "data", data)
     clips = data / "nextqa" / "clipvitl14.pth"
@@ -105,6 +105,10 @@ def test_features_overwritten_in_a_run_are_not_saved(toy: ToyData, tmp_path: Pat
 
     def overwrite(run: Processes) -> None:
         nonlocal last_clean
+        clips.chmod(0o640)
+        os.link(clips, tmp_path / "link")
+        steps = steps_done(out)
+        run.wait_until(lambda: steps_done(out) >= steps + 3, SECONDS)
         os.utime(clips.with_name("train.csv"))  # it has been read, and may change
         times = clips.stat()
         with clips.open("r+b") as file:  # a file that shrinks first would kill who maps it
@@ -116,7 +120,8 @@ def test_features_overwritten_in_a_run_are_not_saved(toy: ToyData, tmp_path: Pat
     run = interrupt(command, 1, lambda: steps_done(out) >= 5, overwrite)
     assert run.codes == [4] and run.errors == [run.stderrs[0].strip()]
     assert run.errors[0].startswith(f"vico: error: {clips}: changed during the run: it was written")
-    assert 3 <= newest_step(out) <= last_clean + 1
+    assert run.stdouts[0].count("its entry changed during the run (chmod, ln)") == 1
+    assert 6 <= newest_step(out) <= last_clean + 1
 
 
 def test_an_evaluation_with_another_backbone_is_refused(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vico.data.features import Features
-from vico.data.tokenizer import content_digest
+from vico.data.tokenizer import content_digests
 from vico.data.types import Question
 from vico.io.digest import digest_chunks
 from vico.model.config import LlamaConfig, backbone_shapes
@@ -105,10 +105,13 @@ def feature_tensors(features: Features, questions: Mapping[str, Sequence[Questio
     )
 
 
-def of_texts(sources: Sources) -> dict[str, str]:
-    """The fingerprints of everything but tensors. Each is taken in a few seconds at most."""
+def of_texts(sources: Sources, recorded: Mapping[str, str]) -> dict[str, str]:
+    """The fingerprints of everything but tensors. Each is taken in a few seconds at most.
+
+    `recorded`: those of the checkpoint that they will be compared with.
+    """
     fingerprints = of_llama_config(sources.weights.config)
-    fingerprints["tokenizer"] = content_digest(sources.tokenizer_path)[:DIGEST_LENGTH]
+    fingerprints["tokenizer"] = of_tokenizer(sources.tokenizer_path, recorded.get("tokenizer"))
     for split, questions in sources.questions.items():
         fingerprints[f"data {split} questions"] = of_questions(questions)
     if "train" in sources.questions:
@@ -116,6 +119,12 @@ def of_texts(sources: Sources) -> dict[str, str]:
         used = {v: sources.captions[v] for v in sorted(videos) if v in sources.captions}
         fingerprints["data captions"] = of_captions(used)
     return fingerprints
+
+
+def of_tokenizer(path: Path, recorded: str | None) -> str:
+    """`recorded` where an earlier version took it of this very file."""
+    digests = [digest[:DIGEST_LENGTH] for digest in content_digests(path)]
+    return recorded if recorded in digests else digests[0]
 
 
 def of_llama_config(config: LlamaConfig) -> dict[str, str]:

@@ -285,8 +285,9 @@ class Check:
         """Whether these files continue the run in output_dir, or fit --resume. Raises UserError."""
         config, backbone = self.config, self._backbone
         assert backbone is not None, "there are no errors"
-        fingerprints = self._take_fingerprints(backbone)
         start = find_start(config)
+        recorded = start.checkpoint.fingerprints if start.checkpoint else {}
+        fingerprints = self._take_fingerprints(backbone, recorded)
         for note in start.notes:
             self._report(note)
         if start.checkpoint is None:
@@ -309,7 +310,9 @@ class Check:
             resume = self._describe_resume(checkpoint, fingerprints)
             self._report(f"start: {checkpoint.path}, {resume}")
 
-    def _take_fingerprints(self, backbone: BackboneFiles) -> dict[str, str]:
+    def _take_fingerprints(
+        self, backbone: BackboneFiles, recorded: Mapping[str, str]
+    ) -> dict[str, str]:
         """Reads all weights and features, and compares their checksums. The start then need not."""
         assert self._features is not None, "there are no errors"
         splits = [self.config.split] if self.config.only_evaluates else ["train", "val"]
@@ -318,7 +321,9 @@ class Check:
             backbone.weights, backbone.tokenizer_path, self._features, questions, self._captions
         )
         alone = World(0, 1, torch.device("cpu"), None)
-        return shared_digests.of_run(sources, self._files, self._cache, alone, self.config.verify)
+        return shared_digests.of_run(
+            sources, recorded, self._files, self._cache, alone, self.config.verify
+        )
 
     def _describe_resume(self, checkpoint: Checkpoint, fingerprints: Mapping[str, str]) -> str:
         state = start_state(

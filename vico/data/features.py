@@ -15,7 +15,7 @@ from torch import Tensor
 from vico.data.readers.rows import MAX_EXAMPLES, strip_ids
 from vico.data.types import FeatureRows, Question
 from vico.errors import TrainingError, UserError, fail, show
-from vico.io.input_files import InputFiles, Stamp, stamp_of
+from vico.io.input_files import InputFiles, Stamp, is_other_file, stamp_of
 from vico.io.safe_load import StoredChecksums, is_float_tensor, load_tensors, release_pages
 
 WIDTH = 768  # CLIP ViT-L/14
@@ -82,9 +82,9 @@ class Features:
         """Raise TrainingError if the file was overwritten: its mapping may hold noise or kill the
         process.
 
-        Costs one stat.
+        Costs one stat. InputFiles compares the content where only the file's entry has changed.
         """
-        if _stamp(self.path) != self._stamp:
+        if is_other_file(self._stamp, _stamp(self.path)):
             raise TrainingError(
                 f"{self.path}: {FILE} changed during the run; start again, "
                 "and leave the file alone meanwhile"

@@ -15,8 +15,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
+from vico.data import tokenizer_json
 from vico.errors import UserError
-from vico.io.digest import digest_chunks, digest_json
+from vico.io.digest import digest_chunks
 from vico.io.paths import exists, read_bytes
 from vico.io.safe_load import failed_download
 from vico.io.text import parse_json
@@ -24,8 +25,6 @@ from vico.io.text import parse_json
 # A folder that holds both has the same tokenizer twice; the first is the original.
 FILE_NAMES = ("tokenizer.model", "tokenizer.json")
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
-# The prompts add BOS and EOS. Nothing is cut or padded.
-UNUSED = {"post_processor": None, "truncation": None, "padding": None}
 # LLaMA-3 as Meta published it: how a text is cut before pieces are merged...
 LLAMA_3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -111,8 +110,8 @@ def find_tokenizer(llama_folder: Path, model_folder: Path) -> Path:
     return shared
 
 
-def content_digest(path: Path) -> str:
-    """Of what a tokenizer's file says of its function.
+def content_digests(path: Path) -> list[str]:
+    """Of what a tokenizer's file says of its function; behind it, one that was recorded earlier.
 
     Left out are names of files that it was trained from, and what is not used of a tokenizer.json.
     Raises UserError.
@@ -120,10 +119,10 @@ def content_digest(path: Path) -> str:
     data = _read(path)
     if not TIKTOKEN_LINE.match(data) and data.lstrip()[:1] == b"{":
         content: dict[str, Any] = parse_json(data.decode(), path, 1)
-        return digest_json(content | UNUSED)
+        return [tokenizer_json.digest(content), tokenizer_json.earlier_digest(content)]
     if not TIKTOKEN_LINE.match(data):
-        return digest_chunks(_without_training_files(data))
-    return digest_chunks([data.replace(b"\r\n", b"\n")])
+        return [digest_chunks(_without_training_files(data))]
+    return [digest_chunks([data.replace(b"\r\n", b"\n")])]
 
 
 def _without_training_files(data: bytes) -> Iterator[bytes]:
@@ -301,7 +300,7 @@ class _HuggingFace:
             ) from None
         content: dict[str, Any] = parse_json(text, path, 1)
         # Without the post-processor, offsets keep their blanks.
-        content |= UNUSED
+        content |= tokenizer_json.UNUSED
         try:
             self._model = tokenizers.Tokenizer.from_str(json.dumps(content))
             self._model.encode_special_tokens = True

@@ -5,7 +5,7 @@ a digest that is remembered for a replaced file would be that of another.
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from vico.errors import TrainingError
@@ -22,11 +22,20 @@ def stamp_of(path: Path) -> Stamp:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
+def is_other_file(before: Stamp, now: Stamp) -> bool:
+    """Whether it was written or replaced, and not only its entry changed (a chmod, a hard link).
+
+    A program that puts the time of the content back after it has written is not noticed.
+    """
+    return (before[0], before[1], before[3]) != (now[0], now[1], now[3])
+
+
 class InputFiles:
     """The files as they are now, before they are opened. Files that do not exist are left out."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._stamps: dict[Path, Stamp] = {}
+        self._is_same: dict[Path, Callable[[], bool]] = {}
         for path in paths:
             with contextlib.suppress(OSError):  # who opens the file says what is wrong
                 self._stamps[path] = stamp_of(path)
@@ -39,15 +48,28 @@ class InputFiles:
         kept = set(paths)
         self._stamps = {path: stamp for path, stamp in self._stamps.items() if path in kept}
 
+    def compare_by(self, path: Path, is_same: Callable[[], bool]) -> None:
+        """How `check_unchanged` finds out whether the file's content is still that of its stamp."""
+        self._is_same[path] = is_same
+
     def check_unchanged(self) -> None:
-        """Raise TrainingError if a file was written or replaced since. Costs one stat per file."""
+        """Raise TrainingError if a file was written or replaced since. Costs one stat per file.
+
+        Where only its entry has changed, its content is compared, if that is known by now.
+        """
         for path, stamp in self._stamps.items():
             try:
                 now = stamp_of(path)
             except OSError as problem:
                 raise TrainingError(f"{path}: is gone ({problem.strerror}); {_REMEDY}") from None
-            if now != stamp:
+            if now == stamp:
+                continue
+            if is_other_file(stamp, now) or not self._has_same_content(path):
                 raise TrainingError(f"{path}: changed {_difference(stamp, now)}; {_REMEDY}")
+            self._stamps[path] = now
+
+    def _has_same_content(self, path: Path) -> bool:
+        return path in self._is_same and self._is_same[path]()
 
 
 _REMEDY = (

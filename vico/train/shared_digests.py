@@ -9,6 +9,8 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 from vico.checkpoint.fingerprint import (
     Sources,
@@ -19,6 +21,7 @@ from vico.checkpoint.fingerprint import (
 )
 from vico.distributed.launcher_env import host_name
 from vico.distributed.world import World
+from vico.errors import UserError
 from vico.io import log
 from vico.io.digest import digest_json
 from vico.io.file_cache import FileCache, cache_key, file_stamp
@@ -34,23 +37,53 @@ Digests = dict[str, str]  # by tensor
 
 
 def of_run(
-    sources: Sources, files: InputFiles, cache: FileCache, world: World, verify: bool
+    sources: Sources,
+    recorded: Mapping[str, str],
+    files: InputFiles,
+    cache: FileCache,
+    world: World,
+    verify: bool,
 ) -> dict[str, str]:
     """The fingerprints of all that a run's result depends on. A collective of all ranks.
 
+    `recorded`: those of the checkpoint that they will be compared with; empty without one.
     They are the same on every rank: raises UserError, on all ranks, where hosts have other files,
     and as `take` does.
     """
     world.set_phase("taking fingerprints")
     with world.raise_together():
-        texts = of_texts(sources)
+        texts = of_texts(sources, recorded)
         sets = [
             backbone_tensors(sources.weights),
             feature_tensors(sources.features, sources.questions),
         ]
     fingerprints = texts | take(sets, files, cache, world, verify)
     require_same_inputs(world, fingerprints)
+    for tensors in sets:
+        for path in tensors.paths:
+            files.compare_by(path, partial(_is_as_digested, tensors, fingerprints, path, world))
     return fingerprints
+
+
+def _is_as_digested(
+    tensors: TensorSet, fingerprints: Mapping[str, str], path: Path, world: World
+) -> bool:
+    """Whether the tensors still have these fingerprints. Reads all of them, on this rank alone."""
+    phase, digests = world.phase, Digests()
+    try:
+        for new in _digest_in_rounds(tensors, list(tensors.num_bytes), {}, _num_threads(world)):
+            digests |= new
+            world.set_phase(f"comparing the {tensors.what} again: {len(digests)} tensors")
+    except UserError:  # a wrong checksum
+        return False
+    world.set_phase(phase)
+    if tensors.fingerprints(digests).items() <= fingerprints.items():
+        world.print_rank0(
+            f"{path}: its entry changed during the run (chmod, ln), and its content did not; "
+            "the run goes on"
+        )
+        return True
+    return False
 
 
 def take(

@@ -1,6 +1,6 @@
 """Everything before the first step: check the files, build the model, find the position."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vico.checkpoint.format import Checkpoint, TrainState
@@ -115,7 +115,8 @@ def open_evaluation(
         inputs = read_inputs(config, (config.split,), world)
         checkpoint = fit(checkpoint, inputs)
     require_same_start(world, checkpoint, (), inputs.counts)
-    fingerprints = _fingerprints(config, inputs, (config.split,), world)
+    recorded = checkpoint.fingerprints
+    fingerprints = _fingerprints(config, inputs, (config.split,), recorded, world)
     with world.raise_together():
         notes = refuse_other_function(checkpoint, config, fingerprints)
     for note in (*notes, *notes_of_uncompared(checkpoint, fingerprints)):
@@ -132,11 +133,15 @@ def _claim(output_dir: OutputDir, world: World) -> None:
 
 
 def _fingerprints(
-    config: RunConfig, inputs: Inputs, splits: Sequence[str], world: World
+    config: RunConfig,
+    inputs: Inputs,
+    splits: Sequence[str],
+    recorded: Mapping[str, str],
+    world: World,
 ) -> dict[str, str]:
     """Of all that a run over these splits reads, the same on all hosts. A collective."""
-    sources = inputs.sources(splits)
-    fingerprints = shared_digests.of_run(sources, inputs.files, inputs.cache, world, config.verify)
+    sources, files, cache = inputs.sources(splits), inputs.files, inputs.cache
+    fingerprints = shared_digests.of_run(sources, recorded, files, cache, world, config.verify)
     if world.is_first_of_host:
         inputs.cache.flush()
     return fingerprints
@@ -169,7 +174,8 @@ def _check_continuation(
     steps: TrainingSteps,
 ) -> tuple[dict[str, str], TrainState]:
     """(fingerprints of all inputs, the training state to start from). A collective."""
-    fingerprints = _fingerprints(config, inputs, ("train", "val"), world)
+    recorded = checkpoint.fingerprints if checkpoint else {}
+    fingerprints = _fingerprints(config, inputs, ("train", "val"), recorded, world)
     with world.raise_together():
         state = start_state(
             checkpoint, steps.steps_per_epoch, steps.questions_per_step, config, fingerprints
