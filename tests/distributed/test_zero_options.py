@@ -17,7 +17,8 @@ from vico.train.ds_config import TESTED_OFFLOAD_OPTIONS, TESTED_OPTIONS
 from vico.train.step import train_step
 
 ZERO_OPTIONS = (str(ROOT / "tests" / "support" / "zero_options.py"),)
-CPU = {"device": "cpu", "pin_memory": False}
+CPU = {"device": "cpu", "pin_memory": False, "nvme_path": "/local_nvme", "buffer_count": 3}
+CPU_PARAM = {**CPU, "buffer_size": 1000, "max_in_cpu": 1000}
 # A bucket holds a part of the larger tensors only, and two groups split the partitions.
 BELOW_3: dict[str, Any] = {
     "reduce_bucket_size": 1000,
@@ -57,8 +58,12 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "stage3_model_persistence_threshold": 1000,
         "stage3_gather_16bit_weights_on_model_save": True,
     },
-    "zero3, leaves": {**STAGE_3, "leaf_module": {"classes": ["vico.model.llama.Block"]}},
-    "zero3, offload": {**STAGE_3, "offload_param": CPU, "offload_optimizer": CPU},
+    "zero3, leaves": {
+        **STAGE_3,
+        "leaf_module": {"classes": ["vico.model.llama.Block"]},
+        "stage3_gather_fp16_weights_on_model_save": True,
+    },
+    "zero3, offload": {**STAGE_3, "offload_param": CPU_PARAM, "offload_optimizer": CPU},
 }
 ROUND_ROBIN = {"stage": 2, "round_robin_gradients": True}
 # A run whose saves would hold the values of one tensor in another order.
@@ -103,7 +108,7 @@ def test_a_save_of_other_tensors_is_seen(lines: dict[str, str]) -> None:
 
 def test_every_option_that_is_let_through_is_tested() -> None:
     assert {key for section in SECTIONS.values() for key in section} == TESTED_OPTIONS
-    assert set(CPU) == TESTED_OFFLOAD_OPTIONS
+    assert set(CPU_PARAM) == TESTED_OFFLOAD_OPTIONS
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -51,6 +51,7 @@ TESTED_OPTIONS = frozenset(
         "reduce_bucket_size",
         "reduce_scatter",
         "stage3_gather_16bit_weights_on_model_save",
+        "stage3_gather_fp16_weights_on_model_save",
         "stage3_max_live_parameters",
         "stage3_max_reuse_distance",
         "stage3_model_persistence_threshold",
@@ -61,7 +62,10 @@ TESTED_OPTIONS = frozenset(
     }
 )
 OFFLOADS = ("offload_optimizer", "offload_param")
-TESTED_OFFLOAD_OPTIONS = frozenset({"device", "pin_memory"})
+# The last four are left over where a config for NVMe was changed to another device.
+TESTED_OFFLOAD_OPTIONS = frozenset(
+    {"device", "pin_memory", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu"}
+)
 # DeepSpeed checks the content of these.
 SECTIONS = ("zero_optimization", "bf16", "fp16", "aio", "flops_profiler", "comms_logger")
 SWITCHES = (
