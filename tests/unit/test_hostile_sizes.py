@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import resource
 import sys
 import time
@@ -61,6 +62,52 @@ def test_a_class_that_is_called_from_the_memo(tmp_path: Path) -> None:
     start = b"\x80\x02ctorch.storage\nUntypedStorage\nq\x01X\x01\x00\x00\x000X\x01\x00\x00\x00c"
     (tmp_path / "a.pth").write_bytes(as_zip(start + b"h\x01" + number + b"\x85R."))
     assert "builds torch.storage.UntypedStorage" in refusal(load_tensors, tmp_path / "a.pth", "it")
+
+
+def test_tensors_with_attributes(tmp_path: Path) -> None:
+    """torch.save names the class Tensor for them, which is not a call either."""
+    clips = {name: torch.full((2, WIDTH), i) for i, name in enumerate("abc", 1)}
+    clips = {name: clip.float().requires_grad_(name == "c") for name, clip in clips.items()}
+    for clip in clips.values():
+        clip.fps, clip.video = 25.0, {"size": (1, [2])}  # type: ignore[attr-defined]
+    clips["d"] = torch.nn.Parameter(clips["a"])
+    features = Features(save(tmp_path / "a.pth", clips))
+    for name, value in zip("abcd", (1, 2, 3, 1), strict=True):
+        assert features.sample(name, None, 2).unique().tolist() == [value]
+    save(tmp_path / "b.pth", clips, _use_new_zipfile_serialization=False)
+    loaded = load_tensors(tmp_path / "b.pth", "it", allow_old_format=True)
+    assert torch.equal(loaded["b"], clips["b"])
+
+
+WITH_ATTRIBUTES = b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n"
+REBUILD, TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch\nTensor\n"
+NUMBER = b"\x8a\x08" + HUGE.to_bytes(8, "little")
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        b"(" + TENSOR + TENSOR + NUMBER + b"\x85}tR.",  # the function is the class
+        b"(" + REBUILD + TENSOR + NUMBER + b"\x85R}}tR.",  # it is called before the arguments end
+        b"(" + REBUILD + TENSOR + b"(" + NUMBER + b"tR}}tR.",
+        b"(" + REBUILD + TENSOR + b"q\x01))}t0h\x01" + NUMBER + b"\x85R.",  # and from the memo
+        b"(" + REBUILD + TENSOR + NUMBER + b"\x85b))tR.",
+    ],
+)
+def test_the_class_of_tensors_with_attributes_is_not_called(tmp_path: Path, calls: bytes) -> None:
+    for file in (as_zip(WITH_ATTRIBUTES + calls), as_old(WITH_ATTRIBUTES + calls)):
+        (tmp_path / "a.pth").write_bytes(file)
+        message = refusal(load_tensors, tmp_path / "a.pth", "it", allow_old_format=True)
+        assert "builds torch.Tensor of any size" in message
+
+
+def test_an_old_format_too_large_for_memory(tmp_path: Path) -> None:
+    """A sparse file. It was called damaged."""
+    path = save(tmp_path / "a.pth", {"model": {}}, _use_new_zipfile_serialization=False)
+    os.truncate(path, (2 << 30) + 1)
+    message = refusal(published.read, path)
+    assert "old format, which cannot be memory-mapped, and has 2,147,483,649 bytes" in message
+    assert "more than 2,147,483,648; convert it: python -c " in message
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint16, torch.bfloat16])

@@ -12,6 +12,10 @@ _MARKS = (b"bytearray", b"Tensor", b"UntypedStorage", b"TypedStorage")
 _UNTYPED = "UntypedStorage"
 _READS = ("BINUNICODE", "BINGET", "LONG_BINGET")
 _NUMBERS = ("BININT", "BININT1", "BININT2", "LONG1", "BINGET", "LONG_BINGET")
+# How torch.save writes a tensor that has attributes of Python: this call of a function that makes
+# the tensor, the class Tensor, the function's arguments, and the attributes.
+_WITH_ATTRIBUTES = "torch._tensor._rebuild_from_type_v2"
+_MAKES_TENSORS = "torch._utils._rebuild_"
 # What follows the class of a storage where torch.save names one: key, device, size, the tuple.
 _STORAGE = (_READS, _READS, _NUMBERS, ("TUPLE",), ("BINPERSID",))
 
@@ -33,9 +37,48 @@ def sized_class(data: bytes) -> str | None:
             )
             if is_named:
                 continue
+        if name == "torch.Tensor" and _is_type_of_result(operations, place):
+            continue
         if last in ("bytearray", _UNTYPED, "TypedStorage") or last.endswith("Tensor"):
             return name
     return None
+
+
+def _is_type_of_result(operations: list[tuple[str, str]], place: int) -> bool:
+    """Whether the class at `place` is only an argument of _WITH_ATTRIBUTES, and never called."""
+    before = operations[max(0, place - 3) : place]
+    if len(before) < 3 or before[1][0] != "MARK":
+        return False
+    if before[0][1] != _WITH_ATTRIBUTES or not before[2][1].startswith(_MAKES_TENSORS):
+        return False
+    height, marks = 0, list[int]()  # of the stack above the class
+    for kind, _ in operations[place + 1 :]:
+        if kind == "MARK":
+            marks.append(height)
+            continue
+        num_taken, is_to_mark, num_given = _EFFECTS[kind]
+        if is_to_mark:
+            if not marks:
+                return kind == "TUPLE"  # that of the arguments
+            height = marks.pop()
+        if height < num_taken:
+            return False  # this operation calls or changes the class
+        height += num_given - num_taken
+    return False
+
+
+def _effect(opcode: pickletools.OpcodeInfo) -> tuple[int, bool, int]:
+    """(objects that it takes, whether it takes all above a mark besides, objects that it gives)."""
+    taken = list(opcode.stack_before)
+    is_to_mark = pickletools.markobject in taken
+    if is_to_mark:
+        taken = taken[: taken.index(pickletools.markobject)]
+    return len(taken), is_to_mark, len(opcode.stack_after)
+
+
+_EFFECTS = {opcode.name: _effect(opcode) for opcode in pickletools.opcodes} | {
+    "CLASS": (0, False, 1)
+}
 
 
 def _operations(data: bytes) -> Iterator[tuple[str, str]]:

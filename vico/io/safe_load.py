@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from vico.errors import UserError, fail, one_line
 from vico.io.old_torch_format import MAGIC, find_fault
-from vico.io.paths import open_to_read, read_bytes
+from vico.io.paths import MAX_BYTES, open_to_read, read_bytes
 from vico.io.pickle_sizes import sized_class
 
 MAX_REASON_CHARACTERS = 160
@@ -28,7 +28,11 @@ MAX_REASON_CHARACTERS = 160
 _MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \S+ +(/.*)\n((?:[A-Z].*\n)+)", re.M)
 MAX_SHARING = 16  # tensors of the same numbers, on average: tied weights, clips of one video
 _DAMAGED = "is cut off or damaged; fetch or copy it again and compare the sizes"
-_CONVERT = "python -c \"import torch; torch.save(torch.load('IN', weights_only=True), 'OUT')\""
+_CONVERT = (
+    'python -c "import argparse, torch; '
+    "torch.serialization.add_safe_globals([argparse.Namespace]); "
+    "torch.save(torch.load('IN', weights_only=True), 'OUT')\""
+)
 _REFUSED = (
     "refused because loading it can run code; save it again as plain tensors where you trust it"
 )
@@ -213,8 +217,13 @@ def _format_fault(
     elif is_zip:
         fault = _zip_fault(path, verify_checksums)
     elif head.startswith(MAGIC):
-        cannot_map = "is in torch's old format, which cannot be memory-mapped; convert it:"
-        fault = None if allow_old_format else f"{cannot_map} {_CONVERT}"
+        fault = None
+        cannot_map = "is in torch's old format, which cannot be memory-mapped"
+        if not allow_old_format:
+            fault = f"{cannot_map}; convert it: {_CONVERT}"
+        elif num_bytes > MAX_BYTES:
+            too_large = f"has {num_bytes:,} bytes, more than {MAX_BYTES:,}"
+            fault = f"{cannot_map}, and {too_large}; convert it: {_CONVERT}"
     elif len(head) < len(MAGIC):
         fault = f"{_DAMAGED} ({num_bytes} bytes)"
     else:
