@@ -4,6 +4,7 @@ from faults.case import Case
 from faults.cases_checkpoints import CHECKPOINTS
 from faults.cases_deepspeed import DEEPSPEED
 from faults.cases_features import FEATURE_FILES
+from faults.cases_formats import FORMATS
 from faults.cases_llama import LLAMA
 from faults.cases_output_dir import OUTPUT_DIR
 from faults.cases_settings import SETTINGS
@@ -14,6 +15,7 @@ CASES: dict[str, Case] = {
     **DEEPSPEED,
     **OUTPUT_DIR,
     **TABLES,
+    **FORMATS,
     **FEATURE_FILES,
     **LLAMA,
     **CHECKPOINTS,

@@ -15,6 +15,7 @@ import torch
 
 from faults.damage import Damage, both, copy, gone, js, pth, put
 from faults.damage_tables import SRT, rows, star, star_item, tvqa, tvqa_row
+from faults.legal_formats import star_formats
 from faults.result import Result, Scale
 from support.run_fixture import (
     CAPTIONS,
@@ -215,6 +216,7 @@ def star_twins() -> dict[str, Damage]:
         "STAR, keys in another order, times as text, more keys": star(other),
         "STAR, choices in another order": star(other_choices),
         "STAR, blanks around ids": star(spaced),
+        **star_formats(STAR_ITEMS),
     }
 
 
@@ -253,16 +255,20 @@ def _with_srt(damage: Damage, content: str) -> Damage:
     return both(damage, *files)
 
 
-def run(scale: Scale) -> Result:
-    with WarmProcess() as warm:
-        original = make_run_fixture(scale.folder / "original", warm)
-    groups: tuple[tuple[Damage, dict[str, Damage], list[str]], ...] = (
+def groups() -> list[tuple[Damage, dict[str, Damage], list[str]]]:
+    """(clean files, their twins, flags) of each data set."""
+    return [
         (CLEAN, NEXTQA_TWINS, []),
         (star(STAR_ITEMS), star_twins(), ["--dataset", "star"]),
         (_with_srt(tvqa(*TVQA_ROWS), SRT), tvqa_twins(), ["--dataset", "tvqa", "--sub"]),
-    )
+    ]
+
+
+def run(scale: Scale) -> Result:
+    with WarmProcess() as warm:
+        original = make_run_fixture(scale.folder / "original", warm)
     failures, distinct, total = list[str](), set[str](), 1
-    for clean, twins, flags in groups:
+    for clean, twins, flags in groups():
         expected = digest(original, clean, None, scale.folder, flags)
         distinct.add(expected)
         total += len(twins)

@@ -35,6 +35,8 @@ class Questions(list[Question]):
     """The questions of a file, in its order."""
 
     num_blank_rows = 0  # of the file: they hold nothing but blanks, and were passed over
+    # What was read otherwise than it is written, or not at all: "3 of 9 answers are letters".
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -233,9 +233,11 @@ def annotation_notes(config: RunConfig, questions: Mapping[str, Sequence[Questio
     """What the files of `questions` (by split, as they were read) hold and is not used."""
     notes = []
     for split, of_split in questions.items():
-        num_blank = of_split.num_blank_rows if isinstance(of_split, Questions) else 0
-        if num_blank:
+        if not isinstance(of_split, Questions):
+            continue
+        if num_blank := of_split.num_blank_rows:
             notes.append(f"warning: {split}: {num_blank} rows of blanks are passed over")
+        notes += [f"{split}: {note}" for note in of_split.notes]
     folder = config.dataset_folder
     subtitles = folder / tvqa.SUBTITLES
     if (

@@ -161,23 +161,35 @@ def read_jsonl(path: Path, what: str) -> Rows:
     return rows
 
 
-def read_json_list(path: Path, what: str) -> Rows:
-    """A JSON list of objects. Places are indices (`jq '.[16]'`): the file may be one huge line."""
-    items = parse_json(read_text(path, what), path, 1)
-    if not isinstance(items, list):
+def read_json_items(path: Path, what: str, id_key: str) -> Rows:
+    """A JSON list of objects, or an object of objects by id, which becomes their `id_key`.
+
+    Places are indices or ids (`jq '.[16]'`): the file may be one huge line.
+    """
+    content = parse_json(read_text(path, what), path, 1)
+    if not isinstance(content, (list, dict)):
         fail(
-            f"{path.name}:1: column 1: {json_kind(items)} "
-            f"where a JSON list of questions is expected; correct {path}"
+            f"{path.name}:1: column 1: {json_kind(content)} "
+            f"where a JSON list or object of questions is expected; correct {path}"
         )
-    if not items:
-        fail(f"{path}: is an empty list; {what} should be there: fetch it again")
-    bad = [
-        f"{path.name}[{i}]: {json_kind(item)} where an object is expected"
-        for i, item in enumerate(items)
-        if not isinstance(item, dict)
-    ]
-    refuse(path, bad, len(items))
-    return Rows((f"{path.name}[{i}]", item) for i, item in enumerate(items))
+    if not content:
+        fail(
+            f"{path}: is {json_kind(content)} without entries; {what} should be there: fetch it again"
+        )
+    items = enumerate(content) if isinstance(content, list) else content.items()
+    rows, bad = Rows(), []
+    for key, item in items:
+        place = f"{path.name}[{show(key)}]"
+        if not isinstance(item, dict):
+            bad.append(f"{place}: {json_kind(item)} where an object is expected")
+        elif isinstance(content, list):
+            rows.append((place, item))
+        elif str(item.get(id_key, key)).strip() != str(key).strip():
+            bad.append(f"{place}: '{id_key}' is {show(item[id_key])}, unlike the key")
+        else:
+            rows.append((place, {id_key: key, **item}))
+    refuse(path, bad, len(content))
+    return rows
 
 
 # ---- fields of a row
