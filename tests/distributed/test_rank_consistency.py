@@ -56,7 +56,7 @@ from vico.train.config import RunConfig
 from vico.train.rank_consistency import (
     require_same_code, require_same_files, require_same_start
 )
-from vico.train.resume import read_checkpoint
+from vico.train.saved_run import read_checkpoint
 from vico.train.start import start
 
 base = Path(sys.argv[1])

@@ -12,7 +12,7 @@ from reference import oracle, oracle_files
 from support.processes import succeeds, vico
 from support.toy_dataset import ToyData, write_csv
 from support.training import FLAGS, HYPER, PLAIN, Run, train
-from vico.train.resume import read_checkpoint
+from vico.train.saved_run import read_checkpoint
 
 ORACLE_LOSS_RTOL = 3e-6  # the oracle sums in another order
 SLOW = pytest.mark.slow

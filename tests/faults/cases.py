@@ -7,6 +7,7 @@ from faults.cases_features import FEATURE_FILES
 from faults.cases_formats import FORMATS
 from faults.cases_llama import LLAMA
 from faults.cases_output_dir import OUTPUT_DIR
+from faults.cases_published import PUBLISHED_FILES
 from faults.cases_settings import SETTINGS
 from faults.cases_tables import TABLES
 
@@ -19,4 +20,5 @@ CASES: dict[str, Case] = {
     **FEATURE_FILES,
     **LLAMA,
     **CHECKPOINTS,
+    **PUBLISHED_FILES,
 }

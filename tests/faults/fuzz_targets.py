@@ -34,7 +34,8 @@ from vico.io.output_dir import OutputDir
 from vico.model.weights.load import open_weights
 from vico.train.config import RunConfig
 from vico.train.ds_config import read_config
-from vico.train.resume import differences, read_checkpoint
+from vico.train.resume import differences
+from vico.train.saved_run import read_checkpoint
 
 STAR, TVQA = "toy/data/star", "toy/data/tvqa"
 RECIPE_TEXT = """\

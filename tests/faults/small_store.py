@@ -13,7 +13,7 @@ from vico.errors import UserError
 from vico.io.atomic import repair_folder
 from vico.io.output_dir import OutputDir
 from vico.train.config import RunConfig
-from vico.train.resume import newest_usable
+from vico.train.saved_run import newest_usable
 
 RUN = "selftest"
 SHAPES = {"adapter_query.weight": (30, 64), "visual_proj.weight": (64, 768)}

@@ -19,13 +19,9 @@ from vico.checkpoint.format import OPTIMIZER, STATE, WEIGHTS, TrainState
 from vico.checkpoint.write import RunIdentity, save
 from vico.errors import UserError
 from vico.train.config import RunConfig
-from vico.train.resume import (
-    RECORDED_FIRST,
-    notes_of_uncompared,
-    read_checkpoint,
-    start_state,
-)
+from vico.train.resume import RECORDED_FIRST, notes_of_uncompared, start_state
 from vico.train.run_log import read_records
+from vico.train.saved_run import read_checkpoint
 
 
 def test_a_damaged_checkpoint_is_passed_over(

@@ -20,10 +20,11 @@ from vico.errors import CheckpointError, DiskError, TrainingError
 from vico.io import failpoints
 from vico.io.output_dir import OutputDir
 from vico.io.text import read_json_object
-from vico.train import resume
+from vico.train import saved_run
 from vico.train.config import RunConfig
-from vico.train.resume import find_start, newest_usable, read_checkpoint, start_state
+from vico.train.resume import find_start, start_state
 from vico.train.run_log import gaps, read_logs
+from vico.train.saved_run import newest_usable, read_checkpoint
 
 
 def find_newest(out: Path) -> tuple[str, str]:
@@ -75,7 +76,7 @@ def break_reading(monkeypatch: pytest.MonkeyPatch, name: str = "", step: int = 0
 
     monkeypatch.setattr(checkpoints, "read", failing_read)
     monkeypatch.setattr(write, "read", failing_read)
-    monkeypatch.setattr(resume, "read", failing_read)
+    monkeypatch.setattr(saved_run, "read", failing_read)
 
 
 def test_old_checkpoints_go_after_the_new_is_read_back(

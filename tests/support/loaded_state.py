@@ -7,7 +7,7 @@ from vico.checkpoint.validate import validate_for_model
 from vico.cli.flags import parse
 from vico.distributed import world as dist
 from vico.train.build import build_engine, read_inputs
-from vico.train.resume import read_checkpoint
+from vico.train.saved_run import read_checkpoint
 
 
 def main(argv: list[str]) -> None:

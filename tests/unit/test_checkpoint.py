@@ -25,7 +25,7 @@ from vico.errors import DiskError, UserError
 from vico.io.atomic import repair_folder, require_writable, write_folder, write_text
 from vico.io.output_dir import OutputDir
 from vico.train.config import RunConfig
-from vico.train.resume import read_checkpoint
+from vico.train.saved_run import read_checkpoint
 
 CONFIG = RunConfig(seed=7, adapter_layer=3, lr=0.1, max_seq_len=100)
 RUN = RunIdentity("", CONFIG.to_json(), {})
@@ -139,7 +139,8 @@ def test_not_a_checkpoint(tmp_path: Path, checkpoint: Path) -> None:
     error = "no such checkpoint; --resume takes a checkpoint folder or a .pth file"
     assert validation_error(tmp_path / "nowhere").endswith(f"nowhere: {error}")
     assert validation_error(Path("x" * 5000)).endswith(error)
-    error = f"run/state.json: no such file; did you mean {checkpoint}?"
+    (checkpoint.parent / "args.json").touch()
+    error = "run/state.json: no such file; this run has saved no checkpoint"
     assert validation_error(checkpoint.parent).endswith(error)
     (tmp_path / "empty").mkdir()
     error = "state.json: no such file; a checkpoint is a folder with state.json"

@@ -31,7 +31,7 @@ from vico.model.weights import convert as weight_conversion
 from vico.model.weights.load import open_weights
 from vico.model.weights.meta import MetaWeights
 from vico.train.config import RunConfig
-from vico.train.resume import read_checkpoint
+from vico.train.saved_run import read_checkpoint
 
 CONFIG = LlamaConfig(32, 3, 4, 400)
 
@@ -293,7 +293,7 @@ HOSTILE = {
     "a backbone as adapter": Hostile(
         "hf/model.safetensors out.pth",
         3,
-        "model.safetensors: lacks adapter_query.weight, temporal_emb.weight, visual",
+        " tensors of a LLaMA and none of an adapter; name a checkpoint of ViCo by --resume",
     ),
     "a flipped adapter": Hostile(
         "published.pth out.safetensors",

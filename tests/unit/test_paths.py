@@ -33,8 +33,9 @@ from vico.model.weights.load import open_weights, read_llama_config
 from vico.train.config import RunConfig
 from vico.train.preflight import open_backbone
 from vico.train.rank_consistency import _input_files
-from vico.train.resume import find_start, newest_usable
+from vico.train.resume import find_start
 from vico.train.run_log import RunLog, read_logs
+from vico.train.saved_run import newest_usable
 
 RUN = RunIdentity("", {}, {})
 

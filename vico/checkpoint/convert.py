@@ -8,7 +8,8 @@ from torch import Tensor
 
 from vico.checkpoint import published
 from vico.checkpoint.format import Checkpoint
-from vico.checkpoint.validate import GATE, require_finite
+from vico.checkpoint.state_dict import FIRST, GATE
+from vico.checkpoint.validate import require_finite
 from vico.errors import CheckpointError, UserError
 from vico.io.atomic import make_folder, write_bytes
 from vico.io.paths import is_folder
@@ -42,7 +43,7 @@ def _require_suffix(target: Path, suffix: str) -> None:
 def _check_adapter(weights: Mapping[str, Tensor], source: Path) -> None:
     """The weights are a whole adapter: the tensors outside the layers, and pairs of gates."""
     gates = {name for name in weights if GATE.fullmatch(name)}
-    expected = {*published.FIRST}
+    expected = {*FIRST}
     for gate in gates:
         stem = gate[:-1]
         expected |= {f"{stem}1", f"{stem}2"}

@@ -23,6 +23,7 @@ from vico.checkpoint.format import (
     TrainState,
     with_checksum,
 )
+from vico.checkpoint.state_dict import adapter_tensors
 from vico.errors import CheckpointError, show
 from vico.io.digest import digest_bytes, digest_json
 from vico.io.output_dir import OutputDir, step_of
@@ -43,8 +44,9 @@ def read(path: Path, run: str = "") -> Checkpoint:
     if is_folder(path, CheckpointError):
         return _read_folder(path, run)
     if path.suffix == ".safetensors":
-        weights, digest = _read_safetensors(path)
-        return Checkpoint(path, weights, digest=digest)
+        tensors, digest = _read_safetensors(path)
+        weights, notes = adapter_tensors(tensors, path)
+        return Checkpoint(path, weights, digest=digest, notes=notes)
     return published.read(path)
 
 
@@ -79,8 +81,12 @@ def _read_folder(path: Path, run: str) -> Checkpoint:
 def _read_state(path: Path) -> dict[str, Any]:
     """The content of a state.json. Raises CheckpointError for a wrong checksum or entry."""
     if not exists(path, CheckpointError):
-        inner = OutputDir(path.parent).step_checkpoints()
-        hint = f"did you mean {inner[0]}?" if inner else "a checkpoint is a folder with state.json"
+        is_run = OutputDir(path.parent).has_run()
+        hint = (
+            "this run has saved no checkpoint"
+            if is_run
+            else "a checkpoint is a folder with state.json"
+        )
         raise CheckpointError(f"{path}: no such file; {hint}")
     text = read_text(path, "the state of the checkpoint", CheckpointError)
     record = as_object(parse_json(text, path, 1, CheckpointError), path, CheckpointError)

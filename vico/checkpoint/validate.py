@@ -1,6 +1,5 @@
 """Whether a checkpoint fits a model: its tensors' names, shapes and numbers."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +9,11 @@ from torch import Tensor
 
 from vico.checkpoint import published
 from vico.checkpoint.format import MOMENTS, Checkpoint
+from vico.checkpoint.state_dict import GATE
 from vico.errors import CheckpointError
 from vico.io.safe_load import is_float_tensor
 
 Shapes = Mapping[str, tuple[int, ...]]
-GATE = re.compile(r"layers\.(\d+)\.attention\.gate[12]")
 MAX_SHOWN = 5
 
 
@@ -26,6 +25,7 @@ def validate_for_model(checkpoint: Checkpoint, shapes: Shapes, num_layers: int) 
     """
     unused = _unused_gates(checkpoint.weights, shapes, num_layers)
     weights = {name: v for name, v in checkpoint.weights.items() if name not in unused}
+    weights, reshaped = _with_gate_shapes(weights, shapes)
     if faults := _faults(weights, shapes):
         raise CheckpointError(
             f"{checkpoint.path}: does not fit --model, --adapter_layer, --adapter_len and "
@@ -33,22 +33,54 @@ def validate_for_model(checkpoint: Checkpoint, shapes: Shapes, num_layers: int) 
         )
     for name, value in weights.items():
         require_finite(value, name, checkpoint.path)
-    moments, state = checkpoint.moments, checkpoint.state
-    if checkpoint.published_optimizer is not None:
-        moments, num_updates = published.adam_moments(
-            checkpoint.published_optimizer, checkpoint.weights, checkpoint.path
-        )
-        state = replace(state, num_updates=num_updates)
-    if moments is not None:
-        moments = _validated_moments(moments, shapes, checkpoint.path)
-    notes: tuple[str, ...] = ()
+    notes = list(checkpoint.notes)
     if unused:
-        notes = (
+        notes.append(
             f"{checkpoint.path}: ignored {len(unused)} gates of layers below the adapted ones, "
-            "which nothing uses",
+            "which nothing uses"
         )
+    if reshaped:
+        notes.append(f"{checkpoint.path}: {reshaped}")
+    used = {name: checkpoint.weights[name] for name in weights}
+    fitted = _with_published_moments(replace(checkpoint, notes=tuple(notes)), used)
+    moments = fitted.moments
+    if moments is not None:
+        moments = _validated_moments(_with_gate_shapes(moments, shapes)[0], shapes, checkpoint.path)
     ordered = {name: weights[name].float() for name in shapes}
-    return replace(checkpoint, weights=ordered, moments=moments, state=state, notes=notes)
+    return replace(fitted, weights=ordered, moments=moments)
+
+
+def _with_published_moments(checkpoint: Checkpoint, used: Mapping[str, Tensor]) -> Checkpoint:
+    """`checkpoint` with the moments of its published optimizer, or with a note why it has none."""
+    if checkpoint.published_optimizer is None:
+        return checkpoint
+    found = published.adam_moments(checkpoint.published_optimizer, checkpoint.weights, used)
+    if isinstance(found, str):
+        note = published.not_used(checkpoint.path, found)
+        return replace(checkpoint, published_optimizer=None, notes=(*checkpoint.notes, note))
+    moments, num_updates = found
+    state = replace(checkpoint.state, num_updates=num_updates)
+    return replace(checkpoint, moments=moments, state=state)
+
+
+def _with_gate_shapes(
+    tensors: Mapping[str, Tensor], shapes: Shapes
+) -> tuple[dict[str, Tensor], str]:
+    """(`tensors` with the model's shapes of gates, what was changed).
+
+    A gate has a number per head; [4] and [1, 4, 1] are [1, 4, 1, 1] written otherwise. A name may
+    end in that of a moment.
+    """
+    result, changes = dict(tensors), list[str]()
+    for name, value in tensors.items():
+        gate = next((g for g in (name, name.rpartition(".")[0]) if GATE.fullmatch(g)), None)
+        shape = shapes.get(gate or "")
+        if shape is None or not isinstance(value, Tensor) or tuple(value.shape) == shape:
+            continue
+        if [n for n in value.shape if n != 1] == [n for n in shape if n != 1]:
+            result[name] = value.reshape(shape)
+            changes.append(f"of shape {list(value.shape)} taken as {list(shape)}")
+    return result, f"{len(changes)} gates {changes[0]}" if changes else ""
 
 
 def _layer_of_gate(name: str) -> int | None:

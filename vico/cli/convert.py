@@ -14,7 +14,7 @@ from vico.io.atomic import require_writable
 from vico.io.paths import exists, is_folder
 from vico.model.weights.convert import Layout, convert_weights
 from vico.model.weights.load import holds_weights
-from vico.train.resume import read_checkpoint
+from vico.train.saved_run import read_for_evaluation
 
 HELP = """Convert SOURCE, by what it is:
   LLaMA weights of Meta (consolidated.*.pth)    -> a folder of Hugging Face's (config.json,
@@ -65,7 +65,10 @@ def convert(source: Path, target: Path, to: Layout | None = None, shards: int | 
         return convert_weights(source, target, to, shards)
     if to is not None or shards is not None:
         raise UserError(f"{source}: holds no LLaMA weights, and --to and --shards are for those")
-    return convert_adapter(read_checkpoint(source), target)
+    checkpoint = read_for_evaluation(source)
+    for note in checkpoint.notes:
+        log.info(note)
+    return convert_adapter(checkpoint, target)
 
 
 if __name__ == "__main__":  # `python -m vico.cli.convert`, or this file

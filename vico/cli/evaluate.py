@@ -27,10 +27,10 @@ def main(argv: list[str]) -> int:
 
     def work(world: "World") -> None:
         from vico.train.rank_consistency import require_same_files
-        from vico.train.resume import read_checkpoint
+        from vico.train.saved_run import read_for_evaluation
 
         with world.raise_together():
-            checkpoint = read_checkpoint(line.given["resume"])
+            checkpoint = read_for_evaluation(line.given["resume"])
             config, notes = settings_of(checkpoint, line)
             notes += on_replaced_predictions(checkpoint, line.given)
         require_same_files(world, config)
@@ -42,12 +42,12 @@ def main(argv: list[str]) -> int:
 def evaluate_named(config: RunConfig, world: "World") -> None:
     """`vico train --resume CHECKPOINT --init_eval`: evaluate it with the flags' settings."""
     from vico.train.rank_consistency import require_same_files
-    from vico.train.resume import read_checkpoint
+    from vico.train.saved_run import read_for_evaluation
 
     require_same_files(world, config)
     with world.raise_together():
         assert config.resume is not None
-        checkpoint = read_checkpoint(config.resume)
+        checkpoint = read_for_evaluation(config.resume)
     evaluate_checkpoint(config, checkpoint, world)
 
 

@@ -93,7 +93,9 @@ def parse_with_checkpoint(argv: Sequence[str], command: str, description: str) -
     """As `parse`, for a command that needs --resume."""
     line = parse(argv, command, description)
     if line.given.get("resume") is None:
-        raise UserError("--resume is missing: name the checkpoint folder or .pth file to evaluate")
+        raise UserError(
+            "--resume is missing: name the checkpoint folder, run folder or .pth file to evaluate"
+        )
     return line
 
 

@@ -33,10 +33,10 @@ def main(argv: list[str]) -> int:
     def work(world: "World") -> None:
         from vico.cli.evaluate import settings_of
         from vico.train.rank_consistency import require_same_files
-        from vico.train.resume import read_checkpoint
+        from vico.train.saved_run import read_for_evaluation
 
         with world.raise_together():
-            checkpoint = read_checkpoint(line.given["resume"])
+            checkpoint = read_for_evaluation(line.given["resume"])
             config, notes = settings_of(checkpoint, line)
             if config.quantize is None:
                 raise UserError(

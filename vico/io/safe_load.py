@@ -14,7 +14,7 @@ import threading
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -72,7 +72,7 @@ def is_float_tensor(value: object) -> bool:
 def load_tensors(
     path: Path,
     what: str,
-    allowed_classes: Sequence[type | tuple[type, str]] = (),
+    allowed_classes: Sequence[type | tuple[Callable[..., Any], str]] = (),
     *,
     allow_old_format: bool = False,
     verify_checksums: bool = False,

@@ -131,7 +131,8 @@ class RunConfig:
     epochs: int = _flag(
         400,
         OPTIMIZATION,
-        "passes over the training questions; also the length of the learning-rate schedule",
+        "passes over the training questions; also the length of the learning-rate schedule; a "
+        "larger number prolongs a complete run",
     )
     warmup_epochs: float = _flag(
         40.0,
@@ -153,7 +154,10 @@ class RunConfig:
         "where logs, predictions and checkpoints go; rerun the same command to resume",
     )
     resume: Path | None = _flag(
-        None, RUN, "checkpoint to start from: a checkpoint folder of ViCo or a published .pth file"
+        None,
+        RUN,
+        "checkpoint to start from: a checkpoint folder, a published .pth file, or a run's folder: "
+        "training takes its newest checkpoint, evaluation its best",
     )
     init_eval: bool = _flag(
         False,

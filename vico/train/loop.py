@@ -44,7 +44,7 @@ def run(run: Run) -> None:
     if run.is_complete:
         world.print_rank0(
             f"{config.output_dir}: this run is complete at step {state.step} of {run.last_step}; "
-            "nothing to train"
+            f"nothing to train, and a larger {run.limit} trains on"
         )
         return
     early_save: int | None = None
@@ -111,8 +111,9 @@ def _open_log(run: Run) -> tuple[RunLog, int | None]:
     logs = read_logs(output_dir)
     settings, last_step = config.to_json(), logs.last_step
     early_save = restart_limit.record_start(output_dir, settings, last_step, state.step)
-    if config.resume is None and saved is not None and saved.get("resume") is not None:
-        config = replace(config, resume=Path(saved["resume"]))  # where this run first started
+    if config.resume in (None, output_dir.path) and saved is not None:
+        first = saved.get("resume")  # where this run first started
+        config = replace(config, resume=None if first is None else Path(first))
     steps_per_epoch = run.steps.steps_per_epoch
     if saved is not None:
         position = (state.step, state.evaluation_due, steps_per_epoch)

@@ -4,63 +4,26 @@ A run never starts anew where a checkpoint exists, and never continues from a ch
 settings, data or weights, unless the user asks for it.
 """
 
-import contextlib
 import json
 import os
-import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from vico.checkpoint.format import REMEDY, WEIGHTS, Checkpoint, TrainState
-from vico.checkpoint.read import read
+from vico.checkpoint.format import WEIGHTS, Checkpoint, TrainState
 from vico.errors import CheckpointError, UserError
-from vico.io.output_dir import OutputDir
+from vico.io.output_dir import OutputDir, step_of
 from vico.io.paths import exists
 from vico.train.config import NOT_IDENTITY, OBJECTIVE, RunConfig
-from vico.train.settings import settings_from
-
-# Settings of a published file that mean nothing here, or something else.
-IGNORED_SETTINGS = ("resume", "output_dir", "device")
-
-
-@dataclass(frozen=True)
-class Start:
-    """The checkpoint to start from (None: a new run), notes for the user, and the run's id."""
-
-    checkpoint: Checkpoint | None = None
-    notes: tuple[str, ...] = ()
-    run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
-
-
-def read_checkpoint(path: Path, run_id: str = "") -> Checkpoint:
-    """The checkpoint at `path` with typed settings. Raises CheckpointError (checkpoint/read.py)."""
-    checkpoint = read(path, run_id)
-    if checkpoint.published:
-        return replace(checkpoint, settings=_published_settings(checkpoint))
-    try:
-        settings = settings_from(checkpoint.settings, str(path / "state.json"))
-    except UserError as error:
-        raise CheckpointError(f"{error}; {REMEDY}") from None
-    return replace(checkpoint, settings=settings)
-
-
-def _published_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The settings of a published file that exist here too and have an allowed value.
-
-    The published code had other flags and no checks; the other settings are left out.
-    """
-    settings: dict[str, Any] = {}
-    for name, value in checkpoint.settings.items():
-        if name not in IGNORED_SETTINGS:
-            with contextlib.suppress(UserError):
-                typed = settings_from({name: value}, str(checkpoint.path))
-                RunConfig(**{"dataset": "tvqa", **typed})  # checks the value; --sub needs TVQA
-                settings |= typed
-    if settings.get("dataset") != "tvqa":
-        settings.pop("sub", None)  # it had no effect there
-    return settings
+from vico.train.saved_run import (
+    Start,
+    is_run,
+    newest_of,
+    newest_usable,
+    read_checkpoint,
+    read_for_evaluation,
+)
 
 
 def find_start(config: RunConfig) -> Start:
@@ -71,27 +34,35 @@ def find_start(config: RunConfig) -> Start:
     """
     output_dir = OutputDir(config.output_dir)
     if config.only_evaluates:
-        return _start_from(config.resume)
+        assert config.resume is not None
+        return Start(read_for_evaluation(config.resume))
     if not output_dir.has_run():
         _refuse_foreign_files(output_dir, config.save_legacy)
         return _start_from(config.resume)
     saved = output_dir.read_args()
+    own = output_dir.step_checkpoints()
+    step = step_of(own[0]) if own else None
     refuse_changes(
         f"{output_dir}: holds a run with other settings",
-        differences(saved, config),
+        differences(saved, config, prolonged=_prolongs(config, saved, step)),
         "choose another --output_dir",
     )
     return _resume_own(config, output_dir, saved)
 
 
 def _start_from(path: Path | None, **fields: Any) -> Start:
-    return Start(None if path is None else read_checkpoint(path), **fields)
+    if path is None or not is_run(path):
+        return Start(None if path is None else read_checkpoint(path), **fields)
+    found = newest_of(path)
+    return Start(found.checkpoint, found.notes, **fields)
 
 
 def _resume_own(config: RunConfig, output_dir: OutputDir, saved: Mapping[str, Any]) -> Start:
     """Continue the run of output_dir, whose args.json is `saved`."""
     run_id = run_id_of(saved)
     own, latest, named = output_dir.step_checkpoints(), output_dir.latest_step(), config.resume
+    if named == output_dir.path:  # the folder itself: as without --resume
+        named = None
     if not own and latest is not None:
         raise CheckpointError(
             f"{output_dir}: its checkpoints are gone, up to checkpoint-{latest}, which was saved "
@@ -110,31 +81,6 @@ def _resume_own(config: RunConfig, output_dir: OutputDir, saved: Mapping[str, An
     else:
         start = newest_usable(own, output_dir, run_id)
     return _note_lost_best(start, output_dir)
-
-
-def newest_usable(folders: Sequence[Path], output_dir: OutputDir, run_id: str = "") -> Start:
-    """The first of `folders` (newest first) that is undamaged and of this run.
-
-    Every file is checked. Raises CheckpointError, with the fault of each, when there is none.
-    """
-    faults: list[str] = []
-    latest = output_dir.latest_step()
-    if latest is not None and output_dir.checkpoint(latest) not in folders:
-        faults.append(f"{output_dir.checkpoint(latest)}: is gone, though it was saved last")
-    for folder in folders:
-        try:
-            checkpoint = read_checkpoint(folder, run_id)
-        except CheckpointError as fault:
-            faults.append(str(fault).removesuffix(f"; {REMEDY}"))
-            continue
-        notes = [f"passed over: {fault}" for fault in faults]
-        if faults:
-            notes.append(f"using {checkpoint.path}")
-        return Start(checkpoint, tuple(notes), run_id)
-    raise CheckpointError(
-        f"{output_dir}: none of its {len(folders)} checkpoints can be used ({'; '.join(faults)}); "
-        "choose another --output_dir to start anew"
-    )
 
 
 def _note_lost_best(start: Start, output_dir: OutputDir) -> Start:
@@ -190,7 +136,7 @@ def start_state(
         return replace(fresh, step=step, num_updates=start.state.num_updates)
     if start.moments is None:
         return fresh
-    _refuse_changed_run(start, config, fingerprints)
+    _refuse_changed_run(start, config, fingerprints, steps_per_epoch)
     if start.state.questions_per_step != questions_per_step:
         raise UserError(
             f"{start.path}: was written with {start.state.questions_per_step} questions per step, "
@@ -242,10 +188,12 @@ Change = tuple[str, str, str]  # (name of the setting or file, what it was, what
 
 
 def _refuse_changed_run(
-    start: Checkpoint, config: RunConfig, fingerprints: Mapping[str, str]
+    start: Checkpoint, config: RunConfig, fingerprints: Mapping[str, str], steps_per_epoch: int
 ) -> None:
     saved = {k: str(v) if isinstance(v, Path) else v for k, v in start.settings.items()}
-    changes = differences(saved, config) + _changed_files(start, config, fingerprints)
+    run = {**saved, "steps_per_epoch": steps_per_epoch}
+    prolonged = _prolongs(config, run, start.state.step)
+    changes = differences(saved, config, prolonged) + _changed_files(start, config, fingerprints)
     refuse_changes(
         f"{start.path}: was written by a run with other settings or files",
         changes,
@@ -316,9 +264,25 @@ def refuse_other_function(
     return []
 
 
-def differences(saved: Mapping[str, Any], config: RunConfig) -> list[Change]:
-    """Every setting that defines a run, has changed, and is not allowed to by --allow_change."""
-    may_differ = {*NOT_IDENTITY, *config.allowed_changes}
+def _prolongs(config: RunConfig, saved: Mapping[str, Any], step: int | None) -> bool:
+    """Whether `config` has more epochs than a run of `saved` settings that has done all of its own.
+
+    `saved` has the run's steps_per_epoch, as args.json does. `step`: of its newest checkpoint.
+    """
+    epochs, per_epoch = saved.get("epochs"), saved.get("steps_per_epoch")
+    if step is None or not isinstance(epochs, int) or not isinstance(per_epoch, int):
+        return False
+    return config.epochs > epochs and step >= epochs * per_epoch
+
+
+def differences(
+    saved: Mapping[str, Any], config: RunConfig, prolonged: bool = False
+) -> list[Change]:
+    """Every setting that defines a run, has changed, and is not allowed to by --allow_change.
+
+    `prolonged`: the run is complete, and is to have more epochs.
+    """
+    may_differ = {*NOT_IDENTITY, *config.allowed_changes, *(["epochs"] if prolonged else [])}
     return [
         (name, json.dumps(saved.get(name)), json.dumps(value))
         for name, value in config.to_json().items()

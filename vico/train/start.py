@@ -1,7 +1,7 @@
 """Everything before the first step: check the files, build the model, find the position."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vico.checkpoint.format import Checkpoint, TrainState
 from vico.checkpoint.write import RunIdentity
@@ -44,6 +44,12 @@ class Run:
     def last_step(self) -> int:
         steps = self.config.epochs * self.steps.steps_per_epoch
         return min(steps, self.config.max_steps or steps)
+
+    @property
+    def limit(self) -> str:
+        """The flag that ends the run at `last_step`."""
+        whole = self.config.epochs * self.steps.steps_per_epoch
+        return "--max_steps" if self.last_step < whole else "--epochs"
 
     @property
     def is_complete(self) -> bool:
@@ -101,7 +107,24 @@ def start(config: RunConfig, world: World) -> Run:
         engine.set_moments(checkpoint.moments, state.num_updates)
     identity = RunIdentity(found.run_id, config.to_json(), fingerprints)
     from_scratch = checkpoint is None
-    return Run(config, world, output_dir, inputs, engine, steps, state, identity, from_scratch)
+    run = Run(config, world, output_dir, inputs, engine, steps, state, identity, from_scratch)
+    if checkpoint is not None and checkpoint.moments is not None and not checkpoint.published:
+        for note in _notes_of_other_epochs(run, checkpoint.settings.get("epochs")):
+            world.print_rank0(note)
+    return run
+
+
+def _notes_of_other_epochs(run: Run, before: object) -> list[str]:
+    """A note where the checkpoint's run had another number of epochs: its schedule was another."""
+    now, step = run.config.epochs, run.state.step
+    if not isinstance(before, int) or before == now or step == 0:
+        return []
+    earlier = replace(run, config=replace(run.config, epochs=before))
+    return [
+        f"note: --epochs {before} -> {now}: the learning-rate schedule spans all {now} epochs, so "
+        f"step {step + 1} takes {run.lr(step):.2e}, where step {step} took "
+        f"{earlier.lr(step - 1):.2e}; that is not the run of {now} epochs from the start"
+    ]
 
 
 def open_evaluation(
