@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from support.processes import ROOT, Processes, start_command
 from vico.checkpoint.format import WEIGHTS, TrainState
 from vico.checkpoint.read import read
 from vico.checkpoint.write import RunIdentity, save
+from vico.cli.check_report import shared_dataset_warnings
 from vico.data.datasets import read_questions
 from vico.data.features import Features
 from vico.data.readers import captions, tvqa
@@ -253,6 +255,23 @@ def test_a_closed_folder_is_one_line(closed: Path, name: str) -> None:
         as_plain_user(lambda: CALLS[name](closed))
     message = str(caught.value)
     assert str(closed) in message and "Permission denied" in message and message.isprintable()
+
+
+def test_a_closed_folder_beside_a_mistyped_model(closed: Path) -> None:
+    """The error is of the model that was asked for."""
+    (closed.parent / "7B").mkdir()
+    (closed.parent / "7B" / "params.json").touch()
+    config = replace(config_in(closed.parent), model="7b")
+    with pytest.raises(UserError) as caught:
+        as_plain_user(lambda: open_backbone(config))
+    assert "7b: no such folder of weights; --model can be 7B" in str(caught.value)
+
+
+def test_a_closed_dataset_beside_the_own(closed: Path) -> None:
+    closed.rename(closed.parent / "star")
+    config = replace(config_in(closed.parent), dataset="nextqa")
+    warnings = as_plain_user(lambda: list(shared_dataset_warnings(config, {})))
+    assert warnings and all("star, " in line and "Permission denied" in line for line in warnings)
 
 
 def test_a_closed_checkpoint_is_passed_over() -> None:

@@ -115,13 +115,13 @@ def shared_dataset_warnings(
         if name == config.dataset:
             continue
         for split in SPLITS:
-            path = DATASETS[name].annotation_file(config.data_path / name, split)
-            if not is_file(path):
-                continue
             try:
+                path = DATASETS[name].annotation_file(config.data_path / name, split)
+                if not is_file(path):
+                    continue
                 others = read_questions(name, config.data_path / name, split)
             except UserError as error:
-                yield f"{name}/{path.name} is not compared with {config.dataset}: {error}"
+                yield f"{name}, {split}, is not compared with {config.dataset}: {error}"
                 continue
             if overlaps := _overlaps(own, others):
                 yield (

@@ -56,7 +56,7 @@ def open_backbone(config: RunConfig) -> BackboneFiles:
     """Open the tokenizer and the weights of --model. Raises UserError."""
     folder = config.llama_model_path / config.model
     if not is_folder(folder):
-        models = [p.name for p in entries(config.llama_model_path) if holds_weights(p)]
+        models = _models_in(config.llama_model_path)
         hint = "it must hold LLaMA weights of Meta or Hugging Face"
         if models:
             hint = f"--model can be {', '.join(models)}"
@@ -72,6 +72,17 @@ def open_backbone(config: RunConfig) -> BackboneFiles:
             "leave it out to adapt all"
         )
     return BackboneFiles(tokenizer, tokenizer_path, weights, num_adapted)
+
+
+def _models_in(folder: Path) -> list[str]:
+    """For a hint: what may not be looked at is left out, and not the error that is reported."""
+    models = []
+    with contextlib.suppress(UserError):
+        for path in entries(folder):
+            with contextlib.suppress(UserError):
+                if holds_weights(path):
+                    models.append(path.name)
+    return models
 
 
 def input_files(config: RunConfig, splits: Sequence[str]) -> InputFiles:
