@@ -22,20 +22,12 @@ from typing import NoReturn
 # Before installed packages: the script runs the checkout that it is part of.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from vico.cli import interpreter
+from vico.cli import interpreter  # first: it refuses old Pythons
+from vico.distributed import signals
+from vico.io import streams
 
-# Those of vico/distributed/signals.py.
-SIGNALS = [
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGHUP,
-    signal.SIGXCPU,
-    signal.SIGQUIT,
-]
-if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-    SIGNALS.remove(signal.SIGHUP)  # nohup: a signal that is blocked would arrive nevertheless
+# A signal that is blocked would arrive in spite of nohup, which has SIGHUP ignored.
+SIGNALS = [n for n in signals.BLOCKED if not signals.is_ignored_hangup(n)]
 SRUN_SECONDS = 0.5  # srun can lose the last line of a task that fails
 SIGNAL_HINTS = {
     "SIGKILL": "; the kernel does that when memory runs out",
@@ -49,20 +41,6 @@ def fail(message: str, code: int = 2) -> NoReturn:
     if "SLURM_STEP_ID" in os.environ:
         time.sleep(SRUN_SECONDS)
     sys.exit(code)
-
-
-def open_closed_descriptors() -> None:
-    """A file that is opened later would become the ranks' stdout. See vico/io/streams.py."""
-    for descriptor in (0, 1, 2):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            reader, writer = os.pipe()
-            os.dup2(writer if descriptor else reader, descriptor)
-            os.set_inheritable(descriptor, True)
-            for end in {reader, writer} - {descriptor}:
-                os.close(end)
-    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
 
 
 def requested_ranks() -> int | None:
@@ -142,7 +120,8 @@ def main() -> None:
     # them (vico/distributed/signals.py): none is lost. This comes first, as threads of libraries
     # would receive the signals otherwise.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    open_closed_descriptors()
+    streams.open_closed_descriptors()
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
     forwarded: list[int] = []
     threading.Thread(target=forward_signals, args=(forwarded,), daemon=True).start()
     num_ranks, port = requested_ranks(), master_port()

@@ -64,10 +64,7 @@ AWKWARD_FLAGS = ["--a", "x  y", "q'\"$HOME", "", "*", "back\\slash", "two\nlines
 def checkout(tmp_path: Path) -> Path:
     folder = tmp_path / "a check out"
     shutil.copytree(ROOT / "launch", folder / "launch")
-    (folder / "vico" / "cli").mkdir(parents=True)
-    (folder / "vico" / "__init__.py").touch()
-    (folder / "vico" / "cli" / "__init__.py").touch()
-    shutil.copy(ROOT / "vico" / "cli" / "interpreter.py", folder / "vico" / "cli")
+    shutil.copytree(ROOT / "vico", folder / "vico", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "vico" / "cli" / "main.py").write_text(STAND_IN)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "seen").mkdir()

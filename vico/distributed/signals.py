@@ -64,7 +64,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 def install_handlers() -> None:
     """Record the signals from now on. A second SIGTERM or SIGINT, after 2 s, ends the process."""
-    _handle_by({number: _handle for number in SIGNALS if not _is_ignored_hangup(number)})
+    _handle_by({number: _handle for number in SIGNALS if not is_ignored_hangup(number)})
     unblock()
 
 
@@ -104,10 +104,10 @@ def ignore_all() -> None:
 
 def restore_default_handlers() -> None:
     """Let the signals end the process again: after an error nothing is left to save."""
-    _handle_by({n: signal.SIG_DFL for n in SIGNALS if not _is_ignored_hangup(n)})
+    _handle_by({n: signal.SIG_DFL for n in SIGNALS if not is_ignored_hangup(n)})
 
 
-def _is_ignored_hangup(number: int) -> bool:
+def is_ignored_hangup(number: int) -> bool:
     """`nohup` has SIGHUP ignored."""
     return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
 
