@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import site
 import tempfile
 import threading
 from collections.abc import Callable
@@ -68,10 +69,8 @@ def start_forkserver() -> None:
     warnings = os.environ.get("PYTHONWARNINGS", "")
     if NO_TRACKER_WARNING not in warnings:
         os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [warnings, NO_TRACKER_WARNING]))
-    # Python's server (3.11) does not take over sys.path before it imports: it would import ViCo
-    # from the installed packages, which may be those of another checkout.
-    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
-    if paths[0] not in paths[1].split(os.pathsep):
+    if (folder := str(Path(__file__).resolve().parents[2])) not in _found_by_itself():
+        paths = [folder, os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     _choose_socket_folder()
     # Python starts both by `-c`, which imports from the current folder. 3.10 has no such switch.
@@ -83,6 +82,18 @@ def start_forkserver() -> None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
+
+
+def _found_by_itself() -> list[str]:
+    """The folders in which a process that this one starts finds packages.
+
+    Python's server (3.11) does not take over sys.path before it imports: it would import ViCo from
+    the installed packages, which may be those of another checkout. The folder of the installed
+    packages itself must not be in PYTHONPATH, which comes before Python's own modules.
+    """
+    installed = [*site.getsitepackages(), site.getusersitepackages()]
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return [*given, *(os.path.realpath(folder) for folder in installed)]
 
 
 def _choose_socket_folder() -> None:
