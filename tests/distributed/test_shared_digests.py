@@ -18,11 +18,14 @@ from support.errors import refusal
 from support.feature_files import questions_about
 from support.toy_dataset import ToyData, make_tokenizer
 from vico.checkpoint.fingerprint import TensorSet, of_questions
+from vico.checkpoint.format import Checkpoint
 from vico.data.features import Features
 from vico.data.tokenizer import content_digests
+from vico.distributed import topology
 from vico.errors import UserError
 from vico.io import file_cache
-from vico.train import shared_digests
+from vico.model.vico import initial_trainables
+from vico.train import shared_digests, start
 from vico.train.build import read_inputs
 from vico.train.config import RunConfig
 
@@ -236,6 +239,34 @@ def test_dialogue_and_training_files_of_a_tokenizer(toy: ToyData, tmp_path: Path
     elsewhere, here = tmp_path / "elsewhere.model", toy.llama / "tokenizer.model"
     assert elsewhere.read_bytes() != here.read_bytes()
     assert content_digests(elsewhere) == content_digests(here)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "hosts", "is_read"),
+    [({}, ("a",), False), ({}, ("a", "b"), True), ({"backbone": "0"}, ("a",), True)],
+)
+def test_an_evaluation_reads_weights_only_to_compare_them(
+    toy: ToyData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recorded: dict[str, str],
+    hosts: tuple[str, ...],
+    is_read: bool,
+) -> None:
+    """With what the checkpoint records, or with other hosts."""
+    config = config_of(toy.folder, tmp_path / "out")
+    members = tuple(
+        topology.Member(i, host, "cpu", None, 0, False, None) for i, host in enumerate(hosts)
+    )
+    world = EmulatedWorld(0, 1, torch.device("cpu"), None, members=members)
+    inputs = read_inputs(config, ("val",), world)
+    weights = initial_trainables(inputs.trainable_shapes, bias=0.5, seed=0)
+    checkpoint = Checkpoint(tmp_path / "x.pth", weights, fingerprints=recorded)
+    taken: list[object] = []
+    monkeypatch.setattr(shared_digests, "of_run", lambda *_: taken.append(1) or {})
+    monkeypatch.setattr(start, "refuse_other_function", lambda *_: [])
+    start.open_evaluation(config, checkpoint, world)
+    assert bool(taken) == is_read
 
 
 def test_a_file_that_changes_meanwhile_is_not_remembered(

@@ -139,6 +139,9 @@ def open_evaluation(
         checkpoint = fit(checkpoint, inputs)
     require_same_start(world, checkpoint, (), inputs.counts)
     recorded = checkpoint.fingerprints
+    hosts = {member.host for member in world.members}
+    if not recorded and len(hosts) <= 1 and not config.verify:
+        return inputs, checkpoint  # there is nothing to compare with
     fingerprints = _fingerprints(config, inputs, (config.split,), recorded, world)
     with world.raise_together():
         notes = refuse_other_function(checkpoint, config, fingerprints)
