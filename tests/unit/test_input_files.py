@@ -19,20 +19,24 @@ def change_entry(path: Path) -> None:
 
 def test_a_changed_entry_is_no_change_of_content(tmp_path: Path) -> None:
     """A chmod or a hard link: the content is compared, once, as far as it is known."""
-    path = save(tmp_path / "f.pth", {"v": numbered(3, torch.float16)})
-    features, files, compared = Features(path), InputFiles([path]), [0]
+    paths = [tmp_path / f"{i}.pth" for i in range(3)]
+    for path in paths:
+        save(path, {"v": numbered(3, torch.float16)})
+    features, files, compared = Features(paths[0]), InputFiles(paths), list[Path]()
 
-    def is_same() -> bool:
-        compared[0] += 1
+    def is_same(path: Path) -> bool:
+        compared.append(path)
         return True
 
-    change_entry(path)
+    for path in paths[1:]:
+        change_entry(path)
     assert "its entry was changed, at the same size" in refusal(files.check_unchanged)
-    files.compare_by(path, is_same)
+    files.compare_by(paths, is_same)
     files.check_unchanged()
     files.check_unchanged()
+    assert compared == paths[1:2], "once for all that belong together"
+    change_entry(paths[0])
     features.check_unchanged()
-    assert compared == [1]
 
 
 @pytest.mark.parametrize("has_new_time", [True, False])
@@ -40,7 +44,7 @@ def test_written_files_are_refused(tmp_path: Path, has_new_time: bool) -> None:
     """With a new time the content may have been another meanwhile, so it is not compared."""
     path = save(tmp_path / "f.pth", {"v": numbered(3, torch.float16)})
     files, times = InputFiles([path]), path.stat()
-    files.compare_by(path, lambda: has_new_time)
+    files.compare_by([path], lambda _: has_new_time)
     with path.open("r+b") as file:
         file.write(b"P")
     if not has_new_time:

@@ -35,7 +35,7 @@ class InputFiles:
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._stamps: dict[Path, Stamp] = {}
-        self._is_same: dict[Path, Callable[[], bool]] = {}
+        self._is_same: dict[Path, Callable[[Path], bool]] = {}
         for path in paths:
             with contextlib.suppress(OSError):  # who opens the file says what is wrong
                 self._stamps[path] = stamp_of(path)
@@ -48,15 +48,19 @@ class InputFiles:
         kept = set(paths)
         self._stamps = {path: stamp for path, stamp in self._stamps.items() if path in kept}
 
-    def compare_by(self, path: Path, is_same: Callable[[], bool]) -> None:
-        """How `check_unchanged` finds out whether the file's content is still that of its stamp."""
-        self._is_same[path] = is_same
+    def compare_by(self, paths: Iterable[Path], is_same: Callable[[Path], bool]) -> None:
+        """How `check_unchanged` finds out whether the content is still that of the stamps.
+
+        `is_same` gets the first of these paths whose entry has changed, and compares all of them.
+        """
+        self._is_same |= dict.fromkeys(paths, is_same)
 
     def check_unchanged(self) -> None:
         """Raise TrainingError if a file was written or replaced since. Costs one stat per file.
 
-        Where only its entry has changed, its content is compared, if that is known by now.
+        Where only entries have changed, the content is compared, if that is known by now.
         """
+        changed: dict[Path, Stamp] = {}
         for path, stamp in self._stamps.items():
             try:
                 now = stamp_of(path)
@@ -64,12 +68,15 @@ class InputFiles:
                 raise TrainingError(f"{path}: is gone ({problem.strerror}); {_REMEDY}") from None
             if now == stamp:
                 continue
-            if is_other_file(stamp, now) or not self._has_same_content(path):
+            if is_other_file(stamp, now) or path not in self._is_same:
                 raise TrainingError(f"{path}: changed {_difference(stamp, now)}; {_REMEDY}")
-            self._stamps[path] = now
-
-    def _has_same_content(self, path: Path) -> bool:
-        return path in self._is_same and self._is_same[path]()
+            changed[path] = now
+        first = {self._is_same[path]: path for path in reversed(changed)}
+        for is_same, path in first.items():
+            if not is_same(path):
+                difference = _difference(self._stamps[path], changed[path])
+                raise TrainingError(f"{path}: changed {difference}; {_REMEDY}")
+        self._stamps |= changed
 
 
 _REMEDY = (

@@ -59,16 +59,18 @@ def of_run(
         ]
     fingerprints = texts | take(sets, files, cache, world, verify)
     require_same_inputs(world, fingerprints)
-    for tensors in sets:
-        for path in tensors.paths:
-            files.compare_by(path, partial(_is_as_digested, tensors, fingerprints, path, world))
+    features = sets[-1]  # the files that are watched as long as the run goes on
+    files.compare_by(features.paths, partial(_is_as_digested, features, fingerprints, world))
     return fingerprints
 
 
 def _is_as_digested(
-    tensors: TensorSet, fingerprints: Mapping[str, str], path: Path, world: World
+    tensors: TensorSet, fingerprints: Mapping[str, str], world: World, path: Path
 ) -> bool:
-    """Whether the tensors still have these fingerprints. Reads all of them, on this rank alone."""
+    """Whether the tensors still have these fingerprints. Reads all of them, on this rank alone.
+
+    `path`: a file whose entry has changed.
+    """
     phase, digests = world.phase, Digests()
     try:
         for new in _digest_in_rounds(tensors, list(tensors.num_bytes), {}, _num_threads(world)):
