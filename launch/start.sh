@@ -12,6 +12,6 @@ source "$here/common.sh"
 find_python
 
 for flag; do
-    case $flag in -h | --help) exec "$python" "$script" "$@" ;; esac # no ranks
+    case $flag in -h | --help | --help=* | --print_config) exec "$python" "$script" "$@" ;; esac # no ranks
 done
 exec "$python" "$here/start.py" "$script" "$@"

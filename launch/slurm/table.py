@@ -12,7 +12,6 @@ import io
 import json
 import os
 import sys
-import typing
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,7 +31,6 @@ from vico.train import config as configs  # noqa: E402
 
 EXIT_CODE = "exit_code"  # a file beside a run's files: how its last start ended
 RESULTS, LOCK = "results.tsv", ".results-lock"  # in the folder of all runs
-YES, NO = ("true", "yes", "1"), ("false", "no", "0")
 SEPARATOR_HINT = "a .tsv file has tabs between columns, others commas"
 
 
@@ -47,11 +45,8 @@ def read_table(path: Path) -> list[Row]:
     """Raises UserError naming the row or column."""
     header, *lines = _read_lines(path)
     columns = [cell.strip().removeprefix("--") for cell in header]
-    types = typing.get_type_hints(configs.RunConfig)
-    _check_columns(path, columns, types)
-    rows = [
-        _read_row(path, number, columns, line, types) for number, line in enumerate(lines, start=1)
-    ]
+    _check_columns(path, columns)
+    rows = [_read_row(path, number, columns, line) for number, line in enumerate(lines, start=1)]
     names = [row.name for row in rows]
     for name, count in Counter(names).items():
         if count > 1:
@@ -73,22 +68,20 @@ def _read_lines(path: Path) -> list[list[str]]:
     return lines
 
 
-def _check_columns(path: Path, columns: list[str], types: dict[str, Any]) -> None:
+def _check_columns(path: Path, columns: list[str]) -> None:
     for column, count in Counter(columns).items():
         if count > 1:
             raise UserError(f"{path}: column {show(column)} appears twice; keep one")
         problem = None
         if column == "output_dir":
             problem = "is made from the row's name"
-        elif column != "name" and column not in types:
-            problem = f"is no flag{nearest(column, types)}"
+        elif column != "name" and column not in command_line.SETTINGS:
+            problem = f"is no flag{nearest(column, command_line.SETTINGS)}"
         if problem:
             raise UserError(f"{path}: column {show(column)} {problem}; {SEPARATOR_HINT}")
 
 
-def _read_row(
-    path: Path, number: int, columns: list[str], line: list[str], types: dict[str, Any]
-) -> Row:
+def _read_row(path: Path, number: int, columns: list[str], line: list[str]) -> Row:
     if len(line) != len(columns):
         counts = f"{len(line)} fields and the first line {len(columns)}"
         raise UserError(f"{path}: row {number} has {counts}")
@@ -98,15 +91,10 @@ def _read_row(
         raise UserError(f"{path}: row {number}: {show(name)} cannot be the name of a folder")
     flags: list[str] = []
     for column, value in cells.items():
-        if types[column] is not bool:
-            flags += [f"--{column}={value}"] if value else []
-            continue
-        if value.lower() not in (*YES, *NO, ""):
-            problem = f"{column} is {show(value)}; a switch is yes or no"
-            raise UserError(f"{path}: row {number}: {problem}")
-        if value:
-            is_on = value.lower() in YES
-            flags.append(f"--{column}" if is_on else command_line.off_switch(column))
+        try:
+            flags += [command_line.as_flag(column, value)] if value else []
+        except UserError as error:
+            raise UserError(f"{path}: row {number}: {error}") from None
     return Row(name, cells, flags)
 
 

@@ -14,12 +14,14 @@ for _i in range(1, 60):
     MERGES += f"a{_i}: &a{_i} {{<<: [*a{_i - 1}, *a{_i - 1}]}}\n"
 
 SETTINGS: dict[str, Case] = {
-    "unknown command": flags("trian", "unknown command 'trian'; use one of train, eval, "),
+    "unknown command": flags(
+        "trian", "unknown command 'trian'; did you mean 'train'?; use one of train, eval, "
+    ),
     "unknown flag": flags(
         "--batchsize 4", "unknown flag --batchsize; did you mean '--batch_size'?"
     ),
     "dashes in a flag": flags(
-        "--max-steps=4", "unknown flag --max-steps; did you mean '--max_steps'?"
+        "--batch-size=4", "unknown flag --batch-size; did you mean '--batch_size'?"
     ),
     "not a number": flags("--batch_size 1e3", "--batch_size: '1e3' is not a whole number"),
     "no value": flags("--lr", "--lr: expected one argument"),
@@ -35,6 +37,43 @@ SETTINGS: dict[str, Case] = {
         "--seed 99999999999999999999",
         "--seed 99999999999999999999: must be a whole number from 0 to ",
     ),
+    "no command": flags("!--epochs 3", "--epochs: a command comes first, as in vico train"),
+    "near a retired flag": flags("--devic cuda", "unknown flag --devic; see vico train --help"),
+    "two names, two values": flags(
+        "--lr 1e-3 --learning_rate 1e-4",
+        "--lr 0.001 and --learning_rate 0.0001 say different things; keep one",
+    ),
+    "two precisions": flags(
+        "--bf16 --fp16", "--precision fp32 and --bf16 true say different things; keep one"
+    ),
+    "a warm-up of two lengths": flags(
+        "--warmup_ratio 0.5 --warmup_epochs 3",
+        "--warmup_ratio 0.5 of 1 epochs and --warmup_epochs 3 say different things",
+    ),
+    "a warm-up above the whole": flags(
+        "--warmup_ratio 40", "--warmup_ratio 40.0: must be from 0 to 1, a share of --epochs"
+    ),
+    "another schedule": flags(
+        "--lr_scheduler_type linear",
+        "--lr_scheduler_type linear: the learning rate rises linearly (--warmup_epochs), then",
+    ),
+    "half an epoch": flags(
+        "--num_train_epochs 2.5", "--num_train_epochs: '2.5' is not a whole number"
+    ),
+    "override of an unknown key": flags(
+        "train learnin_rate=1",
+        "learnin_rate=1: unknown key 'learnin_rate'; did you mean 'learning_rate'",
+    ),
+    "override, neither on nor off": flags(
+        "train vaq=maybe", "vaq is 'maybe'; a switch is yes or no"
+    ),
+    "override against a flag": flags(
+        "--lr 0.1 lr=0.2", "--lr 0.1 and lr=0.2 say different things; keep one"
+    ),
+    "logging_steps of 0": flags(
+        "--logging_steps 0", "--logging_steps 0: must be a whole number of at least 1"
+    ),
+    "no such help": flags("--help lr", "--help lr: no such group of flags; there are all, "),
     "unknown data set": flags(
         "--dataset nextQA",
         "--dataset 'nextQA': there is no such data set; it can be nextqa, star, tvqa, intentqa",
@@ -64,6 +103,10 @@ SETTINGS: dict[str, Case] = {
     ),
     "recipe, key twice": recipe(
         "lr: 1\nlr: 2\n", "--config {fixture}/r.yaml: 'lr' appears twice; keep one"
+    ),
+    "recipe, two names for a key": recipe(
+        "lr: 1\nlearning_rate: 2\n",
+        "--config {fixture}/r.yaml: lr: 1 and learning_rate: 2 say different things; keep one",
     ),
     "recipe, wrong type": recipe(
         "vaq: 'yes'\n", "--config {fixture}/r.yaml: vaq: 'yes' is not true or false"

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from support.command_line import error_of, parse_line, recipe
+from vico.cli.aliases import ALIASES
 from vico.cli.flags import RETIRED, make_parser, parse
 from vico.cli.main import main
 from vico.errors import UserError
@@ -112,7 +113,7 @@ FLAG_ERRORS = [
         f"--precision: invalid choice: 'fp8' (choose from {CHOICES}) ({SEE_HELP})",
     ),
     ("--accum_iter 0", f"--accum_iter 0: {COUNT}"),
-    ("--max_steps -1", f"--max_steps -1: {COUNT}"),
+    ("--max_steps -2", f"--max_steps -2: {COUNT}"),
     ("--cap nan", "--cap nan: must be 0 or more, and finite"),
     ("--tau 0", "--tau 0.0: must be above 0, and finite"),
     ("--blr inf", "--blr inf: must be 0 or more, and finite"),
@@ -164,7 +165,7 @@ def test_flags_switch_off_what_a_recipe_or_checkpoint_sets(tmp_path: Path) -> No
     fields = dataclasses.fields(RunConfig)
     switches = {f.name: True for f in fields if f.type is bool}
     numbers = {"adapter_layer": 2, "max_tokens": 9, "lr": 0.1, "max_steps": 3, "save_steps": 4}
-    numbers |= {"save_total_limit": 5, "expect_world_size": 2}
+    numbers |= {"save_total_limit": 5, "logging_steps": 6, "expect_world_size": 2}
     values = {**switches, **numbers, "quantize": "nf4", "dataset": "tvqa"}
     off = [f"--no-{name}" if name != "no_shuffle" else "--shuffle" for name in switches]
     off += [f"--{name}=none" for name in (*numbers, "quantize")]
@@ -276,5 +277,6 @@ HINTS = typing.get_type_hints(RunConfig, include_extras=True)
 
 def test_parser_has_exactly_the_settings() -> None:
     flags = {action.dest for action in make_parser("vico train", "")._actions}
-    settings_flags = flags - {"help", "config", "debug", "local_rank", *RETIRED}
+    others = {"help", "config", "print_config", "debug", "local_rank", *RETIRED, *ALIASES}
+    settings_flags = flags - others
     assert settings_flags == {f.name for f in dataclasses.fields(RunConfig)}

@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from vico.io.atomic import write_lines
 from vico.io.output_dir import OutputDir
+from vico.train.progress_bar import ProgressBar
 from vico.train.run_log import RunLog, read_logs
 
 
@@ -27,3 +30,13 @@ def test_an_epoch_without_its_evaluation_is_logged_again(tmp_path: Path) -> None
     RunLog(output_dir, read_logs(output_dir), 2, evaluation_due=True).close()
     kept = read_logs(output_dir)
     assert (kept.last_step, kept.epochs) == (2, [])
+
+
+def test_a_line_every_n_items(capsys: pytest.CaptureFixture[str]) -> None:
+    """--logging_steps: counted from the first step of the run, not of this start."""
+    with ProgressBar("training", 9, "step", shown=True, done=2, every=3) as bar:
+        for step in range(3, 10):
+            bar.advance(f"loss {step}")
+    lines = capsys.readouterr().out.splitlines()[1:]
+    places = [line.split("  ")[0].removeprefix("training: step ") for line in lines]
+    assert places == ["3/9", "6/9", "9/9"]

@@ -72,9 +72,8 @@ def test_flags_win_over_saved_settings() -> None:
 def test_a_table_of_runs_switches_off(tmp_path: Path) -> None:
     """A cell that says no, in a row of launch/slurm/table.py, wins over the recipe."""
     table = runpy.run_path(str(ROOT / "launch" / "slurm" / "table.py"))
-    types = typing.get_type_hints(RunConfig)
     columns = ["vaq", "no_shuffle", "qav", "sub", "lr"]
-    row = table["_read_row"](tmp_path, 1, columns, ["no", "no", "yes", "", "0.1"], types)
+    row = table["_read_row"](tmp_path, 1, columns, ["no", "no", "yes", "", "0.1"])
     assert row.flags == ["--no-vaq", "--shuffle", "--qav", "--lr=0.1"]
 
 

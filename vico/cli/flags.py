@@ -2,25 +2,21 @@
 
 import argparse
 import dataclasses
+import re
 import typing
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from vico.cli.parser import SettingsParser, path_argument
-from vico.errors import UserError, show
-from vico.io.text import read_text
+from vico.cli import aliases, recipes
+from vico.cli.aliases import ALIASES, COMPUTED, RENAMED, Spelled
+from vico.cli.parser import RETIRED_HELP, GroupHelp, SettingsParser, path_argument
+from vico.distributed import launcher_env
+from vico.errors import DONE, UserError, nearest, show
 from vico.train.config import RunConfig, value_type
-from vico.train.settings import (
-    TYPE_NAMES,
-    expand_home,
-    expand_variables,
-    is_path_setting,
-    settings_from,
-    with_absolute_paths,
-)
+from vico.train.settings import TYPE_NAMES, is_path_setting, with_absolute_paths
 
 # Flags of the published code that no longer do anything, with the reason.
 RETIRED = {
@@ -32,10 +28,13 @@ RETIRED = {
     "dist_url": "the launcher sets it",
     "dist_on_itp": "the launcher sets it",
 }
-MAX_RECIPE_CHARACTERS = 1 << 15
 RETIRED_SWITCHES = {"pin_mem", "no_pin_mem", "dist_on_itp"}
 OFF_SWITCHES = {"no_shuffle": "--shuffle"}  # of the others: --no-NAME
 UNSET = "none"  # a flag's value
+YES, NO = ("true", "yes", "1"), ("false", "no", "0")
+OVERRIDE = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
+TYPES = {field.name: value_type(field.type)[0] for field in dataclasses.fields(RunConfig)}
+SETTINGS = (*TYPES, *ALIASES)  # the names of settings
 
 
 @dataclass(frozen=True)
@@ -54,22 +53,73 @@ class CommandLine:
         return with_absolute_paths(RunConfig(**{**(saved or {}), **self.given}))
 
 
-def parse(argv: Sequence[str], command: str, description: str) -> CommandLine:
-    """Read flags and the recipe that they name.
+def parse(
+    argv: Sequence[str], command: str, description: str, with_checkpoint: bool = False
+) -> CommandLine:
+    """Read flags, overrides (lr=1e-3) and the recipe that the flags name.
 
-    Raises UserError for an unknown flag or key, or a value of the wrong type.
+    `with_checkpoint`: for a command whose settings are a checkpoint's, under those given here.
+    Raises UserError for an unknown flag or key, or a value of the wrong type; SystemExit after
+    --print_config.
     """
-    typed = vars(make_parser(command, description).parse(argv))
-    recipe = _read_recipe(typed["config"]) if "config" in typed else {}
-    names = {field.name for field in dataclasses.fields(RunConfig)}
-    given = {**recipe, **{name: value for name, value in typed.items() if name in names}}
-    retired = [name for name in RETIRED if name in typed]
-    notes = [f"--{name} does nothing now: {RETIRED[name]}" for name in retired]
+    parser = make_parser(command, description, prints=not with_checkpoint)
+    namespace, unknown = parser.parse_known_args(_with_true(argv))
+    typed = vars(namespace)
+    overrides = [word for word in unknown if OVERRIDE.fullmatch(word)]
+    if others := [word for word in unknown if word not in overrides]:
+        parser.refuse_unknown(others)
+    more = vars(parser.parse([as_flag(*_split(word)) for word in overrides]))
+    retired = [name for name in RETIRED if name in {**typed, **more}]
+    notes = [f"--{name} {RETIRED_HELP}: {RETIRED[name]}" for name in retired]
+    flags = aliases.own_settings([*_given(typed, "--{} {}"), *_given(more, "{}={}")])
+    recipe = recipes.read(typed["config"]) if "config" in typed else {}
+    given = aliases.with_warmup_epochs(recipe, flags)
     if given.get("lr") is not None and given.get("blr") is not None:
         # A sweep over --blr on a recipe with lr would repeat the same run.
-        by = "" if "lr" in typed else " by the recipe"
+        by = "" if "lr" in flags else " by the recipe"
         notes.append(f"--blr {given['blr']:g} is not used, since --lr {given['lr']:g} is given{by}")
-    return CommandLine(given, tuple(notes), "debug" in typed)
+    line = CommandLine(given, tuple(notes), "debug" in typed)
+    if "print_config" in typed:
+        _print_config(line)
+    return line
+
+
+def _with_true(argv: Sequence[str]) -> list[str]:
+    """A bare --bf16 would take the override behind it for its value."""
+    words = list(argv)
+    switches = [f"--{name}" for name, (kind, _) in COMPUTED.items() if kind is bool]
+    for i, (word, following) in enumerate(pairwise(argv)):
+        if word in switches and OVERRIDE.fullmatch(following):
+            words[i] = f"{word}=true"
+    return words
+
+
+def _split(override: str) -> tuple[str, str]:
+    name, _, value = override.partition("=")
+    if name not in (*SETTINGS, *RETIRED):
+        raise UserError(f"{show(override)[1:-1]}: unknown key '{name}'{nearest(name, SETTINGS)}")
+    return name, value
+
+
+def _given(typed: Mapping[str, Any], spelling: str) -> list[Spelled]:
+    """The settings among the parsed flags. `spelling`: as the user wrote them, for messages."""
+    names = [name for name in typed if name in SETTINGS]
+    return [Spelled(name, typed[name], spelling.format(name, _text(typed[name]))) for name in names]
+
+
+def _text(value: Any) -> str:
+    """A parsed value as the user may have written it."""
+    if value is None:
+        return UNSET
+    return str(value).lower() if isinstance(value, bool) else show(str(value))[1:-1]
+
+
+def _print_config(line: CommandLine) -> NoReturn:
+    """Print the resolved settings as a recipe, on rank 0, and end. Raises UserError."""
+    text = recipes.as_text(line.resolve(), line.notes)
+    if launcher_env.is_rank_0():
+        print(text, end="")
+    raise SystemExit(DONE)
 
 
 def training_notes(config: RunConfig) -> list[str]:
@@ -91,7 +141,7 @@ def training_notes(config: RunConfig) -> list[str]:
 
 def parse_with_checkpoint(argv: Sequence[str], command: str, description: str) -> CommandLine:
     """As `parse`, for a command that needs --resume."""
-    line = parse(argv, command, description)
+    line = parse(argv, command, description, with_checkpoint=True)
     if line.given.get("resume") is None:
         raise UserError(
             "--resume is missing: name the checkpoint folder, run folder or .pth file to evaluate"
@@ -99,23 +149,35 @@ def parse_with_checkpoint(argv: Sequence[str], command: str, description: str) -
     return line
 
 
-def make_parser(command: str, description: str) -> SettingsParser:
-    """A parser of RunConfig's fields. A flag that is not given has no value, not the default."""
+def make_parser(command: str, description: str, prints: bool = True) -> SettingsParser:
+    """A parser of RunConfig's fields. A flag that is not given has no value, not the default.
+
+    `prints`: whether it has --print_config.
+    """
     parser = SettingsParser(
         prog=command,
+        usage=f"{command} [--config RECIPE] [FLAGS] [KEY=VALUE ...]",
         description=description,
         allow_abbrev=False,
+        add_help=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100),
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add("-h", "--help", action=GroupHelp, metavar="GROUP", help="show this, or one GROUP of it")
+    add(
         "--config",
         type=path_argument,
         metavar="RECIPE",
-        help="YAML file of these settings; flags win over it",
+        help="YAML file of these settings; flags and KEY=VALUE win over it",
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    if prints:
+        text = "print all settings as a recipe, and stop"
+        add("--print_config", action="store_true", help=text)
+    add("--debug", action="store_true", help="show the traceback of an error")
     _add_settings(parser)
+    _add_aliases(parser)
+    _add_off_switches(parser)
     _add_retired(parser)
     return parser
 
@@ -136,7 +198,48 @@ def _add_settings(parser: SettingsParser) -> None:
         words = (*choices, UNSET) if choices and _can_be_unset(field) else choices
         metavar = f"{{{','.join(words)}}}" if words else kind.__name__.upper()
         groups[title].add_argument(flag, type=_converter(field), metavar=metavar, help=text)
-    _add_off_switches(parser)
+
+
+def _add_aliases(parser: SettingsParser) -> None:
+    """Hugging Face's names, and their spellings with dashes, which the help leaves out."""
+    group = parser.add_argument_group(
+        "Hugging Face's names", "The same settings by other names; with dashes, too."
+    )
+    fields = {field.name: field for field in dataclasses.fields(RunConfig)}
+
+    def add(name: str, shown: bool, **options: Any) -> None:
+        text = options.pop("help", None)
+        if shown:
+            group.add_argument(f"--{name}", help=text, **options)
+        if "_" in name:
+            dashed = f"--{name.replace('_', '-')}"
+            group.add_argument(dashed, dest=name, help=argparse.SUPPRESS, **options)
+
+    for name, own in RENAMED.items():
+        kind, _ = value_type(fields[own].type)
+        convert = _whole_number if name == "num_train_epochs" else _converter(fields[own])
+        add(name, True, type=convert, metavar=kind.__name__.upper(), help=f"--{own}")
+    for name, (kind, text) in COMPUTED.items():
+        if kind is bool:
+            options = {"nargs": "?", "const": True, "type": _switch, "metavar": "true|false"}
+            add(name, True, **options, help=text)
+        else:
+            add(name, True, type=_plain(kind), metavar=kind.__name__.upper(), help=text)
+    for name in aliases.SHARED:
+        kind, _ = value_type(fields[name].type)
+        add(name, False, type=_converter(fields[name]), metavar=kind.__name__.upper())
+
+
+def as_flag(name: str, text: str) -> str:
+    """The word of a command line that gives the setting `name` this value.
+
+    Raises UserError for a switch that is neither on nor off.
+    """
+    if TYPES.get(name) is not bool or name in ALIASES:
+        return f"--{name}={text}"
+    if text.lower() not in (*YES, *NO):
+        raise UserError(f"{name} is {show(text)}; a switch is yes or no")
+    return f"--{name}" if text.lower() in YES else off_switch(name)
 
 
 def off_switch(name: str) -> str:
@@ -161,7 +264,7 @@ def _add_retired(parser: SettingsParser) -> None:
     )
     group.add_argument("--local_rank", "--local-rank", type=int, help="passed by launchers")
     for name, why in RETIRED.items():
-        text = f"does nothing now: {why}"
+        text = f"{RETIRED_HELP}: {why}"
         if name in RETIRED_SWITCHES:
             group.add_argument(f"--{name}", action="store_true", help=text)
         else:
@@ -173,6 +276,27 @@ def _can_be_unset(field: "dataclasses.Field[Any]") -> bool:
     kind, choices = value_type(field.type)
     is_name = kind is Path or (kind is str and not choices)
     return type(None) in typing.get_args(field.type) and not is_name
+
+
+def _switch(text: str) -> bool:
+    if text.lower() not in (*YES, *NO):
+        raise argparse.ArgumentTypeError(f"{show(text)} is not {TYPE_NAMES[bool]}")
+    return text.lower() in YES
+
+
+def _whole_number(text: str) -> int:
+    """Also 3.0, as Hugging Face's commands have it."""
+    return int(_plain(int)(re.sub(r"\.0*$", "", text)))
+
+
+def _plain(kind: type) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{show(text)} is not {TYPE_NAMES[kind]}") from None
+
+    return convert
 
 
 def _converter(field: "dataclasses.Field[Any]") -> Callable[[str], Any]:
@@ -187,58 +311,6 @@ def _converter(field: "dataclasses.Field[Any]") -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {allowed})")
         if is_path_setting(field.name, text):
             return kind(path_argument(text))
-        try:
-            return kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{show(text)} is not {TYPE_NAMES[kind]}") from None
+        return _plain(kind)(text)
 
     return convert
-
-
-def _refuse_merges(tree: Any, path: Path) -> None:
-    """Raise UserError for a merge key: merges of merges multiply, and no flag has a mapping.
-
-    `tree`: of yaml.compose. Each node is visited once, however many aliases it has.
-    """
-    pending, visited = [tree], set[int]()
-    while pending:
-        node = pending.pop()
-        if id(node) in visited or not isinstance(getattr(node, "value", None), list):
-            continue
-        visited.add(id(node))
-        for item in node.value:
-            pair = item if isinstance(item, tuple) else (item,)
-            if len(pair) == 2 and pair[0].tag == "tag:yaml.org,2002:merge":
-                raise UserError(f"--config {path}: holds a merge ('<<'); write its flags out")
-            pending += pair
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    import yaml  # only recipes need it
-
-    text = read_text(path, "the recipe (--config)")
-    if len(text) > MAX_RECIPE_CHARACTERS:  # YAML is read at some 50,000 characters a second
-        raise UserError(
-            f"--config {path}: {len(text):,} characters, where at most {MAX_RECIPE_CHARACTERS:,} "
-            "are expected; keep the lines 'flag: value' alone"
-        )
-    try:
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        _refuse_merges(tree, path)
-        keys = [node.value for node, _ in tree.value] if isinstance(tree, yaml.MappingNode) else []
-        recipe = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--config {path}: not valid YAML: {reason}") from None
-    if not isinstance(recipe, dict):
-        raise UserError(f"--config {path}: must hold lines 'flag: value'")
-    for key, count in Counter(keys).items():
-        if count > 1:
-            raise UserError(f"--config {path}: '{key}' appears twice; keep one")
-    for key, value in recipe.items():
-        try:
-            if is_path_setting(key, value):
-                recipe[key] = expand_home(expand_variables(value))
-        except UserError as error:
-            raise UserError(f"--config {path}: {key}: {error}") from None
-    return settings_from(recipe, f"--config {path}")

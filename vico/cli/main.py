@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from vico.cli import interpreter  # first: it refuses old Pythons
+from vico.cli.version import version
 from vico.cli.with_world import report_error
 from vico.distributed import launcher_env, signals
 from vico.errors import (
@@ -22,6 +23,8 @@ from vico.errors import (
     DiskError,
     UserError,
     missing_package,
+    nearest,
+    show,
 )
 from vico.io import log, streams
 
@@ -44,6 +47,7 @@ COMMANDS = {
         "Convert weights between Meta's and Hugging Face's layout, adapters to the published "
         "format and back.",
     ),
+    "env": ("env", "Show versions, devices, and what would compute on them; for bug reports."),
     "selftest": (
         "selftest",
         "Inject faults into runs, files and disks, and check that none does harm.",
@@ -103,6 +107,9 @@ def _main(argv: Sequence[str]) -> int:
         if command in ("-h", "--help", ""):
             print(usage())
             return 0 if command else 2
+        if command == "--version":
+            print(f"vico {version()}")
+            return 0
         return _run(command, rest)
     except UserError as error:
         return report_error(error, debug, announces)
@@ -137,7 +144,12 @@ def require_descriptors() -> None:
 def _run(command: str, argv: list[str]) -> int:
     command = ALIASES.get(command, command)
     if command not in COMMANDS:
-        raise UserError(f"unknown command '{command}'; use one of {', '.join(COMMANDS)}")
+        known = f"use one of {', '.join(COMMANDS)}"
+        if command.startswith("-"):
+            raise UserError(
+                f"{command}: a command comes first, as in vico train {command}; {known}"
+            )
+        raise UserError(f"unknown command {show(command)}{nearest(command, COMMANDS)}; {known}")
     module, _ = COMMANDS[command]
     code: int = importlib.import_module(f"vico.cli.{module}").main(argv)
     return code
@@ -147,7 +159,7 @@ def usage() -> str:
     """The text of `vico --help`."""
     lines = ["usage: vico COMMAND FLAGS"]
     lines += [f"  {name:<15}{text}" for name, (_, text) in COMMANDS.items()]
-    lines.append("exit codes")
+    lines += ["  --version      Print the version.", "exit codes"]
     lines += [f"  {code:<15}{meaning}" for code, meaning in EXIT_CODES.items()]
     return "\n".join(lines)
 

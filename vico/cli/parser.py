@@ -3,10 +3,12 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from vico.errors import UserError, nearest, show
 from vico.train.settings import TYPE_NAMES, expand_home, parse_path
+
+RETIRED_HELP = "does nothing now"  # how the help of a retired flag begins
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -21,15 +23,42 @@ class OneLineParser(argparse.ArgumentParser):
 
     def refuse_unknown(self, unknown: Sequence[str]) -> NoReturn:
         """Raises UserError for the first unknown flag, or else for the first stray word."""
-        known = [name for name in self._option_string_actions if name.startswith("--")]
         for word in unknown:
             if word.startswith("-"):
                 flag = word.split("=")[0]
-                raise UserError(f"unknown flag {flag}{nearest(flag, known) or f'; {self.hint}'}")
+                hint = nearest(flag, self._worth_naming()) or f"; {self.hint}"
+                raise UserError(f"unknown flag {flag}{hint}")
         raise UserError(
             f"unexpected word {show(unknown[0])}: a value follows a --flag, "
             f"and switches take none; {self.hint}"
         )
+
+    def _worth_naming(self) -> list[str]:
+        """The long flags that a hint may name: those of the help that do something."""
+        names = []
+        for action in self._actions:
+            does_something = not (action.help or "").startswith(RETIRED_HELP)
+            if action.help != argparse.SUPPRESS and does_something:
+                names += [name for name in action.option_strings if name.startswith("--")]
+        return names
+
+
+class GroupHelp(argparse.Action):
+    """--help or --help all: the whole help. --help GROUP: one group, by a word of its title."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, dest, nargs="?", **options)
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        assert isinstance(parser, SettingsParser)
+        print(parser.help_of(values), end="")
+        parser.exit()
 
 
 class SettingsParser(OneLineParser):
@@ -41,6 +70,22 @@ class SettingsParser(OneLineParser):
         if unknown:
             self.refuse_unknown(unknown)
         return namespace
+
+    def help_of(self, word: str | None) -> str:
+        """The help of the group with `word` in its title. Raises UserError where there is none."""
+        if word in (None, "all"):
+            return self.format_help()
+        groups = {group.title: group for group in self._action_groups if group._group_actions}
+        for title, group in groups.items():
+            if str(word).lower() in str(title).lower().split():
+                formatter = self._get_formatter()
+                formatter.start_section(title)
+                formatter.add_text(group.description)
+                formatter.add_arguments(group._group_actions)
+                formatter.end_section()
+                return formatter.format_help()
+        titles = ", ".join(str(title).split()[0] for title in groups)
+        raise UserError(f"--help {word}: no such group of flags; there are all, {titles}")
 
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ")

@@ -71,6 +71,21 @@ def has_peers(environment: Mapping[str, str] = os.environ) -> bool:
     return int(rank) != 0 or not has_launcher or local_world_size(environment) != int(size)
 
 
+def launcher_name(environment: Mapping[str, str] = os.environ) -> str:
+    """What started this process, as far as its variables tell."""
+    for variable, name in (
+        ("TORCHELASTIC_RUN_ID", "torchrun"),
+        ("LOCAL_SIZE", "deepspeed"),
+        (OPEN_MPI[0], "mpirun"),
+        (MVAPICH[0], "mpirun"),
+        (PMI[0], "mpirun"),
+        ("SLURM_STEP_ID", "srun"),
+    ):
+        if variable in environment:
+            return name
+    return "another one" if "RANK" in environment else "none"
+
+
 @dataclass(frozen=True)
 class SlurmAllocation:
     """What SLURM started. None: unknown, or not started by SLURM."""

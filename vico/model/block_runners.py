@@ -52,10 +52,8 @@ def choose_block_runners(
 
 def _why_no_graphs(model: ViCo, reason: str | None) -> str | None:
     """The first reason against CUDA graphs; None: there is none. `reason`: the caller's."""
-    if not _is_gpu(model.tok_embeddings.weight.device):
-        return "a CPU"
-    if not GRAPHS_ENABLED:
-        return "VICO_GRAPHS=off"
+    if (of_device := why_no_graphs_on(model.tok_embeddings.weight.device)) is not None:
+        return of_device
     if reason is not None:
         return reason
     if getattr(model.attend, "kernel", None) is not KERNELS["varlen"]:
@@ -65,6 +63,13 @@ def _why_no_graphs(model: ViCo, reason: str | None) -> str | None:
     if model.num_adapted < 2:
         return "one adapted layer"
     return None
+
+
+def why_no_graphs_on(device: torch.device) -> str | None:
+    """Why no run on `device` uses CUDA graphs, whatever its settings; None: some do."""
+    if not _is_gpu(device):
+        return "a CPU"
+    return None if GRAPHS_ENABLED else "VICO_GRAPHS=off"
 
 
 def _is_gpu(device: torch.device) -> bool:

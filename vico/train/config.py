@@ -25,6 +25,7 @@ MAX_SEED = 2**63 - 1  # of torch's generator
 MAX_COUNT = 10**9  # what follows from counts, such as epochs times steps, stays below 2**63
 SMALLEST = 5e-324  # above 0
 MODEL, DATA, OBJECTIVE, OPTIMIZATION, RUN = "model", "data", "objective", "optimization", "run"
+LOGS, RANKS = "saving and logging", "ranks"
 
 
 @dataclass(frozen=True)
@@ -171,22 +172,6 @@ class RunConfig:
         "evaluate, save and stop after this many optimizer steps; the schedule still spans "
         "--epochs",
     )
-    save_steps: int | None = _flag(
-        None,
-        RUN,
-        "save a checkpoint every N steps as well (default, or 0: at the end of each epoch only)",
-    )
-    save_total_limit: int | None = _flag(
-        None,
-        RUN,
-        "keep only the newest N checkpoint-STEP folders (default, or 0: all); checkpoint_best "
-        "always stays",
-    )
-    save_legacy: bool = _flag(
-        False,
-        RUN,
-        "also write the best weights as checkpoint_best.pth, in the format of the published code",
-    )
     allow_change: str | None = _flag(
         None,
         RUN,
@@ -198,31 +183,55 @@ class RunConfig:
         RUN,
         "read all inputs again, whatever is remembered of files of the same size and times",
     )
+    seed: int = _flag(
+        0, RUN, "seed of the question order, the caption crops and the initial trainables"
+    )
+
+    save_steps: int | None = _flag(
+        None,
+        LOGS,
+        "save a checkpoint every N steps as well (default, or 0: at the end of each epoch only)",
+    )
+    save_total_limit: int | None = _flag(
+        None,
+        LOGS,
+        "keep only the newest N checkpoint-STEP folders (default, or 0: all); checkpoint_best "
+        "always stays",
+    )
+    save_legacy: bool = _flag(
+        False,
+        LOGS,
+        "also write the best weights as checkpoint_best.pth, in the format of the published code",
+    )
+    logging_steps: int | None = _flag(
+        None,
+        LOGS,
+        "a point of the curves and a line of progress every N steps (default: a point for each "
+        "step, a line every 20 s); steps.jsonl has every step",
+    )
+
     deepspeed: str = _flag(
         "auto",
-        RUN,
+        RANKS,
         "zero2, zero3, zero3_nodes or zero3_offload (files of ds_configs/), or the path of a "
         "DeepSpeed config; auto: the plan of `vico plan` for this model and these GPUs (without a "
         "GPU: zero2)",
     )
-    seed: int = _flag(
-        0, RUN, "seed of the question order, the caption crops and the initial trainables"
-    )
     collective_timeout: float = _flag(
         30.0,
-        RUN,
+        RANKS,
         "minutes that a rank waits for the others, at the start and in every collective, before "
         "it aborts",
     )
     hang_timeout: float = _flag(
         20.0,
-        RUN,
+        RANKS,
         "abort if any rank makes no progress (a micro-batch, an evaluation batch, a save) for "
         "this many minutes",
     )
     expect_world_size: int | None = _flag(
         None,
-        RUN,
+        RANKS,
         "refuse to start unless there are exactly N ranks; takes precedence over SLURM's "
         "variables and the number of visible GPUs",
     )
@@ -330,8 +339,8 @@ NOT_IDENTITY = frozenset(
     """
     model llama_model_path data_path captions missing_features output_dir resume init_eval split
     max_steps num_workers deepspeed attention checkpoint_activations batch_size accum_iter
-    max_tokens save_steps save_total_limit save_legacy allow_change verify collective_timeout
-    hang_timeout expect_world_size
+    max_tokens save_steps save_total_limit save_legacy logging_steps allow_change verify
+    collective_timeout hang_timeout expect_world_size
     """.split()
 )
 # What must not change either when a run is resumed (checkpoint/fingerprint.py).
@@ -339,7 +348,7 @@ FINGERPRINTED = ("data", "backbone", "tokenizer")
 # The shapes of a checkpoint's tensors follow from these. Evaluation takes them from the checkpoint.
 SHAPES = ("adapter_layer", "adapter_len", "max_feats")
 # They have no effect on an evaluation.
-SAVING = ("save_steps", "save_total_limit", "save_legacy")
+SAVING = ("save_steps", "save_total_limit", "save_legacy", "logging_steps")
 
 
 def is_path(deepspeed: str) -> bool:

@@ -58,7 +58,8 @@ def log_step(
     curves |= {"train/loss": total, "train/lr": lr, "train/grad_norm": report.grad_norm}
     curves["perf/step_seconds"] = seconds
     curves["perf/real_tokens_per_second"] = report.num_real_tokens / seconds
-    run_log.step(record, curves)
+    is_shown = step % (config.logging_steps or 1) == 0
+    run_log.step(record, curves if is_shown else {})
     return total
 
 

@@ -156,7 +156,8 @@ def _run_steps(run: Run, run_log: RunLog | None, early_save: int) -> None:
         return
     _dry_run(run)
     world.set_phase(f"waiting for the data of step {state.step + 1}")
-    with ProgressBar("training", run.last_step, "step", world.is_main, done=state.step) as bar:
+    shown, every = world.is_main, config.logging_steps
+    with ProgressBar("training", run.last_step, "step", shown, state.step, every) as bar:
         started = time.perf_counter()
         for epoch, place, batch in _batches(run):
             lr, number = run.lr(state.step), state.step + 1

@@ -12,16 +12,28 @@ EARLY = (1, 10)  # items after which a plain line comes early: does it run, how 
 
 
 class ProgressBar:
-    """Shows, on rank 0 (`shown`), how many of `total` items are done and the time left."""
+    """Shows, on rank 0 (`shown`), how many of `total` items are done and the time left.
 
-    def __init__(self, what: str, total: int, unit: str, shown: bool, done: int = 0) -> None:
+    `every`: a plain line after that many items, also where there is a terminal; None: now and then.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        total: int,
+        unit: str,
+        shown: bool,
+        done: int = 0,
+        every: int | None = None,
+    ) -> None:
         self._what, self._total, self._unit, self._shown = what, total, unit, shown
+        self._every = every
         self._done = self._first = done
         self._started = self._last_line = time.monotonic()
         self._bar: Any = None
 
     def __enter__(self) -> "ProgressBar":
-        if self._shown and sys.stderr.isatty():
+        if self._shown and self._every is None and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(
@@ -45,7 +57,11 @@ class ProgressBar:
 
     def _print_line(self, note: str) -> None:
         now, done_here = time.monotonic(), self._done - self._first
-        if done_here not in EARLY and now - self._last_line < PLAIN_SECONDS:
+        if self._every is not None:
+            is_due = self._done % self._every == 0
+        else:
+            is_due = done_here in EARLY or now - self._last_line >= PLAIN_SECONDS
+        if not is_due:
             return
         self._last_line = now
         seconds_left = (now - self._started) / done_here * (self._total - self._done)

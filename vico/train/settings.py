@@ -35,12 +35,15 @@ def parse_path(text: str) -> Path:
     return Path(text)
 
 
-def settings_from(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+def settings_from(
+    values: Mapping[str, Any], source: str, more: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Typed settings from the plain values of a recipe, an args.json or a checkpoint.
 
-    Raises UserError naming the key and its type.
+    `more`: annotations of names that are known besides those of settings. Raises UserError naming
+    the key and its type.
     """
-    hints = typing.get_type_hints(RunConfig, include_extras=True)
+    hints = {**typing.get_type_hints(RunConfig, include_extras=True), **(more or {})}
     settings = {}
     for key, value in values.items():
         if key not in hints:
