@@ -25,8 +25,10 @@ from vico.io.atomic import REPLACED_SUFFIX, TEMPORARY_SUFFIX
 
 NAME = "kill"
 TITLE = "kill -9, half of them in a save: the rerun has the undisturbed run's sha256"
-MINUTES = (2.5, 25.0)
+MINUTES = (3.2, 27.5)
 CASES = (12, 100)
+CASES_AT_ONE_STEP = (1, 4)
+KILLS_AT_ONE_STEP = 4  # one more than the failures after which a run is refused
 NUM_THREADS = 2  # a case waits as much as it computes
 # Of a save, in order.
 MOMENTS = "begun file written flushed aside renamed verified noted pruned".split()
@@ -56,13 +58,42 @@ def run(scale: Scale) -> Result:
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         results = list(pool.map(case, range(num)))
     failures = [problem for problem, _ in results if problem]
+    num_at_one_step = CASES_AT_ONE_STEP[not scale.quick]
+    for number in range(num_at_one_step):
+        if problem := _killed_at_one_step(toy, number, scale.folder / f"one_step{number}"):
+            failures.append(f"killed at one step, case {number}: {problem}")
+    num_all = num + num_at_one_step
     facts = {
         "failures": failures,
         "inside_a_save": sum(number % 4 >= 2 for number in range(num)),
         "most_steps_redone": max(steps_lost for _, steps_lost in results),
         "save_interval": SAVE_STEPS,
     }
-    return Result(num - len(failures), num, facts)
+    return Result(num_all - len(failures), num_all, facts)
+
+
+def _killed_at_one_step(toy: ToyRun, number: int, out: Path) -> str:
+    """All ranks are killed there by every start: none is refused, and the last one ends."""
+    # The first step of all, or the one behind the checkpoint of step 4.
+    stage, first_step = (2, 3)[number % 2], (5, 1)[number // 2 % 2]
+    flags, place = toy.flags(stage, out), first_step
+    for start in range(KILLS_AT_ONE_STEP):
+        run = start_training(flags, f"step@{place}=sleep 600")
+        if not _waits_in_step(run):
+            run.kill()
+            return f"start {start + 1} did not come to step {first_step}: {last_line(run.output)}"
+        for process in run.processes:
+            process.kill()
+        run.wait(SECONDS_TO_END)
+        place = 1  # of the next start
+    run = start_training(flags)
+    if run.wait() != [0] * RANKS:
+        return f"the start behind the kills ended with {run.codes}: {last_line(run.output)}"
+    return difference(toy, stage, out)
+
+
+def _waits_in_step(run: Processes) -> bool:
+    return run.wait_until(lambda: run.output.count("vico: failpoint step") == RANKS)
 
 
 def _killed_run(

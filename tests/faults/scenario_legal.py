@@ -110,6 +110,12 @@ def features_as(change: Callable[[torch.Tensor], Any]) -> Damage:
     return pth(FEATURES, lambda videos: {name: change(value) for name, value in videos.items()})
 
 
+def with_attributes(clip: torch.Tensor) -> torch.Tensor:
+    """As torch.save writes a tensor that a program has marked."""
+    clip.fps, clip.source = 25.0, {"file": "a.mp4"}  # type: ignore[attr-defined]
+    return clip
+
+
 def views(videos: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """All videos as pieces of one storage, every other row of it."""
     whole = torch.cat(list(videos.values())).repeat_interleave(2, 0)
@@ -164,6 +170,7 @@ NEXTQA_TWINS: dict[str, Damage] = {
         lambda videos: {"unused": torch.zeros(1, 768), **dict(reversed(videos.items()))},
     ),
     "features, an OrderedDict": pth(FEATURES, OrderedDict),
+    "features, with attributes of Python": features_as(with_attributes),
     "features, parameters": features_as(lambda v: torch.nn.Parameter(v, requires_grad=False)),
     "features, blanks around ids": pth(
         FEATURES, lambda videos: {f" {name}\n": value for name, value in videos.items()}
