@@ -57,10 +57,13 @@ def test_pickles_that_ask_for_memory(tmp_path: Path, name: str) -> None:
             assert f"the file builds {name} of any size; save it again as plain" in message
 
 
-def test_a_class_that_is_called_from_the_memo(tmp_path: Path) -> None:
+@pytest.mark.parametrize("named_before", [False, True])
+def test_a_class_that_is_called_from_the_memo(tmp_path: Path, named_before: bool) -> None:
+    """Also where the class was named before as torch.save names it, which calls nothing."""
     number = b"\x8a\x08" + HUGE.to_bytes(8, "little")
-    start = b"\x80\x02ctorch.storage\nUntypedStorage\nq\x01X\x01\x00\x00\x000X\x01\x00\x00\x00c"
-    (tmp_path / "a.pth").write_bytes(as_zip(start + b"h\x01" + number + b"\x85R."))
+    start = b"\x80\x02(ctorch.storage\nUntypedStorage\nq\x01X\x01\x00\x00\x000X\x01\x00\x00\x00c"
+    naming = b"K\x00tQ" if named_before else b""
+    (tmp_path / "a.pth").write_bytes(as_zip(start + naming + b"h\x01" + number + b"\x85R."))
     assert "builds torch.storage.UntypedStorage" in refusal(load_tensors, tmp_path / "a.pth", "it")
 
 
