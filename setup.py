@@ -79,6 +79,7 @@ setup(
             # Its interpreter runs the GPU kernels in tests without a GPU. With one torch has it.
             "triton>=3.6,<4; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "pytest>=9,<10",
+            "pytest-xdist>=3.8,<4",  # two processes share the tests
             "hypothesis>=6.100,<7",
             "ruff==0.17.6",  # pinned: the formatter's output changes between versions
             "mypy==2.4.1",  # pinned: so do the checker's findings
