@@ -1,9 +1,14 @@
 """TVQA, STAR and captions in other forms than the published ones, and wrong."""
 
 from faults.case import Case, refused
-from faults.damage_tables import star, star_item
+from faults.damage import Damage, both, put
+from faults.damage_tables import SRT, official_subtitles, star, star_item, tvqa, tvqa_row
 
-STAR = "--dataset star"
+STAR, SUB = "--dataset star", "--dataset tvqa --sub"
+SRT_OF_VAL, JSON_LINES = (
+    "toy/data/tvqa/tvqa_subtitles/100000.srt",
+    "toy/data/tvqa/tvqa_preprocessed_subtitles.jsonl",
+)
 
 STAR_FORMS: dict[str, Case] = {
     "STAR, another id than the key": refused(
@@ -33,4 +38,71 @@ STAR_FORMS: dict[str, Case] = {
     ),
 }
 
-FORMATS: dict[str, Case] = {**STAR_FORMS}
+
+def with_srt(content: str | bytes) -> Damage:
+    """The subtitles of the one val question."""
+    return both(tvqa(tvqa_row()), put(SRT_OF_VAL, content))
+
+
+def with_lines(*lines: str) -> Damage:
+    return both(tvqa(tvqa_row(), subtitles=None), put(JSON_LINES, "".join(lines)))
+
+
+TRAIN_LINE, VAL_LINE = official_subtitles("000000"), official_subtitles("100000")
+SUBTITLES: dict[str, Case] = {
+    "TVQA, times as a list of one": refused(
+        tvqa(tvqa_row(ts=[3])),
+        "tvqa_val.jsonl:1: 'ts' is [3], not 'START-END' or [START, END] in seconds",
+        line="--dataset tvqa",
+    ),
+    "TVQA, times as a list, backwards": refused(
+        tvqa(tvqa_row(ts=[9, 3.5])),
+        "tvqa_val.jsonl:1: 'ts' is [9, 3.5]: the clip ends before it starts",
+        line="--dataset tvqa",
+    ),
+    "subtitles, UTF-16 without its mark": refused(
+        with_srt(SRT.encode("utf-16-le")),
+        "100000.srt (holds NUL: UTF-16 without its mark, UTF-32, or no text)",
+        line=SUB,
+    ),
+    "subtitles, gzip": refused(
+        with_srt(b"\x1f\x8b\x08\x00" + bytes(range(256))), "100000.srt (holds NUL: ", line=SUB
+    ),
+    "subtitles, bad and others missing": refused(
+        both(tvqa(tvqa_row(), tvqa_row(qid=6, vid_name="100001")), put(SRT_OF_VAL, "hm")),
+        "1 of 2 questions (1 videos) have no usable subtitle file, e.g. ",
+        "100000.srt (holds no subtitle)",
+        line=SUB + " --missing_subtitles empty",
+    ),
+    "subtitles, none of all, taken as empty": refused(
+        tvqa(tvqa_row(vid_name="100001")),
+        "1 of 1 questions (1 videos) have no usable subtitle file",
+        line=SUB + " --missing_subtitles empty",
+    ),
+    "missing_subtitles of another kind": refused(
+        None, "--missing_subtitles: invalid choice: 'drop'", line="--missing_subtitles drop"
+    ),
+    "official subtitles, a clip missing": refused(
+        with_lines(TRAIN_LINE),
+        "1 of 1 questions (1 videos) have no usable subtitle file",
+        "tvqa_preprocessed_subtitles.jsonl (has no line of '100000')",
+        line=SUB,
+    ),
+    "official subtitles, a clip twice": refused(
+        with_lines(TRAIN_LINE, VAL_LINE, VAL_LINE),
+        "tvqa_preprocessed_subtitles.jsonl:3: vid_name '100000' is already at ",
+        line=SUB,
+    ),
+    "official subtitles, a time": refused(
+        with_lines(TRAIN_LINE, VAL_LINE.replace("1.0", '"soon"', 1)),
+        "tvqa_preprocessed_subtitles.jsonl:2 ('start' is 'soon', not a time in seconds)",
+        line=SUB,
+    ),
+    "official subtitles, cut off": refused(
+        with_lines(TRAIN_LINE, VAL_LINE[:-9]),
+        "tvqa_preprocessed_subtitles.jsonl:2: column ",
+        line=SUB,
+    ),
+}
+
+FORMATS: dict[str, Case] = {**STAR_FORMS, **SUBTITLES}

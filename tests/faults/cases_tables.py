@@ -205,8 +205,8 @@ TABLES: dict[str, Case] = {
         "100001.srt (No such file",
         line=SUB,
     ),
-    "subtitles, empty": refused(
-        tvqa(tvqa_row(), subtitles=" "), ".srt (holds no subtitle)", line=SUB
+    "subtitles, a web page": refused(
+        tvqa(tvqa_row(), subtitles=HTML), ".srt (holds no subtitle)", line=SUB
     ),
     "subtitles, times": refused(
         tvqa(tvqa_row(), subtitles="1\n00:00:0x --> 00:00:02\nhm\n"),

@@ -1,10 +1,12 @@
 """Legal twins: TVQA, STAR and captions in the other forms in which people hold them."""
 
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
-from faults.damage import Damage
-from faults.damage_tables import star
+from faults.damage import Damage, both, put
+from faults.damage_tables import SRT, official_subtitles, star, tvqa
+from support.run_fixture import RunFixture
 
 Item = dict[str, Any]
 
@@ -36,6 +38,40 @@ def star_formats(items: Sequence[Item]) -> dict[str, Damage]:
             [{**item, "answer": "ABCD"[_place(item)]} for item in items]
         ),
     }
+
+
+def tvqa_formats(items: Sequence[Item]) -> dict[str, Damage]:
+    """Their clean twin has the SubRip files of VIDEOS."""
+    lists = []
+    for item in items:
+        times = [None if time == "NaN" else float(time) for time in item["ts"].split("-")]
+        lists.append({**item, "ts": times})
+    return {
+        "TVQA, times as lists": tvqa(*lists),
+        "TVQA, times as lists of texts": tvqa(*({**i, "ts": i["ts"].split("-")} for i in items)),
+        "TVQA, subtitles in UTF-16": _in_folder(SRT.encode("utf-16")),
+        "TVQA, subtitles in UTF-16, the other order": _in_folder(
+            ("\ufeff" + SRT).encode("utf-16-be")
+        ),
+        "TVQA, subtitles called .SRT": both(_no_subtitles, _in_folder(SRT.encode(), ".SRT")),
+        "TVQA, the official subtitles": both(_no_subtitles, OFFICIAL),
+        "TVQA, the official subtitles beside the files": put(
+            LINES, official_subtitles("000000").replace("into", "out of")
+        ),
+    }
+
+
+VIDEOS = ("000000", "100000", "100001")
+SUBTITLES, LINES = "toy/data/tvqa/tvqa_subtitles", "toy/data/tvqa/tvqa_preprocessed_subtitles.jsonl"
+OFFICIAL = put(LINES, "".join(map(official_subtitles, ("unused", *VIDEOS))))
+
+
+def _in_folder(content: bytes, suffix: str = ".srt") -> Damage:
+    return both(*(put(f"{SUBTITLES}/{video}{suffix}", content) for video in VIDEOS))
+
+
+def _no_subtitles(fixture: RunFixture) -> None:
+    shutil.rmtree(fixture.folder / SUBTITLES)
 
 
 def _by_number(item: Item) -> dict[str, str]:

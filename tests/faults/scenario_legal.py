@@ -15,7 +15,7 @@ import torch
 
 from faults.damage import Damage, both, copy, gone, js, pth, put
 from faults.damage_tables import SRT, rows, star, star_item, tvqa, tvqa_row
-from faults.legal_formats import star_formats
+from faults.legal_formats import star_formats, tvqa_formats
 from faults.result import Result, Scale
 from support.run_fixture import (
     CAPTIONS,
@@ -252,6 +252,7 @@ def tvqa_twins() -> dict[str, Damage]:
         "TVQA, subtitles with more empty lines": _with_srt(
             tvqa(*TVQA_ROWS), "\n" + SRT.replace("\n\n", " \n\n\n")
         ),
+        **tvqa_formats(TVQA_ROWS),
     }
 
 

@@ -24,3 +24,20 @@ def test_of_equals_the_first_is_taken() -> None:
     assert evaluation.predictions == [1] and evaluation.accuracies["acc"] == 1
     assert is_best(0.5, None) and is_best(0.5, 0.4)
     assert not is_best(0.5, 0.5) and not is_best(0.5, 0.6)
+
+
+def test_questions_without_subtitles_are_counted() -> None:
+    """Beside every result, as the questions are that were left out."""
+    questions = [
+        Question(i, str(i), "v", "Castle", "q", ("a", "b"), 0, lacks_subtitles=i < 2)
+        for i in range(3)
+    ]
+    evaluation = summarize(questions, [[0.0, 1.0]] * 3, DATASETS["tvqa"])
+    assert evaluation.used == "3 questions, 2 of them without subtitles"
+    assert evaluation.results() == {"n": 3, "n_total": 3, "n_without_subtitles": 2} | {
+        "acc": 1.0,
+        "Castle": 1.0,
+    }
+    evaluation = summarize(questions[2:], [[0.0, 1.0]], DATASETS["tvqa"], questions[:2])
+    assert evaluation.used == "1 used / 3 total questions"
+    assert "n_without_subtitles" not in evaluation.results()

@@ -348,7 +348,9 @@ def splits_of(config: RunConfig) -> list[str]:
 
 
 def _read_split(config: RunConfig, split: str) -> list[Question]:
-    return read_questions(config.dataset, config.dataset_folder, split, subtitles=config.sub)
+    return read_questions(
+        config.dataset, config.dataset_folder, split, config.sub, config.missing_subtitles
+    )
 
 
 if __name__ == "__main__":  # `python -m vico.cli.check`, or this file

@@ -18,7 +18,7 @@ class Dataset:
 
     # (folder, split) -> path of the annotations
     annotation_file: Callable[[Path, str], Path]
-    # (folder, split) -> questions; with dialogue, (folder, split, subtitles) -> questions
+    # (folder, split) -> questions; with dialogue, of (folder, split, subtitles, missing_subtitles)
     read: Callable[..., list[Question]]
     # Question type -> group that an accuracy is reported for. None: each type is a group.
     groups: Mapping[str, str] | None = None
@@ -60,7 +60,7 @@ DATASETS = {
 }
 
 # Keys that a record of accuracies holds besides its groups.
-RESERVED_KEYS = frozenset(("split", "n", "n_total", "acc", "Mean", "all"))
+RESERVED_KEYS = frozenset(("split", "n", "n_total", "n_without_subtitles", "acc", "Mean", "all"))
 
 
 def find_dataset(name: str, folder: Path) -> Dataset:
@@ -78,12 +78,16 @@ def find_dataset(name: str, folder: Path) -> Dataset:
 
 
 def read_questions(
-    dataset: str, folder: Path, split: str, subtitles: bool = False
+    dataset: str,
+    folder: Path,
+    split: str,
+    subtitles: bool = False,
+    missing_subtitles: str = "error",
 ) -> list[Question]:
     """The questions of a split, in file order. Raises UserError for a file with a fault."""
     entry = find_dataset(dataset, folder)
     if entry.has_dialogue:
-        questions = entry.read(folder, split, subtitles)
+        questions = entry.read(folder, split, subtitles, missing_subtitles)
     elif subtitles:
         raise UserError(f"--sub: {dataset} has no subtitles; leave --sub out")
     else:

@@ -25,6 +25,7 @@ class Question:
     feature_rows: FeatureRows | None = None
     # Subtitles inside the clip (TVQA with --sub); each line follows one blank.
     dialogue: str = ""
+    lacks_subtitles: bool = False  # asked for and not there: it may have had a dialogue
     # "val.csv:17", for messages.
     place: str = ""
     # The name of its data set, where features and captions are looked up; readers leave it out.

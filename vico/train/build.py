@@ -84,7 +84,9 @@ def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inp
     prompts, folder = backbone.prompts(config), config.dataset_folder
     annotated = {}
     for split in splits:
-        annotated[split] = read_questions(config.dataset, folder, split, subtitles=config.sub)
+        annotated[split] = read_questions(
+            config.dataset, folder, split, config.sub, config.missing_subtitles
+        )
     features = Features(folder / preflight.FEATURES_FILE)
     questions, dropped = {}, {}
     notes = [*choice.notes, *preflight.annotation_notes(config, annotated)]

@@ -91,6 +91,12 @@ class RunConfig:
         "count with every result",
     )
     sub: bool = _flag(False, DATA, "TVQA: put the clip's subtitles into the prompt")
+    missing_subtitles: Literal["error", "empty"] = _flag(
+        "error",
+        DATA,
+        "questions whose video has no subtitles, with --sub: stop with an error, or ask them "
+        "without dialogue and report the count with every result",
+    )
     max_seq_len: int = _flag(
         512,
         DATA,
@@ -341,6 +347,7 @@ NOT_IDENTITY = frozenset(
     max_steps num_workers deepspeed attention checkpoint_activations batch_size accum_iter
     max_tokens save_steps save_total_limit save_legacy logging_steps allow_change verify
     collective_timeout hang_timeout expect_world_size
+    missing_subtitles
     """.split()
 )
 # What must not change either when a run is resumed (checkpoint/fingerprint.py).

@@ -55,12 +55,21 @@ class Evaluation:
     @property
     def used(self) -> str:
         """How many questions the accuracies cover."""
-        n = len(self.scores)
-        return f"{n} used / {self.num_total} total questions" if self.dropped else f"{n} questions"
+        n, lacking = len(self.scores), self.num_without_subtitles
+        used = f"{n} used / {self.num_total} total questions" if self.dropped else f"{n} questions"
+        return f"{used}, {lacking} of them without subtitles" if lacking else used
+
+    @property
+    def num_without_subtitles(self) -> int:
+        """Questions that were asked without the dialogue that they may have, as permitted."""
+        return sum(q.lacks_subtitles for q in self.questions)
 
     def results(self) -> dict[str, float]:
         """The numbers of questions, then the accuracies."""
-        return {"n": len(self.scores), "n_total": self.num_total, **self.accuracies}
+        counts = {"n": len(self.scores), "n_total": self.num_total}
+        if self.num_without_subtitles:
+            counts["n_without_subtitles"] = self.num_without_subtitles
+        return {**counts, **self.accuracies}
 
     @property
     def predictions(self) -> list[int]:

@@ -17,7 +17,7 @@ from vico.data.features import Features
 from vico.data.length_stats import Lengths, QuestionLengths
 from vico.data.prompts import Prompts
 from vico.data.readers import captions as caption_files
-from vico.data.readers import tvqa
+from vico.data.readers import subtitles
 from vico.data.tokenizer import FILE_NAMES as TOKENIZER_FILES
 from vico.data.tokenizer import Tokenizer, find_tokenizer
 from vico.data.types import Question, Questions
@@ -250,13 +250,9 @@ def annotation_notes(config: RunConfig, questions: Mapping[str, Sequence[Questio
             notes.append(f"warning: {split}: {num_blank} rows of blanks are passed over")
         notes += [f"{split}: {note}" for note in of_split.notes]
     folder = config.dataset_folder
-    subtitles = folder / tvqa.SUBTITLES
-    if (
-        find_dataset(config.dataset, folder).has_dialogue
-        and not config.sub
-        and is_folder(subtitles)
-    ):
-        notes.append(f"{subtitles}: not used; --sub puts the subtitles into the prompts")
+    if find_dataset(config.dataset, folder).has_dialogue and not config.sub:
+        for path in subtitles.found_in(folder):
+            notes.append(f"{path}: not used; --sub puts the subtitles into the prompts")
     return notes
 
 

@@ -7,6 +7,7 @@ values are kept as text or refused.
 
 import csv
 import io
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -173,9 +174,8 @@ def read_json_items(path: Path, what: str, id_key: str) -> Rows:
             f"where a JSON list or object of questions is expected; correct {path}"
         )
     if not content:
-        fail(
-            f"{path}: is {json_kind(content)} without entries; {what} should be there: fetch it again"
-        )
+        found = f"is {json_kind(content)} without entries"
+        fail(f"{path}: {found}; {what} should be there: fetch it again")
     items = enumerate(content) if isinstance(content, list) else content.items()
     rows, bad = Rows(), []
     for key, item in items:
@@ -250,6 +250,18 @@ def type_field(row: Row, key: str) -> str:
     if row.get(key) is None:
         return UNKNOWN
     return text_field(row, key).strip() or UNKNOWN
+
+
+def seconds_field(row: Row, key: str) -> float:
+    """A time, as a number or as its text."""
+    value = field(row, key)
+    try:
+        seconds = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise RowError(f"'{key}' is {show(value)}, not a time in seconds")
+    return seconds
 
 
 def answer_field(row: Row, key: str, num_options: int, split: str) -> int | None:

@@ -1,6 +1,5 @@
 """STAR's JSON: the answer is a text, the choices are unordered, the clip is in seconds."""
 
-import math
 import re
 import string
 from collections import Counter
@@ -135,18 +134,7 @@ def _feature_rows(row: Row) -> FeatureRows:
 
     As published: Python's round, which takes halves to the even number.
     """
-    start, end = _seconds(row, "start"), _seconds(row, "end")
+    start, end = rows.seconds_field(row, "start"), rows.seconds_field(row, "end")
     if end < start:
         raise RowError(f"the clip ends at {end} s, before it starts at {start} s")
     return round(start), round(end) + 1
-
-
-def _seconds(row: Row, key: str) -> float:
-    value = rows.field(row, key)
-    try:
-        seconds = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        raise RowError(f"'{key}' is {show(value)}, not a time in seconds")
-    return seconds

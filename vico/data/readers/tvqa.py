@@ -1,35 +1,21 @@
-"""TVQA's JSON lines and SubRip files: clips of a show, in seconds, with their dialogue."""
+"""TVQA's JSON lines: clips of a show, in seconds, with their dialogue."""
 
-import codecs
 import dataclasses
 import math
-import re
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-from vico.data.readers import rows
+from vico.data.readers import rows, subtitles
 from vico.data.readers.rows import Row, RowError, Rows
-from vico.data.types import FeatureRows, Question
+from vico.data.readers.subtitles import Clips, Subtitle
+from vico.data.types import FeatureRows, Question, Questions
 from vico.errors import fail, show
-from vico.io.paths import exists, is_folder, read_bytes
+from vico.io.paths import exists
 
-SUBTITLES = "tvqa_subtitles"  # the folder of VID_NAME.srt
 FEATURES_PER_SECOND = 3
 _OPTIONS = ("a0", "a1", "a2", "a3", "a4")
-# At most nine digits each: int() refuses thousands, and no clip is that long.
-_TIME = r"(\d{1,9}):(\d{1,9}):(\d{1,9})"
-_TIME_STAMPS = re.compile(rf"\s*{_TIME}[,.:]?\d*\s*-->\s*{_TIME}(?!\d)", re.ASCII)
 
 Seconds = tuple[int, int]  # first and last whole second
-
-
-@dataclass(frozen=True, slots=True)
-class Subtitle:
-    """Start and end in whole seconds: as published, the time stamps lose their milliseconds."""
-
-    start: int
-    end: int
-    text: str
 
 
 def annotation_file(folder: Path, split: str) -> Path:
@@ -38,12 +24,14 @@ def annotation_file(folder: Path, split: str) -> Path:
     return public if use_public else path
 
 
-def read(folder: Path, split: str, subtitles: bool = False) -> list[Question]:
+def read(
+    folder: Path, split: str, with_subtitles: bool = False, missing_subtitles: str = "error"
+) -> Questions:
+    """`missing_subtitles`: "error", or "empty", and then such questions have no dialogue."""
     path = annotation_file(folder, split)
     records = rows.read_jsonl(path, f"the JSON lines of the {split} questions")
 
     def question(index: int, place: str, row: Row) -> Question:
-        clip = _clip(row)
         return Question(
             index=index,
             qid=rows.id_field(row, "qid"),
@@ -52,28 +40,44 @@ def read(folder: Path, split: str, subtitles: bool = False) -> list[Question]:
             question=rows.question_field(row, "q"),
             options=tuple(rows.text_field(row, key) for key in _OPTIONS),
             answer=rows.answer_field(row, "answer_idx", len(_OPTIONS), split),
-            feature_rows=_feature_rows(clip),
+            feature_rows=_feature_rows(_clip(row)),
             place=place,
         )
 
     questions = rows.questions_from(path, records, question)
-    if subtitles:
-        questions[:] = _with_dialogue(questions, records, folder / SUBTITLES)
+    if with_subtitles:
+        clips = subtitles.read(folder, (q.video for q in questions))
+        _refuse_subtitles(questions, clips, missing_subtitles)
+        _add_dialogue(questions, records, clips)
+        questions.notes = _notes(questions, clips)
     return questions
 
 
 def _clip(row: Row) -> Seconds | None:
-    """The clip's seconds, rounded half to even as published; None where the file says NaN."""
-    text = rows.text_field(row, "ts")
+    """The clip's seconds, rounded half to even as published; None where the file says NaN.
+
+    `ts` is the text START-END, or a list of two numbers; JSON has no NaN, and so null stands there.
+    """
+    value = rows.field(row, "ts")
+    parts = value if isinstance(value, list) else str(value).split("-")
     try:
-        start, end = (float(part) for part in text.split("-"))
-    except ValueError:
-        raise RowError(f"'ts' is {show(text)}, not 'START-END' in seconds or 'NaN-NaN'") from None
+        start, end = map(_seconds, parts)
+    except (TypeError, ValueError, OverflowError):
+        expected = "'START-END' or [START, END] in seconds, or 'NaN-NaN'"
+        raise RowError(f"'ts' is {show(value)}, not {expected}") from None
     if math.isnan(start) or math.isnan(end):
         return None
     if not 0 <= start <= end < math.inf:
-        raise RowError(f"'ts' is {show(text)}: the clip ends before it starts, or never")
+        raise RowError(f"'ts' is {show(value)}: the clip ends before it starts, or never")
     return round(start), round(end)
+
+
+def _seconds(value: object) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise TypeError
+    return float(value)
 
 
 def _feature_rows(clip: Seconds | None) -> FeatureRows | None:
@@ -87,85 +91,61 @@ def _feature_rows(clip: Seconds | None) -> FeatureRows | None:
 # -------------------------------------------------------------------------------------
 
 
-def _with_dialogue(questions: list[Question], records: Rows, folder: Path) -> list[Question]:
-    """The questions with the subtitles inside their clips. `records`: their rows, in order."""
-    if not is_folder(folder):
-        fail(
-            f"{folder}: no such folder; the subtitles VID_NAME.srt should be there: "
-            "fetch them, or run without --sub"
-        )
-    subtitles: dict[str, list[Subtitle]] = {}
-    bad: dict[str, str] = {}
-    for video in dict.fromkeys(q.video for q in questions):
-        try:
-            subtitles[video] = _read_srt(folder, video)
-        except RowError as problem:
-            bad[video] = str(problem)
-    if bad:
-        _refuse_subtitles(questions, bad, folder)
-    return [
-        dataclasses.replace(q, dialogue=dialogue(subtitles[q.video], _clip(row)))
-        for q, (_, row) in zip(questions, records, strict=True)
-    ]
-
-
-def _refuse_subtitles(questions: list[Question], bad: dict[str, str], folder: Path) -> None:
-    """Raise UserError. `bad`: what is wrong, by video."""
+def _refuse_subtitles(questions: Sequence[Question], clips: Clips, missing_subtitles: str) -> None:
+    """Raise UserError if a question's subtitles are bad or, without leave, missing."""
+    bad, remedy = dict(clips.bad), "or run without --sub"
+    if missing_subtitles == "error":
+        bad |= clips.missing
+        if not clips.bad:
+            remedy = f"or go without them by --missing_subtitles empty, {remedy}"
+    if len(clips.missing) == len({q.video for q in questions}):
+        bad |= clips.missing  # another data set's
+        remedy = "or run without --sub"
+    if not bad:
+        return
     num_affected = sum(q.video in bad for q in questions)
     examples = "; ".join(list(bad.values())[: rows.MAX_EXAMPLES])
     more = "; ..." if len(bad) > rows.MAX_EXAMPLES else ""
     fail(
         f"{num_affected} of {len(questions)} questions ({len(bad)} videos) have no usable subtitle "
-        f"file, e.g. {examples}{more}; fetch the missing ones into {folder}, or run without --sub"
+        f"file, e.g. {examples}{more}; they are read from {clips.source}: "
+        f"fetch what is missing, {remedy}"
     )
 
 
-def dialogue(subtitles: list[Subtitle], clip: Seconds | None) -> str:
+def _add_dialogue(questions: list[Question], records: Rows, clips: Clips) -> None:
+    """Give the questions the subtitles inside their clips. `records`: their rows, in order."""
+    for place, (question, (_, row)) in enumerate(zip(questions, records, strict=True)):
+        spoken = clips.by_video.get(question.video)
+        if spoken is None:
+            questions[place] = dataclasses.replace(question, lacks_subtitles=True)
+        else:
+            text = dialogue(spoken, _clip(row))
+            questions[place] = dataclasses.replace(question, dialogue=text)
+
+
+def dialogue(spoken: list[Subtitle], clip: Seconds | None) -> str:
     """The text of the subtitles that belong to the clip, each after one blank.
 
     As published: those inside the clip, and those across its start that end inside it. None: all.
     """
     if clip is not None:
         first, last = clip
-        subtitles = [s for s in subtitles if s.end <= last and (s.start >= first or s.end >= first)]
-    return "".join(f" {subtitle.text}" for subtitle in subtitles)
+        spoken = [s for s in spoken if s.end <= last and (s.start >= first or s.end >= first)]
+    return "".join(f" {subtitle.text}" for subtitle in spoken)
 
 
-def _read_srt(folder: Path, video: str) -> list[Subtitle]:
-    # Ids come from a file. They must not lead out of the folder.
-    if any(part in video for part in ("/", "\\", "..", "\0")):
-        raise RowError(f"vid_name {show(video)} is no file name")
-    path = folder / f"{video}.srt"
-    try:
-        data = read_bytes(path)
-    except (OSError, ValueError) as problem:
-        raise RowError(f"{path} ({getattr(problem, 'strerror', None) or problem})") from None
-    data = data.removeprefix(codecs.BOM_UTF8)
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError:
-        text = data.decode("iso-8859-1")
-    return _parse_srt(text, path)
-
-
-def _parse_srt(text: str, path: Path) -> list[Subtitle]:
-    """A subtitle's text runs from its time stamps to the next number; empty lines are dropped."""
-    spans: list[Seconds] = []
-    texts: list[list[str]] = []
-    for number, line in enumerate(re.split("\r\n|\r|\n", text), 1):
-        if stamps := _TIME_STAMPS.match(line):
-            h1, m1, s1, h2, m2, s2 = map(int, stamps.groups())
-            if texts and texts[-1] and texts[-1][-1].strip().isdecimal():
-                texts[-1].pop()  # the number of the subtitle that begins here
-            spans.append((h1 * 3600 + m1 * 60 + s1, h2 * 3600 + m2 * 60 + s2))
-            texts.append([])
-        elif "-->" in line:
-            raise RowError(f"{path}:{number} (time stamps {show(line)})")
-        elif texts and line.strip():
-            texts[-1].append(line.rstrip())
-    if not spans:
-        raise RowError(f"{path} (holds no subtitle)")
-    return [
-        Subtitle(start, end, " ".join(lines))
-        for (start, end), lines in zip(spans, texts, strict=True)
-    ]
+def _notes(questions: Sequence[Question], clips: Clips) -> tuple[str, ...]:
+    notes = [f"the subtitles are those of {clips.source}"]
+    num_lacking = sum(q.lacks_subtitles for q in questions)
+    if num_lacking:
+        notes.append(
+            f"{num_lacking} of {len(questions)} questions ({len(clips.missing)} videos) have no "
+            "subtitles, and so no dialogue (--missing_subtitles empty)"
+        )
+    num_silent = sum(not spoken for spoken in clips.by_video.values())
+    if num_silent:
+        notes.append(f"the subtitles of {num_silent} videos are empty: nobody speaks there")
+    if clips.num_not_utf8:
+        notes.append(f"{clips.num_not_utf8} subtitle files are not UTF-8: read as ISO-8859-1")
+    return tuple(notes)
