@@ -159,7 +159,7 @@ def test_damage_is_found_by_the_checksums(toy: ToyData, tmp_path: Path) -> None:
     """At the first start: there is no digest to compare with. Small parts count as well."""
     shutil.copytree(toy.folder, tmp_path / "toy")
     config = config_of(tmp_path / "toy", tmp_path / "out")
-    clips, video = config.dataset_folder / "clipvitl14.pth", "w0001"
+    clips, video = config.folder_of("nextqa") / "clipvitl14.pth", "w0001"
     whole = clips.read_bytes()
     flip(clips, toy.features[video].numpy().tobytes())
     (message,) = take(config)

@@ -6,6 +6,7 @@ from faults.cases_deepspeed import DEEPSPEED
 from faults.cases_features import FEATURE_FILES
 from faults.cases_formats import FORMATS
 from faults.cases_llama import LLAMA
+from faults.cases_mixtures import MIXTURES
 from faults.cases_output_dir import OUTPUT_DIR
 from faults.cases_published import PUBLISHED_FILES
 from faults.cases_settings import SETTINGS
@@ -17,6 +18,7 @@ CASES: dict[str, Case] = {
     **OUTPUT_DIR,
     **TABLES,
     **FORMATS,
+    **MIXTURES,
     **FEATURE_FILES,
     **LLAMA,
     **CHECKPOINTS,

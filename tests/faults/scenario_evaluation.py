@@ -95,7 +95,8 @@ def make_questions() -> list[Question]:
     for i in range(MAX_QUESTIONS):
         video, kind = f"10000{i % 2}", TYPES[i * len(TYPES) // MAX_QUESTIONS]
         options = tuple(f"thing {i:02d} {k}" for k in range(5))
-        questions.append(Question(i, str(i), video, kind, f"why {i:03d}", options, i * 7 % 5))
+        question = Question(i, str(i), video, kind, f"why {i:03d}", options, i * 7 % 5)
+        questions.append(dataclasses.replace(question, dataset="nextqa"))
     return questions
 
 
@@ -166,7 +167,7 @@ def _scores_alone(inputs: Inputs, question: Question) -> list[float]:
     if question.qid not in _cached_scores:
         scores = []
         for answer in range(len(question.options)):
-            sequence = inputs.prompts.vqa(question, answer)
+            sequence = inputs.datasets[question.dataset].prompts.vqa(question, answer)
             tokens = [max(token, 0) for token in sequence.tokens]
             losses = []
             for target in sequence.targets:

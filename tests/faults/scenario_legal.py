@@ -328,9 +328,8 @@ def digest(
 def _batches(config: RunConfig, inputs: Inputs) -> Iterable[PackedBatch]:
     steps = TrainingSteps(
         inputs.questions["train"],
-        inputs.captions,
-        inputs.features,
-        inputs.prompts,
+        inputs.datasets,
+        config.datasets,
         num_slots=config.max_feats,
         tasks=config.tasks,
         micro_batch_size=config.batch_size,
@@ -346,8 +345,7 @@ def _batches(config: RunConfig, inputs: Inputs) -> Iterable[PackedBatch]:
             yield from steps[epoch, step].micro_batches
     chunks = EvaluationChunks(
         inputs.questions["val"],
-        inputs.features,
-        inputs.prompts,
+        inputs.datasets,
         num_slots=config.max_feats,
         rank=0,
         world_size=1,

@@ -3,6 +3,7 @@
 from support.toy_dataset import ToyData
 from vico.cli.flags import parse
 from vico.data.batching import TrainingSteps
+from vico.data.mixture import parse_datasets
 from vico.train.build import Inputs
 from vico.train.config import RunConfig
 
@@ -29,9 +30,8 @@ def training_steps(
     """
     return TrainingSteps(
         inputs.questions["train"],
-        inputs.captions,
-        inputs.features,
-        inputs.prompts,
+        inputs.datasets,
+        parse_datasets("nextqa"),
         num_slots=10,
         tasks=("vqa", "cap"),
         micro_batch_size=micro_batch_size,

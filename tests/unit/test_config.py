@@ -44,7 +44,7 @@ def test_published_commands(dataset: str) -> None:
     expected = {"dataset": dataset, "blr": 0.09, "bias": 3.5, "warmup_epochs": 2.0, "accum_iter": 2}
     assert {name: getattr(config, name) for name in expected} == expected
     assert config.output_dir == Path.cwd() / "checkpoint" / dataset
-    assert config.folder_of(dataset) == config.dataset_folder == Path.cwd() / "data" / dataset
+    assert config.folder_of(dataset) == Path.cwd() / "data" / dataset
     assert config.tasks == ("vqa", "cap") and config.task_weights == (1.0, 0.5)
     assert line.notes == ()
 

@@ -1,12 +1,24 @@
-"""Which data sets --dataset names."""
+"""Which data sets --dataset names, and what an epoch holds of each."""
 
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from support.command_line import error_of, parse_line
-from vico.data.mixture import DatasetChoice, parse_datasets, paths_by_dataset
+from support.mixed_datasets import NUM_TRAIN, NUM_VAL, mixed
+from support.toy_dataset import ToyData
+from support.training_steps import config_of
+from vico.data.batching import TrainingSteps
+from vico.data.mixture import DatasetChoice, EpochOrder, parse_datasets, paths_by_dataset
+from vico.distributed.world import World
 from vico.errors import UserError
+from vico.train.build import Inputs, read_inputs
+from vico.train.config import RunConfig
 
 
 def test_names_and_weights() -> None:
@@ -71,3 +83,127 @@ def test_paths_by_dataset() -> None:
         with pytest.raises(UserError) as refusal:
             paths(text, "a", "b")
         assert str(refusal.value).startswith(f"--captions {text}: {problem}")
+
+
+# ---- the order of an epoch
+
+
+def order_of(sizes: dict[str, int], text: str, seed: int = 0, shuffle: bool = True) -> EpochOrder:
+    names = [name for name, size in sizes.items() for _ in range(size)]
+    return EpochOrder(names, parse_datasets(text), seed, shuffle)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    weights=st.lists(st.sampled_from([0.1, 0.3, 0.5, 0.9, 1, 1.5, 2, 3.7]), min_size=4, max_size=4),
+    seed=st.integers(0, 2**63 - 1),
+    shuffle=st.booleans(),
+)
+def test_an_epoch_holds_what_the_weights_say(
+    sizes: list[int], weights: list[float], seed: int, shuffle: bool
+) -> None:
+    """Exactly, in every epoch; and ceil(n / part) epochs hold every question of a data set."""
+    counts = {f"s{i}": round(w * n) for i, (w, n) in enumerate(zip(weights, sizes, strict=False))}
+    of_name = {f"s{i}": n for i, n in enumerate(sizes)}
+    text = ",".join(f"{name}:{weights[i]}" for i, name in enumerate(of_name))
+    if 0 in counts.values():
+        with pytest.raises(UserError, match="an epoch would hold none of its"):
+            order_of(of_name, text, seed, shuffle)
+        return
+    order, first = order_of(of_name, text, seed, shuffle), 0
+    epochs = [order.places(epoch) for epoch in range(12)]
+    assert all(len(places) == len(order) == sum(counts.values()) for places in epochs)
+    for name, size in of_name.items():
+        times = [
+            Counter(places[(places >= first) & (places < first + size)].tolist())
+            for places in epochs
+        ]
+        whole, rest = divmod(counts[name], size)
+        for of_epoch in times:
+            assert of_epoch.total() == counts[name]
+            assert all(of_epoch[first + i] in (whole, whole + 1) for i in range(size))
+        if rest:
+            cycle = times[: -(-size // rest)]
+            taken = {place for of_epoch in cycle for place, n in of_epoch.items() if n > whole}
+            assert len(cycle) > 12 - 1 or len(taken) == size
+        first += size
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_one_data_set_keeps_its_order(shuffle: bool) -> None:
+    """As it was before there were mixtures, bit for bit; and in halves, each question once."""
+    whole, halves = (
+        order_of({"a": 9}, "a", 5, shuffle),
+        order_of({"a": 5, "b": 4}, "a,b", 5, shuffle),
+    )
+    for epoch in range(3):
+        expected = np.random.default_rng([5, epoch]).permutation(9) if shuffle else np.arange(9)
+        assert whole.places(epoch).tolist() == halves.places(epoch).tolist() == expected.tolist()
+
+
+def test_the_order_follows_from_seed_and_epoch() -> None:
+    sizes, text = {"a": 30, "b": 20}, "a:0.5,b:1.5"
+    order, again = order_of(sizes, text), order_of(sizes, text)
+    epochs = [order.places(epoch).tolist() for epoch in range(4)]
+    assert epochs == [again.places(epoch).tolist() for epoch in range(4)]
+    assert len({tuple(sorted(places)) for places in epochs}) == 4, "another part each epoch"
+    assert order_of(sizes, text, seed=1).places(0).tolist() != epochs[0]
+
+
+# ---- several data sets in one stream
+
+
+@pytest.fixture(scope="module")
+def mixed_toy(tmp_path_factory: pytest.TempPathFactory) -> ToyData:
+    return mixed(tmp_path_factory.mktemp("mixed"))
+
+
+def read(toy: ToyData, alone: World, *flags: str) -> tuple[RunConfig, Inputs]:
+    config = config_of(toy, *flags)
+    return config, read_inputs(config, ("train", "val"), alone)
+
+
+def test_each_question_has_its_own_set(mixed_toy: ToyData, alone: World) -> None:
+    """Features, captions, instructions and subtitles; videos of equal ids are not merged."""
+    names = ("nextqa", "star", "tvqa")
+    config, inputs = read(mixed_toy, alone, "--dataset", "nextqa,star,tvqa", "--sub")
+    assert Counter(q.dataset for q in inputs.questions["train"]) == NUM_TRAIN
+    assert Counter(q.dataset for q in inputs.questions["val"]) == NUM_VAL
+    assert "tvqa train: 6 questions" in inputs.notes
+    counts = "20 of 20 nextqa, 9 of 9 star, 6 of 6 tvqa questions"
+    assert f"train: an epoch holds {counts}" in inputs.notes
+    by_name = {q.dataset: q for q in reversed(inputs.questions["train"])}
+    chosen = [by_name[name] for name in names]
+    assert [q.video for q in chosen] == ["v0000"] * 3
+    assert chosen[1].place == "star/STAR_train.json[0]"
+    assert chosen[2].dialogue and not chosen[0].dialogue
+    steps = TrainingSteps(
+        chosen,
+        inputs.datasets,
+        config.datasets,
+        num_slots=10,
+        tasks=("vqa", "cap"),
+        micro_batch_size=3,
+        accumulation=1,
+        rank=0,
+        world_size=1,
+        seed=0,
+        shuffle=False,
+        crop=False,
+    )
+    step = steps[0, 0]
+    assert step.names == ("nextqa/v0000/0", "star/v0000/Interaction_T1_0", "tvqa/v0000/0")
+    (batch,) = step.micro_batches
+    for name, question, clip_FC in zip(names, chosen, batch.features_VFC, strict=True):
+        _, alone_inputs = read(mixed_toy, alone, "--dataset", name)
+        source = alone_inputs.datasets[name]
+        expected_FC = source.features.sample("v0000", question.feature_rows, 10)
+        assert torch.equal(clip_FC, expected_FC), name
+        own = inputs.datasets[name]
+        assert own.captions == source.captions
+        assert own.prompts.vqa(question, 0) == source.prompts.vqa(question, 0)
+    decode, said = inputs.datasets["tvqa"].prompts._tokenizer.decode, []
+    for question in chosen:
+        tokens = inputs.datasets[question.dataset].prompts.vqa(question, 0).tokens
+        said.append("dialogue, video" in decode([token for token in tokens if token >= 0]))
+    assert said == [False, False, True]

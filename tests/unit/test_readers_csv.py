@@ -17,7 +17,7 @@ from vico.train.config import RunConfig
 def test_csv_row(tmp_path: Path) -> None:
     put(tmp_path / "val.csv", csv_text([csv_row(), csv_row(qid="2", answer="4")]))
     first, second = read_questions("nextqa", tmp_path, "val")
-    expected = Question(0, "1", "007", "CW", "why", tuple(OPTIONS), 0, None, "", "val.csv:2")
+    expected = Question(0, "1", "007", "CW", "why", tuple(OPTIONS), 0, place="val.csv:2")
     assert first == replace(expected, dataset="nextqa")
     assert (second.index, second.qid, second.answer, second.place) == (1, "2", 4, "val.csv:3")
 
@@ -176,11 +176,11 @@ def test_rows_of_blanks_are_counted(tmp_path: Path) -> None:
     put(tmp_path / "val.csv", blank)
     questions = read_questions("nextqa", tmp_path, "val")
     assert len(questions) == 2
-    notes = preflight.annotation_notes(RunConfig(), {"val": questions})
+    notes = preflight.annotation_notes(RunConfig(), "nextqa", {"val": questions})
     assert notes == ["warning: val: 3 rows of blanks are passed over"]
     put(tmp_path / "val.csv", csv_text(ROWS))
     questions = read_questions("nextqa", tmp_path, "val")
-    assert preflight.annotation_notes(RunConfig(), {"val": questions}) == []
+    assert preflight.annotation_notes(RunConfig(), "nextqa", {"val": questions}) == []
 
 
 NOT_AN_ANSWER = [

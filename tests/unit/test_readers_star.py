@@ -193,7 +193,7 @@ def test_answers_that_are_no_text_of_a_choice(
     put(tmp_path / "STAR_val.json", items)
     questions = read_questions("star", tmp_path, "val")
     assert [q.answer for q in questions] == [1, index]
-    notes = preflight.annotation_notes(RunConfig(), {"val": questions})
+    notes = preflight.annotation_notes(RunConfig(), "star", {"val": questions})
     assert notes == [f"val: 1 of 2 answers are {how}"]
 
 

@@ -7,7 +7,7 @@ tensors, which are large.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vico.data.features import Features
+from vico.data.micro_batches import DatasetInputs
 from vico.data.tokenizer import content_digests
 from vico.data.types import Question
 from vico.io.digest import digest_chunks
@@ -32,9 +33,24 @@ class Sources:
 
     weights: Weights
     tokenizer_path: Path
-    features: Features
-    questions: Mapping[str, Sequence[Question]]  # by split
-    captions: Mapping[str, str]  # by video
+    datasets: Mapping[str, DatasetInputs]  # by name
+    questions: Mapping[str, Sequence[Question]]  # by split, of all data sets
+
+    def parts(self) -> Iterator[tuple[str, DatasetInputs, dict[str, list[Question]]]]:
+        """(what the names of its fingerprints begin with, inputs, questions by split) of each."""
+        for name, inputs in self.datasets.items():
+            questions = {}
+            for split, of_split in self.questions.items():
+                questions[split] = [q for q in of_split if q.dataset == name]
+            yield data_prefix(name, len(self.datasets)), inputs, questions
+
+
+def data_prefix(dataset: str, num_datasets: int) -> str:
+    """What the names of a data set's fingerprints begin with, in a run over `num_datasets`.
+
+    The first word is "data": --allow_change knows it. No name of a data set holds a colon.
+    """
+    return "data" if num_datasets == 1 else f"data {dataset}:"
 
 
 @dataclass(frozen=True)
@@ -85,12 +101,16 @@ def backbone_tensors(weights: Weights) -> TensorSet:
     return TensorSet("backbone", paths, num_bytes, read_chunks, weights.verify, groups)
 
 
-def feature_tensors(features: Features, questions: Mapping[str, Sequence[Question]]) -> TensorSet:
+def feature_tensors(
+    features: Features, questions: Mapping[str, Sequence[Question]], prefix: str = "data"
+) -> TensorSet:
     """The features of the videos of each split and, for a run that trains, of both its splits."""
-    videos = {f"data {split} features": _videos(q) for split, q in questions.items()}
+    videos = {f"{prefix} {split} features": _videos(q) for split, q in questions.items()}
     groups = dict(videos)
     if "train" in questions:
-        groups["data features"] = sorted({*_videos(questions["train"]), *_videos(questions["val"])})
+        groups[f"{prefix} features"] = sorted(
+            {*_videos(questions["train"]), *_videos(questions["val"])}
+        )
     num_bytes = {}
     for video in sorted({name for names in groups.values() for name in names}):
         frames = features.frames(video)
@@ -112,12 +132,13 @@ def of_texts(sources: Sources, recorded: Mapping[str, str]) -> dict[str, str]:
     """
     fingerprints = of_llama_config(sources.weights.config)
     fingerprints["tokenizer"] = of_tokenizer(sources.tokenizer_path, recorded.get("tokenizer"))
-    for split, questions in sources.questions.items():
-        fingerprints[f"data {split} questions"] = of_questions(questions)
-    if "train" in sources.questions:
-        videos = {q.video for split in ("train", "val") for q in sources.questions[split]}
-        used = {v: sources.captions[v] for v in sorted(videos) if v in sources.captions}
-        fingerprints["data captions"] = of_captions(used)
+    for prefix, inputs, questions in sources.parts():
+        for split, of_split in questions.items():
+            fingerprints[f"{prefix} {split} questions"] = of_questions(of_split)
+        if "train" in questions:
+            videos = {q.video for split in ("train", "val") for q in questions[split]}
+            used = {v: inputs.captions[v] for v in sorted(videos) if v in inputs.captions}
+            fingerprints[f"{prefix} captions"] = of_captions(used)
     return fingerprints
 
 

@@ -16,8 +16,9 @@ from vico.checkpoint import fingerprint
 from vico.checkpoint.format import Checkpoint
 from vico.checkpoint.validate import validate_for_model
 from vico.cli import check_report, flags
-from vico.data.datasets import find_dataset, read_questions
+from vico.data.datasets import find_dataset
 from vico.data.features import Features, Scan
+from vico.data.micro_batches import DatasetInputs
 from vico.data.prompts import Prompts, letter
 from vico.data.types import Question
 from vico.distributed.world import World
@@ -29,7 +30,7 @@ from vico.io.paths import exists
 from vico.model.config import trainable_shapes
 from vico.train import preflight, shared_digests, zero_stage
 from vico.train.config import RunConfig
-from vico.train.preflight import FEATURES_FILE, BackboneFiles
+from vico.train.preflight import FEATURES_FILE, BackboneFiles, Part
 from vico.train.resume import (
     find_start,
     notes_of_uncompared,
@@ -68,16 +69,18 @@ class Check:
         self.config = config
         self.errors: list[UserError] = []
         self.num_warnings = 0
-        self._files = preflight.input_files(config, splits_of(config))
+        splits = [split for name in config.dataset_names for split in splits_of(config, name)]
+        self._files = preflight.input_files(config, tuple(dict.fromkeys(splits)))
         self._cache = FileCache(reread=config.verify)
         self._progress = log.ProgressLog(lambda _: None, is_main=True)
         self._backbone: BackboneFiles | None = None
-        self._prompts: Prompts | None = None
-        self._features: Features | None = None
-        # By split: the questions used, and those dropped because their video has no features.
-        self._questions: dict[str, list[Question]] = {}
-        self._dropped: dict[str, list[Question]] = {}
-        self._captions: dict[str, str] = {}
+        # By data set.
+        self._prompts: dict[str, Prompts] = {}
+        self._features: dict[str, Features] = {}
+        self._captions: dict[str, dict[str, str]] = {}
+        # The questions used, and those dropped because their video has no features.
+        self._questions: dict[Part, list[Question]] = {}
+        self._dropped: dict[Part, list[Question]] = {}
 
     def run(self) -> None:
         config, start_time = self.config, time.monotonic()
@@ -86,18 +89,15 @@ class Check:
         self._try(require_writable, config.output_dir)
         self._try(zero_stage.named_ds_config, config, config.expect_world_size or 1)
         self._open_backbone()
-        self._read_questions()
-        self._read_captions()
-        if self._features is not None:
-            self._check_features(self._features)
-        for split in self._questions:
-            self._check_split(split)
-        self._measure_captions()
-        for warning in preflight.shared_video_notes(self._questions):
+        for dataset in config.dataset_names:
+            self._check_dataset(dataset)
+        self._check_mixture()
+        for warning in preflight.shared_video_notes(config, self._questions):
             self._report(warning)
         for warning in check_report.shared_dataset_warnings(config, self._questions):
             self._report(warning)
-        self._show_samples()
+        for dataset in config.dataset_names:
+            self._show_samples(dataset)
         if not self.errors:
             self._try(self._check_start)
         if not self.errors:
@@ -127,45 +127,75 @@ class Check:
     def _open_backbone(self) -> None:
         self._backbone = self._try(preflight.open_backbone, self.config)
         if self._backbone is not None:
-            self._prompts = self._backbone.prompts(self.config)
+            for dataset in self.config.dataset_names:
+                self._prompts[dataset] = self._backbone.prompts(self.config, dataset)
             self._report(check_report.describe_backbone(self._backbone))
 
-    def _read_questions(self) -> None:
+    def _check_dataset(self, dataset: str) -> None:
+        self._read_questions(dataset)
+        self._read_captions(dataset)
+        if dataset in self._features:
+            self._check_features(dataset, self._features[dataset])
+        for split in self._splits(dataset):
+            self._check_split(dataset, split)
+        self._measure_captions(dataset)
+
+    def _splits(self, dataset: str) -> dict[str, list[Question]]:
+        """The questions used of a data set, by split."""
+        return {split: q for (name, split), q in self._questions.items() if name == dataset}
+
+    def _read_questions(self, dataset: str) -> None:
         """Questions and features, and which questions are used."""
         config = self.config
-        for split in splits_of(config):
-            questions = self._try(_read_split, config, split)
+        for split in splits_of(config, dataset):
+            questions = self._try(preflight.read_split, config, dataset, split)
             if questions is not None:
-                self._questions[split] = questions
-        for note in preflight.annotation_notes(config, self._questions):
+                self._questions[dataset, split] = questions
+        for note in preflight.annotation_notes(config, dataset, self._splits(dataset)):
             self._report(note)
-        self._features = self._try(Features, config.dataset_folder / FEATURES_FILE)
-        for split, questions in self._questions.items():
-            self._dropped[split] = []
-            if self._features is None:
+        features = self._try(Features, config.folder_of(dataset) / FEATURES_FILE)
+        if features is not None:
+            self._features[dataset] = features
+        for split, questions in self._splits(dataset).items():
+            part, label = (dataset, split), config.label(dataset, split)
+            self._dropped[part] = []
+            if features is None:
                 continue
-            chosen = self._try(preflight.with_features, config, split, questions, self._features)
+            chosen = self._try(preflight.with_features, config, label, questions, features)
             if chosen is not None:
-                self._questions[split], self._dropped[split] = chosen
+                self._questions[part], self._dropped[part] = chosen
 
-    def _read_captions(self) -> None:
-        if self.config.cap and "train" in self._questions:
+    def _read_captions(self, dataset: str) -> None:
+        questions = self._questions.get((dataset, "train"))
+        if self.config.cap and questions is not None:
             captions = self._try(
-                preflight.read_captions, self.config, self._questions["train"], self._prompts
+                preflight.read_captions,
+                self.config,
+                dataset,
+                questions,
+                self._prompts.get(dataset),
             )
-            self._captions = captions or {}
+            self._captions[dataset] = captions or {}
 
     # Checking them
 
-    def _check_features(self, features: Features) -> None:
+    def _check_mixture(self) -> None:
+        if all((dataset, "train") in self._questions for dataset in self.config.dataset_names):
+            for note in self._try(preflight.mixture_notes, self.config, self._questions) or []:
+                self._report(note)
+
+    def _check_features(self, dataset: str, features: Features) -> None:
         """Reads the whole file, also what no question uses: another split may use it later."""
         key = preflight.scan_key(features)
         scan = self._scan(features, key)
-        used = {q.video for questions in self._questions.values() for q in questions}
+        splits = self._splits(dataset).values()
+        used = {q.video for questions in splits for q in questions}
         self._report(check_report.describe_features(features, used))
-        for warning in check_report.scan_warnings(scan, used):
+        for warning in check_report.scan_warnings(
+            self.config.label(dataset, "features"), scan, used
+        ):
             self._report(warning)
-        for questions in self._questions.values():
+        for questions in splits:
             self._try(features.refuse_not_finite, questions, scan.not_finite)
         if not scan.not_finite:
             self._cache.put(key, {"odd": scan.malformed, "with_zeros": scan.with_zeros})
@@ -184,46 +214,48 @@ class Check:
             )
         return features.scan()
 
-    def _check_split(self, split: str) -> None:
-        config, questions, dropped = self.config, self._questions[split], self._dropped[split]
-        self._report(check_report.describe_split(config, split, questions))
+    def _check_split(self, dataset: str, split: str) -> None:
+        config, label = self.config, self.config.label(dataset, split)
+        questions, dropped = self._questions[dataset, split], self._dropped[dataset, split]
+        self._report(check_report.describe_split(config, dataset, split, questions))
         num_past_end = None
-        if self._features is not None:
-            num_past_end = self._try(self._features.check, questions)
-        if self._backbone is not None and self._prompts is not None:
+        if dataset in self._features:
+            num_past_end = self._try(self._features[dataset].check, questions)
+        if self._backbone is not None:
             measured = self._try(
                 preflight.measure_questions,
                 config,
+                dataset,
                 split,
                 questions,
                 self._backbone,
-                self._prompts,
+                self._prompts[dataset],
                 self._cache,
                 self._progress,
             )
             if measured is not None:
-                self._report(f"{split}: sequences of {measured.lengths.describe()}")
-                self._try(self._check_answers, questions, self._backbone, self._prompts)
+                self._report(f"{label}: sequences of {measured.lengths.describe()}")
+                self._try(self._check_answers, dataset, questions, self._backbone)
                 if dropped:
-                    self._report(preflight.usage_note(split, questions, dropped))
+                    self._report(preflight.usage_note(label, questions, dropped))
                 for note in preflight.problem_notes(
-                    config, split, questions, num_past_end or 0, measured
+                    config, label, questions, num_past_end or 0, measured
                 ):
                     self._report(note)
-        for warning in check_report.repeated_question_warnings(split, questions):
+        for warning in check_report.repeated_question_warnings(label, questions):
             self._report(warning)
 
     def _check_answers(
-        self, questions: list[Question], backbone: BackboneFiles, prompts: Prompts
+        self, dataset: str, questions: list[Question], backbone: BackboneFiles
     ) -> None:
         """The targets, decoded, are the answer's letter: no tokenizer lost it.
 
         The dialogue is encoded apart from them.
         """
-        config, tokenizer = self.config, backbone.tokenizer
+        config, tokenizer, prompts = self.config, backbone.tokenizer, self._prompts[dataset]
         key = cache_key(
             "answers",
-            config.dataset,
+            dataset,
             fingerprint.of_questions(questions),
             file_stamp(backbone.tokenizer_path),
             config.max_feats,
@@ -249,34 +281,36 @@ class Check:
             )
         self._cache.put(key, True)
 
-    def _measure_captions(self) -> None:
-        if not self._captions or self._backbone is None or self._prompts is None:
+    def _measure_captions(self, dataset: str) -> None:
+        captions = self._captions.get(dataset)
+        if not captions or self._backbone is None:
             return
         lengths = self._try(
             preflight.measure_captions,
             self.config,
-            self._captions,
-            self._questions["train"],
+            captions,
+            self._questions[dataset, "train"],
             self._backbone,
-            self._prompts,
+            self._prompts[dataset],
             self._cache,
             self._progress,
         )
         if lengths is not None:
-            num_used = lengths.num_sequences
+            num_used, label = lengths.num_sequences, self.config.label(dataset, "captions")
             self._report(
-                f"captions: {len(self._captions)}, of which training uses {num_used}; "
+                f"{label}: {len(captions)}, of which training uses {num_used}; "
                 f"whole, sequences of {lengths.describe()}"
             )
-            for note in preflight.caption_notes(self.config, lengths):
+            label = self.config.label(dataset, "train")
+            for note in preflight.caption_notes(self.config, label, lengths):
                 self._report(note)
 
-    def _show_samples(self) -> None:
-        if self._backbone is None or self._prompts is None or not self._questions:
+    def _show_samples(self, dataset: str) -> None:
+        questions, captions = self._splits(dataset), self._captions.get(dataset, {})
+        if self._backbone is None or not questions:
             return
-        for line in check_report.sample_lines(
-            self.config, self._questions, self._captions, self._backbone.tokenizer, self._prompts
-        ):
+        prompts, tokenizer = self._prompts[dataset], self._backbone.tokenizer
+        for line in check_report.sample_lines(self.config, questions, captions, tokenizer, prompts):
             self._report(line)
 
     # Checking where the run starts
@@ -314,11 +348,14 @@ class Check:
         self, backbone: BackboneFiles, recorded: Mapping[str, str]
     ) -> dict[str, str]:
         """Reads all weights and features, and compares their checksums. The start then need not."""
-        assert self._features is not None, "there are no errors"
         splits = [self.config.split] if self.config.only_evaluates else ["train", "val"]
-        questions = {split: self._questions[split] for split in splits}
+        datasets: dict[str, DatasetInputs] = {}
+        for name, features in self._features.items():
+            captions = self._captions.get(name, {})
+            datasets[name] = DatasetInputs(features, self._prompts[name], captions)
+        questions = preflight.joined(self._questions, splits)
         sources = fingerprint.Sources(
-            backbone.weights, backbone.tokenizer_path, self._features, questions, self._captions
+            backbone.weights, backbone.tokenizer_path, datasets, questions
         )
         alone = World(0, 1, torch.device("cpu"), None)
         return shared_digests.of_run(
@@ -336,21 +373,15 @@ class Check:
         return f"continues from step {state.step}"
 
 
-def splits_of(config: RunConfig) -> list[str]:
+def splits_of(config: RunConfig, dataset: str) -> list[str]:
     """The splits that the run needs, then the others that are present."""
     if config.only_evaluates:
         return [config.split]
     needed = ["train", "val", *([config.split] if config.init_eval else [])]
-    folder = config.dataset_folder
-    annotation_file = find_dataset(config.dataset, folder).annotation_file
+    folder = config.folder_of(dataset)
+    annotation_file = find_dataset(dataset, folder).annotation_file
     present = [split for split in check_report.SPLITS if exists(annotation_file(folder, split))]
     return list(dict.fromkeys([*needed, *present]))
-
-
-def _read_split(config: RunConfig, split: str) -> list[Question]:
-    return read_questions(
-        config.dataset, config.dataset_folder, split, config.sub, config.missing_subtitles
-    )
 
 
 if __name__ == "__main__":  # `python -m vico.cli.check`, or this file

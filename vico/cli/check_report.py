@@ -12,7 +12,7 @@ from vico.data.types import VIDEO_SLOT, Question, TokenSequence
 from vico.errors import UserError, show
 from vico.io.paths import is_file
 from vico.train.config import RunConfig
-from vico.train.preflight import BackboneFiles
+from vico.train.preflight import BackboneFiles, Part
 
 SPLITS = ("train", "val", "test")
 SAMPLES_PER_TASK = 2
@@ -41,24 +41,26 @@ def describe_features(features: Features, used: Set[str]) -> str:
     )
 
 
-def describe_split(config: RunConfig, split: str, questions: Sequence[Question]) -> str:
-    dataset = find_dataset(config.dataset, config.dataset_folder)
-    groups = accuracy_groups(dataset, [q.type for q in questions])
+def describe_split(
+    config: RunConfig, dataset: str, split: str, questions: Sequence[Question]
+) -> str:
+    entry = find_dataset(dataset, config.folder_of(dataset))
+    groups = accuracy_groups(entry, [q.type for q in questions])
     counts = []
     for group, types in groups.items():
         counts.append(f"{group} {sum(q.type in types for q in questions)}")
     num_videos = len({q.video for q in questions})
     answers = "" if questions[0].answer is not None else ", without answers"
     return (
-        f"{split}: {len(questions)} questions about {num_videos} videos{answers}; "
-        f"{', '.join(counts)}"
+        f"{config.label(dataset, split)}: {len(questions)} questions about {num_videos} videos"
+        f"{answers}; {', '.join(counts)}"
     )
 
 
 # Warnings
 
 
-def scan_warnings(scan: Scan, used: Set[str]) -> Iterator[str]:
+def scan_warnings(label: str, scan: Scan, used: Set[str]) -> Iterator[str]:
     """Of suspicious videos. Those in `used`, the questions' videos, give errors elsewhere."""
     unused_malformed = [video for video in scan.malformed if video not in used]
     unused_not_finite = [video for video in scan.not_finite if video not in used]
@@ -73,15 +75,15 @@ def scan_warnings(scan: Scan, used: Set[str]) -> Iterator[str]:
     for videos, what in findings:
         if videos:
             examples = ", ".join(map(show, videos[:NUM_EXAMPLES]))
-            yield f"warning: features: {len(videos)} videos {what}, e.g. {examples}"
+            yield f"warning: {label}: {len(videos)} videos {what}, e.g. {examples}"
 
 
-def repeated_question_warnings(split: str, questions: Sequence[Question]) -> Iterator[str]:
+def repeated_question_warnings(label: str, questions: Sequence[Question]) -> Iterator[str]:
     distinct = Counter((q.video, q.feature_rows, q.question, q.options) for q in questions)
     num_repeated = len(questions) - len(distinct)
     if num_repeated:
         yield (
-            f"warning: {split}: {num_repeated} questions are repeated, with the same options, "
+            f"warning: {label}: {num_repeated} questions are repeated, with the same options, "
             "under another id"
         )
 
@@ -104,15 +106,16 @@ def _question_key(q: Question) -> tuple[str, str]:
 
 
 def shared_dataset_warnings(
-    config: RunConfig, questions: Mapping[str, Sequence[Question]]
+    config: RunConfig, questions: Mapping[Part, Sequence[Question]]
 ) -> Iterator[str]:
-    """Of videos and questions that another data set beside this one has too.
+    """Of videos and questions that another data set beside those of the run has too.
 
     IntentQA's questions are a selection of NExT-QA's.
     """
-    own = {split: _SplitContent.of(of_split) for split, of_split in questions.items()}
+    own = {config.label(*part): _SplitContent.of(q) for part, q in questions.items()}
+    run = ", ".join(config.dataset_names)
     for name in DATASETS:
-        if name == config.dataset:
+        if name in config.dataset_names:
             continue
         for split in SPLITS:
             try:
@@ -121,12 +124,12 @@ def shared_dataset_warnings(
                     continue
                 others = read_questions(name, config.data_path / name, split)
             except UserError as error:
-                yield f"{name}, {split}, is not compared with {config.dataset}: {error}"
+                yield f"{name}, {split}, is not compared with {run}: {error}"
                 continue
             if overlaps := _overlaps(own, others):
                 yield (
                     f"warning: {name}/{path.name}: of {len(others)} questions, shares "
-                    f"{', '.join(overlaps)} of {config.dataset}: "
+                    f"{', '.join(overlaps)} of {run}: "
                     "trained on the one, its accuracy on the other says nothing"
                 )
 

@@ -2,14 +2,16 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vico.cli.flags import CommandLine, parse_with_checkpoint
 from vico.cli.with_world import with_world
-from vico.errors import UserError
+from vico.data.mixture import dataset_names
 from vico.io import streams
 from vico.io.output_dir import OutputDir
 from vico.train.config import NOT_IDENTITY, SAVING, SHAPES, RunConfig
+from vico.train.settings import has_dialogue
 
 if TYPE_CHECKING:  # they import torch, which is slow; a mistyped flag is reported before
     from vico.checkpoint.format import Checkpoint
@@ -48,7 +50,7 @@ def evaluate_named(config: RunConfig, world: "World") -> None:
     with world.raise_together():
         assert config.resume is not None
         checkpoint = read_for_evaluation(config.resume)
-    evaluate_checkpoint(config, checkpoint, world)
+    evaluate_checkpoint(config, checkpoint, world, on_other_datasets(checkpoint, config))
 
 
 def evaluate_checkpoint(
@@ -66,13 +68,50 @@ def evaluate_checkpoint(
         world.print_rank0(note)
     engine = build_engine(config, inputs, checkpoint.weights, world)
     evaluation = evaluate(engine, inputs, config.split, config, world)
-    report(evaluation, config.split, config, world)
+    facts: dict[str, str] = {"split": config.split}
+    if evaluates_others(checkpoint, config):
+        names, trained_on = config.dataset_names, trained_datasets(checkpoint)
+        facts |= {"dataset": ",".join(names), "trained_on": ",".join(trained_on)}
+    report(evaluation, predictions_path(checkpoint, config), facts, world)
+
+
+def trained_datasets(checkpoint: "Checkpoint") -> tuple[str, ...]:
+    """The names of the data sets that it was trained on; empty if it does not say."""
+    text = checkpoint.settings.get("dataset")
+    return dataset_names(text) if text else ()
+
+
+def evaluates_others(checkpoint: "Checkpoint", config: RunConfig) -> bool:
+    """Whether the data sets to evaluate are others, or fewer, than it was trained on."""
+    trained_on = trained_datasets(checkpoint)
+    return bool(trained_on) and set(trained_on) != set(config.dataset_names)
+
+
+def on_other_datasets(checkpoint: "Checkpoint", config: RunConfig) -> list[str]:
+    """A note if it was not trained on a data set that is evaluated."""
+    trained_on = trained_datasets(checkpoint)
+    others = [name for name in config.dataset_names if name not in trained_on]
+    if not others or not trained_on:
+        return []
+    return [
+        f"note: {checkpoint.path}: was trained on {', '.join(trained_on)}, and is evaluated on "
+        f"{', '.join(others)}: another data set"
+    ]
+
+
+def predictions_path(checkpoint: "Checkpoint", config: RunConfig) -> Path:
+    """Beside a checkpoint, predictions on other data sets do not replace those of its run."""
+    folder = OutputDir(config.output_dir)
+    is_own_folder = config.output_dir == checkpoint.path.parent.absolute()
+    if is_own_folder and evaluates_others(checkpoint, config):
+        return folder.predictions(config.split, config.dataset_names)
+    return folder.predictions(config.split)
 
 
 def on_replaced_predictions(checkpoint: "Checkpoint", given: Mapping[str, Any]) -> list[str]:
     """A note where predictions of other settings replace those of the checkpoint's own run.
 
-    Raises UserError for another dataset: those are no newer version of them.
+    `given`: by flags. Predictions on other data sets have a file of their own.
     """
     run = OutputDir(checkpoint.path.parent)
     changed = [
@@ -82,13 +121,10 @@ def on_replaced_predictions(checkpoint: "Checkpoint", given: Mapping[str, Any]) 
     ]
     if "output_dir" in given or not changed or not run.has_run():
         return []
+    trained_on = trained_datasets(checkpoint)
+    if "dataset" in given and set(dataset_names(given["dataset"])) != set(trained_on):
+        return []
     path = run.predictions(given.get("split", "val"))
-    dataset = checkpoint.settings.get("dataset")
-    if given.get("dataset", dataset) != dataset:
-        raise UserError(
-            f"--dataset {given['dataset']}: the run of {run} is of {dataset}, and its {path.name} "
-            "would be overwritten; name another folder by --output_dir"
-        )
     return [f"note: {', '.join(changed)}: unlike the run, whose {path.name} is replaced"]
 
 
@@ -112,7 +148,10 @@ def settings_of(checkpoint: "Checkpoint", line: CommandLine) -> tuple[RunConfig,
     for name in SAVING:  # an earlier version may have accepted a number that is out of range now
         saved.pop(name, None)
     given = {name: value for name, value in line.given.items() if name not in shapes}
-    return CommandLine(given, line.notes, line.debug).resolve(saved), notes
+    if saved.get("sub") and not has_dialogue(RunConfig(**{**saved, **given})):
+        saved["sub"] = False  # it had no effect on these data sets
+    config = CommandLine(given, line.notes, line.debug).resolve(saved)
+    return config, [*notes, *on_other_datasets(checkpoint, config)]
 
 
 if __name__ == "__main__":  # `python -m vico.cli.evaluate`, or this file

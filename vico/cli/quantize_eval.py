@@ -76,7 +76,7 @@ class Comparison:
             "largest_score_distance": float(distances.max()),
             "predictions_changed": sum(before != after for before, after in answers),
         }
-        if self.unquantized.accuracies:
+        if "acc" in self.unquantized.accuracies:
             changes = []
             questions = self.unquantized.questions
             for question, before, after in zip(questions, unquantized, quantized, strict=True):

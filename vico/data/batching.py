@@ -4,7 +4,7 @@ Which questions a step takes, and every random choice, are functions of (seed, e
 only state to save is a counter, and the ranks only divide the work.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,14 +12,15 @@ import torch
 from torch.utils.data import Dataset
 
 from vico.data.bin_packing import best_fill, first_fit, greedy_balance
-from vico.data.features import Features
 from vico.data.micro_batches import (
+    DatasetInputs,
     MicroBatchBuilder,
     TaskSequence,
     num_tokens,
     question_characters,
 )
-from vico.data.prompts import Prompts, crop_candidates
+from vico.data.mixture import DatasetChoice, EpochOrder
+from vico.data.prompts import crop_candidates
 from vico.data.types import Question, TokenSequence
 from vico.errors import UserError
 from vico.model.batch import PackedBatch
@@ -51,18 +52,17 @@ class Step:
 class TrainingSteps(MicroBatchBuilder, Dataset[Step]):
     """Item (epoch, step): this rank's micro-batches of that step.
 
-    A step takes the next batch_size * accum_iter * ranks questions of the epoch's order; the last
-    step of an epoch takes the rest. A question brings one sequence per task. The ranks get
-    questions of about equal total length. A micro-batch holds `micro_batch_size` questions, or as
-    many as fit `max_tokens`.
+    A step takes the next batch_size * accum_iter * ranks questions of the epoch's order, which
+    follows from `choices`; the last step of an epoch takes the rest. A question brings one
+    sequence per task. The ranks get questions of about equal total length. A micro-batch holds
+    `micro_batch_size` questions, or as many as fit `max_tokens`.
     """
 
     def __init__(
         self,
         questions: Sequence[Question],
-        captions: dict[str, str],
-        features: Features,
-        prompts: Prompts,
+        datasets: Mapping[str, DatasetInputs],
+        choices: Sequence[DatasetChoice],
         *,
         num_slots: int,
         tasks: tuple[str, ...],
@@ -76,20 +76,19 @@ class TrainingSteps(MicroBatchBuilder, Dataset[Step]):
         max_tokens: int | None = None,
         share: bool = True,
     ) -> None:
-        super().__init__(questions, features, prompts, num_slots, share)
-        self._captions, self._tasks = captions, tasks
+        super().__init__(questions, datasets, num_slots, share)
+        self._tasks = tasks
         self._micro_batch_size, self._accumulation = micro_batch_size, accumulation
         self._max_tokens = max_tokens
         self._rank, self._world_size = rank, world_size
-        self._seed, self._shuffle, self._crop = seed, shuffle, crop
+        self._seed, self._crop = seed, crop
+        self._order = EpochOrder([q.dataset for q in questions], choices, seed, shuffle)
         self.questions_per_step = micro_batch_size * accumulation * world_size
-        self.steps_per_epoch = -(-len(questions) // self.questions_per_step)
+        self.steps_per_epoch = -(-len(self._order) // self.questions_per_step)
 
     def order(self, epoch: int) -> np.ndarray:
         """Positions of the questions in the order of the epoch."""
-        if not self._shuffle:
-            return np.arange(len(self.questions))
-        return np.random.default_rng([self._seed, epoch]).permutation(len(self.questions))
+        return self._order.places(epoch)
 
     def __getitem__(self, item: tuple[int, int]) -> Step:
         epoch, step = item
@@ -116,8 +115,12 @@ class TrainingSteps(MicroBatchBuilder, Dataset[Step]):
         for batch in batches:
             target_counts += torch.bincount(batch.target_tasks, minlength=len(self._tasks))
         num_real_tokens = sum(batch.num_real_tokens for batch in batches)
-        names = tuple(f"{question.video}/{question.qid}" for question in own_questions)
+        names = tuple(map(self._name, own_questions))
         return Step(batches, dummy, target_counts, num_real_tokens, names)
+
+    def _name(self, question: Question) -> str:
+        name = f"{question.video}/{question.qid}"
+        return name if len(self._datasets) == 1 else f"{question.dataset}/{name}"
 
     def _no_targets(self) -> torch.Tensor:
         return torch.zeros(len(self._tasks), dtype=torch.int64)
@@ -150,7 +153,7 @@ class TrainingSteps(MicroBatchBuilder, Dataset[Step]):
         """A guess at the length of a question's sequences, with 1 / `caption_share` of the
         caption.
         """
-        caption = self._captions.get(question.video, "")
+        caption = self._datasets[question.dataset].captions.get(question.video, "")
         return question_characters(question) + len(caption) // caption_share
 
     def _micro_batches(self, sequences: list[list[TaskSequence]]) -> list[list[TaskSequence]]:
@@ -177,12 +180,13 @@ class TrainingSteps(MicroBatchBuilder, Dataset[Step]):
         return sequences
 
     def _caption(self, question: Question, epoch: int | None) -> TokenSequence:
-        caption = self._captions[question.video]
+        inputs = self._datasets[question.dataset]
+        caption = inputs.captions[question.video]
         if self._crop and epoch is not None:
             rng = np.random.default_rng([self._seed, epoch, question.index])
             candidates = crop_candidates(caption)
             caption = caption[candidates[rng.integers(len(candidates))] :]
-        return self._prompts.caption(caption)
+        return inputs.prompts.caption(caption)
 
 
 def _joined(sequences: list[list[TaskSequence]], chosen: list[int]) -> list[TaskSequence]:

@@ -1,13 +1,18 @@
 """The micro-batches of an evaluation, for one rank: some questions with all their options each."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch.utils.data import Dataset
 
-from vico.data.features import Features
-from vico.data.micro_batches import Clip, MicroBatchBuilder, TaskSequence, question_characters
-from vico.data.prompts import Prompts
+from vico.data.micro_batches import (
+    Clip,
+    DatasetInputs,
+    MicroBatchBuilder,
+    TaskSequence,
+    clip_of,
+    question_characters,
+)
 from vico.data.types import Question
 from vico.errors import UserError
 from vico.model.batch import PackedBatch
@@ -42,15 +47,14 @@ class EvaluationChunks(MicroBatchBuilder, Dataset[Chunk]):
     def __init__(
         self,
         questions: Sequence[Question],
-        features: Features,
-        prompts: Prompts,
+        datasets: Mapping[str, DatasetInputs],
         *,
         num_slots: int,
         rank: int,
         world_size: int,
         share: bool = True,
     ) -> None:
-        super().__init__(questions, features, prompts, num_slots, share)
+        super().__init__(questions, datasets, num_slots, share)
         chunks = self._divide()
         # Every rank runs as many forwards, because they are collective under ZeRO-3.
         num_chunks = -(-len(chunks) // world_size)
@@ -62,7 +66,7 @@ class EvaluationChunks(MicroBatchBuilder, Dataset[Chunk]):
         """Positions of the questions, those of a clip together, cut at about EVALUATION_TOKENS."""
         by_clip: dict[Clip, list[int]] = {}
         for place, question in enumerate(self.questions):
-            by_clip.setdefault((question.video, question.feature_rows), []).append(place)
+            by_clip.setdefault(clip_of(question), []).append(place)
         chunks: list[list[int]] = []
         size = EVALUATION_TOKENS
         for places in by_clip.values():
@@ -89,10 +93,11 @@ class EvaluationChunks(MicroBatchBuilder, Dataset[Chunk]):
         return Chunk(tuple(places), batch)
 
     def _options(self, question: Question) -> list[TaskSequence]:
-        fitted = self._prompts.fit(question, "vqa")
+        prompts = self._datasets[question.dataset].prompts
+        fitted = prompts.fit(question, "vqa")
         sequences = []
         for answer in range(len(question.options)):
-            sequence = self._prompts.vqa(fitted, answer)
+            sequence = prompts.vqa(fitted, answer)
             sequences.append(TaskSequence(question, sequence, task=0))
         return sequences
 

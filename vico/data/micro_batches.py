@@ -1,6 +1,6 @@
 """From questions and their sequences to one micro-batch: what training and evaluation share."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,21 @@ from vico.data.types import FeatureRows, Question, TokenSequence
 from vico.errors import UserError
 from vico.model.batch import PackedBatch
 
-Clip = tuple[str, FeatureRows | None]  # video id, and which rows of its features
+# Data set, video id, and which rows of its features. Two data sets may share an id.
+Clip = tuple[str, str, FeatureRows | None]
+
+
+def clip_of(question: Question) -> Clip:
+    return question.dataset, question.video, question.feature_rows
+
+
+@dataclass(frozen=True)
+class DatasetInputs:
+    """What the questions of one data set are made into sequences with."""
+
+    features: Features
+    prompts: Prompts
+    captions: Mapping[str, str]  # by video; empty without the caption task
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +44,11 @@ class MicroBatchBuilder:
     def __init__(
         self,
         questions: Sequence[Question],
-        features: Features,
-        prompts: Prompts,
+        datasets: Mapping[str, DatasetInputs],
         num_slots: int,
         share: bool = True,
     ) -> None:
-        self.questions, self._features, self._prompts = questions, features, prompts
+        self.questions, self._datasets = questions, datasets
         self._num_slots, self._share = num_slots, share
 
     def _pack(self, sequences: Sequence[TaskSequence]) -> PackedBatch:
@@ -43,19 +56,19 @@ class MicroBatchBuilder:
         rows: dict[Clip, int] = {}
         examples = []
         for item in sequences:
-            clip = (item.question.video, item.question.feature_rows)
-            row = rows.setdefault(clip, len(rows))
+            row = rows.setdefault(clip_of(item.question), len(rows))
             examples.append(Example(item.sequence, row, item.task))
         return pack(examples, self._sample(list(rows)), self._share)
 
     def _sample(self, clips: list[Clip]) -> torch.Tensor:
         """features_VFC of these clips. Raises UserError for NaN or infinite values."""
         samples = []
-        for video, feature_rows in clips:
-            sample_FC = self._features.sample(video, feature_rows, self._num_slots)
+        for dataset, video, feature_rows in clips:
+            features = self._datasets[dataset].features
+            sample_FC = features.sample(video, feature_rows, self._num_slots)
             if not sample_FC.isfinite().all():
                 raise UserError(
-                    f"{self._features.path}: the features of video '{video}' hold NaN or infinite "
+                    f"{features.path}: the features of video '{video}' hold NaN or infinite "
                     "values; extract them again"
                 )
             samples.append(sample_FC)
@@ -63,8 +76,8 @@ class MicroBatchBuilder:
 
     def _fitted_sequence(self, task: str, question: Question, answer: int) -> TokenSequence:
         """The task's sequence, with the question shortened to fit --max_seq_len."""
-        fitted = self._prompts.fit(question, task)
-        return self._prompts.question_sequence(task, fitted, answer)
+        prompts = self._datasets[question.dataset].prompts
+        return prompts.question_sequence(task, prompts.fit(question, task), answer)
 
 
 def num_tokens(sequences: Sequence[TaskSequence]) -> int:

@@ -2,12 +2,17 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import NoReturn
 
+import numpy as np
+
 from vico.errors import UserError, show
+
+MAX_WEIGHT = 1000.0
+PART = 1  # tells the seed of a part from those of an epoch's order and of the caption crops
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,11 @@ def parse_datasets(text: str) -> tuple[DatasetChoice, ...]:
     return tuple(choices.values())
 
 
+def dataset_names(text: str) -> tuple[str, ...]:
+    """The names alone."""
+    return tuple(choice.name for choice in parse_datasets(text))
+
+
 def _parse_choice(part: str, text: str) -> DatasetChoice:
     name, colon, number = (piece.strip() for piece in part.partition(":"))
     if not name:
@@ -47,9 +57,68 @@ def _parse_choice(part: str, text: str) -> DatasetChoice:
         weight = float(number)
     except ValueError:
         weight = math.nan
-    if not 0 < weight < math.inf:
-        _refuse(text, f"the weight of {show(name)} is {show(number)}; it must be a number above 0")
+    if not 0 < weight <= MAX_WEIGHT:
+        allowed = f"a number above 0, and at most {MAX_WEIGHT:g}"
+        _refuse(text, f"the weight of {show(name)} is {show(number)}; it must be {allowed}")
     return DatasetChoice(name, weight)
+
+
+def epoch_count(choice: DatasetChoice, num_questions: int) -> int:
+    """How many questions of a data set of `num_questions` an epoch holds. Raises UserError."""
+    count = round(choice.weight * num_questions)
+    if not count:
+        raise UserError(
+            f"--dataset {choice}: an epoch would hold none of its {num_questions} training "
+            "questions; raise the weight"
+        )
+    return count
+
+
+class EpochOrder:
+    """Which questions an epoch takes, and in which order: a function of the seed and the epoch.
+
+    A data set of weight w and n questions brings round(w * n): whole repetitions of it, and a part
+    that differs each epoch. All are shuffled together, or else come in file order, one data set
+    after the other.
+    """
+
+    def __init__(
+        self, datasets: Sequence[str], choices: Sequence[DatasetChoice], seed: int, shuffle: bool
+    ) -> None:
+        """`datasets`: the name of each question's data set."""
+        self._seed, self._shuffle = seed, shuffle
+        names_N = np.array(datasets)
+        self._sets: list[tuple[np.ndarray, int]] = []  # places of a set, how many an epoch takes
+        for choice in choices:
+            places = np.flatnonzero(names_N == choice.name)
+            self._sets.append((places, epoch_count(choice, len(places))))
+
+    def __len__(self) -> int:
+        """Questions of an epoch."""
+        return sum(count for _, count in self._sets)
+
+    def places(self, epoch: int) -> np.ndarray:
+        """Positions of the epoch's questions, in its order."""
+        members = [np.empty(0, np.int64)]
+        for number, (places, count) in enumerate(self._sets):
+            repetitions, rest = divmod(count, len(places))
+            members += [places] * repetitions
+            if rest:
+                members.append(self._part(number, places, rest, epoch))
+        joined = np.concatenate(members)
+        if not self._shuffle:
+            return joined
+        return joined[np.random.default_rng([self._seed, epoch]).permutation(len(joined))]
+
+    def _part(self, number: int, places: np.ndarray, count: int, epoch: int) -> np.ndarray:
+        """`count` of `places`, each once. Every ceil(n / count) epochs, all have been taken."""
+        num_parts = -(-len(places) // count)
+        cycle, part = divmod(epoch, num_parts)
+        start = min(part * count, len(places) - count)
+        if self._shuffle:
+            rng = np.random.default_rng([self._seed, cycle, number, PART])
+            places = places[rng.permutation(len(places))]
+        return places[start : start + count]
 
 
 def paths_by_dataset(flag: str, value: Path | None, names: Sequence[str]) -> dict[str, Path]:
@@ -76,6 +145,15 @@ def paths_by_dataset(flag: str, value: Path | None, names: Sequence[str]) -> dic
             raise UserError(f"--{flag} {value}: names {name} {problem}; write NAME=PATH once each")
         paths[name] = Path(path)
     return paths
+
+
+def join_paths(paths: Mapping[str, Path], num_datasets: int) -> Path | None:
+    """What `paths_by_dataset` reads as `paths`, in a run over so many data sets."""
+    if not paths:
+        return None
+    if num_datasets == 1:
+        return next(iter(paths.values()))
+    return Path(",".join(f"{name}={path}" for name, path in paths.items()))
 
 
 def _refuse(text: str, problem: str) -> NoReturn:

@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,10 @@ class OutputDir:
     def checkpoint(self, step: int) -> Path:
         return self.path / f"checkpoint-{step}"
 
-    def predictions(self, split: str) -> Path:
-        return self.path / f"predictions_{split}.jsonl"
+    def predictions(self, split: str, datasets: Sequence[str] = ()) -> Path:
+        """`datasets`: of an evaluation on others than those of the run, which has its own file."""
+        of_others = f"{'+'.join(datasets)}_" if datasets else ""
+        return self.path / f"predictions_{of_others}{split}.jsonl"
 
     def step_checkpoints(self) -> list[Path]:
         """The checkpoint-<step> folders, newest first."""

@@ -12,9 +12,8 @@ from torch import Tensor
 from vico.checkpoint.fingerprint import Sources
 from vico.checkpoint.format import Checkpoint
 from vico.checkpoint.validate import validate_for_model
-from vico.data.datasets import read_questions
 from vico.data.features import Features
-from vico.data.prompts import Prompts
+from vico.data.micro_batches import DatasetInputs
 from vico.data.types import Question
 from vico.distributed.world import World, set_collective_timeout
 from vico.io import log
@@ -34,6 +33,7 @@ from vico.train import preflight, zero_stage
 from vico.train.config import RunConfig
 from vico.train.engine import Engine, load_parameter, zero_init
 from vico.train.optim import make_optimizer
+from vico.train.preflight import BackboneFiles, Part
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -43,11 +43,9 @@ class Inputs:
     """What a run reads, opened and checked."""
 
     weights: Weights
-    prompts: Prompts
-    features: Features
-    questions: dict[str, list[Question]]  # by split
+    datasets: dict[str, DatasetInputs]  # by name
+    questions: dict[str, list[Question]]  # by split, of all data sets
     dropped: dict[str, list[Question]]  # by split: left out by --missing_features drop
-    captions: dict[str, str]  # empty without the caption task
     num_adapted: int  # layers
     trainable_shapes: dict[str, tuple[int, ...]]
     ds_config: dict[str, Any]
@@ -61,12 +59,12 @@ class Inputs:
     def counts(self) -> dict[str, int]:
         """How many questions of each split are used, and how many captions."""
         used = {f"{split} questions": len(q) for split, q in self.questions.items()}
-        return {**used, "captions": len(self.captions)}
+        return {**used, "captions": sum(len(d.captions) for d in self.datasets.values())}
 
     def sources(self, splits: Sequence[str]) -> Sources:
         """What the fingerprints of a run over these splits are taken of."""
         questions = {split: self.questions[split] for split in splits}
-        return Sources(self.weights, self.tokenizer_path, self.features, questions, self.captions)
+        return Sources(self.weights, self.tokenizer_path, self.datasets, questions)
 
 
 def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inputs:
@@ -81,45 +79,18 @@ def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inp
     training = "train" in splits
     hardware = zero_stage.hardware(world.members)
     choice = zero_stage.choose(config, llama, world.size, hardware, training)
-    prompts, folder = backbone.prompts(config), config.dataset_folder
-    annotated = {}
-    for split in splits:
-        annotated[split] = read_questions(
-            config.dataset, folder, split, config.sub, config.missing_subtitles
-        )
-    features = Features(folder / preflight.FEATURES_FILE)
-    questions, dropped = {}, {}
-    notes = [*choice.notes, *preflight.annotation_notes(config, annotated)]
-    for split in splits:
-        questions[split], dropped[split] = preflight.with_features(
-            config, split, annotated[split], features
-        )
-    captions: dict[str, str] = {}
-    if config.cap and training:
-        captions = preflight.read_captions(config, questions["train"], prompts)
-    progress = log.ProgressLog(world.set_phase, world.is_main)
-    for split in splits:
-        used = questions[split]
-        past_end = preflight.check_features(config, used, features, cache, world.rank, world.size)
-        measured = preflight.measure_questions(
-            config, split, used, backbone, prompts, cache, progress
-        )
-        notes += preflight.split_notes(config, split, used, dropped[split], past_end, measured)
-    if captions:
-        lengths = preflight.measure_captions(
-            config, captions, questions["train"], backbone, prompts, cache, progress
-        )
-        notes += preflight.caption_notes(config, lengths)
-    notes += preflight.shared_video_notes(questions)
+    read = _Reader(config, splits, backbone, cache, world)
+    datasets = {name: read.dataset(name) for name in config.dataset_names}
+    notes = [*choice.notes, *read.notes, *preflight.shared_video_notes(config, read.used)]
+    if training:
+        notes += preflight.mixture_notes(config, read.used)
     files.check_unchanged()
     shapes = trainable_shapes(llama, backbone.num_adapted, config.adapter_len, config.max_feats)
     return Inputs(
         weights=backbone.weights,
-        prompts=prompts,
-        features=features,
-        questions=questions,
-        dropped=dropped,
-        captions=captions,
+        datasets=datasets,
+        questions=preflight.joined(read.used, splits),
+        dropped=preflight.joined(read.dropped, splits),
         num_adapted=backbone.num_adapted,
         trainable_shapes=shapes,
         ds_config=choice.ds_config,
@@ -129,6 +100,71 @@ def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inp
         files=files,
         cache=cache,
     )
+
+
+class _Reader:
+    """Reads and checks the files of one data set after the other."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        splits: Sequence[str],
+        backbone: BackboneFiles,
+        cache: FileCache,
+        world: World,
+    ) -> None:
+        self._config, self._splits = config, splits
+        self._backbone, self._cache, self._world = backbone, cache, world
+        self._progress = log.ProgressLog(world.set_phase, world.is_main)
+        self.used: dict[Part, list[Question]] = {}
+        self.dropped: dict[Part, list[Question]] = {}
+        self.notes: list[str] = []
+
+    def dataset(self, name: str) -> DatasetInputs:
+        """Raises UserError."""
+        config = self._config
+        prompts = self._backbone.prompts(config, name)
+        annotated = {}
+        for split in self._splits:
+            annotated[split] = preflight.read_split(config, name, split)
+        features = Features(config.folder_of(name) / preflight.FEATURES_FILE)
+        self.notes += preflight.annotation_notes(config, name, annotated)
+        for split, questions in annotated.items():
+            chosen = preflight.with_features(config, config.label(name, split), questions, features)
+            self.used[name, split], self.dropped[name, split] = chosen
+        captions: dict[str, str] = {}
+        if config.cap and "train" in annotated:
+            captions = preflight.read_captions(config, name, self.used[name, "train"], prompts)
+        inputs = DatasetInputs(features, prompts, captions)
+        for split in self._splits:
+            self._check(name, split, inputs)
+        if captions:
+            self._measure_captions(name, inputs)
+        return inputs
+
+    def _check(self, name: str, split: str, inputs: DatasetInputs) -> None:
+        config, world, used = self._config, self._world, self.used[name, split]
+        past_end = preflight.check_features(
+            config, used, inputs.features, self._cache, world.rank, world.size
+        )
+        measured = preflight.measure_questions(
+            config, name, split, used, self._backbone, inputs.prompts, self._cache, self._progress
+        )
+        label, dropped = config.label(name, split), self.dropped[name, split]
+        self.notes += preflight.split_notes(config, label, used, dropped, past_end, measured)
+
+    def _measure_captions(self, name: str, inputs: DatasetInputs) -> None:
+        lengths = preflight.measure_captions(
+            self._config,
+            inputs.captions,
+            self.used[name, "train"],
+            self._backbone,
+            inputs.prompts,
+            self._cache,
+            self._progress,
+        )
+        label = self._config.label(name, "train")
+        self.notes += preflight.caption_notes(self._config, label, lengths)
 
 
 def fit(checkpoint: Checkpoint, inputs: Inputs) -> Checkpoint:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from vico.data.mixture import DatasetChoice, parse_datasets, paths_by_dataset
+from vico.data.mixture import DatasetChoice, dataset_names, parse_datasets, paths_by_dataset
 from vico.errors import UserError, nearest
 
 
@@ -76,13 +76,17 @@ class RunConfig:
     )
 
     dataset: str = _flag(
-        "nextqa", DATA, "nextqa, star, tvqa or intentqa, read from DATA_PATH/DATASET"
+        "nextqa",
+        DATA,
+        "nextqa, star, tvqa or intentqa, read from DATA_PATH/DATASET; several, with weights: "
+        "nextqa,star:0.5",
     )
     data_path: Path = _flag(Path("data"), DATA, "folder that holds one folder per dataset")
     captions: Path | None = _flag(
         None,
         DATA,
-        "caption file (JSON), if the dataset's folder holds no known one, or several",
+        "caption file (JSON), if the dataset's folder holds no known one, or several; of several "
+        "data sets: NAME=PATH,NAME=PATH",
     )
     missing_features: Literal["error", "drop"] = _flag(
         "error",
@@ -261,8 +265,8 @@ class RunConfig:
             if name not in known:
                 hint = nearest(name, known)
                 raise UserError(f"--allow_change {name}: no such setting{hint}")
-        if len(self.datasets) > 1 or self.datasets[0].weight != 1:
-            raise UserError(f"--dataset {self.dataset}: must be one name, without a weight")
+        for name in self.dataset_names:
+            self.captions_of(name)  # both are well formed
 
     def _require(self, ok: bool, name: str, allowed: str) -> None:
         if not ok:
@@ -290,18 +294,21 @@ class RunConfig:
         """The data sets that --dataset names, with their weights."""
         return parse_datasets(self.dataset)
 
+    @property
+    def dataset_names(self) -> tuple[str, ...]:
+        return dataset_names(self.dataset)
+
     def folder_of(self, name: str) -> Path:
         """The folder of a data set."""
         return self.data_path / name
 
     def captions_of(self, name: str) -> Path | None:
         """What --captions names for a data set."""
-        names = [choice.name for choice in self.datasets]
-        return paths_by_dataset("captions", self.captions, names).get(name)
+        return paths_by_dataset("captions", self.captions, self.dataset_names).get(name)
 
-    @property
-    def dataset_folder(self) -> Path:
-        return self.folder_of(self.dataset)
+    def label(self, dataset: str, split: str) -> str:
+        """What messages call a split of a data set."""
+        return split if len(self.datasets) == 1 else f"{dataset} {split}"
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ counts (METHOD section 4).
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from vico.data.dataloader import loader
-from vico.data.datasets import Dataset, accuracy_groups, find_dataset
+from vico.data.datasets import RESERVED_KEYS, Dataset, accuracy_groups, find_dataset
 from vico.data.evaluation_batches import EvaluationChunks
 from vico.data.types import Question
 from vico.distributed import signals
@@ -23,7 +23,6 @@ from vico.errors import TrainingError, UserError, one_line
 from vico.io import log
 from vico.io.atomic import make_folder, write_lines
 from vico.io.failpoints import reached
-from vico.io.output_dir import OutputDir
 from vico.model.batch import PackedBatch
 from vico.train.build import Inputs
 from vico.train.config import RunConfig
@@ -42,6 +41,8 @@ class Evaluation:
     counts: dict[str, tuple[int, int]]  # group -> (right, scored)
     # group -> questions of the file that were left out by --missing_features drop
     dropped: dict[str, int] = field(default_factory=dict)
+    # Of each data set, where there are several. Their accuracies are above too: `star_acc`.
+    parts: "dict[str, Evaluation]" = field(default_factory=dict)
 
     @property
     def num_dropped(self) -> int:
@@ -65,11 +66,18 @@ class Evaluation:
         return sum(q.lacks_subtitles for q in self.questions)
 
     def results(self) -> dict[str, float]:
-        """The numbers of questions, then the accuracies."""
-        counts = {"n": len(self.scores), "n_total": self.num_total}
+        """The numbers of questions, then the accuracies; then the numbers of each data set."""
+        results = {**self._num_questions(), **self.accuracies}
+        for name, part in self.parts.items():
+            for key, number in part._num_questions().items():
+                results[_free_key(f"{name}_{key}", results)] = number
+        return results
+
+    def _num_questions(self) -> dict[str, float]:
+        numbers: dict[str, float] = {"n": len(self.scores), "n_total": self.num_total}
         if self.num_without_subtitles:
-            counts["n_without_subtitles"] = self.num_without_subtitles
-        return {**counts, **self.accuracies}
+            numbers["n_without_subtitles"] = self.num_without_subtitles
+        return numbers
 
     @property
     def predictions(self) -> list[int]:
@@ -80,7 +88,8 @@ class Evaluation:
         records = []
         rows = zip(self.questions, self.scores, self.predictions, strict=True)
         for question, scores, prediction in rows:
-            record = {
+            record: dict[str, Any] = {"dataset": question.dataset} if self.parts else {}
+            record |= {
                 "index": question.index,
                 "qid": question.qid,
                 "video": question.video,
@@ -92,14 +101,14 @@ class Evaluation:
             records.append(record)
         return records
 
-    def write(self, output_dir: OutputDir, split: str) -> Path:
+    def write(self, path: Path) -> None:
         """Write the predictions. Raises DiskError."""
-        path = output_dir.predictions(split)
         write_lines(path, self.records())
-        return path
 
     def table(self) -> str:
         """Accuracy by group, as text."""
+        if self.parts:
+            return self._table_of_parts()
         if not self.accuracies:
             return f"{self.used} without answers: predictions only"
         rows = []
@@ -115,6 +124,17 @@ class Evaluation:
         if "Mean" in self.accuracies:
             rows.append(f"  {'Mean':<16}{'':>15}{self.accuracies['Mean']:8.2%}")
         return "\n".join(rows)
+
+    def _table_of_parts(self) -> str:
+        blocks = [f"{name}: {part.used}\n{part.table()}" for name, part in self.parts.items()]
+        if "acc" in self.accuracies:
+            right = sum(part.num_right for part in self.parts.values())
+            blocks.append(self._row("all data sets", right, len(self.scores), self.num_dropped))
+        return "\n".join(blocks)
+
+    @property
+    def num_right(self) -> int:
+        return sum(right for right, _ in self.counts.values())
 
     def _row(self, group: str, right: int, scored: int, dropped: int) -> str:
         of = f"   {scored} used / {scored + dropped} total" if self.dropped else ""
@@ -132,12 +152,12 @@ def evaluate(
     if not questions:
         raise UserError(f"{split}: there are no questions to evaluate; name a split that has some")
     with world.raise_together():
-        inputs.features.check_unchanged()
+        for dataset in inputs.datasets.values():
+            dataset.features.check_unchanged()
         inputs.files.check_unchanged()
     chunks = EvaluationChunks(
         questions,
-        inputs.features,
-        inputs.prompts,
+        inputs.datasets,
         num_slots=config.max_feats,
         rank=world.rank,
         world_size=world.size,
@@ -147,8 +167,8 @@ def evaluate(
         inputs.files.check_unchanged()
     scores = _gather(scored, questions, world)
     _require_finite(scores, questions)
-    dataset = find_dataset(config.dataset, config.dataset_folder)
-    return summarize(questions, scores, dataset, inputs.dropped[split])
+    known = {name: find_dataset(name, config.folder_of(name)) for name in config.dataset_names}
+    return summarize(questions, scores, known, inputs.dropped[split])
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,13 +268,49 @@ def choose(scores: Sequence[Sequence[float]]) -> list[int]:
 def summarize(
     questions: Sequence[Question],
     scores: list[list[float]],
-    dataset: Dataset,
+    datasets: Mapping[str, Dataset],
     dropped: Sequence[Question] = (),
 ) -> Evaluation:
-    """Accuracies as counts over questions: of all, and by the dataset's groups of types.
+    """Accuracies as counts over questions: of all, and of each data set and its groups of types.
 
-    `dropped`: questions that were not scored.
+    `dropped`: questions that were not scored. With several data sets, `acc` is over the questions
+    of all of them, and the names of the others begin with the data set's.
     """
+    if len(datasets) == 1:
+        return _summarize_one(questions, scores, next(iter(datasets.values())), dropped)
+    parts = {}
+    for name, dataset in datasets.items():
+        of_set = [i for i, question in enumerate(questions) if question.dataset == name]
+        parts[name] = _summarize_one(
+            [questions[i] for i in of_set],
+            [scores[i] for i in of_set],
+            dataset,
+            [question for question in dropped if question.dataset == name],
+        )
+    accuracies: dict[str, float] = {}
+    if all(part.accuracies for part in parts.values()):
+        right = sum(part.num_right for part in parts.values())
+        accuracies["acc"] = right / len(questions)
+    for name, part in parts.items():
+        for group, accuracy in part.accuracies.items():
+            accuracies[_free_key(f"{name}_{group}", accuracies)] = accuracy
+    num_dropped = {name: part.num_dropped for name, part in parts.items() if part.dropped}
+    return Evaluation(questions, scores, accuracies, {}, num_dropped, parts)
+
+
+def _free_key(key: str, taken: Collection[str]) -> str:
+    """`key`, in quotes if it is taken: a_b has a type c, and a has a type b_c."""
+    while key in taken or key in RESERVED_KEYS:
+        key = f"'{key}'"
+    return key
+
+
+def _summarize_one(
+    questions: Sequence[Question],
+    scores: list[list[float]],
+    dataset: Dataset,
+    dropped: Sequence[Question],
+) -> Evaluation:
     num_dropped = {}
     for group, types in accuracy_groups(dataset, [q.type for q in dropped]).items():
         num_dropped[group] = sum(q.type in types for q in dropped)
@@ -275,11 +331,20 @@ def summarize(
     return Evaluation(questions, scores, accuracies, counts, num_dropped)
 
 
-def report(evaluation: Evaluation, split: str, config: RunConfig, world: World) -> None:
-    """Write the predictions, print the table and, as the last line, one JSON object."""
+def report(
+    evaluation: Evaluation,
+    path: Path,
+    facts: Mapping[str, str],
+    world: World,
+) -> None:
+    """Write the predictions to `path`, print the table and, as the last line, one JSON object.
+
+    `facts`: what the JSON object begins with, at least the split.
+    """
     with world.raise_together():
         if world.is_main:
-            make_folder(config.output_dir)
-            path = evaluation.write(OutputDir(config.output_dir), split)
-            log.info(f"{split} accuracy of {evaluation.used} ({path}):\n{evaluation.table()}")
-            log.info(json.dumps({"split": split, **evaluation.results()}))
+            make_folder(path.parent)
+            evaluation.write(path)
+            split, used = facts["split"], evaluation.used
+            log.info(f"{split} accuracy of {used} ({path}):\n{evaluation.table()}")
+            log.info(json.dumps({**facts, **evaluation.results()}))

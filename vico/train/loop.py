@@ -40,7 +40,8 @@ def run(run: Run) -> None:
     config, world, state = run.config, run.world, run.state
     if config.init_eval and run.from_scratch:
         evaluation = evaluate(run.engine, run.inputs, config.split, config, world)
-        report(evaluation, config.split, config, world)
+        path = run.output_dir.predictions(config.split)
+        report(evaluation, path, {"split": config.split}, world)
     if run.is_complete:
         world.print_rank0(
             f"{config.output_dir}: this run is complete at step {state.step} of {run.last_step}; "
@@ -287,6 +288,6 @@ def _save_best(
 def _log_epoch(run: Run, run_log: RunLog, result: EpochResult, weights: dict[str, Tensor]) -> None:
     record = epoch_record(run.config, result)
     run_log.epoch(record, epoch_curves(result, weights, run.world.device))
-    result.evaluation.write(run.output_dir, "val")
+    result.evaluation.write(run.output_dir.predictions("val"))
     shown = {name: value for name, value in record.items() if name != "epoch"}
     log.info(f"epoch {result.epoch}: {json.dumps(shown)}")

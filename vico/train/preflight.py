@@ -6,15 +6,16 @@ shortened or suspicious is counted and reported in notes.
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
 from vico.checkpoint import fingerprint
 from vico.data import length_stats
-from vico.data.datasets import count_equal_options, find_dataset
+from vico.data.datasets import count_equal_options, find_dataset, read_questions
 from vico.data.features import Features
 from vico.data.length_stats import Lengths, QuestionLengths
+from vico.data.mixture import epoch_count
 from vico.data.prompts import Prompts
 from vico.data.readers import captions as caption_files
 from vico.data.readers import subtitles
@@ -30,6 +31,7 @@ from vico.model.weights.load import Weights, holds_weights, open_weights, weight
 from vico.train.config import RunConfig
 
 FEATURES_FILE = "clipvitl14.pth"  # in the dataset's folder
+Part = tuple[str, str]  # data set and split
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class BackboneFiles:
     weights: Weights
     num_adapted: int  # layers with gates, counted from the top
 
-    def prompts(self, config: RunConfig) -> Prompts:
-        dataset = find_dataset(config.dataset, config.dataset_folder)
+    def prompts(self, config: RunConfig, dataset_name: str) -> Prompts:
+        dataset = find_dataset(dataset_name, config.folder_of(dataset_name))
         return Prompts(
             self.tokenizer,
             config.max_feats,
@@ -90,21 +92,38 @@ def input_files(config: RunConfig, splits: Sequence[str]) -> InputFiles:
 
     Subtitles are not among them: there are thousands, and they are read into memory at once.
     """
-    folder, weights = config.dataset_folder, config.llama_model_path / config.model
-    dataset = find_dataset(config.dataset, folder)
-    paths = [dataset.annotation_file(folder, split) for split in splits]
-    paths.append(folder / FEATURES_FILE)
+    paths, weights = [], config.llama_model_path / config.model
+    for name in config.dataset_names:
+        paths += _dataset_files(config, name, splits)
     for tokenizer_folder in (config.llama_model_path, weights):
         paths += [tokenizer_folder / name for name in TOKENIZER_FILES]
     paths += weight_files(weights)
-    if config.cap and "train" in splits:
-        with contextlib.suppress(UserError):  # who reads them says what is wrong
-            paths.append(caption_files.find(folder, config.captions_of(config.dataset)))
     return InputFiles(paths)
 
 
+def _dataset_files(config: RunConfig, name: str, splits: Sequence[str]) -> list[Path]:
+    folder = config.folder_of(name)
+    dataset = find_dataset(name, folder)
+    paths = [dataset.annotation_file(folder, split) for split in splits]
+    paths.append(folder / FEATURES_FILE)
+    if config.cap and "train" in splits:
+        with contextlib.suppress(UserError):  # who reads them says what is wrong
+            paths.append(caption_files.find(folder, config.captions_of(name)))
+    return paths
+
+
+def read_split(config: RunConfig, dataset: str, split: str) -> list[Question]:
+    """The questions of a split of a data set, as its file holds them. Raises UserError."""
+    folder = config.folder_of(dataset)
+    uses_subtitles = config.sub and find_dataset(dataset, folder).has_dialogue
+    questions = read_questions(dataset, folder, split, uses_subtitles, config.missing_subtitles)
+    if len(config.datasets) > 1:  # two of them may have a train.csv
+        questions[:] = [replace(q, place=f"{dataset}/{q.place}") for q in questions]
+    return questions
+
+
 def with_features(
-    config: RunConfig, split: str, questions: list[Question], features: Features
+    config: RunConfig, label: str, questions: list[Question], features: Features
 ) -> tuple[list[Question], list[Question]]:
     """(questions to use, questions dropped because their video has no features).
 
@@ -115,24 +134,33 @@ def with_features(
     used = [q for q in questions if q.video in features]
     if not used:
         fail(
-            f"{features.path}: holds features of no video of the {len(questions)} {split} "
+            f"{features.path}: holds features of no video of the {len(questions)} {label} "
             "questions; fetch the file that belongs to them"
         )
     return used, [q for q in questions if q.video not in features]
 
 
+def joined(
+    parts: Mapping[Part, list[Question]], splits: Sequence[str]
+) -> dict[str, list[Question]]:
+    """The questions of each split, of one data set after the other."""
+    of_splits: dict[str, list[Question]] = {split: [] for split in splits}
+    for (_, split), questions in parts.items():
+        if split in of_splits:
+            of_splits[split] += questions
+    return of_splits
+
+
 def read_captions(
-    config: RunConfig, questions: Sequence[Question], prompts: Prompts | None
+    config: RunConfig, dataset: str, questions: Sequence[Question], prompts: Prompts | None
 ) -> dict[str, str]:
-    """The captions by video; each question's video has one. Raises UserError.
+    """A data set's captions by video; each question's video has one. Raises UserError.
 
     `prompts`: also check that --max_cap_len leaves room for a caption.
     """
-    folder = config.dataset_folder
-    captions = caption_files.read(folder, config.captions_of(config.dataset))
-    caption_files.check(
-        captions, questions, caption_files.find(folder, config.captions_of(config.dataset))
-    )
+    folder, named = config.folder_of(dataset), config.captions_of(dataset)
+    captions = caption_files.read(folder, named)
+    caption_files.check(captions, questions, caption_files.find(folder, named))
     if prompts is not None:
         prompts.caption(captions[questions[0].video])
     return captions
@@ -170,6 +198,7 @@ def check_features(
 
 def measure_questions(
     config: RunConfig,
+    dataset: str,
     split: str,
     questions: Sequence[Question],
     backbone: BackboneFiles,
@@ -182,9 +211,10 @@ def measure_questions(
     Goes on where an earlier start was ended.
     """
     tasks = [task for task in config.tasks if task != "cap"] if split == "train" else ["vqa"]
+    label = config.label(dataset, split)
     key = cache_key(
         "questions",
-        config.dataset,
+        dataset,
         fingerprint.of_questions(questions),
         file_stamp(backbone.tokenizer_path),
         config.max_feats,
@@ -197,7 +227,7 @@ def measure_questions(
     if measured is None or measured.num_measured < len(questions):
 
         def report(part: QuestionLengths) -> None:
-            if progress(f"{split}: measured {part.num_measured} of {len(questions)} questions"):
+            if progress(f"{label}: measured {part.num_measured} of {len(questions)} questions"):
                 cache.save(key, part.to_json())
 
         measured = length_stats.of_questions(
@@ -240,17 +270,20 @@ def _videos_of(questions: Sequence[Question]) -> set[str]:
 # Notes for the user
 
 
-def annotation_notes(config: RunConfig, questions: Mapping[str, Sequence[Question]]) -> list[str]:
+def annotation_notes(
+    config: RunConfig, dataset: str, questions: Mapping[str, Sequence[Question]]
+) -> list[str]:
     """What the files of `questions` (by split, as they were read) hold and is not used."""
     notes = []
     for split, of_split in questions.items():
         if not isinstance(of_split, Questions):
             continue
+        label = config.label(dataset, split)
         if num_blank := of_split.num_blank_rows:
-            notes.append(f"warning: {split}: {num_blank} rows of blanks are passed over")
-        notes += [f"{split}: {note}" for note in of_split.notes]
-    folder = config.dataset_folder
-    if find_dataset(config.dataset, folder).has_dialogue and not config.sub:
+            notes.append(f"warning: {label}: {num_blank} rows of blanks are passed over")
+        notes += [f"{label}: {note}" for note in of_split.notes]
+    folder = config.folder_of(dataset)
+    if find_dataset(dataset, folder).has_dialogue and not config.sub:
         for path in subtitles.found_in(folder):
             notes.append(f"{path}: not used; --sub puts the subtitles into the prompts")
     return notes
@@ -258,32 +291,46 @@ def annotation_notes(config: RunConfig, questions: Mapping[str, Sequence[Questio
 
 def split_notes(
     config: RunConfig,
-    split: str,
+    label: str,
     questions: Sequence[Question],
     dropped: Sequence[Question],
     num_past_end: int,
     measured: QuestionLengths,
 ) -> list[str]:
     """How many questions of a split are used, and what is special about them."""
-    problems = problem_notes(config, split, questions, num_past_end, measured)
-    return [usage_note(split, questions, dropped), *problems]
+    problems = problem_notes(config, label, questions, num_past_end, measured)
+    return [usage_note(label, questions, dropped), *problems]
 
 
-def usage_note(split: str, questions: Sequence[Question], dropped: Sequence[Question]) -> str:
+def mixture_notes(config: RunConfig, used: Mapping[Part, Sequence[Question]]) -> list[str]:
+    """How many questions of each data set an epoch holds, where these are not all of the only one.
+
+    Raises UserError for a data set of which it would hold none.
+    """
+    counts = []
+    for choice in config.datasets:
+        total = len(used[choice.name, "train"])
+        counts.append(f"{epoch_count(choice, total)} of {total} {choice.name}")
+    if config.dataset == config.dataset_names[0]:
+        return []
+    return [f"train: an epoch holds {', '.join(counts)} questions"]
+
+
+def usage_note(label: str, questions: Sequence[Question], dropped: Sequence[Question]) -> str:
     """How many questions are used, and how many are dropped."""
     total = len(questions) + len(dropped)
     if not dropped:
-        return f"{split}: {total} questions"
+        return f"{label}: {total} questions"
     num_videos = len({q.video for q in dropped})
     return (
-        f"{split}: {len(questions)} used / {total} total questions: {len(dropped)} dropped, "
+        f"{label}: {len(questions)} used / {total} total questions: {len(dropped)} dropped, "
         f"whose {num_videos} videos have no features (--missing_features drop)"
     )
 
 
 def problem_notes(
     config: RunConfig,
-    split: str,
+    label: str,
     questions: Sequence[Question],
     num_past_end: int,
     measured: QuestionLengths,
@@ -304,7 +351,7 @@ def problem_notes(
         (num_empty, "warning: ", "with an empty option"),
     )
     return [
-        f"{prefix}{split}: {count} of {len(questions)} questions {what}"
+        f"{prefix}{label}: {count} of {len(questions)} questions {what}"
         for count, prefix, what in counts
         if count
     ]
@@ -314,29 +361,33 @@ def _has_empty_option(question: Question) -> bool:
     return not all(option.strip() for option in question.options)
 
 
-def caption_notes(config: RunConfig, lengths: Lengths) -> list[str]:
+def caption_notes(config: RunConfig, label: str, lengths: Lengths) -> list[str]:
     """How many captions are cut to --max_cap_len."""
     num_cut, total = lengths.above(config.max_cap_len), lengths.num_sequences
     if not num_cut:
         return []
     return [
-        f"train: {num_cut} of {total} captions are longer than --max_cap_len "
+        f"{label}: {num_cut} of {total} captions are longer than --max_cap_len "
         f"{config.max_cap_len} when whole, and are cut: "
         f"they lose {lengths.tokens_above(config.max_cap_len)} of the {lengths.num_tokens} tokens "
         "of all captions"
     ]
 
 
-def shared_video_notes(splits: Mapping[str, Sequence[Question]]) -> list[str]:
-    """Warnings of videos in two splits: a score on one split may then be learned from the other."""
-    videos = {split: _videos_of(questions) for split, questions in splits.items()}
+def shared_video_notes(config: RunConfig, splits: Mapping[Part, Sequence[Question]]) -> list[str]:
+    """Warnings of videos in two splits: a score on one split may then be learned from the other.
+
+    Of two data sets too: one may be a selection of the other.
+    """
+    videos = {part: _videos_of(questions) for part, questions in splits.items()}
     notes = []
     for first, second in combinations(videos, 2):
         shared = videos[first] & videos[second]
-        if shared:
+        if shared and first[1] != second[1]:
             total, count = len(splits[second]), sum(q.video in shared for q in splits[second])
+            label = config.label(*second)
             notes.append(
-                f"warning: {len(shared)} videos are in {first} and in {second}: "
-                f"{count} of {total} questions of {second} are about them"
+                f"warning: {len(shared)} videos are in {config.label(*first)} and in {label}: "
+                f"{count} of {total} questions of {label} are about them"
             )
     return notes

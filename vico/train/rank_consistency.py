@@ -172,13 +172,13 @@ def _input_files(config: RunConfig) -> list[Path]:
     `require_same_inputs` and `require_same_start` compare all that was read, whole.
     """
     files: list[Path | None] = []
-    for folder in (config.dataset_folder, config.llama_model_path / config.model):
-        for path in entries(folder):
-            is_data = path.suffix in DATA_SUFFIXES or path.parent != config.dataset_folder
-            if is_data and is_file(path):
-                files.append(path)
+    for name in config.dataset_names:
+        found = entries(config.folder_of(name))
+        files += [path for path in found if path.suffix in DATA_SUFFIXES and is_file(path)]
+        files.append(config.captions_of(name))
+    files += [path for path in entries(config.llama_model_path / config.model) if is_file(path)]
     files += [config.llama_model_path / name for name in TOKENIZER_FILES]
-    files += [config.captions, config.resume]
+    files.append(config.resume)
     if is_path(config.deepspeed):
         files.append(Path(config.deepspeed))
     return [path for path in files if path is not None]

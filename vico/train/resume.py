@@ -11,7 +11,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from vico.checkpoint.fingerprint import data_prefix
 from vico.checkpoint.format import WEIGHTS, Checkpoint, TrainState
+from vico.data.mixture import dataset_names
 from vico.errors import CheckpointError, UserError
 from vico.io.output_dir import OutputDir, step_of
 from vico.io.paths import exists
@@ -207,7 +209,8 @@ def _changed_files(
     """What `start` recorded otherwise, and --allow_change does not permit."""
     uncompared = _uncompared(start, fingerprints)
     if bool(start.settings.get("cap")) != bool(config.cap):
-        uncompared.append("data captions")  # they are read on one side only
+        # They are read on one side only.
+        uncompared += [name for name in fingerprints if name.endswith(" captions")]
     return [
         (name, start.fingerprints.get(name, "none"), now)
         for name, now in fingerprints.items()
@@ -218,8 +221,9 @@ def _changed_files(
 
 
 def _uncompared(start: Checkpoint, fingerprints: Mapping[str, str]) -> list[str]:
-    """What earlier versions did not record."""
-    return [name for name in fingerprints if name not in {*start.fingerprints, *RECORDED_FIRST}]
+    """What earlier versions did not record. None of them knew several data sets (a colon)."""
+    recorded = {*start.fingerprints, *RECORDED_FIRST}
+    return [name for name in fingerprints if name not in recorded and ":" not in name]
 
 
 def notes_of_uncompared(start: Checkpoint, fingerprints: Mapping[str, str]) -> list[str]:
@@ -244,24 +248,26 @@ def refuse_other_function(
     """
     if not start.fingerprints:  # it is a file that records none
         return []
-    questions, features = (f"data {config.split} {what}" for what in ("questions", "features"))
-    same_dataset = start.settings.get("dataset") == config.dataset
-    is_own_split = same_dataset and questions in start.fingerprints
-    same_questions = is_own_split and start.fingerprints[questions] == fingerprints[questions]
-    names = [name for name in fingerprints if not name.startswith("data")]
-    if same_questions:
-        names.append(features)
+    compared = {name: v for name, v in fingerprints.items() if not name.startswith("data")}
+    own_names, notes = dataset_names(start.settings.get("dataset") or config.dataset), []
+    for name in config.dataset_names:
+        own = f"{data_prefix(name, len(own_names))} {config.split}"  # of the run that wrote it
+        now = f"{data_prefix(name, len(config.datasets))} {config.split}"
+        if name not in own_names or f"{own} questions" not in start.fingerprints:
+            continue
+        if start.fingerprints[f"{own} questions"] == fingerprints[f"{now} questions"]:
+            compared[f"{own} features"] = fingerprints[f"{now} features"]
+        else:
+            notes.append(
+                f"note: the {config.label(name, config.split)} questions are not those of the run "
+                f"that wrote {start.path}: its accuracies are of others"
+            )
     refuse_changes(
         f"{start.path}: was trained with other files",
-        _changed_files(start, config, {name: fingerprints[name] for name in names}),
+        _changed_files(start, config, compared),
         "evaluate it with those",
     )
-    if is_own_split and not same_questions:
-        return [
-            f"note: the {config.split} questions are not those of the run that wrote "
-            f"{start.path}: its accuracies are of others"
-        ]
-    return []
+    return notes
 
 
 def _prolongs(config: RunConfig, saved: Mapping[str, Any], step: int | None) -> bool:

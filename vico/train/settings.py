@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vico.data.datasets import find_dataset
+from vico.data.mixture import join_paths
 from vico.data.readers import captions
 from vico.errors import UserError, nearest, show
 from vico.train.config import RunConfig, is_path, value_type
@@ -101,24 +102,37 @@ def is_path_setting(name: str, value: object) -> bool:
     return hint is not None and value_type(hint)[0] is Path and isinstance(value, str)
 
 
+def has_dialogue(config: RunConfig) -> bool:
+    """Whether one of the data sets has subtitles. Raises UserError for one that there is not."""
+    datasets = [find_dataset(name, config.folder_of(name)) for name in config.dataset_names]
+    return any(dataset.has_dialogue for dataset in datasets)
+
+
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """The same settings with absolute paths, so that they mean the same from any directory.
 
     Raises UserError for a data set that there is not, and for --sub where none has subtitles.
     """
-    datasets = [find_dataset(d.name, config.folder_of(d.name)) for d in config.datasets]
-    if config.sub and not any(dataset.has_dialogue for dataset in datasets):
+    if not has_dialogue(config) and config.sub:
         raise UserError(
             f"--sub: only TVQA has subtitles, and --dataset is {config.dataset}; drop --sub"
         )
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     paths: dict[str, Any] = {k: v.absolute() for k, v in values.items() if isinstance(v, Path)}
     paths["dataset"] = ",".join(map(str, config.datasets))  # one spelling: "nextqa:1" is "nextqa"
-    for choice in config.datasets:
-        named = config.captions_of(choice.name)
-        if named is not None:
-            folder = paths["data_path"] / choice.name
-            paths["captions"] = captions.locate(folder, named)
+    paths["captions"] = _located_captions(config, paths["data_path"])
     if is_path(config.deepspeed):
         paths["deepspeed"] = str(Path(config.deepspeed).absolute())
     return dataclasses.replace(config, **paths)
+
+
+def _located_captions(config: RunConfig, data_path: Path) -> Path | None:
+    """--captions with absolute paths, as PATH for one data set and NAME=PATH for several."""
+    located = {}
+    for name in config.dataset_names:
+        path = config.captions_of(name)
+        if path is not None:
+            if path != config.captions:  # no shell or parser has expanded what follows NAME=
+                path = Path(expand_home(str(path)))
+            located[name] = captions.locate(data_path / name, path)
+    return join_paths(located, len(config.datasets))

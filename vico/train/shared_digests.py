@@ -53,10 +53,9 @@ def of_run(
     world.set_phase("taking fingerprints")
     with world.raise_together():
         texts = of_texts(sources, recorded)
-        sets = [
-            backbone_tensors(sources.weights),
-            feature_tensors(sources.features, sources.questions),
-        ]
+        sets = [backbone_tensors(sources.weights)]
+        for prefix, inputs, questions in sources.parts():
+            sets.append(feature_tensors(inputs.features, questions, prefix))
     fingerprints = texts | take(sets, files, cache, world, verify)
     require_same_inputs(world, fingerprints)
     features = sets[-1]  # the files that are watched as long as the run goes on

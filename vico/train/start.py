@@ -102,7 +102,7 @@ def start(config: RunConfig, world: World) -> Run:
     engine = build_engine(config, inputs, trainables, world)
     with world.raise_together():
         inputs.files.check_unchanged()  # the weights have been read a second time
-    inputs.files.watch_only([inputs.features.path])
+    inputs.files.watch_only([dataset.features.path for dataset in inputs.datasets.values()])
     if checkpoint is not None and checkpoint.moments is not None:
         engine.set_moments(checkpoint.moments, state.num_updates)
     identity = RunIdentity(found.run_id, config.to_json(), fingerprints)
@@ -176,9 +176,8 @@ def _fingerprints(
 def _training_steps(config: RunConfig, inputs: Inputs, world: World) -> TrainingSteps:
     return TrainingSteps(
         inputs.questions["train"],
-        inputs.captions,
-        inputs.features,
-        inputs.prompts,
+        inputs.datasets,
+        config.datasets,
         num_slots=config.max_feats,
         tasks=config.tasks,
         micro_batch_size=config.batch_size,

@@ -104,13 +104,18 @@ def hardware(members: Sequence[Member]) -> Hardware | None:
 def _request(
     config: RunConfig, llama: LlamaConfig, hardware: Hardware, training: bool
 ) -> PlanRequest:
-    dataset = find_dataset(config.dataset, config.dataset_folder)
     num_prompts = sum(task != "cap" for task in config.tasks)
+    num_questions, num_tokens = 0.0, 0.0  # of an epoch, as published
+    for choice in config.datasets:
+        dataset = find_dataset(choice.name, config.folder_of(choice.name))
+        count = choice.weight * dataset.num_train_questions
+        num_questions += count
+        num_tokens += count * dataset.mean_question_tokens
     lengths = TokenLengths(
-        question=num_prompts * dataset.mean_question_tokens,
+        question=num_prompts * num_tokens / num_questions,
         caption=CAPTION_TOKENS if config.cap else 0,
         longest=num_prompts * config.max_seq_len + (config.max_cap_len if config.cap else 0),
-        questions=dataset.num_train_questions,
+        questions=max(1, round(num_questions)),
     )
     num_checkpointed = llama.n_layers
     if config.num_checkpointed is not None:
