@@ -73,6 +73,11 @@ SETTINGS: dict[str, Case] = {
     "logging_steps of 0": flags(
         "--logging_steps 0", "--logging_steps 0: must be a whole number of at least 1"
     ),
+    "reporter that is none": flags(
+        "--report_to mlflow",
+        "--report_to mlflow: must be none, all, or some of tensorboard, wandb, trackio",
+    ),
+    "no reporter and one": flags("--report_to none,wandb", "--report_to none,wandb: must be none"),
     "no such help": flags("--help lr", "--help lr: no such group of flags; there are all, "),
     "unknown data set": flags(
         "--dataset nextQA",

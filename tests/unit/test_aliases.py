@@ -36,6 +36,7 @@ TWINS = [
     ("--resume_from_checkpoint run/checkpoint-3", "--resume run/checkpoint-3"),
     ("--resume_from_checkpoint True", ""),
     ("--logging-steps 10", "--logging_steps 10"),
+    ("--report-to none", "--report_to none"),
     ("--dataloader_num_workers 0", "--num_workers 0"),
     ("--bf16", "--precision bf16"),
     ("--bf16 True --fp16 False", "--precision bf16"),
@@ -78,6 +79,7 @@ RECIPE_TWINS = [
     ("resume_from_checkpoint: ~/c\ngradient_accumulation_steps: 2", "resume: ~/c\naccum_iter: 2"),
     ("resume_from_checkpoint: true\ndataloader_num_workers: 1", "num_workers: 1"),
     ("lr: 0.1\nlearning_rate: 0.1", "lr: 0.1"),
+    ("report_to: [wandb, tensorboard]", "report_to: wandb,tensorboard"),
 ]
 
 

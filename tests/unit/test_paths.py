@@ -35,6 +35,7 @@ from vico.model.weights.load import open_weights, read_llama_config
 from vico.train.config import RunConfig
 from vico.train.preflight import open_backbone
 from vico.train.rank_consistency import _input_files
+from vico.train.reporters import Reported, TensorBoard
 from vico.train.resume import find_start
 from vico.train.run_log import RunLog, read_logs
 from vico.train.saved_run import newest_usable
@@ -120,7 +121,7 @@ def test_curves_are_not_written_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     out.path.mkdir()
     out.tensorboard.symlink_to(tmp_path / "elsewhere")
-    message = refusal(RunLog, out, read_logs(out), 0)
+    message = refusal(TensorBoard, Reported(out, {}, "", 0))
     assert f"{out.tensorboard}: is a symbolic link" in message
     assert entries(tmp_path / "elsewhere") == []
 

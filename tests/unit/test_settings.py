@@ -45,6 +45,7 @@ def values_of(annotation: Any) -> st.SearchStrategy[Any]:
 HINTS = typing.get_type_hints(RunConfig, include_extras=True)
 SETTINGS = {name: values_of(hint) for name, hint in HINTS.items()}
 SETTINGS |= {
+    "report_to": st.sampled_from(["none", "all", "wandb, tensorboard"]),
     "allow_change": st.sampled_from([None, "lr", "data, backbone"]),
     "checkpoint_activations": st.sampled_from(["none", "full", "7"]),
     "dataset": st.sampled_from(["nextqa", "star", "tvqa", "intentqa"]),

@@ -33,7 +33,10 @@ _OWN = typing.get_type_hints(RunConfig, include_extras=True)
 TYPES = {name: _OWN[own] for name, own in RENAMED.items()}  # annotations of the aliases
 TYPES |= {name: kind for name, (kind, _) in COMPUTED.items()}
 # Names of Hugging Face that are also ours: with dashes as well.
-SHARED = ("weight_decay", "max_steps", "save_steps", "save_total_limit", "logging_steps")
+SHARED = (
+    *("weight_decay", "max_steps", "save_steps", "save_total_limit"),
+    *("logging_steps", "report_to"),
+)
 NO_MAX_STEPS = -1  # Hugging Face's word for "all"
 MAX_RATIO_DIGITS = 12  # 0.1 * 3 epochs are 0.3 epochs
 
@@ -115,6 +118,8 @@ def as_setting(name: str, value: Any) -> Any:
     """A recipe's value in the form that a flag has: Hugging Face's configs have other kinds."""
     if name == "resume_from_checkpoint" and value is True:
         return "true"
+    if name == "report_to" and isinstance(value, list):
+        return ",".join(map(str, value[:10]))
     if name == "num_train_epochs" and isinstance(value, float) and value.is_integer():
         return int(value)
     return value

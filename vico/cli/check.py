@@ -28,7 +28,7 @@ from vico.io.atomic import require_writable
 from vico.io.file_cache import FileCache, cache_key, file_stamp
 from vico.io.paths import exists
 from vico.model.config import trainable_shapes
-from vico.train import preflight, shared_digests, zero_stage
+from vico.train import preflight, reporters, shared_digests, zero_stage
 from vico.train.config import RunConfig
 from vico.train.preflight import FEATURES_FILE, BackboneFiles, Part
 from vico.train.resume import (
@@ -87,6 +87,7 @@ class Check:
         # Otherwise DeepSpeed warns that it has to guess.
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         self._try(require_writable, config.output_dir)
+        self._try(reporters.chosen, config.report_to)
         self._try(zero_stage.named_ds_config, config, config.expect_world_size or 1)
         self._open_backbone()
         for dataset in config.dataset_names:

@@ -3,6 +3,8 @@
 import subprocess
 from pathlib import Path
 
+from vico.io.paths import exists
+
 VERSION = "0.1.0"  # that of setup.py
 ROOT = Path(__file__).resolve().parents[2]
 GIT_SECONDS = 10
@@ -16,7 +18,7 @@ def version() -> str:
 
 def _commit() -> str:
     """Of this checkout; empty without git or where it does not answer."""
-    if not (ROOT / ".git").exists():
+    if not exists(ROOT / ".git"):
         return ""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--dirty=, changed"]
     try:

@@ -26,6 +26,7 @@ MAX_COUNT = 10**9  # what follows from counts, such as epochs times steps, stays
 SMALLEST = 5e-324  # above 0
 MODEL, DATA, OBJECTIVE, OPTIMIZATION, RUN = "model", "data", "objective", "optimization", "run"
 LOGS, RANKS = "saving and logging", "ranks"
+REPORTERS = ("tensorboard", "wandb", "trackio")  # also the names of their packages
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,12 @@ class RunConfig:
         "a point of the curves and a line of progress every N steps (default: a point for each "
         "step, a line every 20 s); steps.jsonl has every step",
     )
+    report_to: str = _flag(
+        "tensorboard",
+        LOGS,
+        "where curves go: tensorboard, wandb, trackio (with commas between), none, or all that are "
+        "installed; wandb and trackio are extras",
+    )
 
     deepspeed: str = _flag(
         "auto",
@@ -253,6 +260,9 @@ class RunConfig:
                 least, most, allowed = BOUNDS.get(item.name, COUNT)
                 value = getattr(self, item.name)
                 self._require(value is None or least <= value <= most, item.name, allowed)
+        reporters = [name.strip() for name in self.report_to.split(",")]
+        is_valid = reporters in (["none"], ["all"]) or set(reporters) <= set(REPORTERS)
+        self._require(is_valid, "report_to", f"none, all, or some of {', '.join(REPORTERS)}")
         slots_fit = self.max_feats < self.max_seq_len
         self._require(slots_fit, "max_feats", f"below --max_seq_len {self.max_seq_len}")
         recomputed = self.checkpoint_activations
@@ -352,9 +362,8 @@ NOT_IDENTITY = frozenset(
     """
     model llama_model_path data_path captions missing_features output_dir resume init_eval split
     max_steps num_workers deepspeed attention checkpoint_activations batch_size accum_iter
-    max_tokens save_steps save_total_limit save_legacy logging_steps allow_change verify
-    collective_timeout hang_timeout expect_world_size
-    missing_subtitles
+    max_tokens save_steps save_total_limit save_legacy logging_steps report_to allow_change
+    verify collective_timeout hang_timeout expect_world_size missing_subtitles
     """.split()
 )
 # What must not change either when a run is resumed (checkpoint/fingerprint.py).
@@ -362,7 +371,7 @@ FINGERPRINTED = ("data", "backbone", "tokenizer")
 # The shapes of a checkpoint's tensors follow from these. Evaluation takes them from the checkpoint.
 SHAPES = ("adapter_layer", "adapter_len", "max_feats")
 # They have no effect on an evaluation.
-SAVING = ("save_steps", "save_total_limit", "save_legacy", "logging_steps")
+SAVING = ("save_steps", "save_total_limit", "save_legacy", "logging_steps", "report_to")
 
 
 def is_path(deepspeed: str) -> bool:

@@ -65,6 +65,13 @@ class Evaluation:
         """Questions that were asked without the dialogue that they may have, as permitted."""
         return sum(q.lacks_subtitles for q in self.questions)
 
+    @property
+    def loss(self) -> float | None:
+        """The mean score of the right options; None for a split without answers."""
+        pairs = zip(self.questions, self.scores, strict=True)
+        right = [scores[q.answer] for q, scores in pairs if q.answer is not None]
+        return float(np.mean(right)) if right else None
+
     def results(self) -> dict[str, float]:
         """The numbers of questions, then the accuracies; then the numbers of each data set."""
         results = {**self._num_questions(), **self.accuracies}

@@ -1,10 +1,9 @@
-"""The JSON records and TensorBoard curves of a step and of an epoch."""
+"""The JSON records and curves of a step and of an epoch. Curves have Hugging Face's names."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vico.train.config import RunConfig
 from vico.train.evaluate import Evaluation
@@ -35,7 +34,7 @@ def log_step(
     run_log: RunLog | None,
     config: RunConfig,
     step: int,
-    epoch: int,
+    steps_per_epoch: int,
     report: StepReport,
     lr: float,
     seconds: float,
@@ -51,11 +50,13 @@ def log_step(
     for task, loss, count in zip(config.tasks, losses, report.target_counts, strict=True):
         task_losses[f"{task}_loss"] = loss
         targets[f"{task}_targets"] = count
+    epoch = (step - 1) // steps_per_epoch
     record: dict[str, Any] = {"step": step, "epoch": epoch, "loss": total, **task_losses}
     record |= {"lr": lr, "grad_norm": report.grad_norm, **targets}
     record |= {"real_tokens": report.num_real_tokens, "step_seconds": seconds}
     curves = {f"train/{name}": loss for name, loss in task_losses.items() if loss is not None}
-    curves |= {"train/loss": total, "train/lr": lr, "train/grad_norm": report.grad_norm}
+    curves |= {"train/loss": total, "train/learning_rate": lr}
+    curves |= {"train/grad_norm": report.grad_norm, "train/epoch": step / steps_per_epoch}
     curves["perf/step_seconds"] = seconds
     curves["perf/real_tokens_per_second"] = report.num_real_tokens / seconds
     is_shown = step % (config.logging_steps or 1) == 0
@@ -79,15 +80,12 @@ def epoch_record(config: RunConfig, result: EpochResult) -> dict[str, Any]:
     }
 
 
-def epoch_curves(
-    result: EpochResult, weights: dict[str, Tensor], device: torch.device
-) -> dict[str, float]:
-    """Accuracies, the mean of each layer's gates (gate1 as it acts: its tanh), speed, memory."""
-    curves = {f"eval/{name}": value for name, value in result.evaluation.accuracies.items()}
-    for name, gate in weights.items():
-        if "gate" in name:
-            acting = gate.tanh() if name.endswith("gate1") else gate
-            curves[f"gates/{name.replace('.attention', '')}"] = float(acting.mean())
-    num_questions = len(result.evaluation.questions)
+def epoch_curves(result: EpochResult, device: torch.device) -> dict[str, float]:
+    """Loss and accuracies of the evaluation, speed, memory."""
+    evaluation = result.evaluation
+    curves = {f"eval/{name}": value for name, value in evaluation.accuracies.items()}
+    if (loss := evaluation.loss) is not None:
+        curves["eval/loss"] = loss
+    num_questions = len(evaluation.questions)
     curves["perf/eval_questions_per_second"] = num_questions / result.eval_seconds
     return {**curves, **memory_curves(device)}

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -23,9 +24,12 @@ from vico.io import log, streams
 from vico.io.atomic import write_bytes, write_json
 from vico.io.failpoints import reached
 from vico.io.host_memory import return_free_memory
+from vico.io.paths import is_folder
 from vico.train.evaluate import evaluate, report
+from vico.train.heat_map import gates_picture
 from vico.train.log_records import EpochResult, epoch_curves, epoch_record, log_step
 from vico.train.progress_bar import ProgressBar
+from vico.train.reporters import Reported, Reporters, chosen
 from vico.train.resume import run_id_of, with_empty_sums
 from vico.train.run_log import RunLog, gaps, memory_curves, read_logs
 from vico.train.start import Run
@@ -71,8 +75,9 @@ def run(run: Run) -> None:
     if run_log is not None:
         run_log.close()
     _end_attempt(run)
-    curves = f"tensorboard --logdir {run.output_dir.tensorboard}"
-    world.print_rank0(f"done: {config.output_dir}; curves: {curves}")
+    curves = f"; curves: tensorboard --logdir {run.output_dir.tensorboard}"
+    has_board = is_folder(run.output_dir.tensorboard)
+    world.print_rank0(f"done: {config.output_dir}{curves if has_board else ''}")
 
 
 def _end_attempt(run: Run) -> None:
@@ -129,7 +134,9 @@ def _open_log(run: Run) -> tuple[RunLog, int | None]:
     args = {**config.to_json(), **facts}
     if saved is None:
         write_json(output_dir.args, args)
-    run_log = RunLog(output_dir, logs, state.step, state.evaluation_due)
+    reported = Reported(output_dir, args, run.identity.id, state.step)
+    open_reporters = partial(Reporters, chosen(config.report_to), reported)
+    run_log = RunLog(output_dir, logs, state.step, state.evaluation_due, open_reporters)
     if saved is not None:
         run_log.args_due = args  # not before a checkpoint of these settings lies beside it
     again = f" ({run_log.num_dropped} step(s) to redo)" if run_log.num_dropped else ""
@@ -168,7 +175,7 @@ def _run_steps(run: Run, run_log: RunLog | None, early_save: int) -> None:
             started = time.perf_counter()
             _advance(state, step)
             world.set_phase(f"waiting for the data of step {number + 1}")
-            loss = log_step(run_log, config, state.step, epoch, step, lr, seconds)
+            loss = log_step(run_log, config, state.step, steps.steps_per_epoch, step, lr, seconds)
             bar.advance(f"epoch {epoch}  loss {loss:.4f}  lr {lr:.2e}  {seconds:.2f} s/step")
             ends_epoch = place + 1 == steps.steps_per_epoch
             state.evaluation_due = ends_epoch or state.step == run.last_step
@@ -287,7 +294,7 @@ def _save_best(
 
 def _log_epoch(run: Run, run_log: RunLog, result: EpochResult, weights: dict[str, Tensor]) -> None:
     record = epoch_record(run.config, result)
-    run_log.epoch(record, epoch_curves(result, weights, run.world.device))
+    run_log.epoch(record, epoch_curves(result, run.world.device), gates_picture(weights))
     result.evaluation.write(run.output_dir.predictions("val"))
     shown = {name: value for name, value in record.items() if name != "epoch"}
     log.info(f"epoch {result.epoch}: {json.dumps(shown)}")

@@ -1,9 +1,9 @@
-"""What a run logs: steps.jsonl, log.txt and TensorBoard curves."""
+"""What a run logs: steps.jsonl, log.txt, and curves for the reporters."""
 
 import contextlib
 import json
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from vico.errors import DiskError, UserError
 from vico.io.atomic import REMEDY, write_lines
 from vico.io.output_dir import OutputDir
 from vico.io.paths import append_text, exists, read_bytes
+from vico.train.heat_map import Picture
+from vico.train.reporters import Reporters
 
 Record = dict[str, Any]
 
@@ -40,56 +42,56 @@ class RunLog:
     """
 
     def __init__(
-        self, output_dir: OutputDir, logs: Logs, step: int, evaluation_due: bool = False
+        self,
+        output_dir: OutputDir,
+        logs: Logs,
+        step: int,
+        evaluation_due: bool = False,
+        open_reporters: Callable[[int], Reporters] | None = None,
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow, and only rank 0 needs it
-
+        """`open_reporters`: is given the last step that was logged; None: there are no curves."""
         self._dir = output_dir
         self.error: UserError | None = None
         self.args_due: Record | None = None  # args.json of a resumed run, written at its first save
         self.num_dropped = max(0, logs.last_step - step)  # steps to repeat
+        self._logged_epochs = {record["step"] for record in logs.epochs}
         with _disk_errors(output_dir.path):
             write_lines(output_dir.steps, [r for r in logs.steps if r["step"] <= step])
             last = step - evaluation_due
             write_lines(output_dir.epochs, [r for r in logs.epochs if r["step"] <= last])
-            # TensorBoard would write to where a link leads.
-            if output_dir.tensorboard.is_symlink():
-                raise UserError(
-                    f"{output_dir.tensorboard}: is a symbolic link, not a folder; remove it, "
-                    "or choose another --output_dir"
-                )
-            purge = step + 1 if step else None
-            self._board = SummaryWriter(str(output_dir.tensorboard), purge_step=purge)
+        self._reporters = open_reporters(logs.last_step) if open_reporters else None
 
     def step(self, record: Record, curves: dict[str, float]) -> None:
         try:
             with _disk_errors(self._dir.path):
                 _append(self._dir.steps, record)
-                self._curves(curves, record["step"])
         except UserError as error:
             self.error = error
+        if self._reporters is not None and curves:
+            self._reporters.curves(curves, record["step"])
 
-    def epoch(self, record: Record, curves: dict[str, float]) -> None:
+    def epoch(self, record: Record, curves: dict[str, float], gates: Picture | None = None) -> None:
         """Log an epoch. Raises DiskError, also that of an earlier step."""
         if self.error is not None:
             raise self.error
+        step = record["step"]
         with _disk_errors(self._dir.path):
             _append(self._dir.epochs, record)
-            self._curves(curves, record["step"])
-            self._board.flush()
+        if self._reporters is not None:
+            again = step in self._logged_epochs
+            self._reporters.curves(curves, step, again)
+            if gates is not None:
+                self._reporters.picture("gates", gates, step, again)
+            self._reporters.flush()
 
     def saved(self, step: int, seconds: float) -> None:
         """Log how long a save kept the ranks from training."""
-        with _disk_errors(self._dir.path):
-            self._curves({"perf/save_seconds": seconds}, step)
+        if self._reporters is not None:
+            self._reporters.curves({"perf/save_seconds": seconds}, step)
 
     def close(self) -> None:
-        with _disk_errors(self._dir.path):
-            self._board.close()
-
-    def _curves(self, values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        if self._reporters is not None:
+            self._reporters.close()
 
 
 @contextlib.contextmanager

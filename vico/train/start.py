@@ -12,7 +12,7 @@ from vico.io import log, streams
 from vico.io.failpoints import reached
 from vico.io.output_dir import OutputDir
 from vico.model.vico import initial_trainables
-from vico.train import shared_digests
+from vico.train import reporters, shared_digests
 from vico.train.build import Inputs, build_engine, fit, read_inputs
 from vico.train.config import RunConfig
 from vico.train.engine import Engine
@@ -83,6 +83,8 @@ def start(config: RunConfig, world: World) -> Run:
     evaluation_split = config.split if config.init_eval else "val"
     splits = tuple(dict.fromkeys(("train", "val", evaluation_split)))
     with world.raise_together():
+        if world.is_main:
+            reporters.chosen(config.report_to)  # before minutes of loading
         found = find_start(config)
         inputs = read_inputs(config, splits, world)
         reached("inputs")

@@ -1,0 +1,63 @@
+"""The gates of a model as one picture, without a library for plots."""
+
+import re
+import struct
+import zlib
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+Picture = npt.NDArray[np.uint8]  # [height, width, 3]
+CELL = 8  # pixels of a head, each way
+# A gate at the end of the scale: gate1 is shown by its tanh, gate2 is a logit.
+LARGEST = {"gate1": 1.0, "gate2": 6.0}
+RED, BLUE = np.array([178, 24, 43]), np.array([33, 102, 172])
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def gates_picture(weights: dict[str, Tensor]) -> Picture | None:
+    """A row per layer, the lowest first, and a column per head: gate1 left, gate2 right.
+
+    Blue is negative, white 0, red positive. None: there are no gates.
+    """
+    panels = [_panel(weights, kind) for kind in LARGEST]
+    if any(panel is None for panel in panels):
+        return None
+    left, right = (_colours(panel) for panel in panels if panel is not None)
+    between = np.full((len(left), CELL, 3), 255, dtype=np.uint8)
+    return np.concatenate([left, between, right], axis=1)
+
+
+def _panel(weights: dict[str, Tensor], kind: str) -> npt.NDArray[np.float64] | None:
+    """[layers, heads] of the share of the scale, -1 to 1; None: no layer has this gate."""
+    rows = {}
+    for name, gate in weights.items():
+        match = re.fullmatch(rf"layers\.(\d+)\..*{kind}", name)
+        if match is not None:
+            value = gate.detach().double().flatten()
+            acting = value.tanh() if kind == "gate1" else value
+            rows[int(match[1])] = (acting / LARGEST[kind]).clamp(-1, 1).numpy()
+    return np.stack([rows[layer] for layer in sorted(rows)]) if rows else None
+
+
+def _colours(shares: npt.NDArray[np.float64]) -> Picture:
+    """[rows, columns] of -1 to 1, as cells of pixels."""
+    strength = np.abs(shares)[..., None]
+    colour = np.where(shares[..., None] > 0, RED, BLUE)
+    pixels = np.rint(255 + strength * (colour - 255)).astype(np.uint8)
+    return pixels.repeat(CELL, axis=0).repeat(CELL, axis=1)
+
+
+def png(picture: Picture) -> bytes:
+    """The picture as a PNG file (RFC 2083): 8 bits per colour, no filter."""
+    height, width, _ = picture.shape
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    lines = b"".join(b"\0" + line.tobytes() for line in picture)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    return _PNG + b"".join(_chunk(kind, content) for kind, content in chunks)
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    checksum = zlib.crc32(kind + content)
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
