@@ -216,6 +216,7 @@ RECIPE_ERRORS = [
     ("resume: ''", "resume: '' is not a path in UTF-8"),
     ('resume: "a\\0b"', "resume: 'a\\x00b' is not a path in UTF-8"),
     ("dataset: [nextqa]", "dataset: ['nextqa'] is not a text (quote it)"),
+    ("dataset: nextqa,,star", "--dataset 'nextqa,,star': holds an empty name; write NAME or"),
     ("config: other.yaml", "unknown key 'config'"),
     ("lr: 1\n---\nlr: 2", "not valid YAML: expected a single document"),
     (

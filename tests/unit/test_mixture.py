@@ -1,7 +1,10 @@
 """Which data sets --dataset names, and what an epoch holds of each."""
 
+import json
+import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,15 +13,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.command_line import error_of, parse_line
+from support.errors import refusal
 from support.mixed_datasets import NUM_TRAIN, NUM_VAL, mixed
 from support.toy_dataset import ToyData
 from support.training_steps import config_of
+from vico.checkpoint.format import Checkpoint
 from vico.data.batching import TrainingSteps
+from vico.data.datasets import DATASETS
 from vico.data.mixture import DatasetChoice, EpochOrder, parse_datasets, paths_by_dataset
+from vico.data.types import Question
 from vico.distributed.world import World
 from vico.errors import UserError
 from vico.train.build import Inputs, read_inputs
 from vico.train.config import RunConfig
+from vico.train.evaluate import summarize
+from vico.train.rank_consistency import _input_files
+from vico.train.resume import _changed_files, refuse_other_function
+from vico.train.shared_digests import of_run
 
 
 def test_names_and_weights() -> None:
@@ -207,3 +218,108 @@ def test_each_question_has_its_own_set(mixed_toy: ToyData, alone: World) -> None
         tokens = inputs.datasets[question.dataset].prompts.vqa(question, 0).tokens
         said.append("dialogue, video" in decode([token for token in tokens if token >= 0]))
     assert said == [False, False, True]
+
+
+def test_a_question_twice_in_a_step_counts_twice(mixed_toy: ToyData, alone: World) -> None:
+    counts = {}
+    for weight in (1, 2):
+        config, inputs = read(mixed_toy, alone, "--dataset", f"star:{weight}")
+        steps = TrainingSteps(
+            inputs.questions["train"],
+            inputs.datasets,
+            config.datasets,
+            num_slots=10,
+            tasks=("vqa", "cap"),
+            micro_batch_size=18,
+            accumulation=1,
+            rank=0,
+            world_size=1,
+            seed=0,
+            shuffle=True,
+            crop=False,
+        )
+        counts[weight] = steps[0, 0].target_counts
+    assert torch.equal(counts[2], 2 * counts[1])
+
+
+# ---- what the rest of a run knows of them
+
+
+def test_all_files_are_compared_and_watched(
+    mixed_toy: ToyData, alone: World, tmp_path: Path
+) -> None:
+    """Over the ranks, before they are opened, and as long as the run goes on."""
+    shutil.copytree(mixed_toy.folder / "data", tmp_path / "data")
+    flags = ["--data_path", str(tmp_path / "data"), "--dataset", "nextqa,star"]
+    flags += ["--captions", f"star={tmp_path}/data/tvqa/blip2_n6.json"]
+    config, inputs = read(mixed_toy, alone, *flags)
+    read_by_both = {"nextqa/train.csv", "nextqa/clipvitl14.pth", "nextqa/llava_v15_13b_n6.json"}
+    read_by_both |= {"star/STAR_val.json", "star/clipvitl14.pth", "tvqa/blip2_n6.json"}
+    compared = {f"{path.parent.name}/{path.name}" for path in _input_files(config)}
+    watched = {name for name in read_by_both if inputs.files.stamp(tmp_path / "data" / name)}
+    assert read_by_both <= compared and watched == read_by_both
+    assert inputs.datasets["star"].captions == mixed_captions(mixed_toy, "tvqa")
+    sources = inputs.sources(("train", "val"))
+    fingerprints = of_run(sources, {}, inputs.files, inputs.cache, alone, verify=False)
+    whats = ["train questions", "val questions", "captions", "features"]
+    assert {f"data {name}: {what}" for name in ("nextqa", "star") for what in whats} <= set(
+        fingerprints
+    )
+    for name in ("nextqa", "star"):
+        (tmp_path / "data" / name / "clipvitl14.pth").chmod(0o600)
+    inputs.files.check_unchanged()
+    with (tmp_path / "data" / "nextqa" / "clipvitl14.pth").open("ab") as file:
+        file.write(b"0")
+    assert "nextqa/clipvitl14.pth: changed during the run" in refusal(inputs.files.check_unchanged)
+
+
+def mixed_captions(toy: ToyData, name: str) -> Any:
+    return json.loads((toy.folder / "data" / name / "blip2_n6.json").read_text())
+
+
+def test_one_of_its_data_sets_is_compared_with_the_run() -> None:
+    """An evaluation names fingerprints otherwise than a run over several data sets."""
+    recorded = {"data star: val questions": "q", "data star: val features": "f"}
+    settings = {"dataset": "nextqa,star:0.5"}
+    start = Checkpoint(Path("c"), {}, settings=settings, fingerprints=recorded)
+    star, other = RunConfig(dataset="star"), RunConfig(dataset="tvqa")
+    same = {"data val questions": "q", "data val features": "f"}
+    assert refuse_other_function(start, star, same) == []
+    message = refusal(refuse_other_function, start, star, same | {"data val features": "g"})
+    assert message.startswith("c: was trained with other files (data; table below)")
+    (note,) = refuse_other_function(start, star, same | {"data val questions": "r"})
+    assert note.startswith("note: the val questions are not those of the run that wrote c")
+    assert refuse_other_function(start, other, {name: "x" for name in same}) == []
+
+
+def test_an_added_data_set_is_another_run() -> None:
+    """--allow_change dataset alone does not allow its files."""
+    start = Checkpoint(
+        Path("c"), {}, settings=RunConfig().to_json(), fingerprints={"backbone": "b"}
+    )
+    config = RunConfig(dataset="nextqa,star", allow_change="dataset")
+    changes = _changed_files(start, config, {"backbone": "b", "data star: val features": "f"})
+    assert changes == [("data star: val features", "none", "f")]
+
+
+def test_keys_of_accuracies_are_unique() -> None:
+    """Whatever data sets and types are called."""
+    questions = []
+    for dataset, kind in (("a", "b_c"), ("a_b", "c"), ("n", "total")):
+        questions.append(Question(0, "0", "v", kind, "q", ("x", "y"), 0, dataset=dataset))
+    known = dict.fromkeys(("a", "a_b", "n"), DATASETS["tvqa"])
+    results = summarize(questions, [[0.0, 1.0]] * 3, known).results()
+    assert results["n"] == 3 and results["acc"] == results["a_b_c"] == results["'a_b_c'"] == 1
+    assert results["n_total"] == 3 and results["'n_total'"] == 1
+
+
+def test_a_split_that_some_answer() -> None:
+    """Accuracies of those; none over all."""
+    questions = [
+        Question(0, "0", "v", "t", "q", ("x", "y"), a, dataset=d)
+        for a, d in ((0, "a"), (None, "b"))
+    ]
+    known = dict.fromkeys(("a", "b"), DATASETS["tvqa"])
+    evaluation = summarize(questions, [[0.0, 1.0]] * 2, known)
+    assert evaluation.accuracies == {"a_acc": 1.0, "a_t": 1.0}
+    assert "b: 1 questions\n1 questions without answers: predictions only" in evaluation.table()

@@ -16,6 +16,7 @@ from vico.checkpoint import fingerprint
 from vico.checkpoint.format import Checkpoint
 from vico.checkpoint.validate import validate_for_model
 from vico.cli import check_report, flags
+from vico.cli.evaluate import on_other_datasets
 from vico.data.datasets import find_dataset
 from vico.data.features import Features, Scan
 from vico.data.micro_batches import DatasetInputs
@@ -338,7 +339,8 @@ class Check:
         for note in notes_of_uncompared(checkpoint, fingerprints):
             self._report(note)
         if config.only_evaluates:
-            for note in refuse_other_function(checkpoint, config, fingerprints):
+            notes = refuse_other_function(checkpoint, config, fingerprints)
+            for note in (*notes, *on_other_datasets(checkpoint, config)):
                 self._report(note)
             self._report(f"start: {checkpoint.path} is evaluated on {config.split}")
         else:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vico.data.datasets import find_dataset
-from vico.data.mixture import join_paths
+from vico.data.mixture import join_paths, parse_datasets
 from vico.data.readers import captions
 from vico.errors import UserError, nearest, show
 from vico.train.config import RunConfig, is_path, value_type
@@ -50,7 +50,16 @@ def settings_from(
         if key not in hints:
             raise UserError(f"{source}: unknown key {show(key)}{nearest(str(key)[:60], hints)}")
         settings[key] = _typed(key, value, hints[key], source)
+        if key == "dataset":
+            _check_datasets(settings[key], source)
     return settings
+
+
+def _check_datasets(text: str, source: str) -> None:
+    try:
+        parse_datasets(text)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
 
 
 def _typed(key: str, value: Any, annotation: Any, source: str) -> Any:

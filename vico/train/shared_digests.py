@@ -53,38 +53,44 @@ def of_run(
     world.set_phase("taking fingerprints")
     with world.raise_together():
         texts = of_texts(sources, recorded)
-        sets = [backbone_tensors(sources.weights)]
+        features = []  # of files that are watched as long as the run goes on
         for prefix, inputs, questions in sources.parts():
-            sets.append(feature_tensors(inputs.features, questions, prefix))
+            features.append(feature_tensors(inputs.features, questions, prefix))
+        sets = [backbone_tensors(sources.weights), *features]
     fingerprints = texts | take(sets, files, cache, world, verify)
     require_same_inputs(world, fingerprints)
-    features = sets[-1]  # the files that are watched as long as the run goes on
-    files.compare_by(features.paths, partial(_is_as_digested, features, fingerprints, world))
+    paths = [path for tensors in features for path in tensors.paths]
+    files.compare_by(paths, partial(_are_as_digested, features, fingerprints, world))
     return fingerprints
 
 
-def _is_as_digested(
-    tensors: TensorSet, fingerprints: Mapping[str, str], world: World, path: Path
+def _are_as_digested(
+    sets: Sequence[TensorSet], fingerprints: Mapping[str, str], world: World, path: Path
 ) -> bool:
     """Whether the tensors still have these fingerprints. Reads all of them, on this rank alone.
 
     `path`: a file whose entry has changed.
     """
-    phase, digests = world.phase, Digests()
+    phase = world.phase
     try:
-        for new in _digest_in_rounds(tensors, list(tensors.num_bytes), {}, _num_threads(world)):
-            digests |= new
-            world.set_phase(f"comparing the {tensors.what} again: {len(digests)} tensors")
+        are_same = all(_is_as_digested(tensors, fingerprints, world) for tensors in sets)
     except UserError:  # a wrong checksum
         return False
     world.set_phase(phase)
-    if tensors.fingerprints(digests).items() <= fingerprints.items():
+    if are_same:
         world.print_rank0(
             f"{path}: its entry changed during the run (chmod, ln), and its content did not; "
             "the run goes on"
         )
-        return True
-    return False
+    return are_same
+
+
+def _is_as_digested(tensors: TensorSet, fingerprints: Mapping[str, str], world: World) -> bool:
+    digests = Digests()
+    for new in _digest_in_rounds(tensors, list(tensors.num_bytes), {}, _num_threads(world)):
+        digests |= new
+        world.set_phase(f"comparing the {tensors.what} again: {len(digests)} tensors")
+    return tensors.fingerprints(digests).items() <= fingerprints.items()
 
 
 def take(
