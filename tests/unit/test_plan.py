@@ -15,7 +15,7 @@ from support.processes import ROOT
 from vico.cli.plan import main, named_config
 from vico.cli.plan_text import CASES, QUANTIZED_CASES, TableCase, plan_case, table
 from vico.errors import UserError
-from vico.model.config import LLAMA_CONFIGS, LLAMA_VOCAB_SIZE, ViCoConfig
+from vico.model.config import LLAMA_CONFIGS, LLAMA_VOCAB_SIZE, ViCoConfig, named_model
 from vico.planner.estimate import _trainable_bytes, binary_search, estimate_memory
 from vico.planner.gpu_specs import GIB, GPUS, Hardware, detected_gpu, gpu_by_name, gpu_of_size
 from vico.planner.memory import FP32
@@ -52,6 +52,66 @@ def test_gpu_names() -> None:
     assert GPUS["V100-16"].peak("bf16") is None
     assert GPUS["H100"].peak("fp32") is None
     assert GPUS["H100"].peak("fp16") == 989
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("RTX A6000", "A6000"),
+        ("a6000", "A6000"),
+        ("nvidia l4", "L4"),
+        ("l40s", "L40S"),
+        ("Tesla T4", "T4"),
+        ("V100", "V100-16"),
+        ("Tesla V100", "V100-16"),
+        ("A100", "A100-40"),
+        ("b200", "B200"),
+        ("RTX 5090", "RTX5090"),
+        ("RTX-4090", "RTX4090"),
+        ("3090", "RTX3090"),
+        ("H100", "H100"),
+        ("24GB", "24 GB"),
+        ("80 GiB", "80 GB"),
+    ],
+)
+def test_names_that_people_write(name: str, expected: str) -> None:
+    assert gpu_by_name(name).name == expected
+
+
+def test_rates_of_the_datasheets() -> None:
+    """Dense products accumulated in fp32; fp16 alone where a GPU has no bf16."""
+    rates = {"A6000": 154.8, "L4": 121, "L40S": 362, "B200": 2250, "RTX5090": 209.5}
+    assert {name: GPUS[name].peak("bf16") for name in rates} == rates
+    for name, rate in {"T4": 65, "V100-16": 125, "V100-32": 125}.items():
+        assert (GPUS[name].peak("bf16"), GPUS[name].peak("fp16")) == (None, rate)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("7b", "7B"),
+        ("llama-7b", "7B"),
+        ("llama-2-7b", "7B"),
+        ("Llama-2-7b-hf", "7B"),
+        ("meta-llama/Llama-2-13b-chat-hf", "13B"),
+        ("llama2-70b", "70B"),
+        ("llama-30b", "33B"),
+        ("Meta-Llama-3-8B-Instruct", "8B"),
+        ("llama-3.1-8b", "8B"),
+        ("llama-3-70b", None),
+        ("llama-70b", None),
+        ("llama-2-8b", None),
+        ("llama-3.2-1b", None),
+        ("mistral-7b", None),
+        ("7", None),
+        ("7bb", None),
+    ],
+)
+def test_model_names(name: str, expected: str | None) -> None:
+    """LLaMA-3 70B has another vocabulary than LLaMA-2 70B, which is the one known."""
+    assert named_model(name) == expected
+    if expected is not None:
+        assert named_config(name) == (expected, LLAMA_CONFIGS[expected])
 
 
 @pytest.mark.parametrize("largest", [1, 2, 3, 40, 41])
@@ -141,6 +201,11 @@ def test_forced_choices_are_kept(capsys: pytest.CaptureFixture[str], tmp_path: P
     [
         ("--gpu_memory 24", "n/a: the rate of 24 GB in bf16 is unknown"),
         ("--gpu V100-32", "n/a: the rate of V100-32 in bf16 is unknown"),
+        ("--gpu T4", "T4 has no matrix units for bf16: plan and train with --precision fp16"),
+        ("--gpu T4 --precision fp16", "% of 65 TFLOP/s"),
+        ("--gpu_memory 24GB", "on 1 x 24 GB"),
+        ("--gpu_memory 24GiB --model llama-2-7b", "7B (6.74 G frozen parameters, bf16) on"),
+        ("--model 33B --gpu 24GB --host_memory 512GB", "host memory per node"),
         ("--gpu H100 --quantize nf4", "n/a: how fast H100 dequantizes weights is unknown"),
         ("--model 65B --gpu H100 --gpus 8 --nodes 2", "the network of a node (--network)"),
         ("--model 65B --gpu L40S --nodes 8 --link 1", "the network of a node (--network)"),
@@ -197,6 +262,9 @@ def test_folder_of_weights(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     ("flags", "expected"),
     [
         ("--gpu H1O0", "did you mean 'H100'"),
+        ("--gpu_memory 24TB", "--gpu_memory: '24TB' is not a number"),
+        ("--gpu_memory 0GB", "--gpu_memory: 0.0 must be 0.001 to"),
+        ("--model llama-3-70b --gpu H100", "--model llama-3-70b: must be 7B, "),
         ("", "--gpu or --gpu_memory is missing"),
         ("--model 9B --gpu H100", "a folder with params.json"),
         ("--gpu H100 --checkpoint_activations 33", "from 1 to 32"),

@@ -18,8 +18,8 @@ from vico.data.datasets import DATASETS
 from vico.errors import UserError, nearest
 from vico.io.atomic import write_json
 from vico.io.paths import is_folder
-from vico.model.config import LLAMA_CONFIGS, QUANTIZED_BYTES, LlamaConfig, ViCoConfig
-from vico.planner.gpu_specs import GPUS, Hardware, gpu_by_name, gpu_of_size
+from vico.model.config import LLAMA_CONFIGS, QUANTIZED_BYTES, LlamaConfig, ViCoConfig, named_model
+from vico.planner.gpu_specs import GPUS, Hardware, gib_of, gpu_by_name, gpu_of_size
 from vico.planner.memory import ITEMSIZE
 from vico.planner.plan import plan
 from vico.planner.request import (
@@ -58,8 +58,8 @@ def _parser() -> OneLineParser:
     parser.add_argument(
         "--model",
         default="7B",
-        help=f"{', '.join(LLAMA_CONFIGS)}, or a folder with params.json or config.json "
-        "(default: 7B)",
+        help=f"{', '.join(LLAMA_CONFIGS)}, a name such as Llama-2-7b-hf, or a folder with "
+        "params.json or config.json (default: 7B)",
     )
     _add_hardware_flags(parser)
     _add_batch_flags(parser)
@@ -81,11 +81,12 @@ def _add_hardware_flags(parser: argparse.ArgumentParser) -> None:
     add("--gpus", type=positive_int, default=1, help="GPUs per node (default: 1)")
     add("--nodes", type=positive_int, default=1, help="number of nodes (default: 1)")
     gpu = parser.add_mutually_exclusive_group()
-    gpu.add_argument("--gpu", help=f"the GPU's name: {', '.join(GPUS)}")
+    gpu.add_argument("--gpu", help=f"the GPU: {', '.join(GPUS)}, or its size (24GB)")
     gpu.add_argument(
         "--gpu_memory",
-        type=positive_float,
-        help="the GPU's nominal memory in GiB instead; its speed is then unknown",
+        type=_gib,
+        metavar="GIB",
+        help="the GPU's nominal memory instead (24, 24GB); its speed is then unknown",
     )
     add(
         "--link",
@@ -97,7 +98,7 @@ def _add_hardware_flags(parser: argparse.ArgumentParser) -> None:
     add("--network", type=positive_float, metavar="GBIT", help="network of a node, Gbit/s")
     add(
         "--host_memory",
-        type=positive_float,
+        type=_gib,
         metavar="GIB",
         help="memory of a node in GiB, for off-loading",
     )
@@ -171,6 +172,11 @@ def _add_choice_flags(parser: argparse.ArgumentParser) -> None:
         help="quantize the frozen linear layers to 8 or 4 bits; ZeRO-2 only",
     )
     add("--deepspeed", choices=STAGES, help="plan with this ZeRO stage")
+
+
+def _gib(text: str) -> float:
+    size = gib_of(text)
+    return positive_float(text if size is None else str(size))
 
 
 def _mean_tokens(text: str) -> float:
@@ -248,9 +254,11 @@ def named_config(model: str) -> tuple[str, LlamaConfig]:
         return model, LLAMA_CONFIGS[model]
     folder = Path(expand_home(model))
     if not is_folder(folder):
+        if (name := named_model(model)) is not None:
+            return name, LLAMA_CONFIGS[name]
         raise UserError(
-            f"--model {model}: must be {', '.join(LLAMA_CONFIGS)} or a folder with params.json"
-            f"{nearest(model, LLAMA_CONFIGS)}"
+            f"--model {model}: must be {', '.join(LLAMA_CONFIGS)}, a name such as llama-2-7b, or a "
+            f"folder with params.json or config.json{nearest(model.upper(), LLAMA_CONFIGS)}"
         )
     # Imports torch, which takes seconds.
     from vico.model.weights.load import read_llama_config

@@ -170,7 +170,12 @@ def _memory_lines(result: Plan) -> list[str]:
 
 def _speed_lines(result: Plan) -> list[str]:
     if result.speed is None:
-        return [f"speed             {UNKNOWN}: {result.unknown_rate} is unknown"]
+        lines = [f"speed             {UNKNOWN}: {result.unknown_rate} is unknown"]
+        gpu, precision = result.request.hardware.gpu, result.request.precision
+        if gpu.peak_precision == "fp16" and precision == "bf16":
+            remedy = "plan and train with --precision fp16"
+            lines.append(f"                  {gpu.name} has no matrix units for bf16: {remedy}")
+        return lines
     speed, tflops = result.speed, result.request.hardware.gpu.tflops
     gathers_decide = speed.gather_seconds > speed.compute_seconds
     return [

@@ -4,6 +4,7 @@ No torch: the planner and the command line answer without it.
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 Shapes = dict[str, tuple[int, ...]]  # parameter name -> shape
@@ -129,6 +130,30 @@ LLAMA_CONFIGS = {
     "8B": LlamaConfig(4096, 32, 32, 128256, 1024, n_kv_heads=8, ffn_dim_multiplier=1.3),
     "70B": LlamaConfig(8192, 80, 64, LLAMA_VOCAB_SIZE, 4096, n_kv_heads=8, ffn_dim_multiplier=1.3),
 }
+
+# The generations of LLaMA that have these dimensions, by size.
+_GENERATIONS = {
+    **dict.fromkeys(("7B", "13B"), ("", "1", "2")),
+    **dict.fromkeys(("33B", "65B"), ("", "1")),
+    "8B": ("", "3", "3.1"),
+    "70B": ("2",),
+}
+_MODEL_NAME = re.compile(r"(?:(?:meta-?)?llama-?([0-9.]*)-)?([0-9]+b)(?:-(?:chat|instruct|hf))*")
+
+
+def named_model(name: str) -> str | None:
+    """The key of LLAMA_CONFIGS of a name such as 7b, llama-2-7b or meta-llama/Llama-2-7b-chat-hf.
+
+    None: another name, or a LLaMA of other dimensions.
+    """
+    match = _MODEL_NAME.fullmatch(name.lower().rpartition("/")[2])
+    if match is None:
+        return None
+    generation, size = match[1], match[2].upper()
+    size = "33B" if size == "30B" else size  # the published name of 32.5 G parameters
+    if size not in LLAMA_CONFIGS:
+        return None
+    return size if generation is None or generation in _GENERATIONS[size] else None
 
 
 def trainable_shapes(
