@@ -64,7 +64,7 @@ def _run_flops(
     """`skipped`: parameters times rows that the last layer leaves out."""
     layers = layer_parameters(config) * rows - skipped
     head = config.vocab_size * config.dim * head_rows
-    attention = config.n_layers * config.dim * attention_pairs
+    attention = config.n_layers * config.heads_dim * attention_pairs
     return (4 if training else 2) * (layers + head) + (12 if training else 4) * attention
 
 
@@ -108,7 +108,7 @@ def count_packed(
     real_tokens = sum(batch.num_real_tokens for batch in batches)
     pairs = float(sum(visible_pairs(batch.segments) for batch in batches))
     # wq, wo and the feed-forward; keys and values need all rows.
-    last_layer = 2 * config.dim**2 + 3 * config.dim * config.hidden_dim
+    last_layer = config.dim * (2 * config.heads_dim + 3 * config.hidden_dim)
     skipped = (rows - head_rows) * last_layer
     return WorkCounts(
         real_tokens=real_tokens,

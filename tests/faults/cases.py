@@ -5,6 +5,7 @@ from faults.cases_checkpoints import CHECKPOINTS
 from faults.cases_deepspeed import DEEPSPEED
 from faults.cases_features import FEATURE_FILES
 from faults.cases_formats import FORMATS
+from faults.cases_hugging_face import HUGGING_FACE
 from faults.cases_llama import LLAMA
 from faults.cases_mixtures import MIXTURES
 from faults.cases_output_dir import OUTPUT_DIR
@@ -21,6 +22,7 @@ CASES: dict[str, Case] = {
     **MIXTURES,
     **FEATURE_FILES,
     **LLAMA,
+    **HUGGING_FACE,
     **CHECKPOINTS,
     **PUBLISHED_FILES,
 }

@@ -10,10 +10,12 @@ import struct
 import tarfile
 import zipfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor
 
 from support.run_fixture import TINY, TOKENIZER, RunFixture
 from vico.cli.convert import convert
@@ -150,6 +152,106 @@ def two_shards(*also: Damage) -> Damage:
             change(fixture)
 
     return damage
+
+
+def hugging_face(*also: Damage) -> Damage:
+    """The LLaMA in Hugging Face's layout, with its own tokenizer."""
+
+    def damage(fixture: RunFixture) -> None:
+        folder = fixture.folder / TINY
+        convert(folder, fixture.folder / "hf")
+        shutil.rmtree(folder)
+        (fixture.folder / "hf").rename(folder)
+        (fixture.folder / TOKENIZER).rename(folder / "tokenizer.model")
+        for change in also:
+            change(fixture)
+
+    return damage
+
+
+def stored(change: Callable[[dict[str, torch.Tensor]], Any]) -> Damage:
+    """The safetensors of `hugging_face` after `change`."""
+
+    def damage(fixture: RunFixture) -> None:
+        path = fixture.folder / TINY / "model.safetensors"
+        tensors = {name: value.clone() for name, value in load_file(path).items()}
+        change(tensors)
+        save_file(tensors, path)
+
+    return damage
+
+
+def as_torch_files(num_files: int = 1) -> Damage:
+    """The safetensors of `hugging_face` as pytorch_model*.bin."""
+
+    def damage(fixture: RunFixture) -> None:
+        folder = fixture.folder / TINY
+        tensors = {n: value.clone() for n, value in load_file(folder / "model.safetensors").items()}
+        (folder / "model.safetensors").unlink()
+        if num_files == 1:
+            torch.save(tensors, folder / "pytorch_model.bin")
+            return
+        weight_map: dict[str, str] = {}
+        for i in range(num_files):
+            name, part = (
+                f"pytorch_model-{i + 1:05d}-of-{num_files:05d}.bin",
+                list(tensors)[i::num_files],
+            )
+            torch.save({key: tensors[key] for key in part}, folder / name)
+            weight_map |= dict.fromkeys(part, name)
+        index = json.dumps({"metadata": {}, "weight_map": weight_map})
+        (folder / "pytorch_model.bin.index.json").write_text(index)
+
+    return damage
+
+
+def tokenizer_json(**beside: Any) -> Damage:
+    """The tokenizer of `hugging_face` as a tokenizer.json, and a tokenizer_config.json."""
+
+    def damage(fixture: RunFixture) -> None:
+        folder = fixture.folder / TINY
+        content = converted_tokenizer(folder / "tokenizer.model")
+        (folder / "tokenizer.model").unlink()
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+        (folder / "tokenizer_config.json").write_text(json.dumps(beside))
+
+    return damage
+
+
+def converted_tokenizer(path: Path) -> dict[str, Any]:
+    """A tokenizer.json with the pieces of a sentencepiece model of LLaMA's recipe."""
+    model = SentencePieceProcessor(model_file=str(path))
+    pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
+    scores = {piece: model.get_score(i) for i, piece in enumerate(pieces)}
+    pairs = [(p[:i], p[i:]) for p in pieces for i in range(1, len(p))]
+    merges = [pair for pair in pairs if scores.keys() >= set(pair)]
+    merges.sort(key=lambda pair: -scores["".join(pair)])
+    blank = "\u2581"
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    replace = {"type": "Replace", "pattern": {"String": blank}, "content": " "}
+    prepend = {"type": "Prepend", "prepend": blank}
+    replace_blank = {"type": "Replace", "pattern": {"String": " "}, "content": blank}
+    special = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": i, "content": pieces[i], **special, "special": True} for i in range(3)
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": [prepend, replace_blank]},
+        "pre_tokenizer": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [replace, {"type": "ByteFallback"}, {"type": "Fuse"}, strip],
+        },
+        "model": {
+            "type": "BPE",
+            "unk_token": "<unk>",
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": {piece: i for i, piece in enumerate(pieces)},
+            "merges": [list(pair) for pair in merges],
+        },
+    }
 
 
 # ---- files that are not what they claim ---------------------------------------------------------

@@ -12,8 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from faults.damage import Damage, both, copy, gone, js, pth, put
+from faults.damage import (
+    Damage,
+    as_torch_files,
+    both,
+    copy,
+    gone,
+    hugging_face,
+    js,
+    pth,
+    put,
+    stored,
+    tokenizer_json,
+)
 from faults.damage_tables import SRT, rows, star, star_item, tvqa, tvqa_row
 from faults.legal_formats import star_formats, tvqa_formats
 from faults.result import Result, Scale
@@ -22,6 +35,7 @@ from support.run_fixture import (
     FEATURES,
     NEXTQA,
     PARAMS,
+    SHARD,
     TINY,
     TOKENIZER,
     TRAIN,
@@ -30,7 +44,6 @@ from support.run_fixture import (
     make_run_fixture,
 )
 from support.warm_process import WarmProcess
-from vico.cli.convert import convert
 from vico.cli.flags import parse
 from vico.data.batching import TrainingSteps
 from vico.data.evaluation_batches import EvaluationChunks
@@ -39,6 +52,7 @@ from vico.model.batch import PackedBatch
 from vico.train.build import Inputs, read_inputs
 from vico.train.config import RunConfig
 
+HF_CONFIG = f"{TINY}/config.json"
 NAME = "legal"
 TITLE = "odd but legal files give the very samples of their clean twins, by hash"
 MINUTES = (0.4, 0.4)
@@ -136,12 +150,22 @@ def shuffled(name: str) -> Damage:
     return damage
 
 
-def hugging_face(fixture: RunFixture) -> None:
-    convert(fixture.folder / TINY, fixture.folder / "hf")
-    for path in (fixture.folder / TINY).iterdir():
-        path.unlink()
-    for path in (fixture.folder / "hf").iterdir():
-        path.rename(fixture.folder / TINY / path.name)
+def with_rows(num_spare: int) -> Damage:
+    """Rows behind the vocabulary's."""
+    names = ("tok_embeddings.weight", "output.weight")
+    return pth(
+        SHARD,
+        lambda shard: shard.update({n: F.pad(shard[n], (0, 0, 0, num_spare)) for n in names}),
+    )
+
+
+def tied(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["lm_head.weight"]
+
+
+def in_three_types(tensors: dict[str, torch.Tensor]) -> None:
+    for i, name in enumerate(tensors):
+        tensors[name] = tensors[name].to((torch.float32, torch.float16, torch.bfloat16)[i % 3])
 
 
 BOM = codecs.BOM_UTF8
@@ -189,7 +213,18 @@ NEXTQA_TWINS: dict[str, Damage] = {
     "params.json, byte order mark, unknown keys": both(
         js(PARAMS, max_seq_len=2048, _note="x"), raw(lambda content: BOM + content, PARAMS)
     ),
-    "weights in Hugging Face's layout": hugging_face,
+    "weights in Hugging Face's layout": hugging_face(),
+    "weights, a row more than pieces": with_rows(1),
+    "weights, a vocabulary padded to a multiple of 64": with_rows(16),
+    "weights, tied": hugging_face(stored(tied), js(HF_CONFIG, tie_word_embeddings=True)),
+    "weights, pytorch_model.bin": hugging_face(as_torch_files()),
+    "weights, pytorch_model.bin in three files": hugging_face(as_torch_files(3)),
+    "weights, three types": hugging_face(stored(in_three_types)),
+    "weights, head_dim named": hugging_face(js(HF_CONFIG, head_dim=24)),
+    "weights, Mistral": hugging_face(js(HF_CONFIG, model_type="mistral", sliding_window=4096)),
+    "tokenizer.json with its config": hugging_face(
+        tokenizer_json(bos_token={"content": "<s>"}, eos_token="</s>")
+    ),
     "tokenizer in the model's folder": both(
         copy(TOKENIZER, f"{TINY}/tokenizer.model"), gone(TOKENIZER)
     ),

@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from support.toy_dataset import WORDS
 from vico.data.tokenizer import LLAMA_3_SPECIAL, LLAMA_3_WORDS
@@ -51,6 +51,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "LLaMA-3.1": {"num_key_value_heads": 1, "rope_parameters": ROPE_3_1},
     "stretched": {"rope_parameters": STRETCHED},
     "tied": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "wide heads": {"num_key_value_heads": 2, "head_dim": 32},
+    "narrow heads": {"head_dim": 6},
+    "Mistral": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": None},
 }
 ATTENTIONS: dict[str, Attend] = {
     "blocks": attend_blocks,
@@ -62,12 +65,18 @@ every_attention = pytest.mark.parametrize("attend", ATTENTIONS.values(), ids=ATT
 
 def make_hugging_face(
     folder: Path, kind: dict[str, Any], shard_size: str = "1GB"
-) -> LlamaForCausalLM:
+) -> PreTrainedModel:
     """A random model, written by transformers itself."""
-    sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     sizes |= {"intermediate_size": 192, "vocab_size": 400, "rms_norm_eps": 1e-5}
     torch.manual_seed(7)
-    model = LlamaForCausalLM(LlamaConfig(**{**sizes, **kind})).eval()
+    config = AutoConfig.for_model(**{**sizes, **kind})
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:

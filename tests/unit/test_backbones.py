@@ -112,9 +112,10 @@ def video_batch(vocab_size: int) -> PackedBatch:
 
 
 @every_attention
-def test_gradients_under_grouped_queries(attend: Attend, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["LLaMA-2-70B", "wide heads", "narrow heads"])
+def test_gradients_under_grouped_queries(kind: str, attend: Attend, tmp_path: Path) -> None:
     """Of every trainable, against the same model without groups."""
-    make_hugging_face(tmp_path, KINDS["LLaMA-2-70B"])
+    make_hugging_face(tmp_path, KINDS[kind])
     weights = open_weights(tmp_path, None)
     batch = video_batch(weights.config.vocab_size)
     results = []

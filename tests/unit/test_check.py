@@ -67,7 +67,7 @@ def test_valid_files_are_described(
     shared = "shares 7 videos and 20 questions with train of nextqa"
     parts = (
         "note: --warmup_epochs 40 is above --epochs 5",
-        "tiny: 3 layers (3 adapted), width 32, 4 heads; tokenizer.model of 400 pieces",
+        "tiny: 3 layers (3 adapted), width 32, 4 heads; tokenizer.model of 400 pieces, begin '<s>'",
         "14 videos, of which the questions use 11",
         "1 videos hold a frame that is all zeros, of an extraction that failed, e.g. 'zero'",
         f"features: 1 videos {no_tensor}, e.g. 'odd'",

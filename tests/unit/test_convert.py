@@ -15,11 +15,12 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from reference import oracle, oracle_files
 from support.backbones import KINDS, LOGITS_RTOL, distance, logits, make_hugging_face, text
 from support.errors import refusal
+from support.weight_layouts import write_layouts
 from vico.checkpoint import format, write
 from vico.checkpoint.format import TrainState
 from vico.checkpoint.validate import validate_for_model
@@ -56,8 +57,9 @@ def holds_all(whole: Mapping[str, Tensor], part: Mapping[str, Tensor]) -> bool:
     return all(torch.equal(value, whole[name]) for name, value in part.items())
 
 
-def load_transformers(folder: Path) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def load_transformers(folder: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -80,6 +82,37 @@ def test_hugging_face_to_meta_and_back(kind: str, tmp_path: Path) -> None:
         )
     assert torch.equal(found, expected)
     assert distance(logits(open_weights(meta, None), ids), expected) < LOGITS_RTOL
+
+
+def test_a_window_stays_in_hugging_faces_layout(tmp_path: Path) -> None:
+    make_hugging_face(tmp_path / "hf", KINDS["Mistral"] | {"sliding_window": 64})
+    message = refusal(convert, tmp_path / "hf", tmp_path / "meta")
+    assert "tokens see 64 tokens, which a params.json cannot say; keep Hugging Face's" in message
+
+
+def test_torch_files_and_mixed_types_are_copied(tmp_path: Path) -> None:
+    layouts = write_layouts(tmp_path / "layouts")
+    mix_types(layouts["torch"] / "pytorch_model.bin")
+    convert(layouts["torch"], tmp_path / "meta")
+    convert(tmp_path / "meta", tmp_path / "hf")
+    assert same_weights(layouts["torch"], tmp_path / "meta")
+    assert same_weights(layouts["torch"], tmp_path / "hf")
+
+
+def mix_types(path: Path) -> None:
+    """A third of the tensors in each of three types."""
+    types = (torch.float32, torch.float16, torch.bfloat16)
+    content = torch.load(path)
+    mixed = {name: value.to(types[i % 3]) for i, (name, value) in enumerate(content.items())}
+    torch.save(mixed, path)
+
+
+def test_a_model_is_named_as_for_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder inside --llama_model_path."""
+    write_layouts(tmp_path / "llamas")
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", "one", "hf", "--llama_model_path", "llamas"]) == 0
+    assert same_weights(tmp_path / "llamas" / "one", tmp_path / "hf")
 
 
 @pytest.mark.parametrize("num_shards", [1, 2])

@@ -1,5 +1,6 @@
 """Weights that are not what they say: each is one line of error."""
 
+import argparse
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from support.errors import refusal
 from support.weight_layouts import write_layouts
 from vico.errors import UserError
 from vico.model.weights.load import open_weights
@@ -19,8 +21,9 @@ from vico.model.weights.load import open_weights
 Damage = Callable[[Path], Any]
 
 
-def change_json(path: Path, **changes: Any) -> None:
+def change_json(path: Path, removed: tuple[str, ...] = (), **changes: Any) -> None:
     content = json.loads(path.read_text(encoding="utf-8")) | changes
+    content = {key: value for key, value in content.items() if key not in removed}
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
@@ -68,6 +71,7 @@ def halve_second_shard(folder: Path) -> None:
     torch.save({name: tensor.half() for name, tensor in torch.load(path).items()}, path)
 
 
+MISTRAL = {"model_type": "mistral", "sliding_window": None}
 NORM, Q = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
 WEIGHTS = "model.safetensors"
 Cases = dict[str, tuple[Damage, str]]  # name: (damage, part of the message)
@@ -78,8 +82,17 @@ WRONG_CONFIG: Cases = {
     ),
     "config cut off": (cut("config.json", 20), "config.json:1: column "),
     "another model": (
-        config(model_type="mistral"),
-        "config.json: 'model_type' is 'mistral', and only 'llama' is read",
+        config(model_type="gemma"),
+        "config.json: 'model_type' is 'gemma', and only llama and mistral are read (LLaMA,",
+    ),
+    "no model_type": (config(model_type=["llama"]), "'model_type' is ['llama'], and only llama"),
+    "a window as text": (
+        config(model_type="mistral", sliding_window="4k"),
+        "config.json: 'sliding_window' is '4k' and must be a whole number",
+    ),
+    "Mistral without kv heads": (
+        lambda folder: change_json(folder / "config.json", ("num_key_value_heads",), **MISTRAL),
+        "num_attention_heads 4 over num_key_value_heads 8 is not a whole number",
     ),
     "quantized": (
         config(quantization_config={}),
@@ -103,7 +116,12 @@ WRONG_CONFIG: Cases = {
     ),
     "own head_dim": (
         config(head_dim=32),
-        "config.json: head_dim 32: must be hidden_size over num_attention_heads, 16",
+        "self_attn.q_proj.weight' has shape [64, 64], and config.json asks for [128, 64]",
+    ),
+    "odd head_dim": (config(head_dim=15), "config.json: head_dim 15 must be even"),
+    "head_dim as text": (
+        config(head_dim="16"),
+        "config.json: 'head_dim' is '16' and must be a whole number",
     ),
     "yarn": (
         config(rope_scaling={"type": "yarn", "factor": 2}),
@@ -127,7 +145,7 @@ WRONG_CONFIG: Cases = {
     ),
     "vocabulary": (
         config(vocab_size=401),
-        "the embeddings have 401 rows and the tokenizer has 400 pieces",
+        "embed_tokens.weight' has shape [400, 64], and config.json asks for [401, 64]",
     ),
     "tied, but is not": (
         config(tie_word_embeddings=True),
@@ -195,6 +213,70 @@ WRONG_SHARDS: Cases = {
         "in 3 shard(s), and params.json asks for [400, 64]",
     ),
 }
+TORCH = "pytorch_model.bin"
+
+
+def torch_file(change: Callable[[dict[str, Tensor]], Any], **options: Any) -> Damage:
+    def damage(folder: Path) -> None:
+        content = torch.load(folder / TORCH)
+        changed = change(content)
+        torch.save(content if changed is None else changed, folder / TORCH, **options)
+
+    return damage
+
+
+def flip_number(folder: Path) -> None:
+    """One bit of the first tensor's numbers."""
+    content = bytearray((folder / TORCH).read_bytes())
+    numbers = torch.load(folder / TORCH)[NORM].numpy().tobytes()
+    content[content.index(numbers)] ^= 1
+    (folder / TORCH).write_bytes(content)
+
+
+OLD = {"_use_new_zipfile_serialization": False}
+WRONG_TORCH: Cases = {
+    "bin, int8": (
+        torch_file(lambda t: t.update({Q: t[Q].to(torch.int8)})),
+        f"pytorch_model.bin: '{Q}' is of type torch.int8, torch.strided; quantized weights",
+    ),
+    "bin, sparse": (
+        torch_file(lambda t: t.update({Q: t[Q].to_sparse()})),
+        f"pytorch_model.bin: '{Q}' is of type torch.float32, torch.sparse_coo",
+    ),
+    "bin, a shape": (
+        torch_file(lambda t: t.update({NORM: t[NORM][:9].clone()})),
+        f"pytorch_model.bin: '{NORM}' has shape [9], and config.json asks for [64]",
+    ),
+    "bin, nested": (
+        torch_file(lambda t: {"model": t}),
+        "pytorch_model.bin: the file of LLaMA weights is not a dict of tensors",
+    ),
+    "bin and an index": (
+        put("pytorch_model.bin.index.json", b"{}"),
+        "holds pytorch_model.bin and pytorch_model.bin.index.json; leave the one",
+    ),
+    "bin, only a part": (
+        lambda folder: (folder / TORCH).rename(folder / "pytorch_model-00001-of-00002.bin"),
+        "no pytorch_model.bin and no pytorch_model.bin.index.json; copy it",
+    ),
+    "bin and shards of Meta": (
+        copy(TORCH, "consolidated.00.pth"),
+        "holds weights in Meta's layout (*.pth) and in Hugging Face's (model*.safetensors, "
+        "pytorch_model*.bin)",
+    ),
+}
+UNREADABLE_TORCH: Cases = {
+    "bin, cut off": (cut(TORCH, 9999), "pytorch_model.bin: the file of LLaMA weights is cut off"),
+    "bin, HTML": (put(TORCH, b"<html>"), "the file of LLaMA weights is an HTML page"),
+    "bin, old format": (
+        torch_file(lambda t: None, **OLD),
+        'convert it: python -c "import argparse, torch; ',
+    ),
+    "bin, code": (
+        torch_file(lambda t: t.update(x=argparse.Namespace())),
+        "holds the Python object argparse.Namespace, refused because loading it can run code",
+    ),
+}
 BAD_INPUT, BAD_FILE = 2, 3  # exit codes
 GROUPS = [
     ("HF", BAD_INPUT, WRONG_CONFIG),
@@ -202,6 +284,8 @@ GROUPS = [
     ("HF", BAD_FILE, UNREADABLE),
     ("HF in files", BAD_INPUT, WRONG_INDEX),
     ("two", BAD_INPUT, WRONG_SHARDS),
+    ("torch", BAD_INPUT, WRONG_TORCH),
+    ("torch", BAD_FILE, UNREADABLE_TORCH),
 ]
 HOSTILE = [
     pytest.param(layout, exit_code, *case, id=name)
@@ -232,3 +316,19 @@ def test_hostile_files_are_one_line(
     message = str(caught.value)
     assert part in message and message.isprintable() and len(message) < 900
     assert str(folder) in message and caught.value.exit_code == exit_code
+
+
+def test_a_flipped_bit_is_found_by_its_checksum(layouts: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(layouts["torch"], tmp_path / "it")
+    open_weights(tmp_path / "it", 400).verify("norm.weight")
+    flip_number(tmp_path / "it")
+    message = refusal(open_weights(tmp_path / "it", 400).verify, "norm.weight")
+    assert "pytorch_model.bin: " in message and "wrong checksum of 'model.norm.weight'" in message
+
+
+@pytest.mark.parametrize("num_pieces", [401, 271, 4])
+def test_another_vocabulary_is_refused(num_pieces: int, layouts: dict[str, Path]) -> None:
+    """More pieces than rows, or so few that the tokenizer must be another model's."""
+    for layout in ("one", "HF"):
+        message = refusal(open_weights, layouts[layout], num_pieces)
+        assert f"have 400 rows and the tokenizer has {num_pieces} pieces; use the tok" in message

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.measure.workload import SyntheticWorkload
 from benchmarks.suites.step_memory import step_memory
-from support.planning import LENGTHS, VICO_CONFIGS
+from support.planning import EVERY_CONFIG, LENGTHS, VICO_CONFIGS
 from support.processes import ROOT
 from vico.data.packing import Example, pack
 from vico.model import cuda_graphs
@@ -44,10 +44,10 @@ from vico.train.optim import make_optimizer
 SAVED_RTOL, PEAK_RTOL = 0.02, 0.05  # the goal; measured: 0.0003 and 0.02
 
 
-@pytest.mark.parametrize("name", sorted(VICO_CONFIGS))
+@pytest.mark.parametrize("name", sorted(EVERY_CONFIG))
 def test_parameter_counts(name: str) -> None:
     """Of the model itself, on the meta device."""
-    config = VICO_CONFIGS[name]
+    config = EVERY_CONFIG[name]
     parameters = list(meta_model(config, "varlen", torch.bfloat16).parameters())
     frozen = sum(p.numel() for p in parameters if not p.requires_grad)
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
@@ -151,12 +151,12 @@ def peak_bytes(model: ViCo, batch: PackedBatch) -> int:
 
 @pytest.mark.parametrize(
     ("name", "kernel"),
-    [*((name, "varlen") for name in VICO_CONFIGS), ("7B", "blockwise"), ("8B", "blockwise")],
+    [*((name, "varlen") for name in EVERY_CONFIG), ("7B", "blockwise"), ("8B", "blockwise")],
 )
 @pytest.mark.parametrize("checkpointed", [0, 20, 1000])
 def test_saved_for_backward(name: str, kernel: Any, checkpointed: int) -> None:
     """All layers, on the meta device: a real forward of 8 questions and 8 captions."""
-    config, batch = VICO_CONFIGS[name], batch_of(8)
+    config, batch = EVERY_CONFIG[name], batch_of(8)
     model = meta_model(config, kernel, torch.bfloat16)
     model.num_checkpointed = checkpointed = min(checkpointed, config.n_layers)
     parameters = storages_of(model)
@@ -185,6 +185,8 @@ def test_saved_for_backward(name: str, kernel: Any, checkpointed: int) -> None:
         ("7B", "varlen", torch.bfloat16, 24, "cuda", 20),
         ("7B", "blockwise", torch.float32, 2, "cpu", 32),
         ("33B", "varlen", torch.bfloat16, 24, "cuda", 60),
+        ("twice as wide", "varlen", torch.bfloat16, 8, "cuda", 0),
+        ("twice as wide", "blockwise", torch.float32, 2, "cpu", 0),
     ],
 )
 def test_peak_of_a_step(
@@ -199,7 +201,7 @@ def test_peak_of_a_step(
     """On the meta device. What the kernels allocate inside is not seen."""
     chunk_bytes = HEAD_CHUNK_BYTES[chunk]
     monkeypatch.setitem(HEAD_CHUNK_BYTES, "cpu", chunk_bytes)  # of meta tensors too
-    config, batch = VICO_CONFIGS[name], batch_of(num_questions)
+    config, batch = EVERY_CONFIG[name], batch_of(num_questions)
     model = meta_model(config, kernel, dtype)
     model.num_checkpointed = checkpointed
     run = RunShape(dtype.itemsize, kernel, checkpointed, chunk_bytes)

@@ -124,6 +124,10 @@ def test_find_tokenizer(files: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(files["meta"].read_bytes())
     assert find_tokenizer(tmp_path, own) == tmp_path / "tokenizer.model"
     (tmp_path / "tokenizer.model").write_bytes(files["meta"].read_bytes()[:-1])
+    # In Hugging Face's layout a model has its own.
+    (own / "config.json").write_text("{}")
+    assert find_tokenizer(tmp_path, own) == own / "tokenizer.model"
+    (own / "config.json").unlink()
     assert "8B/tokenizer.model: is another tokenizer than" in refusal(find_tokenizer, tmp_path, own)
 
 
@@ -178,7 +182,7 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
         json_with(model={}),
         "not a tokenizer.json that the package tokenizers reads (",
     ),
-    "no BOS": (json_with(added_tokens=[]), "the tokenizer has no BOS or no EOS piece"),
+    "no EOS": (json_with(added_tokens=[]), "the tokenizer has no EOS piece"),
     "Latin": (lambda files: b'{"\xe9": 1}', "not UTF-8 (byte offset 2)"),
 }
 

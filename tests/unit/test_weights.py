@@ -1,6 +1,8 @@
 """Layouts of weights on the disk against each other: `vico convert` has its own test."""
 
+import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +13,12 @@ from torch import Tensor
 from reference import oracle_files
 from support.backbones import logits, make_hugging_face, text
 from support.weight_layouts import write_layouts
+from vico.checkpoint import fingerprint
 from vico.model.config import LlamaConfig, backbone_shapes
-from vico.model.weights.hf import mlp_rule
-from vico.model.weights.load import open_weights
+from vico.model.weights.hf_config import mlp_rule, read_llama_config
+from vico.model.weights.load import Weights, open_weights
 
-LAYOUTS = ("two", "two of LLaMA-3", "HF", "HF in files")
+LAYOUTS = ("two", "two of LLaMA-3", "HF", "HF in files", "torch", "torch in files")
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +34,62 @@ def test_every_layout_is_the_same_model(layout: str, layouts: dict[str, Path]) -
     for name, shape in backbone_shapes(one.config).items():
         assert torch.equal(one.read(name), other.read(name)) and one.read(name).shape == shape, name
     assert torch.equal(logits(one, text(one)), logits(other, text(one)))
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same tensors, but for rows behind the vocabulary."""
+    return write_layouts(tmp_path_factory.mktemp("padded"), num_spare=48)
+
+
+def digests(weights: Weights) -> dict[str, str]:
+    """The backbone's fingerprint."""
+    tensors = fingerprint.backbone_tensors(weights)
+    return tensors.fingerprints({name: tensors.digest(name) for name in tensors.num_bytes})
+
+
+@pytest.mark.parametrize("layout", ("one", *LAYOUTS))
+def test_rows_behind_the_vocabulary_are_as_if_not_there(
+    layout: str, layouts: dict[str, Path], padded: dict[str, Path]
+) -> None:
+    """Tensors, slices, logits and fingerprint are those of the model without them."""
+    plain, spare = open_weights(layouts["one"], 400), open_weights(padded[layout], 400)
+    assert (plain.num_rows, spare.num_rows, spare.config.vocab_size) == (400, 448, 400)
+    for name, shape in backbone_shapes(plain.config).items():
+        assert torch.equal(plain.read(name), spare.read(name)), name
+        size = math.prod(shape)
+        assert torch.equal(spare.read_slice(name, 3, size), plain.read_slice(name, 3, size)), name
+    assert torch.equal(logits(plain, text(plain)), logits(spare, text(plain)))
+    assert digests(plain) == digests(spare)
+    assert open_weights(padded[layout], None).config.vocab_size == 448
+
+
+def test_a_params_json_that_was_not_edited(padded: dict[str, Path], tmp_path: Path) -> None:
+    """It says the tokenizer's number, although rows were added."""
+    shutil.copytree(padded["two"], tmp_path / "it")
+    path = tmp_path / "it" / "params.json"
+    path.write_text(path.read_text().replace('"vocab_size": 448', '"vocab_size": 400'))
+    weights = open_weights(tmp_path / "it", 400)
+    assert (weights.num_rows, weights.config.vocab_size) == (448, 400)
+
+
+def test_safetensors_are_read_where_both_are_there(
+    layouts: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(layouts["HF"], tmp_path / "it")
+    (tmp_path / "it" / "pytorch_model.bin").write_bytes(b"not read")
+    assert digests(open_weights(tmp_path / "it", 400)) == digests(open_weights(layouts["HF"], 400))
+
+
+def test_a_mistral_of_few_keys(layouts: dict[str, Path]) -> None:
+    """What transformers takes where a config.json is silent."""
+    path = layouts["HF"] / "config.json"
+    content = json.loads(path.read_text())
+    del content["num_key_value_heads"]
+    config = read_llama_config(content | {"model_type": "mistral", "num_attention_heads": 8}, path)
+    assert (config.kv_heads, config.sliding_window) == (8, 4096)
+    assert read_llama_config(content, path).sliding_window is None
+    assert read_llama_config(content, path).kv_heads == 4
 
 
 @pytest.mark.parametrize("layout", ("one", *LAYOUTS))

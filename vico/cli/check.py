@@ -132,6 +132,8 @@ class Check:
             for dataset in self.config.dataset_names:
                 self._prompts[dataset] = self._backbone.prompts(self.config, dataset)
             self._report(check_report.describe_backbone(self._backbone))
+            for note in self._backbone.notes:
+                self._report(note)
 
     def _check_dataset(self, dataset: str) -> None:
         self._read_questions(dataset)

@@ -30,7 +30,10 @@ def describe_backbone(backbone: BackboneFiles) -> str:
     return (
         f"model: {weights.folder}: {config.n_layers} layers ({backbone.num_adapted} adapted), "
         f"width {config.dim}, {config.n_heads} heads; "
-        f"{backbone.tokenizer_path.name} of {tokenizer.vocab_size} pieces"
+        f"{backbone.tokenizer_path.name} of {tokenizer.vocab_size} pieces, "
+        f"begin {show(tokenizer.name_of(tokenizer.bos))}, "
+        f"end {show(tokenizer.name_of(tokenizer.eos))}, "
+        f"newline {show(tokenizer.name_of(tokenizer.newline))}"
     )
 
 

@@ -12,6 +12,7 @@ from vico.errors import UserError
 from vico.io import log
 from vico.io.atomic import require_writable
 from vico.io.paths import exists, is_folder
+from vico.model.weights import folders
 from vico.model.weights.convert import Layout, convert_weights
 from vico.model.weights.load import holds_weights
 from vico.train.saved_run import read_for_evaluation
@@ -33,7 +34,9 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("source", metavar="SOURCE", type=path_argument)
+    parser.add_argument(
+        "source", metavar="SOURCE", type=path_argument, help="of weights also: as --model of train"
+    )
     parser.add_argument("target", metavar="TARGET", type=path_argument, help="must not exist yet")
     parser.add_argument(
         "--to", choices=("hf", "meta"), help="of weights: the layout (default: the other one)"
@@ -41,10 +44,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--shards", type=int, help="of weights in Meta's layout: number of files (default: 1)"
     )
+    parser.add_argument(
+        "--llama_model_path",
+        type=path_argument,
+        default=folders.DEFAULT,
+        help=f"folder with one folder per model (default: {folders.DEFAULT})",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     flags = parser.parse_args(argv)
     start = time.monotonic()
-    description = convert(flags.source, flags.target, flags.to, flags.shards)
+    folder = folders.model_folder(flags.llama_model_path, str(flags.source))
+    source = folder if is_folder(folder) else flags.source
+    description = convert(source, flags.target, flags.to, flags.shards)
     log.info(f"{flags.target}: {description}, in {time.monotonic() - start:.1f} s")
     return 0
 

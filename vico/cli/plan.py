@@ -17,8 +17,9 @@ from vico.cli.parser import (
 from vico.data.datasets import DATASETS
 from vico.errors import UserError, nearest
 from vico.io.atomic import write_json
-from vico.io.paths import is_folder
+from vico.io.paths import exists, is_folder
 from vico.model.config import LLAMA_CONFIGS, QUANTIZED_BYTES, LlamaConfig, ViCoConfig, named_model
+from vico.model.weights import folders
 from vico.planner.gpu_specs import GPUS, Hardware, gib_of, gpu_by_name, gpu_of_size
 from vico.planner.memory import ITEMSIZE
 from vico.planner.plan import plan
@@ -31,7 +32,6 @@ from vico.planner.request import (
     PlanRequest,
     TokenLengths,
 )
-from vico.train.settings import expand_home
 
 
 def main(argv: Sequence[str]) -> int:
@@ -58,8 +58,14 @@ def _parser() -> OneLineParser:
     parser.add_argument(
         "--model",
         default="7B",
-        help=f"{', '.join(LLAMA_CONFIGS)}, a name such as Llama-2-7b-hf, or a folder with "
-        "params.json or config.json (default: 7B)",
+        help="a folder with params.json or config.json, inside --llama_model_path or at this path; "
+        f"else {', '.join(LLAMA_CONFIGS)}, or a name such as Llama-2-7b-hf (default: 7B)",
+    )
+    parser.add_argument(
+        "--llama_model_path",
+        type=path_argument,
+        default=folders.DEFAULT,
+        help=f"folder with one folder per model (default: {folders.DEFAULT})",
     )
     _add_hardware_flags(parser)
     _add_batch_flags(parser)
@@ -195,7 +201,7 @@ def _request(flags: argparse.Namespace) -> PlanRequest:
             f"--quantize {flags.quantize}: is for ZeRO-2, and --deepspeed is {flags.deepspeed}; "
             "leave one out"
         )
-    model, config = named_config(flags.model)
+    model, config = named_config(flags.model, flags.llama_model_path)
     dataset = DATASETS[flags.dataset]
     lengths = TokenLengths(
         question=flags.question_tokens or dataset.mean_question_tokens,
@@ -248,11 +254,12 @@ def _num_checkpointed(text: str | None, n_layers: int) -> int | None:
     return int(text)
 
 
-def named_config(model: str) -> tuple[str, LlamaConfig]:
-    """Name and dimensions of a known model, or of a folder's params.json or config.json."""
-    if model in LLAMA_CONFIGS:
+def named_config(model: str, llama_folder: Path = folders.DEFAULT) -> tuple[str, LlamaConfig]:
+    """Name and dimensions of a folder's params.json or config.json, or of a known model."""
+    folder = folders.model_folder(llama_folder, model)
+    has_config = any(exists(folder / name) for name in ("params.json", "config.json"))
+    if model in LLAMA_CONFIGS and not has_config:
         return model, LLAMA_CONFIGS[model]
-    folder = Path(expand_home(model))
     if not is_folder(folder):
         if (name := named_model(model)) is not None:
             return name, LLAMA_CONFIGS[name]

@@ -15,7 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
-from vico.data import tokenizer_json
+from vico.data import special_tokens, tokenizer_json
 from vico.errors import UserError
 from vico.io.digest import digest_chunks
 from vico.io.paths import exists, read_bytes
@@ -24,6 +24,7 @@ from vico.io.text import parse_json
 
 # A folder that holds both has the same tokenizer twice; the first is the original.
 FILE_NAMES = ("tokenizer.model", "tokenizer.json")
+ALL_FILES = FILE_NAMES + special_tokens.FILE_NAMES  # that a tokenizer depends on
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 # LLaMA-3 as Meta published it: how a text is cut before pieces are merged...
 LLAMA_3_WORDS = (
@@ -32,7 +33,8 @@ LLAMA_3_WORDS = (
 )
 # ...and how many special tokens follow the others.
 LLAMA_3_SPECIAL = 256
-BEGIN_AND_END = (("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"))
+# A newline as its own piece: as text, in a byte-level vocabulary, as sentencepiece's byte.
+NEWLINES = ("\n", "\u010a", "<0x0A>")
 
 
 class Backend(Protocol):
@@ -48,11 +50,16 @@ class Backend(Protocol):
 
     def decode(self, ids: list[int]) -> str: ...
 
+    def find_id(self, piece: str) -> int | None: ...
+
+    def name_of(self, token: int) -> str: ...
+
 
 class Tokenizer:
     """Encodes text without BOS and EOS.
 
-    Raises UserError for a file that is no tokenizer, or one without BOS, EOS or a newline piece.
+    Raises UserError for a file that is no tokenizer, or one without EOS or a newline piece. Where
+    there is no BOS, `bos` is the id of EOS.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,16 +67,30 @@ class Tokenizer:
         self._backend = _open_backend(_read(path), path)
         self.vocab_size = self._backend.vocab_size
         self.bos, self.eos = self._backend.bos, self._backend.eos
-        if self.bos < 0 or self.eos < 0:
+        if self.eos < 0:
             raise UserError(
-                f"{path}: the tokenizer has no BOS or no EOS piece; a LLaMA tokenizer has both"
+                f"{path}: the tokenizer has no EOS piece; a LLaMA tokenizer has one"
+                ", or tokenizer_config.json beside it names one as eos_token"
             )
-        newline_ids = self.encode("\n")
-        if not newline_ids or self.decode(newline_ids[-1:]) != "\n":
-            raise UserError(
-                f"{path}: the tokenizer has no newline piece; a LLaMA tokenizer has one"
-            )
-        self.newline = newline_ids[-1]
+        self.has_bos = self.bos >= 0
+        if not self.has_bos:
+            self.bos = self.eos
+        self.newline = self._newline()
+
+    def _newline(self) -> int:
+        """The last piece of a newline alone, or the vocabulary's piece of one."""
+        ids = self.encode("\n")
+        if ids and self.decode(ids[-1:]) == "\n":
+            return ids[-1]
+        for piece in NEWLINES:
+            found = self._backend.find_id(piece)
+            if found is not None:
+                return found
+        raise UserError(f"{self._path}: the tokenizer has no newline piece; a LLaMA's has one")
+
+    def name_of(self, special_id: int) -> str:
+        """The piece, as the vocabulary holds it; for messages."""
+        return self._backend.name_of(special_id)
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text)
@@ -89,11 +110,14 @@ class Tokenizer:
 
 
 def find_tokenizer(llama_folder: Path, model_folder: Path) -> Path:
-    """The tokenizer's file, in the folder of all models or in the model's own.
+    """The tokenizer's file, in the model's own folder or in that of all models.
 
-    Raises UserError if both have one and they differ.
+    A model in Hugging Face's layout comes with its own, which is taken. In Meta's both folders may
+    have one, of the same content: raises UserError if they differ.
     """
     shared, own = _tokenizer_in(llama_folder), _tokenizer_in(model_folder)
+    if own is not None and exists(model_folder / "config.json"):
+        return own
     if shared is None or own is None:
         return shared or own or llama_folder / FILE_NAMES[0]
     try:
@@ -114,11 +138,15 @@ def content_digests(path: Path) -> list[str]:
     """Of what a tokenizer's file says of its function; behind it, one that was recorded earlier.
 
     Left out are names of files that it was trained from, and what is not used of a tokenizer.json.
+    Added is what the files beside a tokenizer.json say of BOS and EOS, where its names do not.
     Raises UserError.
     """
     data = _read(path)
     if not TIKTOKEN_LINE.match(data) and data.lstrip()[:1] == b"{":
         content: dict[str, Any] = parse_json(data.decode(), path, 1)
+        model = _HuggingFace(data, path)
+        if not model.has_known_names:
+            content["special_ids"] = [model.bos, model.eos]
         return [tokenizer_json.digest(content), tokenizer_json.earlier_digest(content)]
     if not TIKTOKEN_LINE.match(data):
         return [digest_chunks(_without_training_files(data))]
@@ -225,6 +253,14 @@ class _SentencePiece:
         text: str = self._model.decode(ids)
         return text
 
+    def find_id(self, piece: str) -> int | None:
+        found: int = self._model.piece_to_id(piece)
+        return found if self.name_of(found) == piece else None
+
+    def name_of(self, token: int) -> str:
+        name: str = self._model.id_to_piece(token)
+        return name
+
 
 class _Tiktoken:
     """LLaMA-3's file. Each line holds a piece in base64 and its rank, which is its id."""
@@ -254,6 +290,14 @@ class _Tiktoken:
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode([i for i in ids if i < self.bos])
+
+    def find_id(self, piece: str) -> int | None:
+        ids = self.encode(piece)
+        return ids[0] if len(ids) == 1 else None
+
+    def name_of(self, token: int) -> str:
+        names = {self.bos: "<|begin_of_text|>", self.eos: "<|end_of_text|>"}
+        return names.get(token) or self.decode([token])
 
 
 def _num_characters(piece: bytes) -> int:
@@ -311,16 +355,11 @@ class _HuggingFace:
                 f"{path}: not a tokenizer.json that the package tokenizers reads "
                 f"({lines[0][:160]}); copy it again"
             ) from None
-        self.vocab_size: int = self._model.get_vocab_size()
-        self.bos, self.eos = self._special_ids()
-
-    def _special_ids(self) -> tuple[int, int]:
-        """(BOS, EOS) by the first pair of names that the vocabulary holds; (-1, -1) without one."""
-        for begin, end in BEGIN_AND_END:
-            bos, eos = self._model.token_to_id(begin), self._model.token_to_id(end)
-            if bos is not None and eos is not None:
-                return bos, eos
-        return -1, -1
+        # Ids may have gaps.
+        self.vocab_size: int = max(self._model.get_vocab().values(), default=-1) + 1
+        special = special_tokens.by_files(path.parent, self.vocab_size, self.find_id)
+        self.bos, self.eos = special.bos, special.eos
+        self.has_known_names = special == special_tokens.by_known_names(self.find_id)
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
@@ -331,3 +370,10 @@ class _HuggingFace:
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(ids, skip_special_tokens=False)
+
+    def find_id(self, piece: str) -> int | None:
+        found: int | None = self._model.token_to_id(piece)
+        return found
+
+    def name_of(self, token: int) -> str:
+        return self._model.id_to_token(token) or ""

@@ -11,6 +11,7 @@ Shapes = dict[str, tuple[int, ...]]  # parameter name -> shape
 
 FEATURE_WIDTH = 768  # of CLIP ViT-L/14
 EMBEDDINGS = "tok_embeddings.weight"
+VOCABULARY = (EMBEDDINGS, "output.weight")  # tensors with a row per token
 LLAMA_VOCAB_SIZE = 32000  # of the tokenizer of LLaMA-1 and 2
 # fp32 logits that the output head holds at a time.
 HEAD_CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
@@ -52,10 +53,20 @@ class LlamaConfig:
     n_kv_heads: int | None = None
     ffn_dim_multiplier: float | None = None
     rope_scaling: RopeScaling | None = None
+    # None: dim / n_heads.
+    own_head_dim: int | None = None
+    # Mistral's: a token sees as many tokens, itself included, so sequences may have as many at
+    # most. None: all before it.
+    sliding_window: int | None = None
 
     @property
     def head_dim(self) -> int:
-        return self.dim // self.n_heads
+        return self.own_head_dim or self.dim // self.n_heads
+
+    @property
+    def heads_dim(self) -> int:
+        """Width of the queries of all heads together."""
+        return self.n_heads * self.head_dim
 
     @property
     def kv_heads(self) -> int:
@@ -175,10 +186,10 @@ def block_shapes(config: LlamaConfig) -> Shapes:
     """Name and shape of every frozen tensor of one decoder block, in Meta's layout."""
     dim, kv_dim, hidden_dim = config.dim, config.kv_heads * config.head_dim, config.hidden_dim
     return {
-        "attention.wq.weight": (dim, dim),
+        "attention.wq.weight": (config.heads_dim, dim),
         "attention.wk.weight": (kv_dim, dim),
         "attention.wv.weight": (kv_dim, dim),
-        "attention.wo.weight": (dim, dim),
+        "attention.wo.weight": (dim, config.heads_dim),
         "feed_forward.w1.weight": (hidden_dim, dim),
         "feed_forward.w2.weight": (dim, hidden_dim),
         "feed_forward.w3.weight": (hidden_dim, dim),

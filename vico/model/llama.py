@@ -105,10 +105,10 @@ class Attention(nn.Module):
         super().__init__()
         kv_dim = config.kv_heads * config.head_dim
         self.head_dim, self.group_size = config.head_dim, config.n_heads // config.kv_heads
-        self.wq = linear(config.dim, config.dim, dtype)
+        self.wq = linear(config.dim, config.heads_dim, dtype)
         self.wk = linear(config.dim, kv_dim, dtype)
         self.wv = linear(config.dim, kv_dim, dtype)
-        self.wo = linear(config.dim, config.dim, dtype)
+        self.wo = linear(config.heads_dim, config.dim, dtype)
         if adapted:
             self.gate1 = nn.Parameter(torch.empty(1, config.n_heads, 1, 1, dtype=torch.float32))
             self.gate2 = nn.Parameter(torch.empty(1, config.n_heads, 1, 1, dtype=torch.float32))

@@ -141,7 +141,7 @@ def _temporary_weight_bytes(request: PlanRequest, stage: Stage) -> int:
     if request.quantize is None:
         return 0
     # The larger of wq, wk and wv together, and w1 alone.
-    return config.dim * max(3 * config.dim, config.hidden_dim) * itemsize
+    return config.dim * max(3 * config.heads_dim, config.hidden_dim) * itemsize
 
 
 @lru_cache(maxsize=256)

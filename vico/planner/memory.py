@@ -79,18 +79,18 @@ def layer_activations(
     config: ViCoConfig, batch: BatchShape, run: RunShape, last: bool
 ) -> LayerActivations:
     """What one layer keeps. In the last one only the wanted rows are query rows."""
-    dim, heads, itemsize = config.dim, config.n_heads, run.itemsize
-    rows = batch.num_rows
+    dim, heads_dim, itemsize = config.dim, config.heads_dim, run.itemsize
+    heads, rows = config.n_heads, batch.num_rows
     query_rows = batch.num_wanted_rows if last else rows
     if run.kernel == "varlen":
         # q, k and v. The last layer's q is spread over all rows, and kept twice.
-        qkv = (3 * rows + (query_rows if last else 0)) * dim * itemsize
+        qkv = (3 * rows + (query_rows if last else 0)) * heads_dim * itemsize
         # The kernel's output, and the log-sum-exp of each row and head.
         output = rows * heads * (widened_head_dim(config.head_dim) * itemsize + FP32)
     else:
-        qkv = (2 * rows + query_rows) * dim * itemsize
-        output = query_rows * (dim * itemsize + heads * FP32)
-    prompt_kv = 2 * config.adapter_len * dim * itemsize
+        qkv = (2 * rows + query_rows) * heads_dim * itemsize
+        output = query_rows * (heads_dim * itemsize + heads * FP32)
+    prompt_kv = 2 * config.adapter_len * heads_dim * itemsize
     # The last layer has its own copy of the query rows' rotary angles.
     rotary = query_rows * config.head_dim * FP32 if last else 0
     # A norm keeps its input, and one factor per row.
@@ -202,7 +202,9 @@ def _backward_peak(
         # freed with the rest.
         one_function = run.kernel == "varlen" and not is_last
         saved_here = layer.saved if one_function else layer.attention
-        attention = 2 * gradient + _attention_backward(config, batch, run, query_rows)
+        # The gradients of the block's output and of the attention's.
+        gradients = gradient + query_rows * config.heads_dim * run.itemsize
+        attention = gradients + _attention_backward(config, batch, run, query_rows)
         peak = max(peak, held + layer.saved + swiglu, held + saved_here + attention)
         saved_below += saved_by_layer[i]
     return peak
@@ -215,7 +217,7 @@ def _attention_backward(
     if run.kernel == "blockwise":
         # fp32 throughout: the gradients, and copies where the stream is narrower.
         copies = 0 if run.itemsize == FP32 else 2 * batch.num_rows + 3 * query_rows
-        return (2 * batch.num_rows + query_rows + copies) * config.dim * FP32
+        return (2 * batch.num_rows + query_rows + copies) * config.heads_dim * FP32
     head_dim = widened_head_dim(config.head_dim)
     # q, k, v and all gradients are made again.
     recomputed = (3 * batch.num_rows + 4 * batch.num_keys) * config.n_heads * head_dim

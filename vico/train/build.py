@@ -81,7 +81,12 @@ def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inp
     choice = zero_stage.choose(config, llama, world.size, hardware, training)
     read = _Reader(config, splits, backbone, cache, world)
     datasets = {name: read.dataset(name) for name in config.dataset_names}
-    notes = [*choice.notes, *read.notes, *preflight.shared_video_notes(config, read.used)]
+    notes = [
+        *choice.notes,
+        *backbone.notes,
+        *read.notes,
+        *preflight.shared_video_notes(config, read.used),
+    ]
     if training:
         notes += preflight.mixture_notes(config, read.used)
     files.check_unchanged()

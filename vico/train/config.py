@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from vico.data.mixture import DatasetChoice, dataset_names, parse_datasets, paths_by_dataset
 from vico.errors import UserError, nearest
+from vico.model.weights import folders
 
 
 def _flag(default: Any, group: str, help: str, **extra: Any) -> Any:
@@ -36,10 +37,11 @@ class RunConfig:
     model: str = _flag(
         "7B",
         MODEL,
-        "folder of the weights inside --llama_model_path: 7B, 13B, 33B, 65B or your own",
+        "the weights: a folder inside --llama_model_path (7B, 13B, 33B, 65B or your own), or the "
+        "path of a folder",
     )
     llama_model_path: Path = _flag(
-        Path("pretrained/llama"), MODEL, "folder with tokenizer.model and one folder per model"
+        folders.DEFAULT, MODEL, "folder with tokenizer.model and one folder per model"
     )
     adapter_layer: int | None = _flag(
         None,
@@ -298,6 +300,16 @@ class RunConfig:
     def allowed_changes(self) -> tuple[str, ...]:
         names = (name.strip() for name in (self.allow_change or "").split(","))
         return tuple(name for name in names if name)
+
+    @property
+    def model_folder(self) -> Path:
+        """Where --model leads."""
+        return folders.model_folder(self.llama_model_path, self.model)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Of the tokenizer that several models share; a model may have its own."""
+        return folders.tokenizer_folder(self.llama_model_path, self.model_folder)
 
     @property
     def datasets(self) -> tuple[DatasetChoice, ...]:

@@ -19,7 +19,7 @@ from vico.data.mixture import epoch_count
 from vico.data.prompts import Prompts
 from vico.data.readers import captions as caption_files
 from vico.data.readers import subtitles
-from vico.data.tokenizer import FILE_NAMES as TOKENIZER_FILES
+from vico.data.tokenizer import ALL_FILES as TOKENIZER_FILES
 from vico.data.tokenizer import Tokenizer, find_tokenizer
 from vico.data.types import Question, Questions
 from vico.errors import UserError, fail
@@ -28,6 +28,7 @@ from vico.io.input_files import InputFiles
 from vico.io.log import ProgressLog
 from vico.io.paths import entries, is_folder
 from vico.model.weights.load import Weights, holds_weights, open_weights, weight_files
+from vico.train import backbone
 from vico.train.config import RunConfig
 
 FEATURES_FILE = "clipvitl14.pth"  # in the dataset's folder
@@ -43,6 +44,10 @@ class BackboneFiles:
     weights: Weights
     num_adapted: int  # layers with gates, counted from the top
 
+    @property
+    def notes(self) -> list[str]:
+        return backbone.notes(self.weights, self.tokenizer, self.tokenizer_path)
+
     def prompts(self, config: RunConfig, dataset_name: str) -> Prompts:
         dataset = find_dataset(dataset_name, config.folder_of(dataset_name))
         return Prompts(
@@ -56,16 +61,17 @@ class BackboneFiles:
 
 def open_backbone(config: RunConfig) -> BackboneFiles:
     """Open the tokenizer and the weights of --model. Raises UserError."""
-    folder = config.llama_model_path / config.model
+    folder = config.model_folder
     if not is_folder(folder):
         models = _models_in(config.llama_model_path)
         hint = "it must hold LLaMA weights of Meta or Hugging Face"
         if models:
-            hint = f"--model can be {', '.join(models)}"
+            hint = f"--model can be {', '.join(models)}, or the path of a folder"
         raise UserError(f"{folder}: no such folder of weights; {hint}")
-    tokenizer_path = find_tokenizer(config.llama_model_path, folder)
+    tokenizer_path = find_tokenizer(config.tokenizer_folder, folder)
     tokenizer = Tokenizer(tokenizer_path)
     weights = open_weights(folder, tokenizer.vocab_size)
+    backbone.require_window(config, weights.config, folder)
     num_layers = weights.config.n_layers
     num_adapted = config.adapter_layer or num_layers
     if num_adapted > num_layers:
@@ -92,10 +98,10 @@ def input_files(config: RunConfig, splits: Sequence[str]) -> InputFiles:
 
     Subtitles are not among them: there are thousands, and they are read into memory at once.
     """
-    paths, weights = [], config.llama_model_path / config.model
+    paths, weights = [], config.model_folder
     for name in config.dataset_names:
         paths += _dataset_files(config, name, splits)
-    for tokenizer_folder in (config.llama_model_path, weights):
+    for tokenizer_folder in (config.tokenizer_folder, weights):
         paths += [tokenizer_folder / name for name in TOKENIZER_FILES]
     paths += weight_files(weights)
     return InputFiles(paths)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from vico.checkpoint.format import Checkpoint
-from vico.data.tokenizer import FILE_NAMES as TOKENIZER_FILES
+from vico.data.tokenizer import ALL_FILES as TOKENIZER_FILES
 from vico.distributed.launcher_env import host_name
 from vico.distributed.world import World
 from vico.errors import UserError
@@ -176,8 +176,8 @@ def _input_files(config: RunConfig) -> list[Path]:
         found = entries(config.folder_of(name))
         files += [path for path in found if path.suffix in DATA_SUFFIXES and is_file(path)]
         files.append(config.captions_of(name))
-    files += [path for path in entries(config.llama_model_path / config.model) if is_file(path)]
-    files += [config.llama_model_path / name for name in TOKENIZER_FILES]
+    files += [path for path in entries(config.model_folder) if is_file(path)]
+    files += [config.tokenizer_folder / name for name in TOKENIZER_FILES]
     files.append(config.resume)
     if is_path(config.deepspeed):
         files.append(Path(config.deepspeed))

@@ -22,7 +22,9 @@ from vico.errors import CheckpointError, UserError
 from vico.io.atomic import write_folder
 from vico.io.safe_load import load_tensors
 from vico.model.config import EMBEDDINGS, LlamaConfig, RopeScaling, backbone_shapes
-from vico.model.weights.hf import CONFIG, INDEX, ROTATED, SINGLE, stored_name, stored_rows
+from vico.model.weights.hf import ROTATED, stored_name, stored_rows
+from vico.model.weights.hf_config import CONFIG
+from vico.model.weights.hf_files import INDEX, SINGLE
 from vico.model.weights.load import Weights, open_weights
 from vico.model.weights.meta import MetaWeights, shard_paths, sharded_dim
 
@@ -121,6 +123,11 @@ def _require_representable(config: LlamaConfig, num_shards: int) -> None:
                 f"--shards {num_shards}: {name} {size} of this model cannot be divided by it; "
                 "choose a divisor"
             )
+    if config.sliding_window is not None:
+        raise UserError(
+            f"the model's tokens see {config.sliding_window} tokens, which a params.json cannot "
+            "say; keep Hugging Face's layout"
+        )
     scaling = config.rope_scaling
     if scaling is not None and scaling != RopeScaling(factor=scaling.factor):
         raise UserError(
@@ -189,6 +196,8 @@ def _meta_params(config: LlamaConfig) -> dict[str, Any]:
     }
     if config.kv_heads != config.n_heads:
         params["n_kv_heads"] = config.kv_heads
+    if config.own_head_dim is not None:
+        params["head_dim"] = config.own_head_dim
     params["vocab_size"] = config.vocab_size
     params["multiple_of"] = config.multiple_of
     params["norm_eps"] = config.norm_eps
@@ -274,6 +283,8 @@ def _hugging_face_config(config: LlamaConfig, dtype: str) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": False,
     }
+    if config.own_head_dim is not None:
+        values["head_dim"] = config.own_head_dim
     scaling = config.rope_scaling
     if scaling is not None:
         values["rope_scaling"] = {

@@ -9,8 +9,10 @@ from vico.errors import UserError
 from vico.io.paths import entries, exists
 from vico.io.text import read_json_object
 from vico.model.config import LlamaConfig
-from vico.model.weights import hf, meta
-from vico.model.weights.hf import CONFIG, INDEX, HuggingFaceWeights
+from vico.model.weights import hf_config, meta
+from vico.model.weights.hf import HuggingFaceWeights
+from vico.model.weights.hf_config import CONFIG
+from vico.model.weights.hf_files import INDEX, PATTERNS, TORCH_INDEX
 from vico.model.weights.meta import MetaWeights
 
 
@@ -18,7 +20,8 @@ class Weights(Protocol):
     """A frozen backbone on the disk. Its tensors have Meta's names and layout in either case."""
 
     folder: Path
-    config: LlamaConfig
+    config: LlamaConfig  # its vocab_size is the tokenizer's
+    num_rows: int  # of the embeddings in the files; those behind vocab_size are passed over
 
     def read(self, name: str) -> Tensor:
         """The whole tensor in the file's dtype."""
@@ -39,11 +42,11 @@ def open_weights(folder: Path, vocab_size: int | None) -> Weights:
     `vocab_size`: of the tokenizer; None: there is none to compare with.
     """
     is_meta = bool(entries(folder, "consolidated.*.pth"))
-    is_hugging_face = bool(entries(folder, "model*.safetensors"))
+    is_hugging_face = any(entries(folder, pattern) for pattern in PATTERNS)
     if is_meta and is_hugging_face:
         raise UserError(
             f"{folder}: holds weights in Meta's layout (*.pth) and in Hugging Face's "
-            "(model*.safetensors); leave one of them there"
+            f"({', '.join(PATTERNS)}); leave one of them there"
         )
     if not is_meta and not is_hugging_face:
         is_hugging_face = _has_only_hugging_face_config(folder)
@@ -58,7 +61,7 @@ def read_llama_config(folder: Path) -> LlamaConfig:
     if not _has_only_hugging_face_config(folder):
         return meta.read_llama_config(folder / "params.json")
     content = read_json_object(folder / CONFIG, "config.json, which comes with the LLaMA weights,")
-    return hf.read_llama_config(content, folder / CONFIG)
+    return hf_config.read_llama_config(content, folder / CONFIG)
 
 
 def _has_only_hugging_face_config(folder: Path) -> bool:
@@ -72,5 +75,5 @@ def holds_weights(folder: Path) -> bool:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files in `folder` that belong to weights by their names, sorted."""
-    patterns = ("params.json", CONFIG, INDEX, "consolidated.*.pth", "model*.safetensors")
+    patterns = ("params.json", CONFIG, INDEX, TORCH_INDEX, "consolidated.*.pth", *PATTERNS)
     return sorted({path for pattern in patterns for path in entries(folder, pattern)})

@@ -18,14 +18,14 @@ from vico.errors import CheckpointError, UserError, show
 from vico.io.paths import entries
 from vico.io.safe_load import StoredChecksums, is_float_tensor, load_tensors
 from vico.io.text import read_json_object
-from vico.model.config import EMBEDDINGS, LlamaConfig, RopeScaling, backbone_shapes
+from vico.model.config import EMBEDDINGS, VOCABULARY, LlamaConfig, RopeScaling, backbone_shapes
 from vico.model.weights.validate import (
     is_positive,
     require_heads,
     require_positive,
     require_same_names,
-    require_tokenizer_size,
     whole_number,
+    with_vocabulary,
 )
 
 # Dimension along which Meta's model-parallel shards split a tensor, by the last part of its name;
@@ -65,10 +65,14 @@ class MetaWeights:
             num_rows = sum(len(part) for part in parts)
         elif parts and parts[0].ndim:
             num_rows = len(parts[0])
-        if self.config.vocab_size == -1:
-            known_size = num_rows if vocab_size is None else vocab_size
-            self.config = replace(self.config, vocab_size=known_size)
-        self._check(vocab_size, num_rows)
+        self.num_rows = num_rows
+        # A params.json often leaves the number to the tokenizer, or was not edited when rows were
+        # added.
+        if self.config.vocab_size in (-1, vocab_size):
+            self.config = replace(self.config, vocab_size=num_rows)
+        self._check()
+        if vocab_size is not None:
+            self.config = with_vocabulary(self.config, vocab_size, folder)
 
     def read(self, name: str) -> Tensor:
         """The whole tensor in the file's dtype.
@@ -76,7 +80,8 @@ class MetaWeights:
         A view of the mapped file where there is one shard, or replicas.
         """
         parts, dim = self._parts(name)
-        return parts[0] if dim is None or len(parts) == 1 else torch.cat(parts, dim=dim)
+        whole = parts[0] if dim is None or len(parts) == 1 else torch.cat(parts, dim=dim)
+        return whole[: self.config.vocab_size] if name in VOCABULARY else whole
 
     def read_slice(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor.
@@ -106,13 +111,10 @@ class MetaWeights:
         dim = self._embeddings_dim if name == EMBEDDINGS else sharded_dim(name)
         return [shard[name] for _, shard in self._shards], dim
 
-    def _check(self, vocab_size: int | None, num_rows: int) -> None:
-        """`num_rows`: of the embeddings."""
+    def _check(self) -> None:
         expected = backbone_shapes(self.config)
         for path, shard in self._shards:
             _check_shard(path, shard, set(expected))
-        if vocab_size is not None and self.config.vocab_size in (vocab_size, num_rows):
-            require_tokenizer_size(num_rows, vocab_size, self.folder)
         for name, shape in expected.items():
             self._check_shape(name, shape)
             self._check_parts(name)
@@ -228,7 +230,11 @@ def read_llama_config(path: Path) -> LlamaConfig:
     kv_heads = n_heads
     if params.get("n_kv_heads") is not None:
         kv_heads = whole_number(params, "n_kv_heads", path)
-    require_heads(dim, n_heads, kv_heads, ("dim", "n_heads", "n_kv_heads"), path)
+    head_dim = None
+    if params.get("head_dim") is not None:
+        head_dim = whole_number(params, "head_dim", path)
+    keys = ("dim", "n_heads", "n_kv_heads")
+    own_head_dim = require_heads(dim, n_heads, kv_heads, head_dim, keys, path)
     multiplier = params.get("ffn_dim_multiplier")
     if multiplier is not None and not (is_positive(multiplier) and multiplier <= 100):
         raise UserError(
@@ -253,6 +259,7 @@ def read_llama_config(path: Path) -> LlamaConfig:
         n_kv_heads=kv_heads,
         ffn_dim_multiplier=None if multiplier is None else float(multiplier),
         rope_scaling=_read_rope_scaling(params, dim, path),
+        own_head_dim=own_head_dim,
     )
 
 

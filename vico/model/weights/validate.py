@@ -1,16 +1,21 @@
 """Checks that both layouts of LLaMA weights share; each raises a UserError that names the file."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vico.errors import UserError, show
+from vico.model.config import LlamaConfig
 
 # Of any number in a config file. A larger one is a mistake, whose tensors would take forever to
 # check.
 MAX_DIMENSION = 10**6
 MAX_LAYERS = 1000  # ten times what there is; each layer is planned and checked by itself
 LAYERS = ("n_layers", "num_hidden_layers")
+# Of embeddings behind the tokenizer's pieces: vocabularies are padded to multiples of up to 128
+# rows, and large ones by up to a few percent.
+MAX_SPARE_ROWS, MAX_SPARE_SHARE = 128, 1 / 16
 
 
 def is_positive(value: object) -> bool:
@@ -34,10 +39,17 @@ def whole_number(params: Mapping[str, Any], key: str, path: Path) -> int:
 
 
 def require_heads(
-    dim: int, n_heads: int, kv_heads: int, keys: tuple[str, str, str], path: Path
-) -> None:
-    """`keys`: the names of the three numbers in the file."""
-    if dim % n_heads or dim // n_heads % 2:
+    dim: int,
+    n_heads: int,
+    kv_heads: int,
+    head_dim: int | None,
+    keys: tuple[str, str, str],
+    path: Path,
+) -> int | None:
+    """`head_dim` where it is not dim / n_heads, else None. `keys`: the other numbers' names."""
+    if head_dim is not None and head_dim % 2:
+        raise UserError(f"{path}: head_dim {head_dim} must be even; copy the file again")
+    if head_dim is None and (dim % n_heads or dim // n_heads % 2):
         raise UserError(
             f"{path}: {keys[0]} {dim} over {keys[1]} {n_heads} is not an even whole number; "
             "copy the file again"
@@ -47,6 +59,7 @@ def require_heads(
             f"{path}: {keys[1]} {n_heads} over {keys[2]} {kv_heads} is not a whole number; "
             "copy the file again"
         )
+    return None if head_dim is None or head_dim * n_heads == dim else head_dim
 
 
 def require_same_names(names: set[str], expected: set[str], path: Path, remedy: str) -> None:
@@ -57,10 +70,18 @@ def require_same_names(names: set[str], expected: set[str], path: Path, remedy: 
             raise UserError(f"{path}: {what} {len(tensors)} tensor(s), e.g. '{example}'; {remedy}")
 
 
-def require_tokenizer_size(num_rows: int, vocab_size: int, folder: Path) -> None:
-    """`num_rows`: of the embeddings; `vocab_size`: of the tokenizer."""
-    if num_rows != vocab_size:
+def with_vocabulary(config: LlamaConfig, vocab_size: int, folder: Path) -> LlamaConfig:
+    """`config`, whose vocab_size is that of the embeddings, with the tokenizer's.
+
+    Rows behind the tokenizer's pieces are padding, or pieces that were added for another purpose.
+    Raises UserError for too few rows, and where there are so many more that the tokenizer must be
+    another model's.
+    """
+    num_rows = config.vocab_size
+    num_spare = num_rows - vocab_size
+    if num_spare < 0 or num_spare > max(MAX_SPARE_ROWS, num_rows * MAX_SPARE_SHARE):
         raise UserError(
             f"{folder}: the embeddings have {num_rows} rows and the tokenizer has {vocab_size} "
             "pieces; use the tokenizer.model that came with these weights"
         )
+    return replace(config, vocab_size=vocab_size)
