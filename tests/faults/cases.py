@@ -3,6 +3,7 @@
 from faults.case import Case
 from faults.cases_checkpoints import CHECKPOINTS
 from faults.cases_deepspeed import DEEPSPEED
+from faults.cases_export import EXPORTS
 from faults.cases_features import FEATURE_FILES
 from faults.cases_formats import FORMATS
 from faults.cases_hugging_face import HUGGING_FACE
@@ -25,4 +26,5 @@ CASES: dict[str, Case] = {
     **HUGGING_FACE,
     **CHECKPOINTS,
     **PUBLISHED_FILES,
+    **EXPORTS,
 }

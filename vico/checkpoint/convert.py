@@ -21,7 +21,7 @@ def convert_adapter(checkpoint: Checkpoint, target: Path) -> str:
     Returns a description of what was done. Raises UserError or DiskError.
     """
     source = checkpoint.path
-    _check_adapter(checkpoint.weights, source)
+    check_adapter(checkpoint.weights, source)
     weights = published.in_published_order(checkpoint.weights)
     make_folder(target.parent)
     if is_folder(source) or source.suffix == ".safetensors":
@@ -40,7 +40,7 @@ def _require_suffix(target: Path, suffix: str) -> None:
         raise UserError(f"{target}: this conversion writes a {suffix} file; name the target so")
 
 
-def _check_adapter(weights: Mapping[str, Tensor], source: Path) -> None:
+def check_adapter(weights: Mapping[str, Tensor], source: Path) -> None:
     """The weights are a whole adapter: the tensors outside the layers, and pairs of gates."""
     gates = {name for name in weights if GATE.fullmatch(name)}
     expected = {*FIRST}

@@ -15,6 +15,8 @@ from torch import Tensor
 from vico.io.digest import digest_json
 
 WEIGHTS, OPTIMIZER, STATE = "adapter_model.safetensors", "optimizer.safetensors", "state.json"
+# Of an export, which has no optimizer and no STATE. Hubs and PEFT know these names.
+CONFIG, CARD = "adapter_config.json", "README.md"
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's state, besides the number of updates
 REMEDY = "use another checkpoint; without this one, its run resumes from its next older one"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vico.checkpoint import published
 from vico.checkpoint.format import (
+    CONFIG,
     FORMAT,
     OPTIMIZER,
     REMEDY,
@@ -51,6 +52,8 @@ def read(path: Path, run: str = "") -> Checkpoint:
 
 
 def _read_folder(path: Path, run: str) -> Checkpoint:
+    if exists(path / CONFIG, CheckpointError) and not exists(path / STATE, CheckpointError):
+        return _read_export(path)
     record = _read_state(path / STATE)
     state = TrainState(**record["progress"])
     if step_of(path) not in (None, state.step):
@@ -100,6 +103,44 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: damaged (its sha256 is not the recorded one); {REMEDY}")
     _check_entries(record, path)
     return record
+
+
+def _read_export(path: Path) -> Checkpoint:
+    """A folder of `vico export`: weights alone, with the settings and fingerprints of their run."""
+    config = path / CONFIG
+    text = read_text(config, "the export's record", CheckpointError)
+    content = as_object(parse_json(text, config, 1, CheckpointError), config, CheckpointError)
+    mapping = content.get("auto_mapping")
+    record = mapping.get("vico") if isinstance(mapping, dict) else None
+    if not isinstance(record, dict):
+        raise CheckpointError(
+            f"{config}: is of another kind of adapter ('peft_type' is "
+            f"{show(content.get('peft_type'))}): it has no 'vico' in 'auto_mapping'; "
+            "name a folder of `vico export`"
+        )
+    if record.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{config}: 'format' is {show(record.get('format'))} and not {FORMAT}, so another "
+            "version wrote it; export again with this one"
+        )
+    files = _section(record, "files", config)
+    recorded = _section(files, WEIGHTS, config)
+    settings = _section(record, "settings", config)
+    fingerprints = _section(record, "fingerprints", config)
+    if wrong := [name for name, value in fingerprints.items() if not isinstance(value, str)]:
+        raise CheckpointError(f"{config}: {show(wrong[0])} is no text; fetch or export it again")
+    weights, _ = _read_safetensors(path / WEIGHTS, recorded)
+    digest = digest_json(record)
+    return Checkpoint(path, weights, settings=settings, fingerprints=fingerprints, digest=digest)
+
+
+def _section(record: Mapping[str, Any], name: str, config: Path) -> dict[str, Any]:
+    section = record.get(name)
+    if not isinstance(section, dict):
+        raise CheckpointError(
+            f"{config}: '{name}' is {show(section)} and must be an object; fetch or export it again"
+        )
+    return section
 
 
 def _is_count(value: object) -> TypeGuard[int]:

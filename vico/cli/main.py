@@ -48,6 +48,14 @@ COMMANDS = {
         "format and back.",
     ),
     "env": ("env", "Show versions, devices, and what would compute on them; for bug reports."),
+    "export": (
+        "export",
+        "Write a checkpoint's adapter as a folder for a model hub, with a model card.",
+    ),
+    "submission": (
+        "submission",
+        "Write predictions as the file that the server of NExT-QA, TVQA or STAR takes.",
+    ),
     "selftest": (
         "selftest",
         "Inject faults into runs, files and disks, and check that none does harm.",

@@ -170,8 +170,8 @@ class RunConfig:
     resume: Path | None = _flag(
         None,
         RUN,
-        "checkpoint to start from: a checkpoint folder, a published .pth file, or a run's folder: "
-        "training takes its newest checkpoint, evaluation its best",
+        "checkpoint to start from: a checkpoint folder, a published .pth file, a folder of `vico "
+        "export`, or a run's folder: training takes its newest checkpoint, evaluation its best",
     )
     init_eval: bool = _flag(
         False,

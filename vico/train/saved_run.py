@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vico.checkpoint.format import REMEDY, STATE, Checkpoint
+from vico.checkpoint.format import CONFIG, REMEDY, STATE, Checkpoint
 from vico.checkpoint.read import read
 from vico.errors import CheckpointError, UserError
 from vico.io.output_dir import OutputDir
@@ -37,7 +37,8 @@ def read_checkpoint(path: Path, run_id: str = "") -> Checkpoint:
     if checkpoint.published:
         return replace(checkpoint, settings=_published_settings(checkpoint))
     try:
-        settings = settings_from(checkpoint.settings, str(path / "state.json"))
+        record = STATE if checkpoint.moments is not None else CONFIG
+        settings = settings_from(checkpoint.settings, str(path / record))
     except UserError as error:
         raise CheckpointError(f"{error}; {REMEDY}") from None
     return replace(checkpoint, settings=settings)

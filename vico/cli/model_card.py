@@ -1,0 +1,122 @@
+"""The model card of an exported adapter: README.md with metadata that a model hub reads."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vico.errors import one_line
+
+TASK = "visual-question-answering"
+# Settings that a reader looks for first.
+SHOWN = "dataset epochs lr blr batch_size warmup_epochs weight_decay cap vaq qav precision seed"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card says about an adapter."""
+
+    name: str
+    base_model: str
+    base_id: str | None  # of the LLaMA on the hub, where the user has named one
+    license: str | None
+    dataset: str | None
+    step: int
+    settings: Mapping[str, Any]
+    fingerprints: Mapping[str, str]
+    shapes: Mapping[str, Sequence[int]]
+    # Of the val split at this step, by group, "acc" of all; empty: not known.
+    accuracies: Mapping[str, float] = field(default_factory=dict)
+    num_questions: tuple[int, int] | None = None  # used, of the file
+
+
+def model_card(facts: Facts) -> str:
+    """The text of README.md."""
+    import yaml  # only cards and recipes need it
+
+    metadata = yaml.safe_dump(_metadata(facts), sort_keys=False, allow_unicode=True)
+    sections = (_what_it_is(facts), _results(facts), _use(facts), _training(facts), _files(facts))
+    return f"---\n{metadata}---\n\n" + "\n".join(sections)
+
+
+def _metadata(facts: Facts) -> dict[str, Any]:
+    """In the layout of huggingface_hub's ModelCardData."""
+    metadata: dict[str, Any] = {}
+    if facts.base_id is not None:
+        metadata |= {"base_model": facts.base_id, "base_model_relation": "adapter"}
+    if facts.license is not None:
+        metadata["license"] = facts.license
+    metadata |= {"library_name": "vico", "pipeline_tag": "video-text-to-text"}
+    metadata["tags"] = ["vico", "video-question-answering", "adapter"]
+    if facts.accuracies and facts.dataset:
+        metrics = []
+        for group, value in facts.accuracies.items():
+            name = "accuracy" if group == "acc" else f"accuracy of {group}"
+            metrics.append({"type": "accuracy", "value": value, "name": name})
+        dataset = {"name": f"{facts.dataset} val", "type": facts.dataset, "split": "val"}
+        result = {"task": {"type": TASK}, "dataset": dataset, "metrics": metrics}
+        metadata["model-index"] = [{"name": facts.name, "results": [result]}]
+    return metadata
+
+
+def _what_it_is(facts: Facts) -> str:
+    digests = {k: v for k, v in facts.fingerprints.items() if not k.startswith("data")}
+    rows = "".join(f"| {name} | `{value}` |\n" for name, value in digests.items())
+    table = f"\n| of the base model | digest or value |\n|---|---|\n{rows}" if rows else ""
+    unknown = "" if rows else " Its digest was not recorded."
+    return (
+        f"# {_text(facts.name)}\n\nAn adapter of ViCo: it teaches a frozen LLaMA to answer "
+        "multiple-choice questions about videos. It holds adapter prompts, gates of two kinds, a "
+        "projection of video features and a temporal embedding.\n\n"
+        "**PEFT's `PeftModel` and transformers cannot load it.** `vico` can; it refuses a LLaMA of "
+        f"another digest.\n\nBase model: {_text(facts.base_model)}.{unknown}\n{table}"
+    )
+
+
+def _results(facts: Facts) -> str:
+    if not facts.accuracies:
+        return "## Results\n\nNone are recorded with this checkpoint.\n"
+    used, total = facts.num_questions or (0, 0)
+    rows = ""
+    for group, value in facts.accuracies.items():
+        name = "all" if group == "acc" else _text(group)
+        rows += f"| {name} | {value:.2%} |\n"
+    split = f"{_text(facts.dataset or '')} val, {used} used of {total} questions, step {facts.step}"
+    return f"## Results\n\n{split}:\n\n| questions | accuracy |\n|---|---|\n{rows}"
+
+
+def _use(facts: Facts) -> str:
+    paths = "--llama_model_path PATH --data_path PATH"
+    name = _text(facts.name)
+    return (
+        "## Use\n\n```\n"
+        f"hf download USER/{name} --local-dir {name}\n"
+        f"vico eval --resume {name} {paths}\n"
+        f"vico train --resume {name} {paths} --output_dir OUT    # a new run from its weights\n"
+        "```\n\nUploaded by:\n\n```\n"
+        f"hf upload USER/{name} {name}\n```\n"
+    )
+
+
+def _training(facts: Facts) -> str:
+    known = [name for name in SHOWN.split() if facts.settings.get(name) is not None]
+    rows = "".join(f"| `{name}` | {_text(str(facts.settings[name]))} |\n" for name in known)
+    steps = f"Optimizer steps: {facts.step}. " if facts.step else ""
+    where = "All settings are in `adapter_config.json`."
+    table = f"\n| setting | value |\n|---|---|\n{rows}" if rows else ""
+    return f"## Training\n\n{steps}{where}\n{table}"
+
+
+def _files(facts: Facts) -> str:
+    shapes = dict(facts.shapes)
+    gates = [name for name in shapes if "gate" in name]
+    rows = "".join(f"| `{n}` | {list(s)} |\n" for n, s in shapes.items() if n not in gates)
+    if gates:
+        rows += (
+            f"| {len(gates)} gates, `{gates[0]}` to `{gates[-1]}` | {list(shapes[gates[0]])} |\n"
+        )
+    return f"## Tensors\n\n| tensor | shape |\n|---|---|\n{rows}"
+
+
+def _text(value: str) -> str:
+    """`value` without what Markdown would take for a table, a link or HTML."""
+    return one_line(value).replace("|", "\\|").replace("<", "&lt;").replace("[", "\\[")

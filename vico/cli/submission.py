@@ -1,0 +1,178 @@
+"""`vico submission`: predictions as the file that a benchmark's server takes.
+
+The layouts follow public code that writes or reads them:
+- nextqa: {"VIDEO_QID": {"prediction": 2, "answer": 0}}, which eval_mc.py of
+  github.com/doc-doc/NExT-QA reads. "answer" is left out where the questions have none.
+- tvqa: {"QID": 2}, the prediction_test_public.json (or prediction_val.json) that the CodaLab server
+  takes in a zip with a meta.json; HawkEye's and MERLOT Reserve's code write it so.
+- star: {"Interaction": [{"question_id": "Interaction_T1_1", "answer": 2}], "Sequence": ...}, as
+  Flipped-VQA's code writes it for EvalAI challenge 1325. The answer is a choice_id.
+All count options from 0. No server was asked: it may have changed since.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vico.cli.parser import OneLineParser, path_argument
+from vico.data.datasets import read_questions
+from vico.errors import UserError, fail, show
+from vico.io import log
+from vico.io.atomic import require_writable, write_json
+from vico.io.paths import exists
+from vico.io.text import json_kind, parse_json, read_text
+
+FORMATS = ("nextqa", "tvqa", "star")
+STAR_TYPES = ("Interaction", "Sequence", "Prediction", "Feasibility")
+Record = Mapping[str, Any]
+
+DESCRIPTION = (
+    "Write the predictions of an evaluation (predictions_SPLIT.jsonl) as the file that a "
+    "benchmark's server takes. Every question must be there exactly once."
+)
+
+
+def main(argv: list[str]) -> int:
+    parser = OneLineParser(prog="vico submission", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("predictions", metavar="PREDICTIONS", type=path_argument)
+    parser.add_argument("--format", choices=FORMATS, required=True, help="whose server it is")
+    parser.add_argument(
+        "--output", metavar="FILE", type=path_argument, required=True, help="must not exist yet"
+    )
+    parser.add_argument(
+        "--data_path",
+        metavar="PATH",
+        type=path_argument,
+        help="folder of the data: compares the predictions with the questions of DATA_PATH/FORMAT",
+    )
+    parser.add_argument(
+        "--split", choices=("val", "test"), default="test", help="of --data_path (default: test)"
+    )
+    parser.add_argument(
+        "--partial", action="store_true", help="write the file although questions are missing"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    flags = parser.parse_args(argv)
+    if exists(flags.output):
+        raise UserError(f"{flags.output}: already exists; name another file, or remove it")
+    require_writable(flags.output.parent, "the folder of --output")
+    records = read_predictions(flags.predictions)
+    named = None
+    if flags.data_path is not None:
+        folder = flags.data_path / flags.format
+        questions = read_questions(flags.format, folder, flags.split)
+        named = [_key(flags.format, {"video": q.video, "qid": q.qid}) for q in questions]
+    used, total = _count(flags.format, records, named, flags.predictions, flags.partial)
+    write_json(flags.output, submission(flags.format, records, flags.predictions))
+    compared = "" if named is not None else "; --data_path also counts questions behind the last"
+    log.info(f"{flags.output}: {used} used of {total} total questions{compared}")
+    return 0
+
+
+def read_predictions(path: Path) -> list[dict[str, Any]]:
+    """The lines of a predictions_SPLIT.jsonl, checked. Raises UserError."""
+    records = []
+    text = read_text(path, "the file of predictions")
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        record, place = parse_json(line, path, number), f"{path}:{number}"
+        if not isinstance(record, dict):
+            fail(f"{place}: {json_kind(record)} where an object is expected; {_REMEDY}")
+        _check(record, place)
+        records.append(record)
+    return records
+
+
+_REMEDY = "name the predictions_SPLIT.jsonl of an evaluation"
+
+
+def _check(record: Record, place: str) -> None:
+    for name in ("qid", "video"):
+        if not isinstance(record.get(name), str):
+            fail(f"{place}: '{name}' is {show(record.get(name))} and must be a text; {_REMEDY}")
+    scores = record.get("scores")
+    if not isinstance(scores, list) or not scores:
+        fail(f"{place}: 'scores' is {show(scores)} and must be a list; {_REMEDY}")
+    rules: dict[str, int | None] = {"index": None, "prediction": len(scores)}
+    rules["answer"] = len(scores)
+    for name, limit in rules.items():
+        value: Any = record.get(name)
+        if name == "answer" and value is None:
+            continue
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        if not is_whole or not 0 <= value < (limit or 10**9):
+            allowed = "at least 0" if limit is None else f"from 0 to {limit - 1}"
+            fail(f"{place}: '{name}' is {show(value)} and must be a whole number {allowed}")
+
+
+def _count(
+    format: str,
+    records: Sequence[Record],
+    named: Sequence[str] | None,
+    path: Path,
+    partial: bool,
+) -> tuple[int, int]:
+    """(predictions, questions that there are). Raises UserError unless each question has one.
+
+    `named`: the keys of all questions, if they are known; else gaps in the file's numbers count.
+    """
+    keys = [_key(format, record) for record in records]
+    used = set(keys)
+    if len(used) < len(keys):
+        twice = Counter(keys).most_common(1)[0][0]
+        fail(f"{path}: question {show(twice)} appears twice; evaluate again, or keep one line")
+    if named is not None:
+        missing = [key for key in named if key not in used]
+        foreign = used - {*named}
+        if foreign:
+            fail(
+                f"{path}: question {show(min(foreign))} is none of the {len(named)} of the data; "
+                "name the --split and --data_path that were evaluated"
+            )
+    else:
+        indices = {record["index"] for record in records}
+        missing = [f"number {i}" for i in range(max(indices) + 1) if i not in indices]
+    total = len(keys) + len(missing)
+    if missing and not partial:
+        fail(
+            f"{path}: {len(keys)} used of {total} total questions, {show(missing[0])} is the first "
+            "that is missing; evaluate all, or write what there is by --partial"
+        )
+    return len(keys), total
+
+
+def _key(format: str, record: Record) -> str:
+    """What the server calls a question."""
+    qid = str(record["qid"])
+    return f"{record['video']}_{qid}" if format == "nextqa" else qid
+
+
+def submission(format: str, records: Sequence[Record], path: Path) -> dict[str, Any]:
+    """The content of the file that the server takes. Raises UserError."""
+    if format == "tvqa":
+        return {_key(format, record): record["prediction"] for record in records}
+    if format == "nextqa":
+        return {_key(format, record): _next_qa(record) for record in records}
+    groups: dict[str, list[dict[str, Any]]] = {name: [] for name in STAR_TYPES}
+    for record in records:
+        group = record["qid"].split("_")[0]
+        if group not in groups:
+            fail(
+                f"{path}: question {show(record['qid'])} is none of STAR's: its id begins with "
+                f"none of {', '.join(STAR_TYPES)}; name another --format"
+            )
+        groups[group].append({"question_id": record["qid"], "answer": record["prediction"]})
+    return groups
+
+
+def _next_qa(record: Record) -> dict[str, int]:
+    known = {} if record.get("answer") is None else {"answer": record["answer"]}
+    return {"prediction": record["prediction"], **known}
+
+
+if __name__ == "__main__":  # `python -m vico.cli.submission`, or this file
+    from vico.cli.main import console
+
+    console(command="submission")
