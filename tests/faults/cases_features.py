@@ -158,14 +158,15 @@ FEATURE_FILES: dict[str, Case] = {
         "cannot be opened (Is a directory)",
     ),
     "caption, blank": refused(
-        js(CAPTIONS, **{"000001": " \n"}), "caption of video '000001' is empty"
+        js(CAPTIONS, **{"000001": " \n"}),
+        "5 of 20 questions (1 videos) have no caption, e.g. '000001' (it is empty); ",
     ),
     "caption, a number": refused(
         js(CAPTIONS, **{"000001": 7}), "caption of video '000001' is 7, not a text"
     ),
     "captions, a list": refused(
-        put(CAPTIONS, "[]"),
-        "llava_v15_13b_n6.json:1: column 1: a list where a JSON object is expected",
+        put(CAPTIONS, '["a man"]'),
+        "llava_v15_13b_n6.json[0]: a text where an object is expected",
     ),
     "captions, key twice": refused(
         put(CAPTIONS, '{"a": "x",\n "a": "y"}'),

@@ -1,8 +1,9 @@
 """TVQA, STAR and captions in other forms than the published ones, and wrong."""
 
 from faults.case import Case, refused
-from faults.damage import Damage, both, put
+from faults.damage import Damage, both, gone, js, put
 from faults.damage_tables import SRT, official_subtitles, star, star_item, tvqa, tvqa_row
+from support.run_fixture import CAPTIONS, NEXTQA
 
 STAR, SUB = "--dataset star", "--dataset tvqa --sub"
 SRT_OF_VAL, JSON_LINES = (
@@ -105,4 +106,46 @@ SUBTITLES: dict[str, Case] = {
     ),
 }
 
-FORMATS: dict[str, Case] = {**STAR_FORMS, **SUBTITLES}
+CAPTION_FORMS: dict[str, Case] = {
+    "captions, a number": refused(
+        put(CAPTIONS, "7"),
+        "llava_v15_13b_n6.json:1: column 1: a number where a JSON object or list of captions",
+    ),
+    "captions, a list without videos": refused(
+        put(CAPTIONS, '[{"id": "000000", "caption": "A man."}]'),
+        "llava_v15_13b_n6.json[0]: 'video' is missing (has: 'id', 'caption')",
+    ),
+    "captions, a list without captions": refused(
+        put(CAPTIONS, '[{"video_id": "000000", "text": "A man."}]'),
+        "llava_v15_13b_n6.json[0]: 'caption' is missing (has: 'video_id', 'text')",
+    ),
+    "captions, a video twice": refused(
+        put(
+            CAPTIONS, '[{"video": "000000", "caption": "A."}, {"video": "000000", "caption": "B."}]'
+        ),
+        "llava_v15_13b_n6.json[1]: video '000000' has two captions; keep one",
+    ),
+    "captions, a number among sentences": refused(
+        js(CAPTIONS, **{"000001": ["A man.", 7]}), "caption of video '000001' is 7, not a text"
+    ),
+    "captions, JSON lines cut off": refused(
+        both(gone(CAPTIONS), put(f"{NEXTQA}/captions.jsonl", '{"video": "000000", "capt')),
+        "captions.jsonl:1: column ",
+        "the text is cut off here",
+    ),
+    "captions, two objects in one line": refused(
+        put(CAPTIONS, '{"000000": "A man."} {"000001": "B."}'),
+        "llava_v15_13b_n6.json:1: column 22: Extra data",
+    ),
+    "captions, two files of known names": refused(
+        put(f"{NEXTQA}/captions.jsonl", "{}"),
+        "holds llava_v15_13b_n6.json and captions.jsonl; say which by --captions",
+    ),
+    "captions of no question, dropped": refused(
+        put(CAPTIONS, '{"other": "A man."}'),
+        "20 of 20 questions (4 videos) have no caption, e.g. '000000', ",
+        line="--missing_captions drop",
+    ),
+}
+
+FORMATS: dict[str, Case] = {**STAR_FORMS, **SUBTITLES, **CAPTION_FORMS}

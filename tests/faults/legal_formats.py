@@ -1,12 +1,13 @@
 """Legal twins: TVQA, STAR and captions in the other forms in which people hold them."""
 
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from faults.damage import Damage, both, put
+from faults.damage import Damage, both, js, put
 from faults.damage_tables import SRT, official_subtitles, star, tvqa
-from support.run_fixture import RunFixture
+from support.run_fixture import CAPTIONS, NEXTQA, RunFixture
 
 Item = dict[str, Any]
 
@@ -60,6 +61,47 @@ def tvqa_formats(items: Sequence[Item]) -> dict[str, Damage]:
         ),
     }
 
+
+def _captions(name: str, change: Callable[[dict[str, str]], str]) -> Damage:
+    """What `change` makes of the captions, in a file of this name instead of theirs."""
+
+    def damage(fixture: RunFixture) -> None:
+        texts = json.loads((fixture.folder / CAPTIONS).read_text(encoding="utf-8"))
+        (fixture.folder / CAPTIONS).unlink()
+        (fixture.folder / NEXTQA / name).write_text(change(texts), encoding="utf-8")
+
+    return damage
+
+
+def _records(texts: dict[str, str]) -> list[dict[str, str]]:
+    return [{"video_id": video, "caption": text, "model": "x"} for video, text in texts.items()]
+
+
+def _sentences(text: str) -> list[str]:
+    return [f" {sentence}." for sentence in text.removesuffix(".").split(". ")]
+
+
+CAPTION_FORMATS: dict[str, Damage] = {
+    "captions.json, a list": _captions("captions.json", lambda t: json.dumps(_records(t))),
+    "captions.json, lists of sentences": _captions(
+        "captions.json", lambda t: json.dumps({v: _sentences(text) for v, text in t.items()})
+    ),
+    "captions.json, objects by id": _captions(
+        "captions.json", lambda t: json.dumps({r["video_id"]: r for r in _records(t)})
+    ),
+    "captions.json, JSON lines": _captions(
+        "captions.json", lambda t: "\n".join(map(json.dumps, _records(t)))
+    ),
+    "captions.jsonl": _captions(
+        "captions.jsonl", lambda t: "\n\n".join(map(json.dumps, _records(t)))
+    ),
+    "captions.jsonl, one entry each": _captions(
+        "captions.jsonl", lambda t: "\r\n".join(json.dumps({v: text}) for v, text in t.items())
+    ),
+    "captions, empty ones that training does not use": js(
+        CAPTIONS, **{"a": "", "b": " \n", "c": None, "d": []}
+    ),
+}
 
 VIDEOS = ("000000", "100000", "100001")
 SUBTITLES, LINES = "toy/data/tvqa/tvqa_subtitles", "toy/data/tvqa/tvqa_preprocessed_subtitles.jsonl"

@@ -28,7 +28,7 @@ from faults.damage import (
     tokenizer_json,
 )
 from faults.damage_tables import SRT, rows, star, star_item, tvqa, tvqa_row
-from faults.legal_formats import star_formats, tvqa_formats
+from faults.legal_formats import CAPTION_FORMATS, star_formats, tvqa_formats
 from faults.result import Result, Scale
 from support.run_fixture import (
     CAPTIONS,
@@ -301,7 +301,7 @@ def _with_srt(damage: Damage, content: str) -> Damage:
 def groups() -> list[tuple[Damage, dict[str, Damage], list[str]]]:
     """(clean files, their twins, flags) of each data set."""
     return [
-        (CLEAN, NEXTQA_TWINS, []),
+        (CLEAN, {**NEXTQA_TWINS, **CAPTION_FORMATS}, []),
         (star(STAR_ITEMS), star_twins(), ["--dataset", "star"]),
         (_with_srt(tvqa(*TVQA_ROWS), SRT), tvqa_twins(), ["--dataset", "tvqa", "--sub"]),
     ]

@@ -138,7 +138,8 @@ def of_texts(sources: Sources, recorded: Mapping[str, str]) -> dict[str, str]:
         if "train" in questions:
             videos = {q.video for split in ("train", "val") for q in questions[split]}
             used = {v: inputs.captions[v] for v in sorted(videos) if v in inputs.captions}
-            fingerprints[f"{prefix} captions"] = of_captions(used)
+            trained = set(_videos(questions["train"])) if inputs.captions else set()
+            fingerprints[f"{prefix} captions"] = of_captions(used, sorted(trained - used.keys()))
     return fingerprints
 
 
@@ -171,9 +172,12 @@ def _encode_question(q: Question) -> bytes:
     return repr(fields).encode()
 
 
-def of_captions(captions: Mapping[str, str]) -> str:
-    """Of the texts, in the mapping's order."""
-    return _digest_parts(text.encode() for text in captions.values())
+def of_captions(captions: Mapping[str, str], lacking: Sequence[str] = ()) -> str:
+    """Of the texts, in the mapping's order, and of the videos that have none."""
+    parts = [text.encode() for text in captions.values()]
+    if lacking:
+        parts.append(repr(tuple(lacking)).encode())
+    return _digest_parts(parts)
 
 
 def _videos(questions: Sequence[Question]) -> list[str]:

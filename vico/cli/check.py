@@ -21,6 +21,8 @@ from vico.data.datasets import find_dataset
 from vico.data.features import Features, Scan
 from vico.data.micro_batches import DatasetInputs
 from vico.data.prompts import Prompts, letter
+from vico.data.readers import captions as caption_files
+from vico.data.readers.captions import Captions
 from vico.data.types import Question
 from vico.distributed.world import World
 from vico.errors import UserError, fail, one_line, show
@@ -78,7 +80,7 @@ class Check:
         # By data set.
         self._prompts: dict[str, Prompts] = {}
         self._features: dict[str, Features] = {}
-        self._captions: dict[str, dict[str, str]] = {}
+        self._captions: dict[str, Captions] = {}
         # The questions used, and those dropped because their video has no features.
         self._questions: dict[Part, list[Question]] = {}
         self._dropped: dict[Part, list[Question]] = {}
@@ -179,7 +181,10 @@ class Check:
                 questions,
                 self._prompts.get(dataset),
             )
-            self._captions[dataset] = captions or {}
+            self._captions[dataset] = captions = captions or Captions()
+            label = self.config.label(dataset, "train")
+            for note in caption_files.notes(label, captions, questions) if captions else ():
+                self._report(note)
 
     # Checking them
 
@@ -310,7 +315,7 @@ class Check:
                 self._report(note)
 
     def _show_samples(self, dataset: str) -> None:
-        questions, captions = self._splits(dataset), self._captions.get(dataset, {})
+        questions, captions = self._splits(dataset), self._captions.get(dataset, Captions())
         if self._backbone is None or not questions:
             return
         prompts, tokenizer = self._prompts[dataset], self._backbone.tokenizer
@@ -356,7 +361,7 @@ class Check:
         splits = [self.config.split] if self.config.only_evaluates else ["train", "val"]
         datasets: dict[str, DatasetInputs] = {}
         for name, features in self._features.items():
-            captions = self._captions.get(name, {})
+            captions = self._captions.get(name, Captions())
             datasets[name] = DatasetInputs(features, self._prompts[name], captions)
         questions = preflight.joined(self._questions, splits)
         sources = fingerprint.Sources(

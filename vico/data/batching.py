@@ -169,10 +169,15 @@ class TrainingSteps(MicroBatchBuilder, Dataset[Step]):
         return [_joined(sequences, group) for group in groups]
 
     def _sequences(self, question: Question, epoch: int | None) -> list[TaskSequence]:
-        """One per task. Captions are cropped for this epoch; None: they are whole."""
+        """One per task; none for the caption of a video without one.
+
+        Captions are cropped for this epoch; None: they are whole.
+        """
         sequences = []
         for column, task in enumerate(self._tasks):
             if task == "cap":
+                if question.video not in self._datasets[question.dataset].captions:
+                    continue
                 sequence = self._caption(question, epoch)
             else:
                 sequence = self._fitted_sequence(task, question, _answer(question))

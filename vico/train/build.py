@@ -14,6 +14,8 @@ from vico.checkpoint.format import Checkpoint
 from vico.checkpoint.validate import validate_for_model
 from vico.data.features import Features
 from vico.data.micro_batches import DatasetInputs
+from vico.data.readers import captions as caption_files
+from vico.data.readers.captions import Captions
 from vico.data.types import Question
 from vico.distributed.world import World, set_collective_timeout
 from vico.io import log
@@ -60,6 +62,15 @@ class Inputs:
         """How many questions of each split are used, and how many captions."""
         used = {f"{split} questions": len(q) for split, q in self.questions.items()}
         return {**used, "captions": sum(len(d.captions) for d in self.datasets.values())}
+
+    @property
+    def num_without_caption(self) -> int:
+        """Training questions that the caption task leaves out."""
+        if not any(inputs.captions for inputs in self.datasets.values()):
+            return 0
+        return sum(
+            q.video not in self.datasets[q.dataset].captions for q in self.questions["train"]
+        )
 
     def sources(self, splits: Sequence[str]) -> Sources:
         """What the fingerprints of a run over these splits are taken of."""
@@ -137,9 +148,11 @@ class _Reader:
         for split, questions in annotated.items():
             chosen = preflight.with_features(config, config.label(name, split), questions, features)
             self.used[name, split], self.dropped[name, split] = chosen
-        captions: dict[str, str] = {}
+        captions = Captions()
         if config.cap and "train" in annotated:
-            captions = preflight.read_captions(config, name, self.used[name, "train"], prompts)
+            used, label = self.used[name, "train"], config.label(name, "train")
+            captions = preflight.read_captions(config, name, used, prompts)
+            self.notes += caption_files.notes(label, captions, used)
         inputs = DatasetInputs(features, prompts, captions)
         for split in self._splits:
             self._check(name, split, inputs)

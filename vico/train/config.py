@@ -91,6 +91,9 @@ class RunConfig:
         "caption file (JSON), if the dataset's folder holds no known one, or several; of several "
         "data sets: NAME=PATH,NAME=PATH",
     )
+    missing_captions: Literal["error", "drop"] = _flag(
+        "error", DATA, "training questions without caption: stop, or leave their caption loss out"
+    )
     missing_features: Literal["error", "drop"] = _flag(
         "error",
         DATA,
@@ -99,10 +102,7 @@ class RunConfig:
     )
     sub: bool = _flag(False, DATA, "TVQA: put the clip's subtitles into the prompt")
     missing_subtitles: Literal["error", "empty"] = _flag(
-        "error",
-        DATA,
-        "questions whose video has no subtitles, with --sub: stop with an error, or ask them "
-        "without dialogue and report the count with every result",
+        "error", DATA, "questions without subtitles, with --sub: stop, or ask them without"
     )
     max_seq_len: int = _flag(
         512,
@@ -375,7 +375,7 @@ NOT_IDENTITY = frozenset(
     model llama_model_path data_path captions missing_features output_dir resume init_eval split
     max_steps num_workers deepspeed attention checkpoint_activations batch_size accum_iter
     max_tokens save_steps save_total_limit save_legacy logging_steps report_to allow_change
-    verify collective_timeout hang_timeout expect_world_size missing_subtitles
+    verify collective_timeout hang_timeout expect_world_size missing_subtitles missing_captions
     """.split()
 )
 # What must not change either when a run is resumed (checkpoint/fingerprint.py).

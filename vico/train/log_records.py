@@ -19,6 +19,7 @@ class EpochResult:
     step: int  # steps done
     lr: float  # of the last step
     losses: list[float | None]
+    num_without_caption: int  # training questions that the caption task leaves out
     evaluation: Evaluation
     eval_seconds: float
     is_best: bool
@@ -70,9 +71,11 @@ def epoch_record(config: RunConfig, result: EpochResult) -> dict[str, Any]:
     for task, loss in zip(config.tasks, result.losses, strict=True):
         losses[f"train_{task}_loss"] = loss
     values = result.evaluation.results()
+    lacking = result.num_without_caption
     return {
         "train_loss": total_loss(config, result.losses),
         **losses,
+        **({"train_n_without_caption": lacking} if lacking else {}),
         "train_lr": result.lr,
         "epoch": result.epoch,
         "step": result.step,

@@ -237,6 +237,7 @@ def _end_epoch(run: Run, run_log: RunLog | None) -> None:
         step=state.step,
         lr=run.lr(state.step - 1),
         losses=mean_losses(state.epoch_loss_sums, state.epoch_target_counts),
+        num_without_caption=run.inputs.num_without_caption,
         evaluation=evaluation,
         eval_seconds=time.perf_counter() - started,
         is_best=is_best(evaluation.accuracies["acc"], state.best_accuracy),

@@ -19,6 +19,7 @@ from vico.data.mixture import epoch_count
 from vico.data.prompts import Prompts
 from vico.data.readers import captions as caption_files
 from vico.data.readers import subtitles
+from vico.data.readers.captions import Captions
 from vico.data.tokenizer import ALL_FILES as TOKENIZER_FILES
 from vico.data.tokenizer import Tokenizer, find_tokenizer
 from vico.data.types import Question, Questions
@@ -159,16 +160,15 @@ def joined(
 
 def read_captions(
     config: RunConfig, dataset: str, questions: Sequence[Question], prompts: Prompts | None
-) -> dict[str, str]:
-    """A data set's captions by video; each question's video has one. Raises UserError.
-
-    `prompts`: also check that --max_cap_len leaves room for a caption.
-    """
+) -> Captions:
+    """By video. `prompts`: also check that --max_cap_len leaves room. Raises UserError."""
     folder, named = config.folder_of(dataset), config.captions_of(dataset)
     captions = caption_files.read(folder, named)
-    caption_files.check(captions, questions, caption_files.find(folder, named))
+    captioned = [q for q in questions if q.video in captions]
+    if config.missing_captions == "error" or not captioned:
+        caption_files.check(captions, questions, caption_files.find(folder, named))
     if prompts is not None:
-        prompts.caption(captions[questions[0].video])
+        prompts.caption(captions[captioned[0].video])
     return captions
 
 
@@ -254,7 +254,7 @@ def measure_captions(
 ) -> Lengths:
     """The caption sequences of the questions' videos, one per video, in tokens."""
     videos = sorted(_videos_of(questions))
-    used = {video: captions[video] for video in videos}
+    used = {video: captions[video] for video in videos if video in captions}
     key = cache_key(
         "captions",
         fingerprint.of_captions(used),

@@ -1,15 +1,33 @@
 """The caption of each video, which the caption task learns to write."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vico.data.readers import rows
+from vico.data.readers.rows import Row, RowError, Rows
 from vico.data.types import Question
 from vico.errors import fail, show
 from vico.io.paths import exists
-from vico.io.text import read_json_object
+from vico.io.text import json_kind, parse_json, read_text
 
-FILE_NAMES = ("llava_v15_13b_n6.json", "star_caption_7B.json", "blip2_n6.json")
+FILE_NAMES = (
+    "llava_v15_13b_n6.json",
+    "star_caption_7B.json",
+    "blip2_n6.json",
+    "captions.json",
+    "captions.jsonl",
+)
+FILE = "the JSON object of captions by video id"  # in messages
+VIDEO_KEYS = ("video", "video_id")
+
+
+class Captions(dict[str, str]):
+    """By video id. None is blank."""
+
+    empty: frozenset[str] = frozenset()  # videos of the file whose caption is blank
 
 
 def locate(folder: Path, path: Path) -> Path:
@@ -43,28 +61,113 @@ def find(folder: Path, path: Path | None) -> Path:
     return found[0]
 
 
-def read(folder: Path, path: Path | None) -> dict[str, str]:
-    """Captions by video id. Raises UserError for a file that is not as expected."""
+def read(folder: Path, path: Path | None) -> Captions:
+    """Raises UserError for a file that is not as expected."""
     path = find(folder, path)
-    captions = read_json_object(path, "the JSON object of captions by video id")
-    bad = []
-    for video in captions:
+    records, bad = _records(path), []
+    texts: dict[str, str] = {}
+    for place, row in records:
         try:
-            rows.question_field(captions, video)
-        except rows.RowError as problem:
-            bad.append(f"{path.name}: caption of video {problem}")
-    rows.refuse(path, bad, len(captions))
-    return rows.strip_ids(captions, path)
+            video = _video_of(row)
+            if video in texts:
+                raise RowError(f"video {show(video)} has two captions; keep one")
+            texts[video] = _text(video, rows.field(row, "caption"))
+        except RowError as problem:
+            bad.append(f"{place}: {problem}")
+    rows.refuse(path, bad, len(records))
+    captions = Captions({video: text for video, text in texts.items() if text.strip()})
+    captions.empty = frozenset(texts.keys() - captions.keys())
+    return captions
 
 
-def check(captions: Mapping[str, str], questions: Sequence[Question], path: Path) -> None:
+def _records(path: Path) -> Rows:
+    """An object for each video, with a key of VIDEO_KEYS and `caption`."""
+    text = read_text(path, FILE)
+    if path.suffix.lower() == ".jsonl" or _is_lines(text):
+        records = rows.read_jsonl(path, FILE)
+    else:
+        content = parse_json(text, path, 1)
+        if isinstance(content, dict):
+            entries = content.items()
+            return Rows((path.name, {"video": video, "caption": text}) for video, text in entries)
+        if not isinstance(content, list):
+            fail(
+                f"{path.name}:1: column 1: {json_kind(content)} where a JSON object or list of "
+                f"captions is expected; correct {path}"
+            )
+        records = rows.objects_of(path, content)
+    return Rows((place, _record(row)) for place, row in records)
+
+
+def _is_lines(text: str) -> bool:
+    """Whether the first of several lines is JSON for itself."""
+    first, _, more = text.strip().partition("\n")
+    with contextlib.suppress(ValueError, RecursionError):
+        return isinstance(json.loads(first), dict) and bool(more)
+    return False
+
+
+def _record(row: Row) -> Row:
+    """Of {video: caption} too, an object with one entry."""
+    if len(row) != 1 or row.keys() & {*VIDEO_KEYS, "caption"}:
+        return row
+    ((video, text),) = row.items()
+    return {"video": video, "caption": text}
+
+
+def _video_of(row: Row) -> str:
+    keys = [key for key in VIDEO_KEYS if key in row]
+    if len(keys) > 1:
+        raise RowError(f"has both {' and '.join(keys)}; keep the one that questions name")
+    return rows.id_field(row, keys[0] if keys else VIDEO_KEYS[0])
+
+
+def _text(video: str, value: Any) -> str:
+    """A text, verbatim; a list of sentences, joined by a blank; null is a blank caption."""
+    if isinstance(value, dict):
+        value = rows.field(value, "caption")
+    if value is None:
+        return ""
+    sentences = value if isinstance(value, list) else [value]
+    try:
+        texts = [rows.text_field({video: sentence}, video) for sentence in sentences]
+    except RowError as problem:
+        raise RowError(f"caption of video {problem}") from None
+    if len(texts) == 1:
+        return texts[0]
+    return " ".join(text.strip() for text in texts if text.strip())
+
+
+def check(captions: Captions, questions: Sequence[Question], path: Path) -> None:
     """Raise UserError if the video of a question has no caption."""
     without = [q.video for q in questions if q.video not in captions]
     if without:
         videos = list(dict.fromkeys(without))
-        examples = ", ".join(show(video) for video in videos[: rows.MAX_EXAMPLES])
+        examples = ", ".join(
+            show(video) + " (it is empty)" * (video in captions.empty)
+            for video in videos[: rows.MAX_EXAMPLES]
+        )
         fail(
             f"{path}: {len(without)} of {len(questions)} questions ({len(videos)} videos) have no "
             f"caption, e.g. {examples}; name the file that belongs to these questions by "
-            "--captions PATH, or train with --cap 0"
+            "--captions PATH, let them go without by --missing_captions drop, "
+            "or train with --cap 0"
         )
+
+
+def notes(label: str, captions: Captions, questions: Sequence[Question]) -> list[str]:
+    """How many training questions have no caption, and how many unused captions are empty.
+
+    `label`: of the questions.
+    """
+    lines = []
+    lacking = [q.video for q in questions if q.video not in captions]
+    if lacking:
+        lines.append(
+            f"{label}: {len(lacking)} of {len(questions)} questions ({len(set(lacking))} videos) "
+            "have no caption, and no captioning loss (--missing_captions drop)"
+        )
+    num_unused = len(captions.empty.difference(lacking))
+    if num_unused:
+        lines.append(f"{label}: {num_unused} captions are empty, and training does not use them")
+    return lines

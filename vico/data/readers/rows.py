@@ -176,6 +176,11 @@ def read_json_items(path: Path, what: str, id_key: str) -> Rows:
     if not content:
         found = f"is {json_kind(content)} without entries"
         fail(f"{path}: {found}; {what} should be there: fetch it again")
+    return objects_of(path, content, id_key)
+
+
+def objects_of(path: Path, content: list[Any] | dict[str, Any], id_key: str = "") -> Rows:
+    """The objects of a JSON list, or of an object that holds them by id. Raises UserError."""
     items = enumerate(content) if isinstance(content, list) else content.items()
     rows, bad = Rows(), []
     for key, item in items:
