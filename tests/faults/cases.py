@@ -11,6 +11,7 @@ from faults.cases_llama import LLAMA
 from faults.cases_mixtures import MIXTURES
 from faults.cases_output_dir import OUTPUT_DIR
 from faults.cases_published import PUBLISHED_FILES
+from faults.cases_schema import SCHEMA
 from faults.cases_settings import SETTINGS
 from faults.cases_tables import TABLES
 
@@ -19,6 +20,7 @@ CASES: dict[str, Case] = {
     **DEEPSPEED,
     **OUTPUT_DIR,
     **TABLES,
+    **SCHEMA,
     **FORMATS,
     **MIXTURES,
     **FEATURE_FILES,

@@ -1,18 +1,16 @@
 """The examples of vico/data/README.md work as they are printed there."""
 
+import dataclasses
 import re
 import textwrap
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 from support.annotation_files import put
 from support.processes import ROOT
 from support.toy_dataset import ToyData
 from vico.data import prompts
-from vico.data.datasets import DATASETS, Dataset, read_questions
+from vico.data.datasets import read_questions
+from vico.data.readers import spec
 from vico.data.tokenizer import Tokenizer
 from vico.data.types import Question
 
@@ -26,19 +24,20 @@ def example(text: str) -> str:
     return textwrap.dedent(code)
 
 
-def test_added_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module: dict[str, Any] = {}
-    exec(example("def read("), module)
-    entry = Dataset(module["annotation_file"], module["read"])
-    assert example("Dataset(") == '"myqa": Dataset(myqa.annotation_file, myqa.read),\n'
-    monkeypatch.setitem(DATASETS, "myqa", entry)
-    options = {"a": "one", "b": "two", "c": "3", "d": "None"}
-    row = {"id": 1, "video": "v1", "kind": "count", "question": "How many?", "answer": 2}
-    put(tmp_path / "val.jsonl", [row | options])
-    (question,) = read_questions("myqa", tmp_path, "val")
-    texts = tuple(options.values())
-    expected = Question(0, "1", "v1", "count", "How many?", texts, 2, place="val.jsonl:1")
-    assert question == replace(expected, dataset="myqa")
+def test_tables(tmp_path: Path) -> None:
+    """Both examples of a table, and every key of dataset.yaml."""
+    blocks = re.findall(r"```(?:yaml)?\n(.*?)```", GUIDE, flags=re.DOTALL)
+    (lines,) = [block for block in blocks if block.startswith('{"video"')]
+    (semicolons,) = [block for block in blocks if block.startswith("Video;")]
+    (described,) = [block for block in blocks if block.startswith("files:")]
+    put(tmp_path / "my" / "train.jsonl", lines)
+    put(tmp_path / "my" / "val.csv", semicolons)
+    asked = [read_questions("my", tmp_path / "my", split)[0] for split in ("train", "val")]
+    assert [q.options[q.answer or 0] for q in asked] == ["3", "a child"]
+    put(tmp_path / "my" / "dataset.yaml", described)
+    names = {field.name for field in dataclasses.fields(spec.Spec)} - {"path"}
+    assert {line.partition(":")[0] for line in described.splitlines()} == names
+    assert spec.read(tmp_path / "my").frames_per_second == 2
 
 
 def test_added_task(toy: ToyData) -> None:

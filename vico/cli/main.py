@@ -47,6 +47,7 @@ COMMANDS = {
         "Convert weights between Meta's and Hugging Face's layout, adapters to the published "
         "format and back.",
     ),
+    "data": ("data", "Write a data set in the general schema: vico data convert NAME."),
     "env": ("env", "Show versions, devices, and what would compute on them; for bug reports."),
     "export": (
         "export",

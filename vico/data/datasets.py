@@ -1,15 +1,14 @@
-"""The datasets by name. A new one is a reader module and one entry here (README.md in this
-folder).
-"""
+"""The data sets by name: the published ones, and folders of tables in the general schema."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vico.data.readers import intentqa, nextqa, star, tvqa
+from vico.data.readers import intentqa, nextqa, schema, spec, star, tvqa
 from vico.data.readers.rows import UNKNOWN
 from vico.data.types import Question
 from vico.errors import UserError, nearest, show
+from vico.io.paths import entries
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,8 @@ class Dataset:
     # slots), and questions of the training split. The defaults are NExT-QA's.
     mean_question_tokens: int = 96
     num_train_questions: int = 34132
+    frames_per_second: float = 1.0  # of the features that clips are counted in
+    is_general: bool = False  # a folder of tables in the general schema
 
 
 # Those with a format of their own. `find_dataset` is the way to ask for one.
@@ -47,6 +48,7 @@ DATASETS = {
         tvqa.annotation_file,
         tvqa.read,
         has_dialogue=True,
+        frames_per_second=tvqa.FEATURES_PER_SECOND,
         mean_question_tokens=121,
         num_train_questions=122039,
     ),
@@ -70,11 +72,37 @@ def find_dataset(name: str, folder: Path) -> Dataset:
     """
     if name in DATASETS:
         return DATASETS[name]
-    known = list(DATASETS)
+    is_name = name == folder.name  # no path, which would be another folder of files
+    if is_name and schema.is_dataset(folder):
+        return _general(folder)
+    others = _folders_in(folder.parent) if is_name else []
+    known = [*DATASETS, *(other for other in others if other not in DATASETS)]
+    expected = "a folder with train, val or test.jsonl (or .csv)"
     raise UserError(
-        f"--dataset {show(name)}: there is no such data set; it can be {', '.join(known)}"
-        f"{nearest(name.lower(), known)}"
+        f"--dataset {show(name)}: there is no such data set; it can be {', '.join(known)}, or "
+        f"{expected} in --data_path{nearest(name.lower(), known)}"
     )
+
+
+def _general(folder: Path) -> Dataset:
+    described = spec.read(folder)
+    return Dataset(
+        schema.annotation_file,
+        schema.read,
+        described.groups,
+        mean_of=described.mean_of,
+        has_dialogue=schema.has_dialogue(folder),
+        frames_per_second=described.frames_per_second,
+        is_general=True,
+    )
+
+
+def _folders_in(data_path: Path) -> list[str]:
+    """The data sets there, for a message."""
+    try:
+        return sorted(path.name for path in entries(data_path) if schema.is_dataset(path))
+    except UserError:
+        return []
 
 
 def read_questions(
@@ -86,9 +114,9 @@ def read_questions(
 ) -> list[Question]:
     """The questions of a split, in file order. Raises UserError for a file with a fault."""
     entry = find_dataset(dataset, folder)
-    if entry.has_dialogue:
+    if entry.has_dialogue and not entry.is_general:
         questions = entry.read(folder, split, subtitles, missing_subtitles)
-    elif subtitles:
+    elif subtitles and not entry.has_dialogue:
         raise UserError(f"--sub: {dataset} has no subtitles; leave --sub out")
     else:
         questions = entry.read(folder, split)

@@ -16,6 +16,18 @@ from vico.io.safe_load import failed_download
 
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]|-?Infinity|NaN')
 _COLON = re.compile(r"\s*:")
+_FORMATS = {
+    b"\x1f\x8b": "gzip-compressed",
+    b"BZh": "bzip2-compressed",
+    b"\xfd7zXZ\x00": "xz-compressed",
+    b"\x28\xb5\x2f\xfd": "zstd-compressed",
+    b"PK\x03\x04": "a zip or workbook archive",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook",
+    b"PAR1": "a parquet file",
+    b"\x89HDF": "an HDF5 file",
+    b"SQLite format 3": "an SQLite database",
+    b"%PDF": "a PDF document",
+}
 _KINDS: dict[type, str] = {
     dict: "an object",
     list: "a list",
@@ -31,7 +43,7 @@ def read_text(path: Path, what: str, error: type[UserError] = UserError) -> str:
     `what` describes the expected content in messages.
     """
     data = _read_bytes(path, what, error)
-    if description := failed_download(data[:512], len(data)):
+    if description := failed_download(data[:512], len(data)) or _other_format(data):
         fail(f"{path}: {what} is {description}", error)
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         reason = "is UTF-16 (byte offset 0 holds its mark), not UTF-8; save it as UTF-8"
@@ -57,6 +69,20 @@ def read_text(path: Path, what: str, error: type[UserError] = UserError) -> str:
     if not text.strip():
         fail(f"{path}: is empty; {what} should be there: fetch it again", error)
     return text
+
+
+def _other_format(data: bytes) -> str | None:
+    """What a file is that is no text, and what to do; None: no known kind."""
+    for start, kind in _FORMATS.items():
+        if not data.startswith(start):
+            continue
+        if start == b"PK\x03\x04" and b"xl/" in data:
+            kind = "an Excel workbook"
+        remedy = (
+            "unpack it" if kind.endswith(("archive", "compressed")) else "save it as UTF-8 text"
+        )
+        return f"{kind} ({len(data):,} bytes), not text; {remedy}"
+    return None
 
 
 def _read_bytes(path: Path, what: str, error: type[UserError]) -> bytes:
@@ -150,3 +176,46 @@ def _find_rejected(text: str) -> tuple[int, str]:
                 return token.start(), f"key {show(key)} appears twice in one object"
             keys[-1].add(key)
     raise AssertionError("the parser rejected the text, but no cause was found")
+
+
+# ---- YAML
+# -------------------------------------------------------------------------------------------
+
+MAX_YAML_CHARACTERS = 1 << 15  # YAML is read at some 50,000 characters a second
+
+
+def read_yaml_object(path: Path, what: str) -> dict[str, Any]:
+    """The file's mapping; `what` describes it in messages. Raises UserError."""
+    import yaml  # few files need it
+
+    text = read_text(path, what)
+    if len(text) > MAX_YAML_CHARACTERS:
+        fail(
+            f"{path}: {len(text):,} characters, where at most {MAX_YAML_CHARACTERS:,} are expected"
+        )
+    try:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            fail(f"{path}: holds an alias (*name); write the value out")
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as problem:
+        if isinstance(problem, UserError):
+            raise
+        fail(f"{path}: not valid YAML: {' '.join(str(problem).split())}")
+    if not isinstance(content, dict):
+        fail(f"{path}: must hold lines 'key: value'")
+    _refuse_repeated_keys(tree, path)
+    return content
+
+
+def _refuse_repeated_keys(tree: Any, path: Path) -> None:
+    pending = [tree]
+    while pending:
+        value = pending.pop().value
+        for item in value if isinstance(value, list) else ():
+            pending += item if isinstance(item, tuple) else (item,)
+        pairs = value if isinstance(value, list) and value and isinstance(value[0], tuple) else ()
+        keys = [key.value for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                fail(f"{path}: {show(key)} appears twice; keep one")

@@ -25,12 +25,14 @@ class Rows(list[tuple[str, Row]]):
     """(place such as "val.csv:17", the row's fields) of each row of a file."""
 
     num_blank = 0  # further rows, which hold nothing but blanks
+    notes: tuple[str, ...] = ()  # what is not as it would be expected, and was read
 
 
 # The type of a question whose file states none, and the group of types that no group lists.
 UNKNOWN = "(unknown)"
 MAX_EXAMPLES = 3  # in a message
 MAX_NAMES = 20  # columns or keys in a message
+DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons"}  # the first of equally many
 
 
 class RowError(ValueError):
@@ -63,9 +65,10 @@ def read_csv(path: Path, what: str, required: Sequence[str], aliases: Mapping[st
     first_line = text.partition("\n")[0]
     if first_line.endswith("\r"):  # CRLF, which a spreadsheet also puts inside quotes
         text = text.replace("\r\n", "\n")
-    records, num_blank = _csv_records(text, path)
+    delimiter = delimiter_of(text)
+    records, num_blank = _csv_records(text, path, delimiter)
     header_line, names = records.pop(0)
-    header = _canonical_names(names, aliases)
+    header = canonical_names(names, required, aliases)
     _check_header(f"{path.name}:{header_line}", header, required, path)
     if not records:
         fail(f"{path}: holds a header and no rows; fetch it again")
@@ -73,6 +76,8 @@ def read_csv(path: Path, what: str, required: Sequence[str], aliases: Mapping[st
     unended_line = None if text.endswith(("\n", "\r")) else records[-1][0]
     rows, bad = Rows(), []
     rows.num_blank = num_blank
+    if delimiter != ",":
+        rows.notes = (f"{path.name} is separated by {DELIMITERS[delimiter]}",)
     for line, fields in records:
         place = f"{path.name}:{line}"
         count = f"{len(fields)} fields, header has {len(header)}"
@@ -86,12 +91,18 @@ def read_csv(path: Path, what: str, required: Sequence[str], aliases: Mapping[st
     return rows
 
 
-def _csv_records(text: str, path: Path) -> tuple[list[tuple[int, list[str]]], int]:
+def delimiter_of(text: str) -> str:
+    """What separates the column names: a tab or a semicolon where that is there more often."""
+    names = re.sub('"[^"]*"', "", text.lstrip().partition("\n")[0])
+    return max(DELIMITERS, key=names.count)
+
+
+def _csv_records(text: str, path: Path, delimiter: str) -> tuple[list[tuple[int, list[str]]], int]:
     """((line it begins on, fields) of each record, the number of blank ones, which are left out).
 
     The header is the first record. An empty line is no record.
     """
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     records, num_blank = [], 0
     line = 1  # where the record begins; reader.line_num is where it ends
     try:
@@ -111,13 +122,19 @@ def _csv_records(text: str, path: Path) -> tuple[list[tuple[int, list[str]]], in
     return records, num_blank
 
 
-def _canonical_names(names: Sequence[str], aliases: Mapping[str, str]) -> list[str]:
-    """Column names, stripped. An alias becomes the name it stands for, unless that exists too."""
+def canonical_names(
+    names: Sequence[str], required: Sequence[str], aliases: Mapping[str, str]
+) -> list[str]:
+    """Column names, stripped. An alias becomes the name it stands for, unless that exists too.
+
+    A required name or an alias may be written in capitals.
+    """
     stripped = [name.strip() for name in names]
     known = set(stripped)
     header = []
     for name in stripped:
-        canonical = aliases.get(name, name)
+        lower = name.lower() if name.lower() in (*required, *aliases) else name
+        canonical = aliases.get(lower, lower)
         header.append(name if canonical in known else canonical)
     return header
 
@@ -201,6 +218,11 @@ def objects_of(path: Path, content: list[Any] | dict[str, Any], id_key: str = ""
 # -------------------------------------------------------------------------------
 
 
+def plain(text: str) -> str:
+    """Without what a writer changes without thought: case, blanks, the full stop at the end."""
+    return " ".join(text.split()).removesuffix(".").rstrip().casefold()
+
+
 def field(row: Row, key: str) -> Any:
     if key not in row:
         raise RowError(f"'{key}' is missing (has: {_shown(list(row))})")
@@ -281,6 +303,16 @@ def answer_field(row: Row, key: str, num_options: int, split: str) -> int | None
     raise RowError(f"'{key}' is {found}, not one of {', '.join(allowed)}")
 
 
+def refuse_further_options(row: Row, options: Sequence[str]) -> None:
+    """Raise RowError for an option that the format does not have: it must not be dropped."""
+    for name in row:
+        if name[:1] == "a" and name[1:].isdecimal() and name not in options:
+            raise RowError(
+                f"column {show(name)}: this format has the options {', '.join(options)}; "
+                "a table in a folder of another name may have 2 to 26 (--dataset NAME)"
+            )
+
+
 # ---- questions
 # -------------------------------------------------------------------------------------
 
@@ -292,7 +324,7 @@ def questions_from(path: Path, rows: Rows, make: Callable[[int, str, Row], Quest
     none of them answered.
     """
     questions, bad = Questions(), []
-    questions.num_blank_rows = rows.num_blank
+    questions.num_blank_rows, questions.notes = rows.num_blank, rows.notes
     for index, (place, row) in enumerate(rows):
         try:
             questions.append(make(index, place, row))

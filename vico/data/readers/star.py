@@ -106,19 +106,14 @@ def _answer(row: Row, choices: dict[str, str], split: str) -> tuple[int | None, 
     text = str(value) if is_number else rows.text_field(row, "answer")
     if text in options and not is_number:
         return options.index(text), ""
-    plain, name = _plain(text), text.strip().upper()
-    loosely = [i for i, option in enumerate(options) if plain and _plain(option) == plain]
+    plain, name = rows.plain(text), text.strip().upper()
+    loosely = [i for i, option in enumerate(options) if plain and rows.plain(option) == plain]
     by_name = [i for i, names in enumerate(_names(choices)) if name in names]
     found = {options[i] for i in (*loosely, *by_name)}
     if len(found) == 1:
         return (loosely or by_name)[0], LOOSELY if loosely else BY_NAME
     fault = "fits more than one" if found else "not one"
     raise RowError(f"'answer' is {show(value)}, {fault} of the choices {show(options)}")
-
-
-def _plain(text: str) -> str:
-    """Without what a writer changes without thought: case, blanks, the full stop at the end."""
-    return " ".join(text.split()).removesuffix(".").rstrip().casefold()
 
 
 def _names(choices: dict[str, str]) -> list[tuple[str, str]]:

@@ -32,6 +32,7 @@ def read(
     records = rows.read_jsonl(path, f"the JSON lines of the {split} questions")
 
     def question(index: int, place: str, row: Row) -> Question:
+        rows.refuse_further_options(row, _OPTIONS)
         return Question(
             index=index,
             qid=rows.id_field(row, "qid"),
