@@ -59,20 +59,20 @@ def find(names: Sequence[str], spec: Spec) -> Columns:
         if options and "options" in of:
             raise RowError(
                 f"options could be in {show(of['options'])} and in {_shown(options)}; "
-                f"{_say('options', spec)}"
+                f"{_remedy('options', spec)}"
             )
     elif missing := [name for name in options if name not in names]:
         raise RowError(f"column {show(missing[0])} of the options is missing")
     for field in ("video", "question"):
         if field not in of:
-            raise RowError(f"no '{field}' (has: {_shown(names)}); {_say(field, spec)}")
+            raise RowError(f"no '{field}' (has: {_shown(names)}); {_remedy(field, spec)}")
     if not options and "options" not in of:
-        raise RowError(f"no 'options' (has: {_shown(names)}); {_say('options', spec)}")
+        raise RowError(f"no 'options' (has: {_shown(names)}); {_remedy('options', spec)}")
     unread = [name for name in names if name not in of.values() and name not in options]
     return Columns(of, options, tuple(unread))
 
 
-def _say(field: str, spec: Spec) -> str:
+def _remedy(field: str, spec: Spec) -> str:
     return f"name the column in {spec.path} (columns: {field}: ...)"
 
 
@@ -109,7 +109,7 @@ def _option_columns(free: dict[str, str], spec: Spec) -> tuple[str, ...]:
     several = [columns for columns in families.values() if len(columns) > 1]
     if len(several) > 1:
         both = " and in ".join(_shown(list(columns.values())) for columns in several)
-        raise RowError(f"options could be in {both}; {_say('options', spec)}")
+        raise RowError(f"options could be in {both}; {_remedy('options', spec)}")
     if not several:
         return ()
     (columns,) = several

@@ -84,7 +84,7 @@ def _of_conversation(row: Row) -> list[tuple[dict[str, Any], str]]:
     turns = row[key]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise RowError(f"'{key}' is {show(turns)}, not a list of objects")
-    said = [_turn(turn, key) for turn in turns]
+    said = [_speaker_and_text(turn, key) for turn in turns]
     system = " ".join(text for who, text in said if who == "system")
     pairs = [entry for entry in said if entry[0] != "system"]
     if not pairs or len(pairs) % 2:
@@ -103,7 +103,7 @@ def _of_conversation(row: Row) -> list[tuple[dict[str, Any], str]]:
     return made
 
 
-def _turn(turn: Row, key: str) -> tuple[str, str]:
+def _speaker_and_text(turn: Row, key: str) -> tuple[str, str]:
     who, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
     if isinstance(text, list):  # Qwen-VL's: pieces, each of a type
         pieces = [piece for piece in text if isinstance(piece, dict) and "text" in piece]
