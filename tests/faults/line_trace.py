@@ -11,6 +11,7 @@ import sys
 import threading
 import typing
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -56,6 +57,9 @@ class _Tracer:
         return line
 
 
+_trace: list[Callable[[FrameType, str, Any], Any]] = []  # that of this process, once it is traced
+
+
 def start() -> None:
     """Trace this process, its threads and the processes that it forks from now on."""
     path = os.environ.get(TRACE_FILE)
@@ -66,9 +70,14 @@ def start() -> None:
     notes = fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, MIN_DESCRIPTOR)
     os.close(opened)
     package = Path(__file__).resolve().parents[2] / "vico"
-    tracer = _Tracer(package, notes)
-    threading.settrace(tracer.call)
-    sys.settrace(tracer.call)
+    _trace.append(_Tracer(package, notes).call)
+    threading.settrace(_trace[0])
+    sys.settrace(_trace[0])
+
+
+def pytest_runtest_logstart() -> None:
+    """Before each test: Python ends the tracing of a thread that overflows its stack."""
+    sys.settrace(_trace[0])
 
 
 def pytest_runtest_logreport(report: Report) -> None:
