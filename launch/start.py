@@ -26,8 +26,7 @@ from vico.cli import interpreter  # first: it refuses old Pythons
 from vico.distributed import signals
 from vico.io import streams
 
-# A signal that is blocked would arrive in spite of nohup, which has SIGHUP ignored.
-SIGNALS = [n for n in signals.BLOCKED if not signals.is_ignored_hangup(n)]
+SIGNALS = signals.blocked()
 SRUN_SECONDS = 0.5  # srun can lose the last line of a task that fails
 SIGNAL_HINTS = {
     "SIGKILL": "; the kernel does that when memory runs out",

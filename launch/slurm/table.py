@@ -1,8 +1,11 @@
-"""table.py start|run|end ROW TABLE FLAGS: one training run per row of a table of flags.
+"""One training run per row of a table of flags, on a SLURM cluster or on this machine.
 
-For launch/slurm/array.sbatch. `start` checks the row and prints its command, `run` becomes that
-command, `end` records its exit code (VICO_EXIT_CODE) and writes OUTPUT_DIR/results.tsv, which is
-printed when all elements of the array have ended.
+table.py start|run|end ROW TABLE FLAGS is for launch/slurm/array.sbatch. `start` checks the row and
+prints its command, `run` becomes that command, `end` records its exit code (VICO_EXIT_CODE) and
+writes OUTPUT_DIR/results.tsv, which is printed when all elements of the array have ended.
+
+table.py all TABLE FLAGS is for launch/sweep.sh: the rows one after another. OUTPUT_DIR/results.tsv
+is written after each and printed at the end.
 """
 
 import contextlib
@@ -11,10 +14,13 @@ import fcntl
 import io
 import json
 import os
+import signal
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +29,19 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from vico.cli import flags as command_line  # noqa: E402
-from vico.errors import UserError, nearest, one_line, show  # noqa: E402
-from vico.io import log  # noqa: E402
+from vico.distributed import signals  # noqa: E402
+from vico.errors import INTERRUPTED, RESUMABLE, UserError, nearest, one_line, show  # noqa: E402
+from vico.io import log, streams  # noqa: E402
 from vico.io.atomic import make_folder, write_text  # noqa: E402
+from vico.io.output_dir import OutputDir  # noqa: E402
 from vico.io.paths import exists, open_to_write, read_bytes  # noqa: E402
 from vico.train import config as configs  # noqa: E402
 
 EXIT_CODE = "exit_code"  # a file beside a run's files: how its last start ended
 RESULTS, LOCK = "results.tsv", ".results-lock"  # in the folder of all runs
+SIGNALS = signals.blocked()  # passed on to a run
+STOPS = set(SIGNALS) - {signal.SIGQUIT}  # that one asks for stacks
+POLL_SECONDS = 0.2
 SEPARATOR_HINT = "a .tsv file has tabs between columns, others commas"
 
 
@@ -141,17 +152,13 @@ def _format(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def write_results(rows: list[Row], base: Path) -> None:
-    """Write results.tsv; print it when all rows, or all elements of the array, have ended."""
+def write_results(rows: list[Row], base: Path) -> tuple[int, list[str]]:
+    """Write results.tsv; returns how many rows have ended, and the aligned lines."""
     results = [result(row, base / row.name) for row in rows]
     lines = [list(results[0]), *(list(values.values()) for values in results)]
-    path = base / RESULTS
-    write_text(path, "".join("\t".join(line) + "\n" for line in lines))
+    write_text(base / RESULTS, "".join("\t".join(line) + "\n" for line in lines))
     num_ended = sum(values["status"] != "not ended" for values in results)
-    num_started = int(os.environ.get("SLURM_ARRAY_TASK_COUNT", "1"))
-    log.info(f"{num_ended} of {len(rows)} rows have ended: {path}")
-    if num_ended >= min(num_started, len(rows)):
-        print("\n".join(_align(lines)), flush=True)
+    return num_ended, _align(lines)
 
 
 @contextlib.contextmanager
@@ -182,34 +189,142 @@ def _align(lines: list[list[str]]) -> list[str]:
     return aligned
 
 
-def main(action: str, number: str, table: str, flags: list[str]) -> None:
+class RowRun:
+    """The run of row `number`, from 1 on, in the folder of its name."""
+
+    def __init__(self, rows: list[Row], number: int, flags: list[str]) -> None:
+        row = rows[number - 1]
+        self.label = f"row {number} of {len(rows)}, {row.name}"
+        self._rows, self._base = rows, _parse(flags).output_dir
+        self.folder = self._base / row.name
+        self._flags = [*flags, *row.flags, f"--output_dir={self.folder}"]
+
+    @property
+    def command(self) -> list[str]:
+        return ["bash", str(ROOT / "launch" / "train.sh"), *self._flags]
+
+    def start(self) -> None:
+        """Check the row and print its command. Raises UserError."""
+        (self.folder / EXIT_CODE).unlink(missing_ok=True)
+        _parse(self._flags)
+        log.info(f"{self.label}: vico train {' '.join(self._flags)}")
+
+    def end(self, code: int) -> tuple[int, list[str]]:
+        """Record the exit code; returns what `write_results` does."""
+        make_folder(self.folder)
+        with one_at_a_time(self._base):
+            write_text(self.folder / EXIT_CODE, f"{code}\n")
+            num_ended, lines = write_results(self._rows, self._base)
+        log.info(f"{num_ended} of {len(self._rows)} rows have ended: {self._base / RESULTS}")
+        return num_ended, lines
+
+    def is_complete(self) -> bool:
+        """Whether its last start ended well, with the settings of now."""
+        if _status(self.folder / EXIT_CODE) != "done":
+            return False
+        try:
+            settings, saved = _parse(self._flags).to_json(), OutputDir(self.folder).read_args()
+        except UserError:  # the run itself says what is wrong
+            return False
+        return settings.items() <= saved.items()  # which has more, such as the world size
+
+
+def run_all(table: Path, flags: list[str]) -> int:
+    """Run the rows one after another, and print their results.
+
+    Returns the exit code of the last row that failed, or of the one that a signal stopped.
+    """
+    # A blocked signal waits until it is passed on. A run starts with the same ones blocked, until
+    # it can handle them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    streams.guard()
+    rows = read_table(table)
+    base = OutputDir(_parse(flags).output_dir)
+    runs = [RowRun(rows, number, flags) for number in range(1, len(rows) + 1)]
+    for note in base.lock():
+        log.info(note)
+    streams.keep_lost_output(base.lost_output)
+    for run in runs:
+        make_folder(run.folder)
+    code = _run_each(runs)
+    with one_at_a_time(base.path):
+        _, lines = write_results(rows, base.path)
+    print("\n".join(lines), flush=True)
+    return code
+
+
+def _run_each(runs: list[RowRun]) -> int:
+    failed, received = 0, set[int]()
+    for run in runs:
+        if run.is_complete():
+            log.info(f"{run.label}: passed over, it is complete")
+            continue
+        if stops := STOPS & (received | signal.sigpending()):
+            log.info(f"stopped before {run.label}; the same command goes on there")
+            return INTERRUPTED if signal.SIGINT in stops else RESUMABLE
+        try:
+            run.start()
+            code = _wait_for(run.command, received)
+        except UserError as error:
+            log.error(one_line(f"{run.label}: {error}"))
+            code = error.exit_code
+        if code and (STOPS & received or code in (RESUMABLE, INTERRUPTED)):
+            log.info(f"{run.label}: stopped; the same command goes on there")
+            return code
+        run.end(code)
+        failed = code or failed
+    return failed
+
+
+def _wait_for(command: list[str], received: set[int]) -> int:
+    """Run a command and pass signals on to it, which are added to `received`.
+
+    Returns its exit code, 128 + N where signal N ended it.
+    """
+    # Where this process is killed, the run ends too. It would train beside the next start.
+    die_too = partial(signals.die_with_parent, os.getpid())
+    process = subprocess.Popen(command, preexec_fn=die_too)
+    while process.poll() is None:
+        if signal_info := signal.sigtimedwait(SIGNALS, POLL_SECONDS):
+            received.add(signal_info.si_signo)
+            process.send_signal(signal_info.si_signo)
+    code = process.returncode
+    return code if code >= 0 else 128 - code
+
+
+def run_row(action: str, number: str, table: str, flags: list[str]) -> None:
+    """One step of an element of launch/slurm/array.sbatch."""
     rows = read_table(Path(table))
     if not (number.isdecimal() and 1 <= int(number) <= len(rows)):
         problem = f"has {len(rows)} rows and no row {number}"
         raise UserError(f"{table}: {problem}; start it with --array=1-{len(rows)}")
-    row = rows[int(number) - 1]
-    base = _parse(flags).output_dir
-    command = [*flags, *row.flags, f"--output_dir={base / row.name}"]
-    exit_code = base / row.name / EXIT_CODE
+    run = RowRun(rows, int(number), flags)
 
-    def end(code: str) -> None:
-        make_folder(exit_code.parent)
-        with one_at_a_time(base):
-            write_text(exit_code, code + "\n")
-            write_results(rows, base)
+    def end(code: int) -> None:
+        num_ended, lines = run.end(code)
+        num_started = int(os.environ.get("SLURM_ARRAY_TASK_COUNT", "1"))
+        if num_ended >= min(num_started, len(rows)):
+            print("\n".join(lines), flush=True)
 
     if action == "start":
-        exit_code.unlink(missing_ok=True)
         try:
-            _parse(command)
+            run.start()
         except UserError as error:
-            end(str(error.exit_code))
+            end(error.exit_code)
             raise
-        log.info(f"row {number} of {len(rows)}, {row.name}: vico train {' '.join(command)}")
     elif action == "run":
-        os.execvp("bash", ["bash", str(ROOT / "launch" / "train.sh"), *command])
+        os.execvp("bash", run.command)
     else:
-        end(os.environ["VICO_EXIT_CODE"])
+        end(int(os.environ["VICO_EXIT_CODE"]))
+
+
+def main(action: str, words: list[str]) -> int:
+    if action != "all":
+        run_row(action, words[0], words[1] if len(words) > 1 else "", words[2:])
+        return 0
+    if not words or words[0].startswith("-"):
+        raise UserError("the table comes first: bash launch/sweep.sh TABLE FLAGS")
+    return run_all(Path(words[0]), words[1:])
 
 
 def _parse(flags: list[str]) -> configs.RunConfig:
@@ -218,7 +333,7 @@ def _parse(flags: list[str]) -> configs.RunConfig:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1], sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else "", sys.argv[4:])
+        sys.exit(main(sys.argv[1], sys.argv[2:]))
     except UserError as error:
         log.error(one_line(str(error)))
         sys.exit(error.exit_code)

@@ -107,6 +107,11 @@ def restore_default_handlers() -> None:
     _handle_by({n: signal.SIG_DFL for n in SIGNALS if not is_ignored_hangup(n)})
 
 
+def blocked() -> list[int]:
+    """Those of BLOCKED that a launcher blocks: a blocked one would arrive in spite of `nohup`."""
+    return [number for number in BLOCKED if not is_ignored_hangup(number)]
+
+
 def is_ignored_hangup(number: int) -> bool:
     """`nohup` has SIGHUP ignored."""
     return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
