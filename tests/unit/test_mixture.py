@@ -20,7 +20,8 @@ from support.training_steps import config_of
 from vico.checkpoint.format import Checkpoint
 from vico.data.batching import TrainingSteps
 from vico.data.datasets import DATASETS
-from vico.data.mixture import DatasetChoice, EpochOrder, parse_datasets, paths_by_dataset
+from vico.data.epoch_order import EpochOrder
+from vico.data.mixture import DatasetChoice, parse_datasets, paths_by_dataset
 from vico.data.types import Question
 from vico.distributed.world import World
 from vico.errors import UserError

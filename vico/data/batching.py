@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from vico.data.bin_packing import best_fill, first_fit, greedy_balance
+from vico.data.epoch_order import EpochOrder
 from vico.data.micro_batches import (
     DatasetInputs,
     MicroBatchBuilder,
@@ -19,7 +20,7 @@ from vico.data.micro_batches import (
     num_tokens,
     question_characters,
 )
-from vico.data.mixture import DatasetChoice, EpochOrder
+from vico.data.mixture import DatasetChoice
 from vico.data.prompts import crop_candidates
 from vico.data.types import Question, TokenSequence
 from vico.errors import UserError
