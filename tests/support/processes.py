@@ -31,6 +31,9 @@ VICO = ("-m", "vico")
 RUN_SECONDS = 240.0
 SECONDS_AFTER_ABORT = 5.0
 RANK_VARIABLES = (*SINGLE_RANK, "LOCAL_WORLD_SIZE", "MASTER_PORT")
+# Under `nohup` processes inherit that SIGHUP is ignored, but not that a function takes it.
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
 class Processes:
