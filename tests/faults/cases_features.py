@@ -48,8 +48,8 @@ FEATURE_FILES: dict[str, Case] = {
         "extract them",
     ),
     "feature width": refused(
-        pth(FEATURES, lambda videos: {k: v[:, :512].clone() for k, v in videos.items()}),
-        "clipvitl14.pth: 20 of 20 questions (4 videos) have features that are no "
+        pth(FEATURES, lambda videos: videos.update({"000000": videos["000000"][:, :512].clone()})),
+        "clipvitl14.pth: 5 of 20 questions (1 videos) have features that are no "
         "floating-point tensor [frames >= 1, 768], e.g. '000000' ([",
     ),
     "feature without numbers": refused(
@@ -80,7 +80,8 @@ FEATURE_FILES: dict[str, Case] = {
     ),
     "features, an id that forges lines": refused(
         rows({"video": "x\nvico: done\x1b[2J"}),
-        "1 of 1 questions (1 videos) have no features, e.g. 'x\\nvico: done\\x1b[2J'; extract them",
+        "1 of 1 questions (1 videos) have no features, e.g. 'x\\nvico: done\\x1b[2J' (the file's "
+        "ids are like '000000'); extract them",
     ),
     "features, an id that leads away": refused(
         rows({"video": "../../etc/passwd"}), "have no features, e.g. '../../etc/passwd'"
@@ -104,15 +105,15 @@ FEATURE_FILES: dict[str, Case] = {
     ),
     "features, a list": refused(
         pth(FEATURES, lambda videos: videos.update({"000001": [[0.0]]})),
-        "'000001' (list of length 1)",
+        "'000001' ([1, 1] float32)",
     ),
     "features, infinite": refused(
         pth(FEATURES, lambda videos: videos["000001"].fill_(torch.inf) is None or videos),
         "have features with NaN or infinite values, e.g. '000001'",
     ),
-    "features, numbers as keys": refused(
-        pth(FEATURES, lambda videos: {int(k): v for k, v in videos.items()}),
-        "7 of 7 keys are no text, e.g. 0; save it",
+    "features, tuples as keys": refused(
+        pth(FEATURES, lambda videos: {(k,): v for k, v in videos.items()}),
+        "7 of 7 keys are no text, e.g. ('000000',); save it",
     ),
     "features, no dict": refused(
         pth(FEATURES, lambda videos: list(videos.values())), "clipvitl14.pth: holds list of length "
@@ -155,7 +156,7 @@ FEATURE_FILES: dict[str, Case] = {
     ),
     "features are a folder": refused(
         both(gone(FEATURES), lambda fixture: (fixture.folder / FEATURES).mkdir()),
-        "cannot be opened (Is a directory)",
+        "the folder holds no .npy, .pth, .pt, .safetensors; name another",
     ),
     "caption, blank": refused(
         js(CAPTIONS, **{"000001": " \n"}),

@@ -28,6 +28,7 @@ from faults.damage import (
     tokenizer_json,
 )
 from faults.damage_tables import SRT, rows, star, star_item, tvqa, tvqa_row
+from faults.legal_features import FEATURE_FORMATS, features_as
 from faults.legal_formats import CAPTION_FORMATS, star_formats, tvqa_formats
 from faults.result import Result, Scale
 from support.run_fixture import (
@@ -120,10 +121,6 @@ def with_columns(fields: list[list[str]]) -> list[list[str]]:
     return [[*header, "lemma", "note"], *([*row, 'x "y"\nz', ""] for row in rows)]
 
 
-def features_as(change: Callable[[torch.Tensor], Any]) -> Damage:
-    return pth(FEATURES, lambda videos: {name: change(value) for name, value in videos.items()})
-
-
 def with_attributes(clip: torch.Tensor) -> torch.Tensor:
     """As torch.save writes a tensor that a program has marked."""
     clip.fps, clip.source = 25.0, {"file": "a.mp4"}  # type: ignore[attr-defined]
@@ -196,6 +193,7 @@ NEXTQA_TWINS: dict[str, Damage] = {
     "features, an OrderedDict": pth(FEATURES, OrderedDict),
     "features, with attributes of Python": features_as(with_attributes),
     "features, parameters": features_as(lambda v: torch.nn.Parameter(v, requires_grad=False)),
+    **FEATURE_FORMATS,
     "features, blanks around ids": pth(
         FEATURES, lambda videos: {f" {name}\n": value for name, value in videos.items()}
     ),

@@ -102,7 +102,7 @@ BREAKS = (
     ),
     Break(
         "the order of questions from no seed",
-        "vico/data/mixture.py",
+        "vico/data/epoch_order.py",
         "default_rng([self._seed, epoch])",
         "default_rng()",
         "tests/unit/test_batching.py::test_ranks_divide_a_step",

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vico.data.features import WIDTH
 from vico.data.types import FeatureRows, Question
+
+WIDTH = 768  # of CLIP ViT-L/14
 
 
 def numbered(length: int, dtype: torch.dtype = torch.float32) -> Tensor:

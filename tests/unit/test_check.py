@@ -255,4 +255,5 @@ def test_dropped_questions_are_counted_in_every_result(
     assert main(["train", *flags]) == 2
     no_video = "holds features of no video of the 10 val questions"
     fetch = "fetch the file that belongs to them"
-    assert f"{no_video}; {fetch}" in capfd.readouterr().err
+    ids = "e.g. 'w0000' (the file's ids are like 'v0000')"
+    assert f"{no_video}, {ids}; {fetch}" in capfd.readouterr().err

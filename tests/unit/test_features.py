@@ -14,8 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from support.errors import refusal
-from support.feature_files import numbered, questions_about, save
-from vico.data.features import WIDTH, Features, Scan
+from support.feature_files import WIDTH, numbered, questions_about, save
+from vico.data.features import Features, Scan
 from vico.io.safe_load import release_pages
 
 
@@ -49,7 +49,8 @@ def test_sample_takes_the_published_rows(
     padding = [0] * (num_frames - len(expected))
     assert sampled.dtype == torch.float32 and sampled.shape == (num_frames, WIDTH)
     assert sampled.amin(1).tolist() == sampled.amax(1).tolist() == expected + padding
-    assert features.check(questions_about(("v", rows))) == (not clip)
+    questions = questions_about(("v", rows), ("v", None))
+    assert features.check(questions) == (not clip)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -94,7 +95,8 @@ MALFORMED = {
     "[4, 768] int64": torch.zeros(4, WIDTH, dtype=torch.int64),
     "[4, 768] complex64": torch.zeros(4, WIDTH, dtype=torch.complex64),
     "[4, 768] float8_e4m3fn": torch.zeros(4, WIDTH).to(torch.float8_e4m3fn),
-    "list of length 2": [[0.0], [0.0]],
+    "[2, 1] float32": [[0.0], [0.0]],
+    "list of length 2": [[0.0], [0.0, 1.0]],
     "NoneType": None,
 }
 
@@ -141,7 +143,8 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
         ({}, "holds dict of length 0, not a dict from video id"),
         ([numbered(1)], "holds list of length 1"),
         (numbered(1), "[1, 768]"),
-        ({7: numbered(1), "8": numbered(1)}, "1 of 2 keys are no text, e.g. 7"),
+        ({(7,): numbered(1), "8": numbered(1)}, "1 of 2 keys are no text, e.g. (7,)"),
+        ({7: numbered(1), "7": numbered(1)}, "two entries are called '7'"),
     ],
 )
 def test_files_that_hold_something_else(tmp_path: Path, content: Any, part: str) -> None:

@@ -171,16 +171,16 @@ def test_bad_csv(tmp_path: Path, kind: str) -> None:
 
 def test_rows_of_blanks_are_counted(tmp_path: Path) -> None:
     """They are passed over, with a warning. An empty line is no row."""
-    preflight = pytest.importorskip("vico.train.preflight")  # it needs torch
+    input_notes = pytest.importorskip("vico.train.input_notes")  # it needs torch
     blank = csv_text(ROWS) + "\n,,,,,,,,,,,,\n \n\n" + ',"", ,,,,,,,,,,\n'
     put(tmp_path / "val.csv", blank)
     questions = read_questions("nextqa", tmp_path, "val")
     assert len(questions) == 2
-    notes = preflight.annotation_notes(RunConfig(), "nextqa", {"val": questions})
+    notes = input_notes.annotation_notes(RunConfig(), "nextqa", {"val": questions})
     assert notes == ["warning: val: 3 rows of blanks are passed over"]
     put(tmp_path / "val.csv", csv_text(ROWS))
     questions = read_questions("nextqa", tmp_path, "val")
-    assert preflight.annotation_notes(RunConfig(), "nextqa", {"val": questions}) == []
+    assert input_notes.annotation_notes(RunConfig(), "nextqa", {"val": questions}) == []
 
 
 NOT_AN_ANSWER = [

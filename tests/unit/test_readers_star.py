@@ -12,7 +12,7 @@ from support.annotation_files import put, star_item
 from support.errors import refusal
 from vico.data.datasets import read_questions
 from vico.data.readers import star
-from vico.data.readers.rows import RowError
+from vico.data.readers.rows import RowError, plain
 from vico.data.types import Question
 from vico.train.config import RunConfig
 
@@ -188,12 +188,12 @@ def test_answers_that_are_no_text_of_a_choice(
     tmp_path: Path, answer: Any, choices: Any, index: int, how: str
 ) -> None:
     """They are found, counted and said at the start."""
-    preflight = pytest.importorskip("vico.train.preflight")  # it needs torch
+    input_notes = pytest.importorskip("vico.train.input_notes")  # it needs torch
     items = [star_item(), star_item(question_id="A_2", answer=answer, choices=choices)]
     put(tmp_path / "STAR_val.json", items)
     questions = read_questions("star", tmp_path, "val")
     assert [q.answer for q in questions] == [1, index]
-    notes = preflight.annotation_notes(RunConfig(), "star", {"val": questions})
+    notes = input_notes.annotation_notes(RunConfig(), "star", {"val": questions})
     assert notes == [f"val: 1 of 2 answers are {how}"]
 
 
@@ -212,7 +212,7 @@ def test_an_answer_fits_one_text_or_is_refused(texts: list[str], answer: str) ->
     if answer in texts:
         assert (index, how) == (texts.index(answer), "")
     elif how == star.LOOSELY:
-        fitting = {text for text in texts if star._plain(text) == star._plain(answer)}
+        fitting = {text for text in texts if plain(text) == plain(answer)}
         assert fitting == {texts[index]}
     else:
         assert answer.strip().upper() == star.LETTERS[index]

@@ -113,17 +113,17 @@ def test_files_without_subtitles(tmp_path: Path) -> None:
 
 def test_unused_subtitles_are_noted(tmp_path: Path) -> None:
     """They lie there, and --sub is not given."""
-    preflight = pytest.importorskip("vico.train.preflight")  # it needs torch
+    input_notes = pytest.importorskip("vico.train.input_notes")  # it needs torch
     put(tmp_path / "tvqa" / "tvqa_subtitles" / "v0.srt", SRT)
     config = RunConfig(dataset="tvqa", data_path=tmp_path)
     put(tmp_path / "tvqa" / JSON_LINES, [])
-    assert preflight.annotation_notes(config, "tvqa", {}) == [
+    assert input_notes.annotation_notes(config, "tvqa", {}) == [
         f"{tmp_path}/tvqa/{name}: not used; --sub puts the subtitles into the prompts"
         for name in ("tvqa_subtitles", JSON_LINES)
     ]
     for changes in ({"sub": True}, {"data_path": tmp_path / "other"}, {"dataset": "star"}):
         changed = replace(config, **changes)
-        assert preflight.annotation_notes(changed, changed.dataset, {}) == []
+        assert input_notes.annotation_notes(changed, changed.dataset, {}) == []
 
 
 def test_missing_subtitles(tmp_path: Path) -> None:

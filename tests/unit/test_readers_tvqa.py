@@ -115,9 +115,9 @@ def test_bad_jsonl(tmp_path: Path, content: str, part: str) -> None:
 
 
 def test_lines_of_blanks_are_counted(tmp_path: Path) -> None:
-    preflight = pytest.importorskip("vico.train.preflight")  # it needs torch
+    input_notes = pytest.importorskip("vico.train.input_notes")  # it needs torch
     rows = [json.dumps(tvqa_row(qid=i)) for i in range(2)]
     put(tmp_path / "tvqa_val.jsonl", f"{rows[0]}\r\n \r\n\r\n{rows[1]}\n\n\t\n")
     questions = read_questions("tvqa", tmp_path, "val")
-    notes = preflight.annotation_notes(RunConfig(), "tvqa", {"val": questions})
+    notes = input_notes.annotation_notes(RunConfig(), "tvqa", {"val": questions})
     assert notes == ["warning: val: 2 rows of blanks are passed over"]

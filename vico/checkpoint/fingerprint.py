@@ -113,11 +113,10 @@ def feature_tensors(
         )
     num_bytes = {}
     for video in sorted({name for names in groups.values() for name in names}):
-        frames = features.frames(video)
-        num_bytes[video] = frames.numel() * frames.element_size()
+        num_bytes[video] = features.header(video).num_bytes
     return TensorSet(
         "features",
-        [features.path],
+        features.paths,
         num_bytes,
         lambda video: [features.frames(video)],
         features.verify,

@@ -6,7 +6,7 @@ that the run does not use, the whole feature file and the other data sets, and s
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import ParamSpec, TypeVar
 
@@ -18,7 +18,7 @@ from vico.checkpoint.validate import validate_for_model
 from vico.cli import check_report, flags
 from vico.cli.evaluate import on_other_datasets
 from vico.data.datasets import find_dataset
-from vico.data.features import Features, Scan
+from vico.data.features import Features, Scan, common_width
 from vico.data.micro_batches import DatasetInputs
 from vico.data.prompts import Prompts, letter
 from vico.data.readers import captions as caption_files
@@ -31,9 +31,9 @@ from vico.io.atomic import require_writable
 from vico.io.file_cache import FileCache, cache_key, file_stamp
 from vico.io.paths import exists
 from vico.model.config import trainable_shapes
-from vico.train import preflight, reporters, shared_digests, zero_stage
+from vico.train import input_notes, preflight, reporters, shared_digests, zero_stage
 from vico.train.config import RunConfig
-from vico.train.preflight import FEATURES_FILE, BackboneFiles, Part
+from vico.train.preflight import BackboneFiles, Part
 from vico.train.resume import (
     find_start,
     notes_of_uncompared,
@@ -96,10 +96,8 @@ class Check:
         for dataset in config.dataset_names:
             self._check_dataset(dataset)
         self._check_mixture()
-        for warning in preflight.shared_video_notes(config, self._questions):
-            self._report(warning)
-        for warning in check_report.shared_dataset_warnings(config, self._questions):
-            self._report(warning)
+        self._report_all(input_notes.shared_video_notes(config, self._questions))
+        self._report_all(check_report.shared_dataset_warnings(config, self._questions))
         for dataset in config.dataset_names:
             self._show_samples(dataset)
         if not self.errors:
@@ -116,6 +114,10 @@ class Check:
     def _report(self, line: str) -> None:
         self.num_warnings += line.startswith("warning: ")
         log.info(one_line(line))
+
+    def _report_all(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self._report(line)
 
     def _try(self, step: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
         """What `step` returns; None after a UserError, which is printed and kept."""
@@ -134,8 +136,7 @@ class Check:
             for dataset in self.config.dataset_names:
                 self._prompts[dataset] = self._backbone.prompts(self.config, dataset)
             self._report(check_report.describe_backbone(self._backbone))
-            for note in self._backbone.notes:
-                self._report(note)
+            self._report_all(self._backbone.notes)
 
     def _check_dataset(self, dataset: str) -> None:
         self._read_questions(dataset)
@@ -157,9 +158,8 @@ class Check:
             questions = self._try(preflight.read_split, config, dataset, split)
             if questions is not None:
                 self._questions[dataset, split] = questions
-        for note in preflight.annotation_notes(config, dataset, self._splits(dataset)):
-            self._report(note)
-        features = self._try(Features, config.folder_of(dataset) / FEATURES_FILE)
+        self._report_all(input_notes.annotation_notes(config, dataset, self._splits(dataset)))
+        features = self._try(preflight.open_features, config, dataset)
         if features is not None:
             self._features[dataset] = features
         for split, questions in self._splits(dataset).items():
@@ -183,15 +183,15 @@ class Check:
             )
             self._captions[dataset] = captions = captions or Captions()
             label = self.config.label(dataset, "train")
-            for note in caption_files.notes(label, captions, questions) if captions else ():
-                self._report(note)
+            self._report_all(caption_files.notes(label, captions, questions) if captions else ())
 
     # Checking them
 
     def _check_mixture(self) -> None:
         if all((dataset, "train") in self._questions for dataset in self.config.dataset_names):
-            for note in self._try(preflight.mixture_notes, self.config, self._questions) or []:
-                self._report(note)
+            self._report_all(
+                self._try(input_notes.mixture_notes, self.config, self._questions) or []
+            )
 
     def _check_features(self, dataset: str, features: Features) -> None:
         """Reads the whole file, also what no question uses: another split may use it later."""
@@ -200,10 +200,10 @@ class Check:
         splits = self._splits(dataset).values()
         used = {q.video for questions in splits for q in questions}
         self._report(check_report.describe_features(features, used))
-        for warning in check_report.scan_warnings(
-            self.config.label(dataset, "features"), scan, used
-        ):
-            self._report(warning)
+        self._report_all(features.notes)
+        label = self.config.label(dataset, "features")
+        used_keys = {features.key(video) or video for video in used}
+        self._report_all(check_report.scan_warnings(label, scan, used_keys, features.width))
         for questions in splits:
             self._try(features.refuse_not_finite, questions, scan.not_finite)
         if not scan.not_finite:
@@ -214,7 +214,7 @@ class Check:
         known = self._cache.get(key)
         if known is not None:
             return Scan(tuple(known["odd"]), (), tuple(known["with_zeros"]))
-        gigabytes = features.path.stat().st_size / 1e9
+        gigabytes = features.num_bytes / 1e9
         if gigabytes > MIN_GB_TO_ANNOUNCE:
             minutes = gigabytes / GB_PER_SECOND / 60
             self._report(
@@ -246,13 +246,12 @@ class Check:
                 self._report(f"{label}: sequences of {measured.lengths.describe()}")
                 self._try(self._check_answers, dataset, questions, self._backbone)
                 if dropped:
-                    self._report(preflight.usage_note(label, questions, dropped))
-                for note in preflight.problem_notes(
+                    self._report(input_notes.usage_note(label, questions, dropped))
+                for note in input_notes.problem_notes(
                     config, label, questions, num_past_end or 0, measured
                 ):
                     self._report(note)
-        for warning in check_report.repeated_question_warnings(label, questions):
-            self._report(warning)
+        self._report_all(check_report.repeated_question_warnings(label, questions))
 
     def _check_answers(
         self, dataset: str, questions: list[Question], backbone: BackboneFiles
@@ -311,16 +310,16 @@ class Check:
                 f"whole, sequences of {lengths.describe()}"
             )
             label = self.config.label(dataset, "train")
-            for note in preflight.caption_notes(self.config, label, lengths):
-                self._report(note)
+            self._report_all(input_notes.caption_notes(self.config, label, lengths))
 
     def _show_samples(self, dataset: str) -> None:
         questions, captions = self._splits(dataset), self._captions.get(dataset, Captions())
         if self._backbone is None or not questions:
             return
         prompts, tokenizer = self._prompts[dataset], self._backbone.tokenizer
-        for line in check_report.sample_lines(self.config, questions, captions, tokenizer, prompts):
-            self._report(line)
+        self._report_all(
+            check_report.sample_lines(self.config, questions, captions, tokenizer, prompts)
+        )
 
     # Checking where the run starts
 
@@ -331,24 +330,20 @@ class Check:
         start = find_start(config)
         recorded = start.checkpoint.fingerprints if start.checkpoint else {}
         fingerprints = self._take_fingerprints(backbone, recorded)
-        for note in start.notes:
-            self._report(note)
+        self._report_all(start.notes)
         if start.checkpoint is None:
             self._report(f"start: a new run in {config.output_dir}")
             return
         num_layers = backbone.weights.config.n_layers
-        shapes = trainable_shapes(
-            backbone.weights.config, backbone.num_adapted, config.adapter_len, config.max_feats
-        )
+        sizes = (backbone.num_adapted, config.adapter_len, config.max_feats)
+        width = common_width(self._features)
+        shapes = trainable_shapes(backbone.weights.config, *sizes, width)
         checkpoint = validate_for_model(start.checkpoint, shapes, num_layers)
-        for note in checkpoint.notes:
-            self._report(note)
-        for note in notes_of_uncompared(checkpoint, fingerprints):
-            self._report(note)
+        self._report_all(checkpoint.notes)
+        self._report_all(notes_of_uncompared(checkpoint, fingerprints))
         if config.only_evaluates:
             notes = refuse_other_function(checkpoint, config, fingerprints)
-            for note in (*notes, *on_other_datasets(checkpoint, config)):
-                self._report(note)
+            self._report_all((*notes, *on_other_datasets(checkpoint, config)))
             self._report(f"start: {checkpoint.path} is evaluated on {config.split}")
         else:
             resume = self._describe_resume(checkpoint, fingerprints)

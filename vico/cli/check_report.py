@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from vico.data.datasets import DATASETS, accuracy_groups, find_dataset, read_questions
-from vico.data.features import WIDTH, Features, Scan
+from vico.data.features import Features, Scan
 from vico.data.prompts import Prompts
 from vico.data.tokenizer import Tokenizer
 from vico.data.types import VIDEO_SLOT, Question, TokenSequence
@@ -63,7 +63,7 @@ def describe_split(
 # Warnings
 
 
-def scan_warnings(label: str, scan: Scan, used: Set[str]) -> Iterator[str]:
+def scan_warnings(label: str, scan: Scan, used: Set[str], width: int) -> Iterator[str]:
     """Of suspicious videos. Those in `used`, the questions' videos, give errors elsewhere."""
     unused_malformed = [video for video in scan.malformed if video not in used]
     unused_not_finite = [video for video in scan.not_finite if video not in used]
@@ -71,7 +71,7 @@ def scan_warnings(label: str, scan: Scan, used: Set[str]) -> Iterator[str]:
         (scan.with_zeros, "hold a frame that is all zeros, of an extraction that failed"),
         (
             unused_malformed,
-            f"are no floating-point tensor [frames >= 1, {WIDTH}], and no question uses them",
+            f"are no floating-point tensor [frames >= 1, {width}], and no question uses them",
         ),
         (unused_not_finite, "hold NaN or infinite values, and no question uses them"),
     )

@@ -1,29 +1,41 @@
 """`vico data`: what is done to the files of a data set."""
 
 import argparse
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vico.cli.parser import OneLineParser, path_argument
 from vico.data.convert import convert
 from vico.data.datasets import find_dataset
+from vico.data.pack import pack
 from vico.data.readers.spec import SPLITS
 from vico.errors import UserError
 from vico.io import log
 from vico.io.atomic import require_writable
 from vico.io.paths import exists
 
-HELP = """Write a data set in the general schema: a line of JSON per question, and dataset.yaml.
+CONVERT = """Write a data set in the general schema: a line of JSON per question, and dataset.yaml.
 Every question is read back and compared. Features and captions are not copied."""
+PACK = """Write features of any kind anew as one file that can be memory-mapped, with the same
+numbers. Memory holds what cannot be mapped of the source."""
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str]) -> int:
     parser = OneLineParser(
-        prog="vico data",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        prog="vico data", description="Work on the files of a data set.", allow_abbrev=False
     )
-    parser.add_argument("action", choices=("convert",))
+    actions = parser.add_subparsers(metavar="ACTION", required=True, parser_class=OneLineParser)
+    _add_convert(actions)
+    _add_pack(actions)
+    flags = parser.parse_args(argv)
+    code: int = flags.run(flags)
+    return code
+
+
+def _add_convert(actions: Any) -> None:
+    parser = _add_action(actions, "convert", CONVERT, _convert)
     parser.add_argument("name", metavar="NAME", help="nextqa, star, tvqa, intentqa or a folder")
     parser.add_argument("--data_path", type=path_argument, default=Path("data"))
     parser.add_argument(
@@ -31,14 +43,43 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--splits", help="train,val,test (default: those that are there)")
     parser.add_argument("--sub", action="store_true", help="TVQA: write the dialogue of each clip")
+
+
+def _add_pack(actions: Any) -> None:
+    parser = _add_action(actions, "pack", PACK, _pack)
+    parser.add_argument("source", metavar="SOURCE", type=path_argument, help="a file or a folder")
+    parser.add_argument(
+        "target", metavar="TARGET", type=path_argument, help="new .safetensors or .pth file"
+    )
+
+
+def _add_action(actions: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = actions.add_parser(
+        name,
+        description=text,
+        help=text.partition(":")[0].partition(",")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    flags = parser.parse_args(argv)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _convert(flags: argparse.Namespace) -> int:
     folder = flags.data_path / flags.name
     splits = _splits(flags.name, folder, flags.splits)
     require_writable(flags.output, "--output")
     for line in convert(flags.name, folder, flags.output, splits, flags.sub):
         log.info(line)
     log.info(f"{flags.output}: features and captions are not copied: put them there too")
+    return 0
+
+
+def _pack(flags: argparse.Namespace) -> int:
+    start = time.monotonic()
+    count = pack(flags.source, flags.target)
+    log.info(f"{flags.target}: features of {count} videos, in {time.monotonic() - start:.1f} s")
     return 0
 
 

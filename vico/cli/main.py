@@ -47,7 +47,10 @@ COMMANDS = {
         "Convert weights between Meta's and Hugging Face's layout, adapters to the published "
         "format and back.",
     ),
-    "data": ("data", "Write a data set in the general schema: vico data convert NAME."),
+    "data": (
+        "data",
+        "Write a data set in the general schema, or features that can be memory-mapped.",
+    ),
     "env": ("env", "Show versions, devices, and what would compute on them; for bug reports."),
     "export": (
         "export",

@@ -18,7 +18,14 @@ from vico.data.datasets import DATASETS
 from vico.errors import UserError, nearest
 from vico.io.atomic import write_json
 from vico.io.paths import exists, is_folder
-from vico.model.config import LLAMA_CONFIGS, QUANTIZED_BYTES, LlamaConfig, ViCoConfig, named_model
+from vico.model.config import (
+    FEATURE_WIDTH,
+    LLAMA_CONFIGS,
+    QUANTIZED_BYTES,
+    LlamaConfig,
+    ViCoConfig,
+    named_model,
+)
 from vico.model.weights import folders
 from vico.planner.gpu_specs import GPUS, Hardware, gib_of, gpu_by_name, gpu_of_size
 from vico.planner.memory import ITEMSIZE
@@ -154,6 +161,12 @@ def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
         default=float(CAPTION_TOKENS),
         help=f"mean tokens of a caption's sequence (default: {CAPTION_TOKENS}); 0: no captions",
     )
+    add(
+        "--feature_width",
+        type=positive_int,
+        default=FEATURE_WIDTH,
+        help=f"numbers per video frame (default: {FEATURE_WIDTH}, of CLIP ViT-L/14)",
+    )
     add("--questions", type=positive_int, help="training questions (default: the dataset's)")
     add(
         "--efficiency",
@@ -211,7 +224,7 @@ def _request(flags: argparse.Namespace) -> PlanRequest:
     )
     return PlanRequest(
         model,
-        ViCoConfig.from_llama(config),
+        ViCoConfig.from_llama(config, feature_width=flags.feature_width),
         hardware,
         lengths,
         precision=flags.precision,

@@ -9,7 +9,7 @@ R  rows that predict a target       E  dimensions by which the kernels' heads ar
 P  rows in K more than once         G  adapted layers
 N  token targets                    A  length of an adapter prompt
 M  frame targets                    W  vocabulary
-V  videos of a micro-batch          C  feature width (768)
+V  videos of a micro-batch          C  feature width (768 of CLIP ViT-L/14)
 F  video slots of a sequence        S  filled video slots of the stream
 
 1 and 2 are dimensions of that size; n and r are the parts of a mask block and the rows of a part.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 Shapes = dict[str, tuple[int, ...]]  # parameter name -> shape
 
-FEATURE_WIDTH = 768  # of CLIP ViT-L/14
+FEATURE_WIDTH = 768  # of CLIP ViT-L/14; other features have their own
 EMBEDDINGS = "tok_embeddings.weight"
 VOCABULARY = (EMBEDDINGS, "output.weight")  # tensors with a row per token
 LLAMA_VOCAB_SIZE = 32000  # of the tokenizer of LLaMA-1 and 2
@@ -108,20 +108,31 @@ class ViCoConfig(LlamaConfig):
 
     adapter_len: int = 10  # rows of the prompt per layer
     num_slots: int = 10  # video frames
+    feature_width: int = FEATURE_WIDTH
 
     @classmethod
     def from_llama(
-        cls, config: LlamaConfig, adapter_len: int = 10, num_slots: int = 10
+        cls,
+        config: LlamaConfig,
+        adapter_len: int = 10,
+        num_slots: int = 10,
+        feature_width: int = FEATURE_WIDTH,
     ) -> "ViCoConfig":
         """A vocabulary of -1, which params.json leaves to the tokenizer, becomes LLaMA-1's."""
         dimensions = vars(config)
         if config.vocab_size == -1:
             dimensions = {**dimensions, "vocab_size": LLAMA_VOCAB_SIZE}
-        return cls(**dimensions, adapter_len=adapter_len, num_slots=num_slots)
+        return cls(
+            **dimensions,
+            adapter_len=adapter_len,
+            num_slots=num_slots,
+            feature_width=feature_width,
+        )
 
     @property
     def trainable_shapes(self) -> Shapes:
-        return trainable_shapes(self, self.n_layers, self.adapter_len, self.num_slots)
+        sizes = (self.adapter_len, self.num_slots, self.feature_width)
+        return trainable_shapes(self, self.n_layers, *sizes)
 
     @property
     def num_prompt_parameters(self) -> int:
@@ -168,12 +179,16 @@ def named_model(name: str) -> str | None:
 
 
 def trainable_shapes(
-    config: LlamaConfig, num_adapted: int, adapter_len: int, num_slots: int
+    config: LlamaConfig,
+    num_adapted: int,
+    adapter_len: int,
+    num_slots: int,
+    feature_width: int = FEATURE_WIDTH,
 ) -> Shapes:
     """Name and shape of every trainable, in the order of published checkpoints."""
     shapes: Shapes = {
         "adapter_query.weight": (num_adapted * adapter_len, config.dim),
-        "visual_proj.weight": (config.dim, FEATURE_WIDTH),
+        "visual_proj.weight": (config.dim, feature_width),
         "temporal_emb.weight": (num_slots, config.dim),
     }
     for i in range(config.n_layers - num_adapted, config.n_layers):

@@ -34,6 +34,7 @@ class ViCo(Llama):
         tau: float,
         dtype: torch.dtype,
         linear: MakeLinear = FrozenLinear,
+        feature_width: int = FEATURE_WIDTH,
     ) -> None:
         super().__init__(config, num_adapted, dtype, linear)
         self.adapter_len, self.tau = adapter_len, tau
@@ -41,7 +42,7 @@ class ViCo(Llama):
         self.adapter_query = nn.Embedding(
             num_adapted * adapter_len, config.dim, dtype=torch.float32
         )
-        self.visual_proj = nn.Linear(FEATURE_WIDTH, config.dim, bias=False, dtype=torch.float32)
+        self.visual_proj = nn.Linear(feature_width, config.dim, bias=False, dtype=torch.float32)
         self.temporal_emb = nn.Embedding(num_slots, config.dim, dtype=torch.float32)
 
     def forward(self, batch: PackedBatch) -> Tensor:

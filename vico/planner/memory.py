@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from vico.model.config import (
-    FEATURE_WIDTH,
     HEAD_CHUNK_BYTES,
     MAX_GRAPH_ROWS,
     LlamaConfig,
@@ -115,7 +114,7 @@ def activations(config: ViCoConfig, batch: BatchShape, run: RunShape) -> Activat
         if batch.num_rows < MAX_GRAPH_ROWS:
             batch = padded(batch)
     inputs += batch.num_rows * config.head_dim * FP32  # rotary angles
-    inputs += batch.num_clips * config.num_slots * FEATURE_WIDTH * FP32
+    inputs += batch.num_clips * config.num_slots * config.feature_width * FP32
     if run.num_checkpointed:
         inputs += config.num_prompt_parameters * run.itemsize
 

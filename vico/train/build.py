@@ -12,7 +12,7 @@ from torch import Tensor
 from vico.checkpoint.fingerprint import Sources
 from vico.checkpoint.format import Checkpoint
 from vico.checkpoint.validate import validate_for_model
-from vico.data.features import Features
+from vico.data.features import common_width
 from vico.data.micro_batches import DatasetInputs
 from vico.data.readers import captions as caption_files
 from vico.data.readers.captions import Captions
@@ -31,7 +31,7 @@ from vico.model.ops import triton_ops
 from vico.model.quantized_linear import QuantizedLinear
 from vico.model.vico import ViCo
 from vico.model.weights.load import Weights
-from vico.train import preflight, zero_stage
+from vico.train import input_notes, preflight, zero_stage
 from vico.train.config import RunConfig
 from vico.train.engine import Engine, load_parameter, zero_init
 from vico.train.optim import make_optimizer
@@ -96,12 +96,14 @@ def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inp
         *choice.notes,
         *backbone.notes,
         *read.notes,
-        *preflight.shared_video_notes(config, read.used),
+        *input_notes.shared_video_notes(config, read.used),
     ]
     if training:
-        notes += preflight.mixture_notes(config, read.used)
+        notes += input_notes.mixture_notes(config, read.used)
     files.check_unchanged()
-    shapes = trainable_shapes(llama, backbone.num_adapted, config.adapter_len, config.max_feats)
+    width = common_width({name: d.features for name, d in datasets.items()})
+    sizes = (backbone.num_adapted, config.adapter_len, config.max_feats, width)
+    shapes = trainable_shapes(llama, *sizes)
     return Inputs(
         weights=backbone.weights,
         datasets=datasets,
@@ -143,8 +145,8 @@ class _Reader:
         annotated = {}
         for split in self._splits:
             annotated[split] = preflight.read_split(config, name, split)
-        features = Features(config.folder_of(name) / preflight.FEATURES_FILE)
-        self.notes += preflight.annotation_notes(config, name, annotated)
+        features = preflight.open_features(config, name)
+        self.notes += input_notes.annotation_notes(config, name, annotated)
         for split, questions in annotated.items():
             chosen = preflight.with_features(config, config.label(name, split), questions, features)
             self.used[name, split], self.dropped[name, split] = chosen
@@ -156,6 +158,7 @@ class _Reader:
         inputs = DatasetInputs(features, prompts, captions)
         for split in self._splits:
             self._check(name, split, inputs)
+        self.notes += features.notes
         if captions:
             self._measure_captions(name, inputs)
         return inputs
@@ -169,7 +172,7 @@ class _Reader:
             config, name, split, used, self._backbone, inputs.prompts, self._cache, self._progress
         )
         label, dropped = config.label(name, split), self.dropped[name, split]
-        self.notes += preflight.split_notes(config, label, used, dropped, past_end, measured)
+        self.notes += input_notes.split_notes(config, label, used, dropped, past_end, measured)
 
     def _measure_captions(self, name: str, inputs: DatasetInputs) -> None:
         lengths = preflight.measure_captions(
@@ -182,7 +185,7 @@ class _Reader:
             self._progress,
         )
         label = self._config.label(name, "train")
-        self.notes += preflight.caption_notes(self._config, label, lengths)
+        self.notes += input_notes.caption_notes(self._config, label, lengths)
 
 
 def fit(checkpoint: Checkpoint, inputs: Inputs) -> Checkpoint:
@@ -232,6 +235,7 @@ def _make_model(
             config.tau,
             dtype,
             linear,
+            feature_width=inputs.trainable_shapes["visual_proj.weight"][1],
         )
 
 

@@ -15,16 +15,13 @@ from typing import Any, Literal
 from vico.data.mixture import DatasetChoice, dataset_names, parse_datasets, paths_by_dataset
 from vico.errors import UserError, nearest
 from vico.model.weights import folders
+from vico.train.bounds import BOUNDS, COUNT
 
 
 def _flag(default: Any, group: str, help: str, **extra: Any) -> Any:
     return field(default=default, metadata={"group": group, "help": help, **extra})
 
 
-MAX_FLOAT = 3e38  # of fp32, the type of the tensors that settings are combined with
-MAX_SEED = 2**63 - 1  # of torch's generator
-MAX_COUNT = 10**9  # what follows from counts, such as epochs times steps, stays below 2**63
-SMALLEST = 5e-324  # above 0
 MODEL, DATA, OBJECTIVE, OPTIMIZATION, RUN = "model", "data", "objective", "optimization", "run"
 LOGS, RANKS = "saving and logging", "ranks"
 REPORTERS = ("tensorboard", "wandb", "trackio")  # also the names of their packages
@@ -93,6 +90,13 @@ class RunConfig:
     )
     missing_captions: Literal["error", "drop"] = _flag(
         "error", DATA, "training questions without caption: stop, or leave their caption loss out"
+    )
+    features: Path | None = _flag(
+        None,
+        DATA,
+        "feature file (.pth, .pt, .safetensors, .h5), or folder with one of .npy, .pt, .pth, "
+        ".safetensors per video, if the dataset's folder holds no clipvitl14.pth, or another; of "
+        "several data sets: NAME=PATH,NAME=PATH",
     )
     missing_features: Literal["error", "drop"] = _flag(
         "error",
@@ -278,7 +282,8 @@ class RunConfig:
                 hint = nearest(name, known)
                 raise UserError(f"--allow_change {name}: no such setting{hint}")
         for name in self.dataset_names:
-            self.captions_of(name)  # both are well formed
+            self.captions_of(name)  # all are well formed
+            self.features_of(name)
 
     def _require(self, ok: bool, name: str, allowed: str) -> None:
         if not ok:
@@ -328,6 +333,10 @@ class RunConfig:
         """What --captions names for a data set."""
         return paths_by_dataset("captions", self.captions, self.dataset_names).get(name)
 
+    def features_of(self, name: str) -> Path | None:
+        """What --features names for a data set."""
+        return paths_by_dataset("features", self.features, self.dataset_names).get(name)
+
     def label(self, dataset: str, split: str) -> str:
         """What messages call a split of a data set."""
         return split if len(self.datasets) == 1 else f"{dataset} {split}"
@@ -353,29 +362,14 @@ class RunConfig:
         return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
 
-# (least, most, what is allowed) of numbers. A whole number that is not listed is a COUNT.
-COUNT = (1, MAX_COUNT, "a whole number of at least 1, and at most a billion")
-_NOT_NEGATIVE = (0, MAX_FLOAT, "0 or more, and finite")
-_POSITIVE = (SMALLEST, MAX_FLOAT, "above 0, and finite")
-_MINUTES = (SMALLEST, 1e6, "minutes above 0, at most a million")
-_COUNT_OR_0 = (0, MAX_COUNT, "a whole number of at least 0, and at most a billion")
-BOUNDS: dict[str, tuple[float, float, str]] = {
-    **dict.fromkeys(("cap", "blr", "min_lr", "weight_decay", "warmup_epochs"), _NOT_NEGATIVE),
-    **dict.fromkeys(("lr", "tau"), _POSITIVE),
-    **dict.fromkeys(("collective_timeout", "hang_timeout"), _MINUTES),
-    **dict.fromkeys(("save_steps", "save_total_limit"), _COUNT_OR_0),
-    "bias": (-MAX_FLOAT, MAX_FLOAT, "finite"),
-    "num_workers": (0, 1024, "a whole number from 0 to 1024"),
-    "seed": (0, MAX_SEED, f"a whole number from 0 to {MAX_SEED}"),
-}
 # Settings that may change when a run is resumed: paths, logging, and how a step is divided into
 # micro-batches. None changes the result. (Resuming checks that a step keeps its questions.)
 NOT_IDENTITY = frozenset(
     """
-    model llama_model_path data_path captions missing_features output_dir resume init_eval split
-    max_steps num_workers deepspeed attention checkpoint_activations batch_size accum_iter
-    max_tokens save_steps save_total_limit save_legacy logging_steps report_to allow_change
-    verify collective_timeout hang_timeout expect_world_size missing_subtitles missing_captions
+    model llama_model_path data_path captions features missing_features output_dir resume init_eval
+    split max_steps num_workers deepspeed attention checkpoint_activations batch_size accum_iter
+    max_tokens save_steps save_total_limit save_legacy logging_steps report_to allow_change verify
+    collective_timeout hang_timeout expect_world_size missing_subtitles missing_captions
     """.split()
 )
 # What must not change either when a run is resumed (checkpoint/fingerprint.py).

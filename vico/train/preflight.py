@@ -7,23 +7,20 @@ shortened or suspicious is counted and reported in notes.
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from pathlib import Path
 
 from vico.checkpoint import fingerprint
-from vico.data import length_stats
-from vico.data.datasets import count_equal_options, find_dataset, read_questions
+from vico.data import feature_files, length_stats
+from vico.data.datasets import find_dataset, read_questions
 from vico.data.features import Features
 from vico.data.length_stats import Lengths, QuestionLengths
-from vico.data.mixture import epoch_count
 from vico.data.prompts import Prompts
 from vico.data.readers import captions as caption_files
-from vico.data.readers import subtitles
 from vico.data.readers.captions import Captions
 from vico.data.tokenizer import ALL_FILES as TOKENIZER_FILES
 from vico.data.tokenizer import Tokenizer, find_tokenizer
-from vico.data.types import Question, Questions
-from vico.errors import UserError, fail
+from vico.data.types import Question
+from vico.errors import UserError, fail, show
 from vico.io.file_cache import FileCache, cache_key, file_stamp
 from vico.io.input_files import InputFiles
 from vico.io.log import ProgressLog
@@ -32,7 +29,6 @@ from vico.model.weights.load import Weights, holds_weights, open_weights, weight
 from vico.train import backbone
 from vico.train.config import RunConfig
 
-FEATURES_FILE = "clipvitl14.pth"  # in the dataset's folder
 Part = tuple[str, str]  # data set and split
 
 
@@ -112,9 +108,10 @@ def _dataset_files(config: RunConfig, name: str, splits: Sequence[str]) -> list[
     folder = config.folder_of(name)
     dataset = find_dataset(name, folder)
     paths = [dataset.annotation_file(folder, split) for split in splits]
-    paths.append(folder / FEATURES_FILE)
+    with contextlib.suppress(UserError):  # who reads them says what is wrong
+        paths += feature_files.files_of(feature_files.find(folder, config.features_of(name)))
     if config.cap and "train" in splits:
-        with contextlib.suppress(UserError):  # who reads them says what is wrong
+        with contextlib.suppress(UserError):
             paths.append(caption_files.find(folder, config.captions_of(name)))
     return paths
 
@@ -127,6 +124,11 @@ def read_split(config: RunConfig, dataset: str, split: str) -> list[Question]:
     if len(config.datasets) > 1:  # two of them may have a train.csv
         questions[:] = [replace(q, place=f"{dataset}/{q.place}") for q in questions]
     return questions
+
+
+def open_features(config: RunConfig, dataset: str) -> Features:
+    """The features of a data set's videos. Raises UserError."""
+    return Features(feature_files.find(config.folder_of(dataset), config.features_of(dataset)))
 
 
 def with_features(
@@ -142,7 +144,8 @@ def with_features(
     if not used:
         fail(
             f"{features.path}: holds features of no video of the {len(questions)} {label} "
-            "questions; fetch the file that belongs to them"
+            f"questions, e.g. {show(questions[0].video)} (the file's ids are like "
+            f"{features.example}); fetch the file that belongs to them"
         )
     return used, [q for q in questions if q.video not in features]
 
@@ -177,7 +180,7 @@ def read_captions(
 
 def scan_key(features: Features) -> str | None:
     """The cache key of a scan of the whole feature file."""
-    return cache_key("scanned", file_stamp(features.path))
+    return cache_key("scanned", *map(file_stamp, features.paths))
 
 
 def check_features(
@@ -194,8 +197,8 @@ def check_features(
     video. Raises UserError.
     """
     num_past_end = features.check(questions)
-    stamp, questions_digest = file_stamp(features.path), fingerprint.of_questions(questions)
-    key = cache_key("finite", stamp, questions_digest, config.max_feats)
+    stamps, questions_digest = map(file_stamp, features.paths), fingerprint.of_questions(questions)
+    key = cache_key("finite", *stamps, questions_digest, config.max_feats)
     if not cache.get(scan_key(features)) and not cache.get(key):
         features.check_finite(questions[rank::num_ranks], config.max_feats)
     cache.put(key, True)
@@ -271,129 +274,3 @@ def measure_captions(
 
 def _videos_of(questions: Sequence[Question]) -> set[str]:
     return {q.video for q in questions}
-
-
-# Notes for the user
-
-
-def annotation_notes(
-    config: RunConfig, dataset: str, questions: Mapping[str, Sequence[Question]]
-) -> list[str]:
-    """What the files of `questions` (by split, as they were read) hold and is not used."""
-    notes = []
-    for split, of_split in questions.items():
-        if not isinstance(of_split, Questions):
-            continue
-        label = config.label(dataset, split)
-        if num_blank := of_split.num_blank_rows:
-            notes.append(f"warning: {label}: {num_blank} rows of blanks are passed over")
-        notes += [f"{label}: {note}" for note in of_split.notes]
-    folder = config.folder_of(dataset)
-    if find_dataset(dataset, folder).has_dialogue and not config.sub:
-        for path in subtitles.found_in(folder):
-            notes.append(f"{path}: not used; --sub puts the subtitles into the prompts")
-    return notes
-
-
-def split_notes(
-    config: RunConfig,
-    label: str,
-    questions: Sequence[Question],
-    dropped: Sequence[Question],
-    num_past_end: int,
-    measured: QuestionLengths,
-) -> list[str]:
-    """How many questions of a split are used, and what is special about them."""
-    problems = problem_notes(config, label, questions, num_past_end, measured)
-    return [usage_note(label, questions, dropped), *problems]
-
-
-def mixture_notes(config: RunConfig, used: Mapping[Part, Sequence[Question]]) -> list[str]:
-    """How many questions of each data set an epoch holds, where these are not all of the only one.
-
-    Raises UserError for a data set of which it would hold none.
-    """
-    counts = []
-    for choice in config.datasets:
-        total = len(used[choice.name, "train"])
-        counts.append(f"{epoch_count(choice, total)} of {total} {choice.name}")
-    if config.dataset == config.dataset_names[0]:
-        return []
-    return [f"train: an epoch holds {', '.join(counts)} questions"]
-
-
-def usage_note(label: str, questions: Sequence[Question], dropped: Sequence[Question]) -> str:
-    """How many questions are used, and how many are dropped."""
-    total = len(questions) + len(dropped)
-    if not dropped:
-        return f"{label}: {total} questions"
-    num_videos = len({q.video for q in dropped})
-    return (
-        f"{label}: {len(questions)} used / {total} total questions: {len(dropped)} dropped, "
-        f"whose {num_videos} videos have no features (--missing_features drop)"
-    )
-
-
-def problem_notes(
-    config: RunConfig,
-    label: str,
-    questions: Sequence[Question],
-    num_past_end: int,
-    measured: QuestionLengths,
-) -> list[str]:
-    """Notes about the questions used, for those counts that are not zero."""
-    num_shortened = measured.lengths.above(config.max_seq_len)
-    num_equal = count_equal_options(questions)
-    num_empty = sum(_has_empty_option(q) for q in questions)
-    shortened = (
-        f"shortened to fit --max_seq_len {config.max_seq_len} "
-        f"(dialogue first, then options; answers never): they lose {measured.cuts.describe()}"
-    )
-    past_end = "about a clip that lies past the end of its video's features: zeros in its slots"
-    counts = (
-        (num_shortened, "", shortened),
-        (num_past_end, "", past_end),
-        (num_equal, "warning: ", "with two equal options"),
-        (num_empty, "warning: ", "with an empty option"),
-    )
-    return [
-        f"{prefix}{label}: {count} of {len(questions)} questions {what}"
-        for count, prefix, what in counts
-        if count
-    ]
-
-
-def _has_empty_option(question: Question) -> bool:
-    return not all(option.strip() for option in question.options)
-
-
-def caption_notes(config: RunConfig, label: str, lengths: Lengths) -> list[str]:
-    """How many captions are cut to --max_cap_len."""
-    num_cut, total = lengths.above(config.max_cap_len), lengths.num_sequences
-    if not num_cut:
-        return []
-    return [
-        f"{label}: {num_cut} of {total} captions are longer than --max_cap_len "
-        f"{config.max_cap_len} when whole, and are cut: "
-        f"they lose {lengths.tokens_above(config.max_cap_len)} of the {lengths.num_tokens} tokens "
-        "of all captions"
-    ]
-
-
-def shared_video_notes(config: RunConfig, splits: Mapping[Part, Sequence[Question]]) -> list[str]:
-    """Warnings of videos in two splits: a score on one split may then be learned from the other.
-
-    Of two data sets too: one may be a selection of the other.
-    """
-    videos = {part: _videos_of(questions) for part, questions in splits.items()}
-    notes = []
-    for first, second in combinations(videos, 2):
-        shared = videos[first] & videos[second]
-        if shared and first[1] != second[1]:
-            total, count = len(splits[second]), sum(q.video in shared for q in splits[second])
-            label = config.label(*second)
-            notes.append(
-                f"warning: {len(shared)} videos are in {config.label(*first)} and in {label}: "
-                f"{count} of {total} questions of {label} are about them"
-            )
-    return notes

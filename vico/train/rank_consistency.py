@@ -175,7 +175,7 @@ def _input_files(config: RunConfig) -> list[Path]:
     for name in config.dataset_names:
         found = entries(config.folder_of(name))
         files += [path for path in found if path.suffix in DATA_SUFFIXES and is_file(path)]
-        files.append(config.captions_of(name))
+        files += [config.captions_of(name), config.features_of(name)]
     files += [path for path in entries(config.model_folder) if is_file(path)]
     files += [config.tokenizer_folder / name for name in TOKENIZER_FILES]
     files.append(config.resume)

@@ -5,7 +5,7 @@ import dataclasses
 import os
 import string
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,19 +129,25 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     paths: dict[str, Any] = {k: v.absolute() for k, v in values.items() if isinstance(v, Path)}
     paths["dataset"] = ",".join(map(str, config.datasets))  # one spelling: "nextqa:1" is "nextqa"
-    paths["captions"] = _located_captions(config, paths["data_path"])
+    paths["captions"] = _located(config, paths["data_path"], config.captions, config.captions_of)
+    paths["features"] = _located(config, paths["data_path"], config.features, config.features_of)
     if is_path(config.deepspeed):
         paths["deepspeed"] = str(Path(config.deepspeed).absolute())
     return dataclasses.replace(config, **paths)
 
 
-def _located_captions(config: RunConfig, data_path: Path) -> Path | None:
-    """--captions with absolute paths, as PATH for one data set and NAME=PATH for several."""
+def _located(
+    config: RunConfig, data_path: Path, value: Path | None, path_of: Callable[[str], Path | None]
+) -> Path | None:
+    """`value` of --captions or --features with absolute paths.
+
+    As PATH for one data set and NAME=PATH for several.
+    """
     located = {}
     for name in config.dataset_names:
-        path = config.captions_of(name)
+        path = path_of(name)
         if path is not None:
-            if path != config.captions:  # no shell or parser has expanded what follows NAME=
+            if path != value:  # no shell or parser has expanded what follows NAME=
                 path = Path(expand_home(str(path)))
             located[name] = captions.locate(data_path / name, path)
     return join_paths(located, len(config.datasets))

@@ -104,7 +104,8 @@ def start(config: RunConfig, world: World) -> Run:
     engine = build_engine(config, inputs, trainables, world)
     with world.raise_together():
         inputs.files.check_unchanged()  # the weights have been read a second time
-    inputs.files.watch_only([dataset.features.path for dataset in inputs.datasets.values()])
+    features = [dataset.features for dataset in inputs.datasets.values()]
+    inputs.files.watch_only([path for opened in features for path in opened.paths])
     if checkpoint is not None and checkpoint.moments is not None:
         engine.set_moments(checkpoint.moments, state.num_updates)
     identity = RunIdentity(found.run_id, config.to_json(), fingerprints)

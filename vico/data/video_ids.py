@@ -1,0 +1,62 @@
+"""Which key of a feature file is meant by the video id of a question. One rule:
+
+1. the same text, but for blanks around it (integers count as their digits);
+2. else the same text without leading folders, without the extension of a video or feature file,
+   and without `.0` behind digits, on both sides.
+
+Two keys that become the same text in step 2 are an error for who asks for it.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from vico.errors import fail, show
+
+_EXTENSION = re.compile(
+    r"\.(mp4|mkv|webm|avi|mov|flv|wmv|m4v|mpg|mpeg|npy|npz|pt|pth|safetensors|h5)$", re.I
+)
+
+
+def reduced(name: str) -> str:
+    """Step 2 of the rule."""
+    last = re.split(r"[/\\]", name.strip())[-1]
+    without = _EXTENSION.sub("", last)
+    return re.sub(r"^(\d+)\.0$", r"\1", without)
+
+
+class VideoIds:
+    """The keys of a feature file. Raises UserError for keys that are no ids, and for doubles."""
+
+    def __init__(self, keys: Iterable[object], path: Path) -> None:
+        self._path = path
+        self.keys: dict[str, object] = {}  # by their texts: as the file has them
+        self._reduced: dict[str, list[str]] | None = None
+        found = list(keys)
+        bad = [key for key in found if type(key) not in (str, int, float)]
+        if bad:
+            fail(
+                f"{path}: {len(bad)} of {len(found)} keys are no text, e.g. {show(bad[0])}; "
+                "save it with str(video id) as keys"
+            )
+        for key in found:
+            text = str(key).strip()
+            if text in self.keys:
+                fail(f"{path}: two entries are called {show(text)} but for blanks; keep one")
+            self.keys[text] = key
+
+    def find(self, video: str) -> str | None:
+        """The text of the key that is meant; None: there is none."""
+        if video in self.keys:
+            return video
+        if self._reduced is None:
+            self._reduced = {}
+            for text in self.keys:
+                self._reduced.setdefault(reduced(text), []).append(text)
+        meant = self._reduced.get(reduced(video), [])
+        if len(meant) > 1:
+            fail(
+                f"{self._path}: {show(meant[0])} and {show(meant[1])} may both be video "
+                f"{show(video)}; keep one, or name it in full in the questions"
+            )
+        return meant[0] if meant else None

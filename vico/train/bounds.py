@@ -1,0 +1,22 @@
+"""What numbers the settings of a run may be."""
+
+MAX_FLOAT = 3e38  # of fp32, the type of the tensors that settings are combined with
+MAX_SEED = 2**63 - 1  # of torch's generator
+MAX_COUNT = 10**9  # what follows from counts, such as epochs times steps, stays below 2**63
+SMALLEST = 5e-324  # above 0
+
+# (least, most, what is allowed) of numbers. A whole number that is not listed is a COUNT.
+COUNT = (1, MAX_COUNT, "a whole number of at least 1, and at most a billion")
+_NOT_NEGATIVE = (0, MAX_FLOAT, "0 or more, and finite")
+_POSITIVE = (SMALLEST, MAX_FLOAT, "above 0, and finite")
+_MINUTES = (SMALLEST, 1e6, "minutes above 0, at most a million")
+_COUNT_OR_0 = (0, MAX_COUNT, "a whole number of at least 0, and at most a billion")
+BOUNDS: dict[str, tuple[float, float, str]] = {
+    **dict.fromkeys(("cap", "blr", "min_lr", "weight_decay", "warmup_epochs"), _NOT_NEGATIVE),
+    **dict.fromkeys(("lr", "tau"), _POSITIVE),
+    **dict.fromkeys(("collective_timeout", "hang_timeout"), _MINUTES),
+    **dict.fromkeys(("save_steps", "save_total_limit"), _COUNT_OR_0),
+    "bias": (-MAX_FLOAT, MAX_FLOAT, "finite"),
+    "num_workers": (0, 1024, "a whole number from 0 to 1024"),
+    "seed": (0, MAX_SEED, f"a whole number from 0 to {MAX_SEED}"),
+}
