@@ -10,6 +10,7 @@ from vico.planner.gpu_specs import GPUS
 _HALF = "; half of the rate printed with sparsity"
 # By the short name of vico/planner/gpu_specs.py.
 SOURCES = {
+    "B200": "NVIDIA HGX B200 datasheet" + _HALF,
     "H200": "NVIDIA H200 Tensor Core GPU datasheet (SXM)" + _HALF,
     "H100": "NVIDIA H100 Tensor Core GPU datasheet (SXM)" + _HALF,
     "H100-PCIe": "NVIDIA H100 Tensor Core GPU datasheet (PCIe)" + _HALF,
@@ -18,12 +19,16 @@ SOURCES = {
     "A100-80-PCIe": "NVIDIA A100 Tensor Core GPU datasheet",
     "A100-40-PCIe": "NVIDIA A100 Tensor Core GPU datasheet",
     "L40S": "NVIDIA L40S datasheet",
+    "L4": "NVIDIA L4 datasheet" + _HALF,
+    "A6000": "NVIDIA Ampere GA102 GPU architecture whitepaper, RTX A6000",
     "A40": "NVIDIA A40 datasheet",
     "A10": "NVIDIA A10 datasheet",
+    "RTX5090": "NVIDIA RTX Blackwell GPU architecture whitepaper",
     "RTX4090": "NVIDIA Ada GPU architecture whitepaper, appendix A",
     "RTX3090": "NVIDIA Ampere GA102 GPU architecture whitepaper, appendix A",
     "V100-16": "NVIDIA V100 Tensor Core GPU datasheet (SXM2)",
     "V100-32": "NVIDIA V100 Tensor Core GPU datasheet (SXM2)",
+    "T4": "NVIDIA T4 datasheet",
 }
 
 

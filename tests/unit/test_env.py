@@ -9,6 +9,7 @@ from support.processes import ROOT
 from vico.cli import env
 from vico.cli.main import main
 from vico.cli.version import VERSION
+from vico.distributed.launcher_env import RANK_VARIABLES
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,6 +25,8 @@ def _out(capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_env(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Text, then the same facts as JSON in the last line."""
+    for name in RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")

@@ -35,8 +35,11 @@ def sentencepiece(tokenizers: list[Tokenizer]) -> Tokenizer:
     return tokenizers[0]
 
 
+PLACE = "train.jsonl:1"
+
+
 def make(options: tuple[str, ...], dialogue: str = "", answer: int | None = 0) -> Question:
-    return Question(0, "0", "v", "X", "Why?", options, answer, None, dialogue, "train.jsonl:1")
+    return Question(0, "0", "v", "X", "Why?", options, answer, None, dialogue, place=PLACE)
 
 
 def prompts(tokenizer: Tokenizer, limit: int = 10**6) -> Prompts:
@@ -193,5 +196,5 @@ def test_a_question_that_cannot_fit(sentencepiece: Tokenizer) -> None:
     empty = count(sentencepiece, make(("", "")))
     fitted = prompts(sentencepiece, empty).fit(question, "vqa")
     assert fitted == make(("", ""))
-    with pytest.raises(UserError, match=r"^train.jsonl:1: the question alone is 3 tokens above"):
+    with pytest.raises(UserError, match=rf"^{PLACE}: the question alone is 3 tokens above"):
         prompts(sentencepiece, empty - 3).fit(question, "vqa")
