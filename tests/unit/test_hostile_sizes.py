@@ -20,11 +20,11 @@ from support.processes import Processes, base_environment, run_command, start_co
 from vico.checkpoint import published
 from vico.cli import flags
 from vico.cli.main import main
-from vico.data.features import WIDTH, Features
+from vico.data.features import Features
 from vico.data.readers.rows import read_csv
 from vico.io.output_dir import OutputDir
 from vico.io.safe_load import load_tensors
-from vico.model.config import LlamaConfig
+from vico.model.config import FEATURE_WIDTH, LlamaConfig
 from vico.model.weights.meta import read_llama_config
 from vico.train.run_log import Logs, gaps
 
@@ -69,7 +69,7 @@ def test_a_class_that_is_called_from_the_memo(tmp_path: Path, named_before: bool
 
 def test_tensors_with_attributes(tmp_path: Path) -> None:
     """torch.save names the class Tensor for them, which is not a call either."""
-    clips = {name: torch.full((2, WIDTH), i) for i, name in enumerate("abc", 1)}
+    clips = {name: torch.full((2, FEATURE_WIDTH), i) for i, name in enumerate("abc", 1)}
     clips = {name: clip.float().requires_grad_(name == "c") for name, clip in clips.items()}
     for clip in clips.values():
         clip.fps, clip.video = 25.0, {"size": (1, [2])}  # type: ignore[attr-defined]
@@ -122,18 +122,20 @@ def test_newer_types_are_loaded(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 def test_features_of_stride_0(tmp_path: Path) -> None:
-    path = save(tmp_path / "a.pth", {"v": torch.ones(1, WIDTH).expand(2_000_000, WIDTH)})
+    path = save(
+        tmp_path / "a.pth", {"v": torch.ones(1, FEATURE_WIDTH).expand(2_000_000, FEATURE_WIDTH)}
+    )
     assert "holds a tensor [2000000, 768] that repeats fewer numbers" in refusal(Features, path)
     options = {"_use_new_zipfile_serialization": False}
-    save(path, {"v": torch.ones(1, WIDTH).expand(2_000_000, WIDTH)}, **options)
+    save(path, {"v": torch.ones(1, FEATURE_WIDTH).expand(2_000_000, FEATURE_WIDTH)}, **options)
     assert "repeats fewer numbers" in refusal(load_tensors, path, "it", allow_old_format=True)
 
 
 def test_many_views_of_one_tensor(tmp_path: Path) -> None:
-    frames = torch.ones(4, WIDTH)
+    frames = torch.ones(4, FEATURE_WIDTH)
     path = save(tmp_path / "a.pth", {f"{i}": frames[:] for i in range(1000)})
     assert "bytes of numbers and holds 12,288; save copies" in refusal(Features, path)
-    save(path, {f"{i}": torch.ones(64, WIDTH)[i : i + 1] for i in range(64)})
+    save(path, {f"{i}": torch.ones(64, FEATURE_WIDTH)[i : i + 1] for i in range(64)})
     assert len(Features(path)) == 64
 
 

@@ -7,15 +7,15 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from support.errors import refusal
 from support.feature_files import numbered, save
-from vico.data.features import WIDTH, Features
+from vico.data.features import Features
 from vico.errors import CheckpointError
-from vico.io.safe_load import load_tensors
+from vico.io.safe_load import StoredChecksums, load_tensors
+from vico.model.config import FEATURE_WIDTH
 
 
 class Payload:
@@ -40,7 +40,6 @@ def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
         assert "tensors" in message
     message = refusal(load_tensors, tmp_path / "plain.pth", "the checkpoint", allow_old_format=True)
     assert "is no torch file" in message
-    assert "numpy" in refusal(Features, save(tmp_path / "np.pth", {"v": np.zeros((2, WIDTH))}))
     assert not canary.exists()
 
 
@@ -100,7 +99,9 @@ def test_other_zips(tmp_path: Path) -> None:
 def test_missing_files_and_folders(tmp_path: Path) -> None:
     message = refusal(Features, tmp_path / "none.pth")
     assert "no such file; the video feature file should be there" in message
-    assert "cannot be opened (Is a directory)" in refusal(Features, tmp_path)
+    assert "the folder holds no .npy" in refusal(Features, tmp_path)
+    folder = refusal(load_tensors, tmp_path, "the file")
+    assert "cannot be opened (Is a directory)" in folder
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
@@ -113,3 +114,13 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
         message = refusal(Features, path)
         problem = "the video feature file is cut off or damaged; fetch or copy it again"
         assert f"{path}: {problem}" in message, size
+
+
+def test_a_damaged_name_in_a_header(tmp_path: Path) -> None:
+    """zipfile decodes the names of parts when it reads them, which is first done for checksums."""
+    path = save(tmp_path / "a.pth", {"v": torch.ones(2, FEATURE_WIDTH)})
+    data = path.read_bytes()
+    place = data.index(b"version")  # in the header of that part; the directory is at the end
+    path.write_bytes(data[:place] + b"\xb7" + data[place + 1 :])
+    message = refusal(StoredChecksums(path, "the file").verify, "v", torch.ones(2, FEATURE_WIDTH))
+    assert message.startswith(f"{path}: the file is cut off or damaged; fetch or copy it again")

@@ -148,7 +148,7 @@ class StoredChecksums:
                 for entry in entries:
                     if not _is_storage(entry):
                         archive.read(entry)
-        except (zipfile.BadZipFile, OSError) as problem:
+        except Exception as problem:  # a damaged name in a header is a UnicodeDecodeError
             self._fail(f"({problem})")
         return {(entry.file_size, entry.CRC) for entry in entries if _is_storage(entry)}
 
