@@ -78,6 +78,7 @@ setup(
             "transformers>=5.20,<6",  # the reference for the backbone's logits
             # Its interpreter runs the GPU kernels in tests without a GPU. With one torch has it.
             "triton>=3.6,<4; platform_system == 'Linux' and platform_machine == 'x86_64'",
+            "gguf>=0.17,<1",  # the format of the small LLaMA that slow tests use
             "pytest>=9,<10",
             "pytest-xdist>=3.8,<4",  # two processes share the tests
             "hypothesis>=6.100,<7",
