@@ -92,9 +92,13 @@ def read_csv(path: Path, what: str, required: Sequence[str], aliases: Mapping[st
 
 
 def delimiter_of(text: str) -> str:
-    """What separates the column names: a tab or a semicolon where that is there more often."""
-    names = re.sub('"[^"]*"', "", text.lstrip().partition("\n")[0])
-    return max(DELIMITERS, key=names.count)
+    """What separates the column names: a tab or a semicolon where that makes more of them."""
+    line = re.sub('"[^"]*"', "name", text.lstrip().partition("\n")[0])
+
+    def num_names(mark: str) -> int:
+        return sum(bool(name.strip()) for name in line.split(mark)) if mark in line else 0
+
+    return max(DELIMITERS, key=num_names)
 
 
 def _csv_records(text: str, path: Path, delimiter: str) -> tuple[list[tuple[int, list[str]]], int]:
