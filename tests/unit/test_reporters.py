@@ -4,6 +4,7 @@ import io
 import json
 import sqlite3
 import struct
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -121,6 +122,7 @@ def test_logging_steps(tmp_path: Path) -> None:
 def test_no_step_twice_in_tensorboard(tmp_path: Path) -> None:
     out = OutputDir(tmp_path)
     log_run(out, ["tensorboard"], 0, 6)
+    time.sleep(1.1)  # files are read in the order of their names, which hold the second
     log_run(out, ["tensorboard"], 4, 8)
     board = board_of(out)
     assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 9))
