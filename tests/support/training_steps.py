@@ -1,9 +1,12 @@
 """Short ways to a config and to training steps of the toy dataset."""
 
+from collections.abc import Sequence
+
 from support.toy_dataset import ToyData
 from vico.cli.flags import parse
 from vico.data.batching import TrainingSteps
 from vico.data.mixture import parse_datasets
+from vico.data.types import Question
 from vico.train.build import Inputs
 from vico.train.config import RunConfig
 
@@ -22,16 +25,19 @@ def training_steps(
     world_size: int = 1,
     seed: int = 0,
     in_file_order: bool = False,
+    dataset: str = "nextqa",
+    questions: Sequence[Question] | None = None,
     max_tokens: int | None = None,
 ) -> TrainingSteps:
     """The steps of both tasks over the training questions, by default on one rank.
 
     `in_file_order`: questions are not shuffled, and captions not cropped at random.
+    `questions`: other ones than all for training.
     """
     return TrainingSteps(
-        inputs.questions["train"],
+        inputs.questions["train"] if questions is None else questions,
         inputs.datasets,
-        parse_datasets("nextqa"),
+        parse_datasets(dataset),
         num_slots=10,
         tasks=("vqa", "cap"),
         micro_batch_size=micro_batch_size,

@@ -16,7 +16,7 @@ from support.command_line import error_of, parse_line
 from support.errors import refusal
 from support.mixed_datasets import NUM_TRAIN, NUM_VAL, mixed
 from support.toy_dataset import ToyData
-from support.training_steps import config_of
+from support.training_steps import config_of, training_steps
 from vico.checkpoint.format import Checkpoint
 from vico.data.batching import TrainingSteps
 from vico.data.datasets import DATASETS
@@ -189,19 +189,12 @@ def test_each_question_has_its_own_set(mixed_toy: ToyData, alone: World) -> None
     assert [q.video for q in chosen] == ["v0000"] * 3
     assert chosen[1].place == "star/STAR_train.json[0]"
     assert chosen[2].dialogue and not chosen[0].dialogue
-    steps = TrainingSteps(
-        chosen,
-        inputs.datasets,
-        config.datasets,
-        num_slots=10,
-        tasks=("vqa", "cap"),
+    steps = training_steps(
+        inputs,
         micro_batch_size=3,
-        accumulation=1,
-        rank=0,
-        world_size=1,
-        seed=0,
-        shuffle=False,
-        crop=False,
+        in_file_order=True,
+        dataset=config.dataset,
+        questions=chosen,
     )
     step = steps[0, 0]
     assert step.names == ("nextqa/v0000/0", "star/v0000/Interaction_T1_0", "tvqa/v0000/0")

@@ -236,7 +236,10 @@ BAD_LINES: dict[str, tuple[list[Any] | str, str]] = {
         [{"vid_name": "s01_clip", "sub": "hm"}],
         f"{JSON_LINES}:1 ('sub' is 'hm', not a list",
     ),
-    "a time": ([official([(1, 2, "x"), ("soon", 2, "y")])], "('start' is 'soon', not a time"),  # type: ignore[list-item]
+    "a time": (
+        [official([(1, 2, "x"), ("soon", 2, "y")])],  # type: ignore[list-item]
+        "('start' is 'soon', not a time",
+    ),
     "no text": ([{"vid_name": "s01_clip", "sub": [{"start": 1, "end": 2}]}], "('text' is missing"),
     "no JSON": ("{", f"{JSON_LINES}:1: column 2: "),
     "empty": ("", f"{JSON_LINES}: is empty"),

@@ -13,8 +13,7 @@ from typing import Any
 import safetensors.torch
 
 from vico.checkpoint.format import CARD, CONFIG, FORMAT, WEIGHTS, Checkpoint
-from vico.checkpoint.read import read
-from vico.errors import CheckpointError, DiskError
+from vico.checkpoint.write import check_written
 from vico.io.atomic import make_folder, write_folder, write_new
 from vico.io.digest import digest_bytes
 
@@ -53,13 +52,5 @@ def export(
         write_new(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
         write_new(folder / CARD, card.encode())
 
-    def check(folder: Path) -> None:
-        try:
-            read(folder)
-        except CheckpointError as fault:
-            raise DiskError(
-                f"{fault}; it was written a moment ago, so the disk does not store data correctly"
-            ) from None
-
     make_folder(target.parent)
-    write_folder(target, fill, check)
+    write_folder(target, fill, check_written)

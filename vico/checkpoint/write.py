@@ -60,16 +60,18 @@ def save(
         }
         write_new(folder / STATE, with_checksum(record).encode())
 
-    def check(folder: Path) -> None:
-        try:
-            read(folder)
-        except CheckpointError as fault:
-            raise DiskError(
-                f"{fault}; it was written a moment ago, so the disk does not store data correctly"
-            ) from None
-
-    write_folder(target, fill, check)
+    write_folder(target, fill, check_written)
     reached("save:verified")
+
+
+def check_written(folder: Path) -> None:
+    """Read a new folder back. Raises DiskError if it is not what was written."""
+    try:
+        read(folder)
+    except CheckpointError as fault:
+        raise DiskError(
+            f"{fault}; it was written a moment ago, so the disk does not store data correctly"
+        ) from None
 
 
 def save_step(

@@ -21,11 +21,9 @@ from vico.errors import fail, show
 from vico.io.numpy_arrays import ALLOWED_CLASSES, NUMBERS, Array
 from vico.io.paths import entries, exists, is_folder, open_to_read
 from vico.io.safe_load import StoredChecksums, failed_download, load_tensors
-from vico.model.config import FEATURE_WIDTH
 
 FILE = "the video feature file"  # in messages
 DEFAULT_NAME = "clipvitl14.pth"
-CLIP_WIDTH = FEATURE_WIDTH  # where no video says how wide it is
 SUFFIXES = (".pth", ".pt", ".safetensors", ".h5", ".hdf5")  # of a file with all videos
 VIDEO_SUFFIXES = (".npy", ".pth", ".pt", ".safetensors")  # of a file in a folder
 # Of numbers that torch reads into memory: numpy arrays and lists in a .pth file.

@@ -22,6 +22,7 @@ from vico.data.video_ids import VideoIds
 from vico.errors import TrainingError, UserError, fail, show
 from vico.io.input_files import InputFiles, Stamp, is_other_file, stamp_of
 from vico.io.safe_load import is_float_tensor, release_pages
+from vico.model.config import FEATURE_WIDTH
 
 # Read between two releases of the mapped file's memory.
 RELEASE_BYTES = 1 << 28
@@ -65,7 +66,7 @@ class Features:
             value = self._value(key)
             if _is_clip(value, None):
                 widths[value.shape[1]] += 1
-        self.width = widths.most_common(1)[0][0] if widths else feature_files.CLIP_WIDTH
+        self.width = widths.most_common(1)[0][0] if widths else FEATURE_WIDTH
 
     def _reset(self) -> None:
         self._opened: tuple[Container, VideoIds] | None = None

@@ -256,7 +256,7 @@ def measure_captions(
     progress: ProgressLog,
 ) -> Lengths:
     """The caption sequences of the questions' videos, one per video, in tokens."""
-    videos = sorted(_videos_of(questions))
+    videos = sorted({q.video for q in questions})
     used = {video: captions[video] for video in videos if video in captions}
     key = cache_key(
         "captions",
@@ -270,7 +270,3 @@ def measure_captions(
     lengths = length_stats.of_captions(used.values(), prompts, progress)
     cache.put(key, lengths.to_json())
     return lengths
-
-
-def _videos_of(questions: Sequence[Question]) -> set[str]:
-    return {q.video for q in questions}
