@@ -25,6 +25,13 @@ DATA = [
 # Curves of --report_to. Both write to the local disk without a network.
 WANDB = ["wandb>=0.20,<1"]
 TRACKIO = ["trackio>=0.20,<1"]
+TRANSFORMERS = "transformers>=5.20,<6"
+# Videos to features. 17.1 is the last version for Python 3.10. 19 is untested.
+VIDEO = ["av>=17,<19", TRANSFORMERS]
+# BLEU, ROUGE-L and CIDEr of captions. The first imports the second.
+CAPTIONS = ["pycocoevalcap>=1.2,<2", "pycocotools>=2.0.8,<3"]
+# The charts of `vico report`, drawn in the browser by a script inside the page.
+REPORT = ["plotly>=6,<8"]
 
 setup(
     name="vico",
@@ -66,6 +73,9 @@ setup(
         "data": DATA,
         "wandb": WANDB,
         "trackio": TRACKIO,
+        "video": VIDEO,
+        "captions": CAPTIONS,
+        "report": REPORT,
         # The plots of `bash benchmarks/run.sh report`.
         "benchmarks": ["matplotlib>=3.9,<4"],
         "dev": [
@@ -74,8 +84,12 @@ setup(
             *DATA,
             *WANDB,
             *TRACKIO,
+            *VIDEO,  # transformers is also the reference for the backbone's logits
+            *CAPTIONS,
+            *REPORT,
+            "imageio-ffmpeg>=0.6,<1",  # the ffmpeg command, the reference for decoded frames
+            "playwright>=1.50,<2",  # opens the report's page in a Chromium that is there
             "peft>=0.17,<1",  # its reader opens what `vico export` writes
-            "transformers>=5.20,<6",  # the reference for the backbone's logits
             # Its interpreter runs the GPU kernels in tests without a GPU. With one torch has it.
             "triton>=3.6,<4; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "gguf>=0.17,<1",  # the format of the small LLaMA that slow tests use
