@@ -45,6 +45,7 @@ SCHEMA: dict[str, Case] = {
         "train.jsonl", json.dumps(WITHOUT_ANSWER), "train.jsonl:1: 'answer' is missing"
     ),
     "schema, no question": table("train.csv", "video,a0,a1\nv,x,y\n", "no 'question' (has: "),
+    "schema, a caption that is a number": row("train.jsonl:1: caption of video", caption=7),
     "schema, options in two places": row("options could be in 'options' and in", a0="x", a1="y"),
     "schema, a clip without an end": row("a start without an end", start=1),
     "schema, a clip backwards": row("ends at 1.0 s, before it starts", start=2, end=1),

@@ -95,9 +95,9 @@ def test_empty_captions(tmp_path: Path) -> None:
     """Training does not use them: no error."""
     put(tmp_path / "captions.json", {"v0": "x", "v1": " \n", "v2": None, "v3": ""})
     read = captions.read(tmp_path, None)
-    captions.check(read, questions_about(("v0", None)), tmp_path)
+    captions.check(read, questions_about(("v0", None)))
     assert read == {"v0": "x"} and read.empty == {"v1", "v2", "v3"}
-    message = refusal(captions.check, read, questions_about(("v1", None), ("v9", None)), tmp_path)
+    message = refusal(captions.check, read, questions_about(("v1", None), ("v9", None)))
     assert "2 of 2 questions (2 videos) have no caption, e.g. 'v1' (it is empty), 'v9'; " in message
 
 
@@ -114,9 +114,42 @@ def test_all_forms_give_the_same_captions(tmp_path: Path, texts: dict[str, str])
 
 def test_questions_without_caption_are_counted() -> None:
     questions = questions_about(*((f"v{i // 2}", None) for i in range(12)))
-    captions.check(Captions({f"v{i}": "x" for i in range(6)}), questions, Path("c.json"))
-    message = refusal(captions.check, Captions({"v0": "x"}), questions, Path("c.json"))
+    captions.check(Captions({f"v{i}": "x" for i in range(6)}), questions)
+    message = refusal(captions.check, Captions({"v0": "x"}, Path("c.json")), questions)
     assert message.startswith(
         "c.json: 10 of 12 questions (5 videos) have no caption, e.g. 'v1', 'v2', 'v3'; "
     )
     assert "--cap 0" in message
+
+
+@pytest.mark.parametrize(
+    "key, video",
+    [("a/v1.mp4", "v1"), ("v1", "clips/v1.webm"), ("v1.MP4", "v1.npy"), (" 4010.0", "4010")],
+)
+def test_ids_are_found_as_those_of_features(tmp_path: Path, key: str, video: str) -> None:
+    put(tmp_path / "captions.json", {key: "x", "007": " "})
+    read = captions.read(tmp_path, None)
+    captions.check(read, questions_about((video, None)))
+    assert read[video] == read.get(video) == "x" and video in read and "7" not in read
+    lacking = questions_about((video, None), ("b/007.mp4", None))
+    assert "e.g. 'b/007.mp4' (it is empty); " in refusal(captions.check, read, lacking)
+    (note,) = captions.notes("train", read, lacking)
+    assert note.startswith("train: 1 of 2 questions"), "the empty one is used"
+
+
+def test_ids_that_are_numbers(tmp_path: Path) -> None:
+    put(
+        tmp_path / "captions.jsonl",
+        '{"video": 4010.0, "caption": "x"}\n{"video": 8, "caption": "y"}',
+    )
+    assert captions.read(tmp_path, None) == {"4010": "x", "8": "y"}
+    put(tmp_path / "captions.jsonl", '{"video": 4010.5, "caption": "x"}\n')
+    assert "captions.jsonl:1: 'video' is 4010.5" in refusal(captions.read, tmp_path, None)
+
+
+def test_two_ids_that_may_be_meant(tmp_path: Path) -> None:
+    put(tmp_path / "captions.json", {"a/v1": "x", "b/v1": "y"})
+    read = captions.read(tmp_path, None)
+    assert read["b/v1"] == "y"
+    message = refusal(captions.check, read, questions_about(("v1", None)))
+    assert "captions.json: 'a/v1' and 'b/v1' may both be video 'v1'; keep one" in message

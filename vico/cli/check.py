@@ -178,6 +178,7 @@ class Check:
                 preflight.read_captions,
                 self.config,
                 dataset,
+                self._splits(dataset),
                 questions,
                 self._prompts.get(dataset),
             )

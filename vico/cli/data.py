@@ -17,7 +17,7 @@ from vico.io.atomic import require_writable
 from vico.io.paths import exists
 
 CONVERT = """Write a data set in the general schema: a line of JSON per question, and dataset.yaml.
-Every question is read back and compared. Features and captions are not copied."""
+Every question is read back and compared. Features and caption files are not copied."""
 PACK = """Write features of any kind anew as one file that can be memory-mapped, with the same
 numbers. Memory holds what cannot be mapped of the source."""
 
@@ -72,7 +72,7 @@ def _convert(flags: argparse.Namespace) -> int:
     require_writable(flags.output, "--output")
     for line in convert(flags.name, folder, flags.output, splits, flags.sub):
         log.info(line)
-    log.info(f"{flags.output}: features and captions are not copied: put them there too")
+    log.info(f"{flags.output}: features and caption files are not copied: put them there too")
     return 0
 
 

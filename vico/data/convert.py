@@ -51,6 +51,8 @@ def _lines(questions: Iterable[Question], rate: float) -> Iterable[str]:
             row["start"], row["end"] = schema.clip_seconds(q.feature_rows, rate)
         if q.dialogue:
             row["dialogue"] = q.dialogue
+        if q.caption:
+            row["caption"] = q.caption
         yield json.dumps(row, ensure_ascii=False) + "\n"
 
 

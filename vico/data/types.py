@@ -25,6 +25,8 @@ class Question:
     feature_rows: FeatureRows | None = None
     # Subtitles inside the clip (TVQA with --sub); each line follows one blank.
     dialogue: str = ""
+    # Of the video, where the row of the question holds it.
+    caption: str = ""
     lacks_subtitles: bool = False  # asked for and not there: it may have had a dialogue
     # "val.csv:17", for messages.
     place: str = ""

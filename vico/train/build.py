@@ -153,7 +153,7 @@ class _Reader:
         captions = Captions()
         if config.cap and "train" in annotated:
             used, label = self.used[name, "train"], config.label(name, "train")
-            captions = preflight.read_captions(config, name, used, prompts)
+            captions = preflight.read_captions(config, name, annotated, used, prompts)
             self.notes += caption_files.notes(label, captions, used)
         inputs = DatasetInputs(features, prompts, captions)
         for split in self._splits:

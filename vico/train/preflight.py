@@ -162,14 +162,23 @@ def joined(
 
 
 def read_captions(
-    config: RunConfig, dataset: str, questions: Sequence[Question], prompts: Prompts | None
+    config: RunConfig,
+    dataset: str,
+    splits: Mapping[str, Sequence[Question]],
+    questions: Sequence[Question],
+    prompts: Prompts | None,
 ) -> Captions:
-    """By video. `prompts`: also check that --max_cap_len leaves room. Raises UserError."""
+    """By video. Raises UserError.
+
+    `splits`: all questions that were read; `questions`: those of training that are used;
+    `prompts`: also check that --max_cap_len leaves room.
+    """
     folder, named = config.folder_of(dataset), config.captions_of(dataset)
-    captions = caption_files.read(folder, named)
+    path = find_dataset(dataset, folder).annotation_file(folder, "train")
+    captions = caption_files.chosen(splits, path, folder, named)
     captioned = [q for q in questions if q.video in captions]
     if config.missing_captions == "error" or not captioned:
-        caption_files.check(captions, questions, caption_files.find(folder, named))
+        caption_files.check(captions, questions)
     if prompts is not None:
         prompts.caption(captions[captioned[0].video])
     return captions

@@ -31,6 +31,7 @@ class Rows(list[tuple[str, Row]]):
 # The type of a question whose file states none, and the group of types that no group lists.
 UNKNOWN = "(unknown)"
 MAX_EXAMPLES = 3  # in a message
+MAX_EXACT = 1 << 53  # whole numbers below it are exact as floats
 MAX_NAMES = 20  # columns or keys in a message
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons"}  # the first of equally many
 
@@ -253,8 +254,10 @@ def question_field(row: Row, key: str) -> str:
 
 
 def id_field(row: Row, key: str) -> str:
-    """An id as text, without blanks around it; 007 stays 007."""
+    """An id as text, without blanks around it; 007 stays 007, and 4010.0 of numbers is 4010."""
     value = field(row, key)
+    if isinstance(value, float) and value.is_integer() and abs(value) < MAX_EXACT:
+        value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     name = text_field(row, key).strip()

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vico.data.readers import answers, columns, conversations, rows, spec, table_files
+from vico.data.readers import answers, captions, columns, conversations, rows, spec, table_files
 from vico.data.readers.answers import LETTERS, Answers, Reading
 from vico.data.readers.columns import Columns
 from vico.data.readers.rows import Row, RowError, Rows
@@ -91,6 +91,7 @@ class _Table:
         self._spec, self._split = described, split
         self._columns: dict[tuple[str, ...], Columns] = {}
         self._num_not_offered = self._num_numbered = 0
+        self._captions: dict[str, str] = {}  # one text for all rows of a video
         self._read: list[tuple[tuple[str, ...], Reading | None] | RowError] = []
         for _, row in records:
             try:
@@ -152,16 +153,19 @@ class _Table:
         if reading is not None:
             answer = self._answers.index(reading, of["answer"], row[of["answer"]])
         self._num_numbered += "id" not in of
+        video = rows.id_field(row, of["video"])
+        caption = captions.text_of(video, row[of["caption"]]) if "caption" in of else ""
         return Question(
             index=index,
             qid=rows.id_field(row, of["id"]) if "id" in of else str(index),
-            video=rows.id_field(row, of["video"]),
+            video=video,
             type=_type(row, of["type"]) if "type" in of else rows.UNKNOWN,
             question=rows.question_field(row, of["question"]),
             options=options,
             answer=answer,
             feature_rows=feature_rows(row, of, self._spec.frames_per_second),
             dialogue=_dialogue(row, of),
+            caption=self._captions.setdefault(caption, caption),
             place=place,
         )
 
