@@ -11,6 +11,7 @@ TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 from support.toy_dataset import ToyData  # noqa: E402
+from vico.distributed import world  # noqa: E402
 from vico.distributed.world import World, connect  # noqa: E402
 
 
@@ -25,6 +26,13 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> None:
 def alone() -> World:
     """A world of one rank, shared by all tests: DeepSpeed connects once per process."""
     return connect()
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch, alone: World) -> None:
+    """DeepSpeed connects once per process, so the commands of a test share a world of one rank."""
+    monkeypatch.setattr(world, "connect", lambda *_: alone)
+    monkeypatch.setattr(world, "disconnect", lambda world, together: None)
 
 
 @pytest.fixture(scope="session")

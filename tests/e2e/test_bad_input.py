@@ -26,7 +26,6 @@ from support.run_fixture import FEATURES, OPTIMIZER, PUBLISHED, RunFixture, make
 from support.warm_process import WarmProcess, warm_processes
 from vico.cli.main import main
 from vico.distributed import signals
-from vico.distributed import world as dist
 from vico.io import output_dir
 
 # One case in EVERY is run.
@@ -47,13 +46,6 @@ def original(workers: list[WarmProcess], tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture
 def copied(original: RunFixture, tmp_path: Path) -> RunFixture:
     return original.copy(tmp_path / "fixture")
-
-
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch, alone: dist.World) -> None:
-    """DeepSpeed connects once per process, so the commands here share a world of one rank."""
-    monkeypatch.setattr(dist, "connect", lambda *_: alone)
-    monkeypatch.setattr(dist, "disconnect", lambda world, together: None)
 
 
 def test_one_line_says_where_and_what_to_do(

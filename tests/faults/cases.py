@@ -1,6 +1,7 @@
 """All cases of corrupted inputs."""
 
 from faults.case import Case
+from faults.cases_ask import ASKED
 from faults.cases_checkpoints import CHECKPOINTS
 from faults.cases_deepspeed import DEEPSPEED
 from faults.cases_export import EXPORTS
@@ -29,4 +30,5 @@ CASES: dict[str, Case] = {
     **CHECKPOINTS,
     **PUBLISHED_FILES,
     **EXPORTS,
+    **ASKED,
 }

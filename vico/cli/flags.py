@@ -63,11 +63,25 @@ def parse(
     --print_config.
     """
     parser = make_parser(command, description, prints=not with_checkpoint)
+    line, typed, others = read_words(parser, argv)
+    if others:
+        parser.refuse_unknown(others)
+    if "print_config" in typed:
+        _print_config(line)
+    return line
+
+
+def read_words(
+    parser: SettingsParser, argv: Sequence[str]
+) -> tuple[CommandLine, dict[str, Any], list[str]]:
+    """(the settings, the value of every flag by name, the words that belong to none).
+
+    Raises UserError as `parse` does.
+    """
     namespace, unknown = parser.parse_known_args(_with_true(argv))
     typed = vars(namespace)
     overrides = [word for word in unknown if OVERRIDE.fullmatch(word)]
-    if others := [word for word in unknown if word not in overrides]:
-        parser.refuse_unknown(others)
+    others = [word for word in unknown if word not in overrides]
     more = vars(parser.parse([as_flag(*_split(word)) for word in overrides]))
     retired = [name for name in RETIRED if name in {**typed, **more}]
     notes = [f"--{name} {RETIRED_HELP}: {RETIRED[name]}" for name in retired]
@@ -78,10 +92,7 @@ def parse(
         # A sweep over --blr on a recipe with lr would repeat the same run.
         by = "" if "lr" in flags else " by the recipe"
         notes.append(f"--blr {given['blr']:g} is not used, since --lr {given['lr']:g} is given{by}")
-    line = CommandLine(given, tuple(notes), "debug" in typed)
-    if "print_config" in typed:
-        _print_config(line)
-    return line
+    return CommandLine(given, tuple(notes), "debug" in typed), typed, others
 
 
 def _with_true(argv: Sequence[str]) -> list[str]:
@@ -142,21 +153,33 @@ def training_notes(config: RunConfig) -> list[str]:
 def parse_with_checkpoint(argv: Sequence[str], command: str, description: str) -> CommandLine:
     """As `parse`, for a command that needs --resume."""
     line = parse(argv, command, description, with_checkpoint=True)
-    if line.given.get("resume") is None:
-        raise UserError(
-            "--resume is missing: name the checkpoint folder, run folder or .pth file to evaluate"
-        )
+    require_resume(line, "to evaluate")
     return line
 
 
-def make_parser(command: str, description: str, prints: bool = True) -> SettingsParser:
+def require_resume(line: CommandLine, purpose: str) -> None:
+    """Raise UserError where no checkpoint is named."""
+    if line.given.get("resume") is None:
+        raise UserError(
+            f"--resume is missing: name the checkpoint folder, run folder or .pth file {purpose}"
+        )
+
+
+def make_parser(
+    command: str,
+    description: str,
+    prints: bool = True,
+    usage: str = "[--config RECIPE] [FLAGS] [KEY=VALUE ...]",
+    add_own: Callable[[SettingsParser], None] | None = None,
+) -> SettingsParser:
     """A parser of RunConfig's fields. A flag that is not given has no value, not the default.
 
-    `prints`: whether it has --print_config.
+    `prints`: whether it has --print_config. `usage`: behind the command's name. `add_own`: adds the
+    command's own flags, which the help shows first.
     """
     parser = SettingsParser(
         prog=command,
-        usage=f"{command} [--config RECIPE] [FLAGS] [KEY=VALUE ...]",
+        usage=f"{command} {usage}",
         description=description,
         allow_abbrev=False,
         add_help=False,
@@ -175,6 +198,8 @@ def make_parser(command: str, description: str, prints: bool = True) -> Settings
         text = "print all settings as a recipe, and stop"
         add("--print_config", action="store_true", help=text)
     add("--debug", action="store_true", help="show the traceback of an error")
+    if add_own is not None:
+        add_own(parser)
     _add_settings(parser)
     _add_aliases(parser)
     _add_off_switches(parser)

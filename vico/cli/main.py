@@ -32,6 +32,7 @@ from vico.io import log, streams
 COMMANDS = {
     "train": ("train", "Train ViCo, or resume the run in OUTPUT_DIR."),
     "eval": ("evaluate", "Evaluate a checkpoint on a split."),
+    "ask": ("ask", "Ask a checkpoint a question about a video; its answer with probabilities."),
     "check": ("check", "Check a run's files before it starts; takes the flags of train."),
     "quantize-eval": (
         "quantize_eval",
@@ -65,7 +66,7 @@ COMMANDS = {
         "Inject faults into runs, files and disks, and check that none does harm.",
     ),
 }
-OF_SEVERAL_RANKS = {"train", "eval", "quantize-eval", "cost"}
+OF_SEVERAL_RANKS = {"train", "eval", "ask", "quantize-eval", "cost"}
 ALIASES = {"cost": "quantize-eval"}
 
 # Open files, sockets and pipes: a run of one rank needs some 60, each further rank a few.

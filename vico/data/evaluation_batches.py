@@ -55,28 +55,12 @@ class EvaluationChunks(MicroBatchBuilder, Dataset[Chunk]):
         share: bool = True,
     ) -> None:
         super().__init__(questions, datasets, num_slots, share)
-        chunks = self._divide()
+        chunks = divide(questions)
         # Every rank runs as many forwards, because they are collective under ZeRO-3.
         num_chunks = -(-len(chunks) // world_size)
         own_chunks = chunks[rank::world_size]
         num_dummies = num_chunks - len(own_chunks)
         self._chunks: list[list[int]] = own_chunks + [[]] * num_dummies
-
-    def _divide(self) -> list[list[int]]:
-        """Positions of the questions, those of a clip together, cut at about EVALUATION_TOKENS."""
-        by_clip: dict[Clip, list[int]] = {}
-        for place, question in enumerate(self.questions):
-            by_clip.setdefault(clip_of(question), []).append(place)
-        chunks: list[list[int]] = []
-        size = EVALUATION_TOKENS
-        for places in by_clip.values():
-            for place in places:
-                if size >= EVALUATION_TOKENS:
-                    chunks.append([])
-                    size = 0
-                chunks[-1].append(place)
-                size += guess_tokens(self.questions[place])
-        return chunks
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -100,6 +84,26 @@ class EvaluationChunks(MicroBatchBuilder, Dataset[Chunk]):
             sequence = prompts.vqa(fitted, answer)
             sequences.append(TaskSequence(question, sequence, task=0))
         return sequences
+
+
+def divide(questions: Sequence[Question]) -> list[list[int]]:
+    """Positions of the questions, those of a clip together, cut at about EVALUATION_TOKENS.
+
+    Of the questions of some chunks alone, in this order, the same chunks result.
+    """
+    by_clip: dict[Clip, list[int]] = {}
+    for place, question in enumerate(questions):
+        by_clip.setdefault(clip_of(question), []).append(place)
+    chunks: list[list[int]] = []
+    size = EVALUATION_TOKENS
+    for places in by_clip.values():
+        for place in places:
+            if size >= EVALUATION_TOKENS:
+                chunks.append([])
+                size = 0
+            chunks[-1].append(place)
+            size += guess_tokens(questions[place])
+    return chunks
 
 
 def guess_tokens(question: Question) -> int:

@@ -61,12 +61,15 @@ class Features:
         before = InputFiles(files)
         self._open(files)
         self._stamps = {file: before.stamp(file) or _stamp(file) for file in files}
+        self.width = self._most_common_width()
+
+    def _most_common_width(self) -> int:
         widths: Counter[int] = Counter()
         for key in islice(self._ids.keys, NUM_LOOKED_AT):
             value = self._value(key)
             if _is_clip(value, None):
                 widths[value.shape[1]] += 1
-        self.width = widths.most_common(1)[0][0] if widths else FEATURE_WIDTH
+        return widths.most_common(1)[0][0] if widths else FEATURE_WIDTH
 
     def _reset(self) -> None:
         self._opened: tuple[Container, VideoIds] | None = None
@@ -297,6 +300,36 @@ class Features:
         else:
             out[:length] = clip
         return out
+
+
+class _InMemory:
+    """A dict of tensors that no file holds."""
+
+    def __init__(self, videos: Mapping[str, Tensor]) -> None:
+        self.notes = list[str]()
+        self._videos = videos
+
+    def keys(self) -> Iterable[object]:
+        return self._videos
+
+    def value(self, key: object) -> Any:
+        return self._videos[str(key)]
+
+    def verify(self, key: object) -> None:
+        """There is no file to be compared with."""
+
+
+class FeaturesInMemory(Features):
+    """Features that no file holds: of a video that was encoded just now, or of a Python program.
+
+    `videos`: [frames, width] by video id. `label`: what messages call them. For this process alone.
+    """
+
+    def __init__(self, videos: Mapping[str, Tensor], label: str) -> None:
+        self.path, self._stamps = Path(label), {}
+        self._reset()
+        self._opened = _InMemory(videos), VideoIds(videos, self.path)
+        self.width = self._most_common_width()
 
 
 def common_width(features: Mapping[str, Features]) -> int:

@@ -120,6 +120,36 @@ def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inp
     )
 
 
+def read_backbone(
+    config: RunConfig, feature_width: int, world: World
+) -> tuple[Inputs, BackboneFiles]:
+    """As `read_inputs`, of no data set: for questions that no split holds.
+
+    `feature_width`: of the checkpoint. Raises UserError; no collective runs inside.
+    """
+    files, cache = preflight.input_files(config, ()), FileCache(reread=config.verify)
+    backbone = preflight.open_backbone(config)
+    llama = backbone.weights.config
+    hardware = zero_stage.hardware(world.members)
+    choice = zero_stage.choose(config, llama, world.size, hardware, training=False)
+    sizes = (backbone.num_adapted, config.adapter_len, config.max_feats, feature_width)
+    inputs = Inputs(
+        weights=backbone.weights,
+        datasets={},
+        questions={},
+        dropped={},
+        num_adapted=backbone.num_adapted,
+        trainable_shapes=trainable_shapes(llama, *sizes),
+        ds_config=choice.ds_config,
+        stage=choice.name,
+        notes=(*choice.notes, *backbone.notes),
+        tokenizer_path=backbone.tokenizer_path,
+        files=files,
+        cache=cache,
+    )
+    return inputs, backbone
+
+
 class _Reader:
     """Reads and checks the files of one data set after the other."""
 

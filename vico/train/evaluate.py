@@ -162,6 +162,24 @@ def evaluate(
         for dataset in inputs.datasets.values():
             dataset.features.check_unchanged()
         inputs.files.check_unchanged()
+    scores = score(engine, inputs, questions, split, config, world)
+    known = {name: find_dataset(name, config.folder_of(name)) for name in config.dataset_names}
+    return summarize(questions, scores, known, inputs.dropped[split])
+
+
+def score(
+    engine: Engine,
+    inputs: Inputs,
+    questions: Sequence[Question],
+    label: str,
+    config: RunConfig,
+    world: World,
+) -> list[list[float]]:
+    """Per question, the score of each option. A collective: every rank gets the result.
+
+    `label`: what messages call the questions. A score's last bits depend on what else is in its
+    forward, so on the list of questions, and not on the number of ranks. Raises as `evaluate` does.
+    """
     chunks = EvaluationChunks(
         questions,
         inputs.datasets,
@@ -169,13 +187,12 @@ def evaluate(
         rank=world.rank,
         world_size=world.size,
     )
-    scored = _score_chunks(engine, chunks, len(questions), split, config, world)
+    scored = _score_chunks(engine, chunks, len(questions), label, config, world)
     with world.raise_together():
         inputs.files.check_unchanged()
     scores = _gather(scored, questions, world)
     _require_finite(scores, questions)
-    known = {name: find_dataset(name, config.folder_of(name)) for name in config.dataset_names}
-    return summarize(questions, scores, known, inputs.dropped[split])
+    return scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,14 +208,14 @@ def _score_chunks(
     engine: Engine,
     chunks: EvaluationChunks,
     num_questions: int,
-    split: str,
+    label: str,
     config: RunConfig,
     world: World,
 ) -> list[ScoredChunk]:
     """Run this rank's chunks. All ranks run the same number of forwards, as ZeRO-3 needs."""
     pin = world.device.type == "cuda"
     batches = loader(chunks, range(len(chunks)), config.num_workers, pin=pin)
-    what = f"{num_questions} {split} questions"
+    what = f"{num_questions} {label} questions"
     engine.train(False)
     error: UserError | None = None
     last_batch: PackedBatch | None = None
@@ -206,7 +223,7 @@ def _score_chunks(
     bar = ProgressBar(f"evaluating {what}", len(chunks), "batch", world.is_main)
     with torch.no_grad(), bar:
         for number, chunk in enumerate(batches, start=1):
-            world.set_phase(f"batch {number} of the {split} evaluation")
+            world.set_phase(f"batch {number} of the {label} evaluation")
             reached("evaluation")
             error = error or chunk.error
             # After an error this rank repeats its last batch: the others need its forwards.

@@ -93,14 +93,15 @@ def _models_in(folder: Path) -> list[str]:
 def input_files(config: RunConfig, splits: Sequence[str]) -> InputFiles:
     """The files that a run with these splits reads, as far as they exist, before they are opened.
 
+    Without a split, those of the backbone.
     Subtitles are not among them: there are thousands, and they are read into memory at once.
     """
-    paths, weights = [], config.model_folder
-    for name in config.dataset_names:
+    paths: list[Path] = []
+    for name in config.dataset_names if splits else ():
         paths += _dataset_files(config, name, splits)
-    for tokenizer_folder in (config.tokenizer_folder, weights):
+    for tokenizer_folder in (config.tokenizer_folder, config.model_folder):
         paths += [tokenizer_folder / name for name in TOKENIZER_FILES]
-    paths += weight_files(weights)
+    paths += weight_files(config.model_folder)
     return InputFiles(paths)
 
 

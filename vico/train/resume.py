@@ -244,7 +244,8 @@ def refuse_other_function(
     """Refuse to evaluate `start` with another backbone, tokenizer or features than it has seen.
 
     Other questions may be asked: that is noted where they are of the split that its own run
-    evaluated. Raises UserError; --allow_change permits it. `fingerprints`: of the evaluated split.
+    evaluated. Raises UserError; --allow_change permits it. `fingerprints`: of the evaluated split,
+    or of the backbone alone.
     """
     if not start.fingerprints:  # it is a file that records none
         return []
@@ -253,7 +254,8 @@ def refuse_other_function(
     for name in config.dataset_names:
         own = f"{data_prefix(name, len(own_names))} {config.split}"  # of the run that wrote it
         now = f"{data_prefix(name, len(config.datasets))} {config.split}"
-        if name not in own_names or f"{own} questions" not in start.fingerprints:
+        is_known = name in own_names and f"{own} questions" in start.fingerprints
+        if not is_known or f"{now} questions" not in fingerprints:
             continue
         if start.fingerprints[f"{own} questions"] == fingerprints[f"{now} questions"]:
             compared[f"{own} features"] = fingerprints[f"{now} features"]

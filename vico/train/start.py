@@ -139,18 +139,29 @@ def open_evaluation(
     """
     with world.raise_together():
         inputs = read_inputs(config, (config.split,), world)
+    return inputs, fit_and_compare(config, checkpoint, inputs, world)
+
+
+def fit_and_compare(
+    config: RunConfig, checkpoint: Checkpoint, inputs: Inputs, world: World
+) -> Checkpoint:
+    """`checkpoint` with this model's tensors, if it was trained with these files. A collective.
+
+    Raises UserError, on all ranks, where it was not.
+    """
+    with world.raise_together():
         checkpoint = fit(checkpoint, inputs)
     require_same_start(world, checkpoint, (), inputs.counts)
     recorded = checkpoint.fingerprints
     hosts = {member.host for member in world.members}
     if not recorded and len(hosts) <= 1 and not config.verify:
-        return inputs, checkpoint  # there is nothing to compare with
-    fingerprints = _fingerprints(config, inputs, (config.split,), recorded, world)
+        return checkpoint  # there is nothing to compare with
+    fingerprints = _fingerprints(config, inputs, tuple(inputs.questions), recorded, world)
     with world.raise_together():
         notes = refuse_other_function(checkpoint, config, fingerprints)
     for note in (*notes, *notes_of_uncompared(checkpoint, fingerprints)):
         world.print_rank0(note)
-    return inputs, checkpoint
+    return checkpoint
 
 
 def _claim(output_dir: OutputDir, world: World) -> None:

@@ -42,12 +42,7 @@ def _file_of(described: Spec, split: str) -> Path:
 def read(folder: Path, split: str) -> Questions:
     """The questions of a split, in file order. Raises UserError for a file with a fault."""
     described = spec.read(folder)
-    path = _file_of(described, split)
-    records = _read_rows(path, split)
-    table = _Table(described, split, records)
-    table.refuse_absent_columns(path)
-    questions = rows.questions_from(path, records, table.question)
-    questions.notes = (*questions.notes, *table.notes(questions))
+    questions = _read_table(described, _file_of(described, split), split, f"{split} questions")
     if not described.dialogue and (spoken := [q for q in questions if q.dialogue]):
         if described.dialogue is None and _first_row_speaks(folder, described):
             return questions
@@ -58,9 +53,22 @@ def read(folder: Path, split: str) -> Questions:
     return questions
 
 
-def _read_rows(path: Path, split: str) -> Rows:
-    records = table_files.read(path, f"the table of the {split} questions")
-    return conversations.as_rows(path, records)
+def read_file(path: Path) -> Questions:
+    """The questions of any table. A dataset.yaml beside it describes its columns.
+
+    All or none have an answer. Raises UserError for a file with a fault.
+    """
+    return _read_table(spec.read(path.parent), path, "test", "questions")
+
+
+def _read_table(described: Spec, path: Path, split: str, what: str) -> Questions:
+    records = table_files.read(path, f"the table of the {what}")
+    records = conversations.as_rows(path, records)
+    table = _Table(described, split, records)
+    table.refuse_absent_columns(path)
+    questions = rows.questions_from(path, records, table.question)
+    questions.notes = (*questions.notes, *table.notes(questions))
+    return questions
 
 
 def has_dialogue(folder: Path) -> bool:

@@ -1,0 +1,120 @@
+"""`vico ask`: what it prints, files of questions, and flags that contradict each other."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.asked_world import AskedWorld
+from support.errors import refusal
+from support.toy_dataset import ToyData, records
+from vico.cli import ask
+from vico.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def asked(toy: ToyData, tmp_path_factory: pytest.TempPathFactory) -> AskedWorld:
+    return AskedWorld(tmp_path_factory.mktemp("asked"), toy)
+
+
+def question_flags(row: dict[str, Any]) -> list[str]:
+    return ["--video_id", row["video"], row["question"], "--options", *row["options"]]
+
+
+def output(capsys: pytest.CaptureFixture[str], *words: object) -> list[str]:
+    """The lines that `vico ask WORDS` prints."""
+    capsys.readouterr()
+    code = main(["ask", *map(str, words)])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return captured.out.splitlines()
+
+
+def test_answers_are_those_of_eval(
+    asked: AskedWorld,
+    in_this_process: None,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """One question, with lines for people and JSON last; and a file of them, to a file."""
+    assert main(["eval", "--resume", str(asked.run), "--output_dir", str(tmp_path)]) == 0
+    evaluated = records(tmp_path / "predictions_val.jsonl")
+    row, expected = asked.rows[4], evaluated[4]
+    source = ["--resume", asked.run, "--features", asked.features]
+    *lines, last = output(capsys, *source, *question_flags(row))
+    result = json.loads(last)
+    assert result["scores"] == expected["scores"]
+    assert result["prediction"] == expected["prediction"]
+    assert result["answer"] == row["options"][expected["prediction"]]
+    assert math.isclose(sum(result["probabilities"]), 1) and len(result["probabilities"]) == 6
+    assert sum(line.startswith("> (") for line in lines) == 1
+    assert any("very scores of `vico eval`" in line for line in lines)
+
+    *_, last = output(capsys, "--resume", asked.run, *question_flags(row))
+    assert json.loads(last) == result, "the features of the run's own data set"
+
+    target, file = tmp_path / "answers.jsonl", asked.data / "val.jsonl"
+    *_, last = output(capsys, *source, "--questions", file, "--output", target)
+    right = sum(e["answer"] == e["prediction"] for e in evaluated)
+    assert json.loads(last) == {"n": len(evaluated), "acc": right / len(evaluated)}
+    answers = records(target)
+    assert [a["scores"] for a in answers] == [e["scores"] for e in evaluated]
+    assert [a["right"] for a in answers] == [e["answer"] == e["prediction"] for e in evaluated]
+    assert answers[4].items() >= result.items() and answers[4]["qid"] == row["id"]
+
+
+def test_questions_without_answers(
+    asked: AskedWorld,
+    in_this_process: None,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """No accuracy; the answers are printed, a line for each, and the data set need not be there."""
+    away = tmp_path / "run"
+    shutil.copytree(asked.run, away)
+    rows = [dict(row) for row in asked.rows[:2]]
+    for row in rows:
+        del row["answer"]
+    file = tmp_path / "my.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--data_path", tmp_path, "--features", asked.features, "--questions", file]
+    *lines, last = output(capsys, "--resume", away, *flags)
+    assert json.loads(last) == {"n": 2}
+    assert f"note: {tmp_path}: does not hold my, on which the checkpoint was trained" in lines[0]
+    answers = [json.loads(line) for line in lines if line.startswith("{")]
+    assert [a["question"] for a in answers] == [row["question"] for row in rows]
+    assert "right" not in answers[0]
+
+
+OPTIONS = ["--options", "a", "b"]
+ONE = ["--video_id", "w0"]
+REFUSALS: dict[str, tuple[list[str], str]] = {
+    "no question": ([*ONE, *OPTIONS], "the question is missing: it stands before --options"),
+    "an empty question": (["", *ONE, *OPTIONS], "'question' is empty"),
+    "a NUL": (["why\0", *ONE, *OPTIONS], "'question' holds a NUL"),
+    "two questions": (["what", "is", *ONE, *OPTIONS], "unexpected word 'is': put the question"),
+    "one option": (["why", *ONE, "--options", "a"], "--options: 1 options, not 2 to 26"),
+    "27 options": (["why", *ONE, "--options", *map(str, range(27))], "27 options, not 2 to 26"),
+    "an empty option": (["why", *ONE, "--options", "a", " "], "'option 2' is empty"),
+    "equal options": (["why", *ONE, "--options", "a", "b", "a"], "'a' is there twice"),
+    "no options": (["why", *ONE], "--options is missing"),
+    "no video": (["why", *OPTIONS], "--video_id is missing"),
+    "an empty id": (["why", "--video_id", " ", *OPTIONS], "--video_id is missing"),
+    "a file for one": (["why", *ONE, *OPTIONS, "--output", "x"], "--output: is for the answers to"),
+    "a question beside a file": (["why", "--questions", "x.jsonl"], "'why': a question beside"),
+    "options beside a file": (["--questions", "x.jsonl", *OPTIONS], "--options: is said by each"),
+    "a video beside a file": (["--questions", "x.jsonl", *ONE], "--video_id: is said by each row"),
+    "no folder": (["--questions", "x.jsonl", "--output", "/dev/null/x"], "is not a folder"),
+    "an unknown flag": (["why", *ONE, "--option", "a", "b"], "unknown flag --option; did you"),
+    "no checkpoint": (["why", *ONE, *OPTIONS], "--resume is missing"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals(name: str) -> None:
+    """Before torch is imported and any file is opened."""
+    words, expected = REFUSALS[name]
+    assert expected in refusal(ask.main, words)
