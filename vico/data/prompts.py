@@ -23,6 +23,8 @@ MAX_REMEMBERED = 16
 MAX_CHARACTERS_PER_TOKEN = 16
 CAPTION_INSTRUCTION = "Instruction: describe the what happens in the video.\n"  # as published
 ANSWER_TEXT = "Answer: The answer is "
+# Of a question without options. After ANSWER_TEXT a trained model has only learned letters.
+FREE_ANSWER_TEXT = "Answer:"
 
 
 def question_text(question: Question) -> str:
@@ -57,6 +59,9 @@ class Prompts:
         self._tokenizer, self._slots = tokenizer, [VIDEO_SLOT] * num_slots
         self._max_seq_len, self._max_cap_len = max_seq_len, max_cap_len
         self._given = "dialogue, " if dialogue else ""
+        self._vqa_instruction = (
+            f"Instruction: Predict the answer based on the {self._given}video and question.\n"
+        )
         self._heads: dict[str, list[int]] = {}
         self._dialogues: dict[str, list[int]] = {}
         self._texts: dict[str, tuple[list[int], list[int]]] = {}
@@ -69,13 +74,10 @@ class Prompts:
 
         The blank before the letter belongs to the letter's first piece.
         """
-        instruction = (
-            f"Instruction: Predict the answer based on the {self._given}video and question.\n"
-        )
         prompt = question_text(question) + option_text(question) + ANSWER_TEXT
         return self._after_video(
             "vqa",
-            instruction,
+            self._vqa_instruction,
             prompt + letter(answer),
             target_start=len(prompt.rstrip()),
             dialogue=question.dialogue,
@@ -131,6 +133,34 @@ class Prompts:
                 f"{first + 1} is the least"
             )
         return TokenSequence("cap", whole.tokens[:stop], range(first, stop), whole.video_start)
+
+    # Prompts of generation: their one target, EOS, stands in the place of the first new token.
+
+    def caption_prompt(self) -> TokenSequence:
+        """A caption's sequence up to "Description:"."""
+        label = "Description:"
+        return self._after_video("cap", CAPTION_INSTRUCTION, label, target_start=len(label))
+
+    def free_question(self, question: Question) -> TokenSequence:
+        """A question's sequence without options, up to "Answer:". Not a task of the method.
+
+        Raises UserError if it is longer than max_seq_len.
+        """
+        text = question_text(question) + FREE_ANSWER_TEXT
+        sequence = self._after_video(
+            "vqa",
+            self._vqa_instruction,
+            text,
+            target_start=len(text),
+            dialogue=question.dialogue,
+        )
+        excess = sequence.num_inputs - self._max_seq_len
+        if excess > 0:
+            raise UserError(
+                f"{question.place}: the question is {excess} tokens above "
+                f"--max_seq_len {self._max_seq_len}; shorten it, or raise the limit"
+            )
+        return sequence
 
     def caption_length(self, text: str) -> int:
         """Tokens of a caption's sequence before it is cut."""

@@ -11,6 +11,8 @@ N  token targets                    A  length of an adapter prompt
 M  frame targets                    W  vocabulary
 V  videos of a micro-batch          C  feature width (768 of CLIP ViT-L/14)
 F  video slots of a sequence        S  filled video slots of the stream
+B  sequences that are generated     L  positions of a sequence in the cache
+J  heads of keys and values: H, or fewer
 
 1 and 2 are dimensions of that size; n and r are the parts of a mask block and the rows of a part.
 """

@@ -5,12 +5,13 @@ cuda_graphs.py replays all blocks but the last. block_runners.py chooses between
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from vico.model.attention.cache import LayerCache
 from vico.model.attention.masks import Attend, AttentionMask, restrict_queries
 from vico.model.batch import Segment
 
@@ -23,6 +24,12 @@ class Context:
     mask: AttentionMask
     attend: Attend
     query_rows_Q: Tensor | None = None  # mask.query_rows on the device
+    # In generation only: those of all layers, and of the layer that runs.
+    caches: tuple[LayerCache, ...] = ()
+    cache: LayerCache | None = None
+
+    def at_layer(self, index: int) -> "Context":
+        return replace(self, cache=self.caches[index]) if self.caches else self
 
     def restrict_queries(self, rows: Tensor) -> "Context":
         """The same with `rows` as the only queries.
@@ -32,7 +39,7 @@ class Context:
         """
         mask = restrict_queries(self.mask, rows)
         query_rows_Q = rows.to(self.rotary_T1h.device, non_blocking=True)
-        return Context(self.rotary_T1h, mask, self.attend, query_rows_Q)
+        return replace(self, mask=mask, query_rows_Q=query_rows_Q)
 
 
 class LinearLayer(Protocol):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vico.model.attention.cache import LayerCache
 from vico.model.config import LlamaConfig, RopeScaling
 from vico.model.interfaces import Context, LowerLayers, MakeLinear
 from vico.model.ops.autograd import (
@@ -22,6 +23,7 @@ from vico.model.ops.autograd import (
     RotaryEmbedding,
     SwiGLU,
     linear_cross_entropy,
+    vocabulary_logits,
 )
 
 
@@ -56,8 +58,15 @@ class OutputHead(nn.Module):
         super().__init__()
         self.weight = _frozen(vocab_size, dim, dtype=dtype)
 
-    def forward(self, h_RD: Tensor, rows_N: Tensor, ids_N: Tensor) -> Tensor:
-        """Cross-entropy [N], fp32, of token ids_N[n] at row rows_N[n] of h_RD."""
+    def forward(
+        self, h_RD: Tensor, rows_N: Tensor | None = None, ids_N: Tensor | None = None
+    ) -> Tensor:
+        """Cross-entropy [N], fp32, of token ids_N[n] at row rows_N[n] of h_RD.
+
+        Without targets: the logits [R, W] in fp32, as generation needs them.
+        """
+        if rows_N is None or ids_N is None:
+            return vocabulary_logits(h_RD, self.weight)
         return linear_cross_entropy(h_RD, self.weight, rows_N, ids_N)
 
 
@@ -125,18 +134,36 @@ class Attention(nn.Module):
             x_QD = x_TD[context.query_rows_Q]
             rotary_Q1h = context.rotary_T1h[context.query_rows_Q]
         q_QHd = self.heads(self.wq(x_QD))
-        k_THd, v_THd = self.heads(self.wk(x_TD)), self.heads(self.wv(x_TD))
+        k_TJd, v_TJd = self.heads(self.wk(x_TD)), self.heads(self.wv(x_TD))
         q_QHd = RotaryEmbedding.apply(q_QHd, rotary_Q1h)
-        k_THd = RotaryEmbedding.apply(k_THd, context.rotary_T1h)
-        k_THd, v_THd = self._for_every_head(k_THd), self._for_every_head(v_THd)
+        k_TJd = RotaryEmbedding.apply(k_TJd, context.rotary_T1h)
         if prompt_AD is None or gates is None:
-            return self.wo(context.attend(q_QHd, k_THd, v_THd, None, context.mask).flatten(-2))
+            return self.wo(self._attend(q_QHd, k_TJd, v_TJd, None, context).flatten(-2))
         gate1_H, gate2_H = gates
-        out_QHd = context.attend(q_QHd, k_THd, v_THd, gate2_H, context.mask)
-        k_AHd = self._for_every_head(self.heads(self.wk(prompt_AD)))
-        v_AHd = self._for_every_head(self.heads(self.wv(prompt_AD)))
+        out_QHd = self._attend(q_QHd, k_TJd, v_TJd, gate2_H, context)
+        k_AHd, v_AHd = map(self._for_every_head, self._prompt_heads(prompt_AD, context.cache))
         out_QHd = AdapterAttention.apply(out_QHd, q_QHd, k_AHd, v_AHd, gate1_H)
         return self.wo(out_QHd.flatten(-2))
+
+    def _attend(
+        self, q_QHd: Tensor, k_TJd: Tensor, v_TJd: Tensor, gate2_H: Tensor | None, context: Context
+    ) -> Tensor:
+        """Over the rows of the stream; in generation over those of the cache and the own one."""
+        if context.cache is not None:
+            if context.cache.is_filled:
+                return context.cache.attend(q_QHd, k_TJd, v_TJd, gate2_H)
+            context.cache.fill(k_TJd, v_TJd)
+        k_THd, v_THd = self._for_every_head(k_TJd), self._for_every_head(v_TJd)
+        return context.attend(q_QHd, k_THd, v_THd, gate2_H, context.mask)
+
+    def _prompt_heads(self, prompt_AD: Tensor, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
+        """Keys and values [A, J, d] of the adapter prompt; a cache keeps them."""
+        if cache is not None and cache.prompt_heads is not None:
+            return cache.prompt_heads
+        heads = self.heads(self.wk(prompt_AD)), self.heads(self.wv(prompt_AD))
+        if cache is not None:
+            cache.prompt_heads = heads
+        return heads
 
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
@@ -176,7 +203,8 @@ class Block(nn.Module):
 
     def forward(self, x_TD: Tensor, prompt_AD: Tensor | None, context: Context) -> Tensor:
         """[Q, D] for the query rows; where these are not all rows, the others end here."""
-        return self.run(self, x_TD, prompt_AD, context)
+        run = self.run if context.cache is None else run_modules
+        return run(self, x_TD, prompt_AD, context)
 
 
 BlockRunner = Callable[[Block, Tensor, Tensor | None, Context], Tensor]
@@ -270,7 +298,7 @@ class Llama(nn.Module):
     def _run_layer(
         self, index: int, x_TD: Tensor, prompt_AD: Tensor | None, context: Context
     ) -> Tensor:
-        layer = self.layers[index]
+        layer, context = self.layers[index], context.at_layer(index)
         if index < self.num_checkpointed and torch.is_grad_enabled():
             return _checkpointed(layer, x_TD, prompt_AD, context)
         out: Tensor = layer(x_TD, prompt_AD, context)

@@ -1,7 +1,7 @@
 """ViCo: a frozen LLaMA that sees video tokens through gates and adapter prompts (METHOD section 1).
 
-One forward takes a packed micro-batch and returns one loss per target. It knows neither tasks nor
-data sets.
+One forward takes a packed micro-batch and returns one loss per target, or in generation the logits
+of the next tokens. It knows neither tasks nor data sets.
 """
 
 import math
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vico.model.attention.blockwise import attend_blocks
+from vico.model.attention.cache import KeyValueCache
 from vico.model.attention.masks import Attend, attention_mask
 from vico.model.batch import PackedBatch
 from vico.model.config import FEATURE_WIDTH, LlamaConfig
@@ -45,15 +46,23 @@ class ViCo(Llama):
         self.visual_proj = nn.Linear(feature_width, config.dim, bias=False, dtype=torch.float32)
         self.temporal_emb = nn.Embedding(num_slots, config.dim, dtype=torch.float32)
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """fp32 losses [N + M]: token targets, then frame targets."""
+    def forward(self, batch: PackedBatch, cache: KeyValueCache | None = None) -> Tensor:
+        """fp32 losses [N + M]: token targets, then frame targets.
+
+        With a cache, which gets the keys and values of the batch's rows: the logits [R, W] of the
+        wanted rows, in fp32.
+        """
         prompts_GAD = self._prompts(batch.token_ids_T.device)
         projected_VFD = self.visual_proj(batch.features_VFC)
         x_TD = self._embed(batch, projected_VFD)
         rope = (self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         rotary_T1h = rotary_angles(batch.positions_T, *rope)
-        context = Context(rotary_T1h, attention_mask(batch.segments), self.attend)
+        caches = () if cache is None else cache.layers
+        mask = attention_mask(batch.segments)
+        context = Context(rotary_T1h, mask, self.attend, caches=caches)
         h_RD = self.trunk(x_TD, prompts_GAD, context, batch.wanted_rows_R)
+        if cache is not None:
+            return self.output(h_RD)
         token_losses_N = self.output(h_RD, batch.token_rows_N, batch.token_target_ids_N)
         frame_losses_M = self._frame_losses(h_RD, projected_VFD, batch)
         return torch.cat([token_losses_N, frame_losses_M])

@@ -235,6 +235,19 @@ def linear_cross_entropy(h_RD: Tensor, weight_WD: Tensor, rows_N: Tensor, ids_N:
     return losses_N
 
 
+def vocabulary_logits(h_RD: Tensor, weight_WD: Tensor) -> Tensor:
+    """h_RD W^T [R, W], multiplied and summed in fp32: a rounded logit could name another token.
+
+    In half precision some rows of the weight are converted at a time.
+    """
+    if h_RD.dtype == torch.float32:
+        return linear(h_RD, weight_WD)
+    chunk_bytes = HEAD_CHUNK_BYTES["cuda" if weight_WD.is_cuda else "cpu"]
+    chunk = max(1, chunk_bytes // (4 * weight_WD.shape[1]))
+    h_RD = h_RD.float()
+    return torch.cat([linear(h_RD, part.float()) for part in weight_WD.split(chunk)], dim=1)
+
+
 def _chunks(num_rows: int, weight_WD: Tensor) -> Iterator[slice]:
     """Rows whose logits are held at a time."""
     chunk_bytes = HEAD_CHUNK_BYTES["cuda" if weight_WD.is_cuda else "cpu"]
