@@ -23,7 +23,7 @@ from vico.model.attention.reference import attend_plain
 from vico.model.attention.varlen import PackedAttention
 from vico.model.batch import Segment
 from vico.model.block_runners import choose_block_runners
-from vico.model.config import trainable_shapes
+from vico.model.config import LlamaConfig, trainable_shapes
 from vico.model.interfaces import Context
 from vico.model.llama import rotary_angles
 from vico.model.vico import ViCo, initial_trainables
@@ -87,8 +87,27 @@ def make_hugging_face(
     return model
 
 
+class Ungrouped:
+    """The same model without grouped-query attention: a key and value head per query head."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.folder, self._weights, config = weights.folder, weights, weights.config
+        self._head_dim, self._group_size = config.head_dim, config.n_heads // config.kv_heads
+        self.config = LlamaConfig(**{**vars(config), "n_kv_heads": None})
+
+    def read(self, name: str) -> Tensor:
+        tensor = self._weights.read(name)
+        if not name.endswith(("wk.weight", "wv.weight")):
+            return tensor
+        heads = tensor.unflatten(0, (-1, self._head_dim))
+        return heads.repeat_interleave(self._group_size, 0).flatten(0, 1)
+
+    def read_slice(self, name: str, start: int, stop: int) -> Tensor:
+        return self.read(name).flatten()[start:stop]
+
+
 def make_model(
-    weights: Weights,
+    weights: Weights | Ungrouped,
     attend: Attend = attend_blocks,
     num_adapted: int | None = None,
     gate1: float = 0.0,

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from support.backbones import (
     KINDS,
     LENGTH,
     LOGITS_RTOL,
     NUM_PIECES,
+    Ungrouped,
     distance,
     every_attention,
     logits,
@@ -30,9 +30,9 @@ from vico.distributed.world import World
 from vico.model.attention.masks import Attend
 from vico.model.attention.reference import attend_plain
 from vico.model.batch import PackedBatch
-from vico.model.config import LlamaConfig, RopeScaling, trainable_shapes
+from vico.model.config import RopeScaling, trainable_shapes
 from vico.model.llama import rotary_angles
-from vico.model.weights.load import Weights, open_weights
+from vico.model.weights.load import open_weights
 from vico.train.build import read_inputs
 
 GRADIENT_RTOL = 1e-5  # as LOGITS_RTOL
@@ -71,25 +71,6 @@ def test_fewer_adapted_layers_run_all_layers(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = reference(text(weights)[None]).logits[0]
     assert distance(logits(weights, text(weights), num_adapted=1), expected) < LOGITS_RTOL
-
-
-class Ungrouped:
-    """The same model without grouped-query attention: a key and value head per query head."""
-
-    def __init__(self, weights: Weights) -> None:
-        self.folder, self._weights, config = weights.folder, weights, weights.config
-        self._head_dim, self._group_size = config.head_dim, config.n_heads // config.kv_heads
-        self.config = LlamaConfig(**{**vars(config), "n_kv_heads": None})
-
-    def read(self, name: str) -> Tensor:
-        tensor = self._weights.read(name)
-        if not name.endswith(("wk.weight", "wv.weight")):
-            return tensor
-        heads = tensor.unflatten(0, (-1, self._head_dim))
-        return heads.repeat_interleave(self._group_size, 0).flatten(0, 1)
-
-    def read_slice(self, name: str, start: int, stop: int) -> Tensor:
-        return self.read(name).flatten()[start:stop]
 
 
 def video_batch(vocab_size: int) -> PackedBatch:

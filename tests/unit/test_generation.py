@@ -1,0 +1,156 @@
+"""Generation with a key/value cache, against running everything again for each token."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from reference import oracle_files
+from support.backbones import KINDS, Ungrouped, every_attention, make_hugging_face, make_model
+from support.generated_texts import (
+    LOG_PROBABILITY_ATOL,
+    SETTINGS,
+    assert_equal,
+    oracle_texts,
+    prompts_of,
+    random_gates,
+    tokenizer_of,
+)
+from support.toy_dataset import ToyData
+from vico.data.prompts import Prompts
+from vico.data.tokenizer import Tokenizer
+from vico.data.types import TokenSequence
+from vico.distributed.world import World
+from vico.errors import UserError
+from vico.generation.generate import Prompt, generate
+from vico.generation.settings import GenerationSettings
+from vico.model.attention.masks import Attend
+from vico.model.attention.reference import attend_plain
+from vico.model.vico import ViCo
+from vico.model.weights.load import open_weights
+
+
+def open_gates(model: ViCo) -> dict[str, torch.Tensor]:
+    """Give the gates values that are not zero; returns all trainables."""
+    trainables = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    for name, value in random_gates(trainables).items():
+        trainables[name].copy_(value)
+    return trainables
+
+
+@pytest.fixture(scope="module")
+def tokenizer(toy: ToyData) -> Tokenizer:
+    return tokenizer_of(toy)
+
+
+@every_attention
+@pytest.mark.parametrize("num_adapted", [3, 2], ids=["all-layers", "top-2-of-3"])
+def test_greedy_is_running_all_again(
+    toy: ToyData, tokenizer: Tokenizer, alone: World, attend: Attend, num_adapted: int
+) -> None:
+    """Captions and questions about videos; packed with others, and each alone."""
+    weights = open_weights(toy.llama / "tiny", tokenizer.vocab_size)
+    model = make_model(weights, attend, num_adapted)
+    trainables, prompts = open_gates(model), prompts_of(toy, 6)
+    reference = oracle_files.load_meta(toy.llama / "tiny")
+    expected = oracle_texts(reference, trainables, prompts)
+    assert len({len(text.ids) for text in expected}) > 1, "some end before others"
+    assert_equal(generate(model, prompts, tokenizer, SETTINGS, alone), expected)
+    each = [generate(model, [prompt], tokenizer, SETTINGS, alone)[0] for prompt in prompts]
+    assert_equal(each, expected)
+
+
+def test_grouped_heads(toy: ToyData, tokenizer: Tokenizer, alone: World, tmp_path: Path) -> None:
+    """Against the oracle, which has a key head per query head."""
+    make_hugging_face(tmp_path, KINDS["LLaMA-2-70B"] | {"vocab_size": tokenizer.vocab_size})
+    weights = open_weights(tmp_path, None)
+    model, prompts = make_model(weights, attend_plain), prompts_of(toy, 4)
+    trainables, ungrouped = open_gates(model), Ungrouped(weights)
+    names = [name for name, _ in model.named_parameters() if name not in trainables]
+    config = weights.config
+    params = {"n_heads": config.n_heads, "n_layers": 2, "norm_eps": config.norm_eps}
+    reference = (params, {name: ungrouped.read(name) for name in names})
+    expected = oracle_texts(reference, trainables, prompts)
+    assert_equal(generate(model, prompts, tokenizer, SETTINGS, alone), expected)
+
+
+def text_prompts(vocab_size: int, lengths: list[int]) -> list[Prompt]:
+    """Random texts without a video."""
+    generator = torch.Generator().manual_seed(8)
+    prompts = []
+    for length in lengths:
+        ids = torch.randint(3, vocab_size, (length,), generator=generator).tolist()
+        sequence = TokenSequence("cap", (*ids, 0), range(length, length + 1), length + 1)
+        prompts.append(Prompt(sequence, torch.zeros(10, 768)))
+    return prompts
+
+
+@pytest.mark.parametrize("kind", ["LLaMA-1", "LLaMA-2-70B", "LLaMA-3.1", "tied"])
+def test_without_video_it_is_transformers(
+    tokenizer: Tokenizer, alone: World, kind: str, tmp_path: Path
+) -> None:
+    """With closed gates: token ids and log-probabilities of `generate` of the same LLaMA."""
+    sizes: dict[str, Any] = {"vocab_size": tokenizer.vocab_size}
+    reference = make_hugging_face(tmp_path, KINDS[kind] | sizes)
+    model = make_model(open_weights(tmp_path, None))
+    prompts = text_prompts(tokenizer.vocab_size, [3, 17, 9])
+    texts = generate(model, prompts, tokenizer, SETTINGS, alone)
+    for prompt, text in zip(prompts, texts, strict=True):
+        ids = torch.tensor([prompt.sequence.tokens[:-1]])
+        expected = reference.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=SETTINGS.max_new_tokens,
+            eos_token_id=tokenizer.eos,
+            pad_token_id=tokenizer.eos,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        assert list(text.token_ids) == expected.sequences[0, ids.shape[1] :].tolist()
+        logits = torch.cat(expected.logits).log_softmax(dim=1)
+        chosen = logits.gather(1, torch.tensor(text.token_ids)[:, None]).squeeze(1).tolist()
+        assert text.log_probabilities == pytest.approx(chosen, abs=LOG_PROBABILITY_ATOL)
+
+
+def test_a_text_ends_at_eos_or_is_cut(toy: ToyData, tokenizer: Tokenizer, alone: World) -> None:
+    """Its EOS is among the tokens, not in the text; what is cut says so."""
+    model = make_model(open_weights(toy.llama / "tiny", tokenizer.vocab_size))
+    open_gates(model)
+    texts = generate(model, prompts_of(toy, 6), tokenizer, SETTINGS, alone)
+    assert {text.is_cut for text in texts} == {False, True}
+    for text in texts:
+        assert text.is_cut == (text.token_ids[-1] != tokenizer.eos)
+        assert text.is_cut == (len(text.token_ids) == SETTINGS.max_new_tokens)
+        ids = [token for token in text.token_ids if token != tokenizer.eos]
+        assert text.text == tokenizer.decode(ids).strip()
+    one = GenerationSettings(max_new_tokens=1)
+    firsts = generate(model, prompts_of(toy, 6), tokenizer, one, alone)
+    assert [text.token_ids for text in firsts] == [text.token_ids[:1] for text in texts]
+    assert generate(model, [], tokenizer, SETTINGS, alone) == []
+
+
+def test_where_a_caption_goes_on(tokenizer: Tokenizer) -> None:
+    """Its prompt is the beginning of every caption's sequence, as far as "Description:"."""
+    prompts = Prompts(tokenizer, 10, 512, 384, False)
+    start, whole = prompts.caption_prompt(), prompts.caption("a man runs")
+    num = start.num_inputs
+    assert whole.tokens[:num] == start.tokens[:num] and whole.video_start == start.video_start
+    assert tokenizer.decode(list(whole.tokens[num:-1])).strip() == "a man runs"
+    assert whole.targets.start == num + 3, "training has three tokens of context more"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": 0.0},
+        {"temperature": 1.0, "top_p": 0.0},
+        {"top_p": 0.9},
+    ],
+    ids=str,
+)
+def test_settings_out_of_range(values: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"^--"):
+        GenerationSettings(**values)
