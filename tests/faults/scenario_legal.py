@@ -30,6 +30,14 @@ from faults.damage import (
 from faults.damage_tables import SRT, rows, star, star_item, tvqa, tvqa_row
 from faults.legal_features import FEATURE_FORMATS, features_as
 from faults.legal_formats import CAPTION_FORMATS, star_formats, tvqa_formats
+from faults.legal_schema import (
+    CONVERSATIONS,
+    MY_FLAGS,
+    NEXTQA_FORMATS,
+    SCHEMA_TWINS,
+    TYPED,
+    UNTYPED,
+)
 from faults.result import Result, Scale
 from support.run_fixture import (
     CAPTIONS,
@@ -44,9 +52,9 @@ from support.run_fixture import (
     RunFixture,
     make_run_fixture,
 )
+from support.training_steps import training_steps
 from support.warm_process import WarmProcess
 from vico.cli.flags import parse
-from vico.data.batching import TrainingSteps
 from vico.data.evaluation_batches import EvaluationChunks
 from vico.distributed.world import World
 from vico.model.batch import PackedBatch
@@ -299,7 +307,9 @@ def _with_srt(damage: Damage, content: str) -> Damage:
 def groups() -> list[tuple[Damage, dict[str, Damage], list[str]]]:
     """(clean files, their twins, flags) of each data set."""
     return [
-        (CLEAN, {**NEXTQA_TWINS, **CAPTION_FORMATS}, []),
+        (CLEAN, {**NEXTQA_TWINS, **CAPTION_FORMATS, **NEXTQA_FORMATS}, []),
+        (TYPED, SCHEMA_TWINS, MY_FLAGS),
+        (UNTYPED, CONVERSATIONS, MY_FLAGS),
         (star(STAR_ITEMS), star_twins(), ["--dataset", "star"]),
         (_with_srt(tvqa(*TVQA_ROWS), SRT), tvqa_twins(), ["--dataset", "tvqa", "--sub"]),
     ]
@@ -359,19 +369,11 @@ def digest(
 
 
 def _batches(config: RunConfig, inputs: Inputs) -> Iterable[PackedBatch]:
-    steps = TrainingSteps(
-        inputs.questions["train"],
-        inputs.datasets,
-        config.datasets,
-        num_slots=config.max_feats,
-        tasks=config.tasks,
+    steps = training_steps(
+        inputs,
         micro_batch_size=config.batch_size,
-        accumulation=1,
-        rank=0,
-        world_size=1,
-        seed=0,
-        shuffle=True,
-        crop=True,
+        dataset=config.dataset,
+        tasks=config.tasks,
     )
     for epoch in range(2):
         for step in range(steps.steps_per_epoch):

@@ -25,13 +25,16 @@ def training_steps(
     world_size: int = 1,
     seed: int = 0,
     in_file_order: bool = False,
+    crop: bool | None = None,
     dataset: str = "nextqa",
     questions: Sequence[Question] | None = None,
+    tasks: tuple[str, ...] = ("vqa", "cap"),
     max_tokens: int | None = None,
 ) -> TrainingSteps:
-    """The steps of both tasks over the training questions, by default on one rank.
+    """The steps over the training questions, by default of two tasks and on one rank.
 
-    `in_file_order`: questions are not shuffled, and captions not cropped at random.
+    `in_file_order`: questions are not shuffled. `crop`: captions are cropped at random; by default
+    where questions are shuffled.
     `questions`: other ones than all for training.
     """
     return TrainingSteps(
@@ -39,13 +42,13 @@ def training_steps(
         inputs.datasets,
         parse_datasets(dataset),
         num_slots=10,
-        tasks=("vqa", "cap"),
+        tasks=tasks,
         micro_batch_size=micro_batch_size,
         accumulation=accumulation,
         rank=rank,
         world_size=world_size,
         seed=seed,
         shuffle=not in_file_order,
-        crop=not in_file_order,
+        crop=not in_file_order if crop is None else crop,
         max_tokens=max_tokens,
     )

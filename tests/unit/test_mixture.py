@@ -18,7 +18,6 @@ from support.mixed_datasets import NUM_TRAIN, NUM_VAL, mixed
 from support.toy_dataset import ToyData
 from support.training_steps import config_of, training_steps
 from vico.checkpoint.format import Checkpoint
-from vico.data.batching import TrainingSteps
 from vico.data.datasets import DATASETS
 from vico.data.epoch_order import EpochOrder
 from vico.data.mixture import DatasetChoice, parse_datasets, paths_by_dataset
@@ -218,20 +217,7 @@ def test_a_question_twice_in_a_step_counts_twice(mixed_toy: ToyData, alone: Worl
     counts = {}
     for weight in (1, 2):
         config, inputs = read(mixed_toy, alone, "--dataset", f"star:{weight}")
-        steps = TrainingSteps(
-            inputs.questions["train"],
-            inputs.datasets,
-            config.datasets,
-            num_slots=10,
-            tasks=("vqa", "cap"),
-            micro_batch_size=18,
-            accumulation=1,
-            rank=0,
-            world_size=1,
-            seed=0,
-            shuffle=True,
-            crop=False,
-        )
+        steps = training_steps(inputs, micro_batch_size=18, dataset=config.dataset, crop=False)
         counts[weight] = steps[0, 0].target_counts
     assert torch.equal(counts[2], 2 * counts[1])
 
