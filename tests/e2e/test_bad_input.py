@@ -18,6 +18,7 @@ import torch
 
 from faults.case import Case, ds_config, flags, own, refused
 from faults.cases import CASES
+from faults.cases_containers import HDF5
 from faults.damage import ds, flip, gone, pth
 from faults.damage_tables import rows
 from faults.scenario_inputs import try_all
@@ -28,8 +29,9 @@ from vico.cli.main import main
 from vico.distributed import signals
 from vico.io import output_dir
 
-# One case in EVERY is run.
+# One case in EVERY is run, and ALWAYS.
 EVERY = 6
+ALWAYS = (*HDF5, "features of another width than the checkpoint's")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,8 @@ def test_one_line_says_where_and_what_to_do(
 ) -> None:
     assert len(CASES) > 200
     # The self-test limits the seconds; a busy machine is no fault here.
-    results = try_all(list(CASES)[::EVERY], original, workers, tmp_path, limit=60)
+    chosen = list(dict.fromkeys([*list(CASES)[::EVERY], *ALWAYS]))
+    results = try_all(chosen, original, workers, tmp_path, limit=60)
     assert not {name: fault for name, (fault, _) in results.items() if fault}
 
 

@@ -3,6 +3,7 @@
 from faults.case import Case
 from faults.cases_ask import ASKED
 from faults.cases_checkpoints import CHECKPOINTS
+from faults.cases_containers import CONTAINERS
 from faults.cases_deepspeed import DEEPSPEED
 from faults.cases_export import EXPORTS
 from faults.cases_features import FEATURE_FILES
@@ -25,6 +26,7 @@ CASES: dict[str, Case] = {
     **FORMATS,
     **MIXTURES,
     **FEATURE_FILES,
+    **CONTAINERS,
     **LLAMA,
     **HUGGING_FACE,
     **CHECKPOINTS,
