@@ -27,6 +27,7 @@ def described(text: str, *parts: str) -> Case:
     return refused(both(good, put(f"{MY}/dataset.yaml", text)), "dataset.yaml", *parts, line=LINE)
 
 
+TWO = json.dumps({**ROW, "id": "2", "caption": "y"}) + "\n"
 TOP = "video,question,a0,a1,answer\n"
 SCHEMA: dict[str, Case] = {
     "schema, one option": row("train.jsonl:1: 1 options, not 2 to 26", options=["a"]),
@@ -46,6 +47,26 @@ SCHEMA: dict[str, Case] = {
     ),
     "schema, no question": table("train.csv", "video,a0,a1\nv,x,y\n", "no 'question' (has: "),
     "schema, a caption that is a number": row("train.jsonl:1: caption of video", caption=7),
+    "schema, two captions of a video": refused(
+        put(f"{MY}/train.jsonl", json.dumps({**ROW, "caption": "x"}) + "\n" + TWO),
+        "train.jsonl:1 and train.jsonl:2: two captions of video '000000'",
+        line="--dataset my --no_eval --features ../nextqa/clipvitl14.pth",
+    ),
+    "schema, no val": table(
+        "train.jsonl",
+        json.dumps(ROW) + "\n",
+        "val.jsonl: no such file, and each epoch is evaluated on val",
+        "(--no_eval) or on test (--split test)",
+    ),
+    "schema, test in the place of val without answers": refused(
+        both(
+            put(f"{MY}/train.jsonl", json.dumps(ROW) + "\n"),
+            put(f"{MY}/test.jsonl", json.dumps(WITHOUT_ANSWER) + "\n"),
+        ),
+        "test.jsonl:1: the test questions have no answers",
+        "--no_eval",
+        line=f"{LINE} --split test",
+    ),
     "schema, options in two places": row("options could be in 'options' and in", a0="x", a1="y"),
     "schema, a clip without an end": row("a start without an end", start=1),
     "schema, a clip backwards": row("ends at 1.0 s, before it starts", start=2, end=1),

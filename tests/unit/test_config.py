@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from support.command_line import error_of, parse_line, recipe
 from vico.cli.aliases import ALIASES
-from vico.cli.flags import RETIRED, make_parser, parse
+from vico.cli.flags import RETIRED, make_parser, off_switch, parse
 from vico.cli.main import main
 from vico.errors import UserError
 from vico.train import config as configs
@@ -167,7 +167,8 @@ def test_flags_switch_off_what_a_recipe_or_checkpoint_sets(tmp_path: Path) -> No
     numbers = {"adapter_layer": 2, "max_tokens": 9, "lr": 0.1, "max_steps": 3, "save_steps": 4}
     numbers |= {"save_total_limit": 5, "logging_steps": 6, "expect_world_size": 2}
     values = {**switches, **numbers, "quantize": "nf4", "dataset": "tvqa"}
-    off = [f"--no-{name}" if name != "no_shuffle" else "--shuffle" for name in switches]
+    off = [off_switch(name) for name in switches]
+    assert {"--no-sub", "--shuffle", "--eval"} < {*off}
     off += [f"--{name}=none" for name in (*numbers, "quantize")]
     text = recipe(tmp_path, json.dumps(values))
     assert parse_line(text).resolve().sub

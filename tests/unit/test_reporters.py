@@ -264,7 +264,7 @@ def test_evaluation_loss() -> None:
     questions: Any = [SimpleNamespace(answer=1), SimpleNamespace(answer=None)]
     evaluation = Evaluation(questions, [[9.0, 0.75], [5.0, 5.0]], {"acc": 0.5}, {})
     assert Evaluation(questions[1:], [[5.0, 5.0]], {}, {}).loss is None
-    result = EpochResult(0, 4, 0.1, [1.0], 0, evaluation, 2.0, False)
+    result = EpochResult(0, 4, 0.1, [1.0], 0, "val", evaluation, 2.0, False)
     curves = epoch_curves(result, torch.device("cpu"))
     assert curves["eval/loss"] == 0.75 and curves["eval/acc"] == 0.5
     assert curves["perf/eval_questions_per_second"] == 1.0

@@ -104,13 +104,11 @@ def backbone_tensors(weights: Weights) -> TensorSet:
 def feature_tensors(
     features: Features, questions: Mapping[str, Sequence[Question]], prefix: str = "data"
 ) -> TensorSet:
-    """The features of the videos of each split and, for a run that trains, of both its splits."""
+    """The features of the videos of each split and, for a run that trains, of all its splits."""
     videos = {f"{prefix} {split} features": _videos(q) for split, q in questions.items()}
     groups = dict(videos)
     if "train" in questions:
-        groups[f"{prefix} features"] = sorted(
-            {*_videos(questions["train"]), *_videos(questions["val"])}
-        )
+        groups[f"{prefix} features"] = sorted({v for names in videos.values() for v in names})
     num_bytes = {}
     for video in sorted({name for names in groups.values() for name in names}):
         num_bytes[video] = features.header(video).num_bytes
@@ -135,7 +133,7 @@ def of_texts(sources: Sources, recorded: Mapping[str, str]) -> dict[str, str]:
         for split, of_split in questions.items():
             fingerprints[f"{prefix} {split} questions"] = of_questions(of_split)
         if "train" in questions:
-            videos = {q.video for split in ("train", "val") for q in questions[split]}
+            videos = {q.video for of_split in questions.values() for q in of_split}
             used = {v: inputs.captions[v] for v in sorted(videos) if v in inputs.captions}
             trained = set(_videos(questions["train"])) if inputs.captions else set()
             fingerprints[f"{prefix} captions"] = of_captions(used, sorted(trained - used.keys()))

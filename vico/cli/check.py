@@ -40,6 +40,7 @@ from vico.train.resume import (
     refuse_other_function,
     start_state,
 )
+from vico.train.settings import training_splits
 
 CHECK = (
     "Find the problems of a run's files before it starts: the flags of `vico train`, one process, "
@@ -155,7 +156,9 @@ class Check:
         """Questions and features, and which questions are used."""
         config = self.config
         for split in splits_of(config, dataset):
-            questions = self._try(preflight.read_split, config, dataset, split)
+            questions = self._try(
+                preflight.read_split, config, dataset, split, not config.only_evaluates
+            )
             if questions is not None:
                 self._questions[dataset, split] = questions
         self._report_all(input_notes.annotation_notes(config, dataset, self._splits(dataset)))
@@ -354,7 +357,8 @@ class Check:
         self, backbone: BackboneFiles, recorded: Mapping[str, str]
     ) -> dict[str, str]:
         """Reads all weights and features, and compares their checksums. The start then need not."""
-        splits = [self.config.split] if self.config.only_evaluates else ["train", "val"]
+        config = self.config
+        splits = [config.split] if config.only_evaluates else training_splits(config)
         datasets: dict[str, DatasetInputs] = {}
         for name, features in self._features.items():
             captions = self._captions.get(name, Captions())
@@ -365,7 +369,7 @@ class Check:
         )
         alone = World(0, 1, torch.device("cpu"), None)
         return shared_digests.of_run(
-            sources, recorded, self._files, self._cache, alone, self.config.verify
+            sources, recorded, self._files, self._cache, alone, config.verify
         )
 
     def _describe_resume(self, checkpoint: Checkpoint, fingerprints: Mapping[str, str]) -> str:
@@ -383,7 +387,7 @@ def splits_of(config: RunConfig, dataset: str) -> list[str]:
     """The splits that the run needs, then the others that are present."""
     if config.only_evaluates:
         return [config.split]
-    needed = ["train", "val", *([config.split] if config.init_eval else [])]
+    needed = [*training_splits(config), *([config.split] if config.init_eval else [])]
     folder = config.folder_of(dataset)
     annotation_file = find_dataset(dataset, folder).annotation_file
     present = [split for split in check_report.SPLITS if exists(annotation_file(folder, split))]

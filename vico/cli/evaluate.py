@@ -144,6 +144,7 @@ def settings_of(checkpoint: "Checkpoint", line: CommandLine) -> tuple[RunConfig,
     # So are permissions: what its training was allowed is not what its evaluation is. Its captions
     # are not read, and may lie in a folder that this user may not look into.
     own = {"output_dir": folder, "split": "val", "init_eval": False, "captions": None}
+    own["no_eval"] = False
     saved = {**checkpoint.settings, **own, "allow_change": None, "verify": False}
     for name in SAVING:  # an earlier version may have accepted a number that is out of range now
         saved.pop(name, None)

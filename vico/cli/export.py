@@ -96,7 +96,6 @@ def _facts(
     base_id: str | None,
     license: str | None,
 ) -> Facts:
-    accuracies, counts = _results(checkpoint)
     return Facts(
         name=name,
         base_model=base_model,
@@ -107,23 +106,26 @@ def _facts(
         settings=settings,
         fingerprints=checkpoint.fingerprints,
         shapes={name: list(value.shape) for name, value in checkpoint.weights.items()},
-        accuracies=accuracies,
-        num_questions=counts,
+        **_results(checkpoint),
     )
 
 
-def _results(checkpoint: Checkpoint) -> tuple[dict[str, float], tuple[int, int] | None]:
-    """(accuracies, numbers of questions) of the epoch that ended with this checkpoint.
+def _results(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The fields of Facts on the evaluation of the epoch that ended with this checkpoint.
 
     From the log of its run, which lies beside it; empty where there is no such line.
     """
     records = read_records(OutputDir(checkpoint.path.parent).epochs)
     ends = [record for record in records if record.get("step") == checkpoint.state.step]
     if not checkpoint.state.step or not ends:
-        return {}, None
-    values = {key.removeprefix("val_"): v for key, v in ends[-1].items() if key.startswith("val_")}
+        return {}
+    last = ends[-1]
+    split = "test" if "test_acc" in last else "val"
+    prefix = f"{split}_"
+    values = {key.removeprefix(prefix): v for key, v in last.items() if key.startswith(prefix)}
     counts = (values.pop("n", 0), values.pop("n_total", 0))
-    return {k: v for k, v in values.items() if isinstance(v, float)}, counts
+    accuracies = {k: v for k, v in values.items() if isinstance(v, float)}
+    return {"split": split, "accuracies": accuracies, "num_questions": counts}
 
 
 if __name__ == "__main__":  # `python -m vico.cli.export`, or this file

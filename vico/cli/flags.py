@@ -16,7 +16,12 @@ from vico.cli.parser import RETIRED_HELP, GroupHelp, SettingsParser, path_argume
 from vico.distributed import launcher_env
 from vico.errors import DONE, UserError, nearest, show
 from vico.train.config import RunConfig, value_type
-from vico.train.settings import TYPE_NAMES, is_path_setting, with_absolute_paths
+from vico.train.settings import (
+    TYPE_NAMES,
+    evaluated_split,
+    is_path_setting,
+    with_absolute_paths,
+)
 
 # Flags of the published code that no longer do anything, with the reason.
 RETIRED = {
@@ -29,7 +34,7 @@ RETIRED = {
     "dist_on_itp": "the launcher sets it",
 }
 RETIRED_SWITCHES = {"pin_mem", "no_pin_mem", "dist_on_itp"}
-OFF_SWITCHES = {"no_shuffle": "--shuffle"}  # of the others: --no-NAME
+OFF_SWITCHES = {"no_shuffle": "--shuffle", "no_eval": "--eval"}  # of the others: --no-NAME
 UNSET = "none"  # a flag's value
 YES, NO = ("true", "yes", "1"), ("false", "no", "0")
 OVERRIDE = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
@@ -138,7 +143,19 @@ def training_notes(config: RunConfig) -> list[str]:
     notes: list[str] = []
     if config.only_evaluates:
         return notes
-    if config.split != "val" and not config.init_eval:
+    evaluated = evaluated_split(config)
+    if evaluated is None:
+        nothing = ", and --save_legacy writes nothing" if config.save_legacy else ""
+        notes.append(
+            f"--no_eval: no epoch is evaluated, so no checkpoint_best is kept{nothing}; every "
+            "checkpoint-STEP is"
+        )
+    elif evaluated != "val":
+        notes.append(
+            f"--split {evaluated}: there is no val, so epochs are evaluated on {evaluated}, which "
+            "also chooses checkpoint_best: its accuracy there is no longer that of unseen questions"
+        )
+    elif config.split != "val" and not config.init_eval:
         evaluation = f"evaluate that by `vico eval --split {config.split}`"
         notes.append(f"--split {config.split}: epochs are evaluated on val; {evaluation}")
     if config.warmup_epochs > config.epochs:

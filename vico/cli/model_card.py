@@ -24,7 +24,8 @@ class Facts:
     settings: Mapping[str, Any]
     fingerprints: Mapping[str, str]
     shapes: Mapping[str, Sequence[int]]
-    # Of the val split at this step, by group, "acc" of all; empty: not known.
+    split: str = "val"  # of the accuracies
+    # At this step, by group, "acc" of all; empty: not known.
     accuracies: Mapping[str, float] = field(default_factory=dict)
     num_questions: tuple[int, int] | None = None  # used, of the file
 
@@ -52,7 +53,8 @@ def _metadata(facts: Facts) -> dict[str, Any]:
         for group, value in facts.accuracies.items():
             name = "accuracy" if group == "acc" else f"accuracy of {group}"
             metrics.append({"type": "accuracy", "value": value, "name": name})
-        dataset = {"name": f"{facts.dataset} val", "type": facts.dataset, "split": "val"}
+        split = facts.split
+        dataset = {"name": f"{facts.dataset} {split}", "type": facts.dataset, "split": split}
         result = {"task": {"type": TASK}, "dataset": dataset, "metrics": metrics}
         metadata["model-index"] = [{"name": facts.name, "results": [result]}]
     return metadata
@@ -80,7 +82,8 @@ def _results(facts: Facts) -> str:
     for group, value in facts.accuracies.items():
         name = "all" if group == "acc" else _text(group)
         rows += f"| {name} | {value:.2%} |\n"
-    split = f"{_text(facts.dataset or '')} val, {used} used of {total} questions, step {facts.step}"
+    evaluated = f"{_text(facts.dataset or '')} {facts.split}"
+    split = f"{evaluated}, {used} used of {total} questions, step {facts.step}"
     return f"## Results\n\n{split}:\n\n| questions | accuracy |\n|---|---|\n{rows}"
 
 

@@ -174,7 +174,8 @@ class _Reader:
         prompts = self._backbone.prompts(config, name)
         annotated = {}
         for split in self._splits:
-            annotated[split] = preflight.read_split(config, name, split)
+            training = "train" in self._splits
+            annotated[split] = preflight.read_split(config, name, split, training)
         features = preflight.open_features(config, name)
         self.notes += input_notes.annotation_notes(config, name, annotated)
         for split, questions in annotated.items():

@@ -182,7 +182,12 @@ class RunConfig:
         RUN,
         "with --resume: evaluate it and stop; without: evaluate the untrained model, then train",
     )
-    split: Literal["val", "test"] = _flag("val", RUN, "split to evaluate")
+    no_eval: bool = _flag(
+        False, RUN, "evaluate no epoch: no val split is read, and no checkpoint_best is kept"
+    )
+    split: Literal["val", "test"] = _flag(
+        "val", RUN, "split to evaluate; test is also that of the epochs where there is no val"
+    )
     max_steps: int | None = _flag(
         None,
         RUN,
@@ -369,7 +374,7 @@ NOT_IDENTITY = frozenset(
     model llama_model_path data_path captions features missing_features output_dir resume init_eval
     split max_steps num_workers deepspeed attention checkpoint_activations batch_size accum_iter
     max_tokens save_steps save_total_limit save_legacy logging_steps report_to allow_change verify
-    collective_timeout hang_timeout expect_world_size missing_subtitles missing_captions
+    collective_timeout hang_timeout expect_world_size missing_subtitles missing_captions no_eval
     """.split()
 )
 # What must not change either when a run is resumed (checkpoint/fingerprint.py).

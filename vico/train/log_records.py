@@ -13,14 +13,15 @@ from vico.train.step import StepReport
 
 @dataclass(frozen=True)
 class EpochResult:
-    """A finished epoch: its losses (means per task) and its evaluation."""
+    """A finished epoch: its losses (means per task) and its evaluation; None with --no_eval."""
 
     epoch: int
     step: int  # steps done
     lr: float  # of the last step
     losses: list[float | None]
     num_without_caption: int  # training questions that the caption task leaves out
-    evaluation: Evaluation
+    split: str | None
+    evaluation: Evaluation | None
     eval_seconds: float
     is_best: bool
 
@@ -70,7 +71,7 @@ def epoch_record(config: RunConfig, result: EpochResult) -> dict[str, Any]:
     losses: dict[str, float | None] = {"train_vqa_loss": None, "train_cap_loss": None}
     for task, loss in zip(config.tasks, result.losses, strict=True):
         losses[f"train_{task}_loss"] = loss
-    values = result.evaluation.results()
+    values = {} if result.evaluation is None else result.evaluation.results()
     lacking = result.num_without_caption
     return {
         "train_loss": total_loss(config, result.losses),
@@ -79,13 +80,15 @@ def epoch_record(config: RunConfig, result: EpochResult) -> dict[str, Any]:
         "train_lr": result.lr,
         "epoch": result.epoch,
         "step": result.step,
-        **{f"val_{name}": value for name, value in values.items()},
+        **{f"{result.split}_{name}": value for name, value in values.items()},
     }
 
 
 def epoch_curves(result: EpochResult, device: torch.device) -> dict[str, float]:
     """Loss and accuracies of the evaluation, speed, memory."""
     evaluation = result.evaluation
+    if evaluation is None:
+        return memory_curves(device)
     curves = {f"eval/{name}": value for name, value in evaluation.accuracies.items()}
     if (loss := evaluation.loss) is not None:
         curves["eval/loss"] = loss

@@ -228,21 +228,28 @@ def _advance(state: TrainState, step: StepReport) -> None:
 
 
 def _end_epoch(run: Run, run_log: RunLog | None) -> None:
-    """Evaluate, log the epoch and save, also as the best checkpoint when it is the best so far."""
+    """Evaluate, log the epoch and save, also as the best checkpoint when it is the best so far.
+
+    With --no_eval none is the best.
+    """
     config, state = run.config, run.state
     started = time.perf_counter()
-    evaluation = evaluate(run.engine, run.inputs, "val", config, run.world)
+    split, evaluation, accuracy = run.evaluated_split, None, None
+    if split is not None:
+        evaluation = evaluate(run.engine, run.inputs, split, config, run.world)
+        accuracy = evaluation.accuracies["acc"]
     result = EpochResult(
         epoch=(state.step - 1) // run.steps.steps_per_epoch,
         step=state.step,
         lr=run.lr(state.step - 1),
         losses=mean_losses(state.epoch_loss_sums, state.epoch_target_counts),
         num_without_caption=run.inputs.num_without_caption,
+        split=split,
         evaluation=evaluation,
         eval_seconds=time.perf_counter() - started,
-        is_best=is_best(evaluation.accuracies["acc"], state.best_accuracy),
+        is_best=accuracy is not None and is_best(accuracy, state.best_accuracy),
     )
-    best = evaluation.accuracies["acc"] if result.is_best else state.best_accuracy
+    best = accuracy if result.is_best else state.best_accuracy
     after = replace(state, best_accuracy=best, evaluation_due=False)
     if state.step % run.steps.steps_per_epoch == 0:
         after = with_empty_sums(after, config)
@@ -296,6 +303,7 @@ def _save_best(
 def _log_epoch(run: Run, run_log: RunLog, result: EpochResult, weights: dict[str, Tensor]) -> None:
     record = epoch_record(run.config, result)
     run_log.epoch(record, epoch_curves(result, run.world.device), gates_picture(weights))
-    result.evaluation.write(run.output_dir.predictions("val"))
+    if result.evaluation is not None and result.split is not None:
+        result.evaluation.write(run.output_dir.predictions(result.split))
     shown = {name: value for name, value in record.items() if name != "epoch"}
     log.info(f"epoch {result.epoch}: {json.dumps(shown)}")

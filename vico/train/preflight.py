@@ -28,6 +28,7 @@ from vico.io.paths import entries, is_folder
 from vico.model.weights.load import Weights, holds_weights, open_weights, weight_files
 from vico.train import backbone
 from vico.train.config import RunConfig
+from vico.train.settings import evaluated_split, has_split
 
 Part = tuple[str, str]  # data set and split
 
@@ -117,14 +118,41 @@ def _dataset_files(config: RunConfig, name: str, splits: Sequence[str]) -> list[
     return paths
 
 
-def read_split(config: RunConfig, dataset: str, split: str) -> list[Question]:
-    """The questions of a split of a data set, as its file holds them. Raises UserError."""
+def read_split(
+    config: RunConfig, dataset: str, split: str, training: bool = False
+) -> list[Question]:
+    """The questions of a split of a data set, as its file holds them. Raises UserError.
+
+    `training`: for a run that trains and evaluates its epochs.
+    """
     folder = config.folder_of(dataset)
+    if split != "train" and not has_split(config, dataset, split):
+        _refuse_absent(config, dataset, split, training)
     uses_subtitles = config.sub and find_dataset(dataset, folder).has_dialogue
     questions = read_questions(dataset, folder, split, uses_subtitles, config.missing_subtitles)
     if len(config.datasets) > 1:  # two of them may have a train.csv
         questions[:] = [replace(q, place=f"{dataset}/{q.place}") for q in questions]
+    if training and split == "test" == evaluated_split(config) and questions[0].answer is None:
+        fail(
+            f"{questions[0].place}: the test questions have no answers, so no epoch can be "
+            "evaluated on them; train with --no_eval"
+        )
     return questions
+
+
+def _refuse_absent(config: RunConfig, dataset: str, split: str, training: bool) -> None:
+    """Raise UserError with what to do about a split that is not there, where there is a way."""
+    folder = config.folder_of(dataset)
+    path = find_dataset(dataset, folder).annotation_file(folder, split)
+    other = "test" if split == "val" else "val"
+    if training:
+        instead = " or on test (--split test)" if split == "val" else ""
+        fail(
+            f"{path}: no such file, and each epoch is evaluated on {split}; put it there, or train "
+            f"without evaluation (--no_eval){instead}"
+        )
+    if has_split(config, dataset, other):
+        fail(f"{path}: no such file; put it there, or evaluate on {other} (--split {other})")
 
 
 def open_features(config: RunConfig, dataset: str) -> Features:

@@ -146,6 +146,9 @@ def start_state(
             "--accum_iter with the same product"
         )
     state = _with_sums_of(config, start, steps_per_epoch)
+    before, now = _evaluated(start.fingerprints), _evaluated(fingerprints)
+    if before and now and before != now:  # its best accuracy is of other questions
+        state = replace(state, best_accuracy=None)
     if config.output_dir not in start.path.parents:  # another run's best is not this one's
         return replace(state, best_accuracy=None)
     return state
@@ -195,12 +198,32 @@ def _refuse_changed_run(
     saved = {k: str(v) if isinstance(v, Path) else v for k, v in start.settings.items()}
     run = {**saved, "steps_per_epoch": steps_per_epoch}
     prolonged = _prolongs(config, run, start.state.step)
-    changes = differences(saved, config, prolonged) + _changed_files(start, config, fingerprints)
+    compared = _of_training(start, fingerprints)
+    changes = differences(saved, config, prolonged) + _changed_files(start, config, compared)
     refuse_changes(
         f"{start.path}: was written by a run with other settings or files",
         changes,
         f"give the same, or start a new run from its weights by --resume {start.path / WEIGHTS}",
     )
+
+
+def _of_training(start: Checkpoint, fingerprints: Mapping[str, str]) -> dict[str, str]:
+    """What of `fingerprints` to compare: where `start` was evaluated on another split, or where one
+    of both runs is not evaluated, what concerns training alone.
+    """
+    compared = dict(fingerprints)
+    are_recorded = any(name.endswith(" train features") for name in start.fingerprints)
+    if are_recorded and _evaluated(start.fingerprints) != _evaluated(fingerprints):
+        for name in fingerprints:
+            if name.startswith("data") and " train " not in name:
+                del compared[name]
+    return compared
+
+
+def _evaluated(fingerprints: Mapping[str, str]) -> set[str]:
+    """The splits of a training run besides train."""
+    words = [name.split() for name in fingerprints if name.endswith(" questions")]
+    return {split for *_, split, _ in words} - {"train"}
 
 
 def _changed_files(
@@ -227,15 +250,26 @@ def _uncompared(start: Checkpoint, fingerprints: Mapping[str, str]) -> list[str]
 
 
 def notes_of_uncompared(start: Checkpoint, fingerprints: Mapping[str, str]) -> list[str]:
-    """A note where a checkpoint of this program lacks what is compared today."""
+    """Notes where a checkpoint of this program lacks what is compared today."""
     names = _uncompared(start, fingerprints) if start.fingerprints else []
     functional = [name for name in names if not name.startswith("data")]
-    if not functional:
-        return []
-    return [
-        f"note: {start.path}: an earlier version wrote it and did not record "
-        f"{', '.join(functional)}: these are not compared"
-    ]
+    notes = []
+    if functional:
+        notes.append(
+            f"note: {start.path}: an earlier version wrote it and did not record "
+            f"{', '.join(functional)}: these are not compared"
+        )
+    trains = any(name.endswith(" train questions") for name in fingerprints)
+    if trains and start.fingerprints and _of_training(start, fingerprints) != fingerprints:
+        before, now = (
+            ", ".join(sorted(_evaluated(of))) or "no split"
+            for of in (start.fingerprints, fingerprints)
+        )
+        notes.append(
+            f"note: {start.path}: epochs were evaluated on {before}, and are on {now} now: of the "
+            "data, training questions and their features are compared, and captions are not"
+        )
+    return notes
 
 
 def refuse_other_function(

@@ -13,6 +13,7 @@ from vico.data.datasets import find_dataset
 from vico.data.mixture import join_paths, parse_datasets
 from vico.data.readers import captions
 from vico.errors import UserError, nearest, show
+from vico.io.paths import exists
 from vico.train.config import RunConfig, is_path, value_type
 
 TYPE_NAMES = {
@@ -115,6 +116,32 @@ def has_dialogue(config: RunConfig) -> bool:
     """Whether one of the data sets has subtitles. Raises UserError for one that there is not."""
     datasets = [find_dataset(name, config.folder_of(name)) for name in config.dataset_names]
     return any(dataset.has_dialogue for dataset in datasets)
+
+
+def evaluated_split(config: RunConfig) -> str | None:
+    """The split that training evaluates its epochs on: val, or --split test where there is no val.
+
+    None: --no_eval. Raises UserError for a data set that there is not.
+    """
+    if config.no_eval:
+        return None
+
+    def have(split: str) -> bool:
+        return all(has_split(config, name, split) for name in config.dataset_names)
+
+    return "test" if config.split == "test" and not have("val") and have("test") else "val"
+
+
+def training_splits(config: RunConfig) -> tuple[str, ...]:
+    """Those whose questions are part of what a training run is."""
+    evaluated = evaluated_split(config)
+    return ("train",) if evaluated is None else ("train", evaluated)
+
+
+def has_split(config: RunConfig, name: str, split: str) -> bool:
+    """Whether a data set has the table of a split. Raises UserError."""
+    folder = config.folder_of(name)
+    return exists(find_dataset(name, folder).annotation_file(folder, split))
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:

@@ -24,6 +24,7 @@ from vico.train.resume import (
     refuse_other_function,
     start_state,
 )
+from vico.train.settings import training_splits
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Run:
     state: TrainState
     identity: RunIdentity
     from_scratch: bool  # no checkpoint was loaded
+    evaluated_split: str | None  # after each epoch
 
     @property
     def last_step(self) -> int:
@@ -80,8 +82,8 @@ def start(config: RunConfig, world: World) -> Run:
     world.set_phase("reading the inputs")
     if config.num_workers:
         start_forkserver()
-    evaluation_split = config.split if config.init_eval else "val"
-    splits = tuple(dict.fromkeys(("train", "val", evaluation_split)))
+    own_splits = training_splits(config)
+    splits = tuple(dict.fromkeys((*own_splits, config.split if config.init_eval else "train")))
     with world.raise_together():
         if world.is_main:
             reporters.chosen(config.report_to)  # before minutes of loading
@@ -96,7 +98,7 @@ def start(config: RunConfig, world: World) -> Run:
         world.print_rank0(note)
     steps = _training_steps(config, inputs, world)
     # Before the weights, which take minutes to load: may this run continue that checkpoint?
-    fingerprints, state = _check_continuation(config, world, inputs, checkpoint, steps)
+    fingerprints, state = _check_continuation(config, world, inputs, checkpoint, steps, own_splits)
     if checkpoint is None:
         trainables = initial_trainables(inputs.trainable_shapes, config.bias, config.seed)
     else:
@@ -110,7 +112,10 @@ def start(config: RunConfig, world: World) -> Run:
         engine.set_moments(checkpoint.moments, state.num_updates)
     identity = RunIdentity(found.run_id, config.to_json(), fingerprints)
     from_scratch = checkpoint is None
-    run = Run(config, world, output_dir, inputs, engine, steps, state, identity, from_scratch)
+    evaluated = own_splits[1] if len(own_splits) > 1 else None
+    run = Run(
+        config, world, output_dir, inputs, engine, steps, state, identity, from_scratch, evaluated
+    )
     if checkpoint is not None and checkpoint.moments is not None and not checkpoint.published:
         for note in _notes_of_other_epochs(run, checkpoint.settings.get("epochs")):
             world.print_rank0(note)
@@ -211,10 +216,11 @@ def _check_continuation(
     inputs: Inputs,
     checkpoint: Checkpoint | None,
     steps: TrainingSteps,
+    splits: Sequence[str],
 ) -> tuple[dict[str, str], TrainState]:
     """(fingerprints of all inputs, the training state to start from). A collective."""
     recorded = checkpoint.fingerprints if checkpoint else {}
-    fingerprints = _fingerprints(config, inputs, ("train", "val"), recorded, world)
+    fingerprints = _fingerprints(config, inputs, splits, recorded, world)
     with world.raise_together():
         state = start_state(
             checkpoint, steps.steps_per_epoch, steps.questions_per_step, config, fingerprints
