@@ -21,7 +21,7 @@ from vico.errors import UserError, fail, show
 from vico.io import log
 from vico.io.atomic import require_writable, write_json
 from vico.io.paths import exists
-from vico.io.text import json_kind, parse_json, read_text
+from vico.train.predictions import read_predictions
 
 FORMATS = ("nextqa", "tvqa", "star")
 STAR_TYPES = ("Interaction", "Sequence", "Prediction", "Feasibility")
@@ -68,43 +68,6 @@ def main(argv: list[str]) -> int:
     compared = "" if named is not None else "; --data_path also counts questions behind the last"
     log.info(f"{flags.output}: {used} used of {total} total questions{compared}")
     return 0
-
-
-def read_predictions(path: Path) -> list[dict[str, Any]]:
-    """The lines of a predictions_SPLIT.jsonl, checked. Raises UserError."""
-    records = []
-    text = read_text(path, "the file of predictions")
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        record, place = parse_json(line, path, number), f"{path}:{number}"
-        if not isinstance(record, dict):
-            fail(f"{place}: {json_kind(record)} where an object is expected; {_REMEDY}")
-        _check(record, place)
-        records.append(record)
-    return records
-
-
-_REMEDY = "name the predictions_SPLIT.jsonl of an evaluation"
-
-
-def _check(record: Record, place: str) -> None:
-    for name in ("qid", "video"):
-        if not isinstance(record.get(name), str):
-            fail(f"{place}: '{name}' is {show(record.get(name))} and must be a text; {_REMEDY}")
-    scores = record.get("scores")
-    if not isinstance(scores, list) or not scores:
-        fail(f"{place}: 'scores' is {show(scores)} and must be a list; {_REMEDY}")
-    rules: dict[str, int | None] = {"index": None, "prediction": len(scores)}
-    rules["answer"] = len(scores)
-    for name, limit in rules.items():
-        value: Any = record.get(name)
-        if name == "answer" and value is None:
-            continue
-        is_whole = isinstance(value, int) and not isinstance(value, bool)
-        if not is_whole or not 0 <= value < (limit or 10**9):
-            allowed = "at least 0" if limit is None else f"from 0 to {limit - 1}"
-            fail(f"{place}: '{name}' is {show(value)} and must be a whole number {allowed}")
 
 
 def _count(

@@ -21,23 +21,28 @@ def gates_picture(weights: dict[str, Tensor]) -> Picture | None:
 
     Blue is negative, white 0, red positive. None: there are no gates.
     """
-    panels = [_panel(weights, kind) for kind in LARGEST]
-    if any(panel is None for panel in panels):
-        return None
-    left, right = (_colours(panel) for panel in panels if panel is not None)
+    panels = []
+    for kind, largest in LARGEST.items():
+        values = gate_values(weights, kind)
+        if values is None:
+            return None
+        panels.append(_colours(np.clip(values / largest, -1, 1)))
+    left, right = panels
     between = np.full((len(left), CELL, 3), 255, dtype=np.uint8)
     return np.concatenate([left, between, right], axis=1)
 
 
-def _panel(weights: dict[str, Tensor], kind: str) -> npt.NDArray[np.float64] | None:
-    """[layers, heads] of the share of the scale, -1 to 1; None: no layer has this gate."""
+def gate_values(weights: dict[str, Tensor], kind: str) -> npt.NDArray[np.float64] | None:
+    """[layers, heads] of how much a gate acts, the lowest layer first; None: no layer has it.
+
+    `kind`: gate1, of which tanh acts, or gate2, a logit.
+    """
     rows = {}
     for name, gate in weights.items():
         match = re.fullmatch(rf"layers\.(\d+)\..*{kind}", name)
         if match is not None:
             value = gate.detach().double().flatten()
-            acting = value.tanh() if kind == "gate1" else value
-            rows[int(match[1])] = (acting / LARGEST[kind]).clamp(-1, 1).numpy()
+            rows[int(match[1])] = (value.tanh() if kind == "gate1" else value).numpy()
     return np.stack([rows[layer] for layer in sorted(rows)]) if rows else None
 
 

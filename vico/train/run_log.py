@@ -113,8 +113,13 @@ def read_logs(output_dir: OutputDir) -> Logs:
 
 def read_records(path: Path) -> list[Record]:
     """The complete lines of a JSON-lines log. A kill may have cut off the last one."""
+    return read_records_and_damage(path)[0]
+
+
+def read_records_and_damage(path: Path) -> tuple[list[Record], int]:
+    """The complete lines of a JSON-lines log, and how many others there are."""
     if not exists(path):
-        return []
+        return [], 0
     try:
         text = read_bytes(path).decode(errors="replace")
     except OSError as problem:
@@ -123,12 +128,13 @@ def read_records(path: Path) -> list[Record]:
             "move it away, or choose another --output_dir"
         ) from None
     records = []
-    for line in text.splitlines():
+    lines = text.splitlines()
+    for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 records.append(record)
-    return records
+    return records, len(lines) - len(records)
 
 
 def gaps(
