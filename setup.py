@@ -39,7 +39,7 @@ setup(
     description="Video question answering on a frozen LLaMA, trained with DeepSpeed",
     packages=[*find_packages(include=["vico", "vico.*"]), "vico.ds_configs"],
     package_dir={"vico.ds_configs": "ds_configs"},
-    package_data={"vico.ds_configs": ["*.json"]},
+    package_data={"vico.ds_configs": ["*.json"], "vico.report": ["*.html", "*.css", "*.js"]},
     python_requires=">=3.10",
     install_requires=[
         # From 2.11 varlen_attn has the signature that ViCo calls (2.12 changed it: both work).

@@ -13,6 +13,7 @@ from faults.cases_llama import LLAMA
 from faults.cases_mixtures import MIXTURES
 from faults.cases_output_dir import OUTPUT_DIR
 from faults.cases_published import PUBLISHED_FILES
+from faults.cases_report import REPORTS
 from faults.cases_schema import SCHEMA
 from faults.cases_settings import SETTINGS
 from faults.cases_tables import TABLES
@@ -33,4 +34,5 @@ CASES: dict[str, Case] = {
     **PUBLISHED_FILES,
     **EXPORTS,
     **ASKED,
+    **REPORTS,
 }

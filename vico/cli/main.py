@@ -61,6 +61,10 @@ COMMANDS = {
         "submission",
         "Write predictions as the file that the server of NExT-QA, TVQA or STAR takes.",
     ),
+    "report": (
+        "report",
+        "Write runs as one HTML page: curves, accuracies, differences, predictions to browse.",
+    ),
     "selftest": (
         "selftest",
         "Inject faults into runs, files and disks, and check that none does harm.",

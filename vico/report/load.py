@@ -1,0 +1,305 @@
+"""What the folder of a run holds, read as far as it goes. What is missing or damaged is a note."""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vico.data.mixture import dataset_names
+from vico.errors import UserError, fail, one_line
+from vico.io.output_dir import OutputDir, step_of
+from vico.io.paths import entries, exists, is_file, is_folder
+from vico.io.text import json_kind, parse_json, read_json_object, read_text
+from vico.train.heat_map import LARGEST, gate_values
+from vico.train.predictions import read_readable_predictions
+from vico.train.run_log import Record, read_records_and_damage
+from vico.train.saved_run import is_run, newest_of
+
+PREDICTIONS = re.compile(r"predictions_(?:(?P<datasets>.+)_)?(?P<split>[^_]+)\.jsonl")
+CAPTIONS = re.compile(r"captions_(?P<split>.+)\.jsonl")
+# Curves that only TensorBoard's files have.
+PERFORMANCE = ("memory/", "perf/eval_questions_per_second", "perf/save_seconds")
+NO_RUN = (
+    "holds no run (no args.json, log.txt, steps.jsonl, predictions_SPLIT.jsonl or "
+    "captions_SPLIT.jsonl)"
+)
+
+
+@dataclass(frozen=True)
+class PredictionSet:
+    """A run's predictions on a split of a data set. `dataset` is None where no file names it."""
+
+    dataset: str | None
+    split: str
+    file: str
+    records: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Caption:
+    dataset: str | None
+    split: str
+    video: str
+    text: str
+    references: list[str]
+
+
+@dataclass(frozen=True)
+class Gates:
+    """`values`: by gate ("gate1", "gate2") the share or logit of each head, [layers, heads]."""
+
+    checkpoint: str
+    step: int
+    values: dict[str, npt.NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that the report shows of a run. Each part may be empty; `notes` say why."""
+
+    name: str
+    path: Path
+    settings: dict[str, Any] = field(default_factory=dict)  # args.json
+    steps: list[Record] = field(default_factory=list)  # steps.jsonl
+    epochs: list[Record] = field(default_factory=list)  # log.txt
+    predictions: list[PredictionSet] = field(default_factory=list)
+    captions: list[Caption] = field(default_factory=list)
+    gates: Gates | None = None
+    # By name of a curve the values that were logged, in order.
+    performance: dict[str, list[float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def number(value: object) -> float | None:
+    """A finite number of a log; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        plain = float(value)
+    except OverflowError:  # a whole number of 400 digits
+        return None
+    return plain if math.isfinite(plain) else None
+
+
+def load_runs(paths: Sequence[Path]) -> list[Run]:
+    """The runs in these folders. Raises UserError for one that holds no run, or is named twice."""
+    for path in paths:
+        _require_run(path)
+    resolved = [path.resolve() for path in paths]
+    if twice := [path for path in resolved if resolved.count(path) > 1]:
+        fail(f"{twice[0]}: is named twice; name each run once")
+    names = run_names(resolved)
+    return [_load(path, name) for path, name in zip(resolved, names, strict=True)]
+
+
+def run_names(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart, the folders' names if possible."""
+    longest = max(len(path.parts) for path in paths)
+    names: list[str] = []
+    for length in range(1, longest + 1):
+        names = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _require_run(path: Path) -> None:
+    if not exists(path):
+        fail(f"{path}: no such folder; name the --output_dir of a run")
+    if not is_folder(path):
+        fail(f"{path}: is a file, not a folder; name the --output_dir of a run")
+    if exists(path / "state.json"):
+        fail(f"{path}: is a checkpoint; name the folder of its run, {path.parent}")
+    run = OutputDir(path)
+    files = [run.args, run.steps, run.epochs]
+    if not any(map(exists, files)) and not _named(path, PREDICTIONS) and not _named(path, CAPTIONS):
+        fail(f"{path}: {NO_RUN}; name the --output_dir of a run")
+
+
+def _named(folder: Path, pattern: re.Pattern[str]) -> list[tuple[Path, re.Match[str]]]:
+    """The files of a folder whose whole name fits, with the match."""
+    matches = ((path, pattern.fullmatch(path.name)) for path in entries(folder, "*.jsonl"))
+    return [(path, match) for path, match in matches if match is not None]
+
+
+def _load(path: Path, name: str) -> Run:
+    run, notes = OutputDir(path), list[str]()
+    settings = _settings(run, notes)
+    return Run(
+        name,
+        path,
+        settings,
+        _records(run.steps, "the curves of training", notes),
+        _records(run.epochs, "the results of each epoch", notes),
+        _predictions(path, settings, notes),
+        _captions(path, notes),
+        _gates(path, notes),
+        _performance(run.tensorboard, notes),
+        notes,
+    )
+
+
+def _settings(run: OutputDir, notes: list[str]) -> dict[str, Any]:
+    if not run.has_run():
+        notes.append("no args.json, so its settings are unknown (an evaluation alone writes none)")
+        return {}
+    try:
+        return read_json_object(run.args, "the settings of the run")
+    except UserError as error:
+        notes.append(f"its settings are not shown: {error}")
+        return {}
+
+
+def _records(path: Path, what: str, notes: list[str]) -> list[Record]:
+    if not exists(path):
+        notes.append(f"no {path.name}, so {what} are not shown")
+        return []
+    try:
+        records, num_damaged = read_records_and_damage(path)
+    except UserError as error:
+        notes.append(f"{what} are not shown: {error}")
+        return []
+    if num_damaged:
+        notes.append(f"{path.name}: {num_damaged} damaged line(s) left out")
+    if not records:
+        notes.append(f"{path.name} has no line yet, so {what} are not shown")
+    by_step = {record["step"]: record for record in records}  # a repeated step: the last counts
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _predictions(folder: Path, settings: dict[str, Any], notes: list[str]) -> list[PredictionSet]:
+    found = []
+    named = _named(folder, PREDICTIONS)
+    named.sort(key=lambda file: file[1]["datasets"] is not None)  # the run's own first
+    for path, match in named:
+        try:
+            records, faults = read_readable_predictions(path)
+        except UserError as error:
+            notes.append(f"{path.name} is not shown: {error}")
+            continue
+        if faults:
+            notes.append(f"{path.name}: {len(faults)} damaged line(s) left out, first: {faults[0]}")
+        names = match["datasets"].split("+") if match["datasets"] else _dataset_names(settings)
+        for dataset, of_set in _by_dataset(records, names).items():
+            found.append(PredictionSet(dataset, match["split"], path.name, of_set))
+    if not found:
+        notes.append("no predictions_SPLIT.jsonl: it has not been evaluated yet")
+    return found
+
+
+def _dataset_names(settings: dict[str, Any]) -> list[str]:
+    """Those of args.json; empty where it does not say."""
+    try:
+        return list(dataset_names(settings["dataset"]))
+    except (KeyError, AttributeError, UserError):
+        return []
+
+
+def _by_dataset(
+    records: Iterable[dict[str, Any]], names: Sequence[str]
+) -> dict[str | None, list[dict[str, Any]]]:
+    """Lines by data set: the line's own `dataset`, else the only one of `names`."""
+    default = names[0] if len(names) == 1 else None
+    groups: dict[str | None, list[dict[str, Any]]] = {}
+    for record in records:
+        dataset = record.get("dataset", default)
+        groups.setdefault(dataset if isinstance(dataset, str) else None, []).append(record)
+    return groups
+
+
+def _captions(folder: Path, notes: list[str]) -> list[Caption]:
+    captions = []
+    for path, match in _named(folder, CAPTIONS):
+        try:
+            lines = read_text(path, "the captions").split("\n")
+        except UserError as error:
+            notes.append(f"{path.name} is not shown: {error}")
+            continue
+        faults = []
+        for line_number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    captions.append(_caption(line, path, line_number, match["split"]))
+                except UserError as error:
+                    faults.append(error)
+        if faults:
+            notes.append(f"{path.name}: {len(faults)} damaged line(s) left out, first: {faults[0]}")
+    return captions
+
+
+def _caption(line: str, path: Path, line_number: int, split: str) -> Caption:
+    record, place = parse_json(line, path, line_number), f"{path.name}:{line_number}"
+    if not isinstance(record, dict):
+        fail(f"{place}: {json_kind(record)} where an object is expected")
+    dataset, references = record.get("dataset"), record.get("references", [])
+    texts = [record.get("video"), record.get("caption")]
+    if isinstance(references, list):
+        texts += references
+    if not isinstance(references, list) or not all(isinstance(text, str) for text in texts):
+        fail(f"{place}: 'video', 'caption' and each of 'references' must be texts")
+    dataset = dataset if isinstance(dataset, str) else None
+    return Caption(dataset, split, record["video"], record["caption"], references)
+
+
+def _gates(folder: Path, notes: list[str]) -> Gates | None:
+    """Of the newest usable checkpoint. It is read by safetensors: nothing in it is executed."""
+    try:
+        if not is_run(folder):
+            notes.append("no checkpoint here, so its gates are not shown")
+            return None
+        checkpoint = newest_of(folder).checkpoint
+        assert checkpoint is not None
+    except UserError as error:
+        notes.append(f"its gates are not shown: {error}")
+        return None
+    values = {}
+    for kind in LARGEST:
+        gates = gate_values(checkpoint.weights, kind)
+        if gates is not None:
+            values[kind] = gates
+    if not values:
+        notes.append(f"{checkpoint.path.name} has no gates")
+        return None
+    step = step_of(checkpoint.path)
+    return Gates(checkpoint.path.name, checkpoint.state.step if step is None else step, values)
+
+
+def _performance(folder: Path, notes: list[str]) -> dict[str, list[float]]:
+    """The values of PERFORMANCE in the event files of TensorBoard, without its other curves."""
+    curves: dict[str, list[float]] = {}
+    for path in entries(folder, "events.out.tfevents.*"):
+        if not is_file(path):  # a pipe, whose reader would wait for ever
+            continue
+        try:
+            for tag, value in _events(path):
+                curves.setdefault(tag, []).append(value)
+        except Exception as problem:  # whatever its library says of a damaged file
+            reason = one_line(str(problem) or type(problem).__name__)
+            notes.append(f"runs/{path.name} is shown up to where it is damaged ({reason})")
+    return curves
+
+
+def _events(path: Path) -> Iterable[tuple[str, float]]:
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    names = [name.encode() for name in PERFORMANCE]
+    for raw in RawEventFileLoader(str(path)).Load():
+        if any(name in raw for name in names):
+            for value in Event.FromString(raw).summary.value:
+                plain = number(value.simple_value)
+                if value.tag.startswith(PERFORMANCE) and plain is not None:
+                    yield value.tag, plain
+
+
+def all_notes(runs: Iterable[Run]) -> list[str]:
+    """The notes of all runs, each with the name of its run."""
+    notes = []
+    for run in runs:
+        notes += [f"{run.name}: {note}" for note in run.notes]
+    return notes
