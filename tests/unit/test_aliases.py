@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from support.command_line import error_of, parse_line, recipe
@@ -67,8 +67,44 @@ def _flags(words: list[str]) -> set[str]:
 
 
 def test_every_alias_has_a_twin() -> None:
-    lines = " ".join(theirs for theirs, _ in TWINS)
-    assert all(f"--{name}" in lines or f"--{name}".replace("_", "-") in lines for name in ALIASES)
+    lines = " ".join(theirs for theirs, _ in TWINS).replace("-", "_")
+    assert all(f"__{name} " in lines or f"__{name}=" in lines for name in (*ALIASES, *SHARED))
+
+
+# (Hugging Face's words, ours of the same meaning, ours of another).
+PAIRS = [
+    ("--per_device_train_batch_size 4", "--batch_size 4", "--batch_size 8"),
+    ("--gradient_accumulation_steps 2", "--accum_iter 2", "--accum_iter 3"),
+    ("--num_train_epochs 3.0", "--epochs 3", "--epochs 4"),
+    ("--learning_rate 1e-3", "--lr 0.001", "--lr 0.01"),
+    ("--warmup_ratio 0.1", "--warmup_epochs 40", "--warmup_epochs 4"),
+    ("--resume_from_checkpoint x/y", "--resume x/y", "--resume x/z"),
+    ("--dataloader_num_workers 0", "--num_workers 0", "--num_workers 1"),
+    ("--bf16 true", "--precision bf16", "--precision fp16"),
+    ("--fp16 true", "--precision fp16", "--precision bf16"),
+    ("--weight-decay 0.1", "--weight_decay 0.1", "weight_decay=0.2"),
+    ("--max-steps 7", "--max_steps 7", "max_steps=8"),
+    ("--save-steps 5", "--save_steps 5", "save_steps=6"),
+    ("--save-total-limit 2", "--save_total_limit 2", "save_total_limit=3"),
+    ("--logging-steps 9", "--logging_steps 9", "logging_steps=10"),
+    ("--report-to none", "--report_to none", "report_to=tensorboard"),
+]
+
+
+@pytest.mark.parametrize(("theirs", "same", "other"), PAIRS)
+def test_both_names(theirs: str, same: str, other: str) -> None:
+    """Both are fine where they say the same; else both are named."""
+    assert args_of(f"{theirs} {same}") == args_of(same)
+    for line in (f"{theirs} {other}", f"{other} {theirs}"):
+        message = error_of(line)
+        assert "say different things; keep one" in message
+        for words in (theirs, other):
+            name = words.replace("=", " ").split()[0].removeprefix("--").replace("-", "_")
+            assert name in message
+    without_pair = {"lr_scheduler_type"}  # it has one value
+    assert {*ALIASES, *SHARED} - without_pair == {
+        pair[0].split()[0].removeprefix("--").replace("-", "_") for pair in PAIRS
+    }
 
 
 RECIPE_TWINS = [
@@ -164,7 +200,10 @@ def test_printed_config_is_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert parse_line(again).notes == ()
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@example(name="a\x85b \u2028c", numbers=(1.0, 1))
 @given(
     name=st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1),
     numbers=st.tuples(st.floats(1e-30, 1e30), st.integers(0, 2**63 - 1)),

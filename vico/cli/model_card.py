@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vico.errors import one_line
+from vico.io.text import yaml_text
 
 TASK = "visual-question-answering"
 # Settings that a reader looks for first.
@@ -32,9 +33,7 @@ class Facts:
 
 def model_card(facts: Facts) -> str:
     """The text of README.md."""
-    import yaml  # only cards and recipes need it
-
-    metadata = yaml.safe_dump(_metadata(facts), sort_keys=False, allow_unicode=True)
+    metadata = yaml_text(_metadata(facts))
     sections = (_what_it_is(facts), _results(facts), _use(facts), _training(facts), _files(facts))
     return f"---\n{metadata}---\n\n" + "\n".join(sections)
 

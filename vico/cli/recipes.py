@@ -9,7 +9,7 @@ from typing import Any
 from vico.cli import aliases
 from vico.cli.aliases import RENAMED, Spelled
 from vico.errors import UserError, show
-from vico.io.text import read_text
+from vico.io.text import read_text, yaml_text
 from vico.train.config import RunConfig
 from vico.train.settings import expand_home, expand_variables, is_path_setting, settings_from
 
@@ -72,8 +72,6 @@ def read(path: Path) -> dict[str, Any]:
 
 def as_text(config: RunConfig, notes: Sequence[str]) -> str:
     """All settings as a recipe, which `read` reads back; the notes as comments."""
-    import yaml
-
     lines = [f"# note: {note}\n" for note in notes]
     groups: dict[str, dict[str, Any]] = {}
     for field in dataclasses.fields(config):
@@ -85,6 +83,5 @@ def as_text(config: RunConfig, notes: Sequence[str]) -> str:
             value = value.replace("$", "$$")
         groups.setdefault(field.metadata["group"], {})[field.name] = value
     for title, values in groups.items():
-        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=MAX_LINE)
-        lines.append(f"# {title}\n{text}")
+        lines.append(f"# {title}\n{yaml_text(values, MAX_LINE)}")
     return "".join(lines)

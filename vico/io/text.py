@@ -7,6 +7,7 @@ is one line that names the file, the line and, for JSON, the column.
 import codecs
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -206,6 +207,17 @@ def read_yaml_object(path: Path, what: str) -> dict[str, Any]:
         fail(f"{path}: must hold lines 'key: value'")
     _refuse_repeated_keys(tree, path)
     return content
+
+
+def yaml_text(values: Mapping[str, Any], width: int | None = None) -> str:
+    """`values` in their order, a key per line. What is read back is equal, whatever texts hold."""
+    import yaml  # few files need it
+
+    # PyYAML 6.0.3 reads U+0085 back as a blank, unless it is escaped.
+    is_readable = "\\x85" not in repr(values)
+    options = {"sort_keys": False, "allow_unicode": is_readable, "width": width}
+    text: str = yaml.safe_dump(values, **options)
+    return text
 
 
 def _refuse_repeated_keys(tree: Any, path: Path) -> None:
