@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -30,6 +31,14 @@ STEP_KEYS = """
 """
 EPOCH_KEYS = "train_loss train_vqa_loss train_cap_loss train_lr val_acc val_C val_T val_D"
 SLOW = pytest.mark.slow
+TWO_WORKERS = "--batch_size 4 --num_workers 2 --max_steps 4".split()
+
+
+@pytest.fixture(scope="module")
+def features_on_two_ranks(toy: ToyData, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """From the .pth file, without workers."""
+    folder = tmp_path_factory.mktemp("pth") / "out"
+    return train(toy, folder, *TWO_WORKERS, "--num_workers", "0", ranks=2)
 
 
 def test_six_steps_of_the_oracle(toy: ToyData, start: Path, reference: Run) -> None:
@@ -172,3 +181,28 @@ def test_half_precision_stays_near_fp32(
         assert b["loss"] == pytest.approx(a["loss"], rel=HALF_LOSS_RTOL)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=HALF_NORM_RTOL)
     assert all(v.dtype == torch.float32 for v in half.tensors(3).values())
+
+
+@SLOW
+@pytest.mark.parametrize("kind", ["npy", "mapped.h5", "packed.h5"])
+def test_features_of_any_container_train_alike(
+    toy: ToyData, features_on_two_ranks: Run, tmp_path: Path, kind: str
+) -> None:
+    """By data workers of two ranks; the same bits as from the .pth file."""
+    path = tmp_path / kind
+    if kind == "npy":
+        path.mkdir()
+        for video, frames in toy.features.items():
+            np.save(path / f"{video}.npy", frames.numpy())
+    else:
+        h5py = pytest.importorskip("h5py")
+        compression = "gzip" if kind == "packed.h5" else None
+        with h5py.File(path, "w") as file:
+            for video, frames in toy.features.items():
+                file.create_dataset(f"clips/{video}", data=frames.numpy(), compression=compression)
+    run = train(toy, tmp_path / "out", *TWO_WORKERS, "--features", str(path), ranks=2)
+    for ours, theirs in zip(run.steps, features_on_two_ranks.steps, strict=True):
+        assert {**ours, "step_seconds": 0} == {**theirs, "step_seconds": 0}
+    for name, value in features_on_two_ranks.tensors(4).items():
+        assert torch.equal(run.tensors(4)[name], value), name
+    assert run.predictions_text == features_on_two_ranks.predictions_text
