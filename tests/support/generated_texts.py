@@ -9,11 +9,13 @@ from reference.oracle_generation import OracleText
 from reference.oracle_sequences import OracleSequence
 from support.toy_dataset import ToyData
 from vico.data.features import sample_frames
+from vico.data.packing import Example, pack
 from vico.data.prompts import Prompts
 from vico.data.tokenizer import Tokenizer
-from vico.data.types import Question
+from vico.data.types import Question, TokenSequence
 from vico.generation.generate import Generated, Prompt
 from vico.generation.settings import GenerationSettings
+from vico.model.vico import ViCo
 
 # fp32 through three layers in another order of sums. Measured: 3e-6.
 LOG_PROBABILITY_ATOL = 1e-5
@@ -48,6 +50,28 @@ def prompts_of(toy: ToyData, num: int) -> list[Prompt]:
         sequence = texts.caption_prompt() if i % 2 else texts.free_question(question)
         prompts.append(Prompt(sequence, sample_frames(item.features, 10)))
     return prompts
+
+
+def text_prompts(vocab_size: int, lengths: list[int]) -> list[Prompt]:
+    """Random texts without a video."""
+    generator = torch.Generator().manual_seed(8)
+    prompts = []
+    for length in lengths:
+        ids = torch.randint(3, vocab_size, (length,), generator=generator).tolist()
+        sequence = TokenSequence("cap", (*ids, 0), range(length, length + 1), length + 1)
+        prompts.append(Prompt(sequence, torch.zeros(10, 768)))
+    return prompts
+
+
+def scored(model: ViCo, prompt: Prompt, text: Generated) -> list[float]:
+    """The log-probability of each token of a text, by one forward of prompt and text."""
+    start = prompt.sequence.num_inputs
+    tokens = (*prompt.sequence.tokens[:start], *text.token_ids)
+    targets = range(start, len(tokens))
+    sequence = TokenSequence("cap", tokens, targets, prompt.sequence.video_start)
+    with torch.no_grad():
+        losses: Tensor = model(pack([Example(sequence, 0, 0)], prompt.features_FC[None]))
+    return (-losses).tolist()
 
 
 def oracle_texts(

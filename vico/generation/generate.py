@@ -18,6 +18,7 @@ from vico.data.types import TokenSequence
 from vico.distributed import signals
 from vico.distributed.world import World
 from vico.errors import TrainingError, UserError
+from vico.generation.beam import BeamSearch
 from vico.generation.search import Hypothesis, Search, TokenByToken
 from vico.generation.settings import GenerationSettings
 from vico.model.attention.cache import KeyValueCache
@@ -110,7 +111,7 @@ def _divide(prompts: Sequence[Prompt], settings: GenerationSettings) -> list[lis
             batches.append([])
             size = 0
         batches[-1].append(place)
-        size += prompt.num_tokens + settings.max_new_tokens
+        size += settings.num_beams * (prompt.num_tokens + settings.max_new_tokens)
     return batches
 
 
@@ -133,19 +134,21 @@ def _run_batch(
     features_VFC = torch.stack([prompt.features_FC for prompt in prompts])
     stream = pack(examples, features_VFC).to(world.device)
     cache = KeyValueCache(model.config.n_layers, stream)
-    search: Search = TokenByToken([prompt.key for prompt in prompts], settings, eos)
+    search: Search = BeamSearch(len(prompts), settings, eos)
+    if settings.num_beams == 1:
+        search = TokenByToken([prompt.key for prompt in prompts], settings, eos)
     logits_BW = model(stream, cache)[stream.token_rows_N]  # equal prompts share a row
     ids, parents = search.advance(logits_BW.log_softmax(dim=1))
     while world.max(len(ids)):
         cache.select(parents or [0])
         ids_B = torch.tensor(ids or [eos], device=world.device)
-        logits_BW = model(_next_rows(ids_B, cache.grow(), features_VFC[:0]), cache)
+        logits_BW = model(next_rows(ids_B, cache.grow(), features_VFC[:0]), cache)
         if ids:
             ids, parents = search.advance(logits_BW.log_softmax(dim=1))
     return search.results()
 
 
-def _next_rows(ids_B: Tensor, positions_B: Tensor, no_features_VFC: Tensor) -> PackedBatch:
+def next_rows(ids_B: Tensor, positions_B: Tensor, no_features_VFC: Tensor) -> PackedBatch:
     """A row per sequence, whose earlier rows are in the cache."""
     device = ids_B.device
     none = torch.empty(0, dtype=torch.int64, device=device)

@@ -141,7 +141,7 @@ class Attention(nn.Module):
             return self.wo(self._attend(q_QHd, k_TJd, v_TJd, None, context).flatten(-2))
         gate1_H, gate2_H = gates
         out_QHd = self._attend(q_QHd, k_TJd, v_TJd, gate2_H, context)
-        k_AHd, v_AHd = map(self._for_every_head, self._prompt_heads(prompt_AD, context.cache))
+        k_AHd, v_AHd = self._prompt_heads(prompt_AD, context.cache)
         out_QHd = AdapterAttention.apply(out_QHd, q_QHd, k_AHd, v_AHd, gate1_H)
         return self.wo(out_QHd.flatten(-2))
 
@@ -157,13 +157,14 @@ class Attention(nn.Module):
         return context.attend(q_QHd, k_THd, v_THd, gate2_H, context.mask)
 
     def _prompt_heads(self, prompt_AD: Tensor, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
-        """Keys and values [A, J, d] of the adapter prompt; a cache keeps them."""
+        """Keys and values [A, H, d] of the adapter prompt; a cache keeps them."""
         if cache is not None and cache.prompt_heads is not None:
             return cache.prompt_heads
-        heads = self.heads(self.wk(prompt_AD)), self.heads(self.wv(prompt_AD))
+        k_AHd = self._for_every_head(self.heads(self.wk(prompt_AD)))
+        v_AHd = self._for_every_head(self.heads(self.wv(prompt_AD)))
         if cache is not None:
-            cache.prompt_heads = heads
-        return heads
+            cache.prompt_heads = k_AHd, v_AHd
+        return k_AHd, v_AHd
 
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))

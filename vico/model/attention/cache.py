@@ -15,6 +15,8 @@ from torch import Tensor
 
 from vico.model.batch import PackedBatch
 
+ADDED_COLUMNS = 64  # at a time, so that not every token copies the cache
+
 
 class KeyValueCache:
     """Of B sequences, padded on their right to the longest prompt; generated rows come after that.
@@ -56,13 +58,14 @@ class KeyValueCache:
 
 
 class LayerCache:
-    """Keys and values of one layer, with rotary embedding, a head for each of the model's own."""
+    """Keys, with their rotary embedding, and values of one layer, for its J heads."""
 
     def __init__(self, cache: KeyValueCache) -> None:
         self._cache = cache
         self._k_BJLd: Tensor | None = None
         self._v_BJLd: Tensor | None = None
-        # Of the adapter prompt, the same for all rows.
+        self._num_columns = 0  # of L, that hold rows
+        # Of the adapter prompt, the same for all rows; a head for each query head.
         self.prompt_heads: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -74,6 +77,7 @@ class LayerCache:
         rows_BL = self._cache.rows_BL
         self._k_BJLd = k_TJd[rows_BL].transpose(1, 2).contiguous()
         self._v_BJLd = v_TJd[rows_BL].transpose(1, 2).contiguous()
+        self._num_columns = rows_BL.shape[1]
 
     def select(self, rows_B: Tensor) -> None:
         assert self._k_BJLd is not None and self._v_BJLd is not None, "filled before"
@@ -82,17 +86,22 @@ class LayerCache:
     def attend(self, q_BHd: Tensor, k_BJd: Tensor, v_BJd: Tensor, gate2_H: Tensor | None) -> Tensor:
         """Add a row to each sequence, and attend from it to all of its sequence, in fp32."""
         assert self._k_BJLd is not None and self._v_BJLd is not None, "filled before"
-        self._k_BJLd = torch.cat([self._k_BJLd, k_BJd[:, :, None]], dim=2)
-        self._v_BJLd = torch.cat([self._v_BJLd, v_BJd[:, :, None]], dim=2)
-        num_heads = k_BJd.shape[1]
+        column, num_heads = self._num_columns, k_BJd.shape[1]
+        if column == self._k_BJLd.shape[2]:
+            self._k_BJLd = F.pad(self._k_BJLd, (0, 0, 0, ADDED_COLUMNS))
+            self._v_BJLd = F.pad(self._v_BJLd, (0, 0, 0, ADDED_COLUMNS))
+        self._k_BJLd[:, :, column], self._v_BJLd[:, :, column] = k_BJd, v_BJd
+        self._num_columns = column + 1
+        k_BJLd = self._k_BJLd[:, :, : self._num_columns]
+        v_BJLd = self._v_BJLd[:, :, : self._num_columns]
         # Neighbouring query heads share a key head: J groups of g.
         q_BJgd = q_BHd.float().unflatten(1, (num_heads, -1))
-        scores_BJgL = q_BJgd @ self._k_BJLd.float().transpose(2, 3) / math.sqrt(q_BHd.shape[-1])
+        scores_BJgL = q_BJgd @ k_BJLd.float().transpose(2, 3) / math.sqrt(q_BHd.shape[-1])
         if gate2_H is not None:
             gates_Jg1 = gate2_H.float().unflatten(0, (num_heads, -1))[..., None]
             scores_BJgL = scores_BJgL + gates_Jg1 * self._cache.is_video_BL[:, None, None]
         scores_BJgL = scores_BJgL.masked_fill(self._cache.is_hidden_BL[:, None, None], -math.inf)
-        out_BJgd = scores_BJgL.softmax(dim=-1) @ self._v_BJLd.float()
+        out_BJgd = scores_BJgL.softmax(dim=-1) @ v_BJLd.float()
         return out_BJgd.flatten(1, 2).to(q_BHd.dtype)
 
 
