@@ -42,6 +42,13 @@ REPORTS: dict[str, Case] = {
         f"{{fixture}}/r.html: {TO_REPLACE}",
         line=f"!report {{fixture}}/run {PAGE}",
     ),
+    "report, a folder without videos": flags(
+        f"!report {{fixture}}/run --videos {{fixture}}/toy {PAGE}",
+        "--videos {fixture}/toy: holds no video (.mp4 .mkv .webm .avi ...); name another",
+    ),
+    "report, no frames": flags(
+        f"!report {{fixture}}/run --max_videos 0 {PAGE}", "argument --max_videos: 0 must be 1 to"
+    ),
     "report, into nothing": refused(
         both(put("file", ""), put("other", "")),
         "the folder of --output {fixture}/file: '{fixture}/file' is not a folder",

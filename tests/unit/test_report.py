@@ -16,7 +16,7 @@ from vico.cli.report import main
 from vico.report.load import Run, load_runs, run_names
 from vico.report.questions import QuestionSet, join
 from vico.report.results import ALL, accuracies, confusions, differences
-from vico.report.statistics import Share
+from vico.report.statistics import Share, wilson
 
 SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
@@ -196,6 +196,21 @@ def test_policy_allows_the_scripts_alone(tmp_path: Path) -> None:
     digests = [base64.b64encode(hashlib.sha256(s.encode()).digest()) for s in SCRIPT.findall(page)]
     assert rules["script-src"] == " ".join(f"'sha256-{digest.decode()}'" for digest in digests)
     assert not re.search(r'(src|href)="(?!#|data:)', page.split("<script", 1)[0])
+
+
+def test_accuracies_of_a_mixture_on_test(tmp_path: Path) -> None:
+    """Epochs may be evaluated on test, and a mixture has an accuracy of each data set."""
+    made = report(tmp_path)
+    run = made.write_run("a", wrong_every=4, dataset="nextqa,star")
+    line = {"test_acc": 0.5, "test_n": 40, "test_star_acc": 0.25, "test_star_n": 8}
+    write_lines(run / "log.txt", [{"step": 9, **line}, {"step": 18, **line, "val_cider": 0.3}])
+    page = page_of(tmp_path, run)
+    titles = re.findall(r"<h4>([^<]+)</h4>", page)
+    expected = ["Validation accuracy", "Validation accuracy: star", "Captions: CIDEr"]
+    assert [title for title in titles if title in expected] == expected
+    chart = data_of(page)["charts"][titles.index("Validation accuracy: star")]
+    assert chart["data"][0]["y"] == [25, 25]
+    assert chart["data"][0]["error_y"]["array"][0] == pytest.approx(100 * (wilson(2, 8)[1] - 0.25))
 
 
 def test_names_tell_runs_apart() -> None:

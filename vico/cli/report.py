@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from vico.cli.parser import OneLineParser, path_argument
+from vico.cli.parser import OneLineParser, path_argument, positive_int
 from vico.errors import UserError
 from vico.io import log
 from vico.io.atomic import require_writable, write_bytes
@@ -29,10 +29,24 @@ def main(argv: list[str]) -> int:
         required=True,
         help="the page; an earlier report there is replaced, any other file is refused",
     )
+    parser.add_argument(
+        "--videos",
+        metavar="DIR",
+        type=path_argument,
+        help="folder of the videos: shows a few small frames of each (needs the extra video)",
+    )
+    parser.add_argument(
+        "--max_videos",
+        metavar="N",
+        type=positive_int,
+        default=100,
+        help="show frames of at most N videos: those of changed, then of wrong answers first "
+        "(default: 100; a video takes some 10 kB of the page)",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     flags = parser.parse_args(argv)
     require_free(flags.output)
-    write_report(flags.runs, flags.output)
+    write_report(flags.runs, flags.output, flags.videos, flags.max_videos)
     return 0
 
 
@@ -54,8 +68,9 @@ def require_free(path: Path) -> None:
         )
 
 
-def write_report(paths: list[Path], output: Path) -> None:
+def write_report(paths: list[Path], output: Path, videos: Path | None, max_videos: int) -> None:
     """Write the page and say what is in it. Raises UserError, DiskError."""
+    from vico.report.frames import Frames, frames_of
     from vico.report.load import load_runs  # it imports torch
     from vico.report.page import page, plotly_script
     from vico.report.questions import join
@@ -63,7 +78,8 @@ def write_report(paths: list[Path], output: Path) -> None:
     plotly = plotly_script()
     runs = load_runs(paths)
     sets, notes = join(runs)
-    content = page(runs, sets, notes, {}, plotly)
+    frames = frames_of(runs, sets, videos, max_videos) if videos is not None else Frames()
+    content = page(runs, sets, notes, frames, plotly)
     write_bytes(output, content)
     num_questions = sum(len(questions.items) for questions in sets)
     log.info(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vico.report.load import Gates, Run, number
+from vico.report.load import Gates, Run, accuracy_of, number, trained_datasets
 from vico.report.results import Row
 from vico.report.statistics import Share, bucket_means
 from vico.train.run_log import Record
@@ -27,6 +27,7 @@ LOSSES = {
     "vaq_loss": "Training loss: question (vaq)",
     "qav_loss": "Training loss: video (qav)",
 }
+CAPTION_METRICS = {"cider": "CIDEr", "bleu_4": "BLEU-4", "rouge_l": "ROUGE-L", "meteor": "METEOR"}
 GATE_TITLES = {
     "gate1": "Adapter gates (tanh of gate1)",
     "gate2": "Video gates (gate2, a logit)",
@@ -66,6 +67,10 @@ def colour(run: int) -> str:
 def training_charts(runs: Sequence[Run]) -> list[Chart]:
     """Losses per task, learning rate and validation accuracy, of those that were logged."""
     charts = _validation_chart(runs)
+    names = itertools.chain(*(trained_datasets(run.settings) for run in runs))
+    for dataset in dict.fromkeys(names):
+        charts += _validation_chart(runs, dataset)
+    charts += _caption_charts(runs)
     for key, title in LOSSES.items():
         what = "the weighted sum of the tasks' losses" if key == "loss" else "mean over its targets"
         charts += _step_chart(runs, title, f"{what}, per step", _value_of(key))
@@ -136,34 +141,59 @@ def _layout(x_title: str, y_title: str, **more: Any) -> dict[str, Any]:
     }
 
 
-def _validation_chart(runs: Sequence[Run]) -> list[Chart]:
-    """Accuracy after each epoch. Bars: Wilson's interval for the number of questions."""
+def _validation_chart(runs: Sequence[Run], dataset: str = "") -> list[Chart]:
+    """Accuracy after each epoch, of all questions or of one data set of a mixture."""
+    name = f"{dataset}_acc" if dataset else "acc"
     traces = []
     for i, run in enumerate(runs):
-        points, below, above = [], [], []
+        points, shares = [], []
         for record in run.epochs:
-            x, y, n = (number(record.get(key)) for key in ("step", "val_acc", "val_n"))
-            if x is None or y is None or not 0 <= y <= 1:
-                continue
-            points.append((x, 100 * y))
-            low, high = Share(round(y * n), int(n)).interval if n and n >= 1 else (y, y)
-            below.append(100 * max(0.0, y - low))
-            above.append(100 * max(0.0, high - y))
+            x, found = number(record["step"]), accuracy_of(record, name)
+            if x is not None and found is not None:
+                accuracy, n = found
+                points.append((x, 100 * accuracy))
+                shares.append(Share(round(accuracy * n), int(n)) if n and n >= 1 else None)
         if points:
-            bars = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
-            bars |= {"color": colour(i), "thickness": 1, "width": 3}
+            bars = {**_bars(shares), "color": colour(i), "thickness": 1, "width": 3}
             traces.append(_line(i, run.name, points, mode="lines+markers", error_y=bars))
     if not traces:
         return []
+    title = f"Validation accuracy: {dataset}" if dataset else "Validation accuracy"
     caption = (
-        "Accuracy on the validation split after each epoch, in percent, with Wilson's interval of "
-        "95 %. From log.txt (val_acc, val_n)."
+        f"{title}: share of right answers after each epoch, in percent, with Wilson's interval of "
+        f"95 %. From log.txt (val_{name}, or test_{name} where epochs were evaluated on test)."
     )
-    return [
-        Chart(
-            "Validation accuracy", caption, traces, _layout("step", "%", showlegend=len(runs) > 1)
-        )
-    ]
+    return [Chart(title, caption, traces, _layout("step", "%", showlegend=len(runs) > 1))]
+
+
+def _bars(shares: Sequence[Share | None]) -> dict[str, Any]:
+    """Error bars in percent; none where the number of questions is unknown."""
+    below, above = [], []
+    for share in shares:
+        low, high = share.interval if share is not None else (0.0, 0.0)
+        below.append(100 * (share.value - low) if share is not None else 0.0)
+        above.append(100 * (high - share.value) if share is not None else 0.0)
+    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
+
+
+def _caption_charts(runs: Sequence[Run]) -> list[Chart]:
+    """Metrics of captions after each epoch, of those that were logged."""
+    charts = []
+    for key, title in CAPTION_METRICS.items():
+        traces = []
+        for i, run in enumerate(runs):
+            points = []
+            for record in run.epochs:
+                x, y = number(record["step"]), number(record.get(f"val_{key}"))
+                if x is not None and y is not None:
+                    points.append((x, y))
+            if points:
+                traces.append(_line(i, run.name, points, mode="lines+markers"))
+        if traces:
+            caption = f"{title} of captions after each epoch. From log.txt (val_{key})."
+            layout = _layout("step", "", showlegend=len(runs) > 1)
+            charts.append(Chart(f"Captions: {title}", caption, traces, layout))
+    return charts
 
 
 def accuracy_chart(
@@ -175,19 +205,16 @@ def accuracy_chart(
     traces = []
     spread = 0.5 / max(1, len(runs))
     for i, run in enumerate(runs):
-        xs, ys, below, above, texts = [], [], [], [], []
+        xs, ys, shares, texts = [], [], [], []
         for y, row in enumerate(shown):
             share = row.shares[i]
             if share is not None:
                 low, high = share.interval
                 xs.append(100 * share.value)
                 ys.append(y - spread * (i - (len(runs) - 1) / 2))
-                below.append(100 * (share.value - low))
-                above.append(100 * (high - share.value))
+                shares.append(share)
                 texts.append(f"{share.right} of {share.n}, {100 * low:.1f} to {100 * high:.1f} %")
         if xs:
-            bars: dict[str, Any] = {"type": "data", "symmetric": False}
-            bars |= {"array": above, "arrayminus": below, "color": colour(i)}
             traces.append(
                 {
                     "type": "scatter",
@@ -198,7 +225,7 @@ def accuracy_chart(
                     "text": texts,
                     "hovertemplate": "%{x:.1f} % (%{text})<extra></extra>",
                     "marker": {"color": colour(i), "size": 9, "symbol": i // NUM_COLOURS},
-                    "error_x": bars | {"thickness": 1.5, "width": 4},
+                    "error_x": _bars(shares) | {"color": colour(i), "thickness": 1.5, "width": 4},
                 }
             )
     names = [("  " if row.is_part else "") + label(row.name) for row in shown]

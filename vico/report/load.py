@@ -86,6 +86,18 @@ def number(value: object) -> float | None:
     return plain if math.isfinite(plain) else None
 
 
+def accuracy_of(record: Record, name: str = "acc") -> tuple[float, float | None] | None:
+    """(accuracy, number of questions) of an epoch, of whichever split it evaluated.
+
+    `name`: acc, or DATASET_acc of a mixture. None: the line has no such accuracy.
+    """
+    for split in ("val", "test"):
+        accuracy = number(record.get(f"{split}_{name}"))
+        if accuracy is not None and 0 <= accuracy <= 1:
+            return accuracy, number(record.get(f"{split}_{name.removesuffix('acc')}n"))
+    return None
+
+
 def load_runs(paths: Sequence[Path]) -> list[Run]:
     """The runs in these folders. Raises UserError for one that holds no run, or is named twice."""
     for path in paths:
@@ -184,7 +196,7 @@ def _predictions(folder: Path, settings: dict[str, Any], notes: list[str]) -> li
             continue
         if faults:
             notes.append(f"{path.name}: {len(faults)} damaged line(s) left out, first: {faults[0]}")
-        names = match["datasets"].split("+") if match["datasets"] else _dataset_names(settings)
+        names = match["datasets"].split("+") if match["datasets"] else trained_datasets(settings)
         for dataset, of_set in _by_dataset(records, names).items():
             found.append(PredictionSet(dataset, match["split"], path.name, of_set))
     if not found:
@@ -192,7 +204,7 @@ def _predictions(folder: Path, settings: dict[str, Any], notes: list[str]) -> li
     return found
 
 
-def _dataset_names(settings: dict[str, Any]) -> list[str]:
+def trained_datasets(settings: dict[str, Any]) -> list[str]:
     """Those of args.json; empty where it does not say."""
     try:
         return list(dataset_names(settings["dataset"]))

@@ -5,7 +5,7 @@ import hashlib
 import html
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -21,6 +21,7 @@ from vico.report.charts import (
     speed_charts,
     training_charts,
 )
+from vico.report.frames import Frames
 from vico.report.load import Caption, Run, all_notes
 from vico.report.markup import element, to_html
 from vico.report.questions import Item, QuestionSet
@@ -34,7 +35,6 @@ POLICY = (
     "default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; "
     "base-uri 'none'; form-action 'none'"
 )
-Frames = Mapping[str, Sequence[str]]  # video -> data URIs of its frames
 
 
 def plotly_script() -> str:
@@ -58,7 +58,7 @@ def page(
 ) -> bytes:
     """The whole file. `notes`: what is missing, besides what the runs' own notes say."""
     builder = _Builder(runs, sets)
-    builder.add_all([*all_notes(runs), *notes])
+    builder.add_all([*all_notes(runs), *notes, *frames.notes])
     scripts = [_read("browse.js"), plotly, _read("charts.js")]
     hashes = " ".join(map(_hash, scripts))
     names = ", ".join(run.name for run in runs)
@@ -70,7 +70,7 @@ def page(
         subtitle=html.escape(f"{names} · written {time.strftime('%Y-%m-%d %H:%M')}"),
         links="".join(to_html(link) for link in builder.links()),
         sections="".join(to_html(section) for section in builder.sections),
-        predictions_source=html.escape(f"From {', '.join(files)}." if files else ""),
+        predictions_source=html.escape(f"From {', '.join(files)}. {frames.caption}"),
         captions_source="From captions_SPLIT.jsonl.",
         data=_safe_json(page_data(runs, sets, builder.charts, frames)),
         scripts="\n".join(f"<script>{script}</script>" for script in scripts),
@@ -212,7 +212,7 @@ def page_data(
         "sets": [[of_set.dataset, of_set.split, of_set.name] for of_set in sets],
         "questions": questions,
         "captions": _captions(runs),
-        "frames": {video: list(uris) for video, uris in frames.items()},
+        "frames": frames.uris,
         "charts": [chart.to_json() for chart in charts],
     }
 

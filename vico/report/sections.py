@@ -6,7 +6,7 @@ from statistics import median
 from xml.etree.ElementTree import Element
 
 from vico.report.charts import colour
-from vico.report.load import Run, number
+from vico.report.load import Run, accuracy_of, number
 from vico.report.markup import element, table
 from vico.report.questions import QuestionSet
 from vico.report.results import ALL, Difference, Row, accuracies, differences
@@ -82,9 +82,9 @@ def best_epoch(run: Run) -> tuple[float, int] | None:
     """(accuracy, step) of the best evaluation in log.txt; of equal ones, the first."""
     best = None
     for record in run.epochs:
-        accuracy = number(record.get("val_acc"))
-        if accuracy is not None and (best is None or accuracy > best[0]):
-            best = (accuracy, record["step"])
+        found = accuracy_of(record)
+        if found is not None and (best is None or found[0] > best[0]):
+            best = (found[0], record["step"])
     return best
 
 
