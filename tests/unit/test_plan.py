@@ -272,7 +272,7 @@ def test_folder_of_weights(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
         ("--gpu H100 --efficiency 2", "--efficiency: 2 must be 0.001 to 1"),
         ("--gpu H100 --caption_tokens x", "--caption_tokens: 'x' is not a number"),
         ("--gpu H100 --gpuss 2", "unrecognized arguments: --gpuss 2 (see vico plan --help)"),
-        ("--gpu H100 --dataset activitynet", "--dataset: invalid choice: 'activitynet'"),
+        ("--gpu H100 --dataset a/b", "'a/b' is no plain name of a folder"),
         ("--gpu H100 8", "unrecognized arguments: 8"),
         ("--model 65B --gpu_memory 6", "65B on 1 x 6 GB: does not fit"),
         ("--model 65B --gpu_memory 6", "GiB short; what would help: "),

@@ -14,8 +14,9 @@ from vico.cli.parser import (
     positive_float,
     positive_int,
 )
-from vico.data.datasets import DATASETS
-from vico.errors import UserError, nearest
+from vico.cli.plan_data import Epoch, Place, of_datasets
+from vico.errors import UserError, nearest, one_line
+from vico.io import log
 from vico.io.atomic import write_json
 from vico.io.paths import exists, is_folder
 from vico.model.config import (
@@ -46,7 +47,10 @@ def main(argv: Sequence[str]) -> int:
     if flags.table:
         print(plan_text.table())
         return 0
-    result = plan(_request(flags))
+    epoch = _epoch(flags)
+    result = plan(_request(flags, epoch))
+    for note in map(one_line, epoch.notes):  # standard output is one JSON object with --json
+        log.warning(note) if flags.json else log.info(note)
     if flags.write is not None:
         write_json(flags.write, result.ds_config)
     if flags.json:
@@ -76,6 +80,7 @@ def _parser() -> OneLineParser:
     )
     _add_hardware_flags(parser)
     _add_batch_flags(parser)
+    _add_dataset_flags(parser)
     _add_choice_flags(parser)
     add = parser.add_argument
     add("--write", type=path_argument, metavar="FILE", help="write the ds_config")
@@ -145,17 +150,6 @@ def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
         help=f"longest caption, tokens (default: {PUBLISHED_CAP_LEN})",
     )
     add(
-        "--dataset",
-        choices=list(DATASETS),
-        default="nextqa",
-        help="sets the mean length and the number of questions (default: nextqa)",
-    )
-    add(
-        "--question_tokens",
-        type=positive_float,
-        help="mean tokens of a question's sequence (default: the dataset's)",
-    )
-    add(
         "--caption_tokens",
         type=_mean_tokens,
         default=float(CAPTION_TOKENS),
@@ -167,13 +161,34 @@ def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
         default=FEATURE_WIDTH,
         help=f"numbers per video frame (default: {FEATURE_WIDTH}, of CLIP ViT-L/14)",
     )
-    add("--questions", type=positive_int, help="training questions (default: the dataset's)")
     add(
         "--efficiency",
         type=_share,
         default=EFFICIENCY,
         help=f"share of the datasheet's rate that matrix products reach (default: {EFFICIENCY:g})",
     )
+
+
+def _add_dataset_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--dataset",
+        default="nextqa",
+        help="sets the mean length and the number of questions: nextqa, star, tvqa, intentqa, a "
+        "folder of --data_path, or several with weights (default: nextqa)",
+    )
+    add(
+        "--data_path",
+        type=path_argument,
+        default=Path("data"),
+        help="folder that holds one folder per dataset (default: data)",
+    )
+    add(
+        "--question_tokens",
+        type=positive_float,
+        help="mean tokens of a question's sequence (default: the dataset's)",
+    )
+    add("--questions", type=positive_int, help="training questions (default: the dataset's)")
 
 
 def _add_choice_flags(parser: argparse.ArgumentParser) -> None:
@@ -206,7 +221,18 @@ def _share(text: str) -> float:
     return bounded_float(text, 1e-3, 1)
 
 
-def _request(flags: argparse.Namespace) -> PlanRequest:
+def _epoch(flags: argparse.Namespace) -> Epoch:
+    """What --dataset says, where no flag says it otherwise."""
+    if flags.question_tokens and flags.questions:
+        return Epoch(flags.question_tokens, flags.questions)
+    model_folder = folders.model_folder(flags.llama_model_path, flags.model)
+    place = Place(flags.data_path, flags.llama_model_path, model_folder, flags.max_seq_len)
+    epoch = of_datasets(flags.dataset, place)
+    mean, count = flags.question_tokens or epoch.mean_tokens, flags.questions or epoch.num_questions
+    return Epoch(mean, count, epoch.notes)
+
+
+def _request(flags: argparse.Namespace, epoch: Epoch) -> PlanRequest:
     """Raises UserError for flags that contradict each other, or do not fit the model."""
     hardware = _hardware(flags)
     if flags.quantize and flags.deepspeed not in (None, "zero2"):
@@ -215,12 +241,11 @@ def _request(flags: argparse.Namespace) -> PlanRequest:
             "leave one out"
         )
     model, config = named_config(flags.model, flags.llama_model_path)
-    dataset = DATASETS[flags.dataset]
     lengths = TokenLengths(
-        question=flags.question_tokens or dataset.mean_question_tokens,
+        question=epoch.mean_tokens,
         caption=flags.caption_tokens,
         longest=flags.max_seq_len + (flags.max_cap_len if flags.caption_tokens else 0),
-        questions=flags.questions or dataset.num_train_questions,
+        questions=epoch.num_questions,
     )
     return PlanRequest(
         model,
