@@ -280,7 +280,7 @@ BAD_YAML = {
     "- video": "must hold lines 'key: value'",
     "answer: index\nanswer: text": "'answer' appears twice",
     "a: [": "not valid YAML",
-    "a: &x 1\nb: *x": "holds an alias",
+    "a: &x {b: 1}\nc: {<<: *x}": "holds a merge",
 }
 
 

@@ -1,7 +1,6 @@
 """Recipes: YAML files of settings, read and written."""
 
 import dataclasses
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,54 +8,16 @@ from typing import Any
 from vico.cli import aliases
 from vico.cli.aliases import RENAMED, Spelled
 from vico.errors import UserError, show
-from vico.io.text import read_text, yaml_text
+from vico.io.text import read_yaml_object, yaml_text
 from vico.train.config import RunConfig
 from vico.train.settings import expand_home, expand_variables, is_path_setting, settings_from
 
-MAX_RECIPE_CHARACTERS = MAX_LINE = 1 << 15
-
-
-def _refuse_merges(tree: Any, path: Path) -> None:
-    """Raise UserError for a merge key: merges of merges multiply, and no flag has a mapping.
-
-    `tree`: of yaml.compose. Each node is visited once, however many aliases it has.
-    """
-    pending, visited = [tree], set[int]()
-    while pending:
-        node = pending.pop()
-        if id(node) in visited or not isinstance(getattr(node, "value", None), list):
-            continue
-        visited.add(id(node))
-        for item in node.value:
-            pair = item if isinstance(item, tuple) else (item,)
-            if len(pair) == 2 and pair[0].tag == "tag:yaml.org,2002:merge":
-                raise UserError(f"--config {path}: holds a merge ('<<'); write its flags out")
-            pending += pair
+MAX_LINE = 1 << 15  # no line of `as_text` is broken
 
 
 def read(path: Path) -> dict[str, Any]:
     """The settings of a recipe by our own names. Raises UserError that names the file and key."""
-    import yaml  # only recipes need it
-
-    text = read_text(path, "the recipe (--config)")
-    if len(text) > MAX_RECIPE_CHARACTERS:  # YAML is read at some 50,000 characters a second
-        raise UserError(
-            f"--config {path}: {len(text):,} characters, where at most {MAX_RECIPE_CHARACTERS:,} "
-            "are expected; keep the lines 'flag: value' alone"
-        )
-    try:
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        _refuse_merges(tree, path)
-        keys = [node.value for node, _ in tree.value] if isinstance(tree, yaml.MappingNode) else []
-        recipe = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--config {path}: not valid YAML: {reason}") from None
-    if not isinstance(recipe, dict):
-        raise UserError(f"--config {path}: must hold lines 'flag: value'")
-    for key, count in Counter(keys).items():
-        if count > 1:
-            raise UserError(f"--config {path}: '{key}' appears twice; keep one")
+    recipe = read_yaml_object(path, "the recipe (--config)", f"--config {path}", "flag")
     source = f"--config {path}: "
     for key, value in recipe.items():
         try:

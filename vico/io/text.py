@@ -7,6 +7,7 @@ is one line that names the file, the line and, for JSON, the column.
 import codecs
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -185,27 +186,31 @@ def _find_rejected(text: str) -> tuple[int, str]:
 MAX_YAML_CHARACTERS = 1 << 15  # YAML is read at some 50,000 characters a second
 
 
-def read_yaml_object(path: Path, what: str) -> dict[str, Any]:
-    """The file's mapping; `what` describes it in messages. Raises UserError."""
+def read_yaml_object(path: Path, what: str, place: str = "", unit: str = "key") -> dict[str, Any]:
+    """The file's mapping. Raises UserError for all that YAML allows and nobody means.
+
+    `what` describes the content in messages; `place` is what they begin with, if not `path`;
+    `unit` is what they call a key.
+    """
     import yaml  # few files need it
 
+    place = place or str(path)
     text = read_text(path, what)
     if len(text) > MAX_YAML_CHARACTERS:
         fail(
-            f"{path}: {len(text):,} characters, where at most {MAX_YAML_CHARACTERS:,} are expected"
+            f"{place}: {len(text):,} characters, where at most {MAX_YAML_CHARACTERS:,} are "
+            f"expected; keep the lines '{unit}: value' alone"
         )
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            fail(f"{path}: holds an alias (*name); write the value out")
-        content = yaml.safe_load(text)
+        fault = _yaml_fault(tree, unit)
+        content = None if fault else yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as problem:
-        if isinstance(problem, UserError):
-            raise
-        fail(f"{path}: not valid YAML: {' '.join(str(problem).split())}")
+        fail(f"{place}: not valid YAML: {' '.join(str(problem).split())}")
+    if fault:
+        fail(f"{place}: {fault}")
     if not isinstance(content, dict):
-        fail(f"{path}: must hold lines 'key: value'")
-    _refuse_repeated_keys(tree, path)
+        fail(f"{place}: must hold lines '{unit}: value'")
     return content
 
 
@@ -220,14 +225,26 @@ def yaml_text(values: Mapping[str, Any], width: int | None = None) -> str:
     return text
 
 
-def _refuse_repeated_keys(tree: Any, path: Path) -> None:
-    pending = [tree]
+def _yaml_fault(tree: Any, unit: str) -> str | None:
+    """A merge key, since merges of merges multiply; or a key that appears twice in a mapping.
+
+    `tree`: of yaml.compose. Each node is visited once, however many aliases it has.
+    """
+    pending, visited = [tree], set[int]()
     while pending:
-        value = pending.pop().value
-        for item in value if isinstance(value, list) else ():
-            pending += item if isinstance(item, tuple) else (item,)
-        pairs = value if isinstance(value, list) and value and isinstance(value[0], tuple) else ()
-        keys = [key.value for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                fail(f"{path}: {show(key)} appears twice; keep one")
+        node = pending.pop()
+        if id(node) in visited or not isinstance(getattr(node, "value", None), list):
+            continue
+        visited.add(id(node))
+        keys = Counter[str]()
+        for item in node.value:
+            pair = item if isinstance(item, tuple) else (item,)
+            if len(pair) == 2:
+                if pair[0].tag == "tag:yaml.org,2002:merge":
+                    return f"holds a merge ('<<'); write its {unit}s out"
+                keys[str(pair[0].value)] += 1
+            pending += pair
+        for key, count in keys.items():
+            if count > 1:
+                return f"{show(key)} appears twice; keep one"
+    return None
