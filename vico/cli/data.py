@@ -19,7 +19,8 @@ from vico.io.paths import exists
 CONVERT = """Write a data set in the general schema: a line of JSON per question, and dataset.yaml.
 Every question is read back and compared. Features and caption files are not copied."""
 PACK = """Write features of any kind anew as one file that can be memory-mapped, with the same
-numbers. Memory holds what cannot be mapped of the source."""
+numbers. Memory holds one video, and what cannot be mapped of the source; for a .pth file the disk
+holds the numbers twice meanwhile."""
 
 
 def main(argv: Sequence[str]) -> int:

@@ -4,32 +4,29 @@ A container gives what it holds under a key: a tensor, which is a view of the ma
 format allows, or what else was found there. `Features` judges it.
 """
 
-import math
 import os
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vico.data.hdf5_features import Hdf5
+from vico.data.mapped_numbers import FILE, map_npy, require_whole
 from vico.data.readers.captions import locate
 from vico.errors import fail, show
-from vico.io.numpy_arrays import ALLOWED_CLASSES, NUMBERS, Array
+from vico.io.numpy_arrays import ALLOWED_CLASSES, Array
 from vico.io.paths import entries, exists, is_folder, open_to_read
-from vico.io.safe_load import StoredChecksums, failed_download, load_tensors
+from vico.io.safe_load import StoredChecksums, load_tensors
 
-FILE = "the video feature file"  # in messages
 DEFAULT_NAME = "clipvitl14.pth"
 SUFFIXES = (".pth", ".pt", ".safetensors", ".h5", ".hdf5")  # of a file with all videos
 VIDEO_SUFFIXES = (".npy", ".pth", ".pt", ".safetensors")  # of a file in a folder
 # Of numbers that torch reads into memory: numpy arrays and lists in a .pth file.
 MAX_IN_MEMORY = 1 << 28
-# Of a compressed video, in bytes, and how many times what is stored.
-MAX_UNPACKED, MAX_RATIO = 1 << 26, 16
 
 
 def find(folder: Path, named: Path | None) -> Path:
@@ -95,7 +92,7 @@ def open_container(path: Path, files: list[Path], in_memory: int = MAX_IN_MEMORY
     if suffix == ".safetensors":
         return _Safetensors(path)
     if suffix in (".h5", ".hdf5"):
-        return _H5(path)
+        return Hdf5(path)
     return _TorchFile(path, in_memory)
 
 
@@ -235,73 +232,6 @@ class _Safetensors:
         """Nothing to compare."""
 
 
-def require_whole(path: Path, kind: str) -> None:
-    """Raise UserError for what cannot be opened, and for what a failed download leaves."""
-    try:
-        with open_to_read(path) as file:
-            head, num_bytes = file.read(512), os.fstat(file.fileno()).st_size
-    except FileNotFoundError:
-        fail(f"{path}: no such file; {FILE} should be there")
-    except (OSError, ValueError) as problem:
-        fail(f"{path}: {FILE} cannot be opened ({getattr(problem, 'strerror', None) or problem})")
-    if description := failed_download(head, num_bytes):
-        fail(f"{path}: {FILE} is {description}")
-    if num_bytes < 16:
-        fail(f"{path}: {FILE} is cut off ({num_bytes} bytes), no {kind} file; copy it again")
-
-
-class _H5:
-    """An HDF5 file with a dataset per video: mapped, or read video by video where compressed.
-
-    Links to other files are not followed.
-    """
-
-    def __init__(self, path: Path) -> None:
-        try:
-            import h5py
-        except ModuleNotFoundError:
-            fail(f"{path}: HDF5 files need h5py; run: pip install -e '.[data]'")
-        require_whole(path, "HDF5")
-        self.notes, self._path = list[str](), path
-        self._datasets: dict[str, Any] = {}
-
-        def visit(name: str, item: Any) -> None:
-            if isinstance(item, h5py.Dataset):
-                self._datasets[name] = item
-
-        try:
-            self._file = h5py.File(path, "r", locking=False)
-            self._file.visititems(visit)
-        except Exception as problem:  # a damaged file can make the library raise anything
-            fail(f"{path}: {FILE} is no whole HDF5 file ({problem}); fetch or copy it again")
-        if not self._datasets:
-            fail(f"{path}: {FILE} holds no dataset; fetch the right file")
-
-    def keys(self) -> Iterable[object]:
-        return self._datasets
-
-    def value(self, key: object) -> Any:
-        dataset, place = self._datasets[str(key)], f"{self._path}: {show(key)}"
-        if dataset.external or dataset.is_virtual:
-            fail(f"{place} lies in another file, which is not read; copy it into this one")
-        if dataset.shape is None or f"{dataset.dtype.kind}{dataset.dtype.itemsize}" not in NUMBERS:
-            return f"{list(dataset.shape or ())} {dataset.dtype}"
-        offset = dataset.id.get_offset()
-        if offset is not None:
-            return _mapped(self._path, offset, dataset.shape, dataset.dtype)
-        stored = dataset.id.get_storage_size()
-        if dataset.nbytes > max(MAX_UNPACKED, MAX_RATIO * stored):
-            fail(f"{place} claims {dataset.nbytes:,} bytes and holds {stored:,}; save it again")
-        try:
-            numbers = dataset[()]
-        except Exception as problem:  # a damaged chunk, a filter that is not there
-            fail(f"{place} cannot be read ({problem}); fetch or copy the file again")
-        return torch.from_numpy(numbers.astype(numbers.dtype.newbyteorder("="), copy=False))
-
-    def verify(self, key: object) -> None:
-        """HDF5 compares the checksums of a dataset that has some as it reads it."""
-
-
 class _Folder:
     """A file per video, opened when its video is asked for; its key is its path in the folder."""
 
@@ -343,46 +273,6 @@ def _only_value(content: Any) -> Any:
     """Of a dict with one entry: its value."""
     is_dict = isinstance(content, dict) and len(content) == 1
     return next(iter(content.values())) if is_dict else content
-
-
-def map_npy(path: Path) -> Tensor:
-    """The array of a .npy file as a view of the mapped file. Raises UserError."""
-    require_whole(path, "numpy")
-    try:
-        with open_to_read(path) as file:
-            version = np.lib.format.read_magic(file)
-            if version == (1, 0):
-                shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
-            else:
-                shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(file)
-            offset = file.tell()
-    except Exception as problem:  # a damaged header can make the parser raise anything
-        fail(f"{path}: is no whole .npy file ({problem}); fetch or copy it again")
-    if dtype.hasobject:
-        fail(f"{path}: an array of Python objects, refused because loading it can run code")
-    if f"{dtype.kind}{dtype.itemsize}" not in NUMBERS:
-        fail(f"{path}: an array of {dtype}, not of floating-point numbers; save it as float32")
-    frames = _mapped(path, offset, shape[::-1] if is_fortran else shape, dtype)
-    return frames.permute(*reversed(range(frames.ndim))) if is_fortran else frames
-
-
-def _mapped(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Tensor:
-    """Numbers that lie in a file. Those of another byte order are copied."""
-    num_bytes, size = math.prod(shape) * dtype.itemsize, path.stat().st_size
-    if min(shape, default=0) < 0 or offset + num_bytes > size:
-        fail(
-            f"{path}: {FILE} claims {num_bytes:,} bytes of numbers and holds "
-            f"{max(0, size - offset):,}; fetch or copy it again"
-        )
-    storage: Any = torch.UntypedStorage.from_file(str(path), False, offset + num_bytes)
-    raw = torch.empty(0, dtype=torch.uint8).set_(storage)[offset:]
-    if offset % dtype.itemsize:
-        raw = raw.clone()
-    if not dtype.isnative:
-        numbers = raw.numpy().view(dtype).astype(dtype.newbyteorder("="))
-        return torch.from_numpy(numbers).reshape(shape)
-    kind: torch.dtype = torch.from_numpy(np.empty(0, dtype)).dtype
-    return raw.view(kind).reshape(shape)
 
 
 def describe(value: object) -> str:

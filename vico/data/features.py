@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from vico.data import feature_files
-from vico.data.feature_files import FILE, Container, describe
+from vico.data.feature_files import Container, describe
+from vico.data.mapped_numbers import FILE
 from vico.data.readers.rows import MAX_EXAMPLES
 from vico.data.types import FeatureRows, Question
 from vico.data.video_ids import VideoIds

@@ -8,9 +8,9 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from vico.errors import DiskError, UserError
 from vico.io.failpoints import reached
@@ -65,26 +65,42 @@ def make_folder(folder: Path) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path`, flushed to the disk. Raises DiskError."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which takes the name `path` where the block ends without an error.
+
+    For what is too large to be made in memory. It is flushed to the disk. Raises DiskError.
+    """
     # The process id keeps an evaluation that writes beside a training run apart from it.
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
-        write_new(temporary, data)
+        with _new_file(temporary) as file:
+            yield file
         _flush_file(temporary)
         temporary.replace(path)
     except OSError as error:
         # The free space is measured before the half-written file is removed.
         reason = _reason(error, path.parent)
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise DiskError(f"{path}: cannot be written ({reason}); {REMEDY}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     _flush_folder(path.parent)
 
 
 def write_new(path: Path, data: bytes) -> None:
     """Write a file under a name that ViCo alone uses. The caller flushes it. Raises OSError."""
-    path.unlink(missing_ok=True)  # a killed run's, or a link: it is not followed
-    with open(open_to_write(path, os.O_WRONLY | os.O_EXCL), "wb") as file:
+    with _new_file(path) as file:
         file.write(data)
+
+
+def _new_file(path: Path) -> IO[bytes]:
+    path.unlink(missing_ok=True)  # a killed run's, or a link: it is not followed
+    return open(open_to_write(path, os.O_RDWR | os.O_EXCL), "w+b")
 
 
 def write_text(path: Path, text: str) -> None:
