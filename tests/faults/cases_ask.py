@@ -1,4 +1,4 @@
-"""Questions that cannot be asked: one line that says which, and what to do."""
+"""Questions and captions that cannot be had: one line that says which, and what to do."""
 
 import json
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from faults.case import Case, refused
-from faults.damage import pth, put
-from support.run_fixture import FEATURES
+from faults.damage import gone, pth, put
+from support.run_fixture import FEATURES, NEXTQA
 
 ASK = "ask --resume {fixture}/run "
 CLIPS = f"--features {{fixture}}/{FEATURES} "
@@ -88,6 +88,50 @@ ASKED: dict[str, Case] = {
     ),
     "ask, one row with an answer": row("1 of 2 questions have no answer", answer=0),
     "ask, a row with a dialogue": row("q.jsonl:2: has a dialogue", dialogue="hi"),
+    "ask, a video that is not there": asked(
+        f"{ASK}--video {{fixture}}/x.mp4 --encoder {{fixture}} why --options a b",
+        "--video {fixture}/x.mp4: no such file",
+    ),
+    "ask, a video and features": refused(
+        put("x.mp4", "hm"),
+        "--features and --video: ",
+        line=f"{ASK}{CLIPS}--video {{fixture}}/x.mp4 --encoder {{fixture}} why --options a b",
+    ),
+    "ask, a video without an encoder": refused(
+        put("x.mp4", "hm"),
+        "--encoder is missing",
+        line=f"{ASK}--video {{fixture}}/x.mp4 why --options a b",
+    ),
+    "ask, an encoder that is none": refused(
+        put("x.mp4", "hm"),
+        "--encoder {fixture}/toy: holds no weights",
+        line=f"{ASK}--video {{fixture}}/x.mp4 --encoder {{fixture}}/toy why --options a b",
+    ),
+    "ask, a temperature for options": asked(
+        f"{ONE}why --options a b --temperature 1", "--temperature: is for a generated answer"
+    ),
+    "caption, an unknown video": asked(
+        f"caption --resume {{fixture}}/run {CLIPS}--video_id 7", "clipvitl14.pth", "'7'"
+    ),
+    "caption, a video and a split": asked(
+        f"caption --resume {{fixture}}/run {CLIPS}--video_id 7 --split val", "--split: is for"
+    ),
+    "caption, metrics of one video": asked(
+        f"caption --resume {{fixture}}/run {CLIPS}--video_id 7 --metrics", "--metrics: is for"
+    ),
+    "caption, no captions to compare with": asked(
+        "caption --resume {fixture}/run --captions {fixture}/x.json --metrics",
+        "--captions {fixture}/x.json: no such file",
+    ),
+    "caption, a split that is not there": refused(
+        gone(f"{NEXTQA}/test.csv"), "test.csv", line="caption --resume {fixture}/run --split test"
+    ),
+    "caption, too few beams": asked(
+        "caption --resume {fixture}/run --num_beams 0", "--num_beams 0"
+    ),
+    "caption, beams and a temperature": asked(
+        "caption --resume {fixture}/run --num_beams 2 --temperature 1", "leave one of them out"
+    ),
     "ask, a file that is no table": refused(
         put("q.txt", "why"), "q.txt: must end", line=f"{ASK}{CLIPS}--questions {{fixture}}/q.txt"
     ),

@@ -56,7 +56,7 @@ class AskedWorld:
             self.videos[video] = torch.randn(length, 768, generator=generator)
         self.features = self.data / "clipvitl14.pth"
         torch.save(self.videos, self.features)
-        captions = {video: f"a man and a dog run. the {video} smiles." for video in FRAMES}
+        captions = {video: f"the red ball and a dog. the {video} smiles." for video in FRAMES}
         (self.data / "captions.json").write_text(json.dumps(captions))
         self._save_checkpoint()
 

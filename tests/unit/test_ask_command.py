@@ -3,10 +3,12 @@
 import json
 import math
 import shutil
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from support.asked_world import AskedWorld
 from support.errors import refusal
@@ -18,6 +20,10 @@ from vico.cli.main import main
 @pytest.fixture(scope="module")
 def asked(toy: ToyData, tmp_path_factory: pytest.TempPathFactory) -> AskedWorld:
     return AskedWorld(tmp_path_factory.mktemp("asked"), toy)
+
+
+OPTIONS = ["--options", "a", "b"]
+ONE = ["--video_id", "w0"]
 
 
 def question_flags(row: dict[str, Any]) -> list[str]:
@@ -66,6 +72,49 @@ def test_answers_are_those_of_eval(
     assert answers[4].items() >= result.items() and answers[4]["qid"] == row["id"]
 
 
+def test_a_video_file(
+    asked: AskedWorld,
+    in_this_process: None,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """By an encoder, as its features by a file; what of it is not recorded is said."""
+    pytest.importorskip("av")
+    pytest.importorskip("transformers")
+    from support.encoders import make_clip
+    from support.videos import make_video
+    from vico.video.encoder import load_encoder
+    from vico.video.features import video_features
+
+    clip, video = make_clip(tmp_path / "clip", width=768), make_video(tmp_path / "a.mp4")
+    features = video_features(video, load_encoder(clip), Fraction(1))
+    torch.save({"a": features}, tmp_path / "f.pth")
+    question = ["what is it", "--options", "a man", "a dog"]
+    source = ["--features", tmp_path / "f.pth", "--video_id", "a"]
+    *_, last = output(capsys, "--resume", asked.run, *source, *question)
+    by_video = ["--video", video, "--encoder", clip]
+    *lines, other = output(capsys, "--resume", asked.run, *by_video, *question)
+    assert json.loads(other) == json.loads(last) | {"video": str(video)}
+    said = f"{video}: {len(features)} frames at 1 per second by {clip}; whether the training's"
+    assert any(line.startswith(said) for line in lines)
+    narrow = make_clip(tmp_path / "narrow")
+    flags = ["--resume", str(asked.run), "--video", str(video), "--encoder", str(narrow), *question]
+    assert main(["ask", *flags]) == 2
+    assert "are 24 wide, and " in capsys.readouterr().err
+
+
+def test_a_generated_answer(
+    asked: AskedWorld, in_this_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said to be outside the method."""
+    flags = ["--resume", asked.run, *ONE, "--max_new_tokens", "4"]
+    *lines, last = output(capsys, *flags, "why does the man run")
+    result = json.loads(last)
+    assert result["generated"] is True and result["probabilities"] is None
+    assert result["is_cut"] in (True, False) and isinstance(result["answer"], str)
+    assert any("this is outside the method" in line for line in lines)
+
+
 def test_questions_without_answers(
     asked: AskedWorld,
     in_this_process: None,
@@ -89,8 +138,6 @@ def test_questions_without_answers(
     assert "right" not in answers[0]
 
 
-OPTIONS = ["--options", "a", "b"]
-ONE = ["--video_id", "w0"]
 REFUSALS: dict[str, tuple[list[str], str]] = {
     "no question": ([*ONE, *OPTIONS], "the question is missing: it stands before --options"),
     "an empty question": (["", *ONE, *OPTIONS], "'question' is empty"),
@@ -100,13 +147,21 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "27 options": (["why", *ONE, "--options", *map(str, range(27))], "27 options, not 2 to 26"),
     "an empty option": (["why", *ONE, "--options", "a", " "], "'option 2' is empty"),
     "equal options": (["why", *ONE, "--options", "a", "b", "a"], "'a' is there twice"),
-    "no options": (["why", *ONE], "--options is missing"),
+    "no file of a video": (["why", "--video", "/x.mp4", "--encoder", "e"], "/x.mp4: no such file"),
+    "no encoder": (["why", "--video", "/x.mp4"], "--encoder is missing"),
+    "a video twice": (["why", "--video", "/x.mp4", "--features", "f"], "--features and --video"),
+    "a video and an id": (["why", "--video", "/x.mp4", *ONE], "--video_id and --video"),
+    "an encoder for nothing": (["why", *ONE, "--encoder", "e"], "--encoder: is for a video file"),
+    "a rate for nothing": (["why", *ONE, "--fps", "2"], "--fps: is for a video file"),
+    "a rate of 0": (["why", *ONE, "--fps", "0"], "--fps: 0 must be"),
+    "beams for options": (["why", *ONE, *OPTIONS, "--num_beams", "2"], "--num_beams: is for a"),
+    "a temperature of 0": (["why", *ONE, "--temperature", "0"], "--temperature 0"),
     "no video": (["why", *OPTIONS], "--video_id is missing"),
     "an empty id": (["why", "--video_id", " ", *OPTIONS], "--video_id is missing"),
     "a file for one": (["why", *ONE, *OPTIONS, "--output", "x"], "--output: is for the answers to"),
     "a question beside a file": (["why", "--questions", "x.jsonl"], "'why': a question beside"),
     "options beside a file": (["--questions", "x.jsonl", *OPTIONS], "--options: is said by each"),
-    "a video beside a file": (["--questions", "x.jsonl", *ONE], "--video_id: is said by each row"),
+    "an id beside a file": (["--questions", "x.jsonl", *ONE], "--video_id: is said by each row"),
     "no folder": (["--questions", "x.jsonl", "--output", "/dev/null/x"], "is not a folder"),
     "an unknown flag": (["why", *ONE, "--option", "a", "b"], "unknown flag --option; did you"),
     "no checkpoint": (["why", *ONE, *OPTIONS], "--resume is missing"),

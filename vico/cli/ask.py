@@ -2,29 +2,39 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vico.cli.flags import CommandLine, make_parser, read_words, require_resume
+from vico.cli.asked import (
+    GENERATION,
+    VideoSource,
+    add_generation_flags,
+    add_video_flags,
+    generation_settings,
+    open_model,
+)
+from vico.cli.flags import make_parser, read_words, require_resume
 from vico.cli.parser import SettingsParser, path_argument
 from vico.cli.with_world import with_world
-from vico.data.datasets import find_dataset
 from vico.data.readers import rows, schema
 from vico.data.readers.rows import RowError
 from vico.data.types import Question
 from vico.errors import UserError, fail, show
+from vico.generation.settings import GenerationSettings
 from vico.io import log
 from vico.io.atomic import require_writable, write_lines
-from vico.train.config import RunConfig
 
 if TYPE_CHECKING:  # they import torch, which is slow; a mistyped flag is reported before
-    from vico.checkpoint.format import Checkpoint
-    from vico.data.features import Features
     from vico.distributed.world import World
-    from vico.train.asking import Answer, AskedModel
+    from vico.generation.generate import Generated
+    from vico.train.asking import Answer
 
-USAGE = '--resume CHECKPOINT (--features F --video_id ID) "QUESTION" --options A B [...] [FLAGS]'
+USAGE = '--resume CHECKPOINT --features F --video_id ID "QUESTION" --options A B ... [FLAGS]'
+FREE = (
+    "note: without --options the answer is a generated text; this is outside the method, whose "
+    "training never saw such a prompt"
+)
 DESCRIPTION = (
     "Ask a checkpoint (--resume) which of 2 to 26 options answers a question about a video. "
     "Settings come from the checkpoint, as for `vico eval`; a flag that is given wins. The answer "
@@ -33,7 +43,8 @@ DESCRIPTION = (
     "its target tokens' cross-entropies; both rank alike where all options have as many target "
     "tokens. The last line printed is a JSON object with answer, probabilities and scores. "
     "Example: vico ask --resume runs/a --features clips.pth --video_id 0017 'what does the dog "
-    "chase' --options 'a ball' 'a cat'."
+    "chase' --options 'a ball' 'a cat'. "
+    "In place of --features F --video_id ID, --video X.mp4 --encoder CLIP_FOLDER takes a video."
 )
 GROUP = "asking"
 # Flags of this command: the name of each is known by `typed`.
@@ -45,19 +56,19 @@ class Request:
     """What is asked, as the flags say it."""
 
     question: str | None  # None: `questions` holds them
-    options: tuple[str, ...]
+    options: tuple[str, ...]  # empty: a text is generated
     questions: Path | None
-    features: Path | None  # None: those of the run's data set
-    video_id: str | None
+    source: VideoSource
     output: Path | None
+    generation: GenerationSettings
 
     def read(self) -> tuple[list[Question], list[str]]:
         """The questions, and how a file of them was read. Raises UserError."""
         if self.questions is not None:
             questions = schema.read_file(self.questions)
             return questions, [f"{self.questions.name}: {note}" for note in questions.notes]
-        assert self.question is not None and self.video_id is not None
-        return [one_question(self.question, self.options, self.video_id)], []
+        assert self.question is not None and self.source.id is not None
+        return [one_question(self.question, self.options, self.source.id)], []
 
 
 def main(argv: list[str]) -> int:
@@ -70,10 +81,16 @@ def main(argv: list[str]) -> int:
     def work(world: "World") -> None:
         model = open_model(line, world)
         with world.raise_together():
-            features = open_features(model, request.features)
+            features = request.source.open(model)
             questions, notes = request.read()
         for note in notes:
             world.print_rank0(note)
+        if request.questions is None and not request.options:
+            (generated,) = model.answer_freely(questions, features, request.generation)
+            world.print_rank0(FREE)
+            world.print_rank0(f"{questions[0].question}\n  {generated.text}")
+            world.print_rank0(json.dumps(free_record(questions[0], generated)))
+            return
         answers = model.ask(questions, features)
         with world.raise_together():
             if world.is_main:
@@ -82,75 +99,16 @@ def main(argv: list[str]) -> int:
     return with_world(line, work)
 
 
-def open_model(line: CommandLine, world: "World") -> "AskedModel":
-    """The checkpoint of --resume, checked against its files; says what a user should know.
-
-    A collective; the weights are not loaded yet. Raises UserError.
-    """
-    from vico.cli.evaluate import settings_of
-    from vico.train.asking import AskedModel
-    from vico.train.rank_consistency import require_same_files
-    from vico.train.saved_run import read_for_evaluation
-
-    with world.raise_together():
-        checkpoint = read_for_evaluation(line.given["resume"])
-        # Features that are asked about are not those of the run's data set.
-        given = {name: value for name, value in line.given.items() if name != "features"}
-        asked = replace(line, given=given)
-        checkpoint, absent = without_absent_datasets(checkpoint, asked)
-        config, notes = settings_of(checkpoint, asked)
-    require_same_files(world, config)
-    for note in (*absent, *notes):
-        world.print_rank0(note)
-    model = AskedModel(config, checkpoint, world)
-    for note in model.notes:
-        world.print_rank0(note)
-    return model
-
-
-def without_absent_datasets(
-    checkpoint: "Checkpoint", line: CommandLine
-) -> tuple["Checkpoint", list[str]]:
-    """(the checkpoint, notes): without its data sets where their folders are not at hand.
-
-    A question about a video needs none of them. Raises UserError for one that a flag names.
-    """
-    values = {**checkpoint.settings, **line.given}
-    known = {name: values[name] for name in ("dataset", "data_path") if name in values}
-    config = RunConfig(**known)
-    try:
-        for name in config.dataset_names:
-            find_dataset(name, config.folder_of(name))
-    except UserError:
-        if "dataset" in line.given:
-            raise
-        of_dataset = ("dataset", "sub", "features")
-        settings = {k: v for k, v in checkpoint.settings.items() if k not in of_dataset}
-        note = (
-            f"note: {config.data_path}: does not hold {config.dataset}, on which the checkpoint "
-            "was trained; prompts are those without a dialogue"
-        )
-        return replace(checkpoint, settings=settings), [note]
-    return checkpoint, []
-
-
-def open_features(model: "AskedModel", path: Path | None) -> "Features":
-    """Those at `path`, or those of the run's one data set. Raises UserError."""
-    from vico.data.features import Features
-    from vico.train import preflight
-
-    config = model.config
-    if path is not None:
-        features = Features(path)
-    elif len(config.datasets) == 1:
-        features = preflight.open_features(config, config.dataset_names[0])
-    else:
-        raise UserError(
-            "--features is missing: the checkpoint was trained on several data sets; name the "
-            "features of the video"
-        )
-    model.require_width(features)
-    return features
+def free_record(question: Question, generated: "Generated") -> dict[str, Any]:
+    """One JSON object, of a question without options."""
+    return {
+        "video": question.video,
+        "question": question.question,
+        "answer": generated.text,
+        "probabilities": None,
+        "generated": True,
+        "is_cut": generated.is_cut,
+    }
 
 
 def one_question(question: str, options: Sequence[str], video: str) -> Question:
@@ -162,7 +120,7 @@ def one_question(question: str, options: Sequence[str], video: str) -> Question:
             rows.question_field({f"option {i + 1}": option}, f"option {i + 1}")
     except RowError as problem:
         raise UserError(f"{problem}; write it as a text in quotes") from None
-    if not schema.MIN_OPTIONS <= len(options) <= schema.MAX_OPTIONS:
+    if options and not schema.MIN_OPTIONS <= len(options) <= schema.MAX_OPTIONS:
         raise UserError(
             f"--options: {len(options)} options, not {schema.MIN_OPTIONS} to {schema.MAX_OPTIONS}; "
             "put each into quotes"
@@ -180,14 +138,10 @@ def _add_own(parser: SettingsParser) -> None:
         "--options",
         nargs="+",
         metavar="TEXT",
-        help="the answers to choose from, 2 to 26; the question stands before this flag",
+        help="the answers to choose from, 2 to 26; the question stands before this flag. Without "
+        "it a text is generated, which is outside the method",
     )
-    add(
-        "--video_id",
-        metavar="ID",
-        help="the video of --features that the question is about (without --features: of the "
-        "run's own features)",
-    )
+    add_video_flags(group)
     add(
         "--questions",
         type=path_argument,
@@ -201,6 +155,7 @@ def _add_own(parser: SettingsParser) -> None:
         metavar="FILE",
         help="where the answers to --questions go, a JSON object per line (default: printed)",
     )
+    add_generation_flags(parser)
 
 
 def _request(typed: Mapping[str, Any], words: Sequence[str], parser: SettingsParser) -> Request:
@@ -208,18 +163,25 @@ def _request(typed: Mapping[str, Any], words: Sequence[str], parser: SettingsPar
     if flags := [word for word in words if word.startswith("-") and " " not in word]:
         parser.refuse_unknown(flags)
     many = typed.get("questions") is not None
+    source = VideoSource.of(typed)
     if many:
         _refuse_with_questions(typed, words)
     else:
-        _require_one(typed, words)
+        _require_one(typed, words, source)
     request = Request(
         question=None if many else words[0],
         options=tuple(typed.get("options", ())),
         questions=typed.get("questions"),
-        features=typed.get("features"),
-        video_id=typed.get("video_id"),
+        source=source,
         output=typed.get("output"),
+        generation=generation_settings(typed),
     )
+    for name in GENERATION:
+        if name in typed and (many or request.options):
+            raise UserError(
+                f"--{name}: is for a generated answer, and these are chosen among options; leave "
+                "it out"
+            )
     if request.question is not None:
         one_question(request.question, request.options, "")
     if request.output is not None:
@@ -240,7 +202,7 @@ def _refuse_with_questions(typed: Mapping[str, Any], words: Sequence[str]) -> No
             )
 
 
-def _require_one(typed: Mapping[str, Any], words: Sequence[str]) -> None:
+def _require_one(typed: Mapping[str, Any], words: Sequence[str], source: VideoSource) -> None:
     example = 'vico ask --resume RUN --features F --video_id ID "what is it" --options "a" "b"'
     if not words:
         raise UserError(f"the question is missing: it stands before --options, as in {example}")
@@ -251,10 +213,11 @@ def _require_one(typed: Mapping[str, Any], words: Sequence[str]) -> None:
         )
     if "output" in typed:
         raise UserError("--output: is for the answers to --questions; one answer is printed")
-    if "options" not in typed:
-        raise UserError(f"--options is missing: name the answers to choose from, as in {example}")
-    if not str(typed.get("video_id", "")).strip():
-        raise UserError("--video_id is missing: name the video of --features that is asked about")
+    if source.id is None:
+        raise UserError(
+            "--video_id is missing: name the video of --features that is asked about, or a video "
+            "file by --video and --encoder"
+        )
 
 
 def _report(answers: Sequence["Answer"], request: Request) -> None:

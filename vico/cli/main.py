@@ -33,6 +33,10 @@ COMMANDS = {
     "train": ("train", "Train ViCo, or resume the run in OUTPUT_DIR."),
     "eval": ("evaluate", "Evaluate a checkpoint on a split."),
     "ask": ("ask", "Ask a checkpoint a question about a video; its answer with probabilities."),
+    "caption": (
+        "caption",
+        "Write captions of a video or of a split's videos, and measure them.",
+    ),
     "check": ("check", "Check a run's files before it starts; takes the flags of train."),
     "quantize-eval": (
         "quantize_eval",
@@ -70,7 +74,7 @@ COMMANDS = {
         "Inject faults into runs, files and disks, and check that none does harm.",
     ),
 }
-OF_SEVERAL_RANKS = {"train", "eval", "ask", "quantize-eval", "cost"}
+OF_SEVERAL_RANKS = {"train", "eval", "ask", "caption", "quantize-eval", "cost"}
 ALIASES = {"cost": "quantize-eval"}
 
 # Open files, sockets and pipes: a run of one rank needs some 60, each further rank a few.

@@ -6,6 +6,7 @@ may contain "Answer:".
 """
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -136,10 +137,23 @@ class Prompts:
 
     # Prompts of generation: their one target, EOS, stands in the place of the first new token.
 
-    def caption_prompt(self) -> TokenSequence:
-        """A caption's sequence up to "Description:"."""
+    def caption_prompt(self, opening: Sequence[int] = ()) -> TokenSequence:
+        """A caption's sequence up to "Description:", then the tokens `opening`."""
         label = "Description:"
-        return self._after_video("cap", CAPTION_INSTRUCTION, label, target_start=len(label))
+        prompt = self._after_video("cap", CAPTION_INSTRUCTION, label, target_start=len(label))
+        *context, stand_in = prompt.tokens
+        tokens = (*context, *opening, stand_in)
+        return replace(prompt, tokens=tokens, targets=range(len(tokens) - 1, len(tokens)))
+
+    def caption_opening(self, text: str) -> tuple[int, ...]:
+        """The tokens with which a caption begins, and which training gives it as context.
+
+        Empty if they are the whole caption.
+        """
+        whole = self._whole_caption(text)
+        first, stop = whole.targets.start, whole.targets.start + CAPTION_CONTEXT
+        # Behind them a newline and EOS always follow.
+        return whole.tokens[first:stop] if stop + 2 < whole.targets.stop else ()
 
     def free_question(self, question: Question) -> TokenSequence:
         """A question's sequence without options, up to "Answer:". Not a task of the method.

@@ -1,8 +1,9 @@
 """Metrics of captions by pycocoevalcap: BLEU-1 to 4, ROUGE-L, CIDEr, and METEOR where Java is.
 
 Captions are tokenized first, as that package does: by Stanford's PTBTokenizer where Java is
-("ptb"), without punctuation. Otherwise ("plain") they are lower case, and a token is a run of letters and
-digits, with the apostrophes inside it. Numbers by one tokenizer are not those by the other.
+("ptb"), without punctuation. Otherwise ("plain") they are lower case, and a token is a run of
+letters and digits, with the apostrophes inside it. Numbers by one tokenizer are not those by the
+other.
 """
 
 import os

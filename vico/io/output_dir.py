@@ -52,6 +52,10 @@ class OutputDir:
         of_others = f"{'+'.join(datasets)}_" if datasets else ""
         return self.path / f"predictions_{of_others}{split}.jsonl"
 
+    def captions(self, split: str) -> Path:
+        """Of each video of a split, by `vico caption`."""
+        return self.path / f"captions_{split}.jsonl"
+
     def step_checkpoints(self) -> list[Path]:
         """The checkpoint-<step> folders, newest first."""
         found = entries(self.path, "checkpoint-*")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vico.checkpoint.format import Checkpoint
 from vico.data.datasets import find_dataset
@@ -20,9 +21,12 @@ from vico.data.evaluation_batches import divide
 from vico.data.features import Features
 from vico.data.micro_batches import DatasetInputs
 from vico.data.prompts import Prompts, letter
-from vico.data.types import Question
+from vico.data.tokenizer import Tokenizer
+from vico.data.types import FeatureRows, Question
 from vico.distributed.world import World
 from vico.errors import UserError
+from vico.generation.generate import Generated, Prompt, generate
+from vico.generation.settings import GenerationSettings
 from vico.model.config import FEATURE_WIDTH
 from vico.train import preflight
 from vico.train.build import build_engine, read_backbone
@@ -111,11 +115,15 @@ class AskedModel:
     def engine(self) -> Engine:
         return build_engine(self.config, self.inputs, self.checkpoint.weights, self.world)
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._backbone.tokenizer
+
     def prompts(self, dialogue: bool = False) -> Prompts:
         """`dialogue`: whether the instructions mention one."""
         config = self.config
         limits = (config.max_feats, config.max_seq_len, config.max_cap_len)
-        return Prompts(self._backbone.tokenizer, *limits, dialogue=dialogue)
+        return Prompts(self.tokenizer, *limits, dialogue=dialogue)
 
     def require_width(self, features: Features) -> None:
         """Raise UserError if the model reads features of another width."""
@@ -158,6 +166,59 @@ class AskedModel:
             losses = tuple(mean * count for mean, count in pairs)
             answers.append(Answer(question, tuple(found[place]), losses, place in twins))
         return answers
+
+    def answer_freely(
+        self, questions: Sequence[Question], features: Features, settings: GenerationSettings
+    ) -> list[Generated]:
+        """A generated text per question, whose options it ignores. No part of the method.
+
+        A collective: every rank gets the texts. Raises UserError as `ask` does.
+        """
+        with self.world.raise_together():
+            self._check(questions, features)
+            prompts = []
+            for question in map(self._prepared, questions):
+                of_kind = self.prompts(dialogue=question.dataset == WITH_DIALOGUE)
+                frames_FC = self._sample(features, question.video, question.feature_rows)
+                prompts.append(Prompt(of_kind.free_question(question), frames_FC))
+        return self._generate(prompts, settings)
+
+    def caption(
+        self,
+        videos: Sequence[tuple[Features, str]],
+        settings: GenerationSettings,
+        opening: Sequence[int],
+    ) -> list[Generated]:
+        """A generated caption per video, whole, named by its features and its id there.
+
+        `opening`: the tokens that it begins with (train/captioning.py). A collective: every rank
+        gets the captions. Raises UserError for a video without features.
+        """
+        with self.world.raise_together():
+            sequence = self.prompts().caption_prompt(opening)
+            prompts = []
+            for features, video in videos:
+                self.require_width(features)
+                features.check([_about(video)])
+                prompts.append(Prompt(sequence, self._sample(features, video, None)))
+        captions = []
+        for caption in self._generate(prompts, settings):
+            ids = caption.token_ids if caption.is_cut else caption.token_ids[:-1]
+            text = self.tokenizer.decode([*opening, *ids]).strip()
+            captions.append(replace(caption, text=text))
+        return captions
+
+    def _sample(self, features: Features, video: str, rows: FeatureRows | None) -> Tensor:
+        """Raises UserError for NaN or infinite values."""
+        frames_FC = features.sample(video, rows, self.config.max_feats)
+        if not frames_FC.isfinite().all():
+            features.refuse_not_finite([_about(video)], [video])
+        return frames_FC
+
+    def _generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Generated]:
+        self.engine.train(False)
+        model: Any = self.engine.module
+        return generate(model, prompts, self.tokenizer, settings, self.world)
 
     def _score(
         self, questions: Sequence[Question], datasets: Mapping[str, DatasetInputs], label: str
@@ -292,6 +353,11 @@ class _Evaluation:
         new_places = {old: new for new, old in enumerate(kept)}
         questions = [self.questions[place] for place in kept]
         return {i: new_places[old] for i, old in twins.items()}, replace(self, questions=questions)
+
+
+def _about(video: str) -> Question:
+    """A question of which only the video matters."""
+    return Question(0, "", video, "", "", (), None)
 
 
 def _texts(question: Question) -> tuple[str, tuple[str, ...], str]:

@@ -1,0 +1,133 @@
+"""The videos of a split and their captions, and the words with which a caption begins.
+
+The first three tokens of a caption are context in training (METHOD section 2): no one learns to
+write them. After "Description:" alone a trained model may write what it has learned to write after
+other prompts, such as "(A)". So a generated caption begins with the three tokens with which most
+training captions begin, where these are at hand.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vico.data.features import Features
+from vico.data.readers import captions as caption_files
+from vico.data.types import Question
+from vico.errors import UserError, show
+from vico.generation.generate import Generated
+from vico.train import preflight
+from vico.train.asking import AskedModel
+from vico.train.config import RunConfig
+
+
+@dataclass(frozen=True)
+class SplitVideo:
+    """A video of a split, and what its data set says of it."""
+
+    dataset: str
+    video: str
+    features: Features
+    references: tuple[str, ...]
+
+    def record(self, generated: Generated) -> dict[str, Any]:
+        """One JSON object."""
+        return {
+            "dataset": self.dataset,
+            "video": self.video,
+            "caption": generated.text,
+            "references": list(self.references),
+            "is_cut": generated.is_cut,
+        }
+
+
+def videos_of_split(model: AskedModel) -> list[SplitVideo]:
+    """Each video of config.split once, in the order of its questions. Raises UserError."""
+    config, videos = model.config, []
+    for name in config.dataset_names:
+        questions = preflight.read_split(config, name, config.split)
+        features = preflight.open_features(config, name)
+        label = config.label(name, config.split)
+        used, dropped = preflight.with_features(config, label, questions, features)
+        if dropped:
+            model.world.print_rank0(
+                f"note: {label}: the videos of {len(dropped)} of {len(questions)} questions have "
+                "no features and get no caption (--missing_features drop)"
+            )
+        references = references_of(config, name, used, _saved_captions(model))
+        for video in dict.fromkeys(question.video for question in used):
+            own = (references[video],) if video in references else ()
+            videos.append(SplitVideo(name, video, features, own))
+    return videos
+
+
+def references_of(
+    config: RunConfig, dataset: str, questions: Sequence[Question], saved: Path | None
+) -> Mapping[str, str]:
+    """The caption of each video: of --captions, of the rows, or of the data set's folder.
+
+    Empty where there are none. `saved`: the --captions of the checkpoint's run.
+    """
+    own = {q.video: q.caption for q in questions if q.caption.strip()}
+    if own and config.captions is None:
+        return own
+    if config.captions is None and saved is not None and len(config.datasets) == 1:
+        config = replace(config, captions=saved)
+    folder, named = config.folder_of(dataset), config.captions_of(dataset)
+    try:
+        path = caption_files.find(folder, named)
+    except UserError:
+        if config.captions is not None:
+            raise
+        return {}
+    return caption_files.read(folder, path)
+
+
+def opening_of(model: AskedModel, text: str | None) -> tuple[tuple[int, ...], str]:
+    """(the tokens with which captions begin, a note on them). A collective.
+
+    `text`: the words, "" for none; None: those of most training captions.
+    """
+    own: tuple[tuple[int, ...], str]
+    with model.world.raise_together():
+        own = _opening_of_text(model, text) if text is not None else _usual_opening(model)
+    return model.world.gather_objects(own)[0]
+
+
+def _opening_of_text(model: AskedModel, text: str) -> tuple[tuple[int, ...], str]:
+    if not text.strip():
+        return (), "note: captions begin behind 'Description:', which training does not teach"
+    label, words = "Description:", " ".join(text.split())
+    ids, ends = model.tokenizer.encode_with_ends(f"{label} {words}")
+    opening = [token for token, end in zip(ids, ends, strict=True) if end > len(label)]
+    return tuple(opening), f"captions begin with {show(words)} (--opening)"
+
+
+def _usual_opening(model: AskedModel) -> tuple[tuple[int, ...], str]:
+    prompts, counts = model.prompts(), Counter[tuple[int, ...]]()
+    config = model.config
+    try:
+        for name in config.dataset_names:
+            questions = preflight.read_split(config, name, "train")
+            captions = references_of(config, name, questions, _saved_captions(model))
+            videos = dict.fromkeys(question.video for question in questions)
+            counts.update(prompts.caption_opening(captions[v]) for v in videos if v in captions)
+    except UserError:  # the training's files need not be at hand
+        counts.clear()
+    del counts[()]
+    if not counts:
+        return (), (
+            "note: the training captions are not at hand, and captions begin behind "
+            "'Description:', which training does not teach; name their first words by --opening"
+        )
+    ((opening, count),) = counts.most_common(1)
+    words = show(model.tokenizer.decode(list(opening)).strip())
+    share = f"{count} of {counts.total()} training captions begin"
+    return opening, f"captions begin with {words}, as {share} (--opening)"
+
+
+def _saved_captions(model: AskedModel) -> Path | None:
+    """--captions of the run; an evaluation does not take it over."""
+    path: Path | None = model.checkpoint.settings.get("captions")
+    return path
