@@ -163,8 +163,25 @@ def test_values_of_any_kind_make_a_page(tmp_path: Path) -> None:
     """Logs may hold what no chart can show; a text may be half a surrogate pair."""
     made = report(tmp_path)
     run = made.write_run("a", wrong_every=4, model="\ud800", dataset=["nextqa"])
-    odd = ["NaN", "Infinity", '"x"', "null", "[1]", "1e999", "9" * 400, "true", "{}"]
-    lines = [f'{{"step": {i}, "loss": {v}, "lr": {v}, "val_acc": {v}}}' for i, v in enumerate(odd)]
+    odd = [
+        "1e199",
+        "-1e199",
+        "1e308",
+        "NaN",
+        "Infinity",
+        '"x"',
+        "null",
+        "[1]",
+        "1e999",
+        "9" * 400,
+        "true",
+        "{}",
+    ]
+    keys = ("loss", "lr", "val_n", "real_tokens", "grad_norm")
+    lines = []
+    for step, value in enumerate(odd):
+        values = ", ".join(f'"{key}": {value}' for key in keys)
+        lines.append(f'{{"step": {step}, "val_acc": 0.5, "step_seconds": 1e-199, {values}}}')
     for name in ("steps.jsonl", "log.txt"):
         (run / name).write_text("\n".join([*lines, f'{{"step": {"9" * 400}, "loss": 1.5}}']))
     page = page_of(tmp_path, run)
@@ -216,6 +233,19 @@ def test_accuracies_of_a_mixture_on_test(tmp_path: Path) -> None:
 def test_names_tell_runs_apart() -> None:
     assert run_names([Path("/x/a/out"), Path("/x/b/out")]) == ["a/out", "b/out"]
     assert run_names([Path("/x/a/out"), Path("/x/a/in")]) == ["out", "in"]
+
+
+def test_many_runs(tmp_path: Path) -> None:
+    """The summary compares each with the best, the table all of them."""
+    made = report(tmp_path)
+    paths = [made.write_run(f"run{i}", n) for i, n in enumerate((3, 4, 5, 7, 10, 20, 40))]
+    page = page_of(tmp_path / "new" / "folder", *paths)
+    best = re.findall(r'class="finding">nextqa val: (\w+) is [\d.]+ points above (\w+) ', page)
+    assert best == [("run6", f"run{i}") for i in range(6)]
+    assert page.count("→") == 7 * 6 // 2 * 4
+    assert {trace["name"] for trace in data_of(page)["charts"][0]["data"]} == {
+        f"run{i}" for i in range(7)
+    }
 
 
 def test_the_same_settings_differ_nowhere(tmp_path: Path) -> None:

@@ -43,9 +43,8 @@ def test_pictures_are_spread_over_a_video(tmp_path: Path) -> None:
     pictures, fault = few_pictures(path)
     assert fault is None and len(pictures) == 4
     assert {picture.shape for picture in pictures} == {(112, 112, 3)}
-    assert all(
-        (first != second).any() for first, second in zip(pictures, pictures[1:], strict=False)
-    )
+    pairs = itertools.pairwise(pictures)
+    assert all((first != second).any() for first, second in pairs)
     short = videos.make_video(tmp_path / "b.mp4", num_frames=1)
     assert len(few_pictures(short)[0]) == 1
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from vico.cli.parser import OneLineParser, path_argument, positive_int
 from vico.errors import UserError
 from vico.io import log
-from vico.io.atomic import require_writable, write_bytes
+from vico.io.atomic import make_folder, require_writable, write_bytes
 from vico.io.paths import open_to_read
 
 DESCRIPTION = (
@@ -80,6 +80,7 @@ def write_report(paths: list[Path], output: Path, videos: Path | None, max_video
     sets, notes = join(runs)
     frames = frames_of(runs, sets, videos, max_videos) if videos is not None else Frames()
     content = page(runs, sets, notes, frames, plotly)
+    make_folder(output.parent)
     write_bytes(output, content)
     num_questions = sum(len(questions.items) for questions in sets)
     log.info(

@@ -93,7 +93,7 @@ def _value_of(key: str) -> Callable[[Record], float | None]:
 
 def _speed(record: Record) -> float | None:
     tokens, seconds = number(record.get("real_tokens")), number(record.get("step_seconds"))
-    return tokens / seconds if tokens is not None and seconds else None
+    return number(tokens / seconds) if tokens is not None and seconds else None
 
 
 def _step_chart(
@@ -152,7 +152,7 @@ def _validation_chart(runs: Sequence[Run], dataset: str = "") -> list[Chart]:
             if x is not None and found is not None:
                 accuracy, n = found
                 points.append((x, 100 * accuracy))
-                shares.append(Share(round(accuracy * n), int(n)) if n and n >= 1 else None)
+                shares.append(Share(round(accuracy * n), int(n)) if n and 1 <= n < 1e12 else None)
         if points:
             bars = {**_bars(shares), "color": colour(i), "thickness": 1, "width": 3}
             traces.append(_line(i, run.name, points, mode="lines+markers", error_y=bars))
@@ -228,7 +228,7 @@ def accuracy_chart(
                     "error_x": _bars(shares) | {"color": colour(i), "thickness": 1.5, "width": 4},
                 }
             )
-    names = [("  " if row.is_part else "") + label(row.name) for row in shown]
+    names = [label(row.name) if row.is_part else f"<b>{label(row.name)}</b>" for row in shown]
     axis = {
         "tickvals": list(range(len(shown))),
         "ticktext": names,

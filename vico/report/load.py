@@ -1,6 +1,5 @@
 """What the folder of a run holds, read as far as it goes. What is missing or damaged is a note."""
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,9 +20,10 @@ from vico.train.run_log import Record, read_records_and_damage
 from vico.train.saved_run import is_run, newest_of
 
 PREDICTIONS = re.compile(r"predictions_(?:(?P<datasets>.+)_)?(?P<split>[^_]+)\.jsonl")
-CAPTIONS = re.compile(r"captions_(?P<split>.+)\.jsonl")
+CAPTIONS = re.compile(r"captions_(?:(?P<datasets>.+)_)?(?P<split>[^_]+)\.jsonl")
 # Curves that only TensorBoard's files have.
 PERFORMANCE = ("memory/", "perf/eval_questions_per_second", "perf/save_seconds")
+LARGEST_NUMBER = 1e200  # millions of them have a sum
 NO_RUN = (
     "holds no run (no args.json, log.txt, steps.jsonl, predictions_SPLIT.jsonl or "
     "captions_SPLIT.jsonl)"
@@ -76,14 +76,10 @@ class Run:
 
 
 def number(value: object) -> float | None:
-    """A finite number of a log; None for anything else."""
+    """A number of a log that can be drawn and summed up; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    try:
-        plain = float(value)
-    except OverflowError:  # a whole number of 400 digits
-        return None
-    return plain if math.isfinite(plain) else None
+    return float(value) if abs(value) < LARGEST_NUMBER else None  # False for NaN, too
 
 
 def accuracy_of(record: Record, name: str = "acc") -> tuple[float, float | None] | None:

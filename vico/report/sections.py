@@ -51,11 +51,21 @@ def summary(runs: Sequence[Run], sets: Sequence[QuestionSet]) -> list[Element]:
     cards = [_card(i, run, sets, len(runs)) for i, run in enumerate(runs)]
     parts = [element("div", class_="cards", children=cards)]
     for questions in sets:
-        for difference in differences(questions, len(runs)):
-            if difference.group == ALL:
-                text = sentence(difference, runs, questions.name)
-                parts.append(element("p", text, class_="finding"))
+        for difference in differences_to_best(questions, len(runs)):
+            text = sentence(difference, runs, questions.name)
+            parts.append(element("p", text, class_="finding"))
     return parts
+
+
+def differences_to_best(questions: QuestionSet, num_runs: int) -> list[Difference]:
+    """Over all questions, of the most accurate run and each other; the tables have all pairs."""
+    rows = accuracies(questions, num_runs)
+    if not rows:
+        return []
+    values = [share.value if share is not None else -1.0 for share in rows[0].shares]
+    best = values.index(max(values))
+    found = [one for one in differences(questions, num_runs) if one.group == ALL]
+    return [one for one in found if best in (one.first, one.second)]
 
 
 def _card(i: int, run: Run, sets: Sequence[QuestionSet], num_runs: int) -> Element:
@@ -68,7 +78,7 @@ def _card(i: int, run: Run, sets: Sequence[QuestionSet], num_runs: int) -> Eleme
     for questions in sets:
         rows = accuracies(questions, num_runs)
         if rows and rows[0].shares[i] is not None:
-            text = f"{questions.name} predictions: {percent(rows[0].shares[i])}"
+            text = f"{percent(rows[0].shares[i])} of its predictions on {questions.name} are right"
             lines.append(element("p", text))
     if not any(line.get("class") == "figure" for line in lines) and len(lines) == 1:
         lines.append(element("p", "no accuracy yet"))
