@@ -16,6 +16,7 @@ from support.processes import PYTHONPATH, ROOT, start
 from support.toy_dataset import ToyData
 from vico.checkpoint.format import WEIGHTS, TrainState
 from vico.checkpoint.write import RunIdentity, save
+from vico.train import rank_consistency
 from vico.train.config import RunConfig
 
 OLD_FORMAT = {"_use_new_zipfile_serialization": False}
@@ -202,3 +203,20 @@ def check_late_files(results: dict[str, Any], stderr_of_rank_1: str) -> None:
     assert results["output"].startswith("the ranks have different checkpoints: ")
     assert 2 <= results["output after"] < 5
     assert "apart: checkpoint-7 -> no checkpoint; apart/args.json: " in results["output"]
+
+
+def test_the_version_of_a_library() -> None:
+    assert rank_consistency._installed_version("torch") == torch.__version__
+    assert rank_consistency._installed_version("vico-unheard") == "none"
+
+
+def test_both_ends_of_a_file_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where they overlap, or are the whole file."""
+    monkeypatch.setattr(rank_consistency, "END_BYTES", 8)
+    path, seen, contents = tmp_path / "file", set(), set()
+    for size in (1, 7, 8, 9, 15, 16, 17, 40):
+        contents |= {bytes(size), b"\1".ljust(size, b"\0"), b"\1".rjust(size, b"\0")}
+    for content in contents:
+        path.write_bytes(content)
+        seen.add(rank_consistency._fingerprint(path))
+    assert len(seen) == len(contents)

@@ -120,9 +120,12 @@ def test_weights_that_are_not_live_are_not_saved(toy: ToyData, alone: World, sta
     train_step(engine, training_steps(inputs)[0, 0], 1, (1.0, 0.5), lr=1e-3, world=alone)
     weights, _ = engine.state()
     engine.require_live(weights)
-    weights["temporal_emb.weight"][0, 0] += 1e-3
-    with pytest.raises(TrainingError, match=r"other values of temporal_emb\.weight than the model"):
-        engine.require_live(weights)
+    saved = weights["temporal_emb.weight"]
+    for place in ((0, 0), (-1, -1)):
+        weights["temporal_emb.weight"] = saved.clone()
+        weights["temporal_emb.weight"][place] += 1e-3
+        with pytest.raises(TrainingError, match=r"values of temporal_emb\.weight than the model"):
+            engine.require_live(weights)
 
 
 def test_a_run_saves_nothing_that_is_not_live(toy: ToyData, tmp_path: Path) -> None:

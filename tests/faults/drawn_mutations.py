@@ -113,15 +113,25 @@ def map_tests(folder: Path, parts: Sequence[Sequence[str]]) -> LineMap:
 
 
 def pick_tests(mutation: Mutation, known: LineMap) -> list[str]:
-    """The fastest tests that run its lines and pass without it, MAX_SECONDS in all."""
+    """The fastest tests that run its lines and pass without it, MAX_SECONDS in all.
+
+    Behind them those that run another line of the file, if its lines also run as it is imported:
+    what was computed then is used later.
+    """
     file = mutation.file.removeprefix("vico/")
     first, last = mutation.lines
-    if mutation.lines == (0, 0):
-        lines = [line for line in known.lines if line[0] == file]
-    else:
-        lines = [(file, number) for number in range(first, last + 1)]
-    tests = set[str]().union(*(known.lines.get(line, set()) for line in lines))
-    passed = sorted(tests & known.seconds.keys(), key=lambda test: (known.seconds[test], test))
+    of_file = [line for line in known.lines if line[0] == file]
+    own = [line for line in of_file if first <= line[1] <= last]
+    tests = set[str]().union(*(known.lines[line] for line in own))
+    others = set[str]()
+    if mutation.lines == (0, 0) or line_trace.NO_TEST in tests:
+        others = set[str]().union(*(known.lines[line] for line in of_file)) - tests
+
+    def by_time(tests: set[str]) -> list[str]:
+        passed = tests & known.seconds.keys()
+        return sorted(passed, key=lambda test: (known.seconds[test], test))
+
+    passed = by_time(tests) + by_time(others)
     chosen: list[str] = []
     total = 0.0
     for test in passed:

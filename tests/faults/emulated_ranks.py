@@ -41,6 +41,9 @@ class EmulatedWorld(World):
         gathered = self.exchange.all_gather(self.rank, values.clone())
         return values.copy_(torch.stack(gathered).sum(0))
 
+    def gather(self, values: Tensor) -> Tensor:
+        return torch.stack(self.exchange.all_gather(self.rank, values.clone()))
+
     def max(self, value: int) -> int:
         return int(max(self.exchange.all_gather(self.rank, value)))
 

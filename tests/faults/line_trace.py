@@ -19,6 +19,7 @@ from typing import Any
 TRACE_FILE = "VICO_TRACE_FILE"  # a variable: where lines are noted; nothing is traced without it
 TEST = "PYTEST_CURRENT_TEST"
 REPORTS = ".reports"
+NO_TEST = ""
 MIN_DESCRIPTOR = 64
 # A file of the package and a line of it.
 Line = tuple[str, int]
@@ -87,12 +88,11 @@ def pytest_runtest_logreport(report: Report) -> None:
 
 
 def read(path: Path) -> dict[Line, set[str]]:
-    """The tests that run each line."""
+    """The tests that run each line; NO_TEST: it runs as a file is imported before the tests."""
     tests: dict[Line, set[str]] = defaultdict(set)
     for note in path.read_text(encoding="utf-8").splitlines():
         test, file, line = note.split("\t")
-        if test:
-            tests[file, int(line)].add(test)
+        tests[file, int(line)].add(test)
     return tests
 
 

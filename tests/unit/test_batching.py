@@ -6,6 +6,7 @@ import torch
 from support.toy_dataset import ToyData
 from support.training_steps import config_of, training_steps
 from vico.distributed.world import World
+from vico.errors import UserError
 from vico.train.build import Inputs, read_inputs
 
 NO_TASK = 2
@@ -61,3 +62,18 @@ def test_token_budget_cuts_a_step(inputs: Inputs) -> None:
     assert all(batch.num_real_tokens <= 900 for batch in cut.micro_batches)
     assert torch.equal(whole.target_counts, cut.target_counts)
     assert whole.num_real_tokens == cut.num_real_tokens
+
+
+def test_a_step_carries_the_error_of_its_data(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks agree on it first."""
+    steps, problem = training_steps(inputs), UserError("v3 is damaged")
+
+    def fail(*_: object) -> None:
+        raise problem
+
+    monkeypatch.setattr(steps, "_step", fail)
+    step = steps[0, 0]
+    assert step.error is problem and step.micro_batches == () and step.num_real_tokens == 0
+    assert step.target_counts.tolist() == [0, 0]

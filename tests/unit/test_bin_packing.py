@@ -19,6 +19,7 @@ def test_greedy_balance(sizes: list[int], num_bins: int) -> None:
 
 
 @given(SIZES, st.integers(1, 2000))
+@example([6, 4], 10)  # a bin may be full
 def test_first_fit(sizes: list[int], budget: int) -> None:
     """A bin above the budget holds one item, which is too large; no two bins fit into one."""
     bins = first_fit(sizes, budget)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from support.toy_dataset import ToyData, make_rows, records, write_csv
+from vico.cli.check_report import scan_warnings
 from vico.cli.main import main
 from vico.data import length_stats
 from vico.data.features import Features, Scan
@@ -257,3 +258,12 @@ def test_dropped_questions_are_counted_in_every_result(
     fetch = "fetch the file that belongs to them"
     ids = "e.g. 'w0000' (the file's ids are like 'v0000')"
     assert f"{no_video}, {ids}; {fetch}" in capfd.readouterr().err
+
+
+def test_a_few_suspicious_videos_are_named() -> None:
+    scan = Scan(("a", "used"), (), ("v1", "v2", "v3", "v4"))
+    zeros, malformed = scan_warnings("star", scan, {"used"}, 768)
+    assert zeros.startswith("warning: star: 4 videos hold a frame that is all zeros")
+    assert zeros.endswith(", e.g. 'v1', 'v2', 'v3'")
+    assert "star: 1 videos are no floating-point tensor [frames >= 1, 768]" in malformed
+    assert malformed.endswith("no question uses them, e.g. 'a'")

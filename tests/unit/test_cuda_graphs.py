@@ -23,7 +23,7 @@ from vico.model.attention.segment_layout import LayoutArrays, segment_layout
 from vico.model.attention.varlen import PackedAttention
 from vico.model.batch import PackedBatch, Segment
 from vico.model.block_runners import choose_block_runners
-from vico.model.config import LlamaConfig
+from vico.model.config import LlamaConfig, round_up_coarsely
 from vico.model.cuda_graphs import GraphedBlocks
 from vico.model.vico import ViCo
 from vico.train.build import why_no_graphs
@@ -54,6 +54,28 @@ def test_padded_sizes(segments: tuple[Segment, ...]) -> None:
     assert all(long >= short for long, short in zip(padded, sizes, strict=True))
     assert padded.num_rows > sizes.num_rows and padded.num_rows % 128 == 0
     assert padded.max_seqlen_q % 64 == 0 and padded.max_seqlen_k % 64 == 0
+
+
+def test_padded_sizes_are_few_and_near() -> None:
+    """A segment of padding, and no more; numbers rounded by at most a quarter."""
+    one = Segment(0, 1, None, False, False)
+    many = [replace(one, start=row, stop=row + 1) for row in range(32)]
+    assert segment_layout(tuple(many[:31])).padded_sizes.num_segments == 32
+    assert segment_layout(tuple(many)).padded_sizes.num_segments == 64
+    rounded = {number: round_up_coarsely(number, 8) for number in range(1, 5000)}
+    assert all(size % 8 == 0 and size >= number for number, size in rounded.items())
+    assert all(size <= max(1.25 * number, number + 7) for number, size in rounded.items())
+    assert len(set(rounded.values())) <= 50
+
+
+def test_the_longest_is_that_of_all_segments() -> None:
+    """Of rows, and of keys: a segment's own and those that it follows."""
+    first, second = Segment(0, 70, None, False, False), Segment(70, 80, 0, False, True)
+    sizes = segment_layout((first, second)).sizes
+    assert (sizes.max_seqlen_q, sizes.max_seqlen_k) == (128, 128)
+    longer = Segment(70, 200, 0, False, True)
+    sizes = segment_layout((first, longer, Segment(200, 201, None, False, False))).sizes
+    assert (sizes.max_seqlen_q, sizes.max_seqlen_k) == (192, 256)
 
 
 @given(trees())

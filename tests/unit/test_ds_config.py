@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from support.processes import ROOT
 from vico.errors import UserError
-from vico.train.ds_config import read_config
+from vico.train.ds_config import TESTED_OPTIONS, read_config
 
 
 def read(name: str) -> dict[str, Any]:
@@ -43,6 +44,9 @@ def test_shipped_files(name: str) -> None:
             "did you mean 'reduce_bucket_size'",
         ),
         ({"zero_optimization": {"stage": 0}}, "stage is 0; use 1, 2 or 3"),
+        ({"steps_per_print": 0}, "steps_per_print is 0 and must be a whole number of at least 1"),
+        ({"dump_state": "yes"}, 'dump_state is "yes" and must be true or false'),
+        ({"steps_per_print": True}, "steps_per_print is true and must be"),
         ({"optimizer": {"type": "Adam"}}, "'optimizer' must go"),
         ({"bf16": {"enabled": False}}, "bf16.enabled false against --precision bf16"),
     ],
@@ -53,3 +57,21 @@ def test_contradictions(tmp_path: Path, change: dict[str, object], message: str)
     path.write_text(json.dumps({**shipped, **change}))
     with pytest.raises(UserError, match=message):
         read(str(path))
+
+
+def test_untested_options_may_say_their_default(tmp_path: Path) -> None:
+    """As a file that names every option does, or "auto", or false where there is none."""
+    path = tmp_path / "ds.json"
+    for default in (0, "auto"):
+        options = {
+            field.alias or name: field.default if default == 0 else default
+            for name, field in DeepSpeedZeroConfig.model_fields.items()
+            if name not in TESTED_OPTIONS
+        }
+        section = {name: value for name, value in options.items() if value is not None}
+        content = {"zero_optimization": {**section, "stage": 2}, "steps_per_print": 1}
+        path.write_text(json.dumps({**content, "wall_clock_breakdown": True}))
+        config = read(str(path))
+        assert config["steps_per_print"] == 1 and config["wall_clock_breakdown"] is True
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2, "cpu_offload": False}}))
+    read(str(path))

@@ -43,3 +43,18 @@ def test_questions_without_subtitles_are_counted() -> None:
     evaluation = summarize(questions[2:], [[0.0, 1.0]], {"tvqa": DATASETS["tvqa"]}, questions[:2])
     assert evaluation.used == "1 used / 3 total questions"
     assert "n_without_subtitles" not in evaluation.results()
+
+
+def test_the_table_of_several_data_sets() -> None:
+    """One row covers them all; without answers there is none."""
+    for answer in (0, None):
+        questions = [
+            Question(i, str(i), "v", kind, "q", ("a", "b"), answer, dataset=name)
+            for i, (name, kind) in enumerate([("nextqa", "CW"), ("tvqa", "Castle")])
+        ]
+        named = {name: DATASETS[name] for name in ("nextqa", "tvqa")}
+        table = summarize(questions, [[0.0, 1.0], [1.0, 0.0]], named).table()
+        assert ("all data sets" in table) == (answer is not None)
+        if answer is not None:
+            last = table.splitlines()[-1].split()
+            assert last == ["all", "data", "sets", "1", "/", "2", "50.00%"]

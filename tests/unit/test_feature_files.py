@@ -123,6 +123,7 @@ BAD_NPY = {
     "is no whole .npy file": npy(ZEROS)[:40],
     "is an HTML page": b"<html>" + b" " * 20,
     "is cut off (0 bytes)": b"",
+    "is cut off (15 bytes)": b"\x80" * 15,
     "not of floating-point numbers": npy(np.array(["abc"])),
     "'v' ([3, 4] int8)": npy(ZEROS.astype(np.int8)),
     "'v' ([4] float32)": npy(ZEROS[0]),

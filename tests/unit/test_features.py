@@ -151,6 +151,22 @@ def test_files_that_hold_something_else(tmp_path: Path, content: Any, part: str)
     assert part in refusal(Features, save(tmp_path / "f.pth", content))
 
 
+def test_a_scan_names_what_is_odd(tmp_path: Path) -> None:
+    """A value in one row is enough; half of a row of zeros is none."""
+    videos = {name: numbered(4) for name in ("good", "nan", "inf", "-inf", "zeros", "half zeros")}
+    videos["nan"][0, 5], videos["inf"][3, 0], videos["-inf"][2, 7] = (
+        torch.nan,
+        torch.inf,
+        -torch.inf,
+    )
+    videos["zeros"][1], videos["half zeros"][1, 9:] = 0, 0
+    videos["half zeros"][2] *= -1
+    videos["half zeros"][2, 9:] = 0
+    odd = {**videos, "integers": torch.ones(4, WIDTH, dtype=torch.int64)}
+    features = Features(save(tmp_path / "f.pth", odd))
+    assert features.scan() == Scan(("integers",), ("nan", "inf", "-inf"), ("zeros",))
+
+
 def mapped_kilobytes(path: Path) -> int:
     """Memory of this process that holds pages of the file."""
     total, counted = 0, False

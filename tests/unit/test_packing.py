@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vico.data.packing import Example, pack
+from vico.data.packing import COST_OF_SHARING, Example, pack
 from vico.data.types import VIDEO_SLOT, TokenSequence
 from vico.model.attention.masks import MaskBlock, attention_mask, restrict_queries
 from vico.model.batch import PackedBatch, Segment
@@ -144,3 +144,18 @@ def test_questions_share_the_video() -> None:
     batch = pack(examples, torch.zeros(1, SLOTS, 768))
     assert [s.stop - s.start for s in batch.segments] == [4, SLOTS, 42, 42, 42, *[2] * 15]
     assert [s.parent for s in batch.segments] == [None, 0, 1, 1, 1, *[2] * 5, *[3] * 5, *[4] * 5]
+
+
+def test_what_ends_where_another_goes_on_is_shared() -> None:
+    """Each of two sequences that end there saves its rows, so more rows below are worth it.
+
+    The last token of the head is a node of its own.
+    """
+    head = [1, 5, 6, 7, *[VIDEO_SLOT] * SLOTS, 8]
+    num_below = COST_OF_SHARING + 1
+    examples: list[Example] = []
+    for rest in ((), (), range(40, 40 + num_below)):
+        tokens = (*head, *rest, 2)
+        examples.append(Example(TokenSequence("vqa", tokens, range(8, len(tokens)), 4), 0, 0))
+    assert pack(examples[1:], torch.zeros(1, SLOTS, 768)).num_rows > len(head) + num_below
+    assert pack(examples, torch.zeros(1, SLOTS, 768)).num_rows == len(head) + num_below

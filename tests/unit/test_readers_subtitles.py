@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.annotation_files import FILE_PROPERTY, put, tvqa_row
 from support.errors import refusal
 from vico.data.datasets import read_questions
-from vico.data.readers.subtitles import JSON_LINES, Subtitle
+from vico.data.readers.subtitles import JSON_LINES, Subtitle, parse_srt
 from vico.data.readers.tvqa import dialogue
 from vico.data.types import Questions
 from vico.train.config import RunConfig
@@ -78,6 +78,11 @@ def test_legal_subtitle_twins(tmp_path: Path, kind: str) -> None:
 def test_subtitle_encodings(tmp_path: Path, encoding: str) -> None:
     srt = "01:00:01,5 --> 01:00:02.25\ncafé 42".encode(encoding)
     assert read_dialogue(tmp_path, srt, "3601-3602") == " café 42"
+
+
+def test_time_stamps_are_hours_minutes_and_seconds(tmp_path: Path) -> None:
+    (spoken,) = parse_srt("1\n01:02:03,4 --> 05:06:07.800\nhm\n", tmp_path)
+    assert (spoken.start, spoken.end, spoken.text) == (3723, 18367, "hm")
 
 
 def test_subtitle_after_the_clip(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """The logs of a run, as a resumed run takes them up."""
 
+import time
 from pathlib import Path
 
 import pytest
 
 from vico.io.atomic import write_lines
 from vico.io.output_dir import OutputDir
-from vico.train.progress_bar import ProgressBar
+from vico.train.progress_bar import ProgressBar, duration
 from vico.train.run_log import RunLog, read_logs
 
 
@@ -40,3 +41,23 @@ def test_a_line_every_n_items(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()[1:]
     places = [line.split("  ")[0].removeprefix("training: step ") for line in lines]
     assert places == ["3/9", "6/9", "9/9"]
+
+
+def test_the_time_that_is_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the items of this start alone: 10 s each, of which 4, 3, ... are left."""
+    clock = iter(range(1000, 2000, 10))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+    with ProgressBar("training", 9, "step", shown=True, done=4, every=1) as bar:
+        for _ in range(5):
+            bar.advance()
+    lines = capsys.readouterr().out.splitlines()[1:]
+    left = [line.rpartition("  ")[2] for line in lines]
+    assert left == ["40 s left", "30 s left", "20 s left", "10 s left", "0 s left"]
+
+
+def test_durations_as_people_write_them() -> None:
+    seconds = {0.4: "0 s", 59.4: "59 s", 60: "1 min 0 s", 125: "2 min 5 s", 3599: "59 min 59 s"}
+    seconds |= {3600: "1 h 0 min", 12_060: "3 h 21 min"}
+    assert {number: duration(number) for number in seconds} == seconds

@@ -10,6 +10,7 @@ import pytest
 from faults import main as selftest
 from faults import scenario_mutations, scenario_store
 from faults.drawn_mutations import LineMap, Verdict, pick_tests
+from faults.line_trace import NO_TEST
 from faults.mutation_operators import EQUIVALENT, FILES_LEFT_OUT, Equivalent, draw, mutations
 from faults.result import Result, Scale, SkippedError
 from faults.scenario_mutations import BREAKS, Break
@@ -91,6 +92,8 @@ def test_a_mutation_is_tried_by_the_tests_of_its_lines() -> None:
     assert mutation.line == 7 and pick_tests(mutation, known) == ["fast", "slow"]
     constant = next(m for m in mutations("vico/f.py", SOURCE) if m.old == "3")
     assert pick_tests(constant, known) == ["fast", "other", "slow"]
+    lines["f.py", 7].add(NO_TEST)  # it runs as the file is imported too
+    assert pick_tests(mutation, known) == ["fast", "slow", "other"]
 
 
 def test_the_share_that_is_caught_is_judged(capsys: pytest.CaptureFixture[str]) -> None:

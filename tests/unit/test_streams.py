@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from support.processes import base_environment, run_command
+from vico.io import streams
 
 PROGRAM = """
 import os, sys
@@ -75,3 +76,15 @@ def test_a_command_whose_output_is_its_result(command: str, how: str, code: int,
     run = run_command(["bash", "-c", how, "bash", *vico], seconds=60)
     assert run.codes == [code] and run.stderrs[0].endswith(says), run.output
     assert run.stderrs[0].count("\n") == bool(says)
+
+
+def test_what_was_lost_before_there_was_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written as soon as there is one, once."""
+    monkeypatch.setattr(streams, "_lost", streams._LostOutput())
+    streams._lost.add(b"early\n")
+    streams.keep_lost_output(tmp_path / "output.txt")
+    assert (tmp_path / "output.txt").read_text() == "early\n"
+    streams._lost.add(b"late\n")
+    assert (tmp_path / "output.txt").read_text() == "early\nlate\n"

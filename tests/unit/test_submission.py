@@ -1,12 +1,14 @@
 """Submission files: the layouts that the servers' code reads, and every question exactly once."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from support.errors import refusal
+from support.processes import run_command
 from vico.cli.submission import main
 
 STAR_IDS = ("Interaction_T1_1", "Sequence_T2_5", "Prediction_T3_8", "Feasibility_T4_2")
@@ -103,3 +105,9 @@ def test_what_is_no_submission(tmp_path: Path) -> None:
     assert "predictions_test.jsonl:1: column" in refusal(main, command)
     target.touch()
     assert "already exists; name another file, or remove it" in refusal(main, command)
+
+
+def test_it_is_a_module_too() -> None:
+    """The command's own name stands in its help."""
+    run = run_command([sys.executable, "-m", "vico.cli.submission", "--help"], seconds=60)
+    assert run.codes == [0] and run.stdouts[0].startswith("usage: vico submission ")

@@ -1,12 +1,24 @@
 """The hosts and devices of a run: how they are described, and which are refused."""
 
+import os
 from dataclasses import replace
+from types import SimpleNamespace
 
+import psutil
 import pytest
+import torch
 
 from support.errors import refusal
 from vico.distributed.launcher_env import SlurmAllocation
-from vico.distributed.topology import Member, check_topology, describe
+from vico.distributed.topology import (
+    MAX_HOSTS_SHOWN,
+    SLURM_GPU_VARIABLES,
+    Member,
+    _name_hosts,
+    check_topology,
+    describe,
+    machine_id,
+)
 
 NO_SLURM = SlurmAllocation()
 
@@ -102,3 +114,38 @@ def test_other_topology_is_refused(
     members: list[Member], allocation: SlurmAllocation, message: str
 ) -> None:
     assert refusal(check_topology, members, allocation, None).startswith(message)
+
+
+def test_hosts_of_a_long_list() -> None:
+    """The first of them are named."""
+    hosts = {f"n{number}": 1 for number in range(MAX_HOSTS_SHOWN + 1)}
+    *shown, last = _name_hosts(hosts).split(", ")
+    assert shown == [*hosts][:-1] and last == "..."
+    del hosts["n0"]
+    assert _name_hosts(hosts).split(", ") == [*hosts]
+
+
+def test_what_a_rank_says_of_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="H200", uuid="GPU-7", total_memory=141 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+
+    def member(**environment: str) -> Member:
+        return Member.of_this_process(3, torch.device("cuda", 0), environment)
+
+    found = member(LOCAL_WORLD_SIZE="2", CUDA_VISIBLE_DEVICES="0,1")
+    assert (found.rank, found.device, found.gpu_uuid, found.gpu_bytes) == (
+        3,
+        "H200",
+        "GPU-7",
+        141 << 30,
+    )
+    assert (found.num_visible_gpus, found.local_size, found.is_selection_explicit) == (4, 2, True)
+    assert found.pid == os.getpid() and found.host_bytes == psutil.virtual_memory().total
+    assert not member().is_selection_explicit
+    by_slurm = {name: "0" for name in SLURM_GPU_VARIABLES}
+    assert not member(CUDA_VISIBLE_DEVICES="0", **by_slurm).is_selection_explicit
+    on_cpu = Member.of_this_process(1, torch.device("cpu"), {})
+    assert (on_cpu.device, on_cpu.gpu_uuid, on_cpu.num_visible_gpus) == ("cpu", None, 0)
+    assert on_cpu.is_selection_explicit and on_cpu.pid == os.getpid()
+    assert found.machine == on_cpu.machine == machine_id()

@@ -168,3 +168,15 @@ def test_every_request_is_planned_or_refused(data: st.DataObject) -> None:
             stage or result.stage,
             budget or result.max_tokens,
         )
+
+
+def test_what_takes_the_least() -> None:
+    """Quantized weights are not divided; others are, or lie on the host."""
+    one = Hardware(gpu_by_name("T4"))
+    for hardware, quantize, stage in (
+        (one, None, "zero3_offload"),
+        (replace(one, gpus=2), None, "zero3"),
+        (replace(one, gpus=2), "nf4", "zero2"),
+    ):
+        request = plan_request("7B", hardware, quantize=quantize)
+        assert zero_stage._smallest_stage(request) == stage
