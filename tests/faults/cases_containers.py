@@ -163,8 +163,7 @@ CONTAINERS: dict[str, Case] = {
     ),
     "features of another width than the checkpoint's": refused(
         narrow,
-        "checkpoint-1: does not fit",
-        "visual_proj.weight [96, 768] instead of [96, 512]",
+        "checkpoint-1: was trained on features 768 wide, and these are 512 wide; name those of the",
         line=f"{EVAL}{CHECKPOINT} --features {{fixture}}/f.safetensors",
         code=3,
     ),

@@ -105,6 +105,12 @@ TABLES: dict[str, Case] = {
     "a table as HTML": refused(
         put(VAL, HTML), "val.csv: the CSV of the val questions is an HTML page (42 bytes)"
     ),
+    "a table as gzip": refused(
+        put(VAL, b"\x1f\x8b\x08\x00" + bytes(99)), "val.csv: ", "is gzip-compressed"
+    ),
+    "a table as a workbook": refused(
+        put(VAL, b"PK\x03\x04 xl/worksheets" + bytes(99)), "val.csv: ", "is an Excel workbook"
+    ),
     "a table as git-lfs pointer": refused(
         put(VAL, LFS), "val.csv: the CSV of the val questions is a git-lfs pointer"
     ),

@@ -30,6 +30,7 @@ def test_env(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(env, "EXTRAS", {**env.EXTRAS, "unheard": ("vico-unheard",)})
     assert main(["env"]) == 0
     text = _out(capsys)
@@ -37,6 +38,7 @@ def test_env(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     assert facts["vico"].startswith(VERSION) and facts["libraries"]["torch"]
     assert facts["extras"]["unheard"] == {"vico-unheard": None}
     assert "  unheard       vico-unheard not installed\n" in text
+    assert "  OMP_NUM_THREADS 1\n" in text
     assert facts["ranks"] == {"launcher": "torchrun", "RANK": "0", "WORLD_SIZE": "1"}
     assert set(facts["computed by"]) == {"bf16", "fp16", "fp32", "CUDA graphs"}
     for name, fact in facts["computed by"].items():
@@ -63,3 +65,5 @@ def test_extras_are_those_of_setup() -> None:
     for extra, packages in env.EXTRAS.items():
         assert f'"{extra}": ' in setup
         assert all(f'"{package}>=' in setup for package in packages)
+    named = re.findall(r'^        "(\w+)": ', setup.partition("extras_require")[2], re.M)
+    assert {*named} - {"benchmarks", "dev"} == {*env.EXTRAS}

@@ -15,6 +15,7 @@ from vico.io.safe_load import is_float_tensor
 
 Shapes = Mapping[str, tuple[int, ...]]
 MAX_SHOWN = 5
+VISUAL_PROJECTION = "visual_proj.weight"  # [width of the model, width of the features]
 
 
 def validate_for_model(checkpoint: Checkpoint, shapes: Shapes, num_layers: int) -> Checkpoint:
@@ -26,6 +27,7 @@ def validate_for_model(checkpoint: Checkpoint, shapes: Shapes, num_layers: int) 
     unused = _unused_gates(checkpoint.weights, shapes, num_layers)
     weights = {name: v for name, v in checkpoint.weights.items() if name not in unused}
     weights, reshaped = _with_gate_shapes(weights, shapes)
+    _require_feature_width(weights, shapes, checkpoint.path)
     if faults := _faults(weights, shapes):
         raise CheckpointError(
             f"{checkpoint.path}: does not fit --model, --adapter_layer, --adapter_len and "
@@ -99,6 +101,18 @@ def _unused_gates(weights: Mapping[str, Tensor], shapes: Shapes, num_layers: int
         if name not in shapes and layer is not None and layer < lowest:
             unused.add(name)
     return unused
+
+
+def _require_feature_width(weights: Mapping[str, Tensor], shapes: Shapes, path: Path) -> None:
+    """Raise CheckpointError where features are of another encoder than those of its training."""
+    found, expected = weights.get(VISUAL_PROJECTION), shapes.get(VISUAL_PROJECTION)
+    if found is None or expected is None or tuple(found.shape[:1]) != expected[:1]:
+        return
+    if found.ndim == 2 and found.shape[1] != expected[1]:
+        raise CheckpointError(
+            f"{path}: was trained on features {found.shape[1]} wide, and these are {expected[1]} "
+            "wide; name those of the same encoder by --features, or train anew"
+        )
 
 
 def _faults(weights: Mapping[str, Tensor], shapes: Shapes) -> list[str]:

@@ -32,6 +32,9 @@ EXTRAS = {
     "data": ("h5py", "pandas", "pyarrow"),
     "wandb": ("wandb",),
     "trackio": ("trackio",),
+    "video": ("av", "transformers"),
+    "captions": ("pycocoevalcap", "pycocotools"),
+    "report": ("plotly",),
 }
 PREFIXES = ("VICO_", "NCCL_", "GLOO_", "OMP_", "CUDA_VISIBLE", "DS_ACCELERATOR", "SLURM_JOB_ID")
 
@@ -83,7 +86,7 @@ def _packages(names: Sequence[str]) -> dict[str, str | None]:
 def _text(value: Any) -> str:
     """A fact as the user reads it: entries of a mapping or list stand on lines of their own."""
     if isinstance(value, dict):
-        lines = [f"  {name:<14}{_entry(entry)}" for name, entry in value.items()]
+        lines = [f"  {name:<13} {_entry(entry)}" for name, entry in value.items()]
     elif isinstance(value, list):
         lines = [f"  {entry}" for entry in value]
     else:
