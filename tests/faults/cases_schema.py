@@ -43,7 +43,7 @@ SCHEMA: dict[str, Case] = {
         "the index of option 1 and the text of option 0", options=["1", "0"], answer="1"
     ),
     "schema, no answer": table(
-        "train.jsonl", json.dumps(WITHOUT_ANSWER), "train.jsonl:1: 'answer' is missing"
+        "train.jsonl", json.dumps(WITHOUT_ANSWER), "train.jsonl:1: 'answer' is missing (has: "
     ),
     "schema, no question": table("train.csv", "video,a0,a1\nv,x,y\n", "no 'question' (has: "),
     "schema, a caption that is a number": row("train.jsonl:1: caption of video", caption=7),

@@ -25,7 +25,7 @@ TABLES: dict[str, Case] = {
         "{fixture}/nowhere/nextqa/train.csv: no such file; the CSV of the train questions",
     ),
     "no val.csv": refused(
-        gone(VAL), "val.csv: no such file; the CSV of the val questions should be there"
+        gone(VAL), "val.csv: no such file, and each epoch is evaluated on val; put it there, or"
     ),
     "no test.csv": refused(
         gone(f"{NEXTQA}/test.csv"),

@@ -99,6 +99,8 @@ SCHEMA_TWINS: dict[str, Damage] = {
     "schema, tabs": _table("\t"),
     "schema, tabs in .tsv": _table("\t", ".tsv"),
     "schema, semicolons": _table(";"),
+    "schema, vertical bars": _table("|"),
+    "schema, JSON lines called JSON": _instead(".json", lines),
     "schema, capitals": _table(",", option="Option ", **CAPITALS),
     "schema, option_0": _table(",", option="option_", id="question_id", video="video_id"),
     "schema, a column map": both(

@@ -62,6 +62,7 @@ TWINS: dict[str, tuple[str, Any]] = {
     "tabs": ("val.csv", table([flat()], "\t")),
     "tabs, .tsv": ("val.tsv", table([flat()], "\t")),
     "semicolons": ("val.csv", table([flat()], ";")),
+    "vertical bars": ("val.csv", table([flat()], "|")),
     "CRLF and a byte order mark": ("val.csv", "\ufeff" + table([flat()]).replace("\n", "\r\n")),
     "capitals": ("val.csv", table([{name.title(): value for name, value in flat().items()}])),
     "option_0": ("val.csv", table([renamed(flat(), a0="option_0", a1="option_1")])),
@@ -89,6 +90,15 @@ def test_twins(my: Path, kind: str) -> None:
     put(my / name, content)
     (question,) = questions(my)
     assert replace(question, place="") == EXPECTED
+
+
+def test_json_lines_called_json(my: Path) -> None:
+    rows = [NAMED, {**NAMED, "id": "q2", "answer": 0}]
+    put(my / "train.jsonl", rows)
+    put(my / "val.json", "\n".join(map(json.dumps, rows)))
+    one, other = questions(my, "train"), questions(my)
+    assert [replace(q, place="") for q in one] == [replace(q, place="") for q in other]
+    assert [q.place for q in other] == ["val.json:1", "val.json:2"]
 
 
 def test_parquet(my: Path) -> None:

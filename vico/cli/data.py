@@ -90,8 +90,8 @@ def _splits(name: str, folder: Path, given: str | None) -> list[str]:
     if given is None:
         present = [split for split in SPLITS if exists(dataset.annotation_file(folder, split))]
         if not present:
-            splits = ", ".join(SPLITS)
-            raise UserError(f"{folder}: holds no table of {name} for {splits}; correct --data_path")
+            known = ", ".join(SPLITS)
+            raise UserError(f"{folder}: holds no table of {name} for {known}; correct --data_path")
         return present
     splits = [split.strip() for split in given.split(",")]
     if unknown := [split for split in splits if split not in SPLITS]:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from vico.data.readers import rows
 from vico.data.readers.rows import Row, RowError, plain
 from vico.errors import show
 
@@ -36,9 +37,7 @@ def read(row: Row, key: str, options: Sequence[str], base: int, split: str) -> R
     value = row.get(key)
     if split == "test" and str("" if value is None else value).strip() in ("", "-1"):
         return None
-    if key not in row:
-        raise RowError(f"'{key}' is missing")
-    reading = _reading(value, options, base)
+    reading = _reading(rows.field(row, key), options, base)
     if not reading.by_form:
         last = base + len(options) - 1
         hint = ""

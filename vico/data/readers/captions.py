@@ -1,6 +1,5 @@
 """The caption of each video, which the caption task learns to write."""
 
-import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -153,7 +152,7 @@ def chosen(
 def _records(path: Path) -> Rows:
     """An object for each video, with a key of VIDEO_KEYS and `caption`."""
     text = read_text(path, FILE)
-    if path.suffix.lower() == ".jsonl" or _is_lines(text):
+    if path.suffix.lower() == ".jsonl" or rows.is_jsonl(text):
         records = rows.read_jsonl(path, FILE)
     else:
         content = parse_json(text, path, 1)
@@ -167,14 +166,6 @@ def _records(path: Path) -> Rows:
             )
         records = rows.objects_of(path, content)
     return Rows((place, _record(row)) for place, row in records)
-
-
-def _is_lines(text: str) -> bool:
-    """Whether the first of several lines is JSON for itself."""
-    first, _, more = text.strip().partition("\n")
-    with contextlib.suppress(ValueError, RecursionError):
-        return isinstance(json.loads(first), dict) and bool(more)
-    return False
 
 
 def _record(row: Row) -> Row:

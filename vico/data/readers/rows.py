@@ -5,8 +5,10 @@ The usual readers change data silently. pandas turns the option "None" into NaN 
 values are kept as text or refused.
 """
 
+import contextlib
 import csv
 import io
+import json
 import math
 import re
 from collections import Counter
@@ -33,7 +35,8 @@ UNKNOWN = "(unknown)"
 MAX_EXAMPLES = 3  # in a message
 MAX_EXACT = 1 << 53  # whole numbers below it are exact as floats
 MAX_NAMES = 20  # columns or keys in a message
-DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons"}  # the first of equally many
+# The first of those that make equally many names.
+DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 
 
 class RowError(ValueError):
@@ -93,7 +96,7 @@ def read_csv(path: Path, what: str, required: Sequence[str], aliases: Mapping[st
 
 
 def delimiter_of(text: str) -> str:
-    """What separates the column names: a tab or a semicolon where that makes more of them."""
+    """What separates the column names: that of DELIMITERS which makes the most of them."""
     line = re.sub('"[^"]*"', "name", text.lstrip().partition("\n")[0])
 
     def num_names(mark: str) -> int:
@@ -184,12 +187,24 @@ def read_jsonl(path: Path, what: str) -> Rows:
     return rows
 
 
+def is_jsonl(text: str) -> bool:
+    """Whether the first of several lines is JSON for itself."""
+    first, _, more = text.strip().partition("\n")
+    with contextlib.suppress(ValueError, RecursionError):
+        return bool(more) and isinstance(json.loads(first), dict)
+    return False
+
+
 def read_json_items(path: Path, what: str, id_key: str) -> Rows:
     """A JSON list of objects, or an object of objects by id, which becomes their `id_key`.
 
+    JSON lines under the name of JSON, too.
     Places are indices or ids (`jq '.[16]'`): the file may be one huge line.
     """
-    content = parse_json(read_text(path, what), path, 1)
+    text = read_text(path, what)
+    if is_jsonl(text):
+        return read_jsonl(path, what)
+    content = parse_json(text, path, 1)
     if not isinstance(content, (list, dict)):
         fail(
             f"{path.name}:1: column 1: {json_kind(content)} "
