@@ -49,6 +49,9 @@ FEATURE_FORMATS: dict[str, Damage] = {
     "features, ids with folder and extension": pth(
         FEATURES, lambda videos: {f"0101/{name}.mp4": value for name, value in videos.items()}
     ),
+    "features, a folder of each video": pth(
+        FEATURES, lambda videos: {f"{name}/features": value for name, value in videos.items()}
+    ),
     "features, safetensors": elsewhere(lambda videos, folder: save_file(videos, folder / SAFE)),
     "features, a folder of .npy": elsewhere(as_npy),
 }

@@ -100,6 +100,16 @@ def test_ids_are_found(tmp_path: Path, key: Any, video: str) -> None:
     assert features.sample(video, None, 2).sum() == 8
 
 
+def test_a_name_that_all_keys_end_in(tmp_path: Path) -> None:
+    """As in HDF5 files with a group per video, and folders with one."""
+    content = {f"x/{i}.mp4/features": torch.full((2, 4), float(i)) for i in range(3)}
+    features = Features(save(tmp_path / "f.pth", content))
+    assert features.check(questions_about(("2", None), ("y/0", None))) == 0
+    assert features.sample("2", None, 1).sum() == 8
+    more = content | {"x/1.mp4/fps": torch.ones(1, 4)}
+    assert Features(save(tmp_path / "g.pth", more)).key("2") is None
+
+
 def test_ids_that_are_not_found(tmp_path: Path) -> None:
     """An ambiguous one names both keys; the exact text comes first."""
     content = {"a/1.mp4": torch.ones(2, 4), "b/1.mp4": torch.ones(2, 4), "1.5": torch.ones(2, 4)}

@@ -1,6 +1,5 @@
 """The caption of each video, which the caption task learns to write."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
