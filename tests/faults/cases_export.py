@@ -104,6 +104,11 @@ EXPORTS: dict[str, Case] = {
         "p.jsonl:1: 'scores' is None and must be a list; name the predictions_SPLIT.jsonl",
         line=f"{SUBMIT}nextqa",
     ),
+    "submission, of other data sets": refused(
+        predictions({"dataset": "mine"}),
+        "holds predictions on 'mine'; name one by --dataset",
+        line=f"{SUBMIT}nextqa",
+    ),
     "submission, a question twice": refused(
         predictions({}, {"qid": "0"}), "question '7_0' appears twice", line=f"{SUBMIT}nextqa"
     ),

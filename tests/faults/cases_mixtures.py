@@ -55,6 +55,12 @@ MIXTURES: dict[str, Case] = {
         "data/star/clipvitl14.pth: 1 of 1 questions (1 videos) have no features, e.g. '100000'",
         line=BOTH,
     ),
+    "features of two widths": refused(
+        both(STAR, pth(FEATURES_OF_STAR, lambda videos: {k: v[:, :5] for k, v in videos.items()})),
+        "the data sets' features differ: nextqa: ",
+        "clipvitl14.pth, 5 wide; one model reads",
+        line=BOTH,
+    ),
     "a bad row of the second data set": refused(
         star([star_item(answer="nothing")]), "STAR_val.json[0]: 'answer' is 'nothing'", line=BOTH
     ),

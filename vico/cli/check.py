@@ -192,6 +192,7 @@ class Check:
     # Checking them
 
     def _check_mixture(self) -> None:
+        self._try(common_width, self._features)
         if all((dataset, "train") in self._questions for dataset in self.config.dataset_names):
             self._report_all(
                 self._try(input_notes.mixture_notes, self.config, self._questions) or []
@@ -340,8 +341,7 @@ class Check:
             return
         num_layers = backbone.weights.config.n_layers
         sizes = (backbone.num_adapted, config.adapter_len, config.max_feats)
-        width = common_width(self._features)
-        shapes = trainable_shapes(backbone.weights.config, *sizes, width)
+        shapes = trainable_shapes(backbone.weights.config, *sizes, common_width(self._features))
         checkpoint = validate_for_model(start.checkpoint, shapes, num_layers)
         self._report_all(checkpoint.notes)
         self._report_all(notes_of_uncompared(checkpoint, fingerprints))
@@ -357,8 +357,8 @@ class Check:
         self, backbone: BackboneFiles, recorded: Mapping[str, str]
     ) -> dict[str, str]:
         """Reads all weights and features, and compares their checksums. The start then need not."""
-        config = self.config
-        splits = [config.split] if config.only_evaluates else training_splits(config)
+        config, own = self.config, training_splits(self.config)
+        splits = [config.split] if config.only_evaluates else own
         datasets: dict[str, DatasetInputs] = {}
         for name, features in self._features.items():
             captions = self._captions.get(name, Captions())

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from vico.data.datasets import DATASETS, accuracy_groups, find_dataset, read_questions
+from vico.data.datasets import accuracy_groups, find_dataset, names_in, read_questions
 from vico.data.features import Features, Scan
 from vico.data.prompts import Prompts
 from vico.data.tokenizer import Tokenizer
@@ -113,19 +113,20 @@ def shared_dataset_warnings(
 ) -> Iterator[str]:
     """Of videos and questions that another data set beside those of the run has too.
 
-    IntentQA's questions are a selection of NExT-QA's.
+    Those of one's own are compared as well. IntentQA's questions are a selection of NExT-QA's.
     """
     own = {config.label(*part): _SplitContent.of(q) for part, q in questions.items()}
     run = ", ".join(config.dataset_names)
-    for name in DATASETS:
+    for name in names_in(config.data_path):
+        folder = config.data_path / name
         if name in config.dataset_names:
             continue
         for split in SPLITS:
             try:
-                path = DATASETS[name].annotation_file(config.data_path / name, split)
+                path = find_dataset(name, folder).annotation_file(folder, split)
                 if not is_file(path):
                     continue
-                others = read_questions(name, config.data_path / name, split)
+                others = read_questions(name, folder, split)
             except UserError as error:
                 yield f"{name}, {split}, is not compared with {run}: {error}"
                 continue

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vico.data.mixture import dataset_names
 from vico.errors import one_line
 from vico.io.text import yaml_text
 
@@ -48,15 +49,35 @@ def _metadata(facts: Facts) -> dict[str, Any]:
     metadata |= {"library_name": "vico", "pipeline_tag": "video-text-to-text"}
     metadata["tags"] = ["vico", "video-question-answering", "adapter"]
     if facts.accuracies and facts.dataset:
-        metrics = []
-        for group, value in facts.accuracies.items():
-            name = "accuracy" if group == "acc" else f"accuracy of {group}"
-            metrics.append({"type": "accuracy", "value": value, "name": name})
-        split = facts.split
-        dataset = {"name": f"{facts.dataset} {split}", "type": facts.dataset, "split": split}
-        result = {"task": {"type": TASK}, "dataset": dataset, "metrics": metrics}
-        metadata["model-index"] = [{"name": facts.name, "results": [result]}]
+        results = [_result(facts, *part) for part in _by_dataset(facts).items()]
+        metadata["model-index"] = [{"name": facts.name, "results": results}]
     return metadata
+
+
+def _result(facts: Facts, name: str, accuracies: Mapping[str, float]) -> dict[str, Any]:
+    metrics = []
+    for group, value in accuracies.items():
+        of = "accuracy" if group == "acc" else f"accuracy of {group}"
+        metrics.append({"type": "accuracy", "value": value, "name": of})
+    dataset = {"name": f"{name} {facts.split}", "type": name, "split": facts.split}
+    return {"task": {"type": TASK}, "dataset": dataset, "metrics": metrics}
+
+
+def _by_dataset(facts: Facts) -> dict[str, dict[str, float]]:
+    """The accuracies of each data set; of several, first those over all of them.
+
+    There the names of the others begin with the data set's.
+    """
+    names = dataset_names(facts.dataset) if facts.dataset else ()
+    if len(names) < 2:
+        return {facts.dataset or "": dict(facts.accuracies)}
+    parts: dict[str, dict[str, float]] = {", ".join(names): {}}
+    parts |= {name: {} for name in names}
+    for key, value in facts.accuracies.items():
+        fitting = [name for name in names if key.startswith(f"{name}_")]
+        name = max(fitting, key=len, default=", ".join(names))
+        parts[name][key.removeprefix(f"{name}_")] = value
+    return {name: part for name, part in parts.items() if part}
 
 
 def _what_it_is(facts: Facts) -> str:
@@ -77,10 +98,11 @@ def _results(facts: Facts) -> str:
     if not facts.accuracies:
         return "## Results\n\nNone are recorded with this checkpoint.\n"
     used, total = facts.num_questions or (0, 0)
-    rows = ""
-    for group, value in facts.accuracies.items():
-        name = "all" if group == "acc" else _text(group)
-        rows += f"| {name} | {value:.2%} |\n"
+    rows, parts = "", _by_dataset(facts)
+    for dataset, accuracies in parts.items():
+        of = f"{_text(dataset)}: " if len(parts) > 1 else ""
+        for group, value in accuracies.items():
+            rows += f"| {of}{'all' if group == 'acc' else _text(group)} | {value:.2%} |\n"
     evaluated = f"{_text(facts.dataset or '')} {facts.split}"
     split = f"{evaluated}, {used} used of {total} questions, step {facts.step}"
     return f"## Results\n\n{split}:\n\n| questions | accuracy |\n|---|---|\n{rows}"

@@ -44,7 +44,12 @@ def main(argv: list[str]) -> int:
         "--data_path",
         metavar="PATH",
         type=path_argument,
-        help="folder of the data: compares the predictions with the questions of DATA_PATH/FORMAT",
+        help="folder of the data: compares the predictions with the questions of DATA_PATH/DATASET",
+    )
+    parser.add_argument(
+        "--dataset",
+        metavar="NAME",
+        help="whose predictions to take, of an evaluation on several (default: FORMAT)",
     )
     parser.add_argument(
         "--split", choices=("val", "test"), default="test", help="of --data_path (default: test)"
@@ -57,17 +62,30 @@ def main(argv: list[str]) -> int:
     if exists(flags.output):
         raise UserError(f"{flags.output}: already exists; name another file, or remove it")
     require_writable(flags.output.parent, "the folder of --output")
-    records = read_predictions(flags.predictions)
+    dataset = flags.dataset or flags.format
+    predictions = read_predictions(flags.predictions)
+    records = of_dataset(predictions, dataset, flags.predictions)
     named = None
     if flags.data_path is not None:
-        folder = flags.data_path / flags.format
-        questions = read_questions(flags.format, folder, flags.split)
+        questions = read_questions(dataset, flags.data_path / dataset, flags.split)
         named = [_key(flags.format, {"video": q.video, "qid": q.qid}) for q in questions]
     used, total = _count(flags.format, records, named, flags.predictions, flags.partial)
     write_json(flags.output, submission(flags.format, records, flags.predictions))
     compared = "" if named is not None else "; --data_path also counts questions behind the last"
+    if len(records) < len(predictions):
+        log.info(f"{flags.predictions}: {len(records)} of {len(predictions)} are of {dataset}")
     log.info(f"{flags.output}: {used} used of {total} total questions{compared}")
     return 0
+
+
+def of_dataset(records: Sequence[Record], name: str, path: Path) -> list[Record]:
+    """Those of one data set, where several were evaluated together. Raises UserError for none."""
+    names = list(dict.fromkeys(str(r["dataset"]) for r in records if "dataset" in r))
+    if not names:
+        return list(records)
+    if name not in names:
+        fail(f"{path}: holds predictions on {', '.join(map(show, names))}; name one by --dataset")
+    return [record for record in records if record.get("dataset") == name]
 
 
 def _count(

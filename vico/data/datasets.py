@@ -1,5 +1,6 @@
 """The data sets by name: the published ones, and folders of tables in the general schema."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,8 +76,7 @@ def find_dataset(name: str, folder: Path) -> Dataset:
     is_name = name == folder.name  # no path, which would be another folder of files
     if is_name and schema.is_dataset(folder):
         return _general(folder)
-    others = _folders_in(folder.parent) if is_name else []
-    known = [*DATASETS, *(other for other in others if other not in DATASETS)]
+    known = names_in(folder.parent) if is_name else list(DATASETS)
     expected = "a folder with train, val or test.jsonl (or .csv)"
     raise UserError(
         f"--dataset {show(name)}: there is no such data set; it can be {', '.join(known)}, or "
@@ -97,12 +97,12 @@ def _general(folder: Path) -> Dataset:
     )
 
 
-def _folders_in(data_path: Path) -> list[str]:
-    """The data sets there, for a message."""
-    try:
-        return sorted(path.name for path in entries(data_path) if schema.is_dataset(path))
-    except UserError:
-        return []
+def names_in(data_path: Path) -> list[str]:
+    """The published data sets, then those that are folders there, as far as they can be seen."""
+    folders: list[str] = []
+    with contextlib.suppress(UserError):
+        folders += sorted(path.name for path in entries(data_path) if schema.is_dataset(path))
+    return [*DATASETS, *(name for name in folders if name not in DATASETS)]
 
 
 def read_questions(

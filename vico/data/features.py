@@ -337,12 +337,17 @@ class FeaturesInMemory(Features):
 
 
 def common_width(features: Mapping[str, Features]) -> int:
-    """The width of all data sets' features. Raises UserError for several."""
+    """The width of all data sets' features (0: of none). Raises UserError for several."""
     widths = {name: opened.width for name, opened in features.items()}
     if len(set(widths.values())) > 1:
-        found = ", ".join(f"{features[name].path}: {width} wide" for name, width in widths.items())
-        fail(f"{found}; one model reads features of one width: use those of one extractor")
-    return next(iter(widths.values()))
+        found = " and ".join(
+            f"{name}: {opened.path}, {opened.width} wide" for name, opened in features.items()
+        )
+        fail(
+            f"the data sets' features differ: {found}; one model reads features of one width: use "
+            "those of one extractor for all (--features NAME=PATH,NAME=PATH)"
+        )
+    return next(iter(widths.values()), 0)
 
 
 def _stamp(path: Path) -> Stamp:

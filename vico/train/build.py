@@ -12,7 +12,7 @@ from torch import Tensor
 from vico.checkpoint.fingerprint import Sources
 from vico.checkpoint.format import Checkpoint
 from vico.checkpoint.validate import validate_for_model
-from vico.data.features import common_width
+from vico.data.features import Features, common_width
 from vico.data.micro_batches import DatasetInputs
 from vico.data.readers import captions as caption_files
 from vico.data.readers.captions import Captions
@@ -164,6 +164,7 @@ class _Reader:
         self._config, self._splits = config, splits
         self._backbone, self._cache, self._world = backbone, cache, world
         self._progress = log.ProgressLog(world.set_phase, world.is_main)
+        self._features: dict[str, Features] = {}
         self.used: dict[Part, list[Question]] = {}
         self.dropped: dict[Part, list[Question]] = {}
         self.notes: list[str] = []
@@ -176,7 +177,8 @@ class _Reader:
         for split in self._splits:
             training = "train" in self._splits
             annotated[split] = preflight.read_split(config, name, split, training)
-        features = preflight.open_features(config, name)
+        features = self._features[name] = preflight.open_features(config, name)
+        common_width(self._features)
         self.notes += input_notes.annotation_notes(config, name, annotated)
         for split, questions in annotated.items():
             chosen = preflight.with_features(config, config.label(name, split), questions, features)
