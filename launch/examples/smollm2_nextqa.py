@@ -59,7 +59,8 @@ def main(source: Path, target: Path, num_rows: int, features: str) -> Path:
 
 
 def _labelled_for_training(source: Path) -> Sequence[Question]:
-    if exists(nextqa.annotation_file(source, "train")):
+    has_train, has_test = (exists(nextqa.annotation_file(source, s)) for s in ("train", "test"))
+    if has_train or not has_test:
         return _read(source, "train")
     log.warning(f"{source} holds no train.csv: rows of test.csv are trained on")
     return _read(source, "test")

@@ -18,12 +18,12 @@ find_python
 export PYTHON=$python
 model=$(readlink -m "${VICO_SMOLLM2:-$root/pretrained/llama/SmolLM2-135M}")
 
-say "1/3 the model"
-bash "$here/smollm2.sh" "$model" >/dev/null
-
-say "2/3 the rows"
+say "1/3 the rows"
 features=$(PYTHONPATH=$root "$python" "$here/smollm2_nextqa.py" \
     "$source" "$out/data/nextqa" "$rows" "$features")
+
+say "2/3 the model"
+bash "$here/smollm2.sh" "$model" >/dev/null
 
 say "3/3 training, an epoch of 8 questions a step, and an evaluation"
 bash "$root/launch/train.sh" --model "$model" --data_path "$out/data" --features "$features" \

@@ -80,5 +80,5 @@ def test_what_is_no_nextqa(example: ModuleType, source: Path, tmp_path: Path) ->
     assert "test.csv: no row has an answer" in refusal(example.main, source, target, 9, "")
     (source / "val.csv").unlink()
     (source / "test.csv").unlink()
-    assert "test.csv: no such file" in refusal(example.main, source, target, 9, "")
+    assert "train.csv: no such file" in refusal(example.main, source, target, 9, "")
     assert not target.exists()
