@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -15,6 +16,7 @@ from vico.checkpoint.format import CONFIG
 Run = Callable[[str], CommandResult]
 
 
+@pytest.mark.slow
 def test_an_export_reads_back(tmp_path: Path) -> None:
     """Evaluation and training from the export are those from the checkpoint.
 
