@@ -1,16 +1,19 @@
 """Ranks with other code, settings, files or output folders are refused; waits between ranks end."""
 
+import dataclasses
 import json
 import os
 import shutil
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from faults.emulated_ranks import EmulatedWorld, Exchange
 from support.checkpoints import SHAPES, random_state
 from support.processes import PYTHONPATH, ROOT, start
 from support.toy_dataset import ToyData
@@ -220,3 +223,27 @@ def test_both_ends_of_a_file_are_looked_at(tmp_path: Path, monkeypatch: pytest.M
         path.write_bytes(content)
         seen.add(rank_consistency._fingerprint(path))
     assert len(seen) == len(contents)
+
+
+def test_a_late_file_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second at a time, until both ranks see the same; a world of one waits for nobody."""
+    host_0, host_1 = (RunConfig(output_dir=tmp_path / name) for name in ("host 0", "host 1"))
+    (host_0.output_dir / "checkpoint-7").mkdir(parents=True)
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) > 4:
+            (host_1.output_dir / "checkpoint-7").mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    exchange = Exchange(2)
+    first = EmulatedWorld(0, 2, torch.device("cpu"), None, exchange=exchange)
+    worlds = [first, dataclasses.replace(first, rank=1)]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(rank_consistency._wait_until_visible, worlds, [host_0, host_1]))
+    assert len(slept) in (6, 8) and set(slept) == {1}
+    slept.clear()
+    alone = EmulatedWorld(0, 1, torch.device("cpu"), None)
+    rank_consistency._wait_until_visible(alone, host_0)
+    assert slept == []

@@ -32,7 +32,9 @@ def test_the_folder_of_a_run(toy: ToyData, undisturbed: Path, tmp_path: Path) ->
         itself = train_command(toy, 1, out, "--resume", str(out), "--max_steps", "6")
         assert "resuming from step 5" in warm.run(itself, tmp_path).stdout
         shutil.rmtree(run / "checkpoint_best")
-        evaluated = warm.run(["eval", "--resume", str(run)], tmp_path)
+        evaluated = warm.run(["eval", "--resume", str(run), "--max_feats", "9"], tmp_path)
+        replaced = "note: --max_feats 9: unlike the run, whose predictions_val.jsonl is replaced"
+        assert replaced in evaluated.stdout
         assert f"its newest checkpoint, {run}/checkpoint-3" in evaluated.stdout
         assert f"passed over: {run}/checkpoint-4/state.json" in evaluated.stdout
         converted = warm.run(["convert", str(run), str(tmp_path / "a.pth")], tmp_path)
@@ -56,6 +58,7 @@ def test_more_epochs_on_a_complete_run(toy: ToyData, undisturbed: Path, tmp_path
         assert "nothing to train, and a larger --epochs trains on" in ended.stdout
         again = train(out, "--epochs", "3")
         assert again.code == 0 and "resuming from step 6" in again.stdout
+        assert "steps: 7 to 9, 3 per epoch, 8 questions each" in again.stdout
         (note,) = [line for line in again.stdout.splitlines() if "note: --epochs" in line]
         assert "note: --epochs 2 -> 3: the learning-rate schedule spans all 3 epochs, so" in note
         steps = read_records(out / "steps.jsonl")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import psutil
@@ -24,6 +25,7 @@ from faults.interrupted import (
 )
 from support.processes import ROOT, Processes, base_environment, run_command, succeeds
 from support.toy_dataset import ToyData
+from vico.distributed import signals
 
 
 def _has_done(out: Path, steps: int) -> bool:
@@ -193,3 +195,16 @@ def test_nohup_keeps_hang_ups_away() -> None:
     code += "os.kill(os.getpid(), signal.SIGHUP)\nprint(signals.stop_requested())"
     run = run_command(["nohup", sys.executable, "-c", code], seconds=60)
     assert (run.codes, run.stdouts) == ([0], ["0\n"])
+
+
+def test_a_process_whose_parent_has_ended_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it ended before the kernel was asked to see to it; as if killed."""
+    asked: list[tuple[int, int]] = []
+    library = types.SimpleNamespace(prctl=lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(signals.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    signals.die_with_parent(os.getppid())
+    assert asked == [(1, signal.SIGKILL)]
+    with pytest.raises(SystemExit) as end:
+        signals.die_with_parent(0)
+    assert end.value.code == 137

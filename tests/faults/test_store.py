@@ -195,6 +195,30 @@ def test_a_missing_best_checkpoint_is_noted(tmp_path: Path) -> None:
     assert find_start(config).notes == ()
 
 
+def test_which_checkpoint_may_be_named(tmp_path: Path) -> None:
+    """--resume of the run's own newest one goes on with the run, also before its first save."""
+    config = RunConfig(output_dir=tmp_path / "out")
+    config.output_dir.mkdir()
+    (config.output_dir / "args.json").write_text(json.dumps({**config.to_json(), "run": "r"}))
+    start = find_start(replace(config, resume=save_at(tmp_path / "other", 5)))
+    assert start.run_id == "r" and start.checkpoint is not None
+    assert start.checkpoint.state.step == 5
+    older, newest = (save_at(config.output_dir, step) for step in (3, 6))
+    for named in (None, newest, config.output_dir):
+        start = find_start(replace(config, resume=named))
+        assert start.run_id == "r" and start.checkpoint is not None
+        assert start.checkpoint.path == newest
+    message = refusal(find_start, replace(config, resume=older))
+    assert f"holds a run with checkpoint-6 that did not start from --resume {older}; " in message
+
+
+def save_at(folder: Path, step: int) -> Path:
+    path = folder / f"checkpoint-{step}"
+    identity = RunIdentity("r", RunConfig().to_json(), {})
+    write.save(path, {}, {}, format.TrainState(step=step), identity)
+    return path
+
+
 def test_missing_log_lines_are_counted(tmp_path: Path) -> None:
     def log(name: str, *steps: int) -> None:
         lines = [json.dumps({"step": step}) + "\n" for step in steps]

@@ -6,6 +6,7 @@ weights, whose logits are small, an error that grows with the logits is not seen
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
 import pytest
 import torch
@@ -276,3 +277,13 @@ def test_an_error_of_two_percent_is_seen(monkeypatch: pytest.MonkeyPatch) -> Non
             patch.setattr(autograd, name, wrong)
             with pytest.raises(AssertionError):
                 check_losses(head, head.run()[0], torch.bfloat16)
+
+
+def test_logits_are_held_for_a_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as the bytes allow, and one at least; together they are all rows."""
+    weight_WD = torch.zeros(5, 2)
+    for num_bytes, size in ((4 * 5 * 3, 3), (4 * 5 * 4 - 1, 3), (7, 1), (10**6, 10)):
+        monkeypatch.setitem(config.HEAD_CHUNK_BYTES, "cpu", num_bytes)
+        chunks = [list(range(10))[rows] for rows in autograd._chunks(10, weight_WD)]
+        assert list(chain.from_iterable(chunks)) == list(range(10)) and len(chunks[0]) == size
+        assert all(rows.stop <= 10 for rows in autograd._chunks(10, weight_WD))

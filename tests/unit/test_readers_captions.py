@@ -53,6 +53,7 @@ BAD_CAPTIONS = [
     ('{"a": "x",\n "a": "y"}', "mine.json:2: column 2: key 'a' appears twice"),
     ('["a"]', "mine.json[0]: a text where an object is expected"),
     ('{"a": "x"', "the text is cut off here"),
+    ('{"a": "x" y', "mine.json:1: column 11: Expecting ',' delimiter; correct "),
 ]
 
 

@@ -119,6 +119,10 @@ def test_conversations(my: Path) -> None:
     assert replace(question, place="") == EXPECTED
     notes = " ".join(getattr(read, "notes", ()))
     assert "1 texts around the options are left out, as \"Answer with the option's" in notes
+    images = [{"id": "i", name: "x.jpg", "conversations": turns} for name in ("image", "images")]
+    put(my / "val.json", json.dumps([llava, *images]))
+    notes = " ".join(getattr(questions(my), "notes", ()))
+    assert "warning: 2 of 3 rows are not" in notes and "about an image: 2" in notes
     content = [{"type": "video", "video": "x"}, {"type": "text", "text": "why\n(A) clap\n(B) None"}]
     qwen = [{"role": "user", "content": content}, {"role": "assistant", "content": "(B) None"}]
     put(my / "train.jsonl", [{"id": "q1", "videos": ["007"], "type": "CW", "messages": qwen}])

@@ -11,6 +11,7 @@ from support.toy_dataset import WORDS, ToyData
 from vico.data import length_stats
 from vico.data.length_stats import Cuts, QuestionLengths
 from vico.data.prompts import Prompts
+from vico.data.shortening import _cut
 from vico.data.tokenizer import Tokenizer
 from vico.data.types import Question
 from vico.errors import UserError
@@ -97,6 +98,18 @@ def test_the_longest_options_that_fit_are_kept(
             expected[place] = without_last_word(expected[place])
         with_dialogue = replace(question, dialogue=" some words")
         assert prompts(tokenizer, limit).fit(with_dialogue, "vqa") == make(tuple(expected))
+
+
+def test_words_end_at_blanks() -> None:
+    """A first word is kept whole, or begun where that is allowed."""
+    text = "one two  three"
+    kept = {0: "", 2: "", 3: "one", 6: "one", 7: "one two", 8: "one two ", 13: "one two ", 14: text}
+    for most, expected in kept.items():
+        assert _cut(text, most, cut_first_word=False) == expected, most
+        begun = text[:most] if most < 3 else expected
+        assert _cut(text, most, cut_first_word=True) == begun, most
+    long = "a " + "x" * 1000
+    assert _cut(long, 900, cut_first_word=False) == long[:900], "no word that anyone wrote"
 
 
 def test_much_is_kept(sentencepiece: Tokenizer) -> None:

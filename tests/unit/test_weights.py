@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from reference import oracle_files
-from support.backbones import logits, make_hugging_face, text
+from support.backbones import KINDS, logits, make_hugging_face, text
+from support.errors import refusal
 from support.weight_layouts import write_layouts
 from vico.checkpoint import fingerprint
 from vico.io.host_memory import return_free_memory
@@ -160,3 +162,30 @@ def test_every_width_of_the_mlp_has_a_rule(dim: int, width: int) -> None:
     multiple_of, multiplier = mlp_rule(dim, width)
     config = LlamaConfig(dim, 1, 1, 1, multiple_of, ffn_dim_multiplier=multiplier)
     assert config.hidden_dim == width
+
+
+def test_a_shard_that_is_missing(layouts: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(layouts["two"], tmp_path / "it")
+    (tmp_path / "it" / "consolidated.01.pth").rename(tmp_path / "it" / "consolidated.02.pth")
+    message = refusal(open_weights, tmp_path / "it", 400)
+    assert "consolidated.01.pth is missing, consolidated.02.pth is there; copy all" in message
+
+
+def test_a_tied_output_that_is_stored_too(tmp_path: Path) -> None:
+    """It must be the embeddings."""
+    make_hugging_face(tmp_path, KINDS["tied"])
+    path = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    embeddings = tensors["model.embed_tokens.weight"]
+    other = embeddings.clone()
+    other[3, 4] += 1
+    for output, is_taken in (
+        (embeddings.clone(), True),
+        (other, False),
+        (embeddings.double(), False),
+    ):
+        safetensors.torch.save_file({**tensors, "lm_head.weight": output}, path, {"format": "pt"})
+        if is_taken:
+            assert torch.equal(open_weights(tmp_path, None).read("output.weight"), embeddings)
+        else:
+            assert "lm_head.weight is not the embeddings" in refusal(open_weights, tmp_path, None)
