@@ -38,10 +38,14 @@ def questions(seed: int, num: int) -> list[dict[str, Any]]:
 
 @dataclass
 class AskedWorld:
-    """`run` is the folder of a run with a checkpoint_best; its data set is `data`/my."""
+    """`run` is the folder of a run with a checkpoint_best; its data set is `data`/my.
+
+    `gates`: the largest adapter gate.
+    """
 
     folder: Path
     toy: ToyData
+    gates: float = 1.0
     rows: list[dict[str, Any]] = field(default_factory=lambda: questions(7, NUM_QUESTIONS))
 
     def __post_init__(self) -> None:
@@ -82,6 +86,7 @@ class AskedWorld:
         for name, value in weights.items():
             if name.endswith("gate1"):
                 value.uniform_(-1, 1, generator=torch.Generator().manual_seed(len(name)))
+                value *= self.gates
         moments = {}
         for name, value in weights.items():
             moments |= {f"{name}.{m}": torch.zeros_like(value) for m in ("exp_avg", "exp_avg_sq")}

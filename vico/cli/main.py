@@ -37,6 +37,10 @@ COMMANDS = {
         "caption",
         "Write captions of a video or of a split's videos, and measure them.",
     ),
+    "cognition": (
+        "cognition",
+        "Measure what a checkpoint's adapter does to plain language: perplexity, KL, agreement.",
+    ),
     "check": ("check", "Check a run's files before it starts; takes the flags of train."),
     "quantize-eval": (
         "quantize_eval",
@@ -74,7 +78,7 @@ COMMANDS = {
         "Inject faults into runs, files and disks, and check that none does harm.",
     ),
 }
-OF_SEVERAL_RANKS = {"train", "eval", "ask", "caption", "quantize-eval", "cost"}
+OF_SEVERAL_RANKS = {"train", "eval", "ask", "caption", "cognition", "quantize-eval", "cost"}
 ALIASES = {"cost": "quantize-eval"}
 
 # Open files, sockets and pipes: a run of one rank needs some 60, each further rank a few.

@@ -300,7 +300,7 @@ def sample_frames(clip: Tensor, num_frames: int) -> Tensor:
     if length > num_frames:
         spread = [(j * length) // num_frames for j in range(num_frames)]
         # clip[list] forks threads for ten rows: 7 ms instead of 20 us on two busy cores.
-        out.copy_(clip.index_select(0, torch.tensor(spread)))
+        out.copy_(clip.index_select(0, torch.tensor(spread, dtype=torch.int64)))
     else:
         out[:length] = clip
     return out

@@ -5,6 +5,7 @@ after the character at which the target text begins. No token id is ever searche
 may contain "Answer:".
 """
 
+import copy
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
@@ -67,6 +68,12 @@ class Prompts:
         self._dialogues: dict[str, list[int]] = {}
         self._texts: dict[str, tuple[list[int], list[int]]] = {}
         self._have_equal_letters: dict[tuple[str, int], bool] = {}
+
+    def without_video(self) -> "Prompts":
+        """The same prompts with no video slot: what a question's text alone tells."""
+        prompts = copy.copy(self)
+        prompts._slots = []
+        return prompts
 
     # The tasks of a question. Each method is a task: `question_sequence` lists them by name.
 

@@ -23,8 +23,8 @@ from vico.model.ops.autograd import (
     RotaryEmbedding,
     SwiGLU,
     linear_cross_entropy,
-    vocabulary_logits,
 )
+from vico.model.ops.logits import compare_predictions, vocabulary_logits
 
 
 def _frozen(*size: int, dtype: torch.dtype) -> nn.Parameter:
@@ -59,14 +59,21 @@ class OutputHead(nn.Module):
         self.weight = _frozen(vocab_size, dim, dtype=dtype)
 
     def forward(
-        self, h_RD: Tensor, rows_N: Tensor | None = None, ids_N: Tensor | None = None
+        self,
+        h_RD: Tensor,
+        rows_N: Tensor | None = None,
+        ids_N: Tensor | None = None,
+        frozen_RD: Tensor | None = None,
     ) -> Tensor:
         """Cross-entropy [N], fp32, of token ids_N[n] at row rows_N[n] of h_RD.
 
-        Without targets: the logits [R, W] in fp32, as generation needs them.
+        Without targets: the logits [R, W] in fp32, as generation needs them. With the frozen
+        model's `frozen_RD`: `compare_predictions` [4, N].
         """
         if rows_N is None or ids_N is None:
             return vocabulary_logits(h_RD, self.weight)
+        if frozen_RD is not None:
+            return compare_predictions(frozen_RD, h_RD, self.weight, rows_N, ids_N)
         return linear_cross_entropy(h_RD, self.weight, rows_N, ids_N)
 
 
@@ -204,7 +211,8 @@ class Block(nn.Module):
 
     def forward(self, x_TD: Tensor, prompt_AD: Tensor | None, context: Context) -> Tensor:
         """[Q, D] for the query rows; where these are not all rows, the others end here."""
-        run = self.run if context.cache is None else run_modules
+        is_frozen_pass = self.adapted and prompt_AD is None
+        run = run_modules if is_frozen_pass or context.cache is not None else self.run
         return run(self, x_TD, prompt_AD, context)
 
 
@@ -271,16 +279,19 @@ class Llama(nn.Module):
         return [block for block in self.layers if isinstance(block, Block)]
 
     def trunk(
-        self, x_TD: Tensor, prompts_GAD: Tensor, context: Context, wanted_rows_R: Tensor
+        self, x_TD: Tensor, prompts_GAD: Tensor | None, context: Context, wanted_rows_R: Tensor
     ) -> Tensor:
         """Hidden states [R, D] after the final norm, of the rows `wanted_rows_R`.
 
         `wanted_rows_R`: host int64, ascending. All layers run, the lower ones without prompt and
-        gates; the last one only where its output is wanted.
+        gates; the last one only where its output is wanted. Without prompts no layer is adapted:
+        the frozen model.
         """
         num_plain = len(self.layers) - self.num_adapted
-        # unbind: one gradient for all; a slice's would be as large as the whole, for each layer.
-        prompts: list[Tensor | None] = [None] * num_plain + [*prompts_GAD.unbind(0)]
+        prompts: list[Tensor | None] = [None] * len(self.layers)
+        if prompts_GAD is not None:
+            # unbind: one gradient for all; that of a slice would be as large as the whole.
+            prompts[num_plain:] = prompts_GAD.unbind(0)
         x_TD = self._run_lower_layers(x_TD, prompts[:-1], context)
         last_context = context.restrict_queries(wanted_rows_R)
         last = len(self.layers) - 1

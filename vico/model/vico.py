@@ -46,26 +46,43 @@ class ViCo(Llama):
         self.visual_proj = nn.Linear(feature_width, config.dim, bias=False, dtype=torch.float32)
         self.temporal_emb = nn.Embedding(num_slots, config.dim, dtype=torch.float32)
 
-    def forward(self, batch: PackedBatch, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self, batch: PackedBatch, cache: KeyValueCache | None = None, compare: bool = False
+    ) -> Tensor:
         """fp32 losses [N + M]: token targets, then frame targets.
 
         With a cache, which gets the keys and values of the batch's rows: the logits [R, W] of the
-        wanted rows, in fp32.
+        wanted rows, in fp32. With `compare`: how the frozen and the adapted model predict the token
+        targets, `compare_predictions` [4, N], by two passes over the stream.
         """
         prompts_GAD = self._prompts(batch.token_ids_T.device)
         projected_VFD = self.visual_proj(batch.features_VFC)
+        h_RD = self._hidden(batch, prompts_GAD, projected_VFD, cache)
+        if cache is not None:
+            return self.output(h_RD)
+        rows_N, ids_N = batch.token_rows_N, batch.token_target_ids_N
+        if compare:
+            frozen_RD = self._hidden(batch, None, projected_VFD)
+            return self.output(h_RD, rows_N, ids_N, frozen_RD)
+        token_losses_N = self.output(h_RD, rows_N, ids_N)
+        frame_losses_M = self._frame_losses(h_RD, projected_VFD, batch)
+        return torch.cat([token_losses_N, frame_losses_M])
+
+    def _hidden(
+        self,
+        batch: PackedBatch,
+        prompts_GAD: Tensor | None,
+        projected_VFD: Tensor,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Hidden states [R, D] of the wanted rows; without prompts those of the frozen model."""
         x_TD = self._embed(batch, projected_VFD)
         rope = (self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         rotary_T1h = rotary_angles(batch.positions_T, *rope)
         caches = () if cache is None else cache.layers
         mask = attention_mask(batch.segments)
         context = Context(rotary_T1h, mask, self.attend, caches=caches)
-        h_RD = self.trunk(x_TD, prompts_GAD, context, batch.wanted_rows_R)
-        if cache is not None:
-            return self.output(h_RD)
-        token_losses_N = self.output(h_RD, batch.token_rows_N, batch.token_target_ids_N)
-        frame_losses_M = self._frame_losses(h_RD, projected_VFD, batch)
-        return torch.cat([token_losses_N, frame_losses_M])
+        return self.trunk(x_TD, prompts_GAD, context, batch.wanted_rows_R)
 
     def _prompts(self, device: torch.device) -> Tensor:
         """The adapter prompts [G, A, D].

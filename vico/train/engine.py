@@ -121,6 +121,23 @@ class Engine:
         losses: Tensor = self._engine(batch)
         return losses
 
+    def compare(self, batch: PackedBatch) -> Tensor:
+        """How the frozen and the adapted model predict the batch's targets (see ViCo.forward)."""
+        measures: Tensor = self._engine(batch, compare=True)
+        return measures
+
+    def close_gates(self) -> None:
+        """Set every adapter gate to 0, for forwards: the prompts change nothing. A collective.
+
+        Under stage 3 a gathered copy may still be alive, which DeepSpeed's context accounts for.
+        """
+        import deepspeed
+
+        gates = [p for name, p in self.trainables.items() if name.endswith("gate1")]
+        with torch.no_grad(), deepspeed.zero.GatheredParameters(gates, modifier_rank=0):
+            for gate in gates:
+                gate.zero_()
+
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradients of `loss`. `last`: it is the step's last micro-batch.
 

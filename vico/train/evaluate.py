@@ -174,16 +174,18 @@ def score(
     label: str,
     config: RunConfig,
     world: World,
+    num_slots: int | None = None,
 ) -> list[list[float]]:
     """Per question, the score of each option. A collective: every rank gets the result.
 
-    `label`: what messages call the questions. A score's last bits depend on what else is in its
+    `label`: what messages call the questions. `num_slots`: of the prompts, if they are not the
+    run's. A score's last bits depend on what else is in its
     forward, so on the list of questions, and not on the number of ranks. Raises as `evaluate` does.
     """
     chunks = EvaluationChunks(
         questions,
         inputs.datasets,
-        num_slots=config.max_feats,
+        num_slots=config.max_feats if num_slots is None else num_slots,
         rank=world.rank,
         world_size=world.size,
     )
@@ -236,17 +238,17 @@ def _score_chunks(
                 scored.append(ScoredChunk(chunk.questions, sequences_N, losses))
             bar.advance()
             if number % CHUNKS_PER_STOP_CHECK == 0:
-                _stop_if_requested(what, world)
+                raise_if_stopped(f"stopped in the evaluation of {what}; start it again", world)
     with world.raise_together():
         if error is not None:
             raise error
     return scored
 
 
-def _stop_if_requested(what: str, world: World) -> None:
+def raise_if_stopped(line: str, world: World) -> None:
+    """Raise Stopped on all ranks when one of them got a stop signal. A collective."""
     stop_signal = world.max(signals.stop_requested())
     if stop_signal:
-        line = f"stopped in the evaluation of {what}; start it again"
         raise signals.Stopped(stop_signal, line)
 
 

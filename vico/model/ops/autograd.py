@@ -235,20 +235,7 @@ def linear_cross_entropy(h_RD: Tensor, weight_WD: Tensor, rows_N: Tensor, ids_N:
     return losses_N
 
 
-def vocabulary_logits(h_RD: Tensor, weight_WD: Tensor) -> Tensor:
-    """h_RD W^T [R, W], multiplied and summed in fp32: a rounded logit could name another token.
-
-    In half precision some rows of the weight are converted at a time.
-    """
-    if h_RD.dtype == torch.float32:
-        return linear(h_RD, weight_WD)
-    chunk_bytes = HEAD_CHUNK_BYTES["cuda" if weight_WD.is_cuda else "cpu"]
-    chunk = max(1, chunk_bytes // (4 * weight_WD.shape[1]))
-    h_RD = h_RD.float()
-    return torch.cat([linear(h_RD, part.float()) for part in weight_WD.split(chunk)], dim=1)
-
-
-def _chunks(num_rows: int, weight_WD: Tensor) -> Iterator[slice]:
+def row_chunks(num_rows: int, weight_WD: Tensor) -> Iterator[slice]:
     """Rows whose logits are held at a time."""
     chunk_bytes = HEAD_CHUNK_BYTES["cuda" if weight_WD.is_cuda else "cpu"]
     chunk = max(1, chunk_bytes // (4 * weight_WD.shape[0]))
@@ -294,7 +281,7 @@ class FusedLinearCrossEntropy(Function):
     def forward(ctx: Any, h_RD: Tensor, weight_WD: Tensor, rows_N: Tensor, ids_N: Tensor) -> Tensor:
         normalizer_R = h_RD.new_empty(len(h_RD))
         expected_RD = torch.empty_like(h_RD) if ctx.needs_input_grad[0] else None
-        for rows in _chunks(len(h_RD), weight_WD):
+        for rows in row_chunks(len(h_RD), weight_WD):
             logits_CW = linear(h_RD[rows], weight_WD)
             max_C1 = logits_CW.amax(dim=-1, keepdim=True)
             exponentials_CW = _exponentials(logits_CW, max_C1)
@@ -335,7 +322,7 @@ class HalfLinearCrossEntropy(Function):
             return _half_losses(h_RD, weight_WD, rows_N, ids_N)
         losses_N = h_RD.new_empty(len(rows_N), dtype=torch.float32)
         difference_ND = h_RD.new_empty(len(rows_N), h_RD.shape[1])
-        for part in _chunks(len(rows_N), weight_WD):
+        for part in row_chunks(len(rows_N), weight_WD):
             # A row for each target. In training no row has two.
             chunk = _half_chunk(h_RD[rows_N[part]], weight_WD, ids_N[part])
             losses_N[part], difference_ND[part] = chunk
@@ -368,7 +355,7 @@ def _half_chunk(h_CD: Tensor, weight_WD: Tensor, ids_C: Tensor) -> tuple[Tensor,
 def _half_losses(h_RD: Tensor, weight_WD: Tensor, rows_N: Tensor, ids_N: Tensor) -> Tensor:
     """The losses of HalfLinearCrossEntropy; each row's logits are computed once."""
     log_others_N = h_RD.new_empty(len(rows_N), dtype=torch.float32)
-    for rows in _chunks(len(h_RD), weight_WD):
+    for rows in row_chunks(len(h_RD), weight_WD):
         exponentials_CW, max_C1 = _half_exponentials(h_RD[rows], weight_WD)
         total_C1 = exponentials_CW.sum(dim=-1, keepdim=True)
         # By a mask over all targets: a GPU does not tell the host how many are in this chunk.

@@ -1,0 +1,153 @@
+"""`vico cognition`: what a checkpoint's adapter does to plain language."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vico.cli.asked import open_model
+from vico.cli.flags import make_parser, read_words, require_resume
+from vico.cli.parser import SettingsParser, path_argument, positive_int
+from vico.cli.with_world import with_world
+from vico.errors import UserError
+
+if TYPE_CHECKING:  # they import torch, which is slow; a mistyped flag is reported before
+    from vico.data.text_windows import Text
+    from vico.distributed.world import World
+    from vico.train.asking import AskedModel
+
+USAGE = "--resume CHECKPOINT [--text FILE ...] [--questions] [FLAGS]"
+DESCRIPTION = (
+    "Measure what a checkpoint's adapter (--resume) does to plain language. The frozen LLaMA and "
+    "the adapted one predict the same text, without a video: perplexity of both, KL(frozen || "
+    "adapted) per token in nats, how often both find the same token the likeliest, per file and by "
+    "position in the window. --questions also answers the questions of --split by their text "
+    "alone, with and without the adapter. Settings come from the checkpoint, as for `vico eval`. "
+    "The last line printed is a JSON object. "
+    "Example: vico cognition --resume runs/a --text book.txt."
+)
+DEFAULT_WINDOW = 1024
+MIN_WINDOW = 2  # BOS and a token
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is measured, as the flags say it."""
+
+    texts: tuple[Path, ...]
+    window: int | None  # None: DEFAULT_WINDOW, or the model's own if that is shorter
+    questions: bool
+
+    def window_of(self, longest: int | None) -> int:
+        """Positions of a window. `longest`: that the model sees. Raises UserError."""
+        if self.window is None:
+            return min(DEFAULT_WINDOW, longest or DEFAULT_WINDOW)
+        if longest is not None and self.window > longest:
+            raise UserError(
+                f"--window {self.window}: this model sees {longest} tokens; lower it to that"
+            )
+        return self.window
+
+
+def main(argv: list[str]) -> int:
+    """Run the command on this rank; returns the exit code."""
+    parser = make_parser("vico cognition", DESCRIPTION, prints=False, usage=USAGE, add_own=_add_own)
+    line, typed, words = read_words(parser, argv)
+    if words:
+        parser.refuse_unknown(words)
+    request = _request(typed)
+    require_resume(line, "to measure")
+
+    def work(world: "World") -> None:
+        model = open_model(line, world)
+        result: dict[str, Any] = {}
+        if request.texts:
+            result |= _measure_texts(request, model, world)
+        if request.questions:
+            result["without_video"] = _measure_questions(model, world)
+        world.print_rank0(json.dumps(result))
+
+    return with_world(line, work)
+
+
+def _add_own(parser: SettingsParser) -> None:
+    add = parser.add_argument_group("cognition").add_argument
+    add("--text", nargs="+", type=path_argument, metavar="FILE", help="plain text, UTF-8")
+    add(
+        "--window",
+        type=positive_int,
+        metavar="N",
+        help=f"positions of a window, its BOS included; texts are cut into windows that do not "
+        f"overlap (default: {DEFAULT_WINDOW})",
+    )
+    add(
+        "--questions",
+        action="store_true",
+        help="the accuracy on --split without the video, with and without the adapter (default "
+        "without --text)",
+    )
+
+
+def _request(typed: Mapping[str, Any]) -> Request:
+    """Raises UserError for a window without room for a token, or a text that is named twice."""
+    texts: tuple[Path, ...] = tuple(typed.get("text", ()))
+    window = typed.get("window")
+    if window is not None and window < MIN_WINDOW:
+        raise UserError(
+            f"--window {window}: has no room for a token behind BOS; {MIN_WINDOW} is the least"
+        )
+    for i, path in enumerate(texts):
+        if path in texts[:i]:
+            raise UserError(f"--text: {path} is there twice; name each file once")
+    return Request(texts, window, typed.get("questions", False) or not texts)
+
+
+def _measure_texts(request: Request, model: "AskedModel", world: "World") -> dict[str, Any]:
+    from vico.data.text_windows import open_text
+    from vico.data.tokenizer import Tokenizer
+    from vico.train.cognition import measure_texts
+
+    with world.raise_together():
+        tokenizer = Tokenizer(model.inputs.tokenizer_path)
+        texts: Sequence[Text] = [open_text(path, tokenizer) for path in request.texts]
+        window = request.window_of(model.inputs.weights.config.sliding_window)
+    measures = measure_texts(model.engine, texts, tokenizer.bos, window, model.inputs, world)
+    world.print_rank0(measures.table())
+    return {"window": window, **measures.to_json()}
+
+
+def _measure_questions(model: "AskedModel", world: "World") -> dict[str, Any]:
+    """Accuracies; predictions alone have none."""
+    from vico.data.datasets import find_dataset
+    from vico.train.build import read_inputs
+    from vico.train.cognition import scores_without_video
+    from vico.train.evaluate import summarize
+
+    config = model.config
+    with world.raise_together():
+        inputs = read_inputs(config, (config.split,), world)
+        questions = inputs.questions[config.split]
+        if not questions or any(q.answer is None for q in questions):
+            raise UserError(
+                f"--split {config.split}: has no questions with answers, so no accuracy; name "
+                "another"
+            )
+    known = {name: find_dataset(name, config.folder_of(name)) for name in config.dataset_names}
+    result: dict[str, Any] = {"split": config.split, "n": len(questions)}
+    scores = scores_without_video(model.engine, inputs, config, world)
+    for name, of_model in zip(("frozen", "adapted"), scores, strict=True):
+        evaluation = summarize(questions, of_model, known, inputs.dropped[config.split])
+        world.print_rank0(
+            f"{config.split} accuracy of {evaluation.used} by their text alone, {name} model:\n"
+            f"{evaluation.table()}"
+        )
+        result |= {f"{key}_{name}": value for key, value in evaluation.accuracies.items()}
+        result[f"loss_{name}"] = evaluation.loss  # of the right options
+    return result
+
+
+if __name__ == "__main__":  # `python -m vico.cli.cognition`, or this file
+    from vico.cli.main import console
+
+    console(command="cognition")

@@ -1,0 +1,112 @@
+"""Plain text as packed micro-batches: how well a language model predicts it, without a video.
+
+A text is encoded whole and cut into windows that do not overlap. Each begins with BOS, so every
+token of the text is predicted exactly once, from those of its window before it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from vico.data.evaluation_batches import EVALUATION_TOKENS
+from vico.data.packing import Example, pack
+from vico.data.tokenizer import Tokenizer
+from vico.data.types import TokenSequence
+from vico.errors import UserError
+from vico.io.text import read_text
+from vico.model.batch import PackedBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A file of plain text, encoded."""
+
+    path: Path
+    token_ids: list[int]
+    num_bytes: int  # of UTF-8
+
+
+def open_text(path: Path, tokenizer: Tokenizer) -> Text:
+    """Raises UserError for a file that is no UTF-8 text, or empty."""
+    content = read_text(path, "plain text")
+    token_ids = tokenizer.encode(content)
+    if not token_ids:
+        raise UserError(f"{path}: the tokenizer makes no token of it; name a text")
+    return Text(path, token_ids, len(content.encode()))
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Tokens [start, stop) of all texts, counted through."""
+
+    start: int
+    stop: int
+    sequence: TokenSequence
+
+
+def windows(texts: Sequence[Text], bos: int, length: int) -> list[Window]:
+    """The windows of all texts, in order. `length`: positions of a window, BOS included."""
+    made: list[Window] = []
+    start = 0
+    for text in texts:
+        for first in range(0, len(text.token_ids), length - 1):
+            tokens = (bos, *text.token_ids[first : first + length - 1])
+            stop = start + len(tokens) - 1
+            made.append(Window(start, stop, text_sequence(tokens)))
+            start = stop
+    return made
+
+
+def text_sequence(tokens: tuple[int, ...]) -> TokenSequence:
+    """A sequence without video slots, every token but the first a target."""
+    return TokenSequence("text", tokens, range(1, len(tokens)), video_start=len(tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class TextChunk:
+    """Some windows as one stream. Its targets are those of the windows, in their order."""
+
+    windows: tuple[Window, ...]  # empty: a dummy, whose losses nobody reads
+    batch: PackedBatch
+
+
+class TextChunks(Dataset[TextChunk]):
+    """Item i: the i-th chunk of this rank.
+
+    The chunks are the same for any number of ranks, and so are the losses, bit for bit. Every rank
+    has as many: forwards are collective under ZeRO-3.
+    """
+
+    def __init__(
+        self, made: Sequence[Window], features_0FC: torch.Tensor, rank: int, world_size: int
+    ) -> None:
+        """`features_0FC`: no clip, of the shape that the model takes."""
+        self._features_0FC, self._dummy = features_0FC, made[:1]
+        chunks = _divide(made)
+        own_chunks = chunks[rank::world_size]
+        num_dummies = -(-len(chunks) // world_size) - len(own_chunks)
+        self._chunks: list[list[Window]] = own_chunks + [[]] * num_dummies
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def __getitem__(self, item: int) -> TextChunk:
+        chunk = self._chunks[item]
+        examples = [Example(w.sequence, clip=0, task=0) for w in chunk or self._dummy]
+        return TextChunk(tuple(chunk), pack(examples, self._features_0FC, share=False))
+
+
+def _divide(made: Sequence[Window]) -> list[list[Window]]:
+    """Windows together, cut at about EVALUATION_TOKENS."""
+    chunks: list[list[Window]] = []
+    size = EVALUATION_TOKENS
+    for window in made:
+        if size + len(window.sequence.tokens) > EVALUATION_TOKENS:
+            chunks.append([])
+            size = 0
+        chunks[-1].append(window)
+        size += len(window.sequence.tokens)
+    return chunks

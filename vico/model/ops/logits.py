@@ -1,0 +1,49 @@
+"""Logits of the whole vocabulary, where a loss alone is not enough: generation and comparison."""
+
+import torch
+from torch import Tensor
+
+from vico.model.config import HEAD_CHUNK_BYTES
+from vico.model.ops.autograd import linear, row_chunks
+
+
+def vocabulary_logits(h_RD: Tensor, weight_WD: Tensor) -> Tensor:
+    """h_RD W^T [R, W], multiplied and summed in fp32: a rounded logit could name another token.
+
+    In half precision some rows of the weight are converted at a time.
+    """
+    if h_RD.dtype == torch.float32:
+        return linear(h_RD, weight_WD)
+    chunk_bytes = HEAD_CHUNK_BYTES["cuda" if weight_WD.is_cuda else "cpu"]
+    chunk = max(1, chunk_bytes // (4 * weight_WD.shape[1]))
+    h_RD = h_RD.float()
+    return torch.cat([linear(h_RD, part.float()) for part in weight_WD.split(chunk)], dim=1)
+
+
+def compare_predictions(
+    frozen_RD: Tensor, adapted_RD: Tensor, weight_WD: Tensor, rows_N: Tensor, ids_N: Tensor
+) -> Tensor:
+    """How two models predict tokens ids_N at rows rows_N, float64 [4, N].
+
+    The cross-entropy of the frozen and of the adapted model; KL(frozen || adapted) of what they
+    predict, sum_w p_w (log p_w - log q_w) in nats (Kullback and Leibler, 1951); and 1 where both
+    find the same token the likeliest. Logits are held for some targets at a time.
+    """
+    parts = [frozen_RD.new_empty(4, 0, dtype=torch.float64)]
+    for chunk in row_chunks(len(ids_N), weight_WD):
+        p_CW, q_CW = (
+            vocabulary_logits(h_RD[rows_N[chunk]], weight_WD).double().log_softmax(dim=-1)
+            for h_RD in (frozen_RD, adapted_RD)
+        )
+        ids_C1 = ids_N[chunk, None]
+        parts.append(
+            torch.stack(
+                [
+                    -p_CW.gather(1, ids_C1)[:, 0],
+                    -q_CW.gather(1, ids_C1)[:, 0],
+                    (p_CW.exp() * (p_CW - q_CW)).sum(dim=-1),
+                    (p_CW.argmax(dim=-1) == q_CW.argmax(dim=-1)).double(),
+                ]
+            )
+        )
+    return torch.cat(parts, dim=1)

@@ -1,0 +1,176 @@
+"""What the adapter does to plain language: the adapted model against the frozen one.
+
+Both predict the same text, without a video and with the adapter in place as in a question. The
+frozen model is the same one without prompts and gates, so the weights are loaded once.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vico.data.micro_batches import DatasetInputs
+from vico.data.text_windows import Text, TextChunks, windows
+from vico.data.types import Question
+from vico.distributed.world import World
+from vico.errors import TrainingError
+from vico.train.build import Inputs
+from vico.train.config import RunConfig
+from vico.train.engine import Engine
+from vico.train.evaluate import CHUNKS_PER_STOP_CHECK, raise_if_stopped, score
+from vico.train.progress_bar import ProgressBar
+
+# Where the ranges of positions begin that are reported apart.
+POSITION_RANGES = (1, 2, 4, 16, 64, 256, 1024, 4096)
+NUM_MEASURES = 4  # of a token: two cross-entropies, KL, whether the likeliest tokens agree
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Sums over tokens, by which any part of a text is described."""
+
+    num_tokens: int
+    losses_frozen: float  # sum of cross-entropies, nats
+    losses_adapted: float
+    kl: float  # sum of KL(frozen || adapted), nats
+    num_agreeing: int  # tokens where both models find the same one the likeliest
+
+    @classmethod
+    def of(cls, measures_4N: Tensor) -> "Measured":
+        frozen, adapted, kl, agreeing = measures_4N.sum(dim=1).tolist()
+        return cls(measures_4N.shape[1], frozen, adapted, kl, int(agreeing))
+
+    def to_json(self, num_bytes: int | None = None) -> dict[str, Any]:
+        """`num_bytes`: of the whole text, which tells the bits per byte."""
+        n = self.num_tokens
+        result = {
+            "tokens": n,
+            "perplexity_frozen": _exp(self.losses_frozen / n),
+            "perplexity_adapted": _exp(self.losses_adapted / n),
+            "kl_per_token": self.kl / n,
+            "top1_agreement": self.num_agreeing / n,
+        }
+        if num_bytes is not None:
+            for name in ("frozen", "adapted"):
+                bits = getattr(self, f"losses_{name}") / math.log(2)
+                result[f"bits_per_byte_{name}"] = bits / num_bytes
+        return result
+
+
+def _exp(mean_loss: float) -> float:
+    """The perplexity of a mean cross-entropy. The largest float where it is above all floats."""
+    return math.exp(min(mean_loss, math.log(math.nextafter(math.inf, 0))))
+
+
+@dataclass(frozen=True)
+class TextMeasures:
+    """Every token of some texts, measured."""
+
+    texts: Sequence[Text]
+    measures_4N: Tensor  # float64, on the host, in the order of the texts
+    positions_N: Tensor  # int64: of each token in its window; BOS is 0
+
+    def to_json(self) -> dict[str, Any]:
+        """All texts together; then each, and each range of positions."""
+        result = Measured.of(self.measures_4N).to_json(sum(t.num_bytes for t in self.texts))
+        result["files"] = {str(text.path): part for text, part in self._files()}
+        result["positions"] = self._positions()
+        return result
+
+    def _files(self) -> list[tuple[Text, dict[str, Any]]]:
+        parts = self.measures_4N.split([len(t.token_ids) for t in self.texts], dim=1)
+        pairs = zip(self.texts, parts, strict=True)
+        return [(text, Measured.of(part).to_json(text.num_bytes)) for text, part in pairs]
+
+    def _positions(self) -> list[dict[str, Any]]:
+        """Of the ranges of positions that hold a token: how much context a token has counts."""
+        rows = []
+        for first, after in zip(POSITION_RANGES, (*POSITION_RANGES[1:], math.inf), strict=True):
+            inside_N = (self.positions_N >= first) & (self.positions_N < after)
+            if inside_N.any():
+                last = int(self.positions_N[inside_N].max())
+                part = Measured.of(self.measures_4N[:, inside_N])
+                rows.append({"first": first, "last": last, **part.to_json()})
+        return rows
+
+    def table(self) -> str:
+        """As text for people."""
+        head = f"  {'':<24}{'tokens':>9}{'frozen':>10}{'adapted':>10}{'KL':>10}{'same top':>10}"
+        rows = ["perplexity of the frozen and the adapted model, KL per token (nats):", head]
+        for text, part in self._files():
+            rows.append(_row(text.path.name, part))
+        if len(self.texts) > 1:
+            rows.append(_row("all texts", Measured.of(self.measures_4N).to_json()))
+        for part in self._positions():
+            rows.append(_row(f"positions {part['first']} to {part['last']}", part))
+        return "\n".join(rows)
+
+
+def _row(name: str, part: dict[str, Any]) -> str:
+    frozen, adapted = part["perplexity_frozen"], part["perplexity_adapted"]
+    agreement = part["top1_agreement"]
+    return (
+        f"  {name[:23]:<24}{part['tokens']:>9,}{frozen:>10.3f}{adapted:>10.3f}"
+        f"{part['kl_per_token']:>10.5f}{agreement:>10.2%}"
+    )
+
+
+def measure_texts(
+    engine: Engine, texts: Sequence[Text], bos: int, window: int, inputs: Inputs, world: World
+) -> TextMeasures:
+    """Run the frozen and the adapted model over every token. A collective: all ranks get all.
+
+    `window`: positions, BOS included. The numbers are the same for any number of ranks, bit for
+    bit. Raises TrainingError for losses that are not finite, Stopped on a stop signal.
+    """
+    made = windows(texts, bos, window)
+    num_slots = inputs.trainable_shapes["temporal_emb.weight"][0]
+    width = inputs.trainable_shapes["visual_proj.weight"][1]
+    chunks = TextChunks(made, torch.zeros(0, num_slots, width), world.rank, world.size)
+    num_tokens = made[-1].stop
+    table_4N = torch.zeros(NUM_MEASURES, num_tokens, dtype=torch.float64)
+    what = f"{num_tokens:,} tokens of text"
+    engine.train(False)
+    with (
+        torch.no_grad(),
+        ProgressBar(f"measuring {what}", len(chunks), "batch", world.is_main) as bar,
+    ):
+        for number in range(len(chunks)):
+            chunk = chunks[number]
+            world.set_phase(f"batch {number + 1} of the texts")
+            measures_4n = engine.compare(chunk.batch.to(world.device)).cpu()
+            if chunk.windows:
+                table_4N[:, chunk.windows[0].start : chunk.windows[-1].stop] = measures_4n
+            bar.advance()
+            if (number + 1) % CHUNKS_PER_STOP_CHECK == 0:
+                raise_if_stopped(f"stopped in the measurement of {what}; start it again", world)
+    world.sum(table_4N)  # each token is one rank's, so no bit changes
+    if not table_4N.isfinite().all():
+        raise TrainingError(
+            "the losses of the texts are not finite; try --precision bf16 or fp32, or another "
+            "checkpoint"
+        )
+    positions_N = torch.cat([torch.arange(1, w.stop - w.start + 1) for w in made])
+    return TextMeasures(texts, table_4N, positions_N)
+
+
+def scores_without_video(
+    engine: Engine, inputs: Inputs, config: RunConfig, world: World
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Option scores of config.split's questions by their text alone: (frozen, adapted) model.
+
+    A collective. The gates of `engine` are closed afterwards.
+    """
+    datasets = {}
+    for name, d in inputs.datasets.items():
+        datasets[name] = DatasetInputs(d.features, d.prompts.without_video(), {})
+    bare = replace(inputs, datasets=datasets)
+    questions: Sequence[Question] = inputs.questions[config.split]
+    label = f"{config.split} (without video)"
+    adapted = score(engine, bare, questions, label, config, world, num_slots=0)
+    engine.close_gates()
+    frozen = score(engine, bare, questions, label, config, world, num_slots=0)
+    return frozen, adapted
