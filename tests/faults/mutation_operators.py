@@ -47,6 +47,36 @@ EQUIVALENT = (
     Equivalent("vico/train/progress_bar.py", "10", "9", _OFTEN),  # of EARLY
     Equivalent("vico/train/progress_bar.py", "10", "11", _OFTEN),
     Equivalent("vico/train/progress_bar.py", "20.0", "20.4", _OFTEN),  # PLAIN_SECONDS
+    Equivalent(
+        "vico/data/bin_packing.py",
+        "sizes[largest] > budget",
+        "(sizes[largest] >= budget)",
+        "the fewest items of a total that one item has are this item",
+    ),
+    Equivalent(
+        "vico/train/heat_map.py",
+        "shares[..., None] > 0",
+        "(shares[..., None] >= 0)",
+        "the colour of 0 is multiplied by 0",
+    ),
+    Equivalent(
+        "vico/model/ops/autograd.py",
+        "_exact_logits(h_CD, targets_CD)",
+        "_exact_logits(targets_CD, h_CD)",
+        "it multiplies elements and sums the products",
+    ),
+    Equivalent(
+        "vico/train/step.py",
+        "torch.tensor([signals.stop_requested()], dtype=torch.float64)",
+        "torch.tensor([signals.stop_requested()])",
+        "concatenated with float64, it becomes float64",
+    ),
+    Equivalent(
+        "vico/train/optim.py",
+        "0.0",
+        "0.02",
+        "the learning rate before the first step, which sets it",
+    ),
 )
 WORDS_FOR_PEOPLE = ("info", "fields", "print", "print_rank0", "set_phase")
 SWAPPED_COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {

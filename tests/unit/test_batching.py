@@ -77,3 +77,16 @@ def test_a_step_carries_the_error_of_its_data(
     step = steps[0, 0]
     assert step.error is problem and step.micro_batches == () and step.num_real_tokens == 0
     assert step.target_counts.tolist() == [0, 0]
+
+
+def test_features_that_are_not_finite_are_named(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those that were changed after they had been checked."""
+    features = inputs.datasets["nextqa"].features
+    bad = torch.zeros(10, 768)
+    bad[3, 4] = torch.nan
+    monkeypatch.setattr(features, "sample", lambda video, rows, number: bad)
+    error = training_steps(inputs)[0, 0].error
+    assert error is not None and "hold NaN or infinite values; extract them" in str(error)
+    assert str(error).startswith(f"{features.path}: the features of video 'v00")

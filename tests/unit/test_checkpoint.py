@@ -270,7 +270,12 @@ def test_repair_after_a_kill(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
     (tmp_path / ".log.txt.vico-tmp").touch()
-    repair_folder(tmp_path)
+    assert repair_folder(tmp_path) == [
+        "checkpoint-1 put back",
+        ".checkpoint_best.vico-old removed",
+        ".checkpoint-2.vico-tmp removed",
+        ".log.txt.vico-tmp removed",
+    ]
     assert names_in(tmp_path) == sorted([*users, "checkpoint-1", "checkpoint_best"])
     assert (tmp_path / "checkpoint-1" / "file").read_text() == ".checkpoint-1.vico-old"
     assert (tmp_path / "checkpoint_best" / "file").read_text() == "checkpoint_best"

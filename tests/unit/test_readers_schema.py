@@ -15,6 +15,7 @@ from support.annotation_files import FILE_PROPERTY, put
 from support.errors import refusal
 from vico.data.datasets import accuracy_groups, find_dataset, read_questions
 from vico.data.readers import schema
+from vico.data.readers.answers import _reading
 from vico.data.types import Question
 
 ROW: dict[str, Any] = {"video": "007", "question": "why", "options": ["clap", "None"], "answer": 1}
@@ -361,3 +362,29 @@ def test_nextqa_as_json_and_parquet(tmp_path: Path) -> None:
     ] * 2
     put(tmp_path / "val.json", json.dumps([{**row, "a5": "more"}]))
     assert "val.json[0]: column 'a5'" in refusal(read_questions, "nextqa", tmp_path, "val")
+
+
+@pytest.mark.parametrize(
+    ("value", "forms"),
+    [
+        ("B", {"letter": 1}),
+        ("(b)", {"letter": 1}),
+        ("B. clap", {"letter": 1}),
+        ("B. dog", {}),  # not what B is
+        ("D", {}),
+        ("2", {"index": 1}),
+        (3, {"index": 2}),
+        (3.0, {"index": 2}),
+        (2.5, {}),
+        (0, {}),
+        (4, {}),
+        ("4", {}),
+        (True, {}),
+        ("clap", {"text": 1}),
+        (" Clap. ", {"text": 1}),
+    ],
+)
+def test_what_an_answer_may_mean(value: object, forms: dict[str, int]) -> None:
+    """Of three options, with answers that count from 1."""
+    reading = _reading(value, ["sit", "clap", "run"], 1)
+    assert reading.by_form == forms and reading.is_loose == (value == " Clap. ")

@@ -14,7 +14,6 @@ from vico.errors import TrainingError, UserError
 from vico.io.atomic import write_json
 from vico.io.digest import digest_json
 from vico.io.output_dir import OutputDir
-from vico.io.paths import exists
 from vico.io.text import read_json_object
 
 MAX_FAILURES = 3
@@ -87,6 +86,6 @@ def clear(output_dir: OutputDir) -> None:
 def _read(output_dir: OutputDir) -> dict[str, Any]:
     path = output_dir.attempts
     try:
-        return read_json_object(path, path.name) if exists(path) else {}
-    except UserError:
+        return read_json_object(path, path.name)
+    except UserError:  # also where there is none
         return {}

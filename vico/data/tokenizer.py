@@ -210,7 +210,7 @@ def _read(path: Path) -> bytes:
             f"{path}: {problem.strerror}; "
             "--llama_model_path must name the folder that holds tokenizer.model"
         ) from None
-    if description := failed_download(data[:512], len(data)):
+    if description := failed_download(data, len(data)):
         raise UserError(f"{path}: the tokenizer is {description}")
     return data
 

@@ -41,9 +41,9 @@ _REFUSED = (
 def failed_download(head: bytes, num_bytes: int) -> str | None:
     """What a file is when its download went wrong, and what to do; None: no sign of that.
 
-    `head`: the first bytes of the file. `num_bytes`: its size.
+    `head`: the file or its first bytes. `num_bytes`: its size.
     """
-    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    start = head[:512].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if start.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
         return f"an HTML page ({num_bytes:,} bytes), most likely a failed download; fetch it again"
     if start.startswith(b"version https://git-lfs"):

@@ -45,7 +45,7 @@ def read_text(path: Path, what: str, error: type[UserError] = UserError) -> str:
     `what` describes the expected content in messages.
     """
     data = _read_bytes(path, what, error)
-    if description := failed_download(data[:512], len(data)) or _other_format(data):
+    if description := failed_download(data, len(data)) or _other_format(data):
         fail(f"{path}: {what} is {description}", error)
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         reason = "is UTF-16 (byte offset 0 holds its mark), not UTF-8; save it as UTF-8"
