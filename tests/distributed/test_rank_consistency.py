@@ -7,6 +7,7 @@ import shutil
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from support.processes import PYTHONPATH, ROOT, start
 from support.toy_dataset import ToyData
 from vico.checkpoint.format import WEIGHTS, TrainState
 from vico.checkpoint.write import RunIdentity, save
+from vico.errors import UserError
 from vico.train import rank_consistency
 from vico.train.config import RunConfig
 
@@ -247,3 +249,37 @@ def test_a_late_file_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     alone = EmulatedWorld(0, 1, torch.device("cpu"), None)
     rank_consistency._wait_until_visible(alone, host_0)
     assert slept == []
+
+
+def test_the_ranks_that_differ_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against rank 0, on every rank, with a few of the values."""
+    hosts = iter(["a", "b", "a", "c"])
+    monkeypatch.setattr(rank_consistency, "host_name", lambda: next(hosts))
+    size, names = 4, ("--lr", "--seed", "--cap", "--bias")
+    values = [dict.fromkeys(names, str(rank % 2)) | {"same": "1"} for rank in range(size)]
+    values[0].pop("--bias"), values[2].pop("--bias"), values[3].pop("--lr")
+    exchange = Exchange(size)
+    first = EmulatedWorld(0, size, torch.device("cpu"), None, exchange=exchange)
+
+    def compare(rank: int) -> tuple[str, bool]:
+        world = dataclasses.replace(first, rank=rank)
+        with pytest.raises(UserError) as refused:
+            rank_consistency._require_same(world, "settings", values[rank], "do this")
+        return str(refused.value), refused.value.of_all_ranks
+
+    with ThreadPoolExecutor(size) as pool:
+        ends = list(pool.map(compare, range(size)))
+    assert set(ends) == {ends[0]} and ends[0][1]
+    message = ends[0][0]
+    assert message.startswith("the ranks have different settings: ")
+    assert " (2 rank(s), the first is 1) against rank 0 on " in message
+    assert message.endswith(": --lr: 0 -> 1; --seed: 0 -> 1; --cap: 0 -> 1; ...; do this")
+    few = rank_consistency._describe_differences({"a": "1", "b": "2"}, {"b": "3", "c": "4"})
+    assert few == "a: 1 -> none; b: 2 -> 3; c: none -> 4"
+    for same_size in (1, 2):
+        exchange = Exchange(same_size)
+        first = EmulatedWorld(0, same_size, torch.device("cpu"), None, exchange=exchange)
+        same = [dataclasses.replace(first, rank=rank) for rank in range(same_size)]
+        agree = partial(rank_consistency._require_same, subject="", own=values[0], remedy="")
+        with ThreadPoolExecutor(same_size) as pool:
+            list(pool.map(agree, same))

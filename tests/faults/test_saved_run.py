@@ -58,6 +58,7 @@ def test_more_epochs_on_a_complete_run(toy: ToyData, undisturbed: Path, tmp_path
         assert "nothing to train, and a larger --epochs trains on" in ended.stdout
         again = train(out, "--epochs", "3")
         assert again.code == 0 and "resuming from step 6" in again.stdout
+        assert "to redo" not in again.stdout
         assert "steps: 7 to 9, 3 per epoch, 8 questions each" in again.stdout
         (note,) = [line for line in again.stdout.splitlines() if "note: --epochs" in line]
         assert "note: --epochs 2 -> 3: the learning-rate schedule spans all 3 epochs, so" in note

@@ -124,7 +124,7 @@ def options(prompt: list[int]) -> list[Example]:
 
 
 def test_options_share_the_prompt() -> None:
-    head = [1, 5, 6, 7, *[VIDEO_SLOT] * SLOTS, 6, 7, 8, 9]
+    head = [1, 5, 6, 7, *[VIDEO_SLOT] * SLOTS, 6, 0, 8, 9]  # 0 is a token too
     batch = pack(options(head), torch.zeros(1, SLOTS, 768))
     assert [s.stop - s.start for s in batch.segments] == [4, SLOTS, 4, 2, 2, 2, 2, 2]
     blocks = attention_mask(batch.segments).blocks

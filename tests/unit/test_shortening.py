@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.backbones import make_llama_3_tokenizers
 from support.toy_dataset import WORDS, ToyData
 from vico.data import length_stats
-from vico.data.length_stats import Cuts, QuestionLengths
+from vico.data.length_stats import Cuts, Lengths, QuestionLengths
 from vico.data.prompts import Prompts
 from vico.data.shortening import _cut
 from vico.data.tokenizer import Tokenizer
@@ -187,6 +187,14 @@ def test_what_is_cut_is_counted(sentencepiece: Tokenizer) -> None:
     cut = 800 - kept_options
     share = f"{100 * cut / 803:.1f} % ({cut} of 803 characters) of their options"
     assert options == f"{share} (in 1)"
+
+
+def test_lengths_are_described() -> None:
+    lengths = Lengths({33: 1, 64: 2, 65: 1, 200: 1})
+    expected = "85 tokens on average, 200 at most (33-64: 3, 65-96: 1, 193-224: 1)"
+    assert lengths.describe() == expected
+    assert (lengths.above(64), lengths.tokens_above(64)) == (2, 1 + 136)
+    assert (lengths.num_sequences, lengths.num_tokens) == (5, 426)
 
 
 def test_measuring_goes_on_where_it_was_ended(sentencepiece: Tokenizer) -> None:

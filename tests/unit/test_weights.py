@@ -17,7 +17,8 @@ from support.errors import refusal
 from support.weight_layouts import write_layouts
 from vico.checkpoint import fingerprint
 from vico.io.host_memory import return_free_memory
-from vico.model.config import LlamaConfig, backbone_shapes
+from vico.model.config import LlamaConfig, RopeScaling, backbone_shapes
+from vico.model.weights import meta
 from vico.model.weights.hf_config import mlp_rule, read_llama_config
 from vico.model.weights.load import Weights, open_weights
 
@@ -189,3 +190,30 @@ def test_a_tied_output_that_is_stored_too(tmp_path: Path) -> None:
             assert torch.equal(open_weights(tmp_path, None).read("output.weight"), embeddings)
         else:
             assert "lm_head.weight is not the embeddings" in refusal(open_weights, tmp_path, None)
+
+
+def test_what_a_params_json_says(tmp_path: Path) -> None:
+    """And what is taken where it is silent: Meta's values."""
+    path = tmp_path / "params.json"
+    sizes = {"dim": 4096, "n_layers": 2, "n_heads": 32}
+
+    def read(**more: object) -> LlamaConfig:
+        path.write_text(json.dumps({**sizes, **more}))
+        return meta.read_llama_config(path)
+
+    config = read()
+    assert (config.dim, config.n_layers, config.n_heads, config.vocab_size) == (4096, 2, 32, -1)
+    assert (config.multiple_of, config.norm_eps, config.rope_theta) == (256, 1e-5, 10000.0)
+    assert (config.kv_heads, config.head_dim, config.rope_scaling) == (32, 128, None)
+    config = read(n_kv_heads=8, head_dim=64, vocab_size=9, multiple_of=64, norm_eps=1e-6)
+    assert (config.kv_heads, config.head_dim, config.vocab_size) == (8, 64, 9)
+    assert (config.multiple_of, config.norm_eps) == (64, 1e-6)
+    config = read(rope_theta=5e5, ffn_dim_multiplier=100, use_scaled_rope=False)
+    assert (config.rope_theta, config.ffn_dim_multiplier) == (5e5, 100.0)
+    assert config.rope_scaling is None
+    assert read(use_scaled_rope=True).rope_scaling == RopeScaling(8.0)
+    scaled = {"use_scaled_rope": True, "dim": 2048}
+    assert read(**scaled, rope_scaling_factor=32).rope_scaling == RopeScaling(32.0)
+    assert "does not say by how much" in refusal(read, **scaled)
+    assert "ffn_dim_multiplier is 100.5 and must be" in refusal(read, ffn_dim_multiplier=100.5)
+    assert "ffn_dim_multiplier is 0 and must be" in refusal(read, ffn_dim_multiplier=0)
