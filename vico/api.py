@@ -6,6 +6,7 @@
 
 `features` is a tensor or array [frames, width] by the encoder of the training's features; with
 `encoder`, it may be the path of a video instead. Errors are vico.errors.UserError, with one line.
+Commands (vico.cli.main) need a process of their own: this one stays connected.
 """
 
 from collections.abc import Sequence

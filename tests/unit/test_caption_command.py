@@ -16,6 +16,7 @@ from vico.distributed.world import World
 from vico.errors import UserError
 from vico.generation.caption_metrics import caption_metrics
 from vico.train.asking import Answer
+from vico.train.captioning import most_common
 
 pytest.importorskip("pycocoevalcap", exc_type=ImportError)
 SHORT = ["--max_new_tokens", "8"]
@@ -79,6 +80,12 @@ def test_openings(
     *lines, other = output(capsys, *flags, "--data_path", tmp_path)
     assert any("the training captions are not at hand" in line for line in lines)
     assert json.loads(other) == json.loads(last)
+
+
+def test_the_most_common_opening() -> None:
+    """Token by token: of openings that differ, the usual beginning and not the first one."""
+    assert most_common([(7, 8, 9), (1, 2, 3), (1, 2, 4), (1, 5, 6)]) == ((1, 2, 3), 1)
+    assert most_common([(1, 2, 3)] * 2 + [(4, 5, 6)]) == ((1, 2, 3), 2)
 
 
 def test_references_are_needed(

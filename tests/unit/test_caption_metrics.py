@@ -70,7 +70,10 @@ def test_meteor_is_the_package_s_own() -> None:
     from pycocoevalcap.meteor.meteor import Meteor
 
     captions, references = texts(200)
-    expected = own(captions, references, ("meteor", Meteor()))["meteor"]
+    scorer = Meteor()
+    expected = own(captions, references, ("meteor", scorer))["meteor"]
+    scorer.meteor_p.stdout.close()
+    scorer.meteor_p.stderr.close()
     assert caption_metrics(captions, references)["meteor"] == expected > 0.1
 
 

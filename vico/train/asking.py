@@ -342,6 +342,8 @@ class _Evaluation:
             questions = [q for q in self.questions if q.dataset == name]
             inputs.features.check(questions)
             inputs.features.check_finite(questions, num_frames)
+            for question in questions:
+                inputs.prompts.fit(question, "vqa")
 
     def chunks_of(self, twins: Mapping[int, int]) -> tuple[dict[int, int], "_Evaluation"]:
         """The chunks with the questions at `twins`' places: (their new places, the questions)."""

@@ -2,13 +2,13 @@
 
 The first three tokens of a caption are context in training (METHOD section 2): no one learns to
 write them. After "Description:" alone a trained model may write what it has learned to write after
-other prompts, such as "(A)". So a generated caption begins with the three tokens with which most
-training captions begin, where these are at hand.
+other prompts, such as "(A)". So a generated caption begins with three usual first tokens of the
+training captions, where these are at hand.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from vico.data.readers import captions as caption_files
 from vico.data.types import Question
 from vico.errors import UserError, show
 from vico.generation.generate import Generated
+from vico.io.paths import exists
 from vico.train import preflight
 from vico.train.asking import AskedModel
 from vico.train.config import RunConfig
@@ -55,7 +56,7 @@ def videos_of_split(model: AskedModel) -> list[SplitVideo]:
                 f"note: {label}: the videos of {len(dropped)} of {len(questions)} questions have "
                 "no features and get no caption (--missing_features drop)"
             )
-        references = references_of(config, name, used, _saved_captions(model))
+        references = references_of(model, name, used)
         for video in dict.fromkeys(question.video for question in used):
             own = (references[video],) if video in references else ()
             videos.append(SplitVideo(name, video, features, own))
@@ -63,25 +64,32 @@ def videos_of_split(model: AskedModel) -> list[SplitVideo]:
 
 
 def references_of(
-    config: RunConfig, dataset: str, questions: Sequence[Question], saved: Path | None
+    model: AskedModel, dataset: str, questions: Sequence[Question]
 ) -> Mapping[str, str]:
-    """The caption of each video: of --captions, of the rows, or of the data set's folder.
+    """The caption of each video, as training takes it; empty where there are none.
 
-    Empty where there are none. `saved`: the --captions of the checkpoint's run.
+    Of --captions, else of the rows, else of the --captions of the checkpoint's run, else of the
+    data set's folder. Raises UserError for a file with a fault.
     """
-    own = {q.video: q.caption for q in questions if q.caption.strip()}
-    if own and config.captions is None:
-        return own
-    if config.captions is None and saved is not None and len(config.datasets) == 1:
-        config = replace(config, captions=saved)
+    config = model.config
     folder, named = config.folder_of(dataset), config.captions_of(dataset)
-    try:
-        path = caption_files.find(folder, named)
-    except UserError:
-        if config.captions is not None:
-            raise
+    own = {q.video: q.caption for q in questions if q.caption.strip()}
+    if named is None and own:
+        return own
+    named = named or _captions_of_run(model, dataset)
+    if named is None and not any(exists(folder / name) for name in caption_files.FILE_NAMES):
         return {}
-    return caption_files.read(folder, path)
+    return caption_files.read(folder, named)
+
+
+def _captions_of_run(model: AskedModel, dataset: str) -> Path | None:
+    """What --captions named for this data set in training, if it is still there."""
+    saved = model.checkpoint.settings
+    run = RunConfig(**{k: saved[k] for k in ("dataset", "captions") if k in saved})
+    if dataset not in run.dataset_names:
+        return None
+    path = run.captions_of(dataset)
+    return path if path is not None and exists(path) else None
 
 
 def opening_of(model: AskedModel, text: str | None) -> tuple[tuple[int, ...], str]:
@@ -105,29 +113,37 @@ def _opening_of_text(model: AskedModel, text: str) -> tuple[tuple[int, ...], str
 
 
 def _usual_opening(model: AskedModel) -> tuple[tuple[int, ...], str]:
-    prompts, counts = model.prompts(), Counter[tuple[int, ...]]()
-    config = model.config
+    prompts, config = model.prompts(), model.config
+    openings: list[tuple[int, ...]] = []
     try:
         for name in config.dataset_names:
             questions = preflight.read_split(config, name, "train")
-            captions = references_of(config, name, questions, _saved_captions(model))
+            captions = references_of(model, name, questions)
             videos = dict.fromkeys(question.video for question in questions)
-            counts.update(prompts.caption_opening(captions[v]) for v in videos if v in captions)
+            openings += [prompts.caption_opening(captions[v]) for v in videos if v in captions]
     except UserError:  # the training's files need not be at hand
-        counts.clear()
-    del counts[()]
-    if not counts:
+        openings = []
+    openings = [opening for opening in openings if opening]
+    if not openings:
         return (), (
             "note: the training captions are not at hand, and captions begin behind "
             "'Description:', which training does not teach; name their first words by --opening"
         )
-    ((opening, count),) = counts.most_common(1)
+    opening, same = most_common(openings)
     words = show(model.tokenizer.decode(list(opening)).strip())
-    share = f"{count} of {counts.total()} training captions begin"
+    share = f"{same} of {len(openings)} training captions begin"
     return opening, f"captions begin with {words}, as {share} (--opening)"
 
 
-def _saved_captions(model: AskedModel) -> Path | None:
-    """--captions of the run; an evaluation does not take it over."""
-    path: Path | None = model.checkpoint.settings.get("captions")
-    return path
+def most_common(openings: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], int]:
+    """(the most frequent first token, then the one that mostly follows it, ...; how often it is).
+
+    Where hardly two openings are equal, this is still a usual beginning.
+    """
+    opening: tuple[int, ...] = ()
+    same = list(openings)
+    for place in range(len(openings[0])):
+        ((token, _),) = Counter(other[place] for other in same).most_common(1)
+        same = [other for other in same if other[place] == token]
+        opening += (token,)
+    return opening, len(same)
