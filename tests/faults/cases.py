@@ -17,6 +17,7 @@ from faults.cases_report import REPORTS
 from faults.cases_schema import SCHEMA
 from faults.cases_settings import SETTINGS
 from faults.cases_tables import TABLES
+from faults.cases_videos import VIDEOS
 
 CASES: dict[str, Case] = {
     **SETTINGS,
@@ -35,4 +36,5 @@ CASES: dict[str, Case] = {
     **EXPORTS,
     **ASKED,
     **REPORTS,
+    **VIDEOS,
 }

@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("av")
 
 from support.videos import ffmpeg_frames, make_sound, make_video
-from vico.video.frames import Frames, VideoError, decode_frames, scale_and_crop
+from vico.video.filters import scale_and_crop
+from vico.video.frames import Frames, VideoError, decode_frames
 
 SIZE = 32
 TIMES = np.cumsum(np.random.default_rng(0).uniform(0.02, 0.4, 30)).tolist()

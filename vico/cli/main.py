@@ -32,6 +32,7 @@ from vico.io import log, streams
 COMMANDS = {
     "train": ("train", "Train ViCo, or resume the run in OUTPUT_DIR."),
     "eval": ("evaluate", "Evaluate a checkpoint on a split."),
+    "extract": ("extract", "Make features of your own videos, by FFmpeg and CLIP."),
     "ask": ("ask", "Ask a checkpoint a question about a video; its answer with probabilities."),
     "caption": (
         "caption",
@@ -78,7 +79,7 @@ COMMANDS = {
         "Inject faults into runs, files and disks, and check that none does harm.",
     ),
 }
-OF_SEVERAL_RANKS = {"train", "eval", "ask", "caption", "cognition", "quantize-eval", "cost"}
+OF_SEVERAL_RANKS = set("train eval extract ask caption cognition quantize-eval cost".split())
 ALIASES = {"cost": "quantize-eval"}
 
 # Open files, sockets and pipes: a run of one rank needs some 60, each further rank a few.

@@ -45,7 +45,7 @@ def pack(source: Path, target: Path) -> int:
     reader = _Reader(source)
     with replacing(target) as file:
         if target.suffix == ".safetensors":
-            _write_safetensors(reader.kinds, reader.read, file)
+            write_safetensors(reader.kinds, reader.read, file)
         else:
             _write_torch(reader, file, target)
     return len(reader.kinds)
@@ -94,7 +94,7 @@ class _Reader:
         return frames
 
 
-def _write_safetensors(
+def write_safetensors(
     kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     read: Callable[[str], Tensor],
     file: IO[bytes],
@@ -118,7 +118,7 @@ def _write_torch(reader: _Reader, file: IO[bytes], target: Path) -> None:
     with tempfile.NamedTemporaryFile(
         prefix=prefix, suffix=TEMPORARY_SUFFIX, dir=target.parent
     ) as scratch:
-        _write_safetensors(reader.kinds, reader.read, scratch)
+        write_safetensors(reader.kinds, reader.read, scratch)
         scratch.flush()
         try:
             torch.save(load_file(scratch.name), file)

@@ -15,9 +15,12 @@ from pathlib import Path
 
 from vico.errors import fail, show
 
-_EXTENSION = re.compile(
-    r"\.(mp4|mkv|webm|avi|mov|flv|wmv|m4v|mpg|mpeg|npy|npz|pt|pth|safetensors|h5)$", re.I
+VIDEO_EXTENSIONS = (
+    *"mp4 mkv webm avi mov flv wmv m4v mpg mpeg".split(),
+    *"3gp 3g2 ogv ts mts m2ts vob gif asf mxf".split(),
 )
+_FEATURE_EXTENSIONS = ("npy", "npz", "pt", "pth", "safetensors", "h5")
+_EXTENSION = re.compile(rf"\.({'|'.join((*VIDEO_EXTENSIONS, *_FEATURE_EXTENSIONS))})$", re.I)
 
 
 def reduced(name: str) -> str:

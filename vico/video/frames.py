@@ -7,8 +7,6 @@ by which the features of the published data sets were made. Only the file itself
 playlist, which would name other files or a network, is refused.
 """
 
-import math
-import struct
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -20,6 +18,7 @@ from numpy.typing import NDArray
 from vico.errors import UserError, one_line
 from vico.io.paths import open_to_read
 from vico.video.clock import Clock
+from vico.video.filters import Sampler
 
 Frames = NDArray[np.uint8]  # [frames, size, size, 3]: red, green, blue
 
@@ -33,7 +32,6 @@ FORMATS = (
     *"dv swf yuv4mpegpipe apng wtv vc1 nsv".split(),
     *"aac ac3 aiff amr caf flac mp3 wav w64".split(),  # named as audio without pictures
 )
-PICTURE_FORMATS = ("jpeg_pipe", "png_pipe")
 # Their headers say how long the file is.
 DECLARING = (*FORMATS[:2], "avi", "flv", "asf")
 END_TOLERANCE_SECONDS = 1.0
@@ -75,32 +73,37 @@ def decode_frames(
     frames that could be decoded has them by then.
     """
     av = require_av()
-    _require_readable(path)
+    require_readable(path)
     try:
-        with _open(av, path, FORMATS) as container:
-            yield from _in_blocks(_sample(av, container, path, fps, size, num_threads), block)
-    except av.FFmpegError as problem:
+        with open_container(av, path, FORMATS) as container:
+            yield from in_blocks(_sample(av, container, path, fps, size, num_threads), block)
+    except VideoError:
+        raise
+    except (av.FFmpegError, ValueError, ArithmeticError) as problem:
         raise VideoError(path, _unreadable(path, problem)) from None
 
 
-def _require_readable(path: Path) -> None:
-    """Raise VideoError for what is not there, or is no regular file."""
+def require_readable(path: Path) -> bytes:
+    """The first two bytes. Raises VideoError for what is not there, or is no regular file."""
     try:
         with open_to_read(path) as file:
-            is_empty = not file.read(1)
+            head = file.read(2)
     except FileNotFoundError:
         raise VideoError(path, "no such file") from None
     except (OSError, ValueError) as problem:
         reason = getattr(problem, "strerror", None) or str(problem)
         raise VideoError(path, f"cannot be opened ({reason})") from None
-    if is_empty:
+    if not head:
         raise VideoError(path, "an empty file")
+    return head
 
 
-def _open(av: Any, path: Path, formats: Sequence[str]) -> Any:
+def open_container(av: Any, path: Path, formats: Sequence[str], only: str | None = None) -> Any:
+    """A file of one of these demuxers, which opens no other file. Raises what PyAV raises."""
     options = {"protocol_whitelist": "file", "format_whitelist": ",".join(formats)}
     # The protocol is named: a file may be called concat:x or http:x.
-    return av.open(f"file:{path.absolute()}", options=options, metadata_errors="replace")
+    url = f"file:{path.absolute()}"
+    return av.open(url, format=only, options=options, metadata_errors="replace")
 
 
 def _unreadable(path: Path, problem: Exception) -> str:
@@ -121,7 +124,7 @@ def _sample(
     stream.codec_context.thread_count = num_threads
     stream.codec_context.thread_type = "AUTO"
     source = _Source(av, container, stream, path)
-    sampler = _Sampler(av, path, fps, size)
+    sampler = Sampler(av, fps, size)
     for frame in source:
         yield from sampler.push(frame)
     yield from sampler.finish()
@@ -136,8 +139,8 @@ def _video_stream(container: Any, path: Path) -> Any:
     streams = [s for s in container.streams.video if not s.disposition & ATTACHED_PICTURE]
     if not streams:
         kinds = sorted({stream.type for stream in container.streams if stream.type != "video"})
-        has = f"holds {' and '.join(kinds)} only" if kinds else "is empty"
-        raise VideoError(path, f"has no pictures: the file {has}")
+        has = f"{' and '.join(kinds)} only" if kinds else "no stream; it may be cut off"
+        raise VideoError(path, f"has no pictures: the file holds {has}")
     return max(streams, key=_preference)
 
 
@@ -206,102 +209,7 @@ class _Source:
             self.faults.append(f"it ends at {found:.1f} s of the {declared:.1f} s that it states")
 
 
-class _Sampler:
-    """FFmpeg's filters: the frames of a stream in, pictures of one size at one rate out."""
-
-    def __init__(self, av: Any, path: Path, fps: Fraction, size: int) -> None:
-        self._av, self._path, self._fps, self._size = av, path, fps, size
-        self._kind: tuple[Any, ...] | None = None  # of the frames that the graph takes
-        self._graph: Any = None
-        self._first: Any = None
-        self.num_out = 0
-
-    def push(self, frame: Any) -> Iterator[Any]:
-        matrix = _display_matrix(frame)
-        kind = (frame.width, frame.height, frame.format.name, frame.time_base, matrix)
-        if kind != self._kind:  # the picture may change in the middle of a file
-            yield from self._drain()
-            self._kind, self._graph = kind, self._new_graph(frame, matrix)
-            self._first = self._first or frame
-        self._graph.push(frame)
-        yield from self._pull()
-
-    def finish(self) -> Iterator[Any]:
-        yield from self._drain()
-        if self.num_out == 0 and self._first is not None:  # shorter than half a frame of `fps`
-            matrix = _display_matrix(self._first)
-            self._graph = self._new_graph(self._first, matrix, ":eof_action=pass")
-            self._graph.push(self._first)
-            yield from self._drain()
-
-    def _drain(self) -> Iterator[Any]:
-        if self._graph is not None:
-            self._graph.push(None)
-            yield from self._pull()
-
-    def _pull(self) -> Iterator[Any]:
-        while True:
-            try:
-                frame = self._graph.pull()
-            except (BlockingIOError, EOFError):
-                return
-            # As for a constant rate: what begins late shows its first picture until then.
-            num_times = max(0, frame.pts + 1 - self.num_out)
-            self.num_out += num_times
-            yield from [frame] * num_times
-
-    def _new_graph(self, frame: Any, matrix: tuple[int, ...] | None, ending: str = "") -> Any:
-        graph = self._av.filter.Graph()
-        graph.threads = 1
-        turned = upright(matrix)
-        width, height = frame.width, frame.height
-        if any(name == "transpose" for name, _ in turned):
-            width, height = height, width
-        rate = f"{self._fps.numerator}/{self._fps.denominator}"
-        sampled = ("fps", f"fps={rate}{ending}")
-        names = [*turned, sampled, *scale_and_crop(width, height, self._size)]
-        nodes = [graph.add_buffer(template=frame, time_base=frame.time_base)]
-        nodes += [graph.add(name, arguments) for name, arguments in names]
-        nodes += [graph.add("format", "pix_fmts=rgb24"), graph.add("buffersink")]
-        graph.link_nodes(*nodes).configure()
-        return graph
-
-
-def scale_and_crop(width: int, height: int, size: int) -> list[tuple[str, str]]:
-    """FFmpeg's filters (name, arguments) that bring the shorter side to `size`, then crop."""
-    if height >= width:
-        new_width, new_height = size, height * size // width
-    else:
-        new_width, new_height = width * size // height, size
-    x, y = (new_width - size) // 2, (new_height - size) // 2
-    return [("scale", f"{new_width}:{new_height}"), ("crop", f"{size}:{size}:{x}:{y}")]
-
-
-def _display_matrix(frame: Any) -> tuple[int, ...] | None:
-    data = frame.side_data.get("DISPLAYMATRIX")
-    return None if data is None else struct.unpack("=9i", bytes(data)[:36])
-
-
-def upright(matrix: tuple[int, ...] | None) -> list[tuple[str, str]]:
-    """The filters by which the ffmpeg command shows a picture as its display matrix says."""
-    if matrix is None or not (matrix[0] or matrix[3]) or not (matrix[1] or matrix[4]):
-        return []
-    scale_0, scale_1 = math.hypot(matrix[0], matrix[3]), math.hypot(matrix[1], matrix[4])
-    degrees = math.degrees(math.atan2(matrix[1] / scale_1, matrix[0] / scale_0))
-    degrees = round(degrees) % 360
-    if degrees == 90:
-        return [("transpose", "cclock_flip" if matrix[3] > 0 else "clock")]
-    if degrees == 270:
-        return [("transpose", "clock_flip" if matrix[3] < 0 else "cclock")]
-    if degrees == 180:
-        flips = [("hflip", "")] if matrix[0] < 0 else []
-        return [*flips, ("vflip", "")] if matrix[4] < 0 else flips
-    if degrees:
-        return [("rotate", f"{degrees:f}*PI/180")]
-    return [("vflip", "")] if matrix[4] < 0 else []
-
-
-def _in_blocks(pictures: Iterable[Any], block: int) -> Iterator[Frames]:
+def in_blocks(pictures: Iterable[Any], block: int) -> Iterator[Frames]:
     """Arrays of `block` pictures. Those that came before an error are given first."""
     held: list[Any] = []
     try:
