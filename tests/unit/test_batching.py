@@ -1,10 +1,15 @@
 """Training steps: the order of questions, and their division by ranks, batches and budgets."""
 
+from itertools import chain
+
 import pytest
 import torch
 
 from support.toy_dataset import ToyData
 from support.training_steps import config_of, training_steps
+from vico.data import evaluation_batches
+from vico.data.evaluation_batches import EvaluationChunks
+from vico.data.types import Question
 from vico.distributed.world import World
 from vico.errors import UserError
 from vico.train.build import Inputs, read_inputs
@@ -90,3 +95,17 @@ def test_features_that_are_not_finite_are_named(
     error = training_steps(inputs)[0, 0].error
     assert error is not None and "hold NaN or infinite values; extract them" in str(error)
     assert str(error).startswith(f"{features.path}: the features of video 'v00")
+
+
+@pytest.mark.parametrize("size", range(1, 6))
+def test_ranks_run_as_many_chunks(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """No more than they need; each question is in one of them."""
+    monkeypatch.setattr(evaluation_batches, "EVALUATION_TOKENS", 1)  # a question each
+    questions = [Question(i, str(i), "v", "", "q", ("a", "b"), 0) for i in range(7)]
+    ranks = [
+        EvaluationChunks(questions, {}, num_slots=1, rank=rank, world_size=size)
+        for rank in range(size)
+    ]
+    assert [len(rank) for rank in ranks] == [-(-7 // size)] * size
+    asked = chain.from_iterable(chain.from_iterable(rank._chunks) for rank in ranks)
+    assert sorted(asked) == list(range(7))

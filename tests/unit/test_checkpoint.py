@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from support.checkpoints import LLAMA, SHAPES, Payload, random_state, same, validation_error
 from vico.checkpoint import write
 from vico.checkpoint.format import OPTIMIZER, STATE, WEIGHTS, TrainState
-from vico.checkpoint.read import read
+from vico.checkpoint.read import STATE_RULES, read
 from vico.checkpoint.validate import validate_for_model
 from vico.checkpoint.write import RunIdentity, prune, save
 from vico.errors import DiskError, UserError
@@ -310,3 +310,17 @@ def test_pickles_are_not_run(tmp_path: Path, checkpoint: Path) -> None:
         path.write_bytes(pickle.dumps(Payload(canary)))
         validation_error(checkpoint)
     assert not canary.exists()
+
+
+def test_what_a_state_may_hold() -> None:
+    """Counts fit 64 bits; losses and accuracies are finite."""
+    for count in (0, 1, 2**63 - 1):
+        assert STATE_RULES["step"](count) and STATE_RULES["epoch_target_counts"]([count])
+    for value in (-1, 2**63, 1.0, True, None, "1"):
+        assert not STATE_RULES["num_updates"](value)
+        assert not STATE_RULES["epoch_target_counts"]([3, value])
+    assert STATE_RULES["epoch_loss_sums"]([0, -1.5]) and STATE_RULES["best_accuracy"](None)
+    for number in (float("nan"), float("inf"), True, "1"):
+        assert not STATE_RULES["epoch_loss_sums"]([1.0, number])
+        assert not STATE_RULES["best_accuracy"](number)
+    assert not STATE_RULES["epoch_loss_sums"](1.0) and not STATE_RULES["evaluation_due"](0)

@@ -15,6 +15,8 @@ from vico.data.shortening import _cut
 from vico.data.tokenizer import Tokenizer
 from vico.data.types import Question
 from vico.errors import UserError
+from vico.train.config import RunConfig
+from vico.train.input_notes import problem_notes
 
 LIMIT = 120
 # Runs of blanks are one piece or several, "😀" is four pieces, "犬." joins with a newline.
@@ -222,3 +224,21 @@ def test_a_question_that_cannot_fit(sentencepiece: Tokenizer) -> None:
     assert fitted == make(("", ""))
     with pytest.raises(UserError, match=rf"^{PLACE}: the question alone is 3 tokens above"):
         prompts(sentencepiece, empty - 3).fit(question, "vqa")
+
+
+def test_notes_count_questions() -> None:
+    """Of each kind that there is."""
+    config = RunConfig(max_seq_len=200)
+    options = (("a", " "), ("", " "), ("a", "b"), ("b", "b"))
+    questions = [make(texts) for texts in options]
+    measured = QuestionLengths(4, Lengths({100: 3, 200: 1}), Cuts())
+    assert problem_notes(config, "val", questions[2:3], 0, measured) == []
+    measured = QuestionLengths(4, Lengths({100: 2, 201: 1, 300: 1}), Cuts(10, 5, 1))
+    assert problem_notes(config, "val", questions, 3, measured) == [
+        "val: 2 of 4 questions shortened to fit --max_seq_len 200 (dialogue first, then options; "
+        "answers never): they lose 50.0 % (5 of 10 characters) of their dialogue (all of it in 1)",
+        "val: 3 of 4 questions about a clip that lies past the end of its video's features: "
+        "zeros in its slots",
+        "warning: val: 1 of 4 questions with two equal options",
+        "warning: val: 2 of 4 questions with an empty option",
+    ]

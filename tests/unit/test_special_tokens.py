@@ -12,6 +12,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from support.backbones import NUM_PIECES, make_llama_3_tokenizers
 from support.errors import refusal
 from vico.data.prompts import Prompts
+from vico.data.special_tokens import _numbered
 from vico.data.tokenizer import Tokenizer, content_digests
 from vico.data.types import VIDEO_SLOT, Question
 
@@ -197,3 +198,14 @@ def test_newline(name: str, tmp_path: Path) -> None:
 def test_no_newline(tmp_path: Path) -> None:
     pieces("a").save(str(tmp_path / "tokenizer.json"))
     assert "has no newline piece" in refusal(Tokenizer, tmp_path / "tokenizer.json")
+
+
+def test_a_number_is_an_id_of_the_tokenizer() -> None:
+    """Of a list the first counts; what is absent says nothing."""
+    taken = {0: 0, 1: 1, 9: 9, None: None}
+    assert {value: _numbered(value, "key", Path("c.json"), 10) for value in taken} == taken
+    assert _numbered([0, 7], "key", Path("c.json"), 10) == 0
+    assert _numbered([], "key", Path("c.json"), 10) is None
+    for value in (-1, 10, True, 2.0, "2", [10]):
+        message = refusal(_numbered, value, "key", Path("c.json"), 10)
+        assert "must be an id of the tokenizer.json beside it, from 0 to 9" in message
