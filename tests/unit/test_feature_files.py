@@ -199,3 +199,19 @@ def test_pack_writes_nothing_that_is_not_whole(tmp_path: Path) -> None:
     assert "must end in .safetensors or .pth" in refusal(pack, source, tmp_path / "out.bin")
     assert "already exists" in refusal(pack, source, source)
     assert [path.name for path in tmp_path.iterdir()] == ["f.pth"]
+
+
+def test_reading_many_files_is_shown(tmp_path: Path) -> None:
+    """Each video that is opened, each clip that is compared, and each of the whole file."""
+    each(lambda t, path: np.save(path, t.numpy()), ".npy")(
+        {f"v{i}": torch.ones(2, 4) for i in range(3)}, tmp_path / "npy"
+    )
+    features, shown = Features(tmp_path / "npy"), list[str]()
+    questions = questions_about(("v0", None), ("v2", None), ("v2", (0, 1)))
+    features.check(questions, shown.append)
+    features.check_finite(questions, 2, shown.append)
+    features.scan(shown.append)
+    looked, read, scanned = shown[:2], shown[2:5], shown[5:]
+    assert looked[-1] == f"{tmp_path}/npy: looked at 2 of 2 videos"
+    assert read[-1] == f"{tmp_path}/npy: read 3 of 3 clips"
+    assert scanned[-1] == f"{tmp_path}/npy: read 3 of 3 videos" and len(scanned) == 3

@@ -226,7 +226,7 @@ class Check:
                 f"features: reading all {gigabytes:.1f} GB of {features.path}, once: "
                 f"about {minutes:.1f} min"
             )
-        return features.scan()
+        return features.scan(self._progress)
 
     def _check_split(self, dataset: str, split: str) -> None:
         config, label = self.config, self.config.label(dataset, split)
@@ -234,7 +234,7 @@ class Check:
         self._report(check_report.describe_split(config, dataset, split, questions))
         num_past_end = None
         if dataset in self._features:
-            num_past_end = self._try(self._features[dataset].check, questions)
+            num_past_end = self._try(self._features[dataset].check, questions, self._progress)
         if self._backbone is not None:
             measured = self._try(
                 preflight.measure_questions,

@@ -5,7 +5,7 @@ that a question uses is checked before training.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,6 +28,11 @@ from vico.model.config import FEATURE_WIDTH
 # Read between two releases of the mapped file's memory.
 RELEASE_BYTES = 1 << 28
 NUM_LOOKED_AT = 9  # videos that say how wide features are
+Progress = Callable[[str], object]  # is told what long reading has done so far
+
+
+def _silent(_: str) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -165,11 +170,12 @@ class Features:
                     "and leave the file alone meanwhile"
                 )
 
-    def check(self, questions: Sequence[Question]) -> int:
+    def check(self, questions: Sequence[Question], progress: Progress = _silent) -> int:
         """Number of questions whose clip begins past the end of its video.
 
-        `sample` gives zeros for such a clip, so the caller must report their number. Raises
-        UserError if the video of a question is missing or malformed, and if all clips are such.
+        `sample` gives zeros for such a clip, so the caller must report their number. Opens each
+        file of a folder once. Raises UserError if the video of a question is missing or malformed,
+        and if all clips are such.
         """
         missing = {q.video for q in questions if q.video not in self}
         hint = ""
@@ -177,7 +183,9 @@ class Features:
             hint = f" (the file's ids are like {self.example})"
         self._refuse(questions, missing, "have no features", hint=hint)
         malformed = {}
-        for video in dict.fromkeys(q.video for q in questions):
+        videos = dict.fromkeys(q.video for q in questions)
+        for number, video in enumerate(videos, start=1):
+            progress(f"{self.path}: looked at {number} of {len(videos)} videos")
             if (fault := self.header(video).fault) is not None:
                 malformed[video] = fault
         problem = f"have features that are no floating-point tensor [frames >= 1, {self.width}]"
@@ -204,14 +212,17 @@ class Features:
             return False
         return question.feature_rows[0] >= self.header(question.video).length
 
-    def check_finite(self, questions: Sequence[Question], num_frames: int) -> None:
+    def check_finite(
+        self, questions: Sequence[Question], num_frames: int, progress: Progress = _silent
+    ) -> None:
         """Raise UserError for NaN or infinity in a row that will be used.
 
         Each row is read once: minutes for a large set on a cold disk.
         """
         clips = dict.fromkeys((q.video, q.feature_rows) for q in questions)
         not_finite = set()
-        for video, rows in clips:
+        for number, (video, rows) in enumerate(clips, start=1):
+            progress(f"{self.path}: read {number} of {len(clips)} clips")
             if not torch.isfinite(self.sample(video, rows, num_frames)).all():
                 not_finite.add(video)
         self.refuse_not_finite(questions, not_finite)
@@ -222,10 +233,11 @@ class Features:
         used = {q.video for q in questions if q.video in bad or self.key(q.video) in bad}
         self._refuse(questions, used, "have features with NaN or infinite values")
 
-    def scan(self) -> Scan:
+    def scan(self, progress: Progress = _silent) -> Scan:
         """Read the whole file: seconds per GB. Raises UserError for a wrong checksum."""
         malformed, not_finite, with_zeros = [], [], []
-        for video in self._ids.keys:
+        for number, video in enumerate(self._ids.keys, start=1):
+            progress(f"{self.path}: read {number} of {len(self)} videos")
             try:
                 fault = self.header(video).fault
             except UserError as problem:  # no question need use it

@@ -199,7 +199,7 @@ class _Reader:
     def _check(self, name: str, split: str, inputs: DatasetInputs) -> None:
         config, world, used = self._config, self._world, self.used[name, split]
         past_end = preflight.check_features(
-            config, used, inputs.features, self._cache, world.rank, world.size
+            config, used, inputs.features, self._cache, world.rank, world.size, self._progress
         )
         measured = preflight.measure_questions(
             config, name, split, used, self._backbone, inputs.prompts, self._cache, self._progress

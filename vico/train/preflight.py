@@ -228,17 +228,18 @@ def check_features(
     cache: FileCache,
     rank: int,
     num_ranks: int,
+    progress: ProgressLog,
 ) -> int:
     """Check that the questions' features are present, well formed and finite.
 
     Each rank reads its share. Returns how many questions are about a clip past the end of its
     video. Raises UserError.
     """
-    num_past_end = features.check(questions)
+    num_past_end = features.check(questions, progress)
     stamps, questions_digest = map(file_stamp, features.paths), fingerprint.of_questions(questions)
     key = cache_key("finite", *stamps, questions_digest, config.max_feats)
     if not cache.get(scan_key(features)) and not cache.get(key):
-        features.check_finite(questions[rank::num_ranks], config.max_feats)
+        features.check_finite(questions[rank::num_ranks], config.max_feats, progress)
     cache.put(key, True)
     return num_past_end
 
