@@ -135,9 +135,9 @@ def test_results_are_cached(
     slow_steps: list[str] = []
     scan, measure = Features.scan, length_stats.of_questions
 
-    def counted_scan(features: Features) -> Scan:
+    def counted_scan(features: Features, *arguments: Any) -> Scan:
         slow_steps.append("scan")
-        return scan(features)
+        return scan(features, *arguments)
 
     def counted_measure(*arguments: Any) -> length_stats.QuestionLengths:
         slow_steps.append("measure")

@@ -130,6 +130,7 @@ def test_rows_and_ids_that_do_not_fit(tmp_path: Path) -> None:
     assert "two entries are called '7'" in refusal(
         Features, rows_h5(tmp_path / "b.h5", [7, 7], rows)
     )
+    assert "holds no video" in refusal(Features, rows_h5(tmp_path / "n.h5", [], rows[:0]))
     damaged = rows_h5(tmp_path / "c.h5", [b"\xff", b"a"], rows)
     assert "'ids' cannot be read" in refusal(Features, damaged)
     other = Features(rows_h5(tmp_path / "d.h5", [1, 2], np.ones((2, 3), "f4")))

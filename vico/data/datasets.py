@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vico.data.readers import intentqa, nextqa, schema, spec, star, tvqa
-from vico.data.readers.rows import UNKNOWN
+from vico.data.readers.rows import UNKNOWN, shown
 from vico.data.types import Question
 from vico.errors import UserError, nearest, show
 from vico.io.paths import entries
@@ -78,9 +78,11 @@ def find_dataset(name: str, folder: Path) -> Dataset:
         return _general(folder)
     known = names_in(folder.parent) if is_name else list(DATASETS)
     expected = "a folder with train, val or test.jsonl (or .csv)"
+    files = [path.name for path in entries(folder)] if is_name else []
+    holds = f"; {folder} holds {shown(files)}: none is a table" if files else ""
     raise UserError(
         f"--dataset {show(name)}: there is no such data set; it can be {', '.join(known)}, or "
-        f"{expected} in --data_path{nearest(name.lower(), known)}"
+        f"{expected} in --data_path{nearest(name.lower(), known)}{holds}"
     )
 
 

@@ -48,6 +48,8 @@ class Hdf5:
                 f"{path}: a video is a row of {name}, at the place of its id in 'ids'"
             )
         self._ids = self._read_ids() if self._joint is not None else list(self._datasets)
+        if not self._ids:
+            fail(f"{path}: {FILE} holds no video; fetch the right file")
         self._rows = {key: row for row, key in enumerate(self._ids)}
 
     def _of_all_videos(self) -> Any:

@@ -17,6 +17,10 @@ _MARKS = re.compile(r"<(?:video|image)>[ \t]*\n?|<\|vision_start\|>.*?<\|vision_
 _OPTION = re.compile(r"\s*\(?([A-Z])(?:\)|\.|:|\)\.)\s+(\S.*?)\s*")
 _HEADS = re.compile(r"\s*(?:options|choices)\s*:?\s*", re.IGNORECASE)
 _ANSWER = re.compile(r"\s*<answer>\s*(.*?)\s*</answer>\s*", re.DOTALL)
+_SAYS = re.compile(
+    r"\s*(?:the\s+)?(?:correct\s+|best\s+)?(?:answer|option|choice)(?:\s+is)?\s*:?\s+(?=\(?[A-Z]\b)",
+    re.I,
+)
 _TURNS = ("conversations", "messages")
 _ASKS, _ANSWERS = ("human", "user"), ("gpt", "assistant")
 _VIDEO_R1 = {"problem", "options", "solution"}
@@ -47,7 +51,10 @@ def as_rows(path: Path, records: Rows) -> Rows:
             bad.append(f"{place}: {problem}")
     rows.refuse(path, bad, len(records))
     if not made:
-        raise UserError(f"{path}: no row is {what}, e.g. {next(iter(passed_over))}")
+        reason = next(iter(passed_over)).removesuffix(":")
+        raise UserError(
+            f"{path}: no row is {what}: {reason}; an option is a line such as 'A. a dog'"
+        )
     made.num_blank = records.num_blank
     made.notes = (*records.notes, *_notes(len(records), passed_over, left_out, what))
     return made
@@ -96,10 +103,10 @@ def _of_conversation(row: Row) -> list[tuple[dict[str, Any], str]]:
             raise RowError(f"'{key}' goes from {show(asker)} to {show(answerer)}")
         question, options, rest = split_options(asked)
         rest = " ".join(text for text in (system, rest) if text)
-        fields = {"video": _video(row), "question": question, "options": options}
+        fields = {"video": _video(row, turns), "question": question, "options": options}
         if made and "id" in row:  # further questions of one conversation
             fields["id"] = f"{row['id']}#{len(made)}"
-        made.append(({**others, **fields, "answer": answer}, rest))
+        made.append(({**others, **fields, "answer": _answer(answer)}, rest))
     return made
 
 
@@ -113,8 +120,18 @@ def _speaker_and_text(turn: Row, key: str) -> tuple[str, str]:
     return who, text
 
 
-def _video(row: Row) -> Any:
+def _answer(text: str) -> str:
+    """Without the tags or the words around it: "<answer>B</answer>", "The answer is B"."""
+    match = _ANSWER.fullmatch(text)
+    return _SAYS.sub("", match[1] if match else text, count=1)
+
+
+def _video(row: Row, turns: list[Any]) -> Any:
     videos = row.get("video", row.get("videos"))
+    if videos is None:  # Qwen-VL's: a piece of what is asked
+        contents = [turn.get("content", turn.get("value")) for turn in turns]
+        pieces = [piece for pieces in contents if isinstance(pieces, list) for piece in pieces]
+        videos = [p["video"] for p in pieces if isinstance(p, dict) and "video" in p] or None
     if videos is None and ("image" in row or "images" in row):
         raise _OtherTaskError("about an image:")
     if videos is None:
@@ -163,10 +180,9 @@ def _of_problem(row: Row) -> list[tuple[dict[str, Any], str]]:
     if row.get("problem_type", "multiple choice") != "multiple choice":
         raise _OtherTaskError(f"problem_type {show(row['problem_type'])}:")
     solution = rows.text_field(row, "solution")
-    match = _ANSWER.fullmatch(solution)
     question = {_VIDEO_R1_NAMES.get(name, name): value for name, value in row.items()}
     question["options"] = _without_letters(rows.field(row, "options"))
-    question["answer"] = match[1] if match else solution
+    question["answer"] = _answer(solution)
     return [(question, "")]
 
 

@@ -149,7 +149,7 @@ def canonical_names(
 
 def _check_header(place: str, header: Sequence[str], required: Sequence[str], path: Path) -> None:
     """Raise UserError if a required column is missing, or if a column exists twice."""
-    has = f"has: {_shown(header)}"
+    has = f"has: {shown(header)}"
     missing = [f"'{name}'" for name in required if name not in header]
     if missing:
         plural = "s" if len(missing) > 1 else ""
@@ -165,7 +165,8 @@ def _check_header(place: str, header: Sequence[str], required: Sequence[str], pa
         )
 
 
-def _shown(names: Sequence[str]) -> str:
+def shown(names: Sequence[str]) -> str:
+    """The first of them, for a message."""
     return ", ".join(show(name) for name in names[:MAX_NAMES])
 
 
@@ -195,11 +196,16 @@ def is_jsonl(text: str) -> bool:
     return False
 
 
-def read_json_items(path: Path, what: str, id_key: str) -> Rows:
+def read_json_items(
+    path: Path,
+    what: str,
+    id_key: str,
+    lists_of: Callable[[Path, dict[str, Any]], Rows | None] = lambda *_: None,
+) -> Rows:
     """A JSON list of objects, or an object of objects by id, which becomes their `id_key`.
 
-    JSON lines under the name of JSON, too.
-    Places are indices or ids (`jq '.[16]'`): the file may be one huge line.
+    JSON lines under the name of JSON, too. Places are indices or ids (`jq '.[16]'`): the file may
+    be one huge line. `lists_of`: finds the rows of an object that is neither.
     """
     text = read_text(path, what)
     if is_jsonl(text):
@@ -213,7 +219,8 @@ def read_json_items(path: Path, what: str, id_key: str) -> Rows:
     if not content:
         found = f"is {json_kind(content)} without entries"
         fail(f"{path}: {found}; {what} should be there: fetch it again")
-    return objects_of(path, content, id_key)
+    rows = lists_of(path, content) if isinstance(content, dict) else None
+    return objects_of(path, content, id_key) if rows is None else rows
 
 
 def objects_of(path: Path, content: list[Any] | dict[str, Any], id_key: str = "") -> Rows:
@@ -245,7 +252,7 @@ def plain(text: str) -> str:
 
 def field(row: Row, key: str) -> Any:
     if key not in row:
-        raise RowError(f"'{key}' is missing (has: {_shown(list(row))})")
+        raise RowError(f"'{key}' is missing (has: {shown(list(row))})")
     return row[key]
 
 

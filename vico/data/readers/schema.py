@@ -229,8 +229,10 @@ def _parsed_list(text: str) -> Any:
 
 def _type(row: Row, name: str) -> str:
     value = row[name]
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
+    if isinstance(value, float) and math.isnan(value):  # parquet's
+        return rows.UNKNOWN
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return rows.id_field(row, name)
     return rows.type_field(row, name)
 
 

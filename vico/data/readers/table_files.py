@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from vico.data.readers import rows
+from vico.data.readers.columns import ALIASES
 from vico.data.readers.rows import Rows
-from vico.errors import UserError, fail
+from vico.errors import UserError, fail, show
 from vico.io.paths import exists, open_to_read
 from vico.io.text import parse_json
 
 MAX_HEAD_BYTES = 1 << 20
 ID_KEY = "id"  # of an object of objects by id
+VIDEO_NAMES = ("video", *ALIASES["video"])
 
 
 def _csv(path: Path, what: str) -> Rows:
@@ -20,7 +22,35 @@ def _csv(path: Path, what: str) -> Rows:
 
 
 def _json(path: Path, what: str) -> Rows:
-    return rows.read_json_items(path, what, ID_KEY)
+    return rows.read_json_items(path, what, ID_KEY, _in_lists)
+
+
+def _in_lists(path: Path, content: dict[str, Any]) -> Rows | None:
+    """The objects of the one list of a file ({"version": 1, "data": [...]}), or of a list for each
+    video ({"v1": [...], "v2": [...]}). What else the file holds is noted.
+
+    None: there are no lists. Raises UserError for several lists whose rows name a video.
+    """
+    lists = {key: value for key, value in content.items() if isinstance(value, list) and value}
+    if not lists or any(isinstance(value, dict) for value in content.values()):
+        return None
+    records, names_video = Rows(), False
+    for key, items in lists.items():
+        for place, row in rows.objects_of(path, items):
+            names_video |= any(name.strip().lower() in VIDEO_NAMES for name in row)
+            by_video = {VIDEO_NAMES[0]: key, **row} if len(lists) > 1 else row
+            records.append((f"{path.name}[{show(key)}]{place.removeprefix(path.name)}", by_video))
+    shown = rows.shown(list(lists))
+    if len(lists) > 1 and names_video:
+        fail(
+            f"{path}: holds {len(lists)} lists of rows that name their video, {shown}; write the "
+            "one that is meant into a file of its own"
+        )
+    which = "a list for each video" if len(lists) > 1 else "the list"
+    records.notes = (f"{path.name}: the rows are those of {which} {shown}",)
+    if others := [key for key in content if key not in lists]:
+        records.notes += (f"{path.name}: {len(others)} entries are not read: {rows.shown(others)}",)
+    return records
 
 
 def _parquet(path: Path, what: str) -> Rows:
