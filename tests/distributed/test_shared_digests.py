@@ -5,10 +5,12 @@ import hashlib
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,6 +24,8 @@ from vico.checkpoint.format import Checkpoint
 from vico.data.features import Features
 from vico.data.tokenizer import content_digests
 from vico.distributed import topology
+from vico.distributed.launcher_env import host_name
+from vico.distributed.topology import Member
 from vico.errors import UserError
 from vico.io import file_cache
 from vico.model.vico import initial_trainables
@@ -291,3 +295,42 @@ def test_a_file_that_changes_meanwhile_is_not_remembered(
     (first,) = take(config)
     (second,) = take(dataclasses.replace(config, verify=True))
     assert first == second and isinstance(first, dict)
+
+
+def test_tensors_are_read_in_batches_of_about_a_size() -> None:
+    sizes = {"a": 3, "b": 3, "c": 1, "d": 1, "e": 9, "f": 5}
+    batches = list(shared_digests._batches(list(sizes), sizes, 5))
+    assert batches == [["a", "b"], ["c", "d", "e"], ["f"]]
+    assert list(shared_digests._batches([], {}, 5)) == []
+    assert list(shared_digests._batches(["a", "b", "c"], sizes, 5)) == [["a", "b"], ["c"]]
+
+
+def test_ranks_of_a_host_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)))
+    monkeypatch.setattr(shared_digests, "MAX_THREADS", 5)
+    here, there = (Member(0, host, "cpu", None, 0, True, 1) for host in (host_name(), "other"))
+    for num_ranks, expected in ((0, 5), (1, 5), (4, 3), (5, 2), (13, 1)):
+        members = (there, *[here] * num_ranks)
+        world = EmulatedWorld(0, 1, torch.device("cpu"), None, members=members)
+        assert shared_digests._num_threads(world) == expected
+
+
+def test_much_is_announced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By rank 0, with GB and minutes."""
+    num_bytes = {"a": 7 * 10**9, "b": 5 * 10**9}
+    tensors = cast(TensorSet, SimpleNamespace(num_bytes=num_bytes, what="backbone"))
+    monkeypatch.setattr(shared_digests, "MIN_GB_TO_ANNOUNCE", 12.0)
+    clock = iter([100.0, 100.0, 250.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    worlds = [EmulatedWorld(rank, 2, torch.device("cpu"), None) for rank in range(2)]
+    first, other = (shared_digests._ProgressLines(tensors, world, 2) for world in worlds)
+    other.show({"a": "digest"})
+    first.show({"a": "digest"})
+    line = "backbone: 7.0 of 12.0 GB read in 2.5 min, once: 2 rank(s) share the work"
+    assert capsys.readouterr().out == f"{line}, and what is done is kept\n"
+    assert first.phase({}) == "taking fingerprints of the backbone: 0.0 of 12.0 GB"
+    monkeypatch.setattr(shared_digests, "MIN_GB_TO_ANNOUNCE", 12.1)
+    first.show({})
+    assert capsys.readouterr().out == ""

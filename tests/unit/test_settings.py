@@ -5,6 +5,7 @@ import json
 import runpy
 import typing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,14 +14,15 @@ from hypothesis import strategies as st
 
 from support.command_line import error_of, parse_line, recipe
 from support.processes import ROOT
-from vico.checkpoint.format import Checkpoint
+from vico.checkpoint.format import Checkpoint, TrainState
 from vico.cli.evaluate import on_replaced_predictions, settings_of
 from vico.cli.flags import CommandLine, parse, training_notes
 from vico.errors import UserError
 from vico.train import config as configs
 from vico.train.config import NOT_IDENTITY, RunConfig
 from vico.train.resume import differences, refuse_changes
-from vico.train.settings import settings_from
+from vico.train.settings import evaluated_split, settings_from, training_splits
+from vico.train.start import Run
 
 RULES = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -204,3 +206,33 @@ def test_changed_identity_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=rf"^x \({name}; table below\); .* --allow_change {name}$"):
         refuse_changes("x", differences(before, now), "remedy")
     assert differences(before, dataclasses.replace(now, allow_change=name)) == []
+
+
+def test_the_split_that_epochs_are_evaluated_on(tmp_path: Path) -> None:
+    """val, or test where it is asked for and there is no val."""
+    folder = tmp_path / "nextqa"
+    folder.mkdir()
+    plain = RunConfig(data_path=tmp_path, dataset="nextqa")
+    asked = dataclasses.replace(plain, split="test")
+    assert evaluated_split(asked) == evaluated_split(plain) == "val", "neither is there"
+    (folder / "test.csv").touch()
+    assert (evaluated_split(asked), evaluated_split(plain)) == ("test", "val")
+    assert training_splits(asked) == ("train", "test")
+    (folder / "val.csv").touch()
+    assert evaluated_split(asked) == "val" and training_splits(asked) == ("train", "val")
+    silent = dataclasses.replace(asked, no_eval=True)
+    assert evaluated_split(silent) is None and training_splits(silent) == ("train",)
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "last", "limit"),
+    [(None, 12, "--epochs"), (7, 7, "--max_steps"), (99, 12, "--epochs")],
+)
+def test_where_a_run_ends(max_steps: int | None, last: int, limit: str) -> None:
+    config = RunConfig(epochs=3, max_steps=max_steps)
+    values = {"config": config, "steps": SimpleNamespace(steps_per_epoch=4)}
+    ends = ((last - 1, False, False), (last, True, False), (last, False, True))
+    for step, due, is_complete in ends:
+        run = object.__new__(Run)
+        run.__dict__.update(values, state=TrainState(step=step, evaluation_due=due))
+        assert (run.last_step, run.limit, run.is_complete) == (last, limit, is_complete)
