@@ -120,7 +120,7 @@ ASKED: dict[str, Case] = {
         f"caption --resume {{fixture}}/run {CLIPS}--video_id 7 --metrics", "--metrics: is for"
     ),
     "caption, no captions to compare with": asked(
-        "caption --resume {fixture}/run --captions {fixture}/x.json --metrics",
+        "caption --resume {fixture}/run --captions {fixture}/x.json",
         "--captions {fixture}/x.json: no such file",
     ),
     "caption, a split that is not there": refused(

@@ -127,12 +127,14 @@ def test_questions_without_answers(
     rows = [dict(row) for row in asked.rows[:2]]
     for row in rows:
         del row["answer"]
+    rows[1]["options"] = ["a dog", "a dog", "a cat"]
     file = tmp_path / "my.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--data_path", tmp_path, "--features", asked.features, "--questions", file]
     *lines, last = output(capsys, "--resume", away, *flags)
     assert json.loads(last) == {"n": 2}
     assert f"note: {tmp_path}: does not hold my, on which the checkpoint was trained" in lines[0]
+    assert "my.jsonl: 1 of 2 questions offer one text twice" in lines
     answers = [json.loads(line) for line in lines if line.startswith("{")]
     assert [a["question"] for a in answers] == [row["question"] for row in rows]
     assert "right" not in answers[0]

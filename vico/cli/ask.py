@@ -17,6 +17,7 @@ from vico.cli.asked import (
 from vico.cli.flags import make_parser, read_words, require_resume
 from vico.cli.parser import SettingsParser, path_argument
 from vico.cli.with_world import with_world
+from vico.data.datasets import count_equal_options
 from vico.data.readers import rows, schema
 from vico.data.readers.rows import RowError
 from vico.data.types import Question
@@ -66,7 +67,10 @@ class Request:
         """The questions, and how a file of them was read. Raises UserError."""
         if self.questions is not None:
             questions = schema.read_file(self.questions)
-            return questions, [f"{self.questions.name}: {note}" for note in questions.notes]
+            notes = list(questions.notes)
+            if equal := count_equal_options(questions):
+                notes.append(f"{equal} of {len(questions)} questions offer one text twice")
+            return questions, [f"{self.questions.name}: {note}" for note in notes]
         assert self.question is not None and self.source.id is not None
         return [one_question(self.question, self.options, self.source.id)], []
 
