@@ -222,6 +222,13 @@ def virtual(file: Any, fixture: RunFixture) -> None:
     file.create_virtual_dataset(VIDEO, layout)
 
 
+def ids_elsewhere(file: Any, fixture: RunFixture) -> None:
+    """One dataset of all videos, whose ids lie in another file."""
+    file.clear()
+    file["features"] = ZEROS[None]
+    file.create_dataset("ids", (1,), "S6", external=[(str(fixture.folder / "p"), 0, 6)])
+
+
 def objects(file: Any, fixture: RunFixture) -> None:
     import h5py
 
@@ -258,6 +265,9 @@ HDF5: dict[str, Case] = {
     "h5, a link to another file": h5(linked, MISSING),
     "h5, a soft link to another file": h5(linked_softly, MISSING),
     "h5, numbers in another file": h5(stored_elsewhere, ELSEWHERE),
+    "h5, ids in another file": h5(
+        ids_elsewhere, "f.h5: 'ids' lies in another file, which is not read; copy it into this one"
+    ),
     "h5, a virtual dataset": h5(virtual, ELSEWHERE),
     "h5, a compound type": h5(
         lambda file, _: file.create_dataset(VIDEO, (3, 768), [("x", "f4"), ("y", "f4")]),

@@ -193,6 +193,17 @@ def test_which_features_are_taken(tmp_path: Path) -> None:
     assert "no such file or folder" in refusal(feature_files.find, folder, Path("nowhere"))
 
 
+def test_a_damaged_type_in_hdf5(tmp_path: Path) -> None:
+    """The library raises a RuntimeError when it is asked for the type."""
+    path = tmp_path / "f.h5"
+    h5({"v": torch.ones(3, 4)}, path)
+    float32 = bytes((0x17, 8, 0, 0x17))  # where its exponent and mantissa are; the bias follows
+    whole = path.read_bytes()
+    assert whole.count(float32 + bytes((0x7F, 0, 0, 0))) == 1
+    path.write_bytes(whole.replace(float32 + bytes((0x7F,)), float32 + bytes((0,))))
+    assert "f.h5: 'x/v.mp4' cannot be read (Unspecified error" in refusal(Features, path)
+
+
 def test_pack_writes_nothing_that_is_not_whole(tmp_path: Path) -> None:
     source = save(tmp_path / "f.pth", {"a": torch.ones(2, 4), "b": torch.ones(4)})
     assert "'b' is [4] float32" in refusal(pack, source, tmp_path / "out.pth")

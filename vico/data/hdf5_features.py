@@ -1,18 +1,30 @@
 """Features in an HDF5 file."""
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vico.data.mapped_numbers import FILE, mapped_numbers, require_whole
-from vico.errors import fail, show
+from vico.errors import UserError, fail, show
 from vico.io.numpy_arrays import NUMBERS
 
 # Of a compressed video, in bytes, and how many times what is stored.
 MAX_UNPACKED, MAX_RATIO = 1 << 26, 16
+
+
+@contextlib.contextmanager
+def _refusing(fault: str) -> Iterator[None]:
+    """A damaged file can make the library raise anything, wherever it is asked something."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as problem:
+        fail(f"{fault} ({problem}); fetch or copy the file again")
 
 
 class Hdf5:
@@ -34,14 +46,12 @@ class Hdf5:
             if isinstance(item, h5py.Dataset):
                 self._datasets[name] = item
 
-        try:
+        with _refusing(f"{path}: {FILE} is no whole HDF5 file"):
             self._file = h5py.File(path, "r", locking=False)
             self._file.visititems(visit)
-        except Exception as problem:  # a damaged file can make the library raise anything
-            fail(f"{path}: {FILE} is no whole HDF5 file ({problem}); fetch or copy it again")
+            self._joint = self._of_all_videos()
         if not self._datasets:
             fail(f"{path}: {FILE} holds no dataset; fetch the right file")
-        self._joint = self._of_all_videos()
         if self._joint is not None:
             name = show(self._joint.name.strip("/"))
             self.notes.append(
@@ -69,26 +79,26 @@ class Hdf5:
                 f"{self._path}: 'ids' holds {dataset.shape[0]} ids, and {name} {num_rows} videos; "
                 "fetch the right file"
             )
-        self._refuse_claims(dataset, dataset.nbytes, f"{self._path}: 'ids'")
-        try:
+        place = f"{self._path}: 'ids'"
+        with _refusing(f"{place} cannot be read"):  # a text may be in another encoding, too
+            _refuse_elsewhere(dataset, place)
+            _refuse_claims(dataset, dataset.nbytes, place)
             ids: list[object] = dataset[()].tolist()
             return [key.decode() if isinstance(key, bytes) else key for key in ids]
-        except Exception as problem:  # damaged, or a text in another encoding
-            fail(f"{self._path}: 'ids' cannot be read ({problem}); fetch or copy the file again")
 
     def keys(self) -> Iterable[object]:
         return self._ids
 
     def value(self, key: object) -> Any:
         place = f"{self._path}: {show(key)}"
-        if self._joint is None:
-            return self._numbers(self._datasets[str(key)], place)
-        return self._numbers(self._joint, place, self._rows[key])
+        with _refusing(f"{place} cannot be read"):  # a filter may be missing, too
+            if self._joint is None:
+                return self._numbers(self._datasets[str(key)], place)
+            return self._numbers(self._joint, place, self._rows[key])
 
     def _numbers(self, dataset: Any, place: str, row: int | None = None) -> Any:
         """Of the dataset, or of one row of it; or what lies there in place of numbers."""
-        if dataset.external or dataset.is_virtual:
-            fail(f"{place} lies in another file, which is not read; copy it into this one")
+        _refuse_elsewhere(dataset, place)
         if dataset.shape is None or f"{dataset.dtype.kind}{dataset.dtype.itemsize}" not in NUMBERS:
             return f"{list(dataset.shape or ())} {dataset.dtype}"
         shape = dataset.shape if row is None else dataset.shape[1:]
@@ -97,17 +107,22 @@ class Hdf5:
         if offset is not None:
             start = offset + (row or 0) * num_bytes
             return mapped_numbers(self._path, start, shape, dataset.dtype)
-        self._refuse_claims(dataset, num_bytes, place)
-        try:
-            numbers = dataset[() if row is None else row]
-        except Exception as problem:  # a damaged chunk, a filter that is not there
-            fail(f"{place} cannot be read ({problem}); fetch or copy the file again")
+        _refuse_claims(dataset, num_bytes, place)
+        numbers = dataset[() if row is None else row]
         return torch.from_numpy(numbers.astype(numbers.dtype.newbyteorder("="), copy=False))
-
-    def _refuse_claims(self, dataset: Any, num_bytes: int, place: str) -> None:
-        stored = dataset.id.get_storage_size()
-        if num_bytes > max(MAX_UNPACKED, MAX_RATIO * stored):
-            fail(f"{place} claims {num_bytes:,} bytes and holds {stored:,}; save it again")
 
     def verify(self, key: object) -> None:
         """HDF5 compares the checksums of a dataset that has some as it reads it."""
+
+
+def _refuse_elsewhere(dataset: Any, place: str) -> None:
+    """Raise UserError for a dataset whose numbers are in other files."""
+    if dataset.external or dataset.is_virtual:
+        fail(f"{place} lies in another file, which is not read; copy it into this one")
+
+
+def _refuse_claims(dataset: Any, num_bytes: int, place: str) -> None:
+    """Raise UserError for a dataset that takes much more memory than its file holds."""
+    stored = dataset.id.get_storage_size()
+    if num_bytes > max(MAX_UNPACKED, MAX_RATIO * stored):
+        fail(f"{place} claims {num_bytes:,} bytes and holds {stored:,}; save it again")
