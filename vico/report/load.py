@@ -23,7 +23,7 @@ PREDICTIONS = re.compile(r"predictions_(?:(?P<datasets>.+)_)?(?P<split>[^_]+)\.j
 CAPTIONS = re.compile(r"captions_(?:(?P<datasets>.+)_)?(?P<split>[^_]+)\.jsonl")
 # Curves that only TensorBoard's files have.
 PERFORMANCE = ("memory/", "perf/eval_questions_per_second", "perf/save_seconds")
-LARGEST_NUMBER = 1e200  # millions of them have a sum
+MAX_NUMBER = 1e200  # millions of them have a sum
 NO_RUN = (
     "holds no run (no args.json, log.txt, steps.jsonl, predictions_SPLIT.jsonl or "
     "captions_SPLIT.jsonl)"
@@ -79,7 +79,7 @@ def number(value: object) -> float | None:
     """A number of a log that can be drawn and summed up; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if abs(value) < LARGEST_NUMBER else None  # False for NaN, too
+    return float(value) if abs(value) < MAX_NUMBER else None  # False for NaN, too
 
 
 def accuracy_of(record: Record, name: str = "acc") -> tuple[float, float | None] | None:
