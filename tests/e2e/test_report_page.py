@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from support.report_runs import EVIL, Report
+from support.report_runs import EVIL, Report, write_lines
 from vico.cli.report import main
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -132,6 +132,29 @@ def test_large_runs_open_and_filter_fast(browser: Browser, large: Path) -> None:
     assert "what does the <b>man</b> do after clip 4999" in card and "✓ right" in card
     page.wait_for_selector(DRAWN, state="attached")
     assert page.locator(".plot .main-svg").count() >= page.locator(".plot").count() > 5
+    assert browser.faults == []
+
+
+def test_a_run_that_has_just_begun(browser: Browser, tmp_path: Path) -> None:
+    """Without questions there is no list; options may be one, or more than there are letters."""
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "args.json").write_text('{"dataset": "nextqa"}')
+    browser.open(write(tmp_path / "report.html", begun))
+    assert browser.page.locator("#predictions").is_hidden()
+    assert "no accuracy yet" in browser.page.text_content("#summary")
+    assert browser.page.locator("#missing li").count() >= 4
+    base = {"index": 0, "qid": "0", "video": "v", "type": ""}
+    many = {"scores": [1.5] * 60, "answer": 59, "prediction": 0}
+    one = {"scores": [-1e299], "answer": None, "prediction": 0, "qid": "1"}
+    write_lines(begun / "predictions_val.jsonl", [base | many, base | one])
+    browser.open(write(tmp_path / "report.html", begun))
+    assert browser.count() == "2 of 2 questions"
+    first, second = browser.page.locator("#predictions .item").all()
+    assert "(60) (text not at hand) right answer" in first.text_content()
+    assert "1.7 % (1.500) ✗ wrong" in first.text_content()
+    assert "100.0 % " in second.text_content() and "given" in second.text_content()
+    browser.page.wait_for_selector(DRAWN, state="attached")
     assert browser.faults == []
 
 

@@ -3,12 +3,14 @@
 import base64
 import hashlib
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 from support.errors import refusal
 from support.report_runs import EVIL, Report, write_lines
@@ -146,7 +148,14 @@ def test_damage_is_said_and_the_rest_is_shown(tmp_path: Path) -> None:
     for name, line in damaged.items():
         with (run / name).open("a") as file:
             file.write(line + "\n")
+    with (run / "captions_val.jsonl").open("a") as file:
+        file.write((run / "captions_val.jsonl").read_text().splitlines()[0] + "\n")
     (run / "args.json").write_text("{")
+    (run / "runs").mkdir()
+    for name in ("predictions_test.jsonl", "captions_test.jsonl", "runs/events.out.tfevents.1"):
+        os.mkfifo(run / name)
+    (run / "runs" / "events.out.tfevents.2").write_bytes(b"no events")
+    (run / "checkpoint-3").mkdir()
     runs, sets, _ = loaded(run)
     notes = "\n".join(runs[0].notes)
     assert "predictions_val.jsonl: 1 damaged line(s) left out, first: " in notes
@@ -154,6 +163,10 @@ def test_damage_is_said_and_the_rest_is_shown(tmp_path: Path) -> None:
     assert "steps.jsonl: 1 damaged line(s) left out" in notes
     assert "log.txt: 1 damaged line(s) left out" in notes
     assert "its settings are not shown: args.json:1: column " in notes
+    assert "runs/events.out.tfevents.2 is shown up to where it is damaged or ends (" in notes
+    assert "1 caption(s) left out: of a video with several the last is shown" in notes
+    assert "predictions_test.jsonl is not shown: " in notes and "a device or a pipe" in notes
+    assert "its gates are not shown: " in notes and "none of its 1 checkpoints" in notes
     assert len(sets[0].items) == 40 and len(runs[0].steps) == 40 and len(runs[0].captions) == 6
     page = page_of(tmp_path, run)
     assert "What is missing" in page and "1 damaged line(s) left out" in page
@@ -228,6 +241,28 @@ def test_accuracies_of_a_mixture_on_test(tmp_path: Path) -> None:
     chart = data_of(page)["charts"][titles.index("Validation accuracy: star")]
     assert chart["data"][0]["y"] == [25, 25]
     assert chart["data"][0]["error_y"]["array"][0] == pytest.approx(100 * (wilson(2, 8)[1] - 0.25))
+
+
+def test_speed_and_memory(tmp_path: Path) -> None:
+    """Memory and evaluation are read from TensorBoard's files, up to where one is cut off."""
+    run = report(tmp_path).write_run("a", wrong_every=4)
+    board = SummaryWriter(str(run / "runs"))
+    for step, gib in enumerate((1.5, 2.25, 2.0)):
+        board.add_scalar("memory/host_peak_gib", gib, step)
+        board.add_scalar("perf/eval_questions_per_second", 50.0, step)
+        board.add_scalar("train/loss", 1.0, step)
+    board.close()
+    expected = {"memory/host_peak_gib": [1.5, 2.25, 2.0]}
+    expected["perf/eval_questions_per_second"] = [50.0] * 3
+    assert load_runs([run])[0].performance == expected
+    page = page_of(tmp_path, run)
+    row = re.findall(r"<td>([^<]*)</td>", page.split("Speed, and peak memory")[-1])[:7]
+    assert row == ["40", "0.3", "3,000", "0.0033", "50", "2.25", "–"]
+    (events,) = (run / "runs").iterdir()
+    events.write_bytes(events.read_bytes()[:-60])
+    loaded_run = load_runs([run])[0]
+    assert loaded_run.performance["memory/host_peak_gib"] == [1.5, 2.25, 2.0]
+    assert "truncated record" in loaded_run.notes[-1]
 
 
 def test_names_tell_runs_apart() -> None:

@@ -151,7 +151,8 @@
     const list = make("dl", "");
     caption.texts.forEach((text, run) => {
       if (text !== null) {
-        list.append(make("dt", "", runDot(run), data.runs[run]), make("dd", "", text));
+        const cut = caption.cut[run] ? make("span", "score", " (cut off: it reached no end)") : null;
+        list.append(make("dt", "", runDot(run), data.runs[run]), make("dd", "", text, cut));
       }
     });
     for (const text of caption.references) {

@@ -47,6 +47,7 @@ class Caption:
     video: str
     text: str
     references: list[str]
+    is_cut: bool = False  # it has as many tokens as were allowed, and no end
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,10 @@ def _captions(folder: Path, notes: list[str]) -> list[Caption]:
                     faults.append(error)
         if faults:
             notes.append(f"{path.name}: {len(faults)} damaged line(s) left out, first: {faults[0]}")
-    return captions
+    by_video = {(one.dataset, one.split, one.video): one for one in captions}
+    if repeated := len(captions) - len(by_video):
+        notes.append(f"{repeated} caption(s) left out: of a video with several the last is shown")
+    return list(by_video.values())
 
 
 def _caption(line: str, path: Path, line_number: int, split: str) -> Caption:
@@ -251,7 +255,8 @@ def _caption(line: str, path: Path, line_number: int, split: str) -> Caption:
     if not isinstance(references, list) or not all(isinstance(text, str) for text in texts):
         fail(f"{place}: 'video', 'caption' and each of 'references' must be texts")
     dataset = dataset if isinstance(dataset, str) else None
-    return Caption(dataset, split, record["video"], record["caption"], references)
+    is_cut = record.get("is_cut") is True
+    return Caption(dataset, split, record["video"], record["caption"], references, is_cut)
 
 
 def _gates(folder: Path, notes: list[str]) -> Gates | None:
@@ -288,16 +293,24 @@ def _performance(folder: Path, notes: list[str]) -> dict[str, list[float]]:
                 curves.setdefault(tag, []).append(value)
         except Exception as problem:  # whatever its library says of a damaged file
             reason = one_line(str(problem) or type(problem).__name__)
-            notes.append(f"runs/{path.name} is shown up to where it is damaged ({reason})")
+            notes.append(f"runs/{path.name} is shown up to where it is damaged or ends ({reason})")
     return curves
 
 
 def _events(path: Path) -> Iterable[tuple[str, float]]:
-    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    # TensorBoard's own loaders end without a word where a file is damaged; its reader does not.
     from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.tensorflow_stub.errors import OutOfRangeError
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
 
     names = [name.encode() for name in PERFORMANCE]
-    for raw in RawEventFileLoader(str(path)).Load():
+    reader = PyRecordReader_New(str(path))
+    while True:
+        try:
+            reader.GetNext()
+        except OutOfRangeError:
+            return
+        raw = reader.record()
         if any(name in raw for name in names):
             for value in Event.FromString(raw).summary.value:
                 plain = number(value.simple_value)

@@ -246,6 +246,7 @@ def _captions(runs: Sequence[Run]) -> list[dict[str, Any]]:
         for caption in run.captions:
             record = records.setdefault(_key(caption), _empty_record(caption, len(runs)))
             record["texts"][number] = caption.text
+            record["cut"][number] = caption.is_cut
             for reference in caption.references:
                 if reference not in record["references"]:
                     record["references"].append(reference)
@@ -263,4 +264,5 @@ def _empty_record(caption: Caption, num_runs: int) -> dict[str, Any]:
         "video": caption.video,
         "references": [],
         "texts": [None] * num_runs,
+        "cut": [False] * num_runs,
     }
