@@ -1,8 +1,14 @@
 """What an evaluation counts."""
 
+import json
+from pathlib import Path
+
+import pytest
+
 from vico.data.datasets import DATASETS
 from vico.data.types import Question
-from vico.train.evaluate import summarize
+from vico.errors import TrainingError
+from vico.train.evaluate import _require_finite, summarize
 from vico.train.loop import is_best
 
 NEXTQA = {"nextqa": DATASETS["nextqa"]}
@@ -58,3 +64,49 @@ def test_the_table_of_several_data_sets() -> None:
         if answer is not None:
             last = table.splitlines()[-1].split()
             assert last == ["all", "data", "sets", "1", "/", "2", "50.00%"]
+
+
+def test_what_an_evaluation_says_and_writes(tmp_path: Path) -> None:
+    """By group, with the dropped questions; the mean over groups; a line per question."""
+
+    def ask(index: int, kind: str, answer: int | None = 0) -> Question:
+        return Question(index, f"q{index}", "v", kind, "q", ("a", "b"), answer, dataset="star")
+
+    star = {"star": DATASETS["star"]}
+    questions = [ask(0, "Interaction"), ask(1, "Interaction", 1), ask(2, "Sequence")]
+    dropped = [ask(3, "Interaction"), ask(4, "Feasibility")]
+    scores = [[0.25, 1.0], [0.5, 2.0], [1.0, 3.0]]
+    evaluation = summarize(questions, scores, star, dropped)
+    assert [line.split() for line in evaluation.table().splitlines()] == [
+        "Interaction 1 / 2 50.00% 2 used / 3 total".split(),
+        "Sequence 1 / 1 100.00% 1 used / 1 total".split(),
+        "Feasibility 0 used / 1 total".split(),
+        "all 2 / 3 66.67% 3 used / 5 total".split(),
+        ["Mean", "75.00%"],
+    ]
+    assert evaluation.loss == (0.25 + 2.0 + 1.0) / 3
+    assert evaluation.results() == {"n": 3, "n_total": 5, "acc": 2 / 3, "Mean": 0.75} | {
+        "Interaction": 0.5,
+        "Sequence": 1.0,
+    }
+    evaluation.write(tmp_path / "predictions.jsonl")
+    lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
+    written = [json.loads(line) for line in lines]
+    assert written == evaluation.records() and len(written) == 3
+    assert written[1] == {"index": 1, "qid": "q1", "video": "v", "type": "Interaction"} | {
+        "scores": [0.5, 2.0],
+        "answer": 1,
+        "prediction": 0,
+    }
+    unanswered = summarize([ask(0, "Sequence", None)], [[1.0, 2.0]], star)
+    assert unanswered.table() == "1 questions without answers: predictions only"
+    assert unanswered.loss is None and unanswered.predictions == [0]
+    several = summarize([ask(0, "Sequence")], [[1.0, 2.0]], star | {"nextqa": DATASETS["nextqa"]})
+    assert several.records()[0]["dataset"] == "star"
+
+
+def test_scores_that_are_not_finite_are_refused() -> None:
+    questions = [Question(i, f"q{i}", "v", "X", "q", ("a", "b"), 0, place="p") for i in range(3)]
+    _require_finite([[1.0, 2.0]] * 3, questions)
+    with pytest.raises(TrainingError, match=r"^p: 2 of 3 questions have .* first question q1 of"):
+        _require_finite([[1.0, 2.0], [float("nan"), 1.0], [1.0, float("inf")]], questions)
