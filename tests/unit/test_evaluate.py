@@ -1,6 +1,7 @@
 """What an evaluation counts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,8 +102,9 @@ def test_what_an_evaluation_says_and_writes(tmp_path: Path) -> None:
     unanswered = summarize([ask(0, "Sequence", None)], [[1.0, 2.0]], star)
     assert unanswered.table() == "1 questions without answers: predictions only"
     assert unanswered.loss is None and unanswered.predictions == [0]
-    several = summarize([ask(0, "Sequence")], [[1.0, 2.0]], star | {"nextqa": DATASETS["nextqa"]})
-    assert several.records()[0]["dataset"] == "star"
+    both = [ask(0, "Sequence"), replace(ask(0, "CW"), dataset="nextqa")]
+    several = summarize(both, scores[:2], {**star, **NEXTQA})
+    assert [record["dataset"] for record in several.records()] == ["star", "nextqa"]
 
 
 def test_scores_that_are_not_finite_are_refused() -> None:
