@@ -6,7 +6,7 @@ code and no pickle of the folder is run, nothing is fetched.
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -64,20 +64,28 @@ class Encoder:
     digest: str  # of the files
     notes: tuple[str, ...]
 
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
     @torch.inference_mode()
     def encode(self, frames: Frames | Tensor) -> Tensor:
         """Bytes [T, size, size, 3] to features [T, width], fp32 on the host, not normalised.
 
         CLIP's projected embedding, as OpenAI's `encode_image`; SigLIP's pooled output.
         """
-        pixels = torch.as_tensor(frames).to(self.mean.device).permute(0, 3, 1, 2)
+        pixels = torch.as_tensor(frames).to(self.device).permute(0, 3, 1, 2)
         images = (pixels.float() * self.scale - self.mean) / self.std
-        # cuDNN would round a convolution in fp32 to TF32.
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with _without_tf32() if self.device.type == "cuda" else nullcontext():
             output = self.model(pixel_values=images.to(self.dtype))
         embeds = output.image_embeds if self.kind == "clip" else output.pooler_output
         features: Tensor = embeds.float().cpu()
         return features
+
+
+def _without_tf32() -> Any:
+    """cuDNN would round a convolution in fp32 to TF32."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def load_encoder(

@@ -4,6 +4,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -67,21 +68,35 @@ def extract(
     """
     share = Share(num_workers=how.num_workers)
     progress = _Progress(videos, world)
-    decoder = _Decoder(videos, how, encoder.size)
     encoded: dict[str, list[Tensor]] = {}
-    try:
-        for video, item in decoder:
-            if isinstance(item, _End):
-                _finish(video, encoded.pop(video.id, []), item, how, parts, share)
-                progress(video, share)
-                continue
-            encoded.setdefault(video.id, []).append(encoder.encode(item))
-            share.num_frames += len(item)
-            world.set_phase(f"encoding {video.path.name}")
-    finally:
-        decoder.close()
-    share.decode_seconds = decoder.busy_seconds
+    with _one_thread_each(encoder.device.type == "cpu"):
+        decoder = _Decoder(videos, how, encoder)
+        try:
+            for video, item in decoder:
+                if isinstance(item, _End):
+                    _finish(video, encoded.pop(video.id, []), item, how, parts, share)
+                    progress(video, share)
+                    continue
+                features = item if isinstance(item, Tensor) else encoder.encode(item)
+                encoded.setdefault(video.id, []).append(features)
+                share.num_frames += len(features)
+                world.set_phase(f"encoding {video.path.name}")
+        finally:
+            decoder.close()
+    share.decode_seconds = decoder.decode_seconds
     return share
+
+
+@contextmanager
+def _one_thread_each(is_cpu: bool) -> Iterator[None]:
+    """A sum over several threads has other last bits: the file would depend on their number."""
+    before = torch.get_num_threads()
+    if is_cpu:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _finish(
@@ -142,22 +157,24 @@ class _End:
 class _Decoder:
     """(video, block of frames) from threads that decode ahead: FFmpeg runs without Python's lock.
 
-    Each thread has one video at a time; the queue bounds the frames in memory.
+    On a CPU they encode too, and give features in place of frames: each on one core. Each thread
+    has one video at a time; the queue bounds the frames in memory.
     """
 
-    def __init__(self, videos: Sequence[Video], how: Extraction, size: int) -> None:
-        self._how, self._size = how, size
+    def __init__(self, videos: Sequence[Video], how: Extraction, encoder: Encoder) -> None:
+        self._how, self._encoder = how, encoder
+        self._encodes = encoder.device.type == "cpu"
         self._videos, self._lock = iter(videos), threading.Lock()
         self._queue: queue.Queue[Any] = queue.Queue(2 * how.num_workers)
         self._stop = threading.Event()
-        self.busy_seconds = 0.0
+        self.decode_seconds = 0.0
         self._threads = [
             threading.Thread(target=self._work, daemon=True) for _ in range(how.num_workers)
         ]
         for thread in self._threads:
             thread.start()
 
-    def __iter__(self) -> Iterator[tuple[Video, Frames | _End]]:
+    def __iter__(self) -> Iterator[tuple[Video, Frames | Tensor | _End]]:
         num_running = len(self._threads)
         while num_running:
             item = self._queue.get()
@@ -182,7 +199,7 @@ class _Decoder:
         except Exception as bug:  # raised where the frames are taken
             self._put(bug)
         with self._lock:
-            self.busy_seconds += time.thread_time()
+            self.decode_seconds += time.thread_time()
 
     def _next(self) -> Video | None:
         with self._lock:
@@ -191,13 +208,20 @@ class _Decoder:
     def _decode(self, video: Video) -> None:
         reason = None
         try:
-            for block in self._how.decode(video, self._size):
-                self._put((video, block))
+            for block in self._how.decode(video, self._encoder.size):
+                self._put((video, self._encoded(block) if self._encodes else block))
                 if self._stop.is_set():
                     return
         except VideoError as problem:
             reason = problem.reason
         self._put((video, _End(reason)))
+
+    def _encoded(self, block: Frames) -> Tensor:
+        start = time.thread_time()
+        features = self._encoder.encode(block)
+        with self._lock:
+            self.decode_seconds -= time.thread_time() - start
+        return features
 
     def _put(self, item: object) -> None:
         while not self._stop.is_set():
