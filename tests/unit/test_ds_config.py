@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from support.processes import ROOT
 from vico.errors import UserError
@@ -61,6 +60,8 @@ def test_contradictions(tmp_path: Path, change: dict[str, object], message: str)
 
 def test_untested_options_may_say_their_default(tmp_path: Path) -> None:
     """As a file that names every option does, or "auto", or false where there is none."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
     path = tmp_path / "ds.json"
     for default in (0, "auto"):
         options = {
