@@ -16,10 +16,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from support.backbones import logits
+from support.backbones import logits, make_model
 from support.processes import ROOT, base_environment, run_command
 from support.toy_dataset import make_rows, records, write_csv
 from vico.data.tokenizer import Tokenizer, find_tokenizer
+from vico.data.types import TokenSequence
+from vico.distributed.world import World
+from vico.generation.generate import Prompt, generate
+from vico.generation.settings import GenerationSettings
 from vico.model.weights.load import open_weights
 
 pytestmark = pytest.mark.slow
@@ -109,3 +113,40 @@ def test_the_documented_command(smollm2: Path, tmp_path: Path) -> None:
         assert result["features"] == str(out / "data" / "nextqa" / "clipvitl14.pth")
     assert [row["step"] for row in records(out / "run" / "steps.jsonl")] == [1]
     assert len(records(out / "run" / "predictions_val.jsonl")) == 8
+
+
+@pytest.mark.parametrize("num_beams", [1, 4])
+def test_texts_are_those_of_transformers(smollm2: Path, alone: World, num_beams: int) -> None:
+    """Two prompts in one batch; of the greedy one also the log-probabilities."""
+    tokenizer = Tokenizer(find_tokenizer(smollm2.parent, smollm2))
+    model = make_model(open_weights(smollm2, tokenizer.vocab_size))
+    reference = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    prompts = []
+    for text in (EIFFEL, "Once upon a time, there was a"):
+        ids = tokenizer.encode(text)
+        targets = range(len(ids), len(ids) + 1)
+        sequence = TokenSequence("cap", (*ids, tokenizer.eos), targets, len(ids) + 1)
+        prompts.append(Prompt(sequence, torch.zeros(10, 768)))
+    settings = GenerationSettings(max_new_tokens=24, num_beams=num_beams)
+    for prompt, text in zip(
+        prompts, generate(model, prompts, tokenizer, settings, alone), strict=True
+    ):
+        tokens = torch.tensor([prompt.sequence.tokens[:-1]])
+        expected = reference.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            num_beams=num_beams,
+            max_new_tokens=24,
+            eos_token_id=tokenizer.eos,
+            pad_token_id=tokenizer.eos,
+            repetition_penalty=1.0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        new_ids = expected.sequences[0, tokens.shape[1] :]
+        assert list(text.token_ids) == new_ids.tolist()
+        if num_beams == 1:
+            log_probabilities = torch.cat(expected.logits).log_softmax(dim=1)
+            chosen = log_probabilities.gather(1, new_ids[:, None]).squeeze(1)
+            assert text.log_probabilities == pytest.approx(chosen.tolist(), abs=LOGITS_ATOL)

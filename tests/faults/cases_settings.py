@@ -73,6 +73,15 @@ SETTINGS: dict[str, Case] = {
     "logging_steps of 0": flags(
         "--logging_steps 0", "--logging_steps 0: must be a whole number of at least 1"
     ),
+    "no captions to write": flags(
+        "--eval_captions 0", "--eval_captions 0: must be a whole number of at least 1"
+    ),
+    "captions to compare with and none read": flags(
+        "--eval_captions 3 --cap 0", "--eval_captions 3: must be left out with --no_eval or --cap 0"
+    ),
+    "captions with an evaluation that is off": flags(
+        "--eval_captions 3 --no_eval", "--eval_captions 3: must be left out with --no_eval"
+    ),
     "reporter that is none": flags(
         "--report_to mlflow",
         "--report_to mlflow: must be none, all, or some of tensorboard, wandb, trackio",

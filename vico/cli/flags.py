@@ -15,7 +15,8 @@ from vico.cli.aliases import ALIASES, COMPUTED, RENAMED, Spelled
 from vico.cli.parser import RETIRED_HELP, GroupHelp, SettingsParser, path_argument
 from vico.distributed import launcher_env
 from vico.errors import DONE, UserError, nearest, show
-from vico.train.config import RunConfig, value_type
+from vico.train.bounds import value_type
+from vico.train.config import RunConfig
 from vico.train.settings import (
     TYPE_NAMES,
     evaluated_split,

@@ -37,6 +37,8 @@ class Prompt:
     # Its one target stands in the place of the first new token (Prompts.caption_prompt).
     sequence: TokenSequence
     features_FC: Tensor  # fp32 [F, C], sampled; without effect where there are no video slots
+    # The last tokens of `sequence` before its target, if they are the beginning of the text.
+    opening: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -52,9 +54,10 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """A text, without blanks at its ends; its tokens, EOS included; and their log-probabilities.
+    """A text, without blanks at its ends; its new tokens, with EOS; and their log-probabilities.
 
-    These are the model's own, whatever tokens were drawn from.
+    These are the model's own, whatever tokens were drawn from. The text begins with the prompt's
+    `opening`.
     """
 
     text: str
@@ -89,7 +92,7 @@ def generate(
             found |= dict(zip(places, hypotheses, strict=True))
     for other in world.gather_objects(found):
         found |= other
-    return [_finished(found[place], tokenizer) for place in range(len(prompts))]
+    return [_finished(prompts[place], found[place], tokenizer) for place in range(len(prompts))]
 
 
 def _require_room(model: ViCo, prompts: Sequence[Prompt], settings: GenerationSettings) -> None:
@@ -171,7 +174,7 @@ def next_rows(ids_B: Tensor, positions_B: Tensor, no_features_VFC: Tensor) -> Pa
     )
 
 
-def _finished(hypothesis: Hypothesis, tokenizer: Tokenizer) -> Generated:
+def _finished(prompt: Prompt, hypothesis: Hypothesis, tokenizer: Tokenizer) -> Generated:
     ids, log_probabilities = hypothesis.token_ids, hypothesis.log_probabilities
     if not torch.tensor(log_probabilities).isfinite().all():
         raise TrainingError(
@@ -179,5 +182,5 @@ def _finished(hypothesis: Hypothesis, tokenizer: Tokenizer) -> Generated:
             "checkpoint"
         )
     has_ended = ids[-1] == tokenizer.eos
-    text = tokenizer.decode(ids[:-1] if has_ended else ids).strip()
+    text = tokenizer.decode([*prompt.opening, *(ids[:-1] if has_ended else ids)]).strip()
     return Generated(text, tuple(ids), tuple(log_probabilities), is_cut=not has_ended)

@@ -200,13 +200,9 @@ class AskedModel:
             for features, video in videos:
                 self.require_width(features)
                 features.check([_about(video)])
-                prompts.append(Prompt(sequence, self._sample(features, video, None)))
-        captions = []
-        for caption in self._generate(prompts, settings):
-            ids = caption.token_ids if caption.is_cut else caption.token_ids[:-1]
-            text = self.tokenizer.decode([*opening, *ids]).strip()
-            captions.append(replace(caption, text=text))
-        return captions
+                frames_FC = self._sample(features, video, None)
+                prompts.append(Prompt(sequence, frames_FC, tuple(opening)))
+        return self._generate(prompts, settings)
 
     def _sample(self, features: Features, video: str, rows: FeatureRows | None) -> Tensor:
         """Raises UserError for NaN or infinite values."""

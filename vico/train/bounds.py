@@ -1,4 +1,8 @@
-"""What numbers the settings of a run may be."""
+"""What values the settings of a run may have."""
+
+import types
+import typing
+from typing import Any, Literal
 
 MAX_FLOAT = 3e38  # of fp32, the type of the tensors that settings are combined with
 MAX_SEED = 2**63 - 1  # of torch's generator
@@ -20,3 +24,12 @@ BOUNDS: dict[str, tuple[float, float, str]] = {
     "num_workers": (0, 1024, "a whole number from 0 to 1024"),
     "seed": (0, MAX_SEED, f"a whole number from 0 to {MAX_SEED}"),
 }
+
+
+def value_type(annotation: Any) -> tuple[Any, tuple[str, ...] | None]:
+    """(type of one value, allowed values or None) of a field's annotation."""
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        annotation, *_ = (a for a in typing.get_args(annotation) if a is not type(None))
+    if typing.get_origin(annotation) is Literal:
+        return str, typing.get_args(annotation)
+    return annotation, None

@@ -6,8 +6,6 @@ below get plain values.
 """
 
 import dataclasses
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +13,7 @@ from typing import Any, Literal
 from vico.data.mixture import DatasetChoice, dataset_names, parse_datasets, paths_by_dataset
 from vico.errors import UserError, nearest
 from vico.model.weights import folders
-from vico.train.bounds import BOUNDS, COUNT
+from vico.train.bounds import BOUNDS, COUNT, value_type
 
 
 def _flag(default: Any, group: str, help: str, **extra: Any) -> Any:
@@ -185,6 +183,12 @@ class RunConfig:
     no_eval: bool = _flag(
         False, RUN, "evaluate no epoch: no val split is read, and no checkpoint_best is kept"
     )
+    eval_captions: int | None = _flag(
+        None,
+        RUN,
+        "with each evaluation of an epoch, write captions of the split's first N videos that have "
+        "one, and log CIDEr, BLEU and ROUGE-L (eval/cider); needs the extra 'captions'",
+    )
     split: Literal["val", "test"] = _flag(
         "val", RUN, "split to evaluate; test is also that of the epochs where there is no val"
     )
@@ -274,6 +278,9 @@ class RunConfig:
         reporters = [name.strip() for name in self.report_to.split(",")]
         is_valid = reporters in (["none"], ["all"]) or set(reporters) <= set(REPORTERS)
         self._require(is_valid, "report_to", f"none, all, or some of {', '.join(REPORTERS)}")
+        if self.eval_captions is not None:
+            reads_both = self.cap > 0 and not self.no_eval
+            self._require(reads_both, "eval_captions", "left out with --no_eval or --cap 0")
         slots_fit = self.max_feats < self.max_seq_len
         self._require(slots_fit, "max_feats", f"below --max_seq_len {self.max_seq_len}")
         recomputed = self.checkpoint_activations
@@ -375,6 +382,7 @@ NOT_IDENTITY = frozenset(
     split max_steps num_workers deepspeed attention checkpoint_activations batch_size accum_iter
     max_tokens save_steps save_total_limit save_legacy logging_steps report_to allow_change verify
     collective_timeout hang_timeout expect_world_size missing_subtitles missing_captions no_eval
+    eval_captions
     """.split()
 )
 # What must not change either when a run is resumed (checkpoint/fingerprint.py).
@@ -382,18 +390,9 @@ FINGERPRINTED = ("data", "backbone", "tokenizer")
 # The shapes of a checkpoint's tensors follow from these. Evaluation takes them from the checkpoint.
 SHAPES = ("adapter_layer", "adapter_len", "max_feats")
 # They have no effect on an evaluation.
-SAVING = ("save_steps", "save_total_limit", "save_legacy", "logging_steps", "report_to")
+SAVING = "save_steps save_total_limit save_legacy logging_steps report_to eval_captions".split()
 
 
 def is_path(deepspeed: str) -> bool:
     """Whether --deepspeed names a user's file, not one of ds_configs/."""
     return "/" in deepspeed or deepspeed.endswith(".json")
-
-
-def value_type(annotation: Any) -> tuple[Any, tuple[str, ...] | None]:
-    """(type of one value, allowed values or None) of a field's annotation."""
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        annotation, *_ = (a for a in typing.get_args(annotation) if a is not type(None))
-    if typing.get_origin(annotation) is Literal:
-        return str, typing.get_args(annotation)
-    return annotation, None

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from vico.train.config import RunConfig
+from vico.train.eval_captions import WrittenCaptions
 from vico.train.evaluate import Evaluation
 from vico.train.run_log import RunLog, memory_curves
 from vico.train.step import StepReport
@@ -24,6 +25,7 @@ class EpochResult:
     evaluation: Evaluation | None
     eval_seconds: float
     is_best: bool
+    captions: WrittenCaptions | None = None  # --eval_captions
 
 
 def total_loss(config: RunConfig, losses: list[float | None]) -> float:
@@ -72,6 +74,8 @@ def epoch_record(config: RunConfig, result: EpochResult) -> dict[str, Any]:
     for task, loss in zip(config.tasks, result.losses, strict=True):
         losses[f"train_{task}_loss"] = loss
     values = {} if result.evaluation is None else result.evaluation.results()
+    if result.captions is not None:
+        values |= {"n_captions": len(result.captions.records), **result.captions.metrics}
     lacking = result.num_without_caption
     return {
         "train_loss": total_loss(config, result.losses),
@@ -93,5 +97,7 @@ def epoch_curves(result: EpochResult, device: torch.device) -> dict[str, float]:
     if (loss := evaluation.loss) is not None:
         curves["eval/loss"] = loss
     num_questions = len(evaluation.questions)
+    if result.captions is not None:
+        curves |= {f"eval/{name}": value for name, value in result.captions.metrics.items()}
     curves["perf/eval_questions_per_second"] = num_questions / result.eval_seconds
     return {**curves, **memory_curves(device)}

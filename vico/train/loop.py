@@ -21,7 +21,7 @@ from vico.data.dataloader import loader
 from vico.distributed import signals
 from vico.errors import DiskError, InUseError
 from vico.io import log, streams
-from vico.io.atomic import write_bytes, write_json
+from vico.io.atomic import write_bytes, write_json, write_lines
 from vico.io.failpoints import reached
 from vico.io.host_memory import return_free_memory
 from vico.io.paths import is_folder
@@ -238,6 +238,8 @@ def _end_epoch(run: Run, run_log: RunLog | None) -> None:
     if split is not None:
         evaluation = evaluate(run.engine, run.inputs, split, config, run.world)
         accuracy = evaluation.accuracies["acc"]
+    eval_seconds = time.perf_counter() - started
+    captioned = run.captioned_videos
     result = EpochResult(
         epoch=(state.step - 1) // run.steps.steps_per_epoch,
         step=state.step,
@@ -246,8 +248,9 @@ def _end_epoch(run: Run, run_log: RunLog | None) -> None:
         num_without_caption=run.inputs.num_without_caption,
         split=split,
         evaluation=evaluation,
-        eval_seconds=time.perf_counter() - started,
+        eval_seconds=eval_seconds,
         is_best=accuracy is not None and is_best(accuracy, state.best_accuracy),
+        captions=None if captioned is None else captioned.write(run.engine, run.world),
     )
     best = accuracy if result.is_best else state.best_accuracy
     after = replace(state, best_accuracy=best, evaluation_due=False)
@@ -305,5 +308,7 @@ def _log_epoch(run: Run, run_log: RunLog, result: EpochResult, weights: dict[str
     run_log.epoch(record, epoch_curves(result, run.world.device), gates_picture(weights))
     if result.evaluation is not None and result.split is not None:
         result.evaluation.write(run.output_dir.predictions(result.split))
+        if result.captions is not None:
+            write_lines(run.output_dir.captions(result.split), result.captions.records)
     shown = {name: value for name, value in record.items() if name != "epoch"}
     log.info(f"epoch {result.epoch}: {json.dumps(shown)}")

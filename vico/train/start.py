@@ -16,6 +16,7 @@ from vico.train import reporters, shared_digests
 from vico.train.build import Inputs, build_engine, fit, read_inputs
 from vico.train.config import RunConfig
 from vico.train.engine import Engine
+from vico.train.eval_captions import CaptionedVideos
 from vico.train.optim import learning_rate, peak_learning_rate
 from vico.train.rank_consistency import require_same_files, require_same_start
 from vico.train.resume import (
@@ -41,6 +42,7 @@ class Run:
     identity: RunIdentity
     from_scratch: bool  # no checkpoint was loaded
     evaluated_split: str | None  # after each epoch
+    captioned_videos: CaptionedVideos | None = None  # with each evaluation
 
     @property
     def last_step(self) -> int:
@@ -91,10 +93,13 @@ def start(config: RunConfig, world: World) -> Run:
         inputs = read_inputs(config, splits, world)
         reached("inputs")
         checkpoint = fit(found.checkpoint, inputs) if found.checkpoint else None
+        captioned = _captioned_videos(config, inputs, own_splits)
     require_same_start(world, checkpoint, found.notes, inputs.counts)
     if world.is_first_of_host:
         inputs.cache.flush()
-    for note in (*found.notes, *inputs.notes, *(checkpoint.notes if checkpoint else ())):
+    of_captions = [] if captioned is None else [captioned.note]
+    of_checkpoint = checkpoint.notes if checkpoint else ()
+    for note in (*found.notes, *inputs.notes, *of_captions, *of_checkpoint):
         world.print_rank0(note)
     steps = _training_steps(config, inputs, world)
     # Before the weights, which take minutes to load: may this run continue that checkpoint?
@@ -111,15 +116,26 @@ def start(config: RunConfig, world: World) -> Run:
     if checkpoint is not None and checkpoint.moments is not None:
         engine.set_moments(checkpoint.moments, state.num_updates)
     identity = RunIdentity(found.run_id, config.to_json(), fingerprints)
-    from_scratch = checkpoint is None
-    evaluated = own_splits[1] if len(own_splits) > 1 else None
-    run = Run(
-        config, world, output_dir, inputs, engine, steps, state, identity, from_scratch, evaluated
-    )
+    parts = (config, world, output_dir, inputs, engine, steps, state, identity)
+    run = Run(*parts, checkpoint is None, _evaluated_split(own_splits), captioned)
     if checkpoint is not None and checkpoint.moments is not None and not checkpoint.published:
         for note in _notes_of_other_epochs(run, checkpoint.settings.get("epochs")):
             world.print_rank0(note)
     return run
+
+
+def _evaluated_split(splits: Sequence[str]) -> str | None:
+    return splits[1] if len(splits) > 1 else None
+
+
+def _captioned_videos(
+    config: RunConfig, inputs: Inputs, splits: Sequence[str]
+) -> CaptionedVideos | None:
+    """Of --eval_captions. Raises UserError."""
+    split = _evaluated_split(splits)
+    if config.eval_captions is None or split is None:
+        return None
+    return CaptionedVideos(inputs, split, config.eval_captions, config.max_feats)
 
 
 def _notes_of_other_epochs(run: Run, before: object) -> list[str]:

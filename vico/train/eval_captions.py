@@ -1,0 +1,111 @@
+"""--eval_captions: captions of some videos with each evaluation in training, and their metrics."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vico.data.tokenizer import Tokenizer
+from vico.data.types import Question
+from vico.distributed.world import World
+from vico.errors import UserError, show
+from vico.generation.caption_metrics import caption_metrics, require_package
+from vico.generation.generate import Generated, Prompt, generate
+from vico.generation.settings import GenerationSettings
+from vico.io import log
+from vico.model.vico import ViCo
+from vico.train.build import Inputs
+from vico.train.engine import Engine
+
+
+@dataclass(frozen=True)
+class WrittenCaptions:
+    """One JSON object per video, and the metrics that there are: cider, bleu_1 and others."""
+
+    records: list[dict[str, Any]]
+    metrics: dict[str, float]
+
+
+class CaptionedVideos:
+    """The first videos of a split that have a caption, which is what theirs is compared with."""
+
+    def __init__(self, inputs: Inputs, split: str, num: int, num_slots: int) -> None:
+        """Raises UserError where no video has a caption, or pycocoevalcap is not installed."""
+        require_package()
+        self._inputs, self._num_slots = inputs, num_slots
+        self._tokenizer = Tokenizer(inputs.tokenizer_path)
+        first: dict[tuple[str, str], Question] = {}
+        for question in inputs.questions[split]:
+            if self._reference(question):
+                first.setdefault((question.dataset, question.video), question)
+        self._questions = list(first.values())[:num]
+        if not self._questions:
+            raise UserError(
+                f"--eval_captions {num}: no video of {split} has a caption to compare with; add "
+                "them to the caption file, or leave the flag out"
+            )
+        self._opening = self._usual_opening()
+        words = show(self._tokenizer.decode(list(self._opening)).strip())
+        asked = "" if len(self._questions) == num else f" (--eval_captions {num}: no more have one)"
+        self.note = (
+            f"captions of {len(self._questions)} {split} videos with each evaluation{asked}; they "
+            f"begin with {words}, as most of training's do"
+        )
+
+    def _reference(self, question: Question) -> str:
+        """The caption of a question's video, or an empty text."""
+        captions = self._inputs.datasets[question.dataset].captions
+        return question.caption.strip() or captions.get(question.video, "").strip()
+
+    def _usual_opening(self) -> tuple[int, ...]:
+        """The tokens with which most training captions begin: training has them as context only."""
+        counts = Counter[tuple[int, ...]]()
+        videos = {(q.dataset, q.video) for q in self._inputs.questions["train"]}
+        for dataset, video in sorted(videos):
+            inputs = self._inputs.datasets[dataset]
+            if video in inputs.captions:
+                counts[inputs.prompts.caption_opening(inputs.captions[video])] += 1
+        del counts[()]
+        return counts.most_common(1)[0][0] if counts else ()
+
+    def write(self, engine: Engine, world: World) -> WrittenCaptions:
+        """By the model as it is. A collective; the metrics are those of rank 0, others get none.
+
+        Raises UserError for features that are not finite, and what `generate` raises.
+        """
+        model = engine.module
+        assert isinstance(model, ViCo)
+        with world.raise_together():
+            prompts = [self._prompt(question) for question in self._questions]
+        texts = generate(model, prompts, self._tokenizer, GenerationSettings(), world)
+        records = []
+        for question, text in zip(self._questions, texts, strict=True):
+            record: dict[str, Any] = {"dataset": question.dataset, "video": question.video}
+            record |= {"caption": text.text, "references": [self._reference(question)]}
+            records.append({**record, "is_cut": text.is_cut})
+        world.set_phase("measuring captions")
+        return WrittenCaptions(records, self._metrics(texts) if world.is_main else {})
+
+    def _prompt(self, question: Question) -> Prompt:
+        """Of the whole video, as `vico caption` has it."""
+        dataset = self._inputs.datasets[question.dataset]
+        frames_FC = dataset.features.sample(question.video, None, self._num_slots)
+        if not torch.isfinite(frames_FC).all():
+            dataset.features.refuse_not_finite([question], [question.video])
+        sequence = dataset.prompts.caption_prompt(self._opening)
+        return Prompt(sequence, frames_FC, self._opening)
+
+    def _metrics(self, texts: Sequence[Generated]) -> dict[str, float]:
+        """Without METEOR, which takes seconds. What cannot be measured does not end the run."""
+        found, wanted = {}, {}
+        for question, text in zip(self._questions, texts, strict=True):
+            key = f"{question.dataset}/{question.video}"
+            found[key], wanted[key] = text.text, [self._reference(question)]
+        try:
+            metrics = caption_metrics(found, wanted, meteor=False)
+        except UserError as problem:
+            log.info(f"note: --eval_captions: {problem}; captions are written without metrics")
+            return {}
+        return {name: value for name, value in metrics.items() if isinstance(value, float)}
