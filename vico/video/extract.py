@@ -67,7 +67,7 @@ def extract(
     A video that cannot be used is left out. No collective.
     """
     share = Share(num_workers=how.num_workers)
-    progress = _Progress(videos, world)
+    progress = _TimeLeft(videos, world)
     encoded: dict[str, list[Tensor]] = {}
     with _one_thread_each(encoder.device.type == "cpu"):
         decoder = _Decoder(videos, how, encoder)
@@ -119,7 +119,7 @@ def _finish(
     share.left_out[video.id] = reason or "no frame can be decoded"
 
 
-class _Progress:
+class _TimeLeft:
     """Says now and then how far this rank is, and how long it will take."""
 
     def __init__(self, videos: Sequence[Video], world: World) -> None:
