@@ -32,9 +32,9 @@ steady rate, shorter side scaled and middle cropped as ffmpeg does, each encoded
   vico extract videos/ --encoder pretrained/clip-vit-large-patch14 --output data/my/features.pth
 
 The video of a question is then its file's name without folder and ending. Use --fps 3 for TVQA.
-How long: every frame of a video is decoded, FPS of them a second are encoded. Decoding takes one
-core some 2 s per minute of 480p; CLIP ViT-L/14 some 0.5 s a frame on one core, and a GPU is some
-hundred times faster. A line says every ten seconds how much time is left.
+How long: every frame of a video is decoded, FPS of them a second are encoded. On one core decoding
+takes some seconds per minute of 480p, and CLIP ViT-L/14 one or two seconds per frame, so use a GPU
+for more than a few videos. A line says every ten seconds how much time is left.
 On all GPUs of a node: bash launch/extract.sh FLAGS; torchrun and srun work as for training.
 
 Killed, and started again by the same command, it continues from the videos that were done
