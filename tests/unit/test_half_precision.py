@@ -284,6 +284,6 @@ def test_logits_are_held_for_a_few_rows(monkeypatch: pytest.MonkeyPatch) -> None
     weight_WD = torch.zeros(5, 2)
     for num_bytes, size in ((4 * 5 * 3, 3), (4 * 5 * 4 - 1, 3), (7, 1), (10**6, 10)):
         monkeypatch.setitem(config.HEAD_CHUNK_BYTES, "cpu", num_bytes)
-        chunks = [list(range(10))[rows] for rows in autograd._chunks(10, weight_WD)]
+        chunks = [list(range(10))[rows] for rows in autograd.row_chunks(10, weight_WD)]
         assert list(chain.from_iterable(chunks)) == list(range(10)) and len(chunks[0]) == size
-        assert all(rows.stop <= 10 for rows in autograd._chunks(10, weight_WD))
+        assert all(rows.stop <= 10 for rows in autograd.row_chunks(10, weight_WD))
