@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
     def work(world: "World") -> None:
         model = open_model(line, world)
         with world.raise_together():
-            features = request.source.open(model)
+            features = request.source.read_for(model)
             questions, notes = request.read()
         for note in notes:
             world.print_rank0(note)

@@ -68,7 +68,7 @@ class VideoSource:
             return str(self.video)
         return (self.video_id or "").strip() or None
 
-    def open(self, model: "AskedModel") -> "Features":
+    def read_for(self, model: "AskedModel") -> "Features":
         """Raises UserError, also for features of another width than the model's."""
         if self.video is not None:
             assert self.encoder is not None

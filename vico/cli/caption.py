@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
             return
         model = open_model(line, world, OTHERWISE)
         with world.raise_together():
-            features = source.open(model)
+            features = source.read_for(model)
         opening = _opening(model, typed)
         (caption,) = model.caption([(features, source.id)], settings, opening)
         world.print_rank0(f"{source.id}: {caption.text}")
