@@ -55,7 +55,7 @@ def test_readers_accept_it(demo: Path) -> None:
         for split in SPLITS:
             questions = nextqa.read(folder, split)
             assert features.check(questions) == 0
-            captions.check(captions.read(folder, None), questions, folder)
+            captions.check(captions.read(folder, None), questions)
 
 
 def test_text_reveals_nothing(demo: Path) -> None:

@@ -176,7 +176,10 @@ def test_flags_switch_off_what_a_recipe_or_checkpoint_sets(tmp_path: Path) -> No
     over_checkpoint = parse_line(" ".join(off)).resolve(values)
     assert by_recipe == over_checkpoint == parse_line("--dataset tvqa").resolve()
     optional = {f.name for f in fields if type(None) in typing.get_args(f.type)}
-    assert optional - {"captions", "features", "resume", "allow_change"} == {*numbers, "quantize"}
+    # --no_eval excludes it, so it is switched off alone.
+    assert parse_line("--eval_captions=none").resolve({"eval_captions": 3}).eval_captions is None
+    texts = {"captions", "features", "resume", "allow_change"}
+    assert optional - texts == {*numbers, "quantize", "eval_captions"}
 
 
 def test_recipe_is_typed_and_flags_win(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_an_error_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(packing, "_write_safetensors", full)
+    monkeypatch.setattr(packing, "write_safetensors", full)
     with pytest.raises(DiskError, match="cannot be written \\(No space left on device: "):
         pack(source, tmp_path / f"out{suffix}")
     assert [path.name for path in tmp_path.iterdir()] == ["f.pth"]

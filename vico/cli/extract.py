@@ -138,7 +138,7 @@ def _missing(
     todo, notes = list[str](), list[str]()
     with world.raise_together():
         if world.is_main:
-            notes = parts.open(settings)
+            notes = parts.begin(settings)
             todo = [video.id for video in parts.missing(videos)]
     wanted = set(world.gather_objects(todo)[0])
     for note in notes:

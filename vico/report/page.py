@@ -12,6 +12,7 @@ from typing import Any
 from xml.etree.ElementTree import Element
 
 from vico.errors import UserError
+from vico.io.paths import read_bytes
 from vico.report import sections
 from vico.report.charts import (
     Chart,
@@ -85,7 +86,7 @@ def is_report(start: bytes) -> bool:
 
 
 def _read(name: str) -> str:
-    return (HERE / name).read_text(encoding="utf-8")
+    return read_bytes(HERE / name).decode()
 
 
 def _hash(script: str) -> str:

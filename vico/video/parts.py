@@ -18,7 +18,7 @@ from vico.data.pack import KINDS, write_safetensors
 from vico.errors import DiskError, UserError, fail, show
 from vico.io.atomic import make_folder, replacing, write_bytes, write_folder, write_json
 from vico.io.output_dir import OutputDir
-from vico.io.paths import exists, open_to_read
+from vico.io.paths import entries, exists, open_to_read
 from vico.io.text import read_json_object
 from vico.video.listing import Video
 
@@ -34,7 +34,7 @@ class Parts:
         self.output = output
         self.folder = output.with_name(output.name + SUFFIX)
 
-    def open(self, settings: Mapping[str, Any]) -> list[str]:
+    def begin(self, settings: Mapping[str, Any]) -> list[str]:
         """Become the only writer. For rank 0. Returns notes.
 
         Raises UserError if the parts that are there have other settings, or if there are none and
@@ -96,7 +96,7 @@ class Parts:
         """The settings last: parts without them would be anybody's. Raises DiskError."""
         settings = self.folder / SETTINGS
         try:
-            for path in self.folder.iterdir():
+            for path in entries(self.folder):
                 if path != settings:
                     path.unlink()
             settings.unlink()
