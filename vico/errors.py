@@ -150,6 +150,10 @@ def one_line(message: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the known word closest to `word`; empty when none is close."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    """`; did you mean 'x'?` for the known word closest to `word`; empty when none is close.
+
+    The dashes of flags, which all have, make none closer.
+    """
+    words = {name.lstrip("-"): name for name in known}
+    close = difflib.get_close_matches(word.lstrip("-"), list(words), n=1)
+    return f"; did you mean '{words[close[0]]}'?" if close else ""

@@ -29,7 +29,7 @@ TABLES: dict[str, Case] = {
     ),
     "no test.csv": refused(
         gone(f"{NEXTQA}/test.csv"),
-        "test.csv: no such file; the CSV of the test questions",
+        "test.csv: no such file; put it there, or evaluate on val (--split val)",
         line="eval --split test --resume {fixture}/" + CHECKPOINT,
     ),
     "column missing": refused(
