@@ -19,7 +19,7 @@ import torch.distributed as torch_dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
-from vico.distributed import launcher_env, topology
+from vico.distributed import launcher_env, signals, topology
 from vico.distributed.launcher_env import host_name
 from vico.distributed.rendezvous import clone_store, hint_when_slow, rendezvous, use_loopback
 from vico.distributed.watchdog import WAITING, Watchdog
@@ -98,6 +98,11 @@ class World:
         with self._waiting():
             torch_dist.all_reduce(maximum, torch_dist.ReduceOp.MAX, group=self.host_group)
         return int(maximum)
+
+    def raise_if_stopped(self, line: str) -> None:
+        """Raise signals.Stopped with `line`, on all ranks, when one of them got a stop signal."""
+        if stop_signal := self.max(signals.stop_requested()):
+            raise signals.Stopped(stop_signal, line)
 
     def barrier(self) -> None:
         with self._waiting():

@@ -15,7 +15,6 @@ from torch import Tensor
 from vico.data.packing import Example, pack
 from vico.data.tokenizer import Tokenizer
 from vico.data.types import TokenSequence
-from vico.distributed import signals
 from vico.distributed.world import World
 from vico.errors import TrainingError, UserError
 from vico.generation.beam import BeamSearch
@@ -82,7 +81,7 @@ def generate(
     batches = _divide(prompts, settings)
     found: dict[int, Hypothesis] = {}
     for first in range(0, len(batches), world.size):
-        _stop_if_requested(world)
+        world.raise_if_stopped("stopped in the generation of texts; start it again")
         world.set_phase(f"generation, batch {first + world.rank + 1} of {len(batches)}")
         own = batches[first : first + world.size][world.rank : world.rank + 1]
         places = own[0] if own else [0]  # a rank without a batch runs one for the others' sake
@@ -116,12 +115,6 @@ def _divide(prompts: Sequence[Prompt], settings: GenerationSettings) -> list[lis
         batches[-1].append(place)
         size += settings.num_beams * (prompt.num_tokens + settings.max_new_tokens)
     return batches
-
-
-def _stop_if_requested(world: World) -> None:
-    stop_signal = world.max(signals.stop_requested())
-    if stop_signal:
-        raise signals.Stopped(stop_signal, "stopped in the generation of texts; start it again")
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from vico.errors import TrainingError
 from vico.train.build import Inputs
 from vico.train.config import RunConfig
 from vico.train.engine import Engine
-from vico.train.evaluate import CHUNKS_PER_STOP_CHECK, raise_if_stopped, score
+from vico.train.evaluate import CHUNKS_PER_STOP_CHECK, score
 from vico.train.progress_bar import ProgressBar
 
 # Where the ranges of positions begin that are reported apart.
@@ -146,7 +146,7 @@ def measure_texts(
                 table_4N[:, chunk.windows[0].start : chunk.windows[-1].stop] = measures_4n
             bar.advance()
             if (number + 1) % CHUNKS_PER_STOP_CHECK == 0:
-                raise_if_stopped(f"stopped in the measurement of {what}; start it again", world)
+                world.raise_if_stopped(f"stopped in the measurement of {what}; start it again")
     world.sum(table_4N)  # each token is one rank's, so no bit changes
     if not table_4N.isfinite().all():
         raise TrainingError(

@@ -17,7 +17,6 @@ from vico.data.dataloader import loader
 from vico.data.datasets import RESERVED_KEYS, Dataset, accuracy_groups, find_dataset
 from vico.data.evaluation_batches import EvaluationChunks
 from vico.data.types import Question
-from vico.distributed import signals
 from vico.distributed.world import World
 from vico.errors import TrainingError, UserError, one_line
 from vico.io import log
@@ -238,18 +237,11 @@ def _score_chunks(
                 scored.append(ScoredChunk(chunk.questions, sequences_N, losses))
             bar.advance()
             if number % CHUNKS_PER_STOP_CHECK == 0:
-                raise_if_stopped(f"stopped in the evaluation of {what}; start it again", world)
+                world.raise_if_stopped(f"stopped in the evaluation of {what}; start it again")
     with world.raise_together():
         if error is not None:
             raise error
     return scored
-
-
-def raise_if_stopped(line: str, world: World) -> None:
-    """Raise Stopped on all ranks when one of them got a stop signal. A collective."""
-    stop_signal = world.max(signals.stop_requested())
-    if stop_signal:
-        raise signals.Stopped(stop_signal, line)
 
 
 def _gather(
