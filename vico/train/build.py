@@ -78,45 +78,71 @@ class Inputs:
         return Sources(self.weights, self.tokenizer_path, self.datasets, questions)
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """What a run reads besides its data sets."""
+
+    config: RunConfig
+    files: InputFiles
+    cache: FileCache
+    backbone: BackboneFiles
+    stage: zero_stage.Choice
+
+    def inputs(
+        self,
+        feature_width: int,
+        datasets: dict[str, DatasetInputs],
+        questions: dict[str, list[Question]],
+        dropped: dict[str, list[Question]],
+        notes: Sequence[str] = (),
+    ) -> Inputs:
+        """`notes`: on the data sets."""
+        backbone, config = self.backbone, self.config
+        sizes = (backbone.num_adapted, config.adapter_len, config.max_feats, feature_width)
+        return Inputs(
+            weights=backbone.weights,
+            datasets=datasets,
+            questions=questions,
+            dropped=dropped,
+            num_adapted=backbone.num_adapted,
+            trainable_shapes=trainable_shapes(backbone.weights.config, *sizes),
+            ds_config=self.stage.ds_config,
+            stage=self.stage.name,
+            notes=(*self.stage.notes, *backbone.notes, *notes),
+            tokenizer_path=backbone.tokenizer_path,
+            files=self.files,
+            cache=self.cache,
+        )
+
+
+def _open(config: RunConfig, splits: Sequence[str], world: World) -> _Opened:
+    """Raises UserError."""
+    files, cache = preflight.input_files(config, splits), FileCache(reread=config.verify)
+    backbone = preflight.open_backbone(config)
+    llama, hardware = backbone.weights.config, zero_stage.hardware(world.members)
+    stage = zero_stage.choose(config, llama, world.size, hardware, "train" in splits)
+    return _Opened(config, files, cache, backbone, stage)
+
+
 def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inputs:
     """Open and check every file of a run; nothing is computed yet. Raises UserError.
 
     No collective runs inside: the ranks agree afterwards.
     """
     require_writable(config.output_dir)
-    files, cache = preflight.input_files(config, splits), FileCache(reread=config.verify)
-    backbone = preflight.open_backbone(config)
-    llama = backbone.weights.config
-    training = "train" in splits
-    hardware = zero_stage.hardware(world.members)
-    choice = zero_stage.choose(config, llama, world.size, hardware, training)
-    read = _Reader(config, splits, backbone, cache, world)
+    opened = _open(config, splits, world)
+    read = _Reader(config, splits, opened.backbone, opened.cache, world)
     datasets = {name: read.dataset(name) for name in config.dataset_names}
-    notes = [
-        *choice.notes,
-        *backbone.notes,
-        *read.notes,
-        *input_notes.shared_video_notes(config, read.used),
-    ]
-    if training:
+    notes = [*read.notes, *input_notes.shared_video_notes(config, read.used)]
+    if "train" in splits:
         notes += input_notes.mixture_notes(config, read.used)
-    files.check_unchanged()
-    width = common_width({name: d.features for name, d in datasets.items()})
-    sizes = (backbone.num_adapted, config.adapter_len, config.max_feats, width)
-    shapes = trainable_shapes(llama, *sizes)
-    return Inputs(
-        weights=backbone.weights,
-        datasets=datasets,
-        questions=preflight.joined(read.used, splits),
-        dropped=preflight.joined(read.dropped, splits),
-        num_adapted=backbone.num_adapted,
-        trainable_shapes=shapes,
-        ds_config=choice.ds_config,
-        stage=choice.name,
-        notes=tuple(notes),
-        tokenizer_path=backbone.tokenizer_path,
-        files=files,
-        cache=cache,
+    opened.files.check_unchanged()
+    return opened.inputs(
+        common_width({name: d.features for name, d in datasets.items()}),
+        datasets,
+        preflight.joined(read.used, splits),
+        preflight.joined(read.dropped, splits),
+        notes,
     )
 
 
@@ -127,27 +153,8 @@ def read_backbone(
 
     `feature_width`: of the checkpoint. Raises UserError; no collective runs inside.
     """
-    files, cache = preflight.input_files(config, ()), FileCache(reread=config.verify)
-    backbone = preflight.open_backbone(config)
-    llama = backbone.weights.config
-    hardware = zero_stage.hardware(world.members)
-    choice = zero_stage.choose(config, llama, world.size, hardware, training=False)
-    sizes = (backbone.num_adapted, config.adapter_len, config.max_feats, feature_width)
-    inputs = Inputs(
-        weights=backbone.weights,
-        datasets={},
-        questions={},
-        dropped={},
-        num_adapted=backbone.num_adapted,
-        trainable_shapes=trainable_shapes(llama, *sizes),
-        ds_config=choice.ds_config,
-        stage=choice.name,
-        notes=(*choice.notes, *backbone.notes),
-        tokenizer_path=backbone.tokenizer_path,
-        files=files,
-        cache=cache,
-    )
-    return inputs, backbone
+    opened = _open(config, (), world)
+    return opened.inputs(feature_width, {}, {}, {}), opened.backbone
 
 
 class _Reader:
