@@ -276,7 +276,7 @@ class AskedModel:
         """
         num_frames = self.config.max_feats
         try:
-            evaluation = self._evaluation()
+            evaluation = self._evaluation
             twins = {}
             for i, question in enumerate(asked):
                 twin = evaluation.find(question, features, num_frames)
@@ -288,16 +288,14 @@ class AskedModel:
             return {}, _Evaluation([], {})
         return twins, companions
 
+    @cached_property
     def _evaluation(self) -> "_Evaluation":
         """What `vico eval` asks. Raises UserError where its files are not at hand."""
         config = self.config
         questions: list[Question] = []
         datasets: dict[str, DatasetInputs] = {}
         for name in config.dataset_names:
-            of_file = preflight.read_split(config, name, config.split)
-            features = preflight.open_features(config, name)
-            label = config.label(name, config.split)
-            used, _ = preflight.with_features(config, label, of_file, features)
+            used, _, features = preflight.read_used(config, name, config.split)
             datasets[name] = DatasetInputs(features, self._backbone.prompts(config, name), {})
             questions += used
         return _Evaluation(questions, datasets)

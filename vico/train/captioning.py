@@ -47,13 +47,11 @@ def videos_of_split(model: AskedModel) -> list[SplitVideo]:
     """Each video of config.split once, in the order of its questions. Raises UserError."""
     config, videos = model.config, []
     for name in config.dataset_names:
-        questions = preflight.read_split(config, name, config.split)
-        features = preflight.open_features(config, name)
-        label = config.label(name, config.split)
-        used, dropped = preflight.with_features(config, label, questions, features)
+        used, dropped, features = preflight.read_used(config, name, config.split)
         if dropped:
+            label, total = config.label(name, config.split), len(used) + len(dropped)
             model.world.print_rank0(
-                f"note: {label}: the videos of {len(dropped)} of {len(questions)} questions have "
+                f"note: {label}: the videos of {len(dropped)} of {total} questions have "
                 "no features and get no caption (--missing_features drop)"
             )
         references = references_of(model, name, used)

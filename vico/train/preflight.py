@@ -160,6 +160,17 @@ def open_features(config: RunConfig, dataset: str) -> Features:
     return Features(feature_files.find(config.folder_of(dataset), config.features_of(dataset)))
 
 
+def read_used(
+    config: RunConfig, dataset: str, split: str
+) -> tuple[list[Question], list[Question], Features]:
+    """(the questions of a split that are used, those that are dropped, their features).
+
+    Raises UserError.
+    """
+    questions, features = read_split(config, dataset, split), open_features(config, dataset)
+    return *with_features(config, config.label(dataset, split), questions, features), features
+
+
 def with_features(
     config: RunConfig, label: str, questions: list[Question], features: Features
 ) -> tuple[list[Question], list[Question]]:
