@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # they import torch, which is slow; a mistyped flag is report
     from vico.data.features import Features
     from vico.distributed.world import World
     from vico.train.asking import AskedModel
+    from vico.video.encoder import Encoder
 
 # Settings of `vico train` that mean something else here: the features that are asked about, the
 # seed of what is drawn.
@@ -96,11 +98,10 @@ def encoded(model: "AskedModel", video: Path, folder: Path, fps: float | None) -
     `fps`: frames per second; None: as many as the features of the run's data set have.
     """
     from vico.data.features import FeaturesInMemory
-    from vico.video.encoder import load_encoder
     from vico.video.features import video_features
 
     rate = Fraction(fps if fps is not None else _usual_fps(model.config)).limit_denominator(10**6)
-    encoder = load_encoder(folder, model.world.device)
+    encoder = _encoder(folder, model.world.device)
     if encoder.width != model.feature_width:
         raise UserError(
             f"--encoder {folder}: its features are {encoder.width} wide, and "
@@ -115,6 +116,14 @@ def encoded(model: "AskedModel", video: Path, folder: Path, fps: float | None) -
         "training's features have this encoder and rate is not recorded"
     )
     return FeaturesInMemory({str(video): frames_TC}, str(video))
+
+
+@lru_cache(maxsize=1)
+def _encoder(folder: Path, device: Any) -> "Encoder":
+    """Loaded once for all videos that a program asks about. Raises UserError."""
+    from vico.video.encoder import load_encoder
+
+    return load_encoder(folder, device)
 
 
 def _usual_fps(config: RunConfig) -> float:
