@@ -16,7 +16,7 @@ from vico.cli.flags import make_parser, read_words, require_resume
 from vico.cli.parser import SettingsParser, path_argument
 from vico.cli.with_world import with_world
 from vico.errors import UserError
-from vico.generation.caption_metrics import caption_metrics, require_package
+from vico.generation.caption_metrics import metrics_of, require_package
 from vico.io import log
 from vico.io.atomic import make_folder, require_writable, write_lines
 from vico.io.output_dir import OutputDir
@@ -127,8 +127,9 @@ def _report(
     """Write the captions; print some, and the metrics. Raises UserError, DiskError."""
     output = typed.get("output") or OutputDir(config.output_dir).captions(config.split)
     pairs = list(zip(videos, captions, strict=True))
+    records = [video.record(caption) for video, caption in pairs]
     make_folder(output.parent)
-    write_lines(output, [video.record(caption) for video, caption in pairs])
+    write_lines(output, records)
     for video, caption in pairs[:NUM_SHOWN]:
         log.info(f"{video.video}: {caption.text}")
         log.info(f"  reference: {' / '.join(video.references) or 'none'}")
@@ -136,23 +137,22 @@ def _report(
     log.info(f"{output}: {len(pairs)} captions, {num_cut} of them cut at --max_new_tokens")
     result: dict[str, Any] = {"split": config.split, "n": len(pairs), "output": str(output)}
     if "metrics" in typed:
-        result |= metrics_of(pairs)
+        result |= _compared(records)
     log.info(json.dumps(result))
 
 
-def metrics_of(pairs: Sequence[tuple["SplitVideo", "Generated"]]) -> dict[str, Any]:
-    """Of the captions that have a reference; n_compared is their number. Raises UserError."""
-    compared = [(video, caption) for video, caption in pairs if video.references]
+def _compared(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Metrics of the captions that have a reference; n_compared is their number.
+
+    Raises UserError.
+    """
+    compared = [record for record in records if record["references"]]
     if not compared:
         raise UserError(
             "--metrics: no video of the split has a caption to compare with; name the file by "
             "--captions"
         )
-    texts, references = {}, {}
-    for video, caption in compared:
-        key = f"{video.dataset}/{video.video}"
-        texts[key], references[key] = caption.text, video.references
-    metrics = caption_metrics(texts, references)
+    metrics = metrics_of(compared)
     return {"n_compared": metrics.pop("n"), **metrics}
 
 

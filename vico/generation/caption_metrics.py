@@ -12,9 +12,12 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vico.errors import UserError
+
+if TYPE_CHECKING:  # it imports torch, which is slow
+    from vico.generation.generate import Generated
 
 PLAIN_TOKEN = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 JAVA_SECONDS = 600.0
@@ -33,6 +36,28 @@ def require_package() -> None:
             "metrics of captions need pycocoevalcap: pip install -e '.[captions]' (the extra "
             "'captions'), or leave the metrics out"
         ) from None
+
+
+def caption_record(
+    dataset: str, video: str, generated: "Generated", references: Sequence[str]
+) -> dict[str, Any]:
+    """A line of captions_SPLIT.jsonl."""
+    return {
+        "dataset": dataset,
+        "video": video,
+        "caption": generated.text,
+        "references": list(references),
+        "is_cut": generated.is_cut,
+    }
+
+
+def metrics_of(records: Sequence[Mapping[str, Any]], meteor: bool = True) -> dict[str, Any]:
+    """`caption_metrics` of such lines, each of which has a reference."""
+    texts, references = {}, {}
+    for record in records:
+        key = f"{record['dataset']}/{record['video']}"
+        texts[key], references[key] = record["caption"], record["references"]
+    return caption_metrics(texts, references, meteor=meteor)
 
 
 def caption_metrics(

@@ -16,6 +16,7 @@ from vico.data.features import Features
 from vico.data.readers import captions as caption_files
 from vico.data.types import Question
 from vico.errors import UserError, show
+from vico.generation.caption_metrics import caption_record
 from vico.generation.generate import Generated
 from vico.io.paths import exists
 from vico.train import preflight
@@ -34,13 +35,7 @@ class SplitVideo:
 
     def record(self, generated: Generated) -> dict[str, Any]:
         """One JSON object."""
-        return {
-            "dataset": self.dataset,
-            "video": self.video,
-            "caption": generated.text,
-            "references": list(self.references),
-            "is_cut": generated.is_cut,
-        }
+        return caption_record(self.dataset, self.video, generated, self.references)
 
 
 def videos_of_split(model: AskedModel) -> list[SplitVideo]:

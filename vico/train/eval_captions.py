@@ -11,8 +11,8 @@ from vico.data.tokenizer import Tokenizer
 from vico.data.types import Question
 from vico.distributed.world import World
 from vico.errors import UserError, show
-from vico.generation.caption_metrics import caption_metrics, require_package
-from vico.generation.generate import Generated, Prompt, generate
+from vico.generation.caption_metrics import caption_record, metrics_of, require_package
+from vico.generation.generate import Prompt, generate
 from vico.generation.settings import GenerationSettings
 from vico.io import log
 from vico.model.vico import ViCo
@@ -82,11 +82,10 @@ class CaptionedVideos:
         texts = generate(model, prompts, self._tokenizer, GenerationSettings(), world)
         records = []
         for question, text in zip(self._questions, texts, strict=True):
-            record: dict[str, Any] = {"dataset": question.dataset, "video": question.video}
-            record |= {"caption": text.text, "references": [self._reference(question)]}
-            records.append({**record, "is_cut": text.is_cut})
+            references = [self._reference(question)]
+            records.append(caption_record(question.dataset, question.video, text, references))
         world.set_phase("measuring captions")
-        return WrittenCaptions(records, self._metrics(texts) if world.is_main else {})
+        return WrittenCaptions(records, _metrics(records) if world.is_main else {})
 
     def _prompt(self, question: Question) -> Prompt:
         """Of the whole video, as `vico caption` has it."""
@@ -97,15 +96,12 @@ class CaptionedVideos:
         sequence = dataset.prompts.caption_prompt(self._opening)
         return Prompt(sequence, frames_FC, self._opening)
 
-    def _metrics(self, texts: Sequence[Generated]) -> dict[str, float]:
-        """Without METEOR, which takes seconds. What cannot be measured does not end the run."""
-        found, wanted = {}, {}
-        for question, text in zip(self._questions, texts, strict=True):
-            key = f"{question.dataset}/{question.video}"
-            found[key], wanted[key] = text.text, [self._reference(question)]
-        try:
-            metrics = caption_metrics(found, wanted, meteor=False)
-        except UserError as problem:
-            log.info(f"note: --eval_captions: {problem}; captions are written without metrics")
-            return {}
-        return {name: value for name, value in metrics.items() if isinstance(value, float)}
+
+def _metrics(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Without METEOR, which takes seconds. What cannot be measured does not end the run."""
+    try:
+        metrics = metrics_of(records, meteor=False)
+    except UserError as problem:
+        log.info(f"note: --eval_captions: {problem}; captions are written without metrics")
+        return {}
+    return {name: value for name, value in metrics.items() if isinstance(value, float)}
