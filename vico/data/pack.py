@@ -120,7 +120,12 @@ def _write_torch(reader: _Reader, file: IO[bytes], target: Path) -> None:
     ) as scratch:
         write_safetensors(reader.kinds, reader.read, scratch)
         scratch.flush()
-        try:
-            torch.save(load_file(scratch.name), file)
-        except RuntimeError as problem:  # how torch reports a full disk
-            raise OSError(0, str(problem).partition("\n")[0]) from None
+        save_torch(load_file(scratch.name), file)
+
+
+def save_torch(features: Mapping[str, Tensor], file: IO[bytes]) -> None:
+    """torch.save. Raises OSError for a full disk, which torch reports otherwise."""
+    try:
+        torch.save(features, file)
+    except RuntimeError as problem:
+        raise OSError(0, str(problem).partition("\n")[0]) from None

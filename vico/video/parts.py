@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vico.data.pack import KINDS, write_safetensors
+from vico.data.pack import KINDS, save_torch, write_safetensors
 from vico.errors import DiskError, UserError, fail, show
 from vico.io.atomic import make_folder, replacing, write_bytes, write_folder, write_json
 from vico.io.output_dir import OutputDir
@@ -110,11 +110,8 @@ def _write(features: Mapping[str, Tensor], suffix: str, file: IO[bytes]) -> None
     if suffix == ".safetensors":
         kinds = {key: (value.dtype, tuple(value.shape)) for key, value in features.items()}
         write_safetensors(kinds, lambda key: features[key], file)
-        return
-    try:
-        torch.save(features, file)
-    except RuntimeError as problem:  # how torch reports a full disk
-        raise OSError(0, str(problem).partition("\n")[0]) from None
+    else:
+        save_torch(features, file)
 
 
 def _load(path: Path, mode: Any) -> Any:
