@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch.utils.data import Dataset
 
@@ -16,6 +17,8 @@ from vico.data.micro_batches import (
 from vico.data.types import Question
 from vico.errors import UserError
 from vico.model.batch import PackedBatch
+
+T = TypeVar("T")
 
 # One forward scores prompts of about this many tokens, whatever the flags and the number of ranks.
 EVALUATION_TOKENS = 2048
@@ -55,12 +58,7 @@ class EvaluationChunks(MicroBatchBuilder, Dataset[Chunk]):
         share: bool = True,
     ) -> None:
         super().__init__(questions, datasets, num_slots, share)
-        chunks = divide(questions)
-        # Every rank runs as many forwards, because they are collective under ZeRO-3.
-        num_chunks = -(-len(chunks) // world_size)
-        own_chunks = chunks[rank::world_size]
-        num_dummies = num_chunks - len(own_chunks)
-        self._chunks: list[list[int]] = own_chunks + [[]] * num_dummies
+        self._chunks = share_of(divide(questions), rank, world_size)
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -84,6 +82,16 @@ class EvaluationChunks(MicroBatchBuilder, Dataset[Chunk]):
             sequence = prompts.vqa(fitted, answer)
             sequences.append(TaskSequence(question, sequence, task=0))
         return sequences
+
+
+def share_of(chunks: Sequence[list[T]], rank: int, world_size: int) -> list[list[T]]:
+    """The chunks of a rank, with empty ones at the end: dummies.
+
+    Every rank runs as many forwards, because they are collective under ZeRO-3.
+    """
+    own_chunks = chunks[rank::world_size]
+    num_dummies = -(-len(chunks) // world_size) - len(own_chunks)
+    return [*own_chunks, *([] for _ in range(num_dummies))]
 
 
 def divide(questions: Sequence[Question]) -> list[list[int]]:

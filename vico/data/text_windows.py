@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from vico.data.evaluation_batches import EVALUATION_TOKENS
+from vico.data.evaluation_batches import EVALUATION_TOKENS, share_of
 from vico.data.packing import Example, pack
 from vico.data.tokenizer import Tokenizer
 from vico.data.types import TokenSequence
@@ -76,8 +76,7 @@ class TextChunk:
 class TextChunks(Dataset[TextChunk]):
     """Item i: the i-th chunk of this rank.
 
-    The chunks are the same for any number of ranks, and so are the losses, bit for bit. Every rank
-    has as many: forwards are collective under ZeRO-3.
+    The chunks are the same for any number of ranks, and so are the losses, bit for bit.
     """
 
     def __init__(
@@ -85,10 +84,7 @@ class TextChunks(Dataset[TextChunk]):
     ) -> None:
         """`features_0FC`: no clip, of the shape that the model takes."""
         self._features_0FC, self._dummy = features_0FC, made[:1]
-        chunks = _divide(made)
-        own_chunks = chunks[rank::world_size]
-        num_dummies = -(-len(chunks) // world_size) - len(own_chunks)
-        self._chunks: list[list[Window]] = own_chunks + [[]] * num_dummies
+        self._chunks = share_of(_divide(made), rank, world_size)
 
     def __len__(self) -> int:
         return len(self._chunks)
