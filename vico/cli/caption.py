@@ -12,7 +12,7 @@ from vico.cli.asked import (
     generation_settings,
     open_model,
 )
-from vico.cli.flags import make_parser, read_words, require_resume
+from vico.cli.flags import make_parser, read_flags, require_resume
 from vico.cli.parser import SettingsParser, path_argument
 from vico.cli.with_world import with_world
 from vico.errors import UserError
@@ -44,9 +44,7 @@ NUM_SHOWN = 3
 def main(argv: list[str]) -> int:
     """Run the command on this rank; returns the exit code."""
     parser = make_parser("vico caption", DESCRIPTION, prints=False, usage=USAGE, add_own=_add_own)
-    line, typed, words = read_words(parser, argv)
-    if words:
-        parser.refuse_unknown(words)
+    line, typed = read_flags(parser, argv)
     require_resume(line, "to write captions with")
     source, settings = VideoSource.of(typed), generation_settings(typed)
     _check(typed, source)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vico.cli.asked import open_model
-from vico.cli.flags import make_parser, read_words, require_resume
+from vico.cli.flags import make_parser, read_flags, require_resume
 from vico.cli.parser import SettingsParser, path_argument, positive_int
 from vico.cli.with_world import with_world
 from vico.errors import UserError
@@ -53,9 +53,7 @@ class Request:
 def main(argv: list[str]) -> int:
     """Run the command on this rank; returns the exit code."""
     parser = make_parser("vico cognition", DESCRIPTION, prints=False, usage=USAGE, add_own=_add_own)
-    line, typed, words = read_words(parser, argv)
-    if words:
-        parser.refuse_unknown(words)
+    line, typed = read_flags(parser, argv)
     request = _request(typed)
     require_resume(line, "to measure")
 
@@ -105,14 +103,12 @@ def _request(typed: Mapping[str, Any]) -> Request:
 
 def _measure_texts(request: Request, model: "AskedModel", world: "World") -> dict[str, Any]:
     from vico.data.text_windows import open_text
-    from vico.data.tokenizer import Tokenizer
     from vico.train.cognition import measure_texts
 
     with world.raise_together():
-        tokenizer = Tokenizer(model.inputs.tokenizer_path)
-        texts: Sequence[Text] = [open_text(path, tokenizer) for path in request.texts]
+        texts: Sequence[Text] = [open_text(path, model.tokenizer) for path in request.texts]
         window = request.window_of(model.inputs.weights.config.sliding_window)
-    measures = measure_texts(model.engine, texts, tokenizer.bos, window, model.inputs, world)
+    measures = measure_texts(model.engine, texts, model.tokenizer.bos, window, model.inputs, world)
     world.print_rank0(measures.table())
     return {"window": window, **measures.to_json()}
 

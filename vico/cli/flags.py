@@ -69,12 +69,18 @@ def parse(
     --print_config.
     """
     parser = make_parser(command, description, prints=not with_checkpoint)
-    line, typed, others = read_words(parser, argv)
-    if others:
-        parser.refuse_unknown(others)
+    line, typed = read_flags(parser, argv)
     if "print_config" in typed:
         _print_config(line)
     return line
+
+
+def read_flags(parser: SettingsParser, argv: Sequence[str]) -> tuple[CommandLine, dict[str, Any]]:
+    """(the settings, the value of every flag by name). Raises UserError as `parse` does."""
+    line, typed, others = read_words(parser, argv)
+    if others:
+        parser.refuse_unknown(others)
+    return line, typed
 
 
 def read_words(
