@@ -8,13 +8,15 @@ import codecs
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from vico.errors import UserError, fail, show
 from vico.io.paths import read_bytes
 from vico.io.safe_load import failed_download
+
+T = TypeVar("T")
 
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]|-?Infinity|NaN')
 _COLON = re.compile(r"\s*:")
@@ -105,6 +107,23 @@ def read_json_object(path: Path, what: str, error: type[UserError] = UserError) 
     """The file's JSON object; `what` describes it in messages. Raises `error`."""
     text = read_text(path, what, error)
     return as_object(parse_json(text, path, 1, error), path, error)
+
+
+def read_json_lines(
+    path: Path, what: str, parse: Callable[[str, int], T]
+) -> tuple[list[T], list[UserError]]:
+    """What `parse` makes of each line and its number, and an error for each that it refuses.
+
+    Blank lines are passed over. Raises UserError where the file is no text at all.
+    """
+    records, faults = list[T](), list[UserError]()
+    for number, line in enumerate(read_text(path, what).split("\n"), start=1):
+        if line.strip():
+            try:
+                records.append(parse(line, number))
+            except UserError as error:
+                faults.append(error)
+    return records, faults
 
 
 def as_object(value: object, path: Path, error: type[UserError] = UserError) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from vico.data.mixture import dataset_names
 from vico.errors import UserError, fail, one_line
 from vico.io.output_dir import OutputDir, step_of
 from vico.io.paths import entries, exists, is_file, is_folder
-from vico.io.text import json_kind, parse_json, read_json_object, read_text
+from vico.io.text import json_kind, parse_json, read_json_lines, read_json_object
 from vico.train.heat_map import LARGEST, gate_values
 from vico.train.predictions import read_readable_predictions
 from vico.train.run_log import Record, read_records_and_damage
@@ -222,20 +223,15 @@ def _by_dataset(
 
 
 def _captions(folder: Path, notes: list[str]) -> list[Caption]:
-    captions = []
+    captions: list[Caption] = []
     for path, match in _named(folder, CAPTIONS):
+        parse = partial(_caption, path, match["split"])
         try:
-            lines = read_text(path, "the captions").split("\n")
+            of_file, faults = read_json_lines(path, "the captions", parse)
         except UserError as error:
             notes.append(f"{path.name} is not shown: {error}")
             continue
-        faults = []
-        for line_number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    captions.append(_caption(line, path, line_number, match["split"]))
-                except UserError as error:
-                    faults.append(error)
+        captions += of_file
         if faults:
             notes.append(f"{path.name}: {len(faults)} damaged line(s) left out, first: {faults[0]}")
     by_video = {(one.dataset, one.split, one.video): one for one in captions}
@@ -244,7 +240,7 @@ def _captions(folder: Path, notes: list[str]) -> list[Caption]:
     return list(by_video.values())
 
 
-def _caption(line: str, path: Path, line_number: int, split: str) -> Caption:
+def _caption(path: Path, split: str, line: str, line_number: int) -> Caption:
     record, place = parse_json(line, path, line_number), f"{path.name}:{line_number}"
     if not isinstance(record, dict):
         fail(f"{place}: {json_kind(record)} where an object is expected")

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vico.errors import UserError, fail, show
-from vico.io.text import json_kind, parse_json, read_text
+from vico.io.text import json_kind, parse_json, read_json_lines
 
 _REMEDY = "name the predictions_SPLIT.jsonl of an evaluation"
 
@@ -24,18 +25,10 @@ def read_readable_predictions(path: Path) -> tuple[list[dict[str, Any]], list[Us
 
     Raises UserError where the file is no text at all.
     """
-    records, faults = [], []
-    text = read_text(path, "the file of predictions")
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                records.append(_parse(line, path, number))
-            except UserError as error:
-                faults.append(error)
-    return records, faults
+    return read_json_lines(path, "the file of predictions", partial(_parse, path))
 
 
-def _parse(line: str, path: Path, number: int) -> dict[str, Any]:
+def _parse(path: Path, line: str, number: int) -> dict[str, Any]:
     record, place = parse_json(line, path, number), f"{path}:{number}"
     if not isinstance(record, dict):
         fail(f"{place}: {json_kind(record)} where an object is expected; {_REMEDY}")
