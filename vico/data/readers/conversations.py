@@ -18,7 +18,8 @@ _OPTION = re.compile(r"\s*\(?([A-Z])(?:\)|\.|:|\)\.)\s+(\S.*?)\s*")
 _HEADS = re.compile(r"\s*(?:options|choices)\s*:?\s*", re.IGNORECASE)
 _ANSWER = re.compile(r"\s*<answer>\s*(.*?)\s*</answer>\s*", re.DOTALL)
 _SAYS = re.compile(
-    r"\s*(?:the\s+)?(?:correct\s+|best\s+)?(?:answer|option|choice)(?:\s+is)?\s*:?\s+(?=\(?[A-Z]\b)",
+    r"\s*(?:the\s+)?(?:correct\s+|best\s+)?(?:answer|option|choice)(?:\s+is)?"
+    r"\s*:?\s+(?=\(?[A-Z]\b)",
     re.I,
 )
 _TURNS = ("conversations", "messages")
