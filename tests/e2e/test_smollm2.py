@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from support.backbones import logits, make_model
+from support.generated_texts import by_transformers
 from support.processes import ROOT, base_environment, run_command
 from support.toy_dataset import make_rows, records, write_csv
 from vico.data.tokenizer import Tokenizer, find_tokenizer
@@ -131,22 +132,17 @@ def test_texts_are_those_of_transformers(smollm2: Path, alone: World, num_beams:
     for prompt, text in zip(
         prompts, generate(model, prompts, tokenizer, settings, alone), strict=True
     ):
-        tokens = torch.tensor([prompt.sequence.tokens[:-1]])
-        expected = reference.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            do_sample=False,
+        new_ids, expected = by_transformers(
+            reference,
+            prompt,
+            settings.max_new_tokens,
+            tokenizer.eos,
             num_beams=num_beams,
-            max_new_tokens=24,
-            eos_token_id=tokenizer.eos,
-            pad_token_id=tokenizer.eos,
             repetition_penalty=1.0,
             output_logits=True,
-            return_dict_in_generate=True,
         )
-        new_ids = expected.sequences[0, tokens.shape[1] :]
-        assert list(text.token_ids) == new_ids.tolist()
+        assert list(text.token_ids) == new_ids
         if num_beams == 1:
             log_probabilities = torch.cat(expected.logits).log_softmax(dim=1)
-            chosen = log_probabilities.gather(1, new_ids[:, None]).squeeze(1)
+            chosen = log_probabilities.gather(1, torch.tensor(new_ids)[:, None]).squeeze(1)
             assert text.log_probabilities == pytest.approx(chosen.tolist(), abs=LOGITS_ATOL)

@@ -1,5 +1,7 @@
 """Prompts of the toy data set, gates that matter, and what the oracle generates."""
 
+from typing import TYPE_CHECKING, Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ from vico.data.types import Question, TokenSequence
 from vico.generation.generate import Generated, Prompt
 from vico.generation.settings import GenerationSettings
 from vico.model.vico import ViCo
+
+if TYPE_CHECKING:  # slow to import, and a rank of the tests needs it not
+    from transformers import PreTrainedModel
 
 # fp32 through three layers in another order of sums. Measured: 3e-6.
 LOG_PROBABILITY_ATOL = 1e-5
@@ -86,6 +91,24 @@ def oracle_texts(
         inputs = (start, prompt.features_FC, HYPER, EOS, num)
         texts.append(oracle_generation.greedy(model, trainables, *inputs))
     return texts
+
+
+def by_transformers(
+    reference: "PreTrainedModel", prompt: Prompt, max_new_tokens: int, eos: int, **options: Any
+) -> tuple[list[int], Any]:
+    """(the new tokens, all that `generate` of transformers returns) after a prompt's text."""
+    ids = torch.tensor([prompt.sequence.tokens[:-1]])
+    out = reference.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos,
+        pad_token_id=eos,
+        return_dict_in_generate=True,
+        **options,
+    )
+    return out.sequences[0, ids.shape[1] :].tolist(), out
 
 
 def assert_equal(generated: list[Generated], expected: list[OracleText]) -> None:

@@ -13,6 +13,7 @@ from support.generated_texts import (
     LOG_PROBABILITY_ATOL,
     SETTINGS,
     assert_equal,
+    by_transformers,
     oracle_texts,
     prompts_of,
     random_gates,
@@ -96,18 +97,10 @@ def test_without_video_it_is_transformers(
     prompts = text_prompts(tokenizer.vocab_size, [3, 17, 9])
     texts = generate(model, prompts, tokenizer, SETTINGS, alone)
     for prompt, text in zip(prompts, texts, strict=True):
-        ids = torch.tensor([prompt.sequence.tokens[:-1]])
-        expected = reference.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=SETTINGS.max_new_tokens,
-            eos_token_id=tokenizer.eos,
-            pad_token_id=tokenizer.eos,
-            output_logits=True,
-            return_dict_in_generate=True,
+        ids, expected = by_transformers(
+            reference, prompt, SETTINGS.max_new_tokens, tokenizer.eos, output_logits=True
         )
-        assert list(text.token_ids) == expected.sequences[0, ids.shape[1] :].tolist()
+        assert list(text.token_ids) == ids
         logits = torch.cat(expected.logits).log_softmax(dim=1)
         chosen = logits.gather(1, torch.tensor(text.token_ids)[:, None]).squeeze(1).tolist()
         assert text.log_probabilities == pytest.approx(chosen, abs=LOG_PROBABILITY_ATOL)

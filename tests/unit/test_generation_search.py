@@ -7,7 +7,13 @@ from transformers import PreTrainedModel
 from transformers.generation import TopPLogitsWarper
 
 from support.backbones import KINDS, make_hugging_face, make_model
-from support.generated_texts import prompts_of, scored, text_prompts, tokenizer_of
+from support.generated_texts import (
+    by_transformers,
+    prompts_of,
+    scored,
+    text_prompts,
+    tokenizer_of,
+)
 from support.toy_dataset import ToyData
 from vico.data.tokenizer import Tokenizer
 from vico.distributed.world import World
@@ -40,21 +46,17 @@ def transformers_beams(
     reference: PreTrainedModel, prompt: Prompt, settings: GenerationSettings, eos: int
 ) -> tuple[list[int], float]:
     """(new tokens, score) of the best beam."""
-    ids = torch.tensor([prompt.sequence.tokens[:-1]])
-    out = reference.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
+    ids, out = by_transformers(
+        reference,
+        prompt,
+        settings.max_new_tokens,
+        eos,
         num_beams=settings.num_beams,
         length_penalty=settings.length_penalty,
         early_stopping=settings.early_stopping,
-        max_new_tokens=settings.max_new_tokens,
-        eos_token_id=eos,
-        pad_token_id=eos,
         output_scores=True,
-        return_dict_in_generate=True,
     )
-    return out.sequences[0, ids.shape[1] :].tolist(), float(out.sequences_scores[0])
+    return ids, float(out.sequences_scores[0])
 
 
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
