@@ -49,6 +49,7 @@ def main(folder: Path, ds_config: str) -> None:
             load_parameter(parameter, partial(weights.read_slice, name))
     done.set()
     watcher.join()
+    samples.append(anonymous_memory())  # on a busy machine the watcher may not have run at all
     share = sum(p.ds_tensor.numel() * 4 for p in model.parameters()) / MIB
     largest = max(p.ds_numel * 4 for p in model.parameters()) / MIB
     print(json.dumps({"growth": max(samples) - samples[0], "share": share, "largest": largest}))
