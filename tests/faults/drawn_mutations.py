@@ -1,7 +1,7 @@
 """Mutations drawn from the operators: which tests run the changed line, and whether one turns red.
 
-A traced run of the tests says which lines each of them runs. A mutation is then tried in a copy of
-the checkout, by the fastest of its tests, in a process that has loaded torch.
+A traced run of the tests says which lines each of them runs, in whatever process. A mutation is
+then tried in a copy of the checkout, by some of its tests, in a process that has loaded torch.
 """
 
 import contextlib
@@ -41,6 +41,7 @@ QUICK_TESTS = (
     ("tests/unit/test_bin_packing.py", "tests/unit/test_packing.py"),
     ("tests/unit/test_batching.py",),
 )
+TRACE_ALL = "from faults import line_trace\n\nline_trace.start()\n"  # a sitecustomize.py
 NUMBER, QUICK_NUMBER = 100, 6
 TRACE_SECONDS = 1800.0  # limit of the traced run
 MAX_SECONDS = 120.0  # of the tests that try a mutation, as traced
@@ -91,8 +92,7 @@ def copy_checkout(target: Path) -> Path:
 def map_tests(folder: Path, parts: Sequence[Sequence[str]]) -> LineMap:
     """Run the tests, each part in a process of its own, and note the lines that each test runs."""
     copy = copy_checkout(folder / "traced")
-    start = "from faults import line_trace\n\nline_trace.start()\n"
-    (copy / "sitecustomize.py").write_text(start, encoding="utf-8")
+    (copy / "sitecustomize.py").write_text(TRACE_ALL, encoding="utf-8")
     paths = os.pathsep.join([str(copy), str(copy / "tests")])
     notes = [folder / f"lines-{number}" for number in range(len(parts))]
     skipped = [f"--ignore={path}" for path in NOT_TRACED]
@@ -113,10 +113,11 @@ def map_tests(folder: Path, parts: Sequence[Sequence[str]]) -> LineMap:
 
 
 def pick_tests(mutation: Mutation, known: LineMap) -> list[str]:
-    """The fastest tests that run its lines and pass without it, MAX_SECONDS in all.
+    """Tests that run its lines and pass without it, the fastest first; MAX_SECONDS in all.
 
-    Behind them those that run another line of the file, if its lines also run as it is imported:
-    what was computed then is used later.
+    The tests of one file check much the same, so files take turns, the test file
+    of the module's own name first. Time that is left goes to tests that run another line of the
+    file, if its lines also run as it is imported: what was computed then is used later.
     """
     file = mutation.file.removeprefix("vico/")
     first, last = mutation.lines
@@ -126,20 +127,25 @@ def pick_tests(mutation: Mutation, known: LineMap) -> list[str]:
     others = set[str]()
     if mutation.lines == (0, 0) or line_trace.NO_TEST in tests:
         others = set[str]().union(*(known.lines[line] for line in of_file)) - tests
-
-    def by_time(tests: set[str]) -> list[str]:
-        passed = tests & known.seconds.keys()
-        return sorted(passed, key=lambda test: (known.seconds[test], test))
-
-    passed = by_time(tests) + by_time(others)
+    module = Path(file).stem
     chosen: list[str] = []
     total = 0.0
-    for test in passed:
-        total += known.seconds[test]
-        if chosen and total > MAX_SECONDS:
-            break
-        chosen.append(test)
-    return chosen
+    for test in _by_turns(tests, module, known) + _by_turns(others, module, known):
+        if not chosen or total + known.seconds[test] <= MAX_SECONDS:
+            chosen.append(test)
+            total += known.seconds[test]
+    return sorted(chosen, key=lambda test: (known.seconds[test], test))
+
+
+def _by_turns(tests: set[str], module: str, known: LineMap) -> list[str]:
+    """The fastest test of each file, then the second fastest of each, and so on."""
+    turns = Counter[str]()
+    keys = {}
+    for test in sorted(tests & known.seconds.keys(), key=lambda test: (known.seconds[test], test)):
+        file = test.partition("::")[0]
+        keys[test] = (turns[file], module not in Path(file).stem, known.seconds[test], test)
+        turns[file] += 1
+    return sorted(keys, key=lambda test: keys[test])
 
 
 def try_all(mutations: Sequence[Mutation], known: LineMap, copies: Sequence[Path]) -> list[Verdict]:

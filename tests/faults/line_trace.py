@@ -1,8 +1,8 @@
 """Which test runs which line of the package, in its own process or in one that it starts.
 
-`start()` in a copy's sitecustomize.py traces all its Python processes. Pytest names the running
-test in an environment variable, which they inherit. With `-p faults.line_trace` it also writes how
-each test ended.
+`start()` in a copy's sitecustomize.py traces all its Python processes. With `-p faults.line_trace`
+pytest names the running test in an environment variable, which they inherit, and writes how each
+test ended. Pytest's own variable would not do: a test may run pytest.
 """
 
 import fcntl
@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 TRACE_FILE = "VICO_TRACE_FILE"  # a variable: where lines are noted; nothing is traced without it
-TEST = "PYTEST_CURRENT_TEST"
+TEST = "VICO_TRACED_TEST"  # its id
 REPORTS = ".reports"
 NO_TEST = ""
 MIN_DESCRIPTOR = 64
@@ -45,7 +45,7 @@ class _Tracer:
         # Lines of a module's body belong to no test: the first that imports it runs them.
         if not name.startswith(self._prefix) or frame.f_code.co_name == "<module>":
             return None
-        test = os.environ.get(TEST, "").rpartition(" ")[0]
+        test = os.environ.get(TEST, NO_TEST)
         file, seen, notes = name[len(self._prefix) :], self._seen, self._notes
 
         def line(frame: FrameType, event: str, argument: Any) -> Any:
@@ -76,8 +76,9 @@ def start() -> None:
     sys.settrace(_trace[0])
 
 
-def pytest_runtest_logstart() -> None:
+def pytest_runtest_logstart(nodeid: str) -> None:
     """Before each test: Python ends the tracing of a thread that overflows its stack."""
+    os.environ[TEST] = nodeid
     sys.settrace(_trace[0])
 
 

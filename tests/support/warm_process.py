@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import psutil
 import pytest
 
+from faults.line_trace import TEST
 from support.processes import ROOT, base_environment
 
 PR_SET_CHILD_SUBREAPER = 36  # of prctl(2)
@@ -93,6 +94,8 @@ class WarmProcess:
             "cwd": str(cwd),
             "watched": None if watched is None else str(watched),
             "seconds": seconds,
+            # Lines are noted for the test that runs this command, not for the first of all.
+            "environment": {name: os.environ[name] for name in (TEST,) if name in os.environ},
         }
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
@@ -230,6 +233,7 @@ def _run_command(order: dict[str, Any], folder: Path, program: str) -> None:
             os.dup2(os.open(folder / name, flags, 0o600), descriptor)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.chdir(order["cwd"])
+        os.environ.update(order["environment"])
         if order["watched"] is not None:
             watch(Path(order["watched"]))
         if program == "pytest":

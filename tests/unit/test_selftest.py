@@ -1,21 +1,25 @@
 """`vico selftest` as a command, without running its scenarios."""
 
 import ast
+import inspect
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from faults import line_trace, scenario_mutations, scenario_store
 from faults import main as selftest
-from faults import scenario_mutations, scenario_store
-from faults.drawn_mutations import LineMap, Verdict, pick_tests
+from faults.drawn_mutations import MAX_SECONDS, TRACE_ALL, LineMap, Verdict, pick_tests
 from faults.line_trace import NO_TEST
 from faults.mutation_operators import EQUIVALENT, FILES_LEFT_OUT, Equivalent, draw, mutations
 from faults.result import Result, Scale, SkippedError
 from faults.scenario_mutations import BREAKS, Break
 from support.errors import refusal
-from support.processes import ROOT
+from support.processes import ROOT, base_environment, run_command
+from vico import errors
 from vico.cli import selftest as command
 
 
@@ -88,12 +92,56 @@ def test_an_equivalent_mutation_finds_its_code(place: Equivalent) -> None:
 def test_a_mutation_is_tried_by_the_tests_of_its_lines() -> None:
     mutation = next(m for m in mutations("vico/f.py", SOURCE) if m.old == "a < b")
     lines = {("f.py", 7): {"slow", "fast", "failed"}, ("f.py", 8): {"other"}}
-    known = LineMap(lines, {"slow": 30.0, "fast": 0.1, "other": 0.1})
+    known = LineMap(lines, {"slow": 30.0, "fast": 0.1, "other": 0.2})
     assert mutation.line == 7 and pick_tests(mutation, known) == ["fast", "slow"]
     constant = next(m for m in mutations("vico/f.py", SOURCE) if m.old == "3")
     assert pick_tests(constant, known) == ["fast", "other", "slow"]
     lines["f.py", 7].add(NO_TEST)  # it runs as the file is imported too
-    assert pick_tests(mutation, known) == ["fast", "slow", "other"]
+    assert pick_tests(mutation, known) == ["fast", "other", "slow"]
+
+
+def test_files_take_turns_where_time_is_short() -> None:
+    """A hundred cases of one file do not keep the one whole command out."""
+    mutation = next(m for m in mutations("vico/f.py", SOURCE) if m.old == "a < b")
+    seconds = {f"test_many.py::{i:03}": 1.0 for i in range(200)}
+    seconds |= {"test_f.py::own": 2.0, "test_run.py::short": 60.0, "test_run.py::long": 90.0}
+    picked = pick_tests(mutation, LineMap({("f.py", 7): set(seconds)}, seconds))
+    assert picked[0] == "test_many.py::000" and len(picked) == 60
+    assert picked[-2:] == ["test_f.py::own", "test_run.py::short"], "the fastest first"
+    assert sum(seconds[test] for test in picked) == MAX_SECONDS
+
+
+TRACED = """
+import subprocess, sys
+from vico.errors import nearest
+
+def test_inside():
+    nearest("ab", ["ac"])
+
+def test_in_a_child():
+    subprocess.run([sys.executable, "-m", "pytest", "-q", "-k", "inside", __file__], check=True)
+"""
+
+
+def test_lines_are_noted_in_every_process(tmp_path: Path) -> None:
+    """A line that runs in a child of a test is that test's, also where the child runs pytest."""
+    (tmp_path / "sitecustomize.py").write_text(TRACE_ALL)
+    (tmp_path / "test_traced.py").write_text(TRACED)
+    notes = tmp_path / "lines"
+    environment = base_environment(
+        **{line_trace.TRACE_FILE: str(notes)},
+        PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "tests")]),
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "faults.line_trace"]
+    run = run_command(
+        [*command, "--rootdir", str(tmp_path), "test_traced.py"], tmp_path, environment
+    )
+    assert run.codes == [0], run.output
+    tests = ["test_traced.py::test_inside", "test_traced.py::test_in_a_child"]
+    assert list(line_trace.read_seconds(notes)) == tests
+    source = inspect.getsourcelines(errors.nearest)
+    last = source[1] + len(source[0]) - 1
+    assert line_trace.read(notes)["errors.py", last] == set(tests)
 
 
 def test_the_share_that_is_caught_is_judged(capsys: pytest.CaptureFixture[str]) -> None:
