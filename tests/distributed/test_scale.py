@@ -25,9 +25,19 @@ RESUMED_LOSS_RTOL = 1e-6  # the ranks' sums are added in another order
 class Setup:
     ranks: int
     stage: int
+    nodes: int = 1
 
     def __str__(self) -> str:
-        return f"{self.ranks}-ranks-zero{self.stage}"
+        return f"{self.ranks}-ranks-on-{self.nodes}-zero{self.stage}"
+
+    def succeeds(self, *arguments: str) -> None:
+        run = start(*arguments, ranks=self.ranks, environment=self.environment)
+        assert run.wait() == [0] * self.ranks, run.output
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Under ZeRO-3 each node holds all frozen weights."""
+        return {"LOCAL_WORLD_SIZE": str(self.ranks // self.nodes)}
 
 
 SETUPS = [Setup(ranks, stage) for ranks, stage in itertools.product((1, 2, 4), (2, 3))]
@@ -78,13 +88,14 @@ class Runs:
         folder = self._folder / str(setup)
         if not folder.exists():
             flags = [*self.flags(setup), "--output_dir", str(folder)]
-            succeeds("train", *flags, ranks=setup.ranks)
+            setup.succeeds("train", *flags)
         return folder
 
     def loaded_digest(self, checkpoint: Path, setup: Setup) -> str:
         """sha256 of the tensors that an engine of this setup holds after loading the checkpoint."""
         flags = [*self.flags(setup), "--resume", str(checkpoint)]
-        run = start(*flags, ranks=setup.ranks, program=LOADED_STATE)
+        where = setup.environment
+        run = start(*flags, ranks=setup.ranks, program=LOADED_STATE, environment=where)
         assert run.wait() == [0] * setup.ranks, run.output
         return run.stdouts[0].split("state ")[1].strip()
 
@@ -127,7 +138,7 @@ def check_resume(runs: Runs, saved_on: Setup, resumed_on: Setup, folder: Path) -
     assert runs.loaded_digest(whole / "checkpoint-5", resumed_on) == saved_digest
     copy_run_at(5, whole, folder)
     flags = [*runs.flags(resumed_on), "--output_dir", str(folder)]
-    succeeds("train", *flags, ranks=resumed_on.ranks)
+    resumed_on.succeeds("train", *flags)
     expected, losses = losses_by_step(whole), losses_by_step(folder)
     assert list(losses) == list(range(6, 16))
     for step, loss in losses.items():
@@ -140,6 +151,10 @@ def check_resume(runs: Runs, saved_on: Setup, resumed_on: Setup, folder: Path) -
     ("saved_on", "resumed_on"),
     [
         pytest.param(Setup(4, 3), Setup(1, 2), marks=pytest.mark.slow),
+        pytest.param(Setup(4, 3, nodes=2), Setup(1, 2), marks=pytest.mark.slow),
+        pytest.param(Setup(4, 3, nodes=2), Setup(4, 3, nodes=2), marks=pytest.mark.slow),
+        pytest.param(Setup(1, 2), Setup(4, 3, nodes=2), marks=pytest.mark.slow),
+        pytest.param(Setup(4, 3, nodes=2), Setup(4, 3), marks=pytest.mark.slow),
         (Setup(1, 2), Setup(2, 3)),
     ],
     ids=str,

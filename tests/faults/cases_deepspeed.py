@@ -29,6 +29,14 @@ DEEPSPEED: dict[str, Case] = {
         ds(zero_optimization={"stage": 3, "offload_param": {"devise": "cpu"}}),
         "ds.json: DeepSpeed refuses offload_param.devise 'cpu': Extra inputs are not permitted",
     ),
+    "ds_config, shards that are unknown": ds_config(
+        ds(frozen_shards="host"),
+        'ds.json: frozen_shards is "host"; use "node", "all" or "auto"',
+    ),
+    "ds_config, shards below stage 3": ds_config(
+        ds(frozen_shards="node"),
+        'ds.json: frozen_shards "node" is for stage 3, and the stage is ',
+    ),
     "ds_config, a number as text": ds_config(
         ds(zero_optimization={"stage": 2, "reduce_bucket_size": "big"}),
         "ds.json: DeepSpeed refuses reduce_bucket_size 'big': Input should be a valid integer",

@@ -43,6 +43,8 @@ def test_shipped_files(name: str) -> None:
             "did you mean 'reduce_bucket_size'",
         ),
         ({"zero_optimization": {"stage": 0}}, "stage is 0; use 1, 2 or 3"),
+        ({"frozen_shards": "host"}, 'frozen_shards is "host"; use "node", "all" or "auto"'),
+        ({"frozen_shards": "node"}, 'frozen_shards "node" is for stage 3, and the stage is 2'),
         ({"steps_per_print": 0}, "steps_per_print is 0 and must be a whole number of at least 1"),
         ({"dump_state": "yes"}, 'dump_state is "yes" and must be true or false'),
         ({"steps_per_print": True}, "steps_per_print is true and must be"),

@@ -207,7 +207,8 @@ def test_forced_choices_are_kept(capsys: pytest.CaptureFixture[str], tmp_path: P
         ("--gpu_memory 24GiB --model llama-2-7b", "7B (6.74 G frozen parameters, bf16) on"),
         ("--model 33B --gpu 24GB --host_memory 512GB", "host memory per node"),
         ("--gpu H100 --quantize nf4", "n/a: how fast H100 dequantizes weights is unknown"),
-        ("--model 65B --gpu H100 --gpus 8 --nodes 2", "the network of a node (--network)"),
+        ("--model 65B --gpu H100 --gpus 8 --nodes 2", "zero3, frozen weights divided within each"),
+        ("--model 65B --gpu H100 --nodes 16", "the network of a node (--network)"),
         ("--model 65B --gpu L40S --nodes 8 --link 1", "the network of a node (--network)"),
         ("--model 65B --gpu L40S --gpus 8", "the link between the GPUs (--link)"),
         ("--model 65B --gpu L40S --gpus 8 --link 20", "tokens/s"),
@@ -228,6 +229,24 @@ def test_speed_is_the_slower_of_products_and_gathers() -> None:
     assert bound is not None
     assert bound.gather_seconds == pytest.approx(num_bytes * 15 / 16 / (1.25e9 * 0.8))
     assert bound.tokens_per_second == pytest.approx(16 * slow.step_tokens / bound.gather_seconds)
+
+
+def test_a_node_holds_the_frozen_weights_where_that_fits() -> None:
+    """Its GPUs divide them, and no gather waits for the network."""
+    machine = Hardware(GPUS["H100"], 8, 2, network_gbit=1.0)
+    in_nodes = plan(plan_request("65B", machine))
+    assert in_nodes.ds_config["frozen_shards"] == "node"
+    over_all = plan(plan_request("65B", machine, node_shards=False))
+    assert over_all.ds_config["frozen_shards"] == "all"
+    num_bytes = 2 * VICO_CONFIGS["65B"].num_parameters
+    assert in_nodes.memory.weights - over_all.memory.weights == num_bytes / 16
+    assert in_nodes.speed is not None and over_all.speed is not None
+    assert in_nodes.speed.gather_seconds == pytest.approx(2 * num_bytes * 7 / 8 / (450e9 * 0.8))
+    assert over_all.speed.gather_seconds > 100 * in_nodes.speed.gather_seconds
+    one_node = plan(plan_request("65B", Hardware(GPUS["H100"], 8)))
+    assert "frozen_shards" not in one_node.ds_config
+    small = plan(plan_request("65B", Hardware(gpu_of_size(24), 8, 4), max_tokens=64))
+    assert small.ds_config["frozen_shards"] == "all", "20 GiB of weights per GPU would not fit"
 
 
 def test_folder_of_weights(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from operator import attrgetter
 from types import SimpleNamespace
 
 import psutil
@@ -15,8 +16,10 @@ from vico.distributed.topology import (
     SLURM_GPU_VARIABLES,
     Member,
     _name_hosts,
+    by_node,
     check_topology,
     describe,
+    has_large_nodes,
     machine_id,
 )
 
@@ -47,6 +50,24 @@ def test_description() -> None:
     assert two_hosts == "5 ranks on 2 hosts\n  n0: ranks 0-2 on H200\n  n1: ranks 3-4 on H200"
     cyclic = [replace(member, host=f"n{member.rank % 2}") for member in members_on(4)]
     assert describe(cyclic).endswith("\n  n0: ranks 0,2 on cpu\n  n1: ranks 1,3 on cpu")
+
+
+rank_of = attrgetter("rank")
+
+
+def test_nodes_are_hosts_or_the_launchers_of_a_host() -> None:
+    def ranks_of_nodes(members: list[Member]) -> list[list[int]]:
+        return [list(map(rank_of, node)) for node in by_node(members)]
+
+    assert ranks_of_nodes(members_on(2, 3)) == [[0, 1], [2, 3, 4]]
+    unknown = [replace(member, local_size=None) for member in members_on(4)]
+    assert ranks_of_nodes(unknown) == [[0, 1, 2, 3]]
+    two_launchers = [replace(member, local_size=2) for member in members_on(4)]
+    assert ranks_of_nodes(two_launchers) == [[0, 1], [2, 3]]
+    cyclic = [replace(member, host=f"n{member.rank % 2}") for member in members_on(4)]
+    assert ranks_of_nodes(cyclic) == [[0, 2], [1, 3]]
+    assert has_large_nodes(two_launchers) and has_large_nodes(members_on(2, 3))
+    assert not has_large_nodes(members_on(4)) and not has_large_nodes(members_on(1, 4))
 
 
 @pytest.mark.parametrize("member", members_on(1, 1, gpus=2))

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from vico.cli.plan_text import CASES, TableCase
 from vico.distributed import topology
 from vico.errors import UserError
 from vico.model.config import LLAMA_CONFIGS
-from vico.planner.estimate import sized_ds_config
+from vico.planner.estimate import SHIPPED_CONFIGS, sized_ds_config
 from vico.planner.gpu_specs import GIB, GPUS, Hardware, gpu_by_name, gpu_of_size
 from vico.planner.plan import plan
 from vico.planner.request import STAGES
@@ -93,6 +94,30 @@ def test_a_cpu_gets_zero2() -> None:
 
 def test_a_named_config_is_kept() -> None:
     assert choice("7B", Hardware(GPUS["H100"]), deepspeed="zero3").name == "ZeRO-3"
+
+
+def nodes_choice(hardware: Hardware | None, **flags: Any) -> Choice:
+    """Of a 65B on two nodes of eight ranks."""
+    config = RunConfig(model="65B", **{**PUBLISHED, **flags})
+    return choose(config, LLAMA_CONFIGS["65B"], 16, hardware, training=True, large_nodes=True)
+
+
+def test_frozen_weights_are_divided_within_each_node_where_that_fits(tmp_path: Path) -> None:
+    """Not where a ds_config says otherwise, weights lie on the host, or memory is short."""
+    h100s, in_nodes = Hardware(GPUS["H100"], 8, 2), ", frozen weights divided within each node"
+    fits = dict(max_tokens=2048)
+    for hardware in (h100s, None):
+        named = nodes_choice(hardware, deepspeed="zero3", **fits)
+        assert named.name == f"ZeRO-3{in_nodes}" and named.ds_config["frozen_shards"] == "node"
+    assert nodes_choice(h100s, **fits).name.startswith(f"ZeRO-3{in_nodes} (no --deepspeed is ")
+    for name in ("zero2", "zero3_offload"):
+        assert "frozen_shards" not in nodes_choice(None, deepspeed=name).ds_config
+    small = Hardware(gpu_of_size(24), 8, 2)
+    assert nodes_choice(small, deepspeed="zero3", max_tokens=1024).name == "ZeRO-3"
+    assert choice("65B", h100s, deepspeed="zero3", **fits).name == "ZeRO-3"  # nodes of one rank
+    own = json.loads((SHIPPED_CONFIGS / "zero3.json").read_text())
+    (tmp_path / "own.json").write_text(json.dumps({**own, "frozen_shards": "all"}))
+    assert nodes_choice(h100s, deepspeed=str(tmp_path / "own.json"), **fits).name == "ZeRO-3"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from vico.data.datasets import DATASETS
 from vico.model.config import LLAMA_CONFIGS, ViCoConfig
+from vico.planner.estimate import IN_NODES, OVER_ALL
 from vico.planner.gpu_specs import GIB, Hardware, gpu_by_name, gpu_of_size
 from vico.planner.plan import Plan, describe_layers, plan
 from vico.planner.request import (
@@ -76,6 +77,7 @@ def as_json(result: Plan) -> dict[str, Any]:
         "memory_bytes": {**asdict(result.memory), "total": result.memory.total},
         "speed": None if result.speed is None else asdict(result.speed),
         "speed_lacks": result.unknown_rate,
+        "frozen_shards": IN_NODES if request.node_shards else OVER_ALL,
         "ds_config": result.ds_config,
     }
 
@@ -104,7 +106,7 @@ def as_text(result: Plan, written: Path | None) -> str:
     lines = [
         f"{request.model} ({_weights_line(request)}) on {request.hardware}",
         "",
-        f"stage             {result.stage}",
+        f"stage             {result.stage}{_where(request)}",
         f"checkpointing     {result.checkpointing}: {recomputed} recomputed in backward",
         f"token budget      {result.max_tokens} per micro-batch; "
         f"at most {result.largest_tokens} would fit",
@@ -121,6 +123,10 @@ def as_text(result: Plan, written: Path | None) -> str:
         json.dumps(result.ds_config, indent=1),
     ]
     return "\n".join(lines)
+
+
+def _where(request: PlanRequest) -> str:
+    return ", frozen weights divided within each node" if request.node_shards else ""
 
 
 def _weights_line(request: PlanRequest) -> str:
@@ -244,7 +250,7 @@ def _table_row(case: TableCase) -> list[str]:
     return [
         f"{case.model}, {case.quantize}" if case.quantize else case.model,
         str(result.request.hardware),
-        result.stage,
+        f"{result.stage}, in nodes" if result.request.node_shards else result.stage,
         recomputed,
         f"{(memory.weights + memory.gathered) / GIB:.1f}",
         f"{work / GIB:.1f}",

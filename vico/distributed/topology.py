@@ -98,6 +98,24 @@ def by_host(members: Iterable[Member]) -> dict[str, list[Member]]:
     return hosts
 
 
+def by_node(members: Iterable[Member]) -> list[list[Member]]:
+    """The members of each node: those of a host, as many as its launcher says that it started.
+
+    Several launchers on one host start several nodes (LOCAL_WORLD_SIZE, as torchrun sets it).
+    """
+    nodes = []
+    for ranks in by_host(members).values():
+        size = ranks[0].local_size or len(ranks)
+        nodes += [ranks[start : start + size] for start in range(0, len(ranks), size)]
+    return nodes
+
+
+def has_large_nodes(members: Iterable[Member]) -> bool:
+    """Whether there are several nodes, each of several ranks."""
+    sizes = [len(node) for node in by_node(members)]
+    return len(sizes) > 1 and min(sizes) > 1
+
+
 def describe(members: Sequence[Member]) -> str:
     """Number of ranks, hosts and devices: one line for one host, else one more line per host."""
     lines = []

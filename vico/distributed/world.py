@@ -104,6 +104,14 @@ class World:
         if stop_signal := self.max(signals.stop_requested()):
             raise signals.Stopped(stop_signal, line)
 
+    def node_group(self) -> Any:
+        """A new process group of this rank's node, for tensors on its device. A collective."""
+        nodes = []
+        for node in topology.by_node(self.members):
+            nodes.append([member.rank for member in node])
+        group, _ = torch_dist.new_subgroups_by_enumeration(nodes, timeout=self.timeout)
+        return group
+
     def barrier(self) -> None:
         with self._waiting():
             torch_dist.barrier(group=self.host_group)

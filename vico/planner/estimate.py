@@ -19,8 +19,12 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _INSTALLED = _PACKAGE / "ds_configs"
 SHIPPED_CONFIGS = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "ds_configs"
 
+# A key of ds_configs that is ours: over which ranks ZeRO-3 divides a frozen weight.
+FROZEN_SHARDS = "frozen_shards"
+IN_NODES, OVER_ALL = "node", "all"
+
 CONTEXT_BYTES = GIB // 2  # CUDA's context, cuBLAS's workspace
-COMMUNICATOR_BYTES = GIB // 2  # NCCL's buffers, with more than one GPU
+COMMUNICATOR_BYTES = GIB // 2  # NCCL's buffers of a group of more than one GPU
 # What PyTorch's allocator holds beyond what each step allocates and frees.
 FRAGMENTATION = 0.05
 MAX_BUDGET = 2**17  # tokens; no larger budget is searched for
@@ -74,6 +78,14 @@ def sized_ds_config(stage: Stage, config: LlamaConfig) -> dict[str, Any]:
     return ds_config
 
 
+def planned_ds_config(request: PlanRequest, stage: Stage) -> dict[str, Any]:
+    """As `sized_ds_config`; on several nodes it also says where ZeRO-3's frozen weights are."""
+    ds_config = sized_ds_config(stage, request.config)
+    if stage != "zero2" and request.hardware.nodes > 1:
+        ds_config[FROZEN_SHARDS] = IN_NODES if request.node_shards else OVER_ALL
+    return ds_config
+
+
 def _shipped_config(stage: Stage) -> dict[str, Any]:
     text = (SHIPPED_CONFIGS / f"{stage}.json").read_text(encoding="utf-8")
     ds_config: dict[str, Any] = json.loads(text)
@@ -94,8 +106,8 @@ def estimate_memory(
     acts = activations(config, batch_shape(tokens, request.lengths), run)
     gathered = _temporary_weight_bytes(request, stage)
     reserve = CONTEXT_BYTES + math.ceil(FRAGMENTATION * (acts.peak + gathered))
-    if hardware.ranks > 1:
-        reserve += COMMUNICATOR_BYTES
+    num_groups = (hardware.ranks > 1) + bool(request.node_shards)
+    reserve += num_groups * COMMUNICATOR_BYTES
     host = 0
     if stage == "zero3_offload":
         host = config.num_parameters * itemsize // hardware.nodes
@@ -121,7 +133,7 @@ def _weight_bytes(request: PlanRequest, stage: Stage) -> int:
     norms = config.num_norm_parameters * itemsize  # below the persistence threshold: whole
     if stage == "zero3_offload":
         return norms
-    return math.ceil(config.num_parameters * itemsize / request.hardware.ranks) + norms
+    return math.ceil(config.num_parameters * itemsize / request.num_shards) + norms
 
 
 def frozen_bytes(config: LlamaConfig, itemsize: int, quantize: str | None = None) -> int:

@@ -16,7 +16,7 @@ from vico.planner.estimate import (
     binary_search,
     estimate_memory,
     max_budget,
-    sized_ds_config,
+    planned_ds_config,
 )
 from vico.planner.gpu_specs import GIB, VISIBLE_SHARE, Hardware, gpu_of_size
 from vico.planner.request import MAX_TOKENS, STAGES, PlanRequest, Stage
@@ -48,6 +48,7 @@ class Plan:
 class Candidate(NamedTuple):
     stage: Stage
     num_checkpointed: int | None  # None: as few layers as the batch needs
+    node_shards: bool
 
 
 def plan(request: PlanRequest) -> Plan:
@@ -87,13 +88,25 @@ def _candidates(request: PlanRequest) -> list[Candidate]:
         several_ranks = request.hardware.ranks > 1
         stages = [stage for stage in STAGES if stage != "zero3" or several_ranks]
     counts = [0, None] if request.num_checkpointed is None else [request.num_checkpointed]
-    candidates = [Candidate(stage, count) for count in counts for stage in stages]
+    candidates = []
+    for count in counts:
+        for stage in stages:
+            for node_shards in _shards(request, stage):
+                candidates.append(Candidate(stage, count, node_shards))
     return sorted(candidates, key=lambda candidate: candidate.stage == "zero3_offload")
+
+
+def _shards(request: PlanRequest, stage: Stage) -> list[bool]:
+    """Whether to divide frozen weights within each node: what to try, the faster first."""
+    if stage != "zero3" or request.hardware.nodes == 1 or request.hardware.gpus == 1:
+        return [False]
+    return [True, False] if request.node_shards is None else [request.node_shards]
 
 
 def _plan_candidate(request: PlanRequest, candidate: Candidate) -> Plan | None:
     """The plan for this candidate, or None if it does not fit."""
-    stage, num_checkpointed = candidate
+    stage, num_checkpointed, node_shards = candidate
+    request = replace(request, node_shards=node_shards)
     if num_checkpointed is None:
         num_checkpointed = _fewest_checkpointed(request, stage)
     largest = max_budget(request, stage, num_checkpointed)
@@ -110,7 +123,7 @@ def _plan_candidate(request: PlanRequest, candidate: Candidate) -> Plan | None:
     if largest < tokens or (host_gib is not None and memory.host > host_gib * GIB):
         return None
     speed, unknown_rate = estimate_speed(request, stage, num_checkpointed, tokens)
-    ds_config = sized_ds_config(stage, request.config)
+    ds_config = planned_ds_config(request, stage)
     return Plan(
         request,
         stage,
@@ -145,9 +158,10 @@ def _shortage(request: PlanRequest) -> str:
     """One line: the candidate that comes nearest, what it lacks, and what would help."""
     tokens, n_layers = request.max_tokens or request.longest_tokens, request.config.n_layers
     best: MemoryEstimate | None = None
-    for stage, count in _candidates(request):
+    for stage, count, node_shards in _candidates(request):
         num_checkpointed = n_layers if count is None else count
-        memory = estimate_memory(request, stage, num_checkpointed, tokens)
+        candidate = replace(request, node_shards=node_shards)
+        memory = estimate_memory(candidate, stage, num_checkpointed, tokens)
         if best is None or memory.spare > best.spare:
             best = memory
             layers = describe_layers(num_checkpointed, n_layers)

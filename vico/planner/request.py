@@ -56,6 +56,8 @@ class PlanRequest:
     num_checkpointed: int | None = None  # layers that backward recomputes
     max_tokens: int | None = None
     quantize: str | None = None  # --quantize; None: off
+    # Under ZeRO-3 each node has all frozen weights, divided among its GPUs.
+    node_shards: bool | None = None
 
     @property
     def batch_tokens(self) -> int:
@@ -66,6 +68,11 @@ class PlanRequest:
     def longest_tokens(self) -> int:
         """Tokens of the longest question with its caption, rounded up to a budget."""
         return _round_up(self.lengths.longest)
+
+    @property
+    def num_shards(self) -> int:
+        """Among how many GPUs ZeRO-3 divides a frozen weight."""
+        return self.hardware.gpus if self.node_shards else self.hardware.ranks
 
     @property
     def step_tokens(self) -> float:

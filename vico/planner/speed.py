@@ -52,7 +52,7 @@ def _unknown_rate(request: PlanRequest, stage: Stage) -> str:
         return ""
     if hardware.gpus > 1 and gpu.link_gb is None:
         return "the link between the GPUs (--link)"
-    if hardware.nodes > 1 and hardware.network_gbit is None:
+    if hardware.nodes > 1 and not request.node_shards and hardware.network_gbit is None:
         return "the network of a node (--network)"
     if stage == "zero3_offload" and gpu.host_gb is None:
         return f"the link of {gpu.name} to the host"
@@ -71,7 +71,10 @@ def _flops_per_token(request: PlanRequest, num_checkpointed: int) -> float:
 
 
 def _gather_seconds(request: PlanRequest, stage: Stage) -> float:
-    """ZeRO-3 gathers all weights twice per micro-batch, over the slowest of the links."""
+    """ZeRO-3 gathers all weights twice per micro-batch, over the slowest of the links.
+
+    With shards in each node, no gather crosses the network.
+    """
     if stage == "zero2":
         return 0.0
     hardware = request.hardware
@@ -79,9 +82,9 @@ def _gather_seconds(request: PlanRequest, stage: Stage) -> float:
     rates = [math.inf]  # GB/s
     if hardware.gpus > 1 and hardware.gpu.link_gb:
         rates.append(hardware.gpu.link_gb)
-    if hardware.nodes > 1 and hardware.network_gbit:
+    if hardware.nodes > 1 and hardware.network_gbit and not request.node_shards:
         rates.append(hardware.network_gbit / 8)
-    received = num_bytes * (hardware.ranks - 1) / hardware.ranks
+    received = num_bytes * (request.num_shards - 1) / request.num_shards
     seconds = received / (min(rates) * 1e9 * LINK_SHARE)
     if stage == "zero3_offload" and hardware.gpu.host_gb:
         from_host = num_bytes / hardware.ranks

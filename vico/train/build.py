@@ -17,6 +17,7 @@ from vico.data.micro_batches import DatasetInputs
 from vico.data.readers import captions as caption_files
 from vico.data.readers.captions import Captions
 from vico.data.types import Question
+from vico.distributed.topology import has_large_nodes
 from vico.distributed.world import World, set_collective_timeout
 from vico.io import log
 from vico.io.atomic import require_writable
@@ -31,6 +32,7 @@ from vico.model.ops import triton_ops
 from vico.model.quantized_linear import QuantizedLinear
 from vico.model.vico import ViCo
 from vico.model.weights.load import Weights
+from vico.planner.estimate import FROZEN_SHARDS, IN_NODES
 from vico.train import input_notes, preflight, zero_stage
 from vico.train.config import RunConfig
 from vico.train.engine import Engine, load_parameter, zero_init
@@ -120,7 +122,14 @@ def _open(config: RunConfig, splits: Sequence[str], world: World) -> _Opened:
     files, cache = preflight.input_files(config, splits), FileCache(reread=config.verify)
     backbone = preflight.open_backbone(config)
     llama, hardware = backbone.weights.config, zero_stage.hardware(world.members)
-    stage = zero_stage.choose(config, llama, world.size, hardware, "train" in splits)
+    stage = zero_stage.choose(
+        config,
+        llama,
+        world.size,
+        hardware,
+        training="train" in splits,
+        large_nodes=has_large_nodes(world.members),
+    )
     return _Opened(config, files, cache, backbone, stage)
 
 
@@ -243,7 +252,7 @@ def build_engine(
     with world.raise_together():
         dtype = DTYPES[config.precision]
         attend, attention = choose_attention(config.attention, world.device, dtype)
-    model = _make_model(config, inputs, dtype, world.device)
+    model = _make_model(config, inputs, dtype, world)
     _load_weights(model, inputs.weights, trainables, dtype, world)
     recomputed = config.num_checkpointed
     num_checkpointed = len(model.layers) if recomputed is None else recomputed
@@ -259,14 +268,14 @@ def build_engine(
     return engine
 
 
-def _make_model(
-    config: RunConfig, inputs: Inputs, dtype: torch.dtype, device: torch.device
-) -> ViCo:
+def _make_model(config: RunConfig, inputs: Inputs, dtype: torch.dtype, world: World) -> ViCo:
     """The model without values; under ZeRO-3 each rank holds its part of each parameter."""
     linear: MakeLinear = FrozenLinear
     if config.quantize is not None:
         linear = partial(QuantizedLinear, kind=config.quantize)
-    with zero_init(inputs.ds_config, device):
+    in_nodes = inputs.ds_config.get(FROZEN_SHARDS) == IN_NODES
+    node_group = world.node_group() if in_nodes else None
+    with zero_init(inputs.ds_config, world.device, node_group):
         return ViCo(
             inputs.weights.config,
             inputs.num_adapted,

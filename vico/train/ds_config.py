@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 from vico.errors import UserError, nearest, show
 from vico.io.text import read_json_object
-from vico.planner.estimate import SHIPPED_CONFIGS
+from vico.planner.estimate import FROZEN_SHARDS, IN_NODES, OVER_ALL, SHIPPED_CONFIGS
 from vico.train.config import is_path
 
 # Set by the run. They may be absent, "auto", or the number that follows from the flags.
@@ -75,7 +75,7 @@ SWITCHES = (
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
 )
-KNOWN = frozenset({*RUN_KEYS, *REFUSED, *SECTIONS, *SWITCHES, "steps_per_print"})
+KNOWN = frozenset({*RUN_KEYS, *REFUSED, *SECTIONS, *SWITCHES, FROZEN_SHARDS, "steps_per_print"})
 MAX_SHOWN, MAX_REASON = 60, 300  # characters
 
 
@@ -167,6 +167,12 @@ def _check_keys(config: dict[str, Any], path: Path) -> None:
     stage = zero.get("stage")
     if stage not in (1, 2, 3) or not isinstance(stage, int) or isinstance(stage, bool):
         _fail(path, f"zero_optimization.stage is {_brief(stage)}; use 1, 2 or 3")
+    shards = config.get(FROZEN_SHARDS, "auto")
+    if shards not in ("auto", IN_NODES, OVER_ALL):
+        known = f'"{IN_NODES}", "{OVER_ALL}" or "auto"'
+        _fail(path, f"{FROZEN_SHARDS} is {_brief(shards)}; use {known}")
+    if shards == IN_NODES and stage != 3:
+        _fail(path, f'{FROZEN_SHARDS} "{IN_NODES}" is for stage 3, and the stage is {stage}')
     steps = config.get("steps_per_print", "auto")
     if steps != "auto" and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         must = "must be a whole number of at least 1"

@@ -22,8 +22,14 @@ GRADIENT_SCALE = {torch.float16: 2.0**10, torch.bfloat16: 1.0, torch.float32: 1.
 
 
 @contextmanager
-def zero_init(config: Mapping[str, Any], device: torch.device) -> Iterator[None]:
-    """Create modules on `device`. Under stage 3 each rank keeps only its partition of them."""
+def zero_init(
+    config: Mapping[str, Any], device: torch.device, node_group: Any = None
+) -> Iterator[None]:
+    """Create modules on `device`. Under stage 3 each rank keeps only its partition of them.
+
+    With a `node_group` each node has all frozen weights, partitioned over its ranks: gathers stay
+    within the node. The trainables, whose gradients all ranks sum, are partitioned over all ranks.
+    """
     if config["zero_optimization"]["stage"] < 3:
         with device:
             yield
@@ -35,6 +41,8 @@ def zero_init(config: Mapping[str, Any], device: torch.device) -> Iterator[None]
     class Init(deepspeed.zero.Init):  # type: ignore[misc]
         def _zero_init_param(self, parameter: nn.Parameter) -> None:
             """As DeepSpeed's (0.19.8), but no broadcast: `load_parameter` sets the values."""
+            if node_group is not None and not parameter.requires_grad:
+                parameter.ds_zero_partition_process_group = node_group  # type: ignore[attr-defined]
             self._convert_to_deepspeed_param(parameter)
             parameter.partition()  # type: ignore[attr-defined]
 
@@ -58,7 +66,7 @@ def load_parameter(parameter: nn.Parameter, read: Callable[[int, int], Tensor]) 
         # equal parts of the flattened tensor in the order of ranks, the last one padded.
         partitioned: Any = parameter
         part, size = partitioned.ds_tensor, partitioned.ds_numel
-        start = min(part.ds_numel * torch.distributed.get_rank(), size)
+        start = min(part.ds_numel * partitioned.ds_zero_partition_rank, size)
         stop = min(start + part.ds_numel, size)
         part.zero_()
         part[: stop - start].copy_(read(start, stop))

@@ -5,17 +5,22 @@ the same. The choice changes no number, only where weights lie: a run may resume
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vico.data.datasets import find_dataset
-from vico.distributed.topology import Member, by_host
+from vico.distributed.topology import Member, by_node
 from vico.errors import UserError
 from vico.model.config import LlamaConfig, ViCoConfig
 from vico.model.quantized_linear import library
-from vico.planner.estimate import sized_ds_config
+from vico.planner.estimate import (
+    FROZEN_SHARDS,
+    IN_NODES,
+    estimate_memory,
+    planned_ds_config,
+)
 from vico.planner.gpu_specs import GIB, Hardware, detected_gpu
 from vico.planner.plan import HELP_MARK, Plan, plan
 from vico.planner.request import CAPTION_TOKENS, PlanRequest, Stage, TokenLengths
@@ -43,11 +48,13 @@ def choose(
     num_ranks: int,
     hardware: Hardware | None,
     training: bool,
+    large_nodes: bool = False,
 ) -> Choice:
     """The ds_config that --deepspeed names, or else the planner's. `hardware` is None on CPUs.
 
-    Raises UserError as `named_ds_config` does, or if the model has fewer layers than are to be
-    recomputed.
+    `large_nodes`: there are several nodes, each of several ranks. ZeRO-3 then divides the frozen
+    weights within each node where that fits, unless the ds_config says how. Raises UserError as
+    `named_ds_config` does, or if the model has fewer layers than are to be recomputed.
     """
     if (config.num_checkpointed or 0) > llama.n_layers:
         raise UserError(
@@ -56,15 +63,39 @@ def choose(
         )
     ds_config = named_ds_config(config, num_ranks)
     if ds_config is not None:
-        return Choice(ds_config, f"ZeRO-{ds_config['zero_optimization']['stage']}")
+        in_nodes = large_nodes and _says_nothing_of_shards(ds_config)
+        if in_nodes and hardware is not None:
+            in_nodes = _fits_in_nodes(_request(config, llama, hardware, training))
+        if in_nodes:
+            ds_config[FROZEN_SHARDS] = IN_NODES
+        return Choice(ds_config, f"ZeRO-{ds_config['zero_optimization']['stage']}{_in(ds_config)}")
     batch = (config.precision, config.batch_size, config.accum_iter, num_ranks)
     if hardware is None:
         reason = "no --deepspeed is named and there is no GPU to plan for"
         return Choice(read_config("zero2", *batch), f"ZeRO-2 ({reason})")
     request = _request(config, llama, hardware, training)
-    stage, reason, notes = _choose_stage(request)
-    ds_config = resolve_auto(sized_ds_config(stage, request.config), Path(AUTO), *batch)
-    return Choice(ds_config, f"{TITLES[stage]} (no --deepspeed is named; {reason})", notes)
+    chosen, reason, notes = _choose_stage(request)
+    ds_config = resolve_auto(chosen.ds_config, Path(AUTO), *batch)
+    title = f"{TITLES[chosen.stage]}{_in(ds_config)}"
+    return Choice(ds_config, f"{title} (no --deepspeed is named; {reason})", notes)
+
+
+def _says_nothing_of_shards(ds_config: Mapping[str, Any]) -> bool:
+    """Whether ZeRO-3 keeps frozen weights on the GPUs, and nothing says among which ranks."""
+    zero = ds_config["zero_optimization"]
+    return zero["stage"] == 3 and not zero.get("offload_param") and FROZEN_SHARDS not in ds_config
+
+
+def _fits_in_nodes(request: PlanRequest) -> bool:
+    request = replace(request, stage="zero3", node_shards=True)
+    tokens, num_checkpointed = request.max_tokens, request.num_checkpointed
+    assert tokens is not None and num_checkpointed is not None
+    return estimate_memory(request, "zero3", num_checkpointed, tokens).spare >= 0
+
+
+def _in(ds_config: Mapping[str, Any]) -> str:
+    in_nodes = ds_config.get(FROZEN_SHARDS) == IN_NODES
+    return ", frozen weights divided within each node" if in_nodes else ""
 
 
 def named_ds_config(config: RunConfig, num_ranks: int) -> dict[str, Any] | None:
@@ -91,12 +122,12 @@ def hardware(members: Sequence[Member]) -> Hardware | None:
     """The ranks' machines as equal ones, each the smallest. None if a rank has no GPU."""
     if not members or not all(member.gpu_bytes for member in members):
         return None
-    hosts = by_host(members)
+    nodes = by_node(members)
     smallest = min(members, key=lambda member: member.gpu_bytes)
     return Hardware(
         gpu=detected_gpu(smallest.device, smallest.gpu_bytes),
-        gpus=min(len(ranks) for ranks in hosts.values()),
-        nodes=len(hosts),
+        gpus=min(map(len, nodes)),
+        nodes=len(nodes),
         host_gib=min(member.host_bytes for member in members) / GIB,
     )
 
@@ -144,23 +175,30 @@ def _request(
     )
 
 
-def _choose_stage(request: PlanRequest) -> tuple[Stage, str, tuple[str, ...]]:
-    """(stage, reason, notes for the user).
+class _Chosen(NamedTuple):
+    stage: Stage
+    ds_config: dict[str, Any]
+
+
+def _choose_stage(request: PlanRequest) -> tuple[_Chosen, str, tuple[str, ...]]:
+    """(the choice, its reason, notes for the user).
 
     A plan is an estimate: if nothing fits, the run is tried with the stage that needs the least.
     """
     best, shortage = _try_plan(request)
     if best is not None and best.stage != "zero3_offload":
-        return best.stage, _expected(best), ()
+        return _Chosen(best.stage, best.ds_config), _expected(best), ()
     other, _ = _try_plan(replace(request, max_tokens=None, num_checkpointed=None))
     if best is not None:
         if other is None or other.stage == "zero3_offload":
-            return best.stage, _expected(best), ()
+            return _Chosen(best.stage, best.ds_config), _expected(best), ()
         note = f"faster, as weights stay on the GPU: {_flags(other)}"
-        return best.stage, _expected(best), (note,)
+        return _Chosen(best.stage, best.ds_config), _expected(best), (note,)
     remedy = f"what fits: {_flags(other)}" if other else "`vico plan` tells what a model needs"
     reason = "the planner knows of nothing that fits, and this takes the least"
-    return _smallest_stage(request), reason, (f"warning: memory may run out: {shortage}; {remedy}",)
+    stage = _smallest_stage(request)
+    chosen = _Chosen(stage, planned_ds_config(request, stage))
+    return chosen, reason, (f"warning: memory may run out: {shortage}; {remedy}",)
 
 
 def _smallest_stage(request: PlanRequest) -> Stage:

@@ -1,0 +1,79 @@
+"""ZeRO-3 with frozen weights divided within each node: four ranks as two nodes, and one process."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from support.node_shards import NUM_STEPS, SAVED_STEP, steps_of_a_run
+from support.processes import ROOT, start
+from support.toy_dataset import ToyData
+from support.training_steps import config_of
+from vico.distributed.world import World
+from vico.train.build import read_inputs
+
+PROGRAM = (str(ROOT / "tests" / "support" / "node_shards.py"),)
+TOLERANCE = 1e-6
+MAX_NOISY_SHARE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def seen(toy: ToyData, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What rank 0 of two nodes of two ranks saw."""
+    folder = tmp_path_factory.mktemp("nodes")
+    ds_config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (folder / "zero3.json").write_text(json.dumps(ds_config))
+    flags = [*toy.flags, "--batch_size", "1", "--deepspeed", str(folder / "zero3.json")]
+    run = start(
+        str(folder / "seen.pt"),
+        *flags,
+        ranks=4,
+        program=PROGRAM,
+        environment={"LOCAL_WORLD_SIZE": "2"},
+    )
+    assert run.wait() == [0] * 4, run.output
+    found: dict[str, Any] = torch.load(folder / "seen.pt")
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(toy: ToyData, alone: World) -> dict[str, Any]:
+    config = config_of(toy, "--deepspeed", "zero2")
+    return steps_of_a_run(config, read_inputs(config, ("train", "val"), alone), alone)
+
+
+def test_each_node_holds_the_frozen_weights(seen: dict[str, Any]) -> None:
+    """Half of them on each of its two ranks, a quarter where all four divide them."""
+    assert seen["stage"] == "ZeRO-3, frozen weights divided within each node"
+    assert seen["held"] == pytest.approx(1 / 2, rel=0.01)
+    assert seen["resumed over all"]["held"] == pytest.approx(1 / 4, rel=0.01)
+
+
+def test_the_steps_are_those_of_one_process(seen: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert len(seen["losses"]) == NUM_STEPS
+    losses = torch.tensor(seen["losses"]), torch.tensor(expected["losses"])
+    torch.testing.assert_close(*losses, rtol=TOLERANCE, atol=0)
+    for name, gradients in expected["saved"][1].items():
+        own = seen["saved"][1][name]
+        torch.testing.assert_close(own, gradients, rtol=TOLERANCE, atol=TOLERANCE)
+    for name, value in expected["weights"].items():
+        difference = (seen["weights"][name] - value).abs()
+        # Adam makes whole steps of gradients that are rounding errors only.
+        assert (difference > TOLERANCE).float().mean() < MAX_NOISY_SHARE, name
+    scores = torch.tensor(seen["scores"]), torch.tensor(expected["scores"])
+    torch.testing.assert_close(*scores, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_a_save_is_resumed_elsewhere(seen: dict[str, Any], toy: ToyData, alone: World) -> None:
+    """Divided over all ranks the same bits follow, in one process the same numbers."""
+    over_all = seen["resumed over all"]
+    assert over_all["losses"] == seen["losses"][SAVED_STEP:]
+    for name, value in seen["weights"].items():
+        assert torch.equal(over_all["weights"][name], value), name
+    config = config_of(toy, "--deepspeed", "zero2")
+    inputs = read_inputs(config, ("train", "val"), alone)
+    resumed = steps_of_a_run(config, inputs, alone, seen["saved"])
+    losses = torch.tensor(resumed["losses"]), torch.tensor(seen["losses"][SAVED_STEP:])
+    torch.testing.assert_close(*losses, rtol=TOLERANCE, atol=0)
