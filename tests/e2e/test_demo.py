@@ -11,7 +11,7 @@ import torch
 
 from support.processes import ROOT, launch
 from vico.cli.demo import main, make_toy_dataset
-from vico.cli.demo_dataset import QUESTIONS, TYPES
+from vico.cli.demo_dataset import DOMAIN, QUESTIONS
 from vico.data.features import Features
 from vico.data.readers import captions, nextqa
 from vico.data.tokenizer import Tokenizer
@@ -64,8 +64,8 @@ def test_text_reveals_nothing(demo: Path) -> None:
     So the best guess without the video is near chance.
     """
     questions = nextqa.read(demo / "data" / "nextqa", "train")
-    assert {q.type for q in questions} == set(TYPES)
-    for question_type in TYPES:
+    assert {q.type for q in questions} == set(DOMAIN.types)
+    for question_type in DOMAIN.types:
         of_type = [q for q in questions if q.type == question_type]
         assert {q.options for q in of_type} == {QUESTIONS[question_type].options}
     counts = Counter(q.answer for q in questions)

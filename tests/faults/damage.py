@@ -19,6 +19,7 @@ from sentencepiece import SentencePieceProcessor
 
 from support.run_fixture import TINY, TOKENIZER, RunFixture
 from vico.cli.convert import convert
+from vico.cli.demo_dataset import DOMAIN
 from vico.cli.demo_llama import make_tokenizer
 from vico.io.safe_load import load_tensors
 
@@ -258,7 +259,7 @@ def converted_tokenizer(path: Path) -> dict[str, Any]:
 
 
 def tokenizer(pieces: int) -> Damage:
-    return lambda fixture: make_tokenizer(fixture.folder / TOKENIZER, 0, pieces)
+    return lambda fixture: make_tokenizer(fixture.folder / TOKENIZER, 0, DOMAIN, pieces)
 
 
 def ring() -> list[Any]:

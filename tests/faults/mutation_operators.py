@@ -21,6 +21,7 @@ FILES_LEFT_OUT = {
     "vico/model/cuda_graphs.py": "runs on a GPU; tests/gpu has its tests",
     "vico/cli/demo_llama.py": "makes the demo's LLaMA, which slow tests try out",
     "vico/cli/demo_dataset.py": "makes the demo's files, which slow tests try out",
+    "vico/cli/demo_domain.py": "makes the demo's questions, which slow tests try out",
     "vico/planner/gpu_specs.py": "a table of what GPUs are sold with, measured nowhere",
 }
 CODE_LEFT_OUT = {

@@ -9,7 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
-from vico.cli.demo_dataset import write_dataset
+from vico.cli.demo_dataset import DOMAIN, write_dataset
 from vico.cli.demo_llama import MODEL_NAME, NUM_STEPS, make_llama, make_tokenizer
 from vico.cli.parser import OneLineParser, path_argument
 from vico.errors import UserError
@@ -64,8 +64,8 @@ def make_toy_dataset(
         llama = temporary / "pretrained" / "llama"
         (llama / MODEL_NAME).mkdir(parents=True)
         write_dataset(temporary, seed, splits or SPLITS)
-        make_tokenizer(llama / "tokenizer.model", seed)
-        make_llama(llama, seed, steps)
+        make_tokenizer(llama / "tokenizer.model", seed, DOMAIN)
+        make_llama(llama, seed, steps, DOMAIN)
         for name in ("data", "data_swapped", "pretrained"):
             shutil.rmtree(out / name, ignore_errors=True)
             (temporary / name).rename(out / name)

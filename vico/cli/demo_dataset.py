@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vico.cli.demo_domain import Domain, QuestionType, part_of
 from vico.model.config import FEATURE_WIDTH
 
 MOODS = ("angry", "bored", "happy", "sad", "tired")
@@ -33,18 +34,6 @@ CONCEPTS = (
     *COUNTS,
     *ANIMALS,
 )
-# Of a video; each has one action.
-PARTS = ("start", "middle", "end")
-
-
-@dataclass(frozen=True)
-class QuestionType:
-    """What questions of a type offer, and their wordings."""
-
-    options: tuple[str, ...]
-    texts: tuple[str, ...]
-
-
 # NExT-QA's eight types: causal (why, how), temporal (next, current, previous), and descriptive
 # (location, count, others).
 QUESTIONS = {
@@ -75,16 +64,10 @@ QUESTIONS = {
     "DC": QuestionType(COUNTS, ("how many people are there", "how many people are in the video")),
     "DO": QuestionType(ANIMALS, ("which animal is there", "what animal is in the video")),
 }
-TYPES = tuple(QUESTIONS)
 QUESTIONS_PER_VIDEO = 5
 CSV_COLUMNS = tuple(
     "video frame_count width height question answer qid type a0 a1 a2 a3 a4".split()
 )
-
-
-def part_of(frame: int, num_frames: int) -> int:
-    """Index in PARTS of frame number `frame` of `num_frames`."""
-    return frame * len(PARTS) // num_frames
 
 
 @dataclass(frozen=True)
@@ -97,11 +80,9 @@ class Video:
     animal: str
     num_frames: int
 
-    def concepts(self, frame: int, num_frames: int) -> list[int]:
-        """Indices in CONCEPTS of what frame number `frame` of `num_frames` shows."""
+    def concepts(self, frame: int, num_frames: int) -> tuple[str, ...]:
         action = self.actions[part_of(frame, num_frames)]
-        words = (self.mood, self.instrument, action, self.place, self.count, self.animal)
-        return [CONCEPTS.index(word) for word in words]
+        return self.mood, self.instrument, action, self.place, self.count, self.animal
 
     def answer(self, question_type: str) -> str:
         start, middle, end = self.actions
@@ -117,6 +98,14 @@ class Video:
         }
         return answers[question_type]
 
+    def caption(self) -> str:
+        start, middle, end = self.actions
+        return (
+            f"The video is taken in the {self.place} with {self.count} people and a {self.animal}. "
+            f"A boy plays the {self.instrument}. He is {self.mood}. At the start he will {start}. "
+            f"In the middle he will {middle}. At the end he will {end}."
+        )
+
 
 def make_video(rng: random.Random) -> Video:
     """A random video, with different actions at the start and at the end."""
@@ -131,21 +120,7 @@ def make_video(rng: random.Random) -> Video:
     return Video(mood, instrument, (start, middle, end), place, count, animal, num_frames)
 
 
-def make_question(
-    rng: random.Random, video: Video, question_type: str
-) -> tuple[str, tuple[str, ...], int]:
-    """(text, options, index of the right option)."""
-    kind = QUESTIONS[question_type]
-    return rng.choice(kind.texts), kind.options, kind.options.index(video.answer(question_type))
-
-
-def caption(video: Video) -> str:
-    start, middle, end = video.actions
-    return (
-        f"The video is taken in the {video.place} with {video.count} people and a {video.animal}. "
-        f"A boy plays the {video.instrument}. He is {video.mood}. At the start he will {start}. "
-        f"In the middle he will {middle}. At the end he will {end}."
-    )
+DOMAIN = Domain(CONCEPTS, QUESTIONS, make_video)
 
 
 class ClipSimulator:
@@ -166,7 +141,7 @@ class ClipSimulator:
         """[num_frames, width] fp16."""
         frames = []
         for frame in range(video.num_frames):
-            concepts = video.concepts(frame, video.num_frames)
+            concepts = DOMAIN.indices(video, frame, video.num_frames)
             strength = 0.8 + 0.4 * torch.rand(len(concepts), 1, generator=generator)
             frames.append(self._common_D + (strength * self._directions_ND[concepts]).sum(dim=0))
         frames_FD = torch.stack(frames)
@@ -203,7 +178,7 @@ def write_dataset(root: Path, seed: int, splits: dict[str, int]) -> None:
         swapped |= {
             name: split_features[other] for name, other in zip(names, next_names, strict=True)
         }
-        captions |= {name: caption(video) for name, video in videos.items()}
+        captions |= {name: video.caption() for name, video in videos.items()}
     for target, content in ((folder, features), (swapped_folder, swapped)):
         torch.save(content, target / "clipvitl14.pth")
         (target / "llava_v15_13b_n6.json").write_text(json.dumps(captions), encoding="utf-8")
@@ -212,8 +187,8 @@ def write_dataset(root: Path, seed: int, splits: dict[str, int]) -> None:
 def _make_rows(rng: random.Random, name: str, video: Video) -> list[dict[str, object]]:
     """The annotation rows of a video: one question of each of several types."""
     rows = []
-    for qid, question_type in enumerate(rng.sample(TYPES, QUESTIONS_PER_VIDEO)):
-        text, options, answer = make_question(rng, video, question_type)
+    for qid, question_type in enumerate(rng.sample(DOMAIN.types, QUESTIONS_PER_VIDEO)):
+        text, options, answer = DOMAIN.question(rng, video, question_type)
         row: dict[str, object] = {
             "video": name,
             "frame_count": video.num_frames * 30,

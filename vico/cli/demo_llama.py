@@ -13,16 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vico.cli.demo_dataset import (
-    CONCEPTS,
-    PARTS,
-    TYPES,
-    Video,
-    caption,
-    make_question,
-    make_video,
-    part_of,
-)
+from vico.cli.demo_domain import PARTS, DemoVideo, Domain, part_of
 from vico.data.prompts import ANSWER_TEXT, Prompts, letter, option_text, question_text
 from vico.data.tokenizer import Tokenizer
 from vico.data.types import Question, TokenSequence
@@ -47,13 +38,13 @@ TIME_STRENGTH = 1.5
 WORD_WEIGHT, LETTER_WEIGHT = 0.5, 10.0
 
 
-def make_tokenizer(path: Path, seed: int, vocab_size: int = VOCAB_SIZE) -> None:
+def make_tokenizer(path: Path, seed: int, domain: Domain, vocab_size: int = VOCAB_SIZE) -> None:
     """Train a tokenizer of LLaMA's kind (BPE, byte fallback, no normalization) on prompts."""
     from sentencepiece import SentencePieceTrainer  # optional: only the demo trains tokenizers
 
     model = io.BytesIO()
     SentencePieceTrainer.train(
-        sentence_iterator=iter(_tokenizer_lines(random.Random(f"{seed} tokenizer"))),
+        sentence_iterator=iter(_tokenizer_lines(random.Random(f"{seed} tokenizer"), domain)),
         model_writer=model,
         vocab_size=vocab_size,
         model_type="bpe",
@@ -68,26 +59,28 @@ def make_tokenizer(path: Path, seed: int, vocab_size: int = VOCAB_SIZE) -> None:
     path.write_bytes(model.getvalue())
 
 
-def _tokenizer_lines(rng: random.Random) -> list[str]:
+def _tokenizer_lines(rng: random.Random, domain: Domain) -> list[str]:
     """The text that the tokenizer is trained on."""
     lines = ["Instruction: Predict the answer based on the video and question.", "Video:"] * 50
     lines += ["Instruction: describe the what happens in the video."] * 50
-    lines += [*CONCEPTS, *PARTS] * 20
+    lines += [*domain.concepts, *PARTS] * 20
     for i in range(400):
-        video = make_video(rng)
-        question = _random_question(rng, video, TYPES[i % len(TYPES)])
+        video = domain.make_video(rng)
+        question = _random_question(rng, domain, video, domain.types[i % len(domain.types)])
         prompt = question_text(question) + option_text(question) + ANSWER_TEXT + letter(i % 5)
         lines += prompt.split("\n")
-        lines.append(f"Description: {caption(video)}")
+        lines.append(f"Description: {video.caption()}")
     return [line for line in lines if line]
 
 
-def _random_question(rng: random.Random, video: Video, question_type: str) -> Question:
-    text, options, answer = make_question(rng, video, question_type)
+def _random_question(
+    rng: random.Random, domain: Domain, video: DemoVideo, question_type: str
+) -> Question:
+    text, options, answer = domain.question(rng, video, question_type)
     return Question(0, "", "", question_type, text, options, answer)
 
 
-def make_llama(folder: Path, seed: int, num_steps: int) -> None:
+def make_llama(folder: Path, seed: int, num_steps: int, domain: Domain) -> None:
     """Pretrain the LLaMA for the tokenizer in `folder`, and write it there in Meta's layout."""
     tokenizer = Tokenizer(folder / "tokenizer.model")
     config = LlamaConfig(
@@ -97,7 +90,7 @@ def make_llama(folder: Path, seed: int, num_steps: int) -> None:
     if num_steps:
         # The result must not depend on the number of cores.
         torch.set_num_threads(1)
-        _pretrain(weights, config, tokenizer, seed, num_steps)
+        _pretrain(weights, config, tokenizer, seed, num_steps, domain)
     model_folder = folder / MODEL_NAME
     half_weights = {name: value.detach().half() for name, value in weights.items()}
     torch.save(half_weights, model_folder / "consolidated.00.pth")
@@ -125,18 +118,23 @@ def _initial_weights(config: LlamaConfig, seed: int) -> Weights:
 
 
 def _pretrain(
-    weights: Weights, config: LlamaConfig, tokenizer: Tokenizer, seed: int, num_steps: int
+    weights: Weights,
+    config: LlamaConfig,
+    tokenizer: Tokenizer,
+    seed: int,
+    num_steps: int,
+    domain: Domain,
 ) -> None:
     """Next-token training on the method's prompts; the video slots hold embeddings of words."""
     rng, generator = random.Random(f"{seed} pretraining"), torch.Generator().manual_seed(seed + 2)
     prompts = Prompts(tokenizer, NUM_SLOTS, MAX_TOKENS, MAX_TOKENS, dialogue=False)
-    words = torch.tensor([tokenizer.encode(concept)[0] for concept in (*CONCEPTS, *PARTS)])
+    words = torch.tensor([tokenizer.encode(concept)[0] for concept in (*domain.concepts, *PARTS)])
     optimizer = torch.optim.AdamW(weights.values(), lr=1.0, betas=(0.9, 0.98), weight_decay=0.01)
     start, mean_accuracy = time.monotonic(), 0.0
     for step in range(num_steps):
         for group in optimizer.param_groups:
             group["lr"] = PEAK_LR * min(1.0, (step + 1) / NUM_WARMUP_STEPS, 1 - step / num_steps)
-        loss, accuracy = _loss(weights, config, words, prompts, rng, generator)
+        loss, accuracy = _loss(weights, config, domain, words, prompts, rng, generator)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
@@ -154,6 +152,7 @@ def _pretrain(
 def _loss(
     weights: Weights,
     config: LlamaConfig,
+    domain: Domain,
     words: Tensor,
     prompts: Prompts,
     rng: random.Random,
@@ -161,15 +160,15 @@ def _loss(
 ) -> tuple[Tensor, float]:
     """(loss of a batch of prompts about new videos, share of answers that are right).
 
-    `words`: token ids of the words for CONCEPTS and PARTS.
+    `words`: token ids of the domain's concepts and of PARTS.
     """
-    videos = [make_video(rng) for _ in range(BATCH_SIZE)]
-    sequences = _make_sequences(rng, videos, prompts)
+    videos = [domain.make_video(rng) for _ in range(BATCH_SIZE)]
+    sequences = _make_sequences(rng, domain, videos, prompts)
     ids_BS = _pad(sequences)
     embeddings = weights["tok_embeddings.weight"]
     starts_B1 = torch.tensor([[s.video_start] for s in sequences])
     slots = (torch.arange(BATCH_SIZE)[:, None], starts_B1 + torch.arange(NUM_SLOTS))
-    slots_BFD = _slot_embeddings(embeddings, words, videos, generator)
+    slots_BFD = _slot_embeddings(embeddings, domain, words, videos, generator)
     x_BSD = F.embedding(ids_BS, embeddings).index_put(slots, slots_BFD)
     h_BSD = _forward(weights, config, x_BSD)
     # The row before a target predicts it.
@@ -183,15 +182,15 @@ def _loss(
 
 
 def _make_sequences(
-    rng: random.Random, videos: list[Video], prompts: Prompts
+    rng: random.Random, domain: Domain, videos: list[DemoVideo], prompts: Prompts
 ) -> list[TokenSequence]:
     """A caption for every fourth video, a question for each other one."""
     sequences = []
     for i, video in enumerate(videos):
         if i % 4 == 3:
-            sequences.append(prompts.caption(caption(video)))
+            sequences.append(prompts.caption(video.caption()))
         else:
-            question = _random_question(rng, video, TYPES[rng.randrange(len(TYPES))])
+            question = _random_question(rng, domain, video, rng.choice(domain.types))
             assert question.answer is not None
             sequences.append(prompts.vqa(question, question.answer))
     return sequences
@@ -221,26 +220,32 @@ def _targets(sequences: list[TokenSequence]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _slot_embeddings(
-    embeddings: Tensor, words: Tensor, videos: list[Video], generator: torch.Generator
+    embeddings: Tensor,
+    domain: Domain,
+    words: Tensor,
+    videos: list[DemoVideo],
+    generator: torch.Generator,
 ) -> Tensor:
     """[B, F, D] for the video slots, as a projection of features might give.
 
     Each is a mixture of the embeddings of what the frame shows and of when it is, with noise.
     """
-    concepts_BFC = torch.tensor([_slot_concepts(video) for video in videos])
+    concepts_BFC = torch.tensor([_slot_concepts(domain, video) for video in videos])
     strength_BFC = 0.5 + torch.rand(concepts_BFC.shape, generator=generator)
     concept_BFCD = F.embedding(words[concepts_BFC], embeddings)
     mixed_BFD = (concept_BFCD * strength_BFC[..., None]).sum(dim=2)
     # When a frame is: what ViCo's temporal embedding has to express.
-    part_words = words[[len(CONCEPTS) + part_of(slot, NUM_SLOTS) for slot in range(NUM_SLOTS)]]
+    part_words = words[
+        [len(domain.concepts) + part_of(slot, NUM_SLOTS) for slot in range(NUM_SLOTS)]
+    ]
     mixed_BFD = mixed_BFD + TIME_STRENGTH * F.embedding(part_words, embeddings)
     frame_noise_BFD = torch.randn(mixed_BFD.shape, generator=generator)
     video_noise_B1D = torch.randn(len(videos), 1, mixed_BFD.shape[2], generator=generator)
     return mixed_BFD + 0.3 * (frame_noise_BFD + video_noise_B1D)
 
 
-def _slot_concepts(video: Video) -> list[list[int]]:
-    return [video.concepts(slot, NUM_SLOTS) for slot in range(NUM_SLOTS)]
+def _slot_concepts(domain: Domain, video: DemoVideo) -> list[list[int]]:
+    return [domain.indices(video, slot, NUM_SLOTS) for slot in range(NUM_SLOTS)]
 
 
 def _forward(weights: Weights, config: LlamaConfig, x_BSD: Tensor) -> Tensor:
