@@ -26,6 +26,7 @@ from vico.io.failpoints import reached
 from vico.io.host_memory import return_free_memory
 from vico.io.paths import is_folder
 from vico.train.evaluate import evaluate, report
+from vico.train.gradient_order import GradientOrder
 from vico.train.heat_map import gates_picture
 from vico.train.log_records import EpochResult, epoch_curves, epoch_record, log_step
 from vico.train.progress_bar import ProgressBar
@@ -162,7 +163,9 @@ def _run_steps(run: Run, run_log: RunLog | None, early_save: int) -> None:
         _end_epoch(run, run_log)
     if state.step >= run.last_step:
         return
+    order = GradientOrder(run.engine.trainables)
     _dry_run(run)
+    order.check(world)
     world.set_phase(f"waiting for the data of step {state.step + 1}")
     shown, every = world.is_main, config.logging_steps
     with ProgressBar("training", run.last_step, "step", shown, state.step, every) as bar:
@@ -171,6 +174,7 @@ def _run_steps(run: Run, run_log: RunLog | None, early_save: int) -> None:
             lr, number = run.lr(state.step), state.step + 1
             error = run_log.error if run_log else None
             step = train_step(run.engine, batch, number, config.task_weights, lr, world, error)
+            order.check(world)  # before anything of the step is logged or saved
             seconds = time.perf_counter() - started  # waiting for data included
             started = time.perf_counter()
             _advance(state, step)
