@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from vico.data.readers.rows import RowError
 from vico.errors import UserError
 
 
@@ -15,3 +16,11 @@ def refusal(*call: Any, **named: Any) -> str:
     message = str(caught.value)
     assert message.isprintable() and len(message) < 900
     return message
+
+
+def outcome(function: Any, *arguments: Any) -> Any:
+    """What it returns, or the words of the RowError."""
+    try:
+        return function(*arguments)
+    except RowError as problem:
+        return str(problem)

@@ -47,3 +47,13 @@ def test_best_fill(sizes: list[int], max_items: int, budget: int | None) -> None
         assert sum(sizes[i] for i in chosen) == max(fits)
     else:
         assert [sizes[i] for i in chosen] == [max(sizes)], "a question that is too long is alone"
+
+
+def test_packing_is_the_same_each_time() -> None:
+    """Which of equal fills is taken is part of a run: its order of questions is repeated."""
+    assert best_fill([5, 3, 4, 6], 2, 9) == [0, 2], "not 6 + 3, found later"
+    assert best_fill([2, 2, 4, 3, 1], 3, 8) == [2, 0, 1], "not 4 + 3 + 1, found later"
+    assert best_fill([4, 4, 4], 2, 8) == [0, 1] and best_fill([1, 9, 2], 2, None) == [1, 2]
+    assert best_fill([7, 3, 5], 2, 6) == [0] and best_fill([6, 3, 5], 2, 6) == [0]
+    assert first_fit([3, 6, 2, 5, 1], 7) == [[1, 4], [3, 2], [0]]
+    assert greedy_balance([3, 6, 2, 5, 1], 2) == [[1, 2, 4], [0, 3]]

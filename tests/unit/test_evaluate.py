@@ -112,3 +112,36 @@ def test_scores_that_are_not_finite_are_refused() -> None:
     _require_finite([[1.0, 2.0]] * 3, questions)
     with pytest.raises(TrainingError, match=r"^p: 2 of 3 questions have .* first question q1 of"):
         _require_finite([[1.0, 2.0], [float("nan"), 1.0], [1.0, float("inf")]], questions)
+
+
+def test_each_data_set_has_its_own_results() -> None:
+    """Questions, scores and what was dropped are those of the set; a key taken is quoted."""
+    asked = [("nextqa", "CW", 0), ("a", "b_c", 0), ("a_b", "c", 1), ("a", "b_c", 1), ("a", "x", 0)]
+    questions = [
+        Question(i, f"q{i}", "v", kind, "q", ("a", "b"), answer, dataset=name)
+        for i, (name, kind, answer) in enumerate(asked)
+    ]
+    sets = {**NEXTQA, "a": DATASETS["tvqa"], "a_b": DATASETS["tvqa"]}
+    scores = [[0.0, 1.0], [1.0, 2.0], [3.0, 2.0], [0.5, 4.0], [5.0, 2.0]]
+    evaluation = summarize(questions[:4], scores[:4], sets, [questions[4]])
+    assert evaluation.accuracies == {
+        "acc": 3 / 4,
+        "nextqa_acc": 1.0,
+        "nextqa_C": 1.0,
+        "a_acc": 0.5,
+        "a_b_c": 0.5,
+        "a_b_acc": 1.0,
+        "'a_b_c'": 1.0,
+    }
+    assert {name: part.num_dropped for name, part in evaluation.parts.items()} == {
+        "nextqa": 0,
+        "a": 1,
+        "a_b": 0,
+    }
+    assert {name: part.num_right for name, part in evaluation.parts.items()} == {
+        "nextqa": 1,
+        "a": 1,
+        "a_b": 1,
+    }
+    assert evaluation.parts["a"].scores == [[1.0, 2.0], [0.5, 4.0]]
+    assert evaluation.loss == (0.0 + 1.0 + 2.0 + 4.0) / 4

@@ -111,6 +111,37 @@ def test_gates_picture() -> None:
     assert gates_picture({"visual_proj.weight": torch.zeros(2, 2)}) is None
 
 
+def test_colours_of_gates() -> None:
+    """White at 0, half way at a half, red or blue at the end of the scale and beyond."""
+    shares = {-9.0: 1.0, -6.0: 1.0, -3.0: 0.5, 0.0: 0.0, 1.5: 0.25, 6.0: 1.0, 12.0: 1.0}
+    gate2 = torch.tensor(list(shares)).view(1, -1, 1, 1)
+    gates = {"layers.0.attention.gate1": torch.zeros(1, len(shares), 1, 1)}
+    picture = gates_picture(gates | {"layers.0.attention.gate2": gate2})
+    assert picture is not None
+    cells = picture[0, ::CELL][len(shares) + 1 :].tolist()
+    ends = {True: (178, 24, 43), False: (33, 102, 172)}  # red, blue
+    for cell, (value, share) in zip(cells, shares.items(), strict=True):
+        assert cell == [round(255 + share * (end - 255)) for end in ends[value > 0]], value
+    tenth = {name: torch.full_like(gate, 0.1) for name, gate in gates.items()}
+    shown = gates_picture(tenth | {"layers.0.attention.gate2": gate2})
+    assert shown is not None and shown[0, 0].tolist() == [247, 232, 234], "tanh of gate1"
+
+
+@pytest.mark.parametrize("reporter", [reporters.WeightsAndBiases, reporters.Trackio])
+def test_curves_and_pictures_are_sent(reporter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """wandb wants Pillow for pictures, and does not bring it."""
+    sent: list[tuple[int, Any]] = []
+    board = reporter.__new__(reporter)
+    board._image = lambda picture: picture.shape
+    board._run = SimpleNamespace(log=lambda values, step: sent.append((step, values)))
+    board.curves({"train/loss": 0.5}, 2)
+    board.picture("gates", np.zeros((8, 16, 3), np.uint8), 3)
+    assert sent == [(2, {"train/loss": 0.5}), (3, {"gates": (8, 16, 3)})]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    board.picture("gates", np.zeros((8, 16, 3), np.uint8), 4)
+    assert len(sent) == (2 if reporter is reporters.WeightsAndBiases else 3)
+
+
 def test_logging_steps(tmp_path: Path) -> None:
     """A point every N steps; every step in steps.jsonl."""
     out = OutputDir(tmp_path)

@@ -2,13 +2,15 @@
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from vico.io.atomic import write_lines
 from vico.io.output_dir import OutputDir
 from vico.train.progress_bar import ProgressBar, duration
-from vico.train.run_log import RunLog, read_logs
+from vico.train.run_log import RunLog, memory_curves, read_logs
 
 
 def test_steps_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
@@ -61,3 +63,17 @@ def test_durations_as_people_write_them() -> None:
     seconds = {0.4: "0 s", 59.4: "59 s", 60: "1 min 0 s", 125: "2 min 5 s", 3599: "59 min 59 s"}
     seconds |= {3600: "1 h 0 min", 12_060: "3 h 21 min"}
     assert {number: duration(number) for number in seconds} == seconds
+
+
+def test_memory_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In GiB: the host's by the process itself, the GPU's by torch."""
+    assert list(memory_curves(torch.device("cpu"))) == ["memory/host_peak_gib"]
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 5 * 2**30)
+    usage = SimpleNamespace(ru_maxrss=7 * 2**20)  # KiB
+    monkeypatch.setattr("resource.getrusage", lambda who: usage)
+    assert memory_curves(torch.device("cuda")) == {
+        "memory/host_peak_gib": 7,
+        "memory/device_peak_allocated_gib": 3,
+        "memory/device_peak_reserved_gib": 5,
+    }
