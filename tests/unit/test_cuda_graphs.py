@@ -204,7 +204,7 @@ class FakeCapture(GraphedBlocks):
 
     num_captures = 0
 
-    def has_room(self, kept_bytes: int) -> bool:
+    def has_room(self, *kept_bytes: int) -> bool:
         return True
 
     def capture(self, *functions: Callable[[], None]) -> list[Callable[[], None]]:
@@ -221,7 +221,7 @@ def test_captured_sizes_are_replayed() -> None:
         for batch, expected in zip(batches, steps, strict=True):
             require_same(step(model, batch), expected)
             for entry in graphed.entries.values():
-                entry._kept_bytes = 1  # as a GPU's allocator says after the first step
+                entry.kept_bytes = 1  # as a GPU's allocator says after the first step
     assert graphed.num_captures == len(graphed.entries)
     assert all(entry.is_captured for entry in graphed.entries.values())
     for batch in batches:
@@ -257,6 +257,8 @@ def test_room_for_a_capture(
     graphed = GraphedBlocks(make_model())
     graphed._pool_bytes = pool * gib
     assert graphed.has_room(4 * gib) == has_room
+    # Of two, the second takes 1.2 GiB more, as it can use most of the first one's pool.
+    assert graphed.has_room(4 * gib, 4 * gib) == (free == 28)
     monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 0)
     assert not graphed.has_room(0)
 
@@ -276,11 +278,11 @@ def test_out_of_memory_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
         raise torch.cuda.OutOfMemoryError
 
     monkeypatch.setattr(graphed, "_capture", run_out)
-    entry._kept_bytes = 1
+    entry.kept_bytes = 1
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**40, 2**40))
     for _ in range(2):
         require_same(step(model, batch), expected)
-        entry._kept_bytes = 1
+        entry.kept_bytes = 1
     assert len(tried) == 1 and not entry.is_captured
 
 

@@ -8,10 +8,14 @@ Streams are padded to a few sizes (attention/segment_layout.py). The first micro
 runs eagerly, the second is captured, and later ones replay the graphs. These are the same kernels
 on the same shapes, so no result depends on what was captured when.
 
+The ranks decide as one, before each step, whether to capture in it (`can_capture`,
+`allow_captures`): the others wait for a rank that captures, and a step is as fast as its slowest
+rank, so one without memory for a capture makes those of the others useless.
+
 G counts the adapted blocks among these, T the rows with their padding.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,6 +67,8 @@ class GraphedBlocks:
         self._pool: Any = None  # captures replay one after the other: they share their memory
         self._pool_bytes = 0  # reserved for the pool; nothing else can use it
         self._is_full = False  # a capture ran out of memory
+        # Sizes to capture in this step, as all ranks have agreed; None: nobody asks other ranks.
+        self._agreed: frozenset[LayoutSizes] | None = None
 
     def accepts(self, x_TD: Tensor) -> bool:
         return torch.is_grad_enabled() and len(x_TD) < MAX_GRAPH_ROWS
@@ -92,22 +98,47 @@ class GraphedBlocks:
         out: Tensor = _ReplayFunction.apply(*inputs, numbers, self.entries[sizes])
         return out
 
-    def has_room(self, kept_bytes: int) -> bool:
-        """Whether memory suffices for a capture of a forward that keeps `kept_bytes`.
+    def can_capture(self, micro_batches: Iterable[tuple[Segment, ...]]) -> bool:
+        """Whether this rank can capture what is new in a step; before `allow_captures`.
 
-        It must also suffice for the largest step after it.
+        A size is due once it has run.
+        """
+        due = {sizes for sizes, entry in self.entries.items() if entry.is_due}
+        if due:
+            due &= {segment_layout(segments).padded_sizes for segments in micro_batches}
+        self._agreed = frozenset(due)
+        kept = [self.entries[sizes].kept_bytes for sizes in due]
+        return not self._is_full and (not kept or self.has_room(*kept))
+
+    def allow_captures(self, allowed: bool) -> None:
+        """Whether all ranks can capture in this step."""
+        if not allowed:
+            self._agreed = frozenset()
+
+    def may_capture(self, entry: "_GraphEntry") -> bool:
+        if self._is_full or not entry.is_due:
+            return False
+        if self._agreed is None:
+            return self.has_room(entry.kept_bytes)
+        return entry.sizes in self._agreed
+
+    def has_room(self, *kept_bytes: int) -> bool:
+        """Whether memory suffices for captures of forwards that keep so many bytes each.
+
+        It must also suffice for the largest step after them.
         """
         num_captured = sum(entry.is_captured for entry in self.entries.values())
-        if self._is_full or num_captured >= MAX_GRAPHS:
+        if self._is_full or num_captured + len(kept_bytes) > MAX_GRAPHS:
             return False
         allocated = torch.cuda.memory_allocated()
-        needed = max(
-            CAPTURE_FACTOR * kept_bytes - self._pool_bytes, MIN_CAPTURE_FACTOR * kept_bytes
-        )
+        needed = 0.0
+        for kept in kept_bytes:
+            shared = self._pool_bytes + needed
+            needed += max(CAPTURE_FACTOR * kept - shared, MIN_CAPTURE_FACTOR * kept)
         unused_bytes = torch.cuda.memory_reserved() - allocated - self._pool_bytes
         free = torch.cuda.mem_get_info()[0] + unused_bytes
         largest_step = PEAK_FACTOR * (torch.cuda.max_memory_allocated() - allocated)
-        return free - needed >= max(largest_step, EAGER_FACTOR * kept_bytes)
+        return free - needed >= max(largest_step, EAGER_FACTOR * max(kept_bytes))
 
     def capture(self, *functions: Callable[[], None]) -> list[Callable[[], None]]:
         """The replay of each function, whose kernels are captured and do not run.
@@ -166,7 +197,7 @@ class _GraphEntry:
     def __init__(
         self, owner: GraphedBlocks, static: _GraphInputs, upstream_TD: Tensor, sizes: LayoutSizes
     ) -> None:
-        self.owner, self._sizes = owner, sizes
+        self.owner, self.sizes = owner, sizes
         num_numbers = sum(sizes.array_lengths)
         self._numbers = torch.empty(num_numbers, dtype=torch.int64, device=static.x_TD.device)
         self._inputs = _GraphInputs(
@@ -180,18 +211,23 @@ class _GraphEntry:
         self._differentiable = [x.requires_grad_() for x in differentiable]
         self._out_TD: Tensor | None = None
         self._gradients: tuple[Tensor, ...] = ()
-        self._kept_bytes = 0  # by a forward; 0: none has run
+        self.kept_bytes = 0  # by a forward; 0: none has run
         self._replays: list[Callable[[], None]] = []  # of forward and of backward
 
     @property
     def is_captured(self) -> bool:
         return bool(self._replays)
 
+    @property
+    def is_due(self) -> bool:
+        """Whether a forward has shown what a capture takes, and none was made."""
+        return bool(self.kept_bytes) and not self.is_captured
+
     def forward(self, inputs: _GraphInputs, numbers: np.ndarray) -> Tensor:
         """`numbers`: the layout's arrays, joined."""
         self.owner.generation += 1
         self._copy_inputs(inputs, numbers)
-        if not self.is_captured and self._kept_bytes and self.owner.has_room(self._kept_bytes):
+        if self.owner.may_capture(self):
             self._replays = self.owner.capture(self._compute, self._compute_gradients)
         if self.is_captured:
             self._replays[0]()
@@ -228,12 +264,12 @@ class _GraphEntry:
         on_gpu = self._numbers.is_cuda
         before = torch.cuda.memory_allocated() if on_gpu else 0
         self._compute()
-        self._kept_bytes = torch.cuda.memory_allocated() - before if on_gpu else 0
+        self.kept_bytes = torch.cuda.memory_allocated() - before if on_gpu else 0
 
     def _compute(self) -> None:
         static, owner = self._inputs, self.owner
         dtype = static.x_TD.dtype
-        layout = layout_from_numbers(self._numbers, self._sizes, dtype, for_backward=True)
+        layout = layout_from_numbers(self._numbers, self.sizes, dtype, for_backward=True)
         attend = PackedAttention(owner.kernel, layout)
         context = Context(static.rotary_T1h, AttentionMask((), ()), attend)
         out_TD = static.x_TD

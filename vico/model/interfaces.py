@@ -4,7 +4,7 @@ llama.py builds the blocks, fused_block.py computes a block as one autograd Func
 cuda_graphs.py replays all blocks but the last. block_runners.py chooses between them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -109,6 +109,10 @@ class LowerLayers(Protocol):
     def accepts(self, x_TD: Tensor) -> bool: ...
 
     def is_captured(self, segments: tuple[Segment, ...]) -> bool: ...
+
+    def can_capture(self, micro_batches: Iterable[tuple[Segment, ...]]) -> bool: ...
+
+    def allow_captures(self, allowed: bool) -> None: ...
 
     def __call__(
         self, x_TD: Tensor, prompts: Sequence[Tensor | None], context: Context

@@ -7,7 +7,7 @@ small fp16 gradients from vanishing (`GRADIENT_SCALE`).
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vico.checkpoint.format import MOMENTS
 from vico.errors import TrainingError
 from vico.model.batch import PackedBatch
+from vico.model.interfaces import LowerLayers
 
 GRADIENT_SCALE = {torch.float16: 2.0**10, torch.bfloat16: 1.0, torch.float32: 1.0}
 
@@ -88,6 +89,7 @@ class Engine:
 
         self.attention = attention
         self.module, self._scale = model, GRADIENT_SCALE[dtype]
+        self._graphed: LowerLayers | None = getattr(model, "graphed", None)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=dict(config)
         )
@@ -123,6 +125,16 @@ class Engine:
         # Setting the mode of all modules takes 2 ms on a slow host, and the GPU would wait.
         if self.module.training != mode:
             self._engine.train(mode)
+
+    def can_capture(self, micro_batches: Iterable[PackedBatch]) -> bool:
+        """Whether this rank has memory for the CUDA graphs that are new in a step."""
+        graphed = self._graphed
+        return graphed is None or graphed.can_capture(batch.segments for batch in micro_batches)
+
+    def allow_captures(self, allowed: bool) -> None:
+        """Whether all ranks have it: they decide as one."""
+        if self._graphed is not None:
+            self._graphed.allow_captures(allowed)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """fp32 losses of the batch's targets (see ViCo.forward)."""

@@ -58,14 +58,17 @@ def train_step(
     """
     world.set_phase(f"agreeing on step {number}")
     error = step.error or error
-    numbers = torch.tensor([len(step.micro_batches), step.num_real_tokens, error is not None])
+    forwards = step.micro_batches if step.dummy is None else (*step.micro_batches, step.dummy)
+    flags = [not engine.can_capture(forwards), error is not None]
+    numbers = torch.tensor([len(step.micro_batches), step.num_real_tokens, *flags])
     totals = world.gather(torch.cat([step.target_counts, numbers]))
     if totals[:, -1].any():
         with world.raise_together():
             if error is not None:
                 raise error
-    target_counts = totals[:, :-3].sum(dim=0)
-    num_micro_batches = int(totals[:, -3].max())
+    engine.allow_captures(not totals[:, -2].any())
+    target_counts = totals[:, :-4].sum(dim=0)
+    num_micro_batches = int(totals[:, -4].max())
     weights = torch.tensor(task_weights, dtype=torch.float64) / target_counts.clamp(min=1)
     weights = weights.to(world.device, torch.float32, non_blocking=True)
     engine.train(True)
@@ -92,7 +95,7 @@ def train_step(
         loss_sums=sums_and_stop_RT[:, :-1].sum(dim=0).tolist(),
         target_counts=target_counts.tolist(),
         grad_norm=grad_norm,
-        num_real_tokens=int(totals[:, -2].sum()),
+        num_real_tokens=int(totals[:, -3].sum()),
         stop_signal=int(sums_and_stop_RT[:, -1].max()),
     )
 

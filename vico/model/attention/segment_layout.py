@@ -8,6 +8,7 @@ captures each size once.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -156,6 +157,7 @@ def _filled(values: np.ndarray, length: int, value: int) -> np.ndarray:
     return np.concatenate([values, np.full(length - len(values), value)]).astype(np.int64)
 
 
+@lru_cache(maxsize=16)  # of a step's micro-batches: asked for before the step, and in it
 def segment_layout(segments: tuple[Segment, ...]) -> SegmentLayout:
     """Host work in numpy: less than a millisecond."""
     visible: list[np.ndarray] = []  # by segment: its ancestors' rows and its own
