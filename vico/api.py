@@ -11,6 +11,7 @@ Commands (vico.cli.main) need a process of their own: this one stays connected.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ class Model:
 
     asked: "AskedModel"
     encoder: Path | None
-    fps: float | None
+    fps: Fraction | None
     opening: str | None
 
     def ask(self, video: Any, question: str, options: Sequence[str] = ()) -> "Answer | str":
@@ -88,7 +89,7 @@ def load(
     checkpoint: str | Path,
     *,
     encoder: str | Path | None = None,
-    fps: float | None = None,
+    fps: float | Fraction | None = None,
     opening: str | None = None,
     world: "World | None" = None,
     **settings: Any,
@@ -106,7 +107,8 @@ def load(
     given = {"resume": str(checkpoint), **{k: _plain(v) for k, v in settings.items()}}
     line = CommandLine(settings_from(given, "vico.api.load"), (), False)
     folder = None if encoder is None else Path(encoder)
-    return Model(open_model(line, world or _alone()), folder, fps, opening)
+    rate = None if fps is None else Fraction(fps).limit_denominator(10**6)
+    return Model(open_model(line, world or _alone()), folder, rate, opening)
 
 
 def _plain(value: Any) -> Any:

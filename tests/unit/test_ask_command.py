@@ -155,6 +155,7 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "a video and an id": (["why", "--video", "/x.mp4", *ONE], "--video_id and --video"),
     "an encoder for nothing": (["why", *ONE, "--encoder", "e"], "--encoder: is for a video file"),
     "a rate for nothing": (["why", *ONE, "--fps", "2"], "--fps: is for a video file"),
+    "a rate in words": (["why", *ONE, "--fps", "fast"], "--fps: 'fast' is no rate as 1, 0.5 or"),
     "a rate of 0": (["why", *ONE, "--fps", "0"], "--fps: 0 must be"),
     "beams for options": (["why", *ONE, *OPTIONS, "--num_beams", "2"], "--num_beams: is for a"),
     "a temperature of 0": (["why", *ONE, "--temperature", "0"], "--temperature 0"),

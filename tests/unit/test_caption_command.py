@@ -12,11 +12,11 @@ from support.toy_dataset import ToyData, records
 from vico import api
 from vico.cli import caption
 from vico.cli.main import main
+from vico.data.prompts import usual_opening
 from vico.distributed.world import World
 from vico.errors import UserError
 from vico.generation.caption_metrics import caption_metrics
 from vico.train.asking import Answer
-from vico.train.captioning import most_common
 
 pytest.importorskip("pycocoevalcap", exc_type=ImportError)
 SHORT = ["--max_new_tokens", "8"]
@@ -82,10 +82,11 @@ def test_openings(
     assert json.loads(other) == json.loads(last)
 
 
-def test_the_most_common_opening() -> None:
+def test_the_usual_opening() -> None:
     """Token by token: of openings that differ, the usual beginning and not the first one."""
-    assert most_common([(7, 8, 9), (1, 2, 3), (1, 2, 4), (1, 5, 6)]) == ((1, 2, 3), 1)
-    assert most_common([(1, 2, 3)] * 2 + [(4, 5, 6)]) == ((1, 2, 3), 2)
+    assert usual_opening([(7, 8, 9), (1, 2, 3), (1, 2, 4), (1, 5, 6)]) == ((1, 2, 3), 1)
+    assert usual_opening([(), (1, 2, 3), (1, 2, 3), (4, 5, 6)]) == ((1, 2, 3), 2)
+    assert usual_opening([()]) == ((), 0)
 
 
 def test_references_are_needed(

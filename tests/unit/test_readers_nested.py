@@ -84,7 +84,7 @@ def test_a_chat_without_options(tmp_path: Path) -> None:
 def test_a_folder_without_a_table_says_what_it_holds(tmp_path: Path) -> None:
     put(tmp_path / "my" / "train.xlsx", b"PK")
     message = refusal(read_questions, "my", tmp_path / "my", "train")
-    assert message.endswith(f"{tmp_path}/my holds 'train.xlsx': none is a table")
+    assert message.endswith(f"{tmp_path}/my holds 'train.xlsx': none is such a table")
 
 
 def test_types_that_are_numbers(tmp_path: Path) -> None:

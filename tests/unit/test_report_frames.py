@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from support.errors import refusal
+from support.plain_user import as_plain_user, folder_of_anyone
 from support.report_runs import Report
 from vico.cli.report import main
 from vico.report.frames import data_uri, few_pictures, find_files, frames_of, ordered_videos
 from vico.report.load import load_runs
 from vico.report.questions import join
+from vico.video.listing import find_videos
 
 av = pytest.importorskip("av")
 videos = pytest.importorskip("support.videos")
@@ -64,7 +66,7 @@ def test_changed_answers_come_first(tmp_path: Path) -> None:
     (folder / "video0.mkv").write_bytes(b"no video")
     videos.make_video(folder / "video1.mp4", num_frames=50)
     (folder / "notes.txt").write_text("x")
-    assert list(find_files(folder)) == ["video0.mkv", "video1.mp4", "sub/video2.mp4"]
+    assert list(find_files(folder)) == ["sub/video2.mp4", "video0.mkv", "video1.mp4"]
     frames = frames_of(runs, sets, folder, 2)
     assert list(frames.uris) == ["video2"]
     assert frames.caption.startswith("Frames are those of 1 of 4 videos: 3 are in ")
@@ -82,5 +84,20 @@ def test_a_folder_without_videos(tmp_path: Path) -> None:
     made.write_questions()
     run = made.write_run("a", wrong_every=4)
     flags = [str(run), "--output", str(tmp_path / "r.html"), "--videos"]
-    assert "holds no video (.mp4 .mkv .webm" in refusal(main, [*flags, str(run)])
+    assert "holds no video (.mp4, .mkv, .webm" in refusal(main, [*flags, str(run)])
     assert "nowhere: no such folder; name" in refusal(main, [*flags, str(tmp_path / "nowhere")])
+
+
+def test_the_kinds_of_videos_are_those_of_extract(tmp_path: Path) -> None:
+    for name in ("a.MP4", "b.ts", "c.3gp", "d.txt", ".e.mp4"):
+        (tmp_path / name).touch()
+    assert list(find_files(tmp_path)) == ["a.MP4", "b.ts", "c.3gp"]
+    assert [video.id for video in find_videos(tmp_path)[0]] == ["a", "b", "c"]
+
+
+def test_a_folder_that_cannot_be_read() -> None:
+    with folder_of_anyone() as folder:
+        (folder / "a.mp4").touch()
+        (folder / "closed").mkdir(mode=0)
+        message = as_plain_user(lambda: refusal(find_files, folder))
+        assert f"{folder}/closed: cannot be read" in message

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from vico.io.atomic import write_lines
+from vico.io.log import duration
 from vico.io.output_dir import OutputDir
-from vico.train.progress_bar import ProgressBar, duration
+from vico.train.progress_bar import ProgressBar
 from vico.train.run_log import RunLog, memory_curves, read_logs
 
 

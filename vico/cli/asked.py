@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vico.cli.flags import CommandLine
-from vico.cli.parser import SettingsParser, bounded_float, path_argument
+from vico.cli.parser import SettingsParser, frame_rate, path_argument
 from vico.data.datasets import find_dataset
 from vico.errors import UserError
 from vico.generation.settings import GenerationSettings
@@ -26,7 +26,6 @@ if TYPE_CHECKING:  # they import torch, which is slow; a mistyped flag is report
 # seed of what is drawn.
 OTHERWISE = ("features", "seed")
 GENERATION = ("max_new_tokens", "num_beams", "length_penalty", "temperature", "top_p")
-MAX_FPS = 1000.0
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class VideoSource:
     video_id: str | None
     video: Path | None
     encoder: Path | None
-    fps: float | None
+    fps: Fraction | None
 
     @classmethod
     def of(cls, typed: Mapping[str, Any]) -> "VideoSource":
@@ -92,7 +91,7 @@ class VideoSource:
         return features
 
 
-def encoded(model: "AskedModel", video: Path, folder: Path, fps: float | None) -> "Features":
+def encoded(model: "AskedModel", video: Path, folder: Path, fps: Fraction | None) -> "Features":
     """The features of a video file, by the encoder in `folder`. Raises UserError.
 
     `fps`: frames per second; None: as many as the features of the run's data set have.
@@ -100,7 +99,7 @@ def encoded(model: "AskedModel", video: Path, folder: Path, fps: float | None) -
     from vico.data.features import FeaturesInMemory
     from vico.video.features import video_features
 
-    rate = Fraction(fps if fps is not None else _usual_fps(model.config)).limit_denominator(10**6)
+    rate = fps if fps is not None else _usual_fps(model.config)
     encoder = _encoder(folder, model.world.device)
     if encoder.width != model.feature_width:
         raise UserError(
@@ -126,13 +125,13 @@ def _encoder(folder: Path, device: Any) -> "Encoder":
     return load_encoder(folder, device)
 
 
-def _usual_fps(config: RunConfig) -> float:
+def _usual_fps(config: RunConfig) -> Fraction:
     """Raises UserError where the run's data sets differ."""
     sets = [find_dataset(name, config.folder_of(name)) for name in config.dataset_names]
     rates = {dataset.frames_per_second for dataset in sets}
     if len(rates) > 1:
         raise UserError("--fps is missing: the features of the run's data sets differ in it")
-    return rates.pop()
+    return Fraction(rates.pop()).limit_denominator(10**6)
 
 
 def open_model(
@@ -210,7 +209,7 @@ def add_video_flags(group: Any) -> None:
     )
     group.add_argument(
         "--fps",
-        type=lambda text: bounded_float(text, 1e-3, MAX_FPS),
+        type=frame_rate,
         metavar="RATE",
         help="of --video: frames per second (default: what the run's data set counts in, mostly 1)",
     )

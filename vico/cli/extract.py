@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vico.cli.flags import CommandLine
-from vico.cli.parser import OneLineParser, path_argument, positive_int
+from vico.cli.parser import OneLineParser, frame_rate, path_argument, positive_int
 from vico.cli.with_world import with_world
 from vico.distributed import launcher_env
-from vico.errors import UserError, show
+from vico.errors import UserError
 from vico.io import log
 from vico.io.atomic import require_writable
 from vico.io.digest import digest_json
@@ -45,7 +45,6 @@ EPILOG = (
     "vico/video/README.md says what a damaged file is, and which ffmpeg command gives the frames."
 )
 MAX_WORKERS = 8
-MIN_FPS, MAX_FPS = Fraction(1, 1000), Fraction(1000)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -179,14 +178,12 @@ def _write(
 
 
 def _report(num_videos: int, shares: Sequence["Share"], seconds: float) -> None:
-    from vico.video.extract import duration
-
     num_frames = sum(share.num_frames for share in shares)
     if not num_frames:
         return
     decoding = max(share.decoding_seconds for share in shares)
     log.info(
-        f"{num_frames:,} frames of {num_videos:,} videos in {duration(seconds)}: "
+        f"{num_frames:,} frames of {num_videos:,} videos in {log.duration(seconds)}: "
         f"{num_frames / seconds:.1f} frames/s; decoding alone takes {decoding:.1f} s, "
         f"{num_frames / max(decoding, 1e-3):.1f} frames/s"
     )
@@ -238,11 +235,11 @@ def _parser() -> OneLineParser:
     text = "new .pth or .safetensors file, or folder with a .npy per video (default: features.pth)"
     add("--output", type=path_argument, metavar="PATH", default=Path("features.pth"), help=text)
     text = "frames per second, as 3, 0.5 or 30000/1001 (default: 1)"
-    add("--fps", type=_rate, metavar="RATE", default=Fraction(1), help=text)
+    add("--fps", type=frame_rate, metavar="RATE", default=Fraction(1), help=text)
     text = "instead of VIDEOS: a folder of .jpg or .png per video, sorted as 2 before 10"
     add("--frames_dir", type=path_argument, metavar="DIR", help=text)
     text = "of --frames_dir: the pictures per second of video"
-    add("--frames_fps", type=_rate, metavar="RATE", help=text)
+    add("--frames_fps", type=frame_rate, metavar="RATE", help=text)
     text = "print cosine and number of frames per video beside these features"
     add("--compare", type=path_argument, metavar="GIVEN", help=text)
     text = "of a damaged video take the frames that can be decoded (default: leave it out)"
@@ -258,16 +255,6 @@ def _parser() -> OneLineParser:
     add("--expect_world_size", type=positive_int, metavar="N", help=text)
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
-
-
-def _rate(text: str) -> Fraction:
-    try:
-        rate = Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"{show(text)} is no rate as 1, 0.5 or 30/1001") from None
-    if not MIN_FPS <= rate <= MAX_FPS:
-        raise argparse.ArgumentTypeError(f"{text} must be {MIN_FPS} to {MAX_FPS}")
-    return rate
 
 
 def _require_output(path: Path) -> None:

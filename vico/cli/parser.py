@@ -2,12 +2,14 @@
 
 import argparse
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn
 
 from vico.errors import UserError, nearest, show
 from vico.train.settings import TYPE_NAMES, expand_home, parse_path
 
+MIN_FPS, MAX_FPS = Fraction(1, 1000), Fraction(1000)
 RETIRED_HELP = "does nothing now"  # how the help of a retired flag begins
 
 
@@ -122,3 +124,14 @@ def positive_int(text: str) -> int:
     if value != int(value):
         raise argparse.ArgumentTypeError(f"{text} must be a whole number")
     return int(value)
+
+
+def frame_rate(text: str) -> Fraction:
+    """Frames per second."""
+    try:
+        rate = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{show(text)} is no rate as 1, 0.5 or 30/1001") from None
+    if not MIN_FPS <= rate <= MAX_FPS:
+        raise argparse.ArgumentTypeError(f"{text} must be {MIN_FPS} to {MAX_FPS}")
+    return rate

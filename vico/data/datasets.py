@@ -79,7 +79,7 @@ def find_dataset(name: str, folder: Path) -> Dataset:
     known = names_in(folder.parent) if is_name else list(DATASETS)
     expected = "a folder with train, val or test.jsonl (or .csv)"
     files = [path.name for path in entries(folder)] if is_name else []
-    holds = f"; {folder} holds {shown(files)}: none is a table" if files else ""
+    holds = f"; {folder} holds {shown(files)}: none is such a table" if files else ""
     raise UserError(
         f"--dataset {show(name)}: there is no such data set; it can be {', '.join(known)}, or "
         f"{expected} in --data_path{nearest(name.lower(), known)}{holds}"

@@ -304,6 +304,16 @@ class Features:
         clip = self._value(video).detach()
         return sample_frames(clip if rows is None else clip[rows[0] : rows[1]], num_frames)
 
+    def finite_sample(self, video: str, rows: FeatureRows | None, num_frames: int) -> Tensor:
+        """As `sample`. Raises UserError for NaN or infinite values."""
+        sample_FC = self.sample(video, rows, num_frames)
+        if not sample_FC.isfinite().all():
+            fail(
+                f"{self.path}: the features of video {show(video)} hold NaN or infinite values; "
+                "extract them again"
+            )
+        return sample_FC
+
 
 def sample_frames(clip: Tensor, num_frames: int) -> Tensor:
     """[num_frames, width] fp32 of a clip [frames, width], as `Features.sample` says."""

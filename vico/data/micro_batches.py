@@ -9,7 +9,6 @@ from vico.data.features import Features
 from vico.data.packing import Example, pack
 from vico.data.prompts import Prompts
 from vico.data.types import FeatureRows, Question, TokenSequence
-from vico.errors import UserError
 from vico.model.batch import PackedBatch
 
 # Data set, video id, and which rows of its features. Two data sets may share an id.
@@ -65,13 +64,7 @@ class MicroBatchBuilder:
         samples = []
         for dataset, video, feature_rows in clips:
             features = self._datasets[dataset].features
-            sample_FC = features.sample(video, feature_rows, self._num_slots)
-            if not sample_FC.isfinite().all():
-                raise UserError(
-                    f"{features.path}: the features of video '{video}' hold NaN or infinite "
-                    "values; extract them again"
-                )
-            samples.append(sample_FC)
+            samples.append(features.finite_sample(video, feature_rows, self._num_slots))
         return torch.stack(samples)
 
     def _fitted_sequence(self, task: str, question: Question, answer: int) -> TokenSequence:

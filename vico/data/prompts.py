@@ -7,7 +7,8 @@ may contain "Answer:".
 
 import copy
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -335,3 +336,18 @@ def crop_candidates(caption: str) -> list[int]:
     """
     periods = [i for i, character in enumerate(caption) if character == "."]
     return [0, *(i + 2 for i in periods[:-2])]
+
+
+def usual_opening(openings: Iterable[tuple[int, ...]]) -> tuple[tuple[int, ...], int]:
+    """(the most frequent first token, then the one that mostly follows it, ...; how often it is).
+
+    Of captions' openings, without empty ones; ((), 0) where there are no others. Where hardly two
+    openings are equal, this is still a usual beginning.
+    """
+    opening: tuple[int, ...] = ()
+    same = [other for other in openings if other]
+    for place in range(len(same[0]) if same else 0):
+        ((token, _),) = Counter(other[place] for other in same).most_common(1)
+        same = [other for other in same if other[place] == token]
+        opening += (token,)
+    return opening, len(same)

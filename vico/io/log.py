@@ -68,6 +68,14 @@ def fields(values: Mapping[str, object]) -> None:
         info(f"{key}: {value}")
 
 
+def duration(seconds: float) -> str:
+    """As people write it: 40 s, 2 min 5 s, 3 h 20 min."""
+    minutes, seconds = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
 class ProgressLog:
     """What long work has done so far: for the watchdog at every call, now and then for the user."""
 

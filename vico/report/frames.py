@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -18,11 +17,11 @@ from vico.io.paths import is_folder
 from vico.report.load import Run
 from vico.report.questions import Item, QuestionSet
 from vico.video.frames import VideoError, decode_frames, require_av
+from vico.video.listing import SOME_KINDS, videos_below
 
 FRAMES_PER_VIDEO = 4
 SIDE = 112  # pixels of a frame, which shows the middle of the picture
 FRAMES_PER_SECOND = Fraction(1)  # of which a few are kept
-SUFFIXES = tuple(".mp4 .mkv .webm .avi .mov .flv .wmv .m4v .mpg .mpeg".split())
 Picture = NDArray[np.uint8]  # [SIDE, SIDE, 3]: red, green, blue
 
 
@@ -67,15 +66,10 @@ def find_files(folder: Path) -> dict[str, Path]:
     """The videos in a folder and below it, by relative path. Raises UserError without any."""
     if not is_folder(folder):
         fail(f"--videos {folder}: no such folder; name the folder of the videos")
-    files = {}
-    for place, _, names in os.walk(folder):
-        for name in sorted(names):
-            path = Path(place, name)
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                files[path.relative_to(folder).as_posix()] = path
-    if not files:
-        fail(f"--videos {folder}: holds no video ({' '.join(SUFFIXES[:4])} ...); name another")
-    return files
+    videos, _ = videos_below(folder)
+    if not videos:
+        fail(f"--videos {folder}: holds no video ({SOME_KINDS}); name another")
+    return {path.relative_to(folder).as_posix(): path for path in videos}
 
 
 def ordered_videos(runs: Sequence[Run], sets: Sequence[QuestionSet]) -> list[str]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from vico.checkpoint.format import Checkpoint
 from vico.data.datasets import find_dataset
@@ -22,7 +21,7 @@ from vico.data.features import Features
 from vico.data.micro_batches import DatasetInputs
 from vico.data.prompts import Prompts, letter
 from vico.data.tokenizer import Tokenizer
-from vico.data.types import FeatureRows, Question
+from vico.data.types import Question
 from vico.distributed.world import World
 from vico.errors import UserError
 from vico.generation.generate import Generated, Prompt, generate
@@ -179,7 +178,9 @@ class AskedModel:
             prompts = []
             for question in map(self._prepared, questions):
                 of_kind = self.prompts(dialogue=question.dataset == WITH_DIALOGUE)
-                frames_FC = self._sample(features, question.video, question.feature_rows)
+                frames_FC = features.finite_sample(
+                    question.video, question.feature_rows, self.config.max_feats
+                )
                 prompts.append(Prompt(of_kind.free_question(question), frames_FC))
         return self._generate(prompts, settings)
 
@@ -200,16 +201,9 @@ class AskedModel:
             for features, video in videos:
                 self.require_width(features)
                 features.check([_about(video)])
-                frames_FC = self._sample(features, video, None)
+                frames_FC = features.finite_sample(video, None, self.config.max_feats)
                 prompts.append(Prompt(sequence, frames_FC, tuple(opening)))
         return self._generate(prompts, settings)
-
-    def _sample(self, features: Features, video: str, rows: FeatureRows | None) -> Tensor:
-        """Raises UserError for NaN or infinite values."""
-        frames_FC = features.sample(video, rows, self.config.max_feats)
-        if not frames_FC.isfinite().all():
-            features.refuse_not_finite([_about(video)], [video])
-        return frames_FC
 
     def _generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Generated]:
         self.engine.train(False)

@@ -6,13 +6,13 @@ other prompts, such as "(A)". So a generated caption begins with three usual fir
 training captions, where these are at hand.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vico.data.features import Features
+from vico.data.prompts import usual_opening
 from vico.data.readers import captions as caption_files
 from vico.data.types import Question
 from vico.errors import UserError, show
@@ -122,21 +122,7 @@ def _usual_opening(model: AskedModel) -> tuple[tuple[int, ...], str]:
             "note: the training captions are not at hand, and captions begin behind "
             "'Description:', which training does not teach; name their first words by --opening"
         )
-    opening, same = most_common(openings)
+    opening, same = usual_opening(openings)
     words = show(model.tokenizer.decode(list(opening)).strip())
     share = f"{same} of {len(openings)} training captions begin"
     return opening, f"captions begin with {words}, as {share} (--opening)"
-
-
-def most_common(openings: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], int]:
-    """(the most frequent first token, then the one that mostly follows it, ...; how often it is).
-
-    Where hardly two openings are equal, this is still a usual beginning.
-    """
-    opening: tuple[int, ...] = ()
-    same = list(openings)
-    for place in range(len(openings[0])):
-        ((token, _),) = Counter(other[place] for other in same).most_common(1)
-        same = [other for other in same if other[place] == token]
-        opening += (token,)
-    return opening, len(same)

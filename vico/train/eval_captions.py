@@ -1,12 +1,10 @@
 """--eval_captions: captions of some videos with each evaluation in training, and their metrics."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from vico.data.prompts import usual_opening
 from vico.data.tokenizer import Tokenizer
 from vico.data.types import Question
 from vico.distributed.world import World
@@ -61,14 +59,13 @@ class CaptionedVideos:
 
     def _usual_opening(self) -> tuple[int, ...]:
         """The tokens with which most training captions begin: training has them as context only."""
-        counts = Counter[tuple[int, ...]]()
+        openings = []
         videos = {(q.dataset, q.video) for q in self._inputs.questions["train"]}
         for dataset, video in sorted(videos):
             inputs = self._inputs.datasets[dataset]
             if video in inputs.captions:
-                counts[inputs.prompts.caption_opening(inputs.captions[video])] += 1
-        del counts[()]
-        return counts.most_common(1)[0][0] if counts else ()
+                openings.append(inputs.prompts.caption_opening(inputs.captions[video]))
+        return usual_opening(openings)[0]
 
     def write(self, engine: Engine, world: World) -> WrittenCaptions:
         """By the model as it is. A collective; the metrics are those of rank 0, others get none.
@@ -90,9 +87,7 @@ class CaptionedVideos:
     def _prompt(self, question: Question) -> Prompt:
         """Of the whole video, as `vico caption` has it."""
         dataset = self._inputs.datasets[question.dataset]
-        frames_FC = dataset.features.sample(question.video, None, self._num_slots)
-        if not torch.isfinite(frames_FC).all():
-            dataset.features.refuse_not_finite([question], [question.video])
+        frames_FC = dataset.features.finite_sample(question.video, None, self._num_slots)
         sequence = dataset.prompts.caption_prompt(self._opening)
         return Prompt(sequence, frames_FC, self._opening)
 

@@ -66,7 +66,7 @@ class ProgressBar:
         self._last_line = now
         seconds_left = (now - self._started) / done_here * (self._total - self._done)
         place = f"{self._unit} {self._done}/{self._total}"
-        log.info(f"{self._what}: {place}  {note}  {duration(seconds_left)} left")
+        log.info(f"{self._what}: {place}  {note}  {log.duration(seconds_left)} left")
 
     def __exit__(
         self,
@@ -76,11 +76,3 @@ class ProgressBar:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-def duration(seconds: float) -> str:
-    """As people write it: 40 s, 2 min 5 s, 3 h 20 min."""
-    minutes, seconds = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -136,15 +136,8 @@ class _TimeLeft:
         left = seconds * (self._bytes / max(1, self._done_bytes) - 1)
         self._log(
             f"{self._done} of {self._total} videos{self._others}, "
-            f"{share.num_frames / seconds:.1f} frames/s, about {duration(left)} left"
+            f"{share.num_frames / seconds:.1f} frames/s, about {log.duration(left)} left"
         )
-
-
-def duration(seconds: float) -> str:
-    """As 40 s, 12 min or 3.5 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 @dataclass(frozen=True)

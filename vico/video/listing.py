@@ -13,6 +13,7 @@ from vico.io.text import read_text
 from vico.video.pictures import pictures_in
 
 STAMP_LENGTH = 16
+SOME_KINDS = ", ".join(f".{name}" for name in VIDEO_EXTENSIONS[:6]) + " ..."
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,9 @@ def find_videos(source: Path) -> tuple[list[Video], list[str]]:
     if not exists(source):
         fail(f"{source}: no such file or folder; name a folder of videos, or a list of them")
     if is_folder(source):
-        files = _files_below(source)
-        paths = [path for path in files if _is_video(path)]
-        others = [path for path in files if not _is_video(path)]
+        paths, others = videos_below(source)
         if not paths:
-            kinds = ", ".join(f".{name}" for name in VIDEO_EXTENSIONS[:6])
-            fail(f"{source}: holds no video ({kinds} ...); name another folder, or a list")
+            fail(f"{source}: holds no video ({SOME_KINDS}); name another folder, or a list")
         notes = [f"{source}: {len(others)} other files, as {others[0].name}"] if others else []
         return _with_ids(paths, source), notes
     if _is_video(source):
@@ -57,11 +55,16 @@ def find_frames(folder: Path) -> tuple[list[Video], list[str]]:
     return _with_ids(paths, folder), []
 
 
-def _files_below(folder: Path) -> list[Path]:
+def videos_below(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(videos, other files) in a folder and below it, without hidden ones.
+
+    Raises UserError for a folder that cannot be read.
+    """
     found: list[Path] = []
     for place, _, names in os.walk(folder, onerror=_cannot_list):
         found += [Path(place, name) for name in names if not name.startswith(".")]
-    return sorted(found)
+    videos = sorted(path for path in found if _is_video(path))
+    return videos, sorted(set(found).difference(videos))
 
 
 def _cannot_list(problem: OSError) -> None:
