@@ -15,12 +15,27 @@ from vico.errors import TrainingError
 from vico.model.batch import PackedBatch
 from vico.model.vico import initial_trainables
 from vico.train.build import build_engine, read_inputs
-from vico.train.engine import Engine
+from vico.train.engine import Engine, let_segments_expand
 from vico.train.evaluate import evaluate
 from vico.train.step import train_step
 
 NAN, INF = float("nan"), float("inf")
 TASK_WEIGHTS = (1.0, 0.5)
+
+
+def test_the_allocator_is_configured_unless_the_user_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For ZeRO-3 on GPUs, by a call of torch that is private: it must be there, and take effect."""
+    settings: list[str] = []
+    before = torch._C._accelerator_getAllocatorSettings()
+    let_segments_expand({})
+    assert torch._C._accelerator_getAllocatorSettings() == "expandable_segments:True"
+    torch._C._accelerator_setAllocatorSettings(before)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        let_segments_expand({name: "max_split_size_mb:64"})
+        assert settings == []
+    let_segments_expand({"PYTORCH_ALLOC_CONF": ""})
+    assert settings == ["expandable_segments:True"]
 
 
 def with_gates(values: dict[str, Tensor], gate: float) -> dict[str, Tensor]:

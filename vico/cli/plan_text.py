@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from vico.data.datasets import DATASETS
 from vico.model.config import LLAMA_CONFIGS, ViCoConfig
-from vico.planner.estimate import IN_NODES, OVER_ALL
+from vico.planner.estimate import IN_NODES, LEFT_SHARE, OVER_ALL
 from vico.planner.gpu_specs import GIB, Hardware, gpu_by_name, gpu_of_size
 from vico.planner.plan import Plan, describe_layers, plan
 from vico.planner.request import (
@@ -17,10 +17,11 @@ from vico.planner.request import (
     PlanRequest,
     TokenLengths,
 )
-from vico.planner.speed import LINK_SHARE
+from vico.planner.speed import LINK_SHARE, ZERO3_PENALTY
 
 UNKNOWN = "n/a"
-TABLE_NETWORK_GBIT = 400.0  # per node, in the table's rows of several nodes
+# Per node: eight ports of 400, as nodes of eight H100 have; and one such port, the thin case.
+FAST_NETWORK_GBIT, THIN_NETWORK_GBIT = 3200.0, 400.0
 
 
 class TableCase(NamedTuple):
@@ -29,6 +30,7 @@ class TableCase(NamedTuple):
     gpus: int  # per node
     gpu: str | int  # its name, or its nominal memory in GiB
     quantize: str | None = None
+    network_gbit: float | None = None  # of a node
 
 
 CASES = (
@@ -43,7 +45,8 @@ CASES = (
     TableCase("33B", 1, 8, "H100"),
     TableCase("65B", 1, 8, 48),
     TableCase("65B", 1, 8, "H100"),
-    TableCase("65B", 2, 8, "H100"),
+    TableCase("65B", 2, 8, "H100", network_gbit=FAST_NETWORK_GBIT),
+    TableCase("65B", 2, 8, "H100", network_gbit=THIN_NETWORK_GBIT),
 )
 QUANTIZED_CASES = (
     TableCase("7B", 1, 1, 8, "nf4"),
@@ -112,7 +115,8 @@ def as_text(result: Plan, written: Path | None) -> str:
         f"at most {result.largest_tokens} would fit",
         f"flags             {_flags_line(result, written)}",
         "",
-        f"memory per GPU in GiB, {memory.total / GIB:.2f} of {memory.available / GIB:.2f}",
+        f"memory per GPU in GiB, {memory.total / GIB:.2f} of {memory.available / GIB:.2f}; "
+        f"{LEFT_SHARE:.0%} stay free",
         *_memory_lines(result),
         "",
         *_speed_lines(result),
@@ -183,12 +187,13 @@ def _speed_lines(result: Plan) -> list[str]:
             lines.append(f"                  {gpu.name} has no matrix units for bf16: {remedy}")
         return lines
     speed, tflops = result.speed, result.request.hardware.gpu.tflops
+    own_work = "" if result.stage == "zero2" else f" and {ZERO3_PENALTY:.0%} for ZeRO-3's own work"
     gathers_decide = speed.gather_seconds > speed.compute_seconds
     return [
         f"speed             {speed.tokens_per_second:,.0f} real tokens/s, "
         f"{duration(speed.epoch_seconds)} per epoch (modelled, not measured)",
         f"                  per micro-batch {speed.compute_seconds:.2f} s of matrix products at "
-        f"{result.request.efficiency:.0%} of {tflops:g} TFLOP/s, "
+        f"{result.request.efficiency:.0%} of {tflops:g} TFLOP/s{own_work}, "
         f"overlapped with {speed.gather_seconds:.2f} s of gathers; "
         f"bottleneck: {'gathers' if gathers_decide else 'products'}",
     ]
@@ -227,7 +232,6 @@ def table() -> str:
 
 def plan_case(case: TableCase) -> Plan:
     gpu = gpu_by_name(case.gpu) if isinstance(case.gpu, str) else gpu_of_size(case.gpu)
-    network = TABLE_NETWORK_GBIT if case.nodes > 1 else None
     dataset = DATASETS["nextqa"]
     lengths = TokenLengths(
         question=dataset.mean_question_tokens,
@@ -236,8 +240,13 @@ def plan_case(case: TableCase) -> Plan:
         questions=dataset.num_train_questions,
     )
     config = ViCoConfig.from_llama(LLAMA_CONFIGS[case.model])
-    hardware = Hardware(gpu, case.gpus, case.nodes, network)
+    hardware = Hardware(gpu, case.gpus, case.nodes, case.network_gbit)
     return plan(PlanRequest(case.model, config, hardware, lengths, quantize=case.quantize))
+
+
+def _machine(hardware: Hardware) -> str:
+    network = f", {hardware.network_gbit:,.0f} Gbit/s" if hardware.network_gbit else ""
+    return f"{hardware}{network}"
 
 
 def _table_row(case: TableCase) -> list[str]:
@@ -249,7 +258,7 @@ def _table_row(case: TableCase) -> list[str]:
     work = memory.activations + max(memory.head, memory.backward)
     return [
         f"{case.model}, {case.quantize}" if case.quantize else case.model,
-        str(result.request.hardware),
+        _machine(result.request.hardware),
         f"{result.stage}, in nodes" if result.request.node_shards else result.stage,
         recomputed,
         f"{(memory.weights + memory.gathered) / GIB:.1f}",

@@ -27,6 +27,8 @@ CONTEXT_BYTES = GIB // 2  # CUDA's context, cuBLAS's workspace
 COMMUNICATOR_BYTES = GIB // 2  # NCCL's buffers of a group of more than one GPU
 # What PyTorch's allocator holds beyond what each step allocates and frees.
 FRAGMENTATION = 0.05
+# Of a GPU's memory: it stays free, as an estimate errs and the allocator splits memory.
+LEFT_SHARE = 0.06
 MAX_BUDGET = 2**17  # tokens; no larger budget is searched for
 KEYS_PER_ROW = 1.5  # rows that attention gathers; 1.35 with real lengths
 
@@ -56,7 +58,8 @@ class MemoryEstimate:
 
     @property
     def spare(self) -> int:
-        return self.available - self.total
+        """Negative: it does not fit. LEFT_SHARE of the GPU's memory stays free."""
+        return int(self.available * (1 - LEFT_SHARE)) - self.total
 
 
 def batch_shape(tokens: int, lengths: TokenLengths) -> BatchShape:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from vico.errors import UserError
 from vico.model.config import QUANTIZED_BYTES
 from vico.planner.estimate import (
+    LEFT_SHARE,
     MemoryEstimate,
     binary_search,
     estimate_memory,
@@ -172,7 +173,10 @@ def _shortage(request: PlanRequest) -> str:
         lack = f"{request.hardware.host_gib:g} available"
     else:
         need = f"{best.total / GIB:.1f} GiB per GPU"
-        lack = f"{best.available / GIB:.1f} available, {-best.spare / GIB:.1f} GiB short"
+        lack = (
+            f"{best.available / GIB:.1f} available, of which {LEFT_SHARE:.0%} stay free, "
+            f"{-best.spare / GIB:.1f} GiB short"
+        )
     return (
         f"{request.model} on {request.hardware}: does not fit; {setting} needs {need}, {lack}"
         f"{HELP_MARK}{', or '.join(_suggestions(request))}"

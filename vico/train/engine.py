@@ -7,6 +7,7 @@ small fp16 gradients from vanishing (`GRADIENT_SCALE`).
 """
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,21 @@ from vico.errors import TrainingError
 from vico.model.batch import PackedBatch
 from vico.model.interfaces import LowerLayers
 
+# How users configure torch's allocator: of torch 2.13, and by the older name.
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 GRADIENT_SCALE = {torch.float16: 2.0**10, torch.bfloat16: 1.0, torch.float32: 1.0}
+
+
+def let_segments_expand(environment: Mapping[str, str] = os.environ) -> None:
+    """Have torch's allocator grow its segments of GPU memory, unless the user has configured it.
+
+    ZeRO-3 allocates gathered blocks of gigabytes between activations whose size changes with each
+    micro-batch; segments of fixed sizes would leave holes that nothing fits. No launcher can set
+    the variable: the stage is chosen after the ranks have met, and torch has read it by then.
+    """
+    configure = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    if configure is not None and not any(environment.get(name) for name in ALLOCATOR_VARIABLES):
+        configure("expandable_segments:True")
 
 
 @contextmanager
@@ -38,6 +53,9 @@ def zero_init(
 
     import deepspeed
     from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride
+
+    if device.type == "cuda":
+        let_segments_expand()
 
     class Init(deepspeed.zero.Init):  # type: ignore[misc]
         def _zero_init_param(self, parameter: nn.Parameter) -> None:
