@@ -36,7 +36,7 @@ SUITES = {
     "cpu": Suite(
         "benchmarks.suites.cpu",
         "plain against packed on this machine's CPU, fp32, one thread: speed, peak memory, "
-        "equality; about 5 minutes",
+        "equality; transformers with PEFT; about 10 minutes",
     ),
     "gpu": Suite(
         "benchmarks.suites.gpu",

@@ -1,6 +1,8 @@
 """The two models under test, the plain baseline and ViCo, with the same random weights."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +98,22 @@ def take_gradients(model: nn.Module) -> dict[str, Tensor]:
     }
     model.zero_grad(set_to_none=True)
     return gradients
+
+
+@contextmanager
+def gates_at_zero(model: nn.Module) -> Iterator[None]:
+    """The model without its prompts and the video's bias, as peers start."""
+    gates = {name: p for name, p in model.named_parameters() if ".gate" in name}
+    values = {name: p.detach().clone() for name, p in gates.items()}
+    with torch.no_grad():
+        for gate in gates.values():
+            gate.zero_()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, gate in gates.items():
+                gate.copy_(values[name])
 
 
 class _FlatFrozenLinear(FrozenLinear):

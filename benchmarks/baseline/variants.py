@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from benchmarks.baseline.plain import PlainViCo
-from benchmarks.measure.lengths import NUM_OPTIONS
+from benchmarks.measure.lengths import MAX_CAP_LEN, MAX_SEQ_LEN, NUM_OPTIONS
 from benchmarks.measure.time_split import PACKING
 from benchmarks.measure.workload import ScoringWork, TrainingWork
 from vico.data.evaluation_batches import EVALUATION_TOKENS
@@ -23,7 +23,6 @@ from vico.model.vico import ViCo
 from vico.train.step import sums_by_task
 
 CAPTION_WEIGHT = 0.5
-MAX_SEQ_LEN, MAX_CAP_LEN = 160, 384
 # Questions that the baseline scores per forward: the published batch.
 PLAIN_QUESTIONS = 8
 

@@ -8,7 +8,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ NUM_SLOTS = 10  # video slots of the sequences whose lengths lengths.json has
 ANSWER_TARGETS = 4  # "(", the letter, ")", EOS
 # Tokens of a caption's text. No captions are published, so this is an assumption.
 CAPTION_TOKENS = (80, 250)
+# A second assumption: what is known of the published captions, before --max_cap_len cuts them.
+LONG_CAPTION_TOKENS = (200, 358)
+MAX_SEQ_LEN, MAX_CAP_LEN = 160, 384  # of a question and of a caption, as published
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,19 @@ class Lengths:
     vqa_total: dict[int, int]  # number of VQA sequences by length, with 10 video slots
     questions_per_video: dict[int, int]  # number of videos by number of questions
     caption: tuple[int, int]  # shortest and longest caption text, uniform
+    long_caption: tuple[int, int]  # a second set, longer
 
     @classmethod
     def load(cls, path: Path = LENGTHS) -> "Lengths":
         fields = json.loads(path.read_text(encoding="utf-8"))
         for name in ("vqa_total", "questions_per_video"):
             fields[name] = {int(length): count for length, count in fields[name].items()}
-        fields["caption"] = tuple(fields["caption"])
+        for name in ("caption", "long_caption"):
+            fields[name] = tuple(fields[name])
         return cls(**fields)
+
+    def with_long_captions(self) -> "Lengths":
+        return replace(self, caption=self.long_caption)
 
 
 def measure_lengths(data_path: Path, tokenizer_path: Path, split: str) -> dict[str, Any]:
@@ -69,6 +77,7 @@ def measure_lengths(data_path: Path, tokenizer_path: Path, split: str) -> dict[s
         "vqa_total": dict(sorted(lengths.items())),
         "questions_per_video": dict(sorted(per_video.items())),
         "caption": list(CAPTION_TOKENS),
+        "long_caption": list(LONG_CAPTION_TOKENS),
     }
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.measure.lengths import NUM_OPTIONS, NUM_SLOTS
+from benchmarks.measure.lengths import NUM_OPTIONS, NUM_SLOTS, Lengths
 from benchmarks.measure.workload import (
     FIRST_FREE,
     ScoringWork,
@@ -38,11 +38,12 @@ class RealWorkload:
         vocab_size: int,
         seed: int,
         limits: tuple[int, int],
+        lengths: Lengths | None = None,
     ) -> None:
         pieces = Tokenizer(tokenizer)
         self._prompts = Prompts(pieces, NUM_SLOTS, *limits, dialogue=dataset == "tvqa")
         self._questions = read_questions(dataset, data_path / dataset, split)
-        self._synthetic, self._seed = SyntheticWorkload(vocab_size, seed=seed), seed
+        self._synthetic, self._seed = SyntheticWorkload(vocab_size, NUM_SLOTS, seed, lengths), seed
         self._vocab_size = vocab_size if vocab_size < pieces.vocab_size else None
         self._new_ids: dict[int, int] = {VIDEO_SLOT: VIDEO_SLOT}
         for answer in range(NUM_OPTIONS):

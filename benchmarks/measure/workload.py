@@ -11,7 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.measure.lengths import ANSWER_TARGETS, NUM_OPTIONS, NUM_SLOTS, Lengths
+from benchmarks.measure.lengths import (
+    ANSWER_TARGETS,
+    MAX_CAP_LEN,
+    NUM_OPTIONS,
+    NUM_SLOTS,
+    Lengths,
+)
 from vico.data.types import VIDEO_SLOT, TokenSequence
 from vico.model.config import FEATURE_WIDTH
 
@@ -137,7 +143,9 @@ class SyntheticWorkload:
         video = [VIDEO_SLOT] * self._num_slots
         head = [*self._instructions["cap"], *video, NEWLINE, *self._description_head]
         shortest, longest = self._lengths.caption
-        text = self._ids(generator, int(generator.integers(shortest, longest + 1)))
+        num_tokens = int(generator.integers(shortest, longest + 1))
+        # What is longer is cut, as a run cuts it.
+        text = self._ids(generator, min(num_tokens, MAX_CAP_LEN - len(head) - 1))
         tokens = (*head, *text, EOS)
         targets = range(len(head) + CAPTION_CONTEXT, len(tokens))
         return TokenSequence("cap", tokens, targets, len(self._instructions["cap"]))

@@ -1,10 +1,13 @@
 """Parts of the report as Markdown: numbers, tables, plots."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measure.spreads import UNKNOWN, median_of
+
+NOT_MEASURED = "not measured"
 
 
 def number(metric: Any, digits: int = 4) -> str:
@@ -20,6 +23,11 @@ def number(metric: Any, digits: int = 4) -> str:
 def percent(metric: Any) -> str:
     median = median_of(metric)
     return UNKNOWN if median is None else f"{median:.1%}"
+
+
+def measured(metrics: dict[str, Any], key: str, form: Callable[[Any], str] = number) -> str:
+    """A metric that older records lack."""
+    return form(metrics[key]) if key in metrics else NOT_MEASURED
 
 
 @dataclass

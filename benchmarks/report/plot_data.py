@@ -9,6 +9,8 @@ STEPS = {
     "train": "training step",
     "train_vqa": "questions alone",
     "train_cap": "captions alone",
+    "train_both_long": "training step, longer captions",
+    "train_long": "training step, longer captions",
     "score": "scoring step",
 }
 Record = dict[str, Any]

@@ -18,7 +18,7 @@ from vico.io.text import read_json_object
 TITLES = {"cpu": "One thread of a CPU", "gpu": "One GPU", "node": "Several ranks"}
 INTRODUCTION = (
     "Made by `bash benchmarks/run.sh report` from the records named below; "
-    "ratios are plain over fast."
+    "ratios are plain over fast, and beside them the fastest peer over fast."
 )
 
 
@@ -27,7 +27,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "records",
         nargs="*",
         type=Path,
-        help="JSON files of runs; default: the newest of each suite in benchmarks/results/",
+        help="JSON files of runs; default: the newest of each suite and machine in "
+        "benchmarks/results/",
     )
     parser.add_argument(
         "--out", type=Path, default=RESULTS / "report", help="folder of report.md and the plots"
@@ -54,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
         folder = args.out / f"{number}-{record['suite']}"
         folder.mkdir(exist_ok=True)
         section = SECTIONS[record["suite"]](record, folder)
-        head = ["", f"## {TITLES[record['suite']]}", "", *header(path, record)]
+        title = f"{TITLES[record['suite']]}: {machine(record['hardware'])}"
+        head = ["", f"## {title}", "", *header(path, record)]
         lines += [*head, *section.lines]
         plots += [str(plot) for plot in section.plots]
     report = args.out / "report.md"
@@ -66,10 +68,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def newest(folder: Path) -> list[Path]:
-    """The newest record of each suite; file names have the date."""
+    """The newest record of each suite and machine; file names have the date."""
     paths = []
     for suite in TITLES:
-        paths += sorted(folder.glob(f"{suite}-*.json"))[-1:]
+        by_machine = {}
+        for path in sorted(folder.glob(f"{suite}-*.json")):
+            by_machine[machine(read_record(path)["hardware"])] = path
+        paths += sorted(by_machine.values(), reverse=True)
     return paths
 
 
@@ -89,7 +94,7 @@ def header(path: Path, record: dict[str, Any]) -> list[str]:
         f"`{record['command']}`",
         record["date"],
         f"commit {record['git_commit']}",
-        _machine(record["hardware"]),
+        machine(record["hardware"]),
         ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
         f"`{path.name}`",
     ]
@@ -102,7 +107,7 @@ def header(path: Path, record: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _machine(hardware: dict[str, Any]) -> str:
+def machine(hardware: dict[str, Any]) -> str:
     if "gpu" in hardware:
         return f"{hardware['gpus']} x {hardware['gpu']}"
     return f"{hardware['cpu']}, {hardware['cores']} cores"

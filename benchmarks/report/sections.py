@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.measure.spreads import median_of
 from benchmarks.report import plot_data, plots
-from benchmarks.report.markdown import Section, number, percent
+from benchmarks.report.markdown import NOT_MEASURED, Section, measured, number, percent
 from benchmarks.report.scaling import scaling
 
 Record = dict[str, Any]
@@ -17,6 +17,7 @@ CPU_COLUMNS = (
     "target_tokens_per_second",
     "samples_per_second",
     "share_of_measured_ceiling",
+    "run_share_of_measured_ceiling",
     "score_seconds",
     "questions_per_second",
 )
@@ -33,6 +34,10 @@ GPU_SHARES = {
     "hfu": "HFU",
     "share_of_measured_ceiling": "of measured ceiling",
 }
+UTILIZATION = (
+    "MFU counts every token of every sequence as done, those that sharing saves too, and can "
+    "exceed 1. HFU counts the rows that run, to compare with other programs."
+)
 NODE_COLUMNS = [
     *("size", "stage", "ranks", "scaling", "real tokens/s", "s/step", "MFU", "HFU"),
     *("GiB allocated / reserved", "MiB per step (computed)"),
@@ -42,15 +47,16 @@ NODE_COLUMNS = [
 def cpu_section(record: Record, folder: Path) -> Section:
     section = Section()
     _add_ratios(section, record)
-    for name, measured in record["geometries"].items():
-        if "figures" not in measured:
+    for name, geometry in record["geometries"].items():
+        if "figures" not in geometry:
             continue
         section.add_text(f"### {name}")
-        section.add_text(f"{measured['workload']}; all times are process CPU time.")
+        section.add_text(f"{geometry['workload']}; all times are process CPU time.")
         rows = []
-        for variant, metrics in measured["figures"].items():
-            rows.append([variant, *(number(metrics.get(c), 3) for c in CPU_COLUMNS)])
+        for variant, metrics in geometry["figures"].items():
+            rows.append([variant, *(measured(metrics, c, _three_digits) for c in CPU_COLUMNS)])
         section.add_table(["variant", *(c.replace("_", " ") for c in CPU_COLUMNS)], rows)
+        _add_peers(section, geometry.get("peers", {}))
     _add_memory_plot(section, record, folder)
     section.add_plots(
         plots.draw_waterfall(plot_data.waterfalls(record), folder / "waterfall.png"),
@@ -69,14 +75,18 @@ def gpu_section(record: Record, folder: Path) -> Section:
     _add_ratios(section, record)
     rows = []
     for part in ("training", "scoring"):
-        for kind, measured in record.get(part, {}).items():
-            for variant, metrics in measured.get("figures", {}).items():
+        for kind, compared in record.get(part, {}).items():
+            for variant, metrics in compared.get("figures", {}).items():
                 values = [number(median_of(metrics[c])) for c in GPU_COLUMNS]
                 shares = [percent(metrics[s]) for s in GPU_SHARES]
                 rows.append([f"{part} {kind}", variant, *values, *shares])
     if rows:
         names = [c.replace("_per_second", "/s").replace("_", " ") for c in GPU_COLUMNS]
         section.add_table(["step", "variant", *names, *GPU_SHARES.values()], rows)
+        section.add_text(UTILIZATION)
+    if "both_long" not in record.get("training", {}):
+        section.add_text("A step with longer captions: not measured.")
+    _add_memory(section, record)
     _add_kernel_shares(section, record)
     _add_small_cards(section, record)
     _add_memory_plot(section, record, folder)
@@ -94,6 +104,7 @@ def gpu_section(record: Record, folder: Path) -> Section:
 def node_section(record: Record, folder: Path) -> Section:
     section = Section()
     section.add_table(NODE_COLUMNS, [_node_row(case) for case in record["cases"]])
+    section.add_text(UTILIZATION)
     for failure in record["failures"]:
         start = f"{failure['size']} on {failure['ranks']} rank(s)"
         section.add_text(f"{start} ended with exit code {failure['exit_code']}.")
@@ -122,12 +133,52 @@ SECTIONS = {"cpu": cpu_section, "gpu": gpu_section, "node": node_section}
 
 
 def _add_ratios(section: Section, record: Record) -> None:
-    spreads = record.get("ratio_spreads", {})
+    """Against plain, and beside it against the fastest peer."""
+    spreads, peers = record.get("ratio_spreads", {}), record.get("peer_ratios", {})
     rows = []
     for key, value in record.get("ratios", {}).items():
-        rows.append([key, number(spreads.get(key, value), 3)])
+        row = [key, number(spreads.get(key, value), 3)]
+        if key in peers:
+            rows.append([*row, number(peers[key], 3), peers[key]["peer"]])
+        else:
+            rows.append([*row, NOT_MEASURED, ""])
     if rows:
-        section.add_table(["plain / fast", "median (p10 to p90)"], rows)
+        columns = ["", "plain / fast, median (p10 to p90)", "fastest peer / fast", "the peer"]
+        section.add_table(columns, rows)
+
+
+def _three_digits(metric: Any) -> str:
+    return number(metric, 3)
+
+
+def _add_peers(section: Section, peers: dict[str, Any]) -> None:
+    """Every peer's time over that of fast, by what was run."""
+    rows = []
+    for what, by_peer in peers.items():
+        for name, result in by_peer.items():
+            shown = result.get("not_run") or number(result, 3)
+            rows.append([plot_data.STEPS.get(what, what), name, shown])
+    if rows:
+        section.add_table(["step", "peer", "peer / fast, median (p10 to p90)"], rows)
+
+
+def _add_memory(section: Section, record: Record) -> None:
+    """Peaks of a step alone, and of the timed mode, in which graphs' memory is reserved."""
+    rows = []
+    for what, by_variant in (record.get("memory") or {}).items():
+        for variant, peaks in by_variant.items():
+            alone = [number(peaks[f"{kind}_gib"], 3) for kind in ("allocated", "reserved")]
+            timed = peaks.get("timed")
+            pair = NOT_MEASURED if timed is None else _pair(timed)
+            rows.append([what, variant, " / ".join(alone), pair])
+    if rows:
+        pair_name = "GiB allocated / reserved"
+        columns = [f"{pair_name}, kernels one by one", f"{pair_name}, in the timed steps"]
+        section.add_table(["step", "variant", *columns], rows)
+
+
+def _pair(memory: Record) -> str:
+    return f"{number(memory['allocated_gib'], 3)} / {number(memory['reserved_gib'], 3)}"
 
 
 def _add_memory_plot(section: Section, record: Record, folder: Path) -> None:
@@ -173,16 +224,17 @@ def _add_kernel_shares(section: Section, record: Record) -> None:
         "train": training.get("both"),
         "train_vqa": training.get("vqa"),
         "train_cap": training.get("cap"),
+        "train_both_long": training.get("both_long"),
         "score": record.get("scoring", {}).get("score"),
     }
     splits = record.get("time_split") or {}
     rows = []
-    for key, measured in steps.items():
+    for key, compared in steps.items():
         for variant, split in splits.items():
-            if not measured or "figures" not in measured or key not in split:
+            if not compared or "figures" not in compared or key not in split:
                 continue
             kernels = sum(split[key].values())
-            seconds = measured["figures"][variant]["seconds"]["median"]
+            seconds = compared["figures"][variant]["seconds"]["median"]
             share = f"{kernels / seconds:.0%}"
             rows.append([key, variant, number(kernels, 3), number(seconds, 3), share])
     if rows:
@@ -192,12 +244,12 @@ def _add_kernel_shares(section: Section, record: Record) -> None:
 
 def _add_small_cards(section: Section, record: Record) -> None:
     rows = []
-    for card, measured in record.get("small_cards", {}).items():
+    for card, result in record.get("small_cards", {}).items():
         peak = "memory ended"
-        if "out_of_memory" not in measured:
-            peak = number(measured["allocated_gib"], 3)
-        allowed = number(measured["allowed_gib"], 3)
-        rows.append([card, allowed, str(measured["recomputed_layers"]), peak])
+        if "out_of_memory" not in result:
+            peak = number(result["allocated_gib"], 3)
+        allowed = number(result["allowed_gib"], 3)
+        rows.append([card, allowed, str(result["recomputed_layers"]), peak])
     if rows:
         columns = ["card (its memory capped)", "GiB allowed", "layers recomputed"]
         section.add_table([*columns, "peak of a training step, GiB"], rows)
@@ -216,6 +268,6 @@ def _node_row(case: Record) -> list[str]:
         number(median_of(metrics["seconds"]), 3),
         percent(metrics["mfu"]),
         percent(metrics["hfu"]),
-        f"{number(memory['allocated_gib'], 3)} / {number(memory['reserved_gib'], 3)}",
+        _pair(memory),
         f"{case['communication']['bytes_per_step'] / 2**20:,.1f}",
     ]

@@ -1,6 +1,7 @@
 """The rounds of the `cpu` suite: every variant trains and scores in turn, and all must agree."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -9,15 +10,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.baseline.models import make_pair, take_gradients, with_vico_products
-from benchmarks.baseline.variants import (
-    MAX_CAP_LEN,
-    MAX_SEQ_LEN,
-    Packed,
-    Plain,
-    Variant,
-    training_batch,
-)
+from benchmarks.baseline.variants import Packed, Plain, Variant, training_batch
 from benchmarks.measure.clocks import cpu_seconds
+from benchmarks.measure.lengths import MAX_CAP_LEN, MAX_SEQ_LEN
 from benchmarks.measure.metrics import WorkCounts, count_packed, count_plain
 from benchmarks.measure.workload import ScoringWork, TrainingWork, Workload
 from vico.io import log
@@ -30,25 +25,30 @@ LOSS_RTOL, GRADIENT_RTOL, SCORE_ATOL = 1e-5, 1e-4, 1e-5
 # Index of the first batch for warming up; rounds count from 0.
 FIRST_WARMUP = 10**6
 
-Seconds = dict[str, dict[str, list[float]]]  # "train" or "score" -> variant -> by round
+# Of samples with the captions of lengths.json, and with its longer ones.
+TRAINING = ("train", "train_long")
+Works = Mapping[str, TrainingWork]  # by the names of TRAINING
+
+Seconds = dict[str, dict[str, list[float]]]  # one of TRAINING or "score" -> variant -> by round
 
 
 @dataclass
 class Round:
     """Results of one round, by variant name."""
 
-    losses: dict[str, list[float]] = field(default_factory=dict)  # per task
-    gradients: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    # Per task, of the first of TRAINING and then of the second.
+    losses: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    gradients: dict[str, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
     scores: dict[str, Tensor] = field(default_factory=dict)
-    seconds: dict[str, dict[str, float]] = field(default_factory=lambda: {"train": {}, "score": {}})
+    seconds: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
 
 
 class Measurements:
     """What the rounds of one geometry gave, as lists over rounds."""
 
     def __init__(self) -> None:
-        self.seconds: Seconds = {"train": defaultdict(list), "score": defaultdict(list)}
-        self.real_tokens: dict[str, list[int]] = {"train": [], "score": []}
+        self.seconds: Seconds = defaultdict(lambda: defaultdict(list))
+        self.real_tokens: dict[str, list[int]] = defaultdict(list)
         self.counts: dict[str, list[WorkCounts]] = defaultdict(list)  # training steps, by variant
         self.rounds: list[dict[str, Any]] = []
 
@@ -57,7 +57,7 @@ class Measurements:
         result: Round,
         worst: dict[str, float],
         counts: dict[str, WorkCounts],
-        training: TrainingWork,
+        works: Works,
         scoring: ScoringWork,
     ) -> None:
         for what, by_variant in result.seconds.items():
@@ -65,7 +65,8 @@ class Measurements:
                 self.seconds[what][name].append(by_variant[name])
         for name, value in counts.items():
             self.counts[name].append(value)
-        self.real_tokens["train"].append(training.num_real_tokens)
+        for what, training in works.items():
+            self.real_tokens[what].append(training.num_real_tokens)
         self.real_tokens["score"].append(scoring.num_real_tokens)
         predictions = {name: scores.argmin(1).tolist() for name, scores in result.scores.items()}
         self.rounds.append(
@@ -109,17 +110,17 @@ def warm_up(
             take_gradients(variant.model)
 
 
-def run_round(
-    variants: list[Variant], training: TrainingWork, scoring: ScoringWork, index: int
-) -> Round:
+def run_round(variants: list[Variant], works: Works, scoring: ScoringWork, index: int) -> Round:
     """Every variant in turn; every other round in reverse order."""
     result = Round()
     ordered = variants if index % 2 == 0 else variants[::-1]
-    for variant in ordered:
-        seconds, losses = cpu_seconds(partial(variant.train, training))
-        result.seconds["train"][variant.name] = seconds
-        result.losses[variant.name] = losses
-        result.gradients[variant.name] = take_gradients(variant.model)
+    for what, training in works.items():
+        for variant in ordered:
+            seconds, losses = cpu_seconds(partial(variant.train, training))
+            result.seconds[what][variant.name] = seconds
+            result.losses[variant.name] += losses
+            for name, gradient in take_gradients(variant.model).items():
+                result.gradients[variant.name][f"{what} {name}"] = gradient
     for variant in ordered:
         seconds, scores = cpu_seconds(partial(variant.score, scoring))
         result.seconds["score"][variant.name] = seconds
@@ -134,14 +135,14 @@ def differences(result: Round, baseline: str) -> dict[str, float]:
     exact_scores = result.scores[baseline]
     for name in result.losses:
         for a, b in zip(result.losses[name], exact_losses, strict=True):
-            loss = max(loss, _or_infinity(abs(a - b) / abs(b)))
+            loss = max(loss, or_infinity(abs(a - b) / abs(b)))
         gradients = result.gradients[name]
         assert set(gradients) == set(exact_gradients), f"{name}: other trainables than {baseline}"
         for parameter, exact in exact_gradients.items():
             largest = (gradients[parameter] - exact).abs().max() / exact.abs().max()
-            gradient = max(gradient, _or_infinity(float(largest)))
+            gradient = max(gradient, or_infinity(float(largest)))
         scores = result.scores[name]
-        score = max(score, _or_infinity(float((scores - exact_scores).abs().max())))
+        score = max(score, or_infinity(float((scores - exact_scores).abs().max())))
         predictions += int((scores.argmin(1) != exact_scores.argmin(1)).sum())
     return {
         "loss_relative": loss,
@@ -151,7 +152,7 @@ def differences(result: Round, baseline: str) -> dict[str, float]:
     }
 
 
-def _or_infinity(distance: float) -> float:
+def or_infinity(distance: float) -> float:
     """Infinity for NaN, which no bound accepts."""
     return distance if distance == distance else float("inf")
 

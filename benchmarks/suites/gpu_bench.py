@@ -9,15 +9,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.baseline.models import make_shared_pair
-from benchmarks.baseline.variants import (
-    MAX_CAP_LEN,
-    MAX_SEQ_LEN,
-    Packed,
-    Plain,
-    scoring_batches,
-    training_batch,
-)
-from benchmarks.measure.lengths import NUM_OPTIONS
+from benchmarks.baseline.variants import Packed, Plain, scoring_batches, training_batch
+from benchmarks.measure.lengths import MAX_CAP_LEN, MAX_SEQ_LEN, NUM_OPTIONS
 from benchmarks.measure.metrics import WorkCounts, count_packed, count_plain
 from benchmarks.measure.workload import ScoringWork, SyntheticWorkload, TrainingWork
 from vico.io import log

@@ -306,7 +306,7 @@ def test_committed_report(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     committed = (RESULTS / "report" / "report.md").read_text()
     names = re.findall(r"`((?:cpu|gpu|node)-[^`]*\.json)`", committed)
     records = [str(RESULTS / name) for name in names]
-    assert len(records) == 3
+    assert len(records) == 4
     assert run.main(["report", *records, "--out", str(tmp_path)]) == 0
     capfd.readouterr()
     assert (tmp_path / "report.md").read_text() == committed

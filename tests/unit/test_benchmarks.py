@@ -33,7 +33,7 @@ from vico.model.weights.meta import MetaWeights
 
 CPU = torch.device("cpu")
 TINY = cpu.geometries(tiny=True)["7b_geometry"]
-FLAGS = ["cpu", "--tiny", "--rounds", "2"]
+FLAGS = ["cpu", "--tiny", "--rounds", "2", "--no_peers"]
 # Rounding of fp32 through two or three layers.
 LOSS_RTOL, SCORE_ATOL, GRAD_RTOL = 1e-6, 1e-5, 1e-5
 PNG = b"\x89PNG"
@@ -106,7 +106,7 @@ def test_variants_agree() -> None:
     ]
     workload = SyntheticWorkload(TINY.vocab_size)
     training, scoring = workload.training(0, 4), workload.scoring(0, 2)
-    result = cpu_rounds.run_round(variants, training, scoring, 0)
+    result = cpu_rounds.run_round(variants, {"train": training}, scoring, 0)
     assert cpu_rounds.is_equal(cpu_rounds.differences(result, "plain"))
     assert len({tuple(row.tolist()) for row in result.scores["plain"]}) > 1
     for by_variant in result.seconds.values():
@@ -162,8 +162,9 @@ def test_cpu_suite(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = next(tmp_path.glob("cpu-*.json"))
     assert record == json.loads(path.read_text())
     assert record["equal"] is True
-    ratios = "train_wide score_wide train_7b_geometry score_7b_geometry peak_memory_wide"
-    assert set(record["ratios"]) == set(ratios.split())
+    ratios = set("train_wide train_long_wide score_wide".split())
+    ratios |= {key.replace("wide", "7b_geometry") for key in ratios}
+    assert set(record["ratios"]) == {*ratios, "peak_memory_wide"}
     facts = "suite date command config git_commit versions hardware ceilings"
     assert set(facts.split()) <= set(record)
     wide = record["geometries"]["wide"]
