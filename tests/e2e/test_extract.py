@@ -21,9 +21,11 @@ from vico.distributed.world import World
 from vico.errors import UserError
 from vico.io import failpoints
 from vico.io.digest import digest_files
+from vico.video import provenance
 from vico.video.encoder import load_encoder
 from vico.video.features import video_features
 from vico.video.pictures import decode_pictures, pictures_in
+from vico.video.provenance import Provenance
 
 NUM_VIDEOS = 20
 DAMAGED = {"v03.mp4": "no such file", "v07.mp4": "audio only", "v11.mp4": "cut off"}
@@ -108,8 +110,12 @@ def test_stopped_anywhere(
         failpoint(None)
     run(alone, *words, output)
     assert digest(output) == digest(whole)
-    assert os.listdir(output.parent) == [name]
+    assert sorted(os.listdir(output.parent)) == sorted([name, provenance.path_of(output).name])
+    assert provenance.read(output) == Provenance(clip.name, load_encoder(clip).digest, Fraction(1))
     assert len(Features(output)) == NUM_VIDEOS
+    if output.is_file():  # other features under this name
+        output.write_bytes(output.read_bytes() + b" ")
+        assert provenance.read(output) is None
 
 
 def digest(path: Path) -> str:

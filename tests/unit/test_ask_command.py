@@ -78,13 +78,15 @@ def test_a_video_file(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    """By an encoder, as its features by a file; what of it is not recorded is said."""
+    """By an encoder, as its features by a file; what of it is not recorded, or differs, is said."""
     pytest.importorskip("av")
     pytest.importorskip("transformers")
     from support.encoders import make_clip
     from support.videos import make_video
+    from vico.video import provenance
     from vico.video.encoder import load_encoder
     from vico.video.features import video_features
+    from vico.video.provenance import Provenance
 
     clip, video = make_clip(tmp_path / "clip", width=768), make_video(tmp_path / "a.mp4")
     features = video_features(video, load_encoder(clip), Fraction(1))
@@ -97,6 +99,21 @@ def test_a_video_file(
     assert json.loads(other) == json.loads(last) | {"video": str(video)}
     said = f"{video}: {len(features)} frames at 1 per second by {clip}; whether the training's"
     assert any(line.startswith(said) for line in lines)
+    record = provenance.path_of(asked.features)
+    try:
+        made = Provenance("clip", load_encoder(clip).digest, Fraction(2))
+        provenance.write(asked.features, made)
+        *lines, _ = output(capsys, "--resume", asked.run, *by_video, *question)
+        assert any(f"at 2 per second by {clip}, as the training's" in line for line in lines)
+        *lines, _ = output(capsys, "--resume", asked.run, *by_video, "--fps", "1", *question)
+        (warning,) = (line for line in lines if line.startswith("warning: "))
+        assert f"{asked.features} is at 2 per second by clip (sha256 " in warning
+        record.write_text(record.read_text().replace('"fps": "2"', '"fps": "often"'))
+        words = [str(word) for word in ("--resume", asked.run, *by_video, *question)]
+        assert main(["ask", *words]) == 2
+        assert f"{record}: " in capsys.readouterr().err
+    finally:
+        record.unlink()
     narrow = make_clip(tmp_path / "narrow")
     flags = ["--resume", str(asked.run), "--video", str(video), "--encoder", str(narrow), *question]
     assert main(["ask", *flags]) == 2

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # they import torch, which is slow; a mistyped flag is report
     from vico.distributed.world import World
     from vico.train.asking import AskedModel
     from vico.video.encoder import Encoder
+    from vico.video.provenance import Provenance
 
 # Settings of `vico train` that mean something else here: the features that are asked about, the
 # seed of what is drawn.
@@ -99,7 +100,8 @@ def encoded(model: "AskedModel", video: Path, folder: Path, fps: Fraction | None
     from vico.data.features import FeaturesInMemory
     from vico.video.features import video_features
 
-    rate = fps if fps is not None else _usual_fps(model.config)
+    recorded = _recorded(model.config)
+    rate = fps if fps is not None else _usual_fps(model.config, recorded)
     encoder = _encoder(folder, model.world.device)
     if encoder.width != model.feature_width:
         raise UserError(
@@ -111,8 +113,8 @@ def encoded(model: "AskedModel", video: Path, folder: Path, fps: Fraction | None
     for note in encoder.notes:
         model.world.print_rank0(f"note: {note}")
     model.world.print_rank0(
-        f"{video}: {len(frames_TC)} frames at {float(rate):g} per second by {folder}; whether the "
-        "training's features have this encoder and rate is not recorded"
+        f"{video}: {len(frames_TC)} frames at {float(rate):g} per second by {folder}"
+        f"{_compared(recorded, encoder.digest, rate)}"
     )
     return FeaturesInMemory({str(video): frames_TC}, str(video))
 
@@ -125,8 +127,44 @@ def _encoder(folder: Path, device: Any) -> "Encoder":
     return load_encoder(folder, device)
 
 
-def _usual_fps(config: RunConfig) -> Fraction:
-    """Raises UserError where the run's data sets differ."""
+def _recorded(config: RunConfig) -> "dict[Path, Provenance]":
+    """What made the features of the run's data sets, where that is known. Raises UserError."""
+    from vico.data import feature_files
+    from vico.video import provenance
+
+    recorded = {}
+    for name in config.dataset_names:
+        try:
+            path = feature_files.find(config.folder_of(name), config.features_of(name))
+        except UserError:  # they need not be at hand
+            continue
+        if (made := provenance.read(path)) is not None:
+            recorded[path] = made
+    return recorded
+
+
+def _compared(recorded: "Mapping[Path, Provenance]", digest: str, rate: Fraction) -> str:
+    """The end of a line: whether encoder and rate are those of the training's features."""
+    if not recorded:
+        return "; whether the training's features have this encoder and rate is not recorded"
+    others = [
+        f"{path} is at {float(made.fps):g} per second by {made.encoder} (sha256 {made.digest[:8]})"
+        for path, made in recorded.items()
+        if (made.digest, made.fps) != (digest, rate)
+    ]
+    if not others:
+        return ", as the training's features"
+    return (
+        f" (sha256 {digest[:8]})\nwarning: the training's features are others, so expect wrong "
+        f"answers: {'; '.join(others)}"
+    )
+
+
+def _usual_fps(config: RunConfig, recorded: "Mapping[Path, Provenance]") -> Fraction:
+    """As recorded, else as the data sets count. Raises UserError where they differ."""
+    known = {made.fps for made in recorded.values()}
+    if len(known) == 1 and len(recorded) == len(config.dataset_names):
+        return known.pop()
     sets = [find_dataset(name, config.folder_of(name)) for name in config.dataset_names]
     rates = {dataset.frames_per_second for dataset in sets}
     if len(rates) > 1:

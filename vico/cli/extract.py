@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # they import torch, which is slow; a mistyped flag is report
     from vico.video.extract import Share
     from vico.video.listing import Video
     from vico.video.parts import Parts
+    from vico.video.provenance import Provenance
 
 DESCRIPTION = """Make features of your own videos, as the published data sets have them: frames at a
 steady rate, shorter side scaled and middle cropped as ffmpeg does, each encoded by CLIP.
@@ -75,6 +76,7 @@ def run(flags: argparse.Namespace, world: "World") -> None:
     from vico.video.frames import require_av
     from vico.video.listing import find_frames, find_videos
     from vico.video.parts import Parts
+    from vico.video.provenance import Provenance
 
     with world.raise_together():
         require_av()
@@ -97,7 +99,8 @@ def run(flags: argparse.Namespace, world: "World") -> None:
     with world.raise_together():
         if world.is_main:
             _report(len(todo), shares, time.monotonic() - start)
-            _write(videos, shares, parts, given)
+            made = Provenance(flags.encoder.resolve().name, encoder.digest, flags.fps)
+            _write(videos, shares, parts, given, made)
     _end(videos, shares, parts)
 
 
@@ -153,8 +156,10 @@ def _write(
     shares: Sequence["Share"],
     parts: "Parts",
     given: "GivenFeatures | None",
+    made: "Provenance",
 ) -> None:
     from vico.io.failpoints import reached
+    from vico.video import provenance
     from vico.video.compare import compare
 
     left_out, damaged = _joined(shares, "left_out"), _joined(shares, "damaged")
@@ -164,6 +169,7 @@ def _write(
         return
     reached("extract:assemble")
     parts.assemble(kept, damaged)
+    provenance.write(parts.output, made)
     reached("extract:assembled")
     if not left_out:
         parts.remove()
