@@ -119,7 +119,7 @@ def gates_at_zero(model: nn.Module) -> Iterator[None]:
 class _FlatFrozenLinear(FrozenLinear):
     """ViCo's frozen product for the baseline: the rows of all sequences are one matrix."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, exact: bool = False) -> Tensor:
         return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 

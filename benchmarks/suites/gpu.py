@@ -26,7 +26,7 @@ from vico.data.evaluation_batches import EVALUATION_TOKENS
 from vico.errors import UserError
 from vico.io import log
 from vico.model.config import LlamaConfig
-from vico.train.build import DTYPES
+from vico.train.backbone import DTYPES
 
 TASKS = ("vqa", "cap", "both")
 # Fields of a comparison that are not reported where the variants differ.

@@ -19,7 +19,7 @@ from vico.model.batch import PackedBatch
 from vico.model.block_runners import choose_block_runners
 from vico.model.config import MAX_GRAPH_ROWS, LlamaConfig
 from vico.model.ops import triton_ops
-from vico.train.build import DTYPES
+from vico.train.backbone import DTYPES
 from vico.train.optim import make_optimizer
 
 LIMITS = (MAX_SEQ_LEN, MAX_CAP_LEN)

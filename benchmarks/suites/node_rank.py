@@ -39,7 +39,8 @@ from vico.model.block_runners import choose_block_runners
 from vico.model.config import MAX_GRAPH_ROWS, LlamaConfig
 from vico.model.ops import triton_ops
 from vico.planner.gpu_specs import GIB
-from vico.train.build import DTYPES, why_no_graphs
+from vico.train.backbone import DTYPES
+from vico.train.build import why_no_graphs
 from vico.train.ds_config import read_config
 from vico.train.engine import Engine, zero_init
 from vico.train.optim import make_optimizer

@@ -22,7 +22,10 @@ from vico.model.batch import PackedBatch
 from vico.model.block_runners import choose_block_runners
 from vico.model.config import LlamaConfig
 from vico.model.cuda_graphs import GraphedBlocks
-from vico.model.ops import triton_ops
+from vico.model.interfaces import MakeLinear
+from vico.model.llama import FrozenLinear
+from vico.model.ops import fp8, triton_ops
+from vico.model.quantized_linear import Fp8Linear
 from vico.model.vico import ViCo
 from vico.train.step import sums_by_task
 
@@ -85,14 +88,21 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(triton_ops, "can_run", can_run)
     monkeypatch.setattr(triton_ops, "triton", triton, raising=False)
-    monkeypatch.setattr(triton_ops, "kernels", CountingKernels(launches.counts), raising=False)
+    for module in (triton_ops, fp8):
+        kernels = CountingKernels(launches.counts)
+        monkeypatch.setattr(module, "kernels", kernels, raising=False)
     return launches
 
 
-def make_model(num_layers: int = 4, num_checkpointed: int = 0) -> ViCo:
+def make_model(
+    num_layers: int = 4, num_checkpointed: int = 0, linear: MakeLinear = FrozenLinear
+) -> ViCo:
     config = LlamaConfig(256, num_layers, 4, 2000, multiple_of=64)
     with META:
-        model = ViCo(config, num_layers, 10, 10, 100.0, torch.bfloat16)
+        model = ViCo(config, num_layers, 10, 10, 100.0, torch.bfloat16, linear)
+        for module in model.modules():
+            if isinstance(module, Fp8Linear):
+                module.fill(torch.empty(module.shape, dtype=module.dtype))
     choose_block_runners(model, PackedAttention(KERNELS["varlen"]), num_checkpointed)
     return model
 
@@ -119,9 +129,12 @@ def test_training_neither_mixes_devices_nor_waits(
         require_gradients(model)
 
 
-def test_graphed_blocks_neither_mix_devices_nor_wait(launches: Launches) -> None:
+@pytest.mark.parametrize("linear", [FrozenLinear, Fp8Linear])
+def test_graphed_blocks_neither_mix_devices_nor_wait(
+    launches: Launches, linear: MakeLinear
+) -> None:
     """What is captured on a GPU, where waiting would be an error, and what runs around it."""
-    model = make_model()
+    model = make_model(linear=linear)
     model.graphed = graphed = GraphedBlocks(model)
     for place, num_questions in enumerate((1, 2, 8, 1)):
         step(model, training_batch(WORK.training(place, num_questions)))

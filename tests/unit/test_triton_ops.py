@@ -37,8 +37,14 @@ else:
     from vico.model.block_runners import choose_block_runners
     from vico.model.config import LlamaConfig
     from vico.model.llama import rotary_angles
-    from vico.model.ops import triton_ops
-    from vico.model.ops.autograd import AdapterAttention, FrozenRMSNorm, RotaryEmbedding, SwiGLU
+    from vico.model.ops import fp8, triton_ops
+    from vico.model.ops.autograd import (
+        AdapterAttention,
+        FrozenRMSNorm,
+        RotaryEmbedding,
+        SwiGLU,
+    )
+    from vico.model.ops.fp8 import Rows8
 
     DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # fp32: sums in another order. Half: plain operations round more often than a kernel.
@@ -174,3 +180,50 @@ else:
         bound = 2e-4 if dtype == torch.float32 else 0.1
         for name, gradient in gradients.items():
             assert distance(gradient, plain_gradients[name]) <= bound, name
+
+    def require_equal(by_kernel: Rows8, plain: Rows8) -> None:
+        assert by_kernel.dtype == plain.dtype and torch.equal(by_kernel.scale_T1, plain.scale_T1)
+        codes = by_kernel.numbers_TK.view(torch.uint8), plain.numbers_TK.view(torch.uint8)
+        assert torch.equal(*codes)
+
+    @pytest.mark.parametrize(("rows", "dim"), [(1, 64), (37, 48), (70, 1000)])
+    def test_rows_are_quantized_alike(rows: int, dim: int, dtype: torch.dtype) -> None:
+        """Bit for bit: also zeros, tiny rows, and numbers below the smallest normal one."""
+        x = made(rows, dim, dtype=dtype)
+        x[0, ::3], x[-1] = 0, x[-1] * 1e-5
+        x[rows // 2] *= torch.logspace(-8, 0, dim, device=DEVICE).to(dtype)
+        by_kernel = fp8.quantize_rows(x)
+        triton_ops.ENABLED = False
+        require_equal(by_kernel, fp8.quantize_rows(x))
+
+    def test_every_magnitude_is_rounded_alike() -> None:
+        """All codes, the middles between neighbours, and the numbers next to those."""
+        codes = torch.arange(127, dtype=torch.uint8).view(fp8.E4M3).float()
+        middles = (codes[1:] + codes[:-1]) / 2
+        x = torch.cat([codes, middles, middles * (1 + 1e-6), middles * (1 - 1e-6)])
+        x = torch.cat([x, -x]).to(DEVICE)[None]  # the largest is 448: the scale is 1
+        by_kernel = fp8.quantize_rows(x)
+        triton_ops.ENABLED = False
+        require_equal(by_kernel, fp8.quantize_rows(x))
+        assert torch.equal(by_kernel.numbers_TK[0, :127].float().cpu(), codes)
+
+    @pytest.mark.filterwarnings("ignore:invalid value encountered")
+    def test_a_row_that_is_not_finite_is_told() -> None:
+        x = made(3, 40, dtype=torch.float32)
+        x[0, 1], x[2, 2] = float("inf"), float("nan")
+        rows = fp8.quantize_rows(x)
+        values = rows.numbers_TK.float() * rows.scale_T1
+        assert values.sum(dim=1).isfinite().tolist() == [False, True, False]
+
+    def test_kernels_quantize_what_they_would_write(dtype: torch.dtype) -> None:
+        """The norm, SwiGLU and its gradients, against the same followed by quantize_rows."""
+        x, gradient, a, b = (made(9, 200, dtype=dtype, seed=seed) for seed in range(4))
+        weight = made(200, dtype=dtype, seed=5)
+        normed, scale_T1 = triton_ops.rms_norm(x, weight, 1e-5)
+        rows, own_scale_T1 = fp8.rms_norm(x, weight, 1e-5)
+        assert torch.equal(own_scale_T1, scale_T1)
+        require_equal(rows, fp8.quantize_rows(normed))
+        require_equal(fp8.swiglu(a, b), fp8.quantize_rows(triton_ops.swiglu(a, b)))
+        own, plain = fp8.swiglu_backward(gradient, a, b), triton_ops.swiglu_backward(gradient, a, b)
+        for quantized, written in zip(own, plain, strict=True):
+            require_equal(quantized, fp8.quantize_rows(written))

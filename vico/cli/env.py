@@ -120,7 +120,7 @@ def _computed_by() -> dict[str, str]:
     from vico.model.attention.backends import choose_attention
     from vico.model.block_runners import why_no_graphs_on
     from vico.model.ops import triton_ops
-    from vico.train.build import DTYPES
+    from vico.train.backbone import DTYPES
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     chosen = {}
@@ -133,13 +133,20 @@ def _computed_by() -> dict[str, str]:
 
 
 def _quantization() -> str:
-    from vico.model.quantized_linear import library
+    import torch
 
-    try:
-        library()
-    except UserError as error:
-        return f"no: {error}"
-    return "8bit and nf4, by bitsandbytes"
+    from vico.model.config import QUANTIZATIONS
+    from vico.model.quantized_linear import require_available
+
+    kinds, reasons = [], {}
+    for kind in QUANTIZATIONS:
+        try:
+            require_available(kind, torch.bfloat16)
+            kinds.append(kind)
+        except UserError as error:
+            reasons[str(error)] = kind
+    said = [f"{', '.join(kinds) or 'none'}", *(f"no {k}: {why}" for why, k in reasons.items())]
+    return "; ".join(said)
 
 
 def _deepspeed_ops() -> str:

@@ -20,11 +20,10 @@ from vico.model.ops.autograd import (
     apply_rotary_emb_qk,
     linear,
     linear_add,
-    rms_norm,
     rms_norm_backward,
-    swiglu,
-    swiglu_backward,
 )
+from vico.model.ops.fp8 import dequantized
+from vico.model.ops.product_inputs import norm_input, swiglu_backward_input, swiglu_input
 
 
 def run_fused(
@@ -61,25 +60,25 @@ class FusedBlockFunction(Function):
         rotary_T1h: Tensor,
     ) -> Tensor:
         attention, mlp = block.attention, block.feed_forward
-        normed_TD, scale1 = rms_norm(x_TD, block.attention_norm.weight, block.attention_norm.eps)
+        normed_TD, scale1 = norm_input(attention.wq, x_TD, block.attention_norm)
         q_THd = attention.heads(linear(normed_TD, attention.wq.weight))
         k_THd = attention.heads(linear(normed_TD, attention.wk.weight))
         v_THd = attention.heads(linear(normed_TD, attention.wv.weight))
         del normed_TD
         q_THd, k_THd = apply_rotary_emb_qk(q_THd, k_THd, rotary_T1h, 1.0)
         out_THd, saved_by_kernel = attend.forward(q_THd, k_THd, v_THd, gate2_H, layout)
-        k_AHd = attention.heads(linear(prompt_AD, attention.wk.weight))
-        v_AHd = attention.heads(linear(prompt_AD, attention.wv.weight))
+        k_AHd = attention.heads(linear(prompt_AD, dequantized(attention.wk.weight)))
+        v_AHd = attention.heads(linear(prompt_AD, dequantized(attention.wv.weight)))
         out_THd = adapter_attention(out_THd, q_THd, k_AHd, v_AHd, gate1_H)
         h_TD = linear_add(x_TD, out_THd.flatten(-2), attention.wo.weight)
         del out_THd
-        normed_TD, scale2 = rms_norm(h_TD, block.ffn_norm.weight, block.ffn_norm.eps)
+        normed_TD, scale2 = norm_input(mlp.w1, h_TD, block.ffn_norm)
         a, b = linear(normed_TD, mlp.w1.weight), linear(normed_TD, mlp.w3.weight)
         del normed_TD
         saved_by_attention = (x_TD, scale1, q_THd, k_THd, v_THd, k_AHd, v_AHd, gate1_H, gate2_H)
         ctx.save_for_backward(*saved_by_attention, h_TD, scale2, a, b, *saved_by_kernel)
         ctx.block, ctx.attend, ctx.layout, ctx.rotary_T1h = block, attend, layout, rotary_T1h
-        return linear_add(h_TD, swiglu(a, b), mlp.w2.weight)
+        return linear_add(h_TD, swiglu_input(mlp.w2, a, b), mlp.w2.weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -88,9 +87,10 @@ class FusedBlockFunction(Function):
         x_TD, scale1, q_THd, k_THd, v_THd, k_AHd, v_AHd, gate1_H, gate2_H, *rest = ctx.saved_tensors
         h_TD, scale2, a, b, *saved_by_kernel = rest
         # The feed-forward half.
-        da, db = swiglu_backward(linear(gradients[0], mlp.w2.weight.t()), a, b)
+        dh_TF = linear(gradients[0], mlp.w2.weight.t())
+        da, db = swiglu_backward_input(mlp.w1, dh_TF, a, b)
         dn_TD = linear_add(linear(da, mlp.w1.weight.t()), db, mlp.w3.weight.t())
-        del da, db
+        del dh_TF, da, db
         dh_TD = rms_norm_backward(dn_TD, h_TD, scale2, block.ffn_norm.weight).add_(gradients[0])
         # The attention half.
         g_THd = attention.heads(linear(dh_TD, attention.wo.weight.t()))
@@ -107,5 +107,6 @@ class FusedBlockFunction(Function):
         dn_TD = linear_add(linear(dq_THd.flatten(-2), wq), dk_THd.flatten(-2), wk)
         dn_TD = linear_add(dn_TD, dv_THd.flatten(-2), wv)
         dx_TD = rms_norm_backward(dn_TD, x_TD, scale1, block.attention_norm.weight).add_(dh_TD)
+        wk, wv = (dequantized(w.weight).t() for w in (attention.wk, attention.wv))
         dprompt_AD = linear_add(linear(dk_AHd.flatten(-2), wk), dv_AHd.flatten(-2), wv)
         return dx_TD, dprompt_AD, dgate1_H, dgate2_H, None, None, None, None

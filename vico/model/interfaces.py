@@ -14,6 +14,7 @@ from torch import Tensor
 from vico.model.attention.cache import LayerCache
 from vico.model.attention.masks import Attend, AttentionMask, restrict_queries
 from vico.model.batch import Segment
+from vico.model.ops.fp8 import Weight8
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +44,15 @@ class Context:
 
 
 class LinearLayer(Protocol):
-    """x W^T: llama.FrozenLinear, or QuantizedLinear, which makes its weight at every use."""
+    """x W^T: llama.FrozenLinear, or one of quantized_linear.py.
+
+    `exact`: x is not quantized, whatever the weight is.
+    """
 
     @property
-    def weight(self) -> Tensor: ...
+    def weight(self) -> Tensor | Weight8: ...
 
-    def __call__(self, x: Tensor) -> Any: ...
+    def __call__(self, x: Tensor, exact: bool = False) -> Any: ...
 
 
 # From the number of inputs, the number of outputs and the type.

@@ -38,7 +38,8 @@ class FrozenLinear(nn.Module):
         super().__init__()
         self.weight = _frozen(num_out, num_in, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, exact: bool = False) -> Tensor:
+        """`exact`: for quantized_linear.Fp8Linear; here every product is."""
         return FrozenLinearFunction.apply(x, self.weight)
 
 
@@ -164,11 +165,14 @@ class Attention(nn.Module):
         return context.attend(q_QHd, k_THd, v_THd, gate2_H, context.mask)
 
     def _prompt_heads(self, prompt_AD: Tensor, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
-        """Keys and values [A, H, d] of the adapter prompt; a cache keeps them."""
+        """Keys and values [A, H, d] of the adapter prompt; a cache keeps them.
+
+        Its rows are trained, and few: they are not quantized.
+        """
         if cache is not None and cache.prompt_heads is not None:
             return cache.prompt_heads
-        k_AHd = self._for_every_head(self.heads(self.wk(prompt_AD)))
-        v_AHd = self._for_every_head(self.heads(self.wv(prompt_AD)))
+        k_AHd = self._for_every_head(self.heads(self.wk(prompt_AD, exact=True)))
+        v_AHd = self._for_every_head(self.heads(self.wv(prompt_AD, exact=True)))
         if cache is not None:
             cache.prompt_heads = k_AHd, v_AHd
         return k_AHd, v_AHd

@@ -1,12 +1,17 @@
-"""Frozen weights of linear layers in 8 or 4 bits, by bitsandbytes, for small GPUs.
+"""Frozen weights of linear layers in other types; embeddings, norms and output head keep theirs.
 
-A weight is dequantized for a matrix product, in forward and again in backward. Embeddings, norms
-and the output head keep their type, and all arithmetic is as without quantization. Not under
-ZeRO-3: DeepSpeed divides parameters among the ranks, and these weights are no parameters.
+- `8bit` and `nf4`, by bitsandbytes, for small GPUs: a weight is dequantized for a matrix product,
+  in forward and again in backward, and all arithmetic is as without quantization.
+- `fp8`, by torch, for GPUs that multiply in it: the inputs of the products are quantized as well,
+  and so are their gradients.
+
+Not under ZeRO-3: DeepSpeed divides parameters among the ranks, and these weights are no parameters.
 """
 
 import importlib
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,10 +19,44 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from vico.errors import UserError
-from vico.model.config import QUANTIZATION_BLOCK_SIZES
-from vico.model.ops.autograd import linear
+from vico.model.config import FP8, QUANTIZATION_BLOCK_SIZES, LlamaConfig, block_shapes
+from vico.model.interfaces import MakeLinear
+from vico.model.ops import fp8
+from vico.model.ops.autograd import FrozenLinearFunction, linear
+from vico.model.ops.fp8 import Weight8, dequantized
 
 Kind = Literal["8bit", "nf4"]
+
+
+def quantized_linear(kind: Kind | Literal["fp8"]) -> MakeLinear:
+    """What makes the layers of --quantize `kind`."""
+    return Fp8Linear if kind == FP8 else partial(QuantizedLinear, kind=kind)
+
+
+def require_available(kind: str, dtype: torch.dtype) -> None:
+    """Raises UserError where --quantize `kind` cannot run here with products of this type."""
+    if kind != FP8:
+        library()
+    elif reason := fp8.why_not(_device(), dtype):
+        raise UserError(
+            f"--quantize fp8: {reason}; leave it out, or use another --precision, GPU or torch"
+        )
+
+
+def require_shapes(kind: str, config: LlamaConfig) -> None:
+    """Raises UserError where a layer's product cannot be computed here."""
+    if kind != FP8 or _device().type != "cuda":
+        return  # a CPU takes any size
+    for name, shape in block_shapes(config).items():
+        if len(shape) == 2 and any(size % fp8.GPU_MULTIPLE for size in shape):
+            raise UserError(
+                f"--quantize fp8: the model's {name} has shape {list(shape)}, and a GPU's fp8 "
+                f"products take multiples of {fp8.GPU_MULTIPLE}; leave it out for this model"
+            )
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def library() -> Any:
@@ -73,20 +112,50 @@ class QuantizedLinear(nn.Module):
             scale_bytes += scales.state2.absmax.nbytes
         return numbers.nbytes + scale_bytes
 
-    def forward(self, x: Tensor) -> Tensor:
-        return QuantizedLinearFunction.apply(x, self)
+    def forward(self, x: Tensor, exact: bool = False) -> Tensor:
+        """x is never quantized."""
+        return QuantizedLinearFunction.apply(x, lambda: self.weight)
+
+
+class Fp8Linear(nn.Module):
+    """x W^T with a weight in fp8, and x too (ops/fp8.py); in the place of llama.FrozenLinear."""
+
+    def __init__(self, num_in: int, num_out: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape, self.dtype = (num_out, num_in), dtype
+        self._weight: Weight8 | None = None
+
+    def fill(self, weight: Tensor) -> None:
+        """Quantize `weight`, on its device, where the result stays."""
+        assert tuple(weight.shape) == self.shape and weight.dtype == self.dtype
+        self._weight = fp8.quantize_weight(weight)
+
+    @property
+    def weight(self) -> Weight8:
+        assert self._weight is not None, "filled before it is used"
+        return self._weight
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weight.num_bytes
+
+    def forward(self, x: Tensor, exact: bool = False) -> Tensor:
+        """`exact`: by the dequantized weight, and x as it is."""
+        if exact:
+            return QuantizedLinearFunction.apply(x, lambda: dequantized(self.weight))
+        return FrozenLinearFunction.apply(x, self.weight)
 
 
 class QuantizedLinearFunction(Function):
-    """x W^T; saves nothing: the quantized weight is kept by its module."""
+    """x W^T; saves nothing but how to make W: its module keeps the quantized weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: QuantizedLinear) -> Tensor:
-        ctx.module = module
-        return linear(x, module.weight)
+    def forward(ctx: Any, x: Tensor, make_weight: Callable[[], Tensor]) -> Tensor:
+        ctx.make_weight = make_weight
+        return linear(x, make_weight())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None
-        return linear(gradients[0], ctx.module.weight.t()), None
+        return linear(gradients[0], ctx.make_weight().t()), None

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from vico.model.config import QUANTIZED_BYTES, LlamaConfig, ViCoConfig
+from vico.model.config import FP8, QUANTIZED_BYTES, LlamaConfig, ViCoConfig, block_shapes
 from vico.planner.gpu_specs import GIB
 from vico.planner.memory import FP32, ITEMSIZE, BatchShape, RunShape, activations
 from vico.planner.request import TOKEN_STEP, PlanRequest, Stage, TokenLengths
@@ -102,9 +102,8 @@ def estimate_memory(
     config, hardware = request.config, request.hardware
     itemsize = ITEMSIZE[request.precision]
     half_precision = request.precision != "fp32"
-    cuda_graphs = (
-        stage == "zero2" and not num_checkpointed and request.quantize is None and half_precision
-    )
+    makes_weights = request.quantize in QUANTIZED_BYTES
+    cuda_graphs = stage == "zero2" and not num_checkpointed and not makes_weights and half_precision
     run = RunShape(itemsize, num_checkpointed=num_checkpointed, cuda_graphs=cuda_graphs)
     acts = activations(config, batch_shape(tokens, request.lengths), run)
     gathered = _temporary_weight_bytes(request, stage)
@@ -140,11 +139,15 @@ def _weight_bytes(request: PlanRequest, stage: Stage) -> int:
 
 
 def frozen_bytes(config: LlamaConfig, itemsize: int, quantize: str | None = None) -> int:
-    """Of the backbone. --quantize shrinks the linear layers of its decoder blocks."""
+    """Of the backbone. --quantize changes the linear layers of its decoder blocks."""
     if quantize is None:
         return config.num_parameters * itemsize
     linear = config.n_layers * config.num_block_parameters
     rest = config.num_parameters - linear
+    if quantize == FP8:
+        # A byte for the weight and one for its transpose, and an fp32 scale for each of their rows.
+        scales = sum(sum(shape) for shape in block_shapes(config).values() if len(shape) == 2)
+        return 2 * linear + FP32 * config.n_layers * scales + rest * itemsize
     return math.ceil(linear * QUANTIZED_BYTES[quantize]) + rest * itemsize
 
 
@@ -155,6 +158,8 @@ def _temporary_weight_bytes(request: PlanRequest, stage: Stage) -> int:
         return _gathered_bytes(stage, config, itemsize)
     if request.quantize is None:
         return 0
+    if request.quantize == FP8:  # wk and wv, for the prompts' rows
+        return 2 * config.dim * config.kv_heads * config.head_dim * itemsize
     # The larger of wq, wk and wv together, and w1 alone.
     return config.dim * max(3 * config.heads_dim, config.hidden_dim) * itemsize
 

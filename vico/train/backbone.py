@@ -2,11 +2,16 @@
 
 from pathlib import Path
 
+import torch
+
 from vico.data.tokenizer import Tokenizer
 from vico.errors import UserError, show
 from vico.model.config import LlamaConfig
 from vico.model.weights.load import Weights
 from vico.train.config import RunConfig
+
+# Of the frozen weights and of the computation, by --precision.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def require_window(config: RunConfig, llama: LlamaConfig, folder: Path) -> None:

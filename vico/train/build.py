@@ -25,21 +25,20 @@ from vico.io.file_cache import FileCache
 from vico.io.input_files import InputFiles
 from vico.model.attention.backends import choose_attention
 from vico.model.block_runners import choose_block_runners
-from vico.model.config import trainable_shapes
+from vico.model.config import QUANTIZED_BYTES, trainable_shapes
 from vico.model.interfaces import MakeLinear
 from vico.model.llama import FrozenLinear
 from vico.model.ops import triton_ops
-from vico.model.quantized_linear import QuantizedLinear
+from vico.model.quantized_linear import Fp8Linear, QuantizedLinear, quantized_linear
 from vico.model.vico import ViCo
 from vico.model.weights.load import Weights
 from vico.planner.estimate import FROZEN_SHARDS, IN_NODES
 from vico.train import input_notes, preflight, zero_stage
+from vico.train.backbone import DTYPES
 from vico.train.config import RunConfig
 from vico.train.engine import Engine, load_parameter, zero_init
 from vico.train.optim import make_optimizer
 from vico.train.preflight import BackboneFiles, Part
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -272,7 +271,7 @@ def _make_model(config: RunConfig, inputs: Inputs, dtype: torch.dtype, world: Wo
     """The model without values; under ZeRO-3 each rank holds its part of each parameter."""
     linear: MakeLinear = FrozenLinear
     if config.quantize is not None:
-        linear = partial(QuantizedLinear, kind=config.quantize)
+        linear = quantized_linear(config.quantize)
     in_nodes = inputs.ds_config.get(FROZEN_SHARDS) == IN_NODES
     node_group = world.node_group() if in_nodes else None
     with zero_init(inputs.ds_config, world.device, node_group):
@@ -298,14 +297,14 @@ def _load_weights(
         else:
             load_parameter(parameter, partial(weights.read_slice, name))
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedLinear | Fp8Linear):
             world.set_phase(f"loading {name}")
             module.fill(weights.read(f"{name}.weight").to(world.device, dtype))
 
 
 def why_no_graphs(ds_config: dict[str, Any], quantize: str | None = None) -> str | None:
     """Why the blocks cannot be captured as CUDA graphs, or not be replayed. None: they can."""
-    if quantize is not None:
+    if quantize in QUANTIZED_BYTES:
         return "--quantize makes weights at every use"
     if ds_config.get("flops_profiler", {}).get("enabled"):
         return "DeepSpeed's flops_profiler waits behind every module"

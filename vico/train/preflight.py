@@ -25,6 +25,7 @@ from vico.io.file_cache import FileCache, cache_key, file_stamp
 from vico.io.input_files import InputFiles
 from vico.io.log import ProgressLog
 from vico.io.paths import entries, is_folder
+from vico.model.quantized_linear import require_shapes
 from vico.model.weights.load import Weights, holds_weights, open_weights, weight_files
 from vico.train import backbone
 from vico.train.config import RunConfig
@@ -70,6 +71,8 @@ def open_backbone(config: RunConfig) -> BackboneFiles:
     tokenizer = Tokenizer(tokenizer_path)
     weights = open_weights(folder, tokenizer.vocab_size)
     backbone.require_window(config, weights.config, folder)
+    if config.quantize is not None:
+        require_shapes(config.quantize, weights.config)
     num_layers = weights.config.n_layers
     num_adapted = config.adapter_layer or num_layers
     if num_adapted > num_layers:

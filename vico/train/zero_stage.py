@@ -14,7 +14,7 @@ from vico.data.datasets import find_dataset
 from vico.distributed.topology import Member, by_node
 from vico.errors import UserError
 from vico.model.config import LlamaConfig, ViCoConfig
-from vico.model.quantized_linear import library
+from vico.model.quantized_linear import require_available
 from vico.planner.estimate import (
     FROZEN_SHARDS,
     IN_NODES,
@@ -24,6 +24,7 @@ from vico.planner.estimate import (
 from vico.planner.gpu_specs import GIB, Hardware, detected_gpu
 from vico.planner.plan import HELP_MARK, Plan, plan
 from vico.planner.request import CAPTION_TOKENS, PlanRequest, Stage, TokenLengths
+from vico.train.backbone import DTYPES
 from vico.train.config import RunConfig
 from vico.train.ds_config import read_config, resolve_auto
 
@@ -104,7 +105,7 @@ def named_ds_config(config: RunConfig, num_ranks: int) -> dict[str, Any] | None:
     Raises UserError if the ds_config does not fit the run, or --quantize cannot be used.
     """
     if config.quantize is not None:
-        library()
+        require_available(config.quantize, DTYPES[config.precision])
     if config.deepspeed == AUTO:
         return None
     ds_config = read_config(

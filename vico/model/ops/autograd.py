@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from vico.model.config import HEAD_CHUNK_BYTES
-from vico.model.ops import triton_ops
+from vico.model.ops import fp8, triton_ops
+from vico.model.ops.fp8 import Rows8, Weight8
 
 # In the place of a sum of exponentials that is 0: the smallest normal number of fp32.
 TINY = torch.finfo(torch.float32).tiny
@@ -27,17 +28,22 @@ if torch.backends.mkldnn.is_available():
     _ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T."""
+def linear(x: Tensor | Rows8, weight: Tensor | Weight8) -> Tensor:
+    """x W^T. Only x of a quantized weight may be quantized; it is quantized where it is not yet."""
+    if isinstance(weight, Weight8):
+        return fp8.scaled_product(x, weight)
+    assert isinstance(x, Tensor)
     is_cpu_fp32 = x.device.type == "cpu" and x.dtype == torch.float32
     if _ONEDNN_LINEAR is not None and is_cpu_fp32 and x.ndim == 2 and len(x):
         return _ONEDNN_LINEAR(x, weight, None, "none", [], "")
     return x @ weight.t()
 
 
-def linear_add(base: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """base + x W^T; on a GPU as one kernel, which rounds once."""
-    return torch.addmm(base, x, weight.t()) if x.is_cuda else linear(x, weight).add_(base)
+def linear_add(base: Tensor, x: Tensor | Rows8, weight: Tensor | Weight8) -> Tensor:
+    """base + x W^T; on a GPU as one kernel, which rounds once, if the weight is not quantized."""
+    if isinstance(x, Tensor) and isinstance(weight, Tensor) and x.is_cuda:
+        return torch.addmm(base, x, weight.t())
+    return linear(x, weight).add_(base)
 
 
 class FrozenLinearFunction(Function):
@@ -48,7 +54,7 @@ class FrozenLinearFunction(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | Weight8) -> Tensor:
         ctx.weight = weight
         return linear(x, weight)
 

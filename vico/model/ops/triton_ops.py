@@ -24,7 +24,8 @@ ROWS = 64  # query rows of one program of the adapter's attention
 HEADS = 8  # heads of one program of the rotary embedding, or of widening
 
 # Only where it can run: importing Triton takes a second.
-if _INSTALLED and (INTERPRETED or torch.cuda.is_available()):
+IMPORTED = _INSTALLED and (INTERPRETED or torch.cuda.is_available())
+if IMPORTED:
     import triton
 
     from vico.model.ops import triton_kernels as kernels
