@@ -214,6 +214,7 @@ def test_forced_choices_are_kept(capsys: pytest.CaptureFixture[str], tmp_path: P
         ("--gpu_memory 24GiB --model llama-2-7b", "7B (6.74 G frozen parameters, bf16) on"),
         ("--model 33B --gpu 24GB --host_memory 512GB", "host memory per node"),
         ("--gpu H100 --quantize nf4", "n/a: how fast H100 dequantizes weights is unknown"),
+        ("--gpu H100 --quantize fp8", "n/a: how fast H100 trains in fp8 is unknown"),
         ("--model 65B --gpu H100 --gpus 8 --nodes 2", "zero3, frozen weights divided within each"),
         ("--model 65B --gpu H100 --nodes 16", "the network of a node (--network)"),
         ("--model 65B --gpu L40S --nodes 8 --link 1", "the network of a node (--network)"),
@@ -293,6 +294,7 @@ def test_folder_of_weights(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     ("flags", "expected"),
     [
         ("--gpu H1O0", "did you mean 'H100'"),
+        ("--gpu A100-80 --quantize fp8", "--quantize fp8: A100-80 has no fp8 units; those that"),
         ("--gpu_memory 24TB", "--gpu_memory: '24TB' is not a number"),
         ("--gpu_memory 0GB", "--gpu_memory: 0.0 must be 0.001 to"),
         ("--model llama-3-70b --gpu H100", "--model llama-3-70b: must be 7B, "),

@@ -15,6 +15,7 @@ from support.toy_dataset import ToyData, records
 from vico.cli.flags import parse
 from vico.model.config import LLAMA_CONFIGS, QUANTIZED_BYTES, LlamaConfig
 from vico.model.llama import FrozenLinear
+from vico.model.ops import fp8
 from vico.model.quantized_linear import QuantizedLinear, library
 from vico.model.weights.meta import SHARDED_DIM
 from vico.planner.estimate import frozen_bytes
@@ -25,6 +26,7 @@ LINEAR_LAYERS = set(SHARDED_DIM) - {"output", "tok_embeddings"}
 # Of normally distributed weights, relative. Measured: 0.011 and 0.092.
 ERRORS = {"8bit": (0.009, 0.013), "nf4": (0.08, 0.1)}
 TWIN_LOSS_RTOL = 1e-6
+HAS_FP8 = fp8.why_not(torch.device("cpu"), torch.bfloat16) is None
 TRAINING = "--epochs 2 --warmup_epochs 1 --lr 0.02 --bias 0.7".split()
 ON_GPU = [
     pytest.mark.gpu,
@@ -126,6 +128,26 @@ def test_training_is_that_on_the_dequantized_weights(
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.skipif(not HAS_FP8, reason="torch 2.11 has no such product on a CPU")
+def test_two_ranks_train_in_fp8_as_one_does(toy: ToyData, models: Path, tmp_path: Path) -> None:
+    """With the same micro-batches. Where questions share rows, gradients are quantized summed."""
+    flags = [
+        *flags_of(toy, models, "tiny"),
+        *TRAINING,
+        *"--batch_size 1 --quantize fp8 --attention sdpa".split(),
+    ]
+    flags += ["--max_steps", "6"]
+    runs = []
+    for ranks in (1, 2):
+        own = ["--accum_iter", str(2 // ranks), "--output_dir", str(tmp_path / str(ranks))]
+        succeeds("train", *flags, *own, ranks=ranks)
+        runs.append(records(tmp_path / str(ranks) / "steps.jsonl"))
+    assert len(runs[0]) == 6
+    for a, b in zip(*runs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=TWIN_LOSS_RTOL)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
 def scores_of(folder: Path) -> torch.Tensor:
     lines = records(folder / "predictions_val.jsonl")
     return torch.tensor([line["scores"] for line in lines]).double()
@@ -157,17 +179,17 @@ def test_refusals_are_one_line(
     toy: ToyData, models: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = [*flags_of(toy, models, "tiny"), *TRAINING]
-    zero3 = [*flags, *"--quantize nf4 --deepspeed zero3".split()]
-    config = parse(zero3, "vico train", "").resolve()
-    message = refusal(choose, config, LlamaConfig(32, 3, 4, 400), 1, None, True)
-    expected = "--quantize nf4: is for ZeRO-2, and --deepspeed zero3 is ZeRO-3; leave one out"
-    assert message == expected
+    for kind in ("nf4", "fp8"):
+        zero3 = [*flags, *f"--quantize {kind} --deepspeed zero3".split()]
+        config = parse(zero3, "vico train", "").resolve()
+        message = refusal(choose, config, LlamaConfig(32, 3, 4, 400), 1, None, True)
+        expected = "is for ZeRO-2, and --deepspeed zero3 is ZeRO-3; leave one out"
+        assert message == f"--quantize {kind}: {expected}"
     weights = str(run / "checkpoint-6" / "adapter_model.safetensors")
     ended = vico("quantize-eval", "--resume", weights, *flags)
     last_line = ended.stderrs[0].splitlines()[-1]
-    assert (
-        ended.codes == [2] and "vico: error: --quantize is missing: give 8bit or nf4" in last_line
-    )
+    assert ended.codes == [2]
+    assert "vico: error: --quantize is missing: give 8bit, nf4 or fp8, to be" in last_line
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.delitem(sys.modules, "bitsandbytes.functional", raising=False)
     pattern = r"--quantize: bitsandbytes .*; run pip install .*\[quantized\]'"

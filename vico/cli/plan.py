@@ -21,14 +21,15 @@ from vico.io.atomic import write_json
 from vico.io.paths import exists, is_folder
 from vico.model.config import (
     FEATURE_WIDTH,
+    FP8,
     LLAMA_CONFIGS,
-    QUANTIZED_BYTES,
+    QUANTIZATIONS,
     LlamaConfig,
     ViCoConfig,
     named_model,
 )
 from vico.model.weights import folders
-from vico.planner.gpu_specs import GPUS, Hardware, gib_of, gpu_by_name, gpu_of_size
+from vico.planner.gpu_specs import FP8_GPUS, GPUS, Hardware, gib_of, gpu_by_name, gpu_of_size
 from vico.planner.memory import ITEMSIZE
 from vico.planner.plan import plan
 from vico.planner.request import (
@@ -202,8 +203,8 @@ def _add_choice_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--quantize",
-        choices=list(QUANTIZED_BYTES),
-        help="quantize the frozen linear layers to 8 or 4 bits; ZeRO-2 only",
+        choices=list(QUANTIZATIONS),
+        help="the frozen linear layers in 8 or 4 bits, or computed in fp8; ZeRO-2 only",
     )
     add("--deepspeed", choices=STAGES, help="plan with this ZeRO stage")
 
@@ -239,6 +240,11 @@ def _request(flags: argparse.Namespace, epoch: Epoch) -> PlanRequest:
         raise UserError(
             f"--quantize {flags.quantize}: is for ZeRO-2, and --deepspeed is {flags.deepspeed}; "
             "leave one out"
+        )
+    gpu = hardware.gpu.name
+    if flags.quantize == FP8 and gpu in GPUS and gpu not in FP8_GPUS:
+        raise UserError(
+            f"--quantize {FP8}: {gpu} has no fp8 units; those that have are {', '.join(FP8_GPUS)}"
         )
     model, config = named_config(flags.model, flags.llama_model_path)
     lengths = TokenLengths(

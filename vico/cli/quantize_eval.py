@@ -40,8 +40,8 @@ def main(argv: list[str]) -> int:
             config, notes = settings_of(checkpoint, line)
             if config.quantize is None:
                 raise UserError(
-                    "--quantize is missing: give 8bit or nf4, to be compared with the unquantized "
-                    "weights"
+                    "--quantize is missing: give 8bit, nf4 or fp8, to be compared with the "
+                    "unquantized weights"
                 )
         require_same_files(world, config)
         for note in notes:

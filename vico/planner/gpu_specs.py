@@ -62,6 +62,8 @@ _KNOWN_GPUS = (
     Gpu("T4", 14.5, 65.0, "fp16", None, 16.0, ("Tesla T4",)),
 )
 GPUS = {gpu.name: gpu for gpu in _KNOWN_GPUS}
+# Of these, the GPUs with matrix units for fp8: compute capability 8.9 or newer.
+FP8_GPUS = ("B200", "H200", "H100", "H100-PCIe", "L40S", "L4", "RTX5090", "RTX4090")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from vico.model.config import FP8
 from vico.planner.memory import ITEMSIZE
 from vico.planner.request import PlanRequest, Stage
 
@@ -51,6 +52,8 @@ def estimate_speed(
 def _unknown_rate(request: PlanRequest, stage: Stage) -> str:
     """What must be known for a speed and is not; "" if nothing is."""
     hardware, gpu = request.hardware, request.hardware.gpu
+    if request.quantize == FP8:
+        return f"how fast {gpu.name} trains in fp8"
     if request.quantize is not None:
         return f"how fast {gpu.name} dequantizes weights"
     if gpu.peak(request.precision) is None:

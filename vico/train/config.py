@@ -66,11 +66,11 @@ class RunConfig:
         MODEL,
         "dtype of the frozen weights and of the computation; trainables are always fp32",
     )
-    quantize: Literal["8bit", "nf4"] | None = _flag(
+    quantize: Literal["8bit", "nf4", "fp8"] | None = _flag(
         None,
         MODEL,
-        "quantize the frozen linear layers (8-bit or NF4) for small GPUs; ZeRO-2 only, needs the "
-        "extra 'quantized'; `vico quantize-eval` measures the loss in accuracy",
+        "the frozen linear layers in 8bit or nf4 (for small GPUs; extra 'quantized') or in fp8 "
+        "(where GPUs multiply in it); ZeRO-2 only; `vico quantize-eval` measures the lost accuracy",
     )
 
     dataset: str = _flag(
