@@ -50,7 +50,14 @@ SUITES = {
         "--tiny --ranks 1,2 on a CPU: 1 minute",
     ),
     "report": Suite("benchmarks.report.report", "Markdown and plots from records; seconds"),
+    "compare": Suite(
+        "benchmarks.report.compare",
+        "OLD NEW: the figures of two records that got better or worse; exit code 1 if one is worse "
+        "by more than the threshold",
+    ),
 }
+# These read records and make none.
+READERS = ("report", "compare")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,7 +85,7 @@ def _run(argv: Sequence[str]) -> int:
         # Only the chosen suite is imported: torch and DeepSpeed take seconds.
         module = import_module(suite.module)
         module.add_flags(command)
-        if name != "report":
+        if name not in READERS:
             command.add_argument(
                 "--results", type=Path, default=RESULTS, help="folder of the record"
             )

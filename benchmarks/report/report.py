@@ -16,6 +16,7 @@ from vico.io.atomic import write_text
 from vico.io.text import read_json_object
 
 TITLES = {"cpu": "One thread of a CPU", "gpu": "One GPU", "node": "Several ranks"}
+FACTS = {"date", "command", "config", "git_commit", "versions", "hardware", "equal"}
 INTRODUCTION = (
     "Made by `bash benchmarks/run.sh report` from the records named below; "
     "ratios are plain over fast, and beside them the fastest peer over fast."
@@ -80,7 +81,7 @@ def newest(folder: Path) -> list[Path]:
 
 def read_record(path: Path) -> dict[str, Any]:
     record = read_json_object(path, "a benchmark record")
-    if record.get("suite") not in TITLES:
+    if record.get("suite") not in TITLES or FACTS - set(record):
         raise UserError(
             f"{path}: is no record of a suite ({', '.join(TITLES)}); "
             "name files of benchmarks/results/"
