@@ -46,6 +46,19 @@ def change_features(data: Path, **videos: Any) -> None:
     torch.save(kept, data / CLIPS)
 
 
+def test_captions_with_each_evaluation(
+    toy: ToyData, data: Path, flags: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """--eval_captions needs videos of val with a caption."""
+    pytest.importorskip("pycocoevalcap")
+    assert main(["check", *flags, "--eval_captions", "2"]) == 0
+    assert "captions of 2 val videos with each evaluation" in capfd.readouterr().out
+    of_train = {video: text for video, text in toy.captions.items() if video.startswith("v")}
+    (data / "llava_v15_13b_n6.json").write_text(json.dumps(of_train))
+    assert main(["check", *flags, "--eval_captions", "2"]) == 2
+    assert "--eval_captions 2: no video of val has a caption" in capfd.readouterr().err
+
+
 def test_valid_files_are_described(
     toy: ToyData, data: Path, out: Path, flags: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,7 +7,6 @@ that the run does not use, the whole feature file and the other data sets, and s
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -16,23 +15,25 @@ from vico.checkpoint import fingerprint
 from vico.checkpoint.format import Checkpoint
 from vico.checkpoint.validate import validate_for_model
 from vico.cli import check_report, flags
+from vico.cli.check_answers import check_answers
 from vico.cli.evaluate import on_other_datasets
 from vico.data.datasets import find_dataset
 from vico.data.features import Features, Scan, common_width
 from vico.data.micro_batches import DatasetInputs
-from vico.data.prompts import Prompts, letter
+from vico.data.prompts import Prompts
 from vico.data.readers import captions as caption_files
 from vico.data.readers.captions import Captions
 from vico.data.types import Question
 from vico.distributed.world import World
-from vico.errors import UserError, fail, one_line, show
+from vico.errors import UserError, one_line
 from vico.io import log
 from vico.io.atomic import require_writable
-from vico.io.file_cache import FileCache, cache_key, file_stamp
+from vico.io.file_cache import FileCache
 from vico.io.paths import exists
 from vico.model.config import trainable_shapes
 from vico.train import input_notes, preflight, reporters, shared_digests, zero_stage
 from vico.train.config import RunConfig
+from vico.train.eval_captions import captioned
 from vico.train.preflight import BackboneFiles, Part
 from vico.train.resume import (
     find_start,
@@ -40,7 +41,7 @@ from vico.train.resume import (
     refuse_other_function,
     start_state,
 )
-from vico.train.settings import training_splits
+from vico.train.settings import evaluated_split, training_splits
 
 CHECK = (
     "Find the problems of a run's files before it starts: the flags of `vico train`, one process, "
@@ -97,6 +98,7 @@ class Check:
         for dataset in config.dataset_names:
             self._check_dataset(dataset)
         self._check_mixture()
+        self._try(self._check_eval_captions)
         self._report_all(input_notes.shared_video_notes(config, self._questions))
         self._report_all(check_report.shared_dataset_warnings(config, self._questions))
         for dataset in config.dataset_names:
@@ -198,6 +200,17 @@ class Check:
                 self._try(input_notes.mixture_notes, self.config, self._questions) or []
             )
 
+    def _check_eval_captions(self) -> None:
+        """Raises UserError where no video of the evaluated split has a caption."""
+        num, split = self.config.eval_captions, evaluated_split(self.config)
+        if num is None or split is None:
+            return
+        questions = preflight.joined(self._questions, [split])[split]
+        if not questions or self._captions.keys() < set(self.config.dataset_names):
+            return  # they could not be read
+        num_videos = len(captioned(questions, self._captions, split, num))
+        self._report(f"captions of {num_videos} {split} videos with each evaluation")
+
     def _check_features(self, dataset: str, features: Features) -> None:
         """Reads the whole file, also what no question uses: another split may use it later."""
         key = preflight.scan_key(features)
@@ -249,7 +262,15 @@ class Check:
             )
             if measured is not None:
                 self._report(f"{label}: sequences of {measured.lengths.describe()}")
-                self._try(self._check_answers, dataset, questions, self._backbone)
+                self._try(
+                    check_answers,
+                    config,
+                    dataset,
+                    questions,
+                    self._backbone,
+                    self._prompts[dataset],
+                    self._cache,
+                )
                 if dropped:
                     self._report(input_notes.usage_note(label, questions, dropped))
                 for note in input_notes.problem_notes(
@@ -257,42 +278,6 @@ class Check:
                 ):
                     self._report(note)
         self._report_all(check_report.repeated_question_warnings(label, questions))
-
-    def _check_answers(
-        self, dataset: str, questions: list[Question], backbone: BackboneFiles
-    ) -> None:
-        """The targets, decoded, are the answer's letter: no tokenizer lost it.
-
-        The dialogue is encoded apart from them.
-        """
-        config, tokenizer, prompts = self.config, backbone.tokenizer, self._prompts[dataset]
-        key = cache_key(
-            "answers",
-            dataset,
-            fingerprint.of_questions(questions),
-            file_stamp(backbone.tokenizer_path),
-            config.max_feats,
-            config.max_seq_len,
-        )
-        if self._cache.get(key):
-            return
-        num_faults = 0
-        first: tuple[str, str, str] | None = None
-        for q in questions:
-            expected = letter(q.answer or 0)
-            sequence = prompts.vqa(replace(q, dialogue=""), q.answer or 0)
-            text = tokenizer.decode([sequence.tokens[t] for t in sequence.targets[:-1]])
-            if text.strip() != expected or sequence.tokens[-1] != tokenizer.eos:
-                num_faults += 1
-                first = first or (q.place, text, expected)
-        if first is not None:
-            place, text, expected = first
-            fail(
-                f"{place}: of {num_faults} of {len(questions)} questions the targets are not the "
-                f"answer's letter, here {show(text)} for {expected}; {backbone.tokenizer_path} is "
-                "no LLaMA tokenizer: use the one that came with the weights"
-            )
-        self._cache.put(key, True)
 
     def _measure_captions(self, dataset: str) -> None:
         captions = self._captions.get(dataset)

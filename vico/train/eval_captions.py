@@ -1,6 +1,6 @@
 """--eval_captions: captions of some videos with each evaluation in training, and their metrics."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,24 +26,44 @@ class WrittenCaptions:
     metrics: dict[str, float]
 
 
+# The captions of each data set, by video.
+CaptionsOfAll = Mapping[str, Mapping[str, str]]
+
+
+def reference(question: Question, captions: CaptionsOfAll) -> str:
+    """The caption of a question's video, or an empty text."""
+    return question.caption.strip() or captions[question.dataset].get(question.video, "").strip()
+
+
+def captioned(
+    questions: Sequence[Question], captions: CaptionsOfAll, split: str, num: int
+) -> list[Question]:
+    """A question about each of the first `num` videos that have a caption.
+
+    Raises UserError where no video has one, or pycocoevalcap is not installed.
+    """
+    require_package()
+    first: dict[tuple[str, str], Question] = {}
+    for question in questions:
+        if reference(question, captions):
+            first.setdefault((question.dataset, question.video), question)
+    if not first:
+        raise UserError(
+            f"--eval_captions {num}: no video of {split} has a caption to compare with; add them "
+            "to the caption file, or leave the flag out"
+        )
+    return list(first.values())[:num]
+
+
 class CaptionedVideos:
     """The first videos of a split that have a caption, which is what theirs is compared with."""
 
     def __init__(self, inputs: Inputs, split: str, num: int, num_slots: int) -> None:
         """Raises UserError where no video has a caption, or pycocoevalcap is not installed."""
-        require_package()
         self._inputs, self._num_slots = inputs, num_slots
         self._tokenizer = Tokenizer(inputs.tokenizer_path)
-        first: dict[tuple[str, str], Question] = {}
-        for question in inputs.questions[split]:
-            if self._reference(question):
-                first.setdefault((question.dataset, question.video), question)
-        self._questions = list(first.values())[:num]
-        if not self._questions:
-            raise UserError(
-                f"--eval_captions {num}: no video of {split} has a caption to compare with; add "
-                "them to the caption file, or leave the flag out"
-            )
+        self._captions = {name: dataset.captions for name, dataset in inputs.datasets.items()}
+        self._questions = captioned(inputs.questions[split], self._captions, split, num)
         self._opening = self._usual_opening()
         words = show(self._tokenizer.decode(list(self._opening)).strip())
         asked = "" if len(self._questions) == num else f" (--eval_captions {num}: no more have one)"
@@ -51,11 +71,6 @@ class CaptionedVideos:
             f"captions of {len(self._questions)} {split} videos with each evaluation{asked}; they "
             f"begin with {words}, as most of training's do"
         )
-
-    def _reference(self, question: Question) -> str:
-        """The caption of a question's video, or an empty text."""
-        captions = self._inputs.datasets[question.dataset].captions
-        return question.caption.strip() or captions.get(question.video, "").strip()
 
     def _usual_opening(self) -> tuple[int, ...]:
         """The tokens with which most training captions begin: training has them as context only."""
@@ -79,7 +94,7 @@ class CaptionedVideos:
         texts = generate(model, prompts, self._tokenizer, GenerationSettings(), world)
         records = []
         for question, text in zip(self._questions, texts, strict=True):
-            references = [self._reference(question)]
+            references = [reference(question, self._captions)]
             records.append(caption_record(question.dataset, question.video, text, references))
         world.set_phase("measuring captions")
         return WrittenCaptions(records, _metrics(records) if world.is_main else {})
