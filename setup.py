@@ -32,6 +32,8 @@ VIDEO = ["av>=17,<19", TRANSFORMERS]
 CAPTIONS = ["pycocoevalcap>=1.2,<2", "pycocotools>=2.0.8,<3"]
 # The charts of `vico report`, drawn in the browser by a script inside the page.
 REPORT = ["plotly>=6,<8"]
+# Tasks of `vico cognition --tasks`. vico/train/language_tasks.py builds on its model class.
+LM_EVAL = ["lm-eval>=0.4.13,<0.5"]
 
 setup(
     name="vico",
@@ -76,6 +78,7 @@ setup(
         "video": VIDEO,
         "captions": CAPTIONS,
         "report": REPORT,
+        "lm-eval": LM_EVAL,
         # The plots of `bash benchmarks/run.sh report`.
         "benchmarks": ["matplotlib>=3.9,<4"],
         "dev": [
@@ -87,6 +90,7 @@ setup(
             *VIDEO,  # transformers is also the reference for the backbone's logits
             *CAPTIONS,
             *REPORT,
+            *LM_EVAL,
             "imageio-ffmpeg>=0.6,<1",  # the ffmpeg command, the reference for decoded frames
             "playwright>=1.50,<2",  # opens the report's page in a Chromium that is there
             "peft>=0.17,<1",  # its reader opens what `vico export` writes

@@ -100,9 +100,24 @@ def test_beams_of_videos_packed_and_alone(toy: ToyData, models: Models, alone: W
         assert text.log_probabilities == pytest.approx(scored(model, prompt, text), abs=1e-5)
 
 
+def test_a_text_ends_with_a_stop() -> None:
+    """With the token that completes it; the others go on, to EOS or the most tokens."""
+
+    def decode(ids: list[int]) -> str:
+        return "".join("abcd"[i] for i in ids)
+
+    settings = GenerationSettings(max_new_tokens=4, stop=("ca", "dd"))
+    search = TokenByToken([0, 1, 2], settings, 3, decode)
+    tokens = torch.tensor([[2, 0, 1], [0, 3, 2], [0, 0, 1], [0, 0, 2]])
+    for step, running in enumerate(([0, 1, 2], [0, 1, 2], [2], [2])):
+        ids, parents = search.advance(torch.eye(4)[tokens[step, running]].log_softmax(dim=1))
+    assert ids == parents == []
+    assert [decode(h.token_ids) for h in search.results()] == ["ca", "ad", "bcbc"]
+
+
 def draws(settings: GenerationSettings, log_probabilities_W: Tensor, num: int) -> Tensor:
     """[W]: how often each token is drawn first, for `num` sequences."""
-    search = TokenByToken(list(range(num)), settings, eos=-1)
+    search = TokenByToken(list(range(num)), settings, -1, decode=str)
     search.advance(log_probabilities_W.expand(num, -1))
     ids = [hypothesis.token_ids[0] for hypothesis in search.results()]
     return torch.bincount(torch.tensor(ids), minlength=len(log_probabilities_W))

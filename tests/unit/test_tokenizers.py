@@ -112,6 +112,25 @@ def test_sentencepiece_in_json(toy: ToyData, tmp_path: Path) -> None:
     assert own.caption("the dog: a red ball. é") == other.caption("the dog: a red ball. é")
 
 
+def test_bos_is_added_where_its_makers_do(files: dict[str, Path], tmp_path: Path) -> None:
+    """Every LLaMA's do. A tokenizer.json says it, in one processor or in a list of them."""
+    assert all(Tokenizer(path).adds_bos for path in files.values())
+    content = json.loads(files["hf"].read_text())
+    template = content["post_processor"]["processors"][1]
+    path = tmp_path / "tokenizer.json"
+    bare = {**template, "single": template["single"][1:]}
+    for processor, adds in ((template, True), (bare, False), (None, False)):
+        path.write_text(json.dumps(content | {"post_processor": processor}))
+        assert Tokenizer(path).adds_bos == adds
+
+
+def test_special_tokens_are_no_text(files: dict[str, Path]) -> None:
+    for path in files.values():
+        tokenizer = Tokenizer(path)
+        ids = [tokenizer.bos, *tokenizer.encode("a red ball"), tokenizer.eos]
+        assert tokenizer.decode(ids).strip() == "a red ball"
+
+
 def test_find_tokenizer(files: dict[str, Path], tmp_path: Path) -> None:
     own = tmp_path / "8B"
     own.mkdir()

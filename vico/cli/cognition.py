@@ -1,5 +1,6 @@
 """`vico cognition`: what a checkpoint's adapter does to plain language."""
 
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,19 +12,21 @@ from vico.cli.flags import make_parser, read_flags, require_resume
 from vico.cli.parser import SettingsParser, path_argument, positive_int
 from vico.cli.with_world import with_world
 from vico.errors import UserError
+from vico.io.paths import is_folder
 
 if TYPE_CHECKING:  # they import torch, which is slow; a mistyped flag is reported before
     from vico.data.text_windows import Text
     from vico.distributed.world import World
     from vico.train.asking import AskedModel
 
-USAGE = "--resume CHECKPOINT [--text FILE ...] [--questions] [FLAGS]"
+USAGE = "--resume CHECKPOINT [--text FILE ...] [--questions] [--tasks TASK ...] [FLAGS]"
 DESCRIPTION = (
     "Measure what a checkpoint's adapter (--resume) does to plain language. The frozen LLaMA and "
     "the adapted one predict the same text, without a video: perplexity of both, KL(frozen || "
     "adapted) per token in nats, how often both find the same token the likeliest, per file and by "
     "position in the window. --questions also answers the questions of --split by their text "
-    "alone, with and without the adapter. Settings come from the checkpoint, as for `vico eval`. "
+    "alone, with and without the adapter. --tasks runs tasks of lm-evaluation-harness on both. "
+    "Settings come from the checkpoint, as for `vico eval`. "
     "The last line printed is a JSON object. "
     "Example: vico cognition --resume runs/a --text book.txt."
 )
@@ -36,13 +39,17 @@ class Request:
     """What is measured, as the flags say it."""
 
     texts: tuple[Path, ...]
-    window: int | None  # None: DEFAULT_WINDOW, or the model's own if that is shorter
+    window: int | None  # None: a default, or the model's own if that is shorter
     questions: bool
+    tasks: tuple[str, ...] = ()
+    include_path: Path | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
 
-    def window_of(self, longest: int | None) -> int:
+    def window_of(self, longest: int | None, default: int = DEFAULT_WINDOW) -> int:
         """Positions of a window. `longest`: that the model sees. Raises UserError."""
         if self.window is None:
-            return min(DEFAULT_WINDOW, longest or DEFAULT_WINDOW)
+            return min(default, longest or default)
         if longest is not None and self.window > longest:
             raise UserError(
                 f"--window {self.window}: this model sees {longest} tokens; lower it to that"
@@ -62,6 +69,8 @@ def main(argv: list[str]) -> int:
         result: dict[str, Any] = {}
         if request.texts:
             result |= _measure_texts(request, model, world)
+        if request.tasks:  # before the questions, which close the gates
+            result["tasks"] = _run_tasks(request, model)
         if request.questions:
             result["without_video"] = _measure_questions(model, world)
         world.print_rank0(json.dumps(result))
@@ -83,8 +92,16 @@ def _add_own(parser: SettingsParser) -> None:
         "--questions",
         action="store_true",
         help="the accuracy on --split without the video, with and without the adapter (default "
-        "without --text)",
+        "without --text and --tasks)",
     )
+    text = "of lm-evaluation-harness, by its names: hellaswag,arc_easy (extra: lm-eval)"
+    add("--tasks", nargs="+", metavar="TASK", help=text)
+    text = "a folder of further tasks; its files may run code, so it must be one you trust"
+    add("--include_path", type=path_argument, metavar="FOLDER", help=text)
+    text = "examples before each question of a task (default: what the task says, else 0)"
+    add("--num_fewshot", type=int, metavar="N", help=text)
+    text = "only the first N documents of each task (default: all)"
+    add("--limit", type=positive_int, metavar="N", help=text)
 
 
 def _request(typed: Mapping[str, Any]) -> Request:
@@ -98,7 +115,49 @@ def _request(typed: Mapping[str, Any]) -> Request:
     for i, path in enumerate(texts):
         if path in texts[:i]:
             raise UserError(f"--text: {path} is there twice; name each file once")
-    return Request(texts, window, typed.get("questions", False) or not texts)
+    names = tuple(part for word in typed.get("tasks", ()) for part in word.split(",") if part)
+    _check_tasks(typed, names)
+    return Request(
+        texts,
+        window,
+        typed.get("questions", False) or not (texts or names),
+        names,
+        typed.get("include_path"),
+        typed.get("num_fewshot"),
+        typed.get("limit"),
+    )
+
+
+def _check_tasks(typed: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raises UserError for flags of tasks that cannot be followed."""
+    if not names:
+        for flag in ("tasks", "include_path", "num_fewshot", "limit"):
+            if flag in typed:
+                raise UserError(f"--{flag}: needs tasks; name some by --tasks hellaswag,arc_easy")
+        return
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            "--tasks: needs the package lm_eval, which is not installed; pip install '.[lm-eval]'"
+        )
+    if typed.get("num_fewshot", 0) < 0:
+        raise UserError(f"--num_fewshot {typed['num_fewshot']}: must be 0 or more")
+    folder = typed.get("include_path")
+    if folder is not None and not is_folder(folder):
+        raise UserError(f"--include_path {folder}: no such folder; it holds the files of tasks")
+
+
+def _run_tasks(request: Request, model: "AskedModel") -> dict[str, Any]:
+    # Imports lm_eval, an extra.
+    from vico.train.language_tasks import DEFAULT_CONTEXT, TaskRequest, run_tasks, tasks_table
+
+    longest = model.inputs.weights.config.sliding_window
+    context = request.window_of(longest, DEFAULT_CONTEXT)
+    wanted = TaskRequest(
+        request.tasks, request.include_path, request.num_fewshot, request.limit, context
+    )
+    metrics = run_tasks(model, wanted)
+    model.world.print_rank0(tasks_table(metrics))
+    return metrics
 
 
 def _measure_texts(request: Request, model: "AskedModel", world: "World") -> dict[str, Any]:

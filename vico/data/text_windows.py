@@ -40,7 +40,7 @@ def open_text(path: Path, tokenizer: Tokenizer) -> Text:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Tokens [start, stop) of all texts, counted through."""
+    """Targets [start, stop) of all windows, counted through: of texts, their tokens."""
 
     start: int
     stop: int
@@ -60,9 +60,10 @@ def windows(texts: Sequence[Text], bos: int, length: int) -> list[Window]:
     return made
 
 
-def text_sequence(tokens: tuple[int, ...]) -> TokenSequence:
-    """A sequence without video slots, every token but the first a target."""
-    return TokenSequence("text", tokens, range(1, len(tokens)), video_start=len(tokens))
+def text_sequence(tokens: tuple[int, ...], first_target: int = 1) -> TokenSequence:
+    """A sequence without video slots, every token from `first_target` on a target."""
+    targets = range(first_target, len(tokens))
+    return TokenSequence("text", tokens, targets, video_start=len(tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +81,15 @@ class TextChunks(Dataset[TextChunk]):
     """
 
     def __init__(
-        self, made: Sequence[Window], features_0FC: torch.Tensor, rank: int, world_size: int
+        self,
+        made: Sequence[Window],
+        features_0FC: torch.Tensor,
+        rank: int,
+        world_size: int,
+        share: bool = False,
     ) -> None:
         """`features_0FC`: no clip, of the shape that the model takes."""
-        self._features_0FC, self._dummy = features_0FC, made[:1]
+        self._features_0FC, self._dummy, self._share = features_0FC, made[:1], share
         self._chunks = share_of(_divide(made), rank, world_size)
 
     def __len__(self) -> int:
@@ -92,7 +98,7 @@ class TextChunks(Dataset[TextChunk]):
     def __getitem__(self, item: int) -> TextChunk:
         chunk = self._chunks[item]
         examples = [Example(w.sequence, clip=0, task=0) for w in chunk or self._dummy]
-        return TextChunk(tuple(chunk), pack(examples, self._features_0FC, share=False))
+        return TextChunk(tuple(chunk), pack(examples, self._features_0FC, self._share))
 
 
 def _divide(made: Sequence[Window]) -> list[list[Window]]:

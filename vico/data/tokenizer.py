@@ -43,6 +43,7 @@ class Backend(Protocol):
     vocab_size: int
     bos: int  # negative: there is none
     eos: int
+    adds_bos: bool  # whether its makers put BOS before every text
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -75,6 +76,7 @@ class Tokenizer:
         self.has_bos = self.bos >= 0
         if not self.has_bos:
             self.bos = self.eos
+        self.adds_bos = self.has_bos and self._backend.adds_bos
         self.newline = self._newline()
 
     def _newline(self) -> int:
@@ -224,6 +226,8 @@ def _open_backend(data: bytes, path: Path) -> Backend:
 
 
 class _SentencePiece:
+    adds_bos = True
+
     def __init__(self, data: bytes, path: Path) -> None:
         from sentencepiece import SentencePieceProcessor
 
@@ -264,6 +268,8 @@ class _SentencePiece:
 
 class _Tiktoken:
     """LLaMA-3's file. Each line holds a piece in base64 and its rank, which is its id."""
+
+    adds_bos = True
 
     def __init__(self, data: bytes, path: Path) -> None:
         try:
@@ -343,6 +349,7 @@ class _HuggingFace:
                 f"{path}: not UTF-8 (byte offset {problem.start}); copy it again"
             ) from None
         content: dict[str, Any] = parse_json(text, path, 1)
+        self.adds_bos = tokenizer_json.begins_with_special(content)
         # Without the post-processor, offsets keep their blanks.
         content |= tokenizer_json.UNUSED
         try:
@@ -369,7 +376,7 @@ class _HuggingFace:
         return pieces.ids, [end for _, end in pieces.offsets]
 
     def decode(self, ids: list[int]) -> str:
-        return self._model.decode(ids, skip_special_tokens=False)
+        return self._model.decode(ids, skip_special_tokens=True)  # as the other kinds do
 
     def find_id(self, piece: str) -> int | None:
         found: int | None = self._model.token_to_id(piece)

@@ -12,6 +12,22 @@ from vico.io.digest import digest_json
 UNUSED = {"post_processor": None, "truncation": None, "padding": None}
 
 
+def begins_with_special(content: dict[str, Any]) -> bool:
+    """Whether the file's own post-processor puts a special token before a text."""
+    return _puts_first(content.get("post_processor"))
+
+
+def _puts_first(processor: Any) -> bool:
+    """`processor`: of a text, or a list of several one after another."""
+    if not isinstance(processor, dict):
+        return False
+    if processor.get("type") == "Sequence":
+        parts = processor.get("processors")
+        return isinstance(parts, list) and any(map(_puts_first, parts))
+    template = processor.get("single")
+    return isinstance(template, list) and bool(template) and "SpecialToken" in template[0]
+
+
 def digest(content: dict[str, Any]) -> str:
     """Of what the file says of its function."""
     return digest_json(_in_one_form(content | UNUSED))

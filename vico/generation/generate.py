@@ -62,7 +62,7 @@ class Generated:
     text: str
     token_ids: tuple[int, ...]
     log_probabilities: tuple[float, ...]
-    is_cut: bool  # it would have gone on after max_new_tokens
+    is_cut: bool  # it would have gone on after max_new_tokens, without EOS or a stop text
 
 
 def generate(
@@ -86,12 +86,15 @@ def generate(
         own = batches[first : first + world.size][world.rank : world.rank + 1]
         places = own[0] if own else [0]  # a rank without a batch runs one for the others' sake
         batch = [prompts[place] for place in places]
-        hypotheses = _run_batch(model, batch, tokenizer.eos, settings, world)
+        hypotheses = _run_batch(model, batch, tokenizer, settings, world)
         if own:
             found |= dict(zip(places, hypotheses, strict=True))
     for other in world.gather_objects(found):
         found |= other
-    return [_finished(prompts[place], found[place], tokenizer) for place in range(len(prompts))]
+    return [
+        _finished(prompts[place], found[place], tokenizer, settings)
+        for place in range(len(prompts))
+    ]
 
 
 def _require_room(model: ViCo, prompts: Sequence[Prompt], settings: GenerationSettings) -> None:
@@ -121,7 +124,7 @@ def _divide(prompts: Sequence[Prompt], settings: GenerationSettings) -> list[lis
 def _run_batch(
     model: ViCo,
     prompts: Sequence[Prompt],
-    eos: int,
+    tokenizer: Tokenizer,
     settings: GenerationSettings,
     world: World,
 ) -> list[Hypothesis]:
@@ -130,9 +133,11 @@ def _run_batch(
     features_VFC = torch.stack([prompt.features_FC for prompt in prompts])
     stream = pack(examples, features_VFC).to(world.device)
     cache = KeyValueCache(model.config.n_layers, stream)
+    eos = tokenizer.eos
     search: Search = BeamSearch(len(prompts), settings, eos)
     if settings.num_beams == 1:
-        search = TokenByToken([prompt.key for prompt in prompts], settings, eos)
+        keys = [prompt.key for prompt in prompts]
+        search = TokenByToken(keys, settings, eos, tokenizer.decode)
     logits_BW = model(stream, cache)[stream.token_rows_N]  # equal prompts share a row
     ids, parents = search.advance(logits_BW.log_softmax(dim=1))
     while world.max(len(ids)):
@@ -167,7 +172,9 @@ def next_rows(ids_B: Tensor, positions_B: Tensor, no_features_VFC: Tensor) -> Pa
     )
 
 
-def _finished(prompt: Prompt, hypothesis: Hypothesis, tokenizer: Tokenizer) -> Generated:
+def _finished(
+    prompt: Prompt, hypothesis: Hypothesis, tokenizer: Tokenizer, settings: GenerationSettings
+) -> Generated:
     ids, log_probabilities = hypothesis.token_ids, hypothesis.log_probabilities
     if not torch.tensor(log_probabilities).isfinite().all():
         raise TrainingError(
@@ -176,4 +183,5 @@ def _finished(prompt: Prompt, hypothesis: Hypothesis, tokenizer: Tokenizer) -> G
         )
     has_ended = ids[-1] == tokenizer.eos
     text = tokenizer.decode([*prompt.opening, *(ids[:-1] if has_ended else ids)]).strip()
-    return Generated(text, tuple(ids), tuple(log_probabilities), is_cut=not has_ended)
+    is_cut = not has_ended and not settings.has_stopped(tokenizer.decode(ids))
+    return Generated(text, tuple(ids), tuple(log_probabilities), is_cut)

@@ -1,5 +1,6 @@
 """How the next tokens of some sequences are chosen from the model's probabilities."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -36,9 +37,15 @@ class Search(Protocol):
 class TokenByToken:
     """Each sequence goes on with its likeliest token, or with one that is drawn."""
 
-    def __init__(self, keys: list[int], settings: GenerationSettings, eos: int) -> None:
+    def __init__(
+        self,
+        keys: list[int],
+        settings: GenerationSettings,
+        eos: int,
+        decode: Callable[[list[int]], str],
+    ) -> None:
         """`keys`: of each sequence; with the seed they determine what is drawn for it."""
-        self._settings, self._eos = settings, eos
+        self._settings, self._eos, self._decode = settings, eos, decode
         self._hypotheses = [Hypothesis() for _ in keys]
         self._generators = [np.random.default_rng([settings.seed, key]) for key in keys]
         self._running = list(range(len(keys)))  # the sequence of each row
@@ -53,13 +60,17 @@ class TokenByToken:
             hypothesis = self._hypotheses[sequence]
             hypothesis.token_ids.append(token)
             hypothesis.log_probabilities.append(log_probability)
-            is_full = len(hypothesis.token_ids) == self._settings.max_new_tokens
-            if token != self._eos and not is_full:
+            if token != self._eos and not self._has_ended(hypothesis.token_ids):
                 ids.append(token)
                 parents.append(row)
                 running.append(sequence)
         self._running = running
         return ids, parents
+
+    def _has_ended(self, ids: list[int]) -> bool:
+        if len(ids) == self._settings.max_new_tokens:
+            return True
+        return bool(self._settings.stop) and self._settings.has_stopped(self._decode(ids))
 
     def _choose(self, log_probabilities_BW: Tensor) -> Tensor:
         temperature, top_p = self._settings.temperature, self._settings.top_p

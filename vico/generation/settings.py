@@ -26,6 +26,8 @@ class GenerationSettings:
     # True: once as many texts have ended as there are beams. False: once no better one is likely.
     # "never": once no better one is possible.
     early_stopping: bool | Literal["never"] = False
+    # A text ends with the token that completes one of these; it is part of the text.
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -41,6 +43,9 @@ class GenerationSettings:
             raise UserError(f"--top_p {self.top_p}: chooses among drawn tokens; add --temperature")
         self._check_beams()
 
+    def has_stopped(self, text: str) -> bool:
+        return any(stop in text for stop in self.stop)
+
     def _check_beams(self) -> None:
         if self.num_beams < 1:
             raise UserError(f"--num_beams {self.num_beams}: must be at least 1")
@@ -49,6 +54,8 @@ class GenerationSettings:
                 f"--num_beams {self.num_beams}: beams are the likeliest, and --temperature draws; "
                 "leave one of them out"
             )
+        if self.num_beams > 1 and self.stop:
+            raise UserError(f"num_beams {self.num_beams}: beams end with EOS only, and not by stop")
         if not -MAX_LENGTH_PENALTY <= self.length_penalty <= MAX_LENGTH_PENALTY:
             raise UserError(
                 f"--length_penalty {self.length_penalty}: must be from -{MAX_LENGTH_PENALTY} "

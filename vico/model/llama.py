@@ -69,7 +69,7 @@ class OutputHead(nn.Module):
         """Cross-entropy [N], fp32, of token ids_N[n] at row rows_N[n] of h_RD.
 
         Without targets: the logits [R, W] in fp32, as generation needs them. With the frozen
-        model's `frozen_RD`: `compare_predictions` [4, N].
+        model's `frozen_RD`: `compare_predictions` [6, N].
         """
         if rows_N is None or ids_N is None:
             return vocabulary_logits(h_RD, self.weight)

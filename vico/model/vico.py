@@ -53,7 +53,7 @@ class ViCo(Llama):
 
         With a cache, which gets the keys and values of the batch's rows: the logits [R, W] of the
         wanted rows, in fp32. With `compare`: how the frozen and the adapted model predict the token
-        targets, `compare_predictions` [4, N], by two passes over the stream.
+        targets, `compare_predictions` [6, N], by two passes over the stream.
         """
         prompts_GAD = self._prompts(batch.token_ids_T.device)
         projected_VFD = self.visual_proj(batch.features_VFC)

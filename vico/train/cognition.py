@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vico.data.micro_batches import DatasetInputs
-from vico.data.text_windows import Text, TextChunks, windows
+from vico.data.text_windows import Text, TextChunks, Window, windows
 from vico.data.types import Question
 from vico.distributed.world import World
 from vico.errors import TrainingError
@@ -25,7 +25,7 @@ from vico.train.progress_bar import ProgressBar
 
 # Where the ranges of positions begin that are reported apart.
 POSITION_RANGES = (1, 2, 4, 16, 64, 256, 1024, 4096)
-NUM_MEASURES = 4  # of a token: two cross-entropies, KL, whether the likeliest tokens agree
+NUM_MEASURES = 6  # of a token, by compare_predictions of model/ops/logits.py
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,13 @@ class Measured:
     losses_adapted: float
     kl: float  # sum of KL(frozen || adapted), nats
     num_agreeing: int  # tokens where both models find the same one the likeliest
+    num_right_frozen: int  # tokens that the model found the likeliest
+    num_right_adapted: int
 
     @classmethod
-    def of(cls, measures_4N: Tensor) -> "Measured":
-        frozen, adapted, kl, agreeing = measures_4N.sum(dim=1).tolist()
-        return cls(measures_4N.shape[1], frozen, adapted, kl, int(agreeing))
+    def of(cls, measures_6N: Tensor) -> "Measured":
+        frozen, adapted, kl, *counts = measures_6N.sum(dim=1).tolist()
+        return cls(measures_6N.shape[1], frozen, adapted, kl, *map(int, counts))
 
     def to_json(self, num_bytes: int | None = None) -> dict[str, Any]:
         """`num_bytes`: of the whole text, which tells the bits per byte."""
@@ -52,6 +54,8 @@ class Measured:
             "perplexity_adapted": _exp(self.losses_adapted / n),
             "kl_per_token": self.kl / n,
             "top1_agreement": self.num_agreeing / n,
+            "top1_accuracy_frozen": self.num_right_frozen / n,
+            "top1_accuracy_adapted": self.num_right_adapted / n,
         }
         if num_bytes is not None:
             for name in ("frozen", "adapted"):
@@ -70,18 +74,18 @@ class TextMeasures:
     """Every token of some texts, measured."""
 
     texts: Sequence[Text]
-    measures_4N: Tensor  # float64, on the host, in the order of the texts
+    measures_6N: Tensor  # float64, on the host, in the order of the texts
     positions_N: Tensor  # int64: of each token in its window; BOS is 0
 
     def to_json(self) -> dict[str, Any]:
         """All texts together; then each, and each range of positions."""
-        result = Measured.of(self.measures_4N).to_json(sum(t.num_bytes for t in self.texts))
+        result = Measured.of(self.measures_6N).to_json(sum(t.num_bytes for t in self.texts))
         result["files"] = {str(text.path): part for text, part in self._files()}
         result["positions"] = self._positions()
         return result
 
     def _files(self) -> list[tuple[Text, dict[str, Any]]]:
-        parts = self.measures_4N.split([len(t.token_ids) for t in self.texts], dim=1)
+        parts = self.measures_6N.split([len(t.token_ids) for t in self.texts], dim=1)
         pairs = zip(self.texts, parts, strict=True)
         return [(text, Measured.of(part).to_json(text.num_bytes)) for text, part in pairs]
 
@@ -92,7 +96,7 @@ class TextMeasures:
             inside_N = (self.positions_N >= first) & (self.positions_N < after)
             if inside_N.any():
                 last = int(self.positions_N[inside_N].max())
-                part = Measured.of(self.measures_4N[:, inside_N])
+                part = Measured.of(self.measures_6N[:, inside_N])
                 rows.append({"first": first, "last": last, **part.to_json()})
         return rows
 
@@ -103,7 +107,7 @@ class TextMeasures:
         for text, part in self._files():
             rows.append(_row(text.path.name, part))
         if len(self.texts) > 1:
-            rows.append(_row("all texts", Measured.of(self.measures_4N).to_json()))
+            rows.append(_row("all texts", Measured.of(self.measures_6N).to_json()))
         for part in self._positions():
             rows.append(_row(f"positions {part['first']} to {part['last']}", part))
         return "\n".join(rows)
@@ -127,12 +131,30 @@ def measure_texts(
     bit. Raises TrainingError for losses that are not finite, Stopped on a stop signal.
     """
     made = windows(texts, bos, window)
+    what = f"{made[-1].stop:,} tokens of text"
+    table_6N = measure_windows(engine, made, inputs, world, what)
+    positions_N = torch.cat([torch.arange(1, w.stop - w.start + 1) for w in made])
+    return TextMeasures(texts, table_6N, positions_N)
+
+
+def measure_windows(
+    engine: Engine,
+    made: Sequence[Window],
+    inputs: Inputs,
+    world: World,
+    what: str,
+    share: bool = False,
+) -> Tensor:
+    """`compare_predictions` float64 [6, N] of the windows' targets, in their order.
+
+    A collective: all ranks give the same windows and get all measures. `what`: named by the
+    progress. `share`: equal beginnings of windows run once. Raises as `measure_texts` does.
+    """
     num_slots = inputs.trainable_shapes["temporal_emb.weight"][0]
     width = inputs.trainable_shapes["visual_proj.weight"][1]
-    chunks = TextChunks(made, torch.zeros(0, num_slots, width), world.rank, world.size)
-    num_tokens = made[-1].stop
-    table_4N = torch.zeros(NUM_MEASURES, num_tokens, dtype=torch.float64)
-    what = f"{num_tokens:,} tokens of text"
+    no_features = torch.zeros(0, num_slots, width)
+    chunks = TextChunks(made, no_features, world.rank, world.size, share)
+    table_6N = torch.zeros(NUM_MEASURES, made[-1].stop, dtype=torch.float64)
     engine.train(False)
     with (
         torch.no_grad(),
@@ -141,20 +163,19 @@ def measure_texts(
         for number in range(len(chunks)):
             chunk = chunks[number]
             world.set_phase(f"batch {number + 1} of the texts")
-            measures_4n = engine.compare(chunk.batch.to(world.device)).cpu()
+            measures_6n = engine.compare(chunk.batch.to(world.device)).cpu()
             if chunk.windows:
-                table_4N[:, chunk.windows[0].start : chunk.windows[-1].stop] = measures_4n
+                table_6N[:, chunk.windows[0].start : chunk.windows[-1].stop] = measures_6n
             bar.advance()
             if (number + 1) % CHUNKS_PER_STOP_CHECK == 0:
                 world.raise_if_stopped(f"stopped in the measurement of {what}; start it again")
-    world.sum(table_4N)  # each token is one rank's, so no bit changes
-    if not table_4N.isfinite().all():
+    world.sum(table_6N)  # each token is one rank's, so no bit changes
+    if not table_6N.isfinite().all():
         raise TrainingError(
             "the losses of the texts are not finite; try --precision bf16 or fp32, or another "
             "checkpoint"
         )
-    positions_N = torch.cat([torch.arange(1, w.stop - w.start + 1) for w in made])
-    return TextMeasures(texts, table_4N, positions_N)
+    return table_6N
 
 
 def scores_without_video(

@@ -23,26 +23,30 @@ def vocabulary_logits(h_RD: Tensor, weight_WD: Tensor) -> Tensor:
 def compare_predictions(
     frozen_RD: Tensor, adapted_RD: Tensor, weight_WD: Tensor, rows_N: Tensor, ids_N: Tensor
 ) -> Tensor:
-    """How two models predict tokens ids_N at rows rows_N, float64 [4, N].
+    """How two models predict tokens ids_N at rows rows_N, float64 [6, N].
 
     The cross-entropy of the frozen and of the adapted model; KL(frozen || adapted) of what they
-    predict, sum_w p_w (log p_w - log q_w) in nats (Kullback and Leibler, 1951); and 1 where both
-    find the same token the likeliest. Logits are held for some targets at a time.
+    predict, sum_w p_w (log p_w - log q_w) in nats (Kullback and Leibler, 1951); 1 where both find
+    the same token the likeliest; and 1 where this is the target, of the frozen and of the adapted
+    model. Logits are held for some targets at a time.
     """
-    parts = [frozen_RD.new_empty(4, 0, dtype=torch.float64)]
+    parts = [frozen_RD.new_empty(6, 0, dtype=torch.float64)]
     for chunk in row_chunks(len(ids_N), weight_WD):
         p_CW, q_CW = (
             vocabulary_logits(h_RD[rows_N[chunk]], weight_WD).double().log_softmax(dim=-1)
             for h_RD in (frozen_RD, adapted_RD)
         )
         ids_C1 = ids_N[chunk, None]
+        p_top_C, q_top_C = p_CW.argmax(dim=-1), q_CW.argmax(dim=-1)
         parts.append(
             torch.stack(
                 [
                     -p_CW.gather(1, ids_C1)[:, 0],
                     -q_CW.gather(1, ids_C1)[:, 0],
                     (p_CW.exp() * (p_CW - q_CW)).sum(dim=-1),
-                    (p_CW.argmax(dim=-1) == q_CW.argmax(dim=-1)).double(),
+                    (p_top_C == q_top_C).double(),
+                    (p_top_C == ids_C1[:, 0]).double(),
+                    (q_top_C == ids_C1[:, 0]).double(),
                 ]
             )
         )
