@@ -62,7 +62,7 @@ def test_recomputation_avoids_off_loading() -> None:
     free = plan(plan_request("7B", small))
     flags = f"--checkpoint_activations {free.checkpointing} --max_tokens {free.max_tokens}"
     assert free.num_checkpointed > 0
-    assert on_16.notes == (f"faster, as weights stay on the GPU: {flags} (under zero2)",)
+    assert on_16.notes[0] == f"faster, as weights stay on the GPU: {flags} (under zero2)"
     assert choice("7B", small, checkpoint_activations="full").name.startswith("ZeRO-2 (")
 
 
@@ -73,13 +73,30 @@ def test_evaluation_keeps_nothing_for_backward() -> None:
 
 def test_a_run_that_seems_too_large_is_tried() -> None:
     """With a warning that names what fits."""
-    large = choice("65B", Hardware(GPUS["H100"], 8), batch_size=64)
+    large = choice("65B", Hardware(GPUS["H100"], 8), batch_size=64, max_tokens=0)
     assert large.ds_config["zero_optimization"]["stage"] == 3
     (note,) = large.notes
     assert note.startswith("warning: memory may run out: 65B on 8 x H100: does not fit; ")
     remedy = r"; what fits: --checkpoint_activations \d+ --max_tokens 8192 \(under zero3\)$"
     assert re.search(remedy, note)
     assert "offload_param" in choice("65B", Hardware(gpu_of_size(8))).ds_config["zero_optimization"]
+
+
+def test_a_gpu_gets_the_planners_token_budget() -> None:
+    """Where --max_tokens is not given; a named ds_config gets that of its stage. 0 turns it off."""
+    h100s = Hardware(GPUS["H100"], 8)
+    free = plan(plan_request("65B", h100s, num_checkpointed=0))
+    for named in ("auto", "zero3"):
+        chosen = choice("65B", h100s, deepspeed=named)
+        assert chosen.max_tokens == free.max_tokens < 8192
+        (note,) = chosen.notes
+        assert note.startswith(f"--max_tokens {free.max_tokens}: not given, so the planner's, ")
+        for budget in (0, 1000):
+            assert choice("65B", h100s, deepspeed=named, max_tokens=budget).max_tokens is None
+    assert choice("7B", h100s).max_tokens == 8192
+    assert choice("7B", None).max_tokens is None, "a CPU"
+    does_not_fit = choice("65B", Hardware(gpu_of_size(8)))
+    assert does_not_fit.max_tokens is None
 
 
 def test_more_recomputed_layers_than_the_model_has() -> None:
@@ -114,7 +131,7 @@ def test_frozen_weights_are_divided_within_each_node_where_that_fits(tmp_path: P
         assert "frozen_shards" not in nodes_choice(None, deepspeed=name).ds_config
     small = Hardware(gpu_of_size(24), 8, 2)
     assert nodes_choice(small, deepspeed="zero3", max_tokens=1024).name == "ZeRO-3"
-    assert choice("65B", h100s, deepspeed="zero3", **fits).name == "ZeRO-3"  # nodes of one rank
+    assert choice("65B", Hardware(GPUS["H100"], 16), deepspeed="zero3", **fits).name == "ZeRO-3"
     own = json.loads((SHIPPED_CONFIGS / "zero3.json").read_text())
     (tmp_path / "own.json").write_text(json.dumps({**own, "frozen_shards": "all"}))
     assert nodes_choice(h100s, deepspeed=str(tmp_path / "own.json"), **fits).name == "ZeRO-3"

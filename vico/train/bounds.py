@@ -19,7 +19,7 @@ BOUNDS: dict[str, tuple[float, float, str]] = {
     **dict.fromkeys(("cap", "blr", "min_lr", "weight_decay", "warmup_epochs"), _NOT_NEGATIVE),
     **dict.fromkeys(("lr", "tau"), _POSITIVE),
     **dict.fromkeys(("collective_timeout", "hang_timeout"), _MINUTES),
-    **dict.fromkeys(("save_steps", "save_total_limit"), _COUNT_OR_0),
+    **dict.fromkeys(("save_steps", "save_total_limit", "max_tokens"), _COUNT_OR_0),
     "bias": (-MAX_FLOAT, MAX_FLOAT, "finite"),
     "num_workers": (0, 1024, "a whole number from 0 to 1024"),
     "seed": (0, MAX_SEED, f"a whole number from 0 to {MAX_SEED}"),

@@ -53,6 +53,7 @@ class Inputs:
     trainable_shapes: dict[str, tuple[int, ...]]
     ds_config: dict[str, Any]
     stage: str  # which ZeRO stage, and why
+    max_tokens: int | None  # the planner's, where none is given
     notes: tuple[str, ...]
     tokenizer_path: Path
     files: InputFiles  # to be compared with the disk before anything is saved
@@ -109,6 +110,7 @@ class _Opened:
             trainable_shapes=trainable_shapes(backbone.weights.config, *sizes),
             ds_config=self.stage.ds_config,
             stage=self.stage.name,
+            max_tokens=self.stage.max_tokens,
             notes=(*self.stage.notes, *backbone.notes, *notes),
             tokenizer_path=backbone.tokenizer_path,
             files=self.files,

@@ -140,8 +140,8 @@ class RunConfig:
     max_tokens: int | None = _flag(
         None,
         OPTIMIZATION,
-        "maximum tokens per micro-batch; a step's questions are then split by tokens instead of "
-        "by --batch_size",
+        "maximum tokens per micro-batch, by which a step's questions are split; 0: by --batch_size "
+        "(default: on a GPU the planner's, on a CPU 0; a resumed run keeps its own)",
     )
     accum_iter: int = _flag(1, OPTIMIZATION, "micro-batches per optimizer step")
     epochs: int = _flag(

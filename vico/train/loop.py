@@ -91,14 +91,15 @@ def _print_start(run: Run) -> None:
     if run.world.is_main:
         first, last = run.state.step + 1, run.last_step
         per_epoch, questions = run.steps.steps_per_epoch, run.steps.questions_per_step
-        log.fields(
-            {
-                "zero": run.inputs.stage,
-                "precision": run.config.precision,
-                "computed by": run.engine.attention,
-                "steps": f"{first} to {last}, {per_epoch} per epoch, {questions} questions each",
-            }
-        )
+        fields = {
+            "zero": run.inputs.stage,
+            "precision": run.config.precision,
+            "computed by": run.engine.attention,
+            "steps": f"{first} to {last}, {per_epoch} per epoch, {questions} questions each",
+        }
+        if run.config.max_tokens:
+            fields["micro-batches"] = f"at most {run.config.max_tokens:,} tokens each"
+        log.fields(fields)
 
 
 def _open_log(run: Run) -> tuple[RunLog, int | None]:

@@ -52,6 +52,26 @@ def find_start(config: RunConfig) -> Start:
     return _resume_own(config, output_dir, saved)
 
 
+def keep_max_tokens(config: RunConfig, found: Start, on_gpu: bool) -> RunConfig:
+    """`config` with the --max_tokens that its run began with, where the flag is not given.
+
+    Another division into micro-batches adds the same gradients in another order, so that the last
+    bits change. A run that began without one goes on by --batch_size; on a GPU the planner would
+    choose otherwise.
+    """
+    output_dir = OutputDir(config.output_dir)
+    if config.max_tokens is not None:
+        return config
+    if output_dir.has_run():
+        settings: Mapping[str, Any] = output_dir.read_args()
+    elif found.checkpoint is not None and found.checkpoint.moments is not None:
+        settings = found.checkpoint.settings
+    else:
+        return config
+    recorded, by_batch_size = settings.get("max_tokens"), 0 if on_gpu else None
+    return replace(config, max_tokens=recorded if isinstance(recorded, int) else by_batch_size)
+
+
 def _start_from(path: Path | None, **fields: Any) -> Start:
     if path is None or not is_run(path):
         return Start(None if path is None else read_checkpoint(path), **fields)

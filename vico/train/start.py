@@ -21,6 +21,7 @@ from vico.train.optim import learning_rate, peak_learning_rate
 from vico.train.rank_consistency import require_same_files, require_same_start
 from vico.train.resume import (
     find_start,
+    keep_max_tokens,
     notes_of_uncompared,
     refuse_other_function,
     start_state,
@@ -90,6 +91,7 @@ def start(config: RunConfig, world: World) -> Run:
         if world.is_main:
             reporters.chosen(config.report_to)  # before minutes of loading
         found = find_start(config)
+        config = keep_max_tokens(config, found, on_gpu=world.device.type == "cuda")
         inputs = read_inputs(config, splits, world)
         reached("inputs")
         checkpoint = fit(found.checkpoint, inputs) if found.checkpoint else None
@@ -101,6 +103,8 @@ def start(config: RunConfig, world: World) -> Run:
     of_checkpoint = checkpoint.notes if checkpoint else ()
     for note in (*found.notes, *inputs.notes, *of_captions, *of_checkpoint):
         world.print_rank0(note)
+    if inputs.max_tokens is not None:
+        config = replace(config, max_tokens=inputs.max_tokens)
     steps = _training_steps(config, inputs, world)
     # Before the weights, which take minutes to load: may this run continue that checkpoint?
     fingerprints, state = _check_continuation(config, world, inputs, checkpoint, steps, own_splits)
@@ -222,7 +226,7 @@ def _training_steps(config: RunConfig, inputs: Inputs, world: World) -> Training
         seed=config.seed,
         shuffle=not config.no_shuffle,
         crop=config.caption_crop == "sentence",
-        max_tokens=config.max_tokens,
+        max_tokens=config.max_tokens or None,
     )
 
 

@@ -18,7 +18,6 @@ from vico.model.quantized_linear import require_available
 from vico.planner.estimate import (
     FROZEN_SHARDS,
     IN_NODES,
-    estimate_memory,
     planned_ds_config,
 )
 from vico.planner.gpu_specs import GIB, Hardware, detected_gpu
@@ -41,6 +40,7 @@ class Choice:
     ds_config: dict[str, Any]
     name: str  # for the start line: the stage and, if the planner chose it, why
     notes: tuple[str, ...] = ()
+    max_tokens: int | None = None  # the planner's, where --max_tokens is not given on a GPU
 
 
 def choose(
@@ -63,35 +63,51 @@ def choose(
             f"{llama.n_layers} layers; full means all"
         )
     ds_config = named_ds_config(config, num_ranks)
+    request = None if hardware is None else _request(config, llama, hardware, training)
     if ds_config is not None:
-        in_nodes = large_nodes and _says_nothing_of_shards(ds_config)
-        if in_nodes and hardware is not None:
-            in_nodes = _fits_in_nodes(_request(config, llama, hardware, training))
-        if in_nodes:
-            ds_config[FROZEN_SHARDS] = IN_NODES
-        return Choice(ds_config, f"ZeRO-{ds_config['zero_optimization']['stage']}{_in(ds_config)}")
+        return _of_named(ds_config, request, large_nodes)
     batch = (config.precision, config.batch_size, config.accum_iter, num_ranks)
-    if hardware is None:
+    if request is None:
         reason = "no --deepspeed is named and there is no GPU to plan for"
         return Choice(read_config("zero2", *batch), f"ZeRO-2 ({reason})")
-    request = _request(config, llama, hardware, training)
     chosen, reason, notes = _choose_stage(request)
     ds_config = resolve_auto(chosen.ds_config, Path(AUTO), *batch)
     title = f"{TITLES[chosen.stage]}{_in(ds_config)}"
-    return Choice(ds_config, f"{title} (no --deepspeed is named; {reason})", notes)
+    name = f"{title} (no --deepspeed is named; {reason})"
+    return _with_budget(Choice(ds_config, name, notes), request, chosen.plan)
 
 
-def _says_nothing_of_shards(ds_config: Mapping[str, Any]) -> bool:
-    """Whether ZeRO-3 keeps frozen weights on the GPUs, and nothing says among which ranks."""
+def _of_named(ds_config: dict[str, Any], request: PlanRequest | None, large_nodes: bool) -> Choice:
+    """The ds_config that the user named, and what the planner decides for it."""
+    stage, shards = _stage_of(ds_config), ds_config.get(FROZEN_SHARDS)
+    in_nodes, best = large_nodes and stage == "zero3", None
+    if request is not None:
+        node_shards = None if shards is None else shards == IN_NODES
+        request = replace(request, stage=stage, node_shards=node_shards)
+        best, _ = _try_plan(request)
+        in_nodes = best is not None and bool(best.request.node_shards)
+    if in_nodes and shards is None:
+        ds_config[FROZEN_SHARDS] = IN_NODES
+    name = f"ZeRO-{ds_config['zero_optimization']['stage']}{_in(ds_config)}"
+    return _with_budget(Choice(ds_config, name), request, best)
+
+
+def _stage_of(ds_config: Mapping[str, Any]) -> Stage:
     zero = ds_config["zero_optimization"]
-    return zero["stage"] == 3 and not zero.get("offload_param") and FROZEN_SHARDS not in ds_config
+    if zero["stage"] < 3:
+        return "zero2"
+    return "zero3_offload" if zero.get("offload_param") else "zero3"
 
 
-def _fits_in_nodes(request: PlanRequest) -> bool:
-    request = replace(request, stage="zero3", node_shards=True)
-    tokens, num_checkpointed = request.max_tokens, request.num_checkpointed
-    assert tokens is not None and num_checkpointed is not None
-    return estimate_memory(request, "zero3", num_checkpointed, tokens).spare >= 0
+def _with_budget(choice: Choice, request: PlanRequest | None, best: Plan | None) -> Choice:
+    """`choice` with the plan's token budget, if none is given and there is a plan."""
+    if request is None or request.max_tokens is not None or best is None:
+        return choice
+    note = (
+        f"--max_tokens {best.max_tokens}: not given, so the planner's, {_expected(best)}; a step's "
+        "questions are the same, and --max_tokens 0 splits them by --batch_size"
+    )
+    return replace(choice, notes=(*choice.notes, note), max_tokens=best.max_tokens)
 
 
 def _in(ds_config: Mapping[str, Any]) -> str:
@@ -152,6 +168,9 @@ def _request(
     num_checkpointed = llama.n_layers
     if config.num_checkpointed is not None:
         num_checkpointed = min(config.num_checkpointed, llama.n_layers)
+    max_tokens = config.max_tokens
+    if max_tokens == 0:
+        max_tokens = math.ceil(config.batch_size * lengths.both)
     request = PlanRequest(
         config.model,
         ViCoConfig.from_llama(llama, config.adapter_len, config.max_feats),
@@ -161,7 +180,7 @@ def _request(
         batch_size=config.batch_size,
         accum_iter=config.accum_iter,
         num_checkpointed=num_checkpointed,
-        max_tokens=config.max_tokens or math.ceil(config.batch_size * lengths.both),
+        max_tokens=max_tokens,
         quantize=config.quantize,
     )
     if training:
@@ -179,6 +198,7 @@ def _request(
 class _Chosen(NamedTuple):
     stage: Stage
     ds_config: dict[str, Any]
+    plan: Plan | None
 
 
 def _choose_stage(request: PlanRequest) -> tuple[_Chosen, str, tuple[str, ...]]:
@@ -188,17 +208,17 @@ def _choose_stage(request: PlanRequest) -> tuple[_Chosen, str, tuple[str, ...]]:
     """
     best, shortage = _try_plan(request)
     if best is not None and best.stage != "zero3_offload":
-        return _Chosen(best.stage, best.ds_config), _expected(best), ()
+        return _Chosen(best.stage, best.ds_config, best), _expected(best), ()
     other, _ = _try_plan(replace(request, max_tokens=None, num_checkpointed=None))
     if best is not None:
         if other is None or other.stage == "zero3_offload":
-            return _Chosen(best.stage, best.ds_config), _expected(best), ()
+            return _Chosen(best.stage, best.ds_config, best), _expected(best), ()
         note = f"faster, as weights stay on the GPU: {_flags(other)}"
-        return _Chosen(best.stage, best.ds_config), _expected(best), (note,)
+        return _Chosen(best.stage, best.ds_config, best), _expected(best), (note,)
     remedy = f"what fits: {_flags(other)}" if other else "`vico plan` tells what a model needs"
     reason = "the planner knows of nothing that fits, and this takes the least"
     stage = _smallest_stage(request)
-    chosen = _Chosen(stage, planned_ds_config(request, stage))
+    chosen = _Chosen(stage, planned_ds_config(request, stage), None)
     return chosen, reason, (f"warning: memory may run out: {shortage}; {remedy}",)
 
 
