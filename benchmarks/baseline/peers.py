@@ -31,6 +31,7 @@ from vico.model.weights.hf import stored_name, stored_rows
 
 PACKAGES = ("transformers", "peft")
 LORA_RANK = 8  # PEFT's default, of the queries and values; about as many trainables as ViCo's
+LETTERS = "letters' logits only"
 GROUP = 8  # sequences of a forward that are sorted by length
 
 
@@ -276,7 +277,7 @@ class PeerScoring:
         return {
             "lm-eval's way": self.each_option,
             "cached prompt": self.cached_prompt,
-            "letters' logits only": self.letters,
+            LETTERS: self.letters,
         }
 
     @property

@@ -7,6 +7,7 @@ from benchmarks.measure.spreads import median_of, ratio_spread
 
 STEPS = {
     "train": "training step",
+    "train_both": "training step",
     "train_vqa": "questions alone",
     "train_cap": "captions alone",
     "train_both_long": "training step, longer captions",

@@ -84,6 +84,7 @@ def gpu_section(record: Record, folder: Path) -> Section:
         names = [c.replace("_per_second", "/s").replace("_", " ") for c in GPU_COLUMNS]
         section.add_table(["step", "variant", *names, *GPU_SHARES.values()], rows)
         section.add_text(UTILIZATION)
+    _add_peers(section, record.get("peers", {}))
     if "both_long" not in record.get("training", {}):
         section.add_text("A step with longer captions: not measured.")
     _add_memory(section, record)

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.baseline.models import gates_at_zero, take_gradients
-from benchmarks.baseline.peers import HfModel, Peer, PeerKind, PeerScoring, Score
+from benchmarks.baseline.peers import LETTERS, HfModel, Peer, PeerKind, PeerScoring, Score
 from benchmarks.baseline.variants import Packed
 from benchmarks.measure.clocks import cpu_seconds
 from benchmarks.measure.spreads import ratio_spread
@@ -25,7 +25,6 @@ from benchmarks.suites.cpu_rounds import (
     or_infinity,
 )
 
-LETTERS = "letters' logits only"
 KINDS = (
     PeerKind("HF + PEFT LoRA, padded to the longest, SDPA", "LoRA", "longest"),
     PeerKind("HF + PEFT LoRA, tuned", "LoRA", "sorted", own_products=True),

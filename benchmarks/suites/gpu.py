@@ -19,16 +19,17 @@ from benchmarks.measure.metrics import FORMULAS, print_formulas
 from benchmarks.measure.peak_rates import peak_rate
 from benchmarks.measure.spreads import UNKNOWN
 from benchmarks.report.record import new_record, settings, write_record
-from benchmarks.suites.gpu_bench import Bench, make_bench
+from benchmarks.suites.gpu_bench import LONG, VARIANTS, Bench, make_bench
 from benchmarks.suites.gpu_compare import compare, print_comparison
 from benchmarks.suites.gpu_memory import small_cards, step_peaks, time_splits, token_budgets
+from benchmarks.suites.gpu_peers import best_ratios, peers
 from vico.data.evaluation_batches import EVALUATION_TOKENS
 from vico.errors import UserError
 from vico.io import log
 from vico.model.config import LlamaConfig
 from vico.train.backbone import DTYPES
 
-TASKS = ("vqa", "cap", "both")
+TASKS = ("vqa", "cap", "both", LONG)
 # Fields of a comparison that are not reported where the variants differ.
 TIMED = ("seconds", "figures", "ratio", "data_wait_seconds")
 CHECKED = LlamaConfig(256, 4, 4, 2000, multiple_of=64)
@@ -49,7 +50,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=TASKS,
         default=list(TASKS),
-        help="what the samples of a training step are",
+        help="what the samples of a training step are; both_long: with captions of 200 to 358",
     )
     add(
         "--budgets",
@@ -64,6 +65,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=EVALUATION_TOKENS,
         help="tokens of the prompts in a scoring forward of the fast variant",
     )
+    add("--no_peers", action="store_true", help="leave out transformers with PEFT")
     add("--num_workers", type=int, default=4, help="data workers of each variant")
     add("--seed", type=int, default=0)
     add(
@@ -166,9 +168,14 @@ def measure(record: dict[str, Any], bench: Bench) -> None:
     for what, by_variant in record["memory"].items():
         plain, fast = (by_variant[name]["allocated_gib"] for name in ("plain", "fast"))
         record["ratios"][f"peak_memory_{what}"] = plain / max(fast, 1e-9)
+    plain, fast = (record["memory"]["train"][n]["timed"]["reserved_gib"] for n in VARIANTS)
+    if plain != UNKNOWN:
+        record["ratios"]["reserved_memory_train_timed"] = plain / fast
     record["budgets"] = token_budgets(bench)
     record["small_cards"] = small_cards(bench)
     record["time_split"] = time_splits(bench)
+    record["peers"] = peers(bench)
+    record["peer_ratios"] = best_ratios(record["peers"])
     ratios = ", ".join(f"{key} {value:.2f}" for key, value in record["ratios"].items())
     log.info(f"plain over fast: {ratios}")
 

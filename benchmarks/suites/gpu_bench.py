@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.baseline.models import make_shared_pair
 from benchmarks.baseline.variants import Packed, Plain, scoring_batches, training_batch
-from benchmarks.measure.lengths import MAX_CAP_LEN, MAX_SEQ_LEN, NUM_OPTIONS
+from benchmarks.measure.lengths import MAX_CAP_LEN, MAX_SEQ_LEN, NUM_OPTIONS, Lengths
 from benchmarks.measure.metrics import WorkCounts, count_packed, count_plain
 from benchmarks.measure.workload import ScoringWork, SyntheticWorkload, TrainingWork
 from vico.io import log
@@ -24,6 +24,7 @@ from vico.train.optim import make_optimizer
 
 LIMITS = (MAX_SEQ_LEN, MAX_CAP_LEN)
 VARIANTS = ("plain", "fast")
+LONG = "both_long"  # the kind of training steps with the longer captions
 Result = list[float] | torch.Tensor  # losses, or scores
 
 
@@ -55,7 +56,7 @@ class WorkItems(Dataset[Item]):
     """Steps of one kind, by index."""
 
     workload: SyntheticWorkload
-    kind: str  # "vqa", "cap", "both" (training), or "score"
+    kind: str  # "vqa", "cap", "both", LONG (training), or "score"
     num: int  # questions of a training step, videos of a scoring step
     packed: bool
     score_tokens: int
@@ -83,13 +84,15 @@ class Bench:
     optimizer: torch.optim.Optimizer
     config: LlamaConfig
     workload: SyntheticWorkload
+    long_workload: SyntheticWorkload  # with the longer captions
     device: torch.device
     args: argparse.Namespace
     peak_tflops: float | None
     ceiling_tflops: float
 
     def dataset(self, kind: str, num: int, variant: str) -> WorkItems:
-        return WorkItems(self.workload, kind, num, variant == "fast", self.args.score_tokens)
+        workload = self.long_workload if kind == LONG else self.workload
+        return WorkItems(workload, kind, num, variant == "fast", self.args.score_tokens)
 
     def items(self, kind: str, num: int, variant: str, count: int) -> Iterator[Item]:
         """The first `count` steps, from data workers."""
@@ -162,6 +165,7 @@ def make_bench(
     attend, reason = choose_attention(args.attention, device, dtype)
     graphs = choose_block_runners(fast, attend)
     log.info(f"fast: {reason}, {triton_ops.describe(device)}, {graphs}")
+    long_lengths = Lengths.load().with_long_captions()
     optimizer = make_optimizer([p for p in fast.parameters() if p.requires_grad], weight_decay=0.14)
     return Bench(
         Plain(plain, device),
@@ -169,6 +173,7 @@ def make_bench(
         optimizer,
         config,
         SyntheticWorkload(config.vocab_size, seed=args.seed),
+        SyntheticWorkload(config.vocab_size, seed=args.seed, lengths=long_lengths),
         device,
         args,
         peak_tflops,

@@ -12,7 +12,7 @@ from benchmarks.measure.clocks import Clock
 from benchmarks.measure.memory import device_peak
 from benchmarks.measure.metrics import rates
 from benchmarks.measure.time_split import time_split
-from benchmarks.suites.gpu_bench import VARIANTS, Bench, Item
+from benchmarks.suites.gpu_bench import VARIANTS, Bench
 from vico.io import log
 from vico.planner.gpu_specs import GIB
 
@@ -24,16 +24,17 @@ SMALL_CARDS = (("24 GB", 22.5, False), ("16 GB", 14.9, True))
 def step_peaks(bench: Bench) -> dict[str, Any]:
     """Peak memory of a training step with both tasks and of a scoring step, by variant.
 
-    The variants share one copy of the weights.
+    "timed" is that of all steps as they were timed, with their CUDA graphs, whose memory counts as
+    reserved and not as allocated. The variants share one copy of the weights.
     """
     peaks: dict[str, Any] = {"train": {}, "score": {}}
     for name in VARIANTS:
         bench.discard_graphs()
         item = bench.dataset("both", bench.args.questions, name)[0]
         peaks["train"][name] = device_peak(partial(bench.run, name, item), bench.device)
-        if name == "fast" and bench.device.type == "cuda":
-            reserved = _reserved_with_graphs(bench, item)
-            peaks["train"][name]["reserved_once_recorded_gib"] = reserved
+        bench.discard_graphs()
+        run = partial(_timed_steps, bench, "both", bench.args.questions, name)
+        peaks["train"][name]["timed"] = device_peak(run, bench.device)
     for name in VARIANTS:
         bench.discard_graphs()
         item = bench.dataset("score", bench.args.videos, name)[0]
@@ -41,12 +42,13 @@ def step_peaks(bench: Bench) -> dict[str, Any]:
     return peaks
 
 
-def _reserved_with_graphs(bench: Bench, item: Item) -> float:
-    """GiB that the allocator reserves after the step is captured as CUDA graphs."""
-    for _ in range(2):
-        bench.run("fast", item)
-    torch.cuda.empty_cache()
-    return torch.cuda.memory_reserved(bench.device) / GIB
+def _timed_steps(bench: Bench, kind: str, num: int, variant: str) -> None:
+    """The steps of a comparison by one variant, graphs captured as there."""
+    count = bench.args.warmup + bench.args.steps
+    if variant == "fast":
+        bench.capture_graphs(kind, num, count)
+    for item in bench.items(kind, num, variant, count):
+        bench.run(variant, item)
 
 
 def token_budgets(bench: Bench) -> dict[str, Any]:
@@ -56,11 +58,11 @@ def token_budgets(bench: Bench) -> dict[str, Any]:
     by_budget = {}
     for budget in bench.args.budgets:
         num_questions = max(1, round(budget / mean))
-        by_budget[str(budget)] = _or_out_of_memory(partial(_time_fast, bench, num_questions))
+        by_budget[str(budget)] = or_out_of_memory(partial(_time_fast, bench, num_questions))
     return by_budget
 
 
-def _or_out_of_memory(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def or_out_of_memory(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     with suppress(torch.cuda.OutOfMemoryError):
         return run()
     # Only here are the error and the tensors of its frames gone.
@@ -72,19 +74,26 @@ def _or_out_of_memory(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def _time_fast(bench: Bench, num_questions: int) -> dict[str, Any]:
     args, clock = bench.args, Clock(bench.device)
     count = args.warmup + args.steps
-    bench.capture_graphs("both", num_questions, count)
-    stream = bench.items("both", num_questions, "fast", count)
     marks, counts = [], []
-    for _ in range(count):
-        start = clock.now()
-        item = next(stream)
-        bench.run("fast", item)
-        marks.append((start, clock.now()))
-        counts.append(bench.count("fast", item))
+
+    def run_steps() -> None:
+        bench.capture_graphs("both", num_questions, count)
+        stream = bench.items("both", num_questions, "fast", count)
+        for _ in range(count):
+            start = clock.now()
+            item = next(stream)
+            bench.run("fast", item)
+            marks.append((start, clock.now()))
+            counts.append(bench.count("fast", item))
+
+    bench.discard_graphs()
+    timed_peak = device_peak(run_steps, bench.device)
     seconds = [clock.between(*pair) for pair in marks[args.warmup :]]
     # The allocator does not count the graphs' memory as allocated.
     bench.discard_graphs()
+    item = bench.dataset("both", num_questions, "fast")[count - 1]
     peak = device_peak(lambda: bench.run("fast", item), bench.device)
+    peak["timed"] = timed_peak
     metrics = rates(seconds, counts[args.warmup :], bench.peak_tflops, bench.ceiling_tflops)
     log.info(
         f"{num_questions} questions a step: "
@@ -114,7 +123,7 @@ def small_cards(bench: Bench) -> dict[str, Any]:
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(allowed_gib * GIB / total)
         facts = {"allowed_gib": allowed_gib, "recomputed_layers": num_recomputed}
-        by_card[card] = facts | _or_out_of_memory(run)
+        by_card[card] = facts | or_out_of_memory(run)
         log.info(f"a card of {card}: {by_card[card]}")
     bench.fast.model.num_checkpointed = 0
     torch.cuda.set_per_process_memory_fraction(1.0)

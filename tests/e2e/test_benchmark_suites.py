@@ -33,7 +33,7 @@ from vico.model.batch import PackedBatch
 from vico.planner.gpu_specs import GPUS
 
 CPU = torch.device("cpu")
-GPU_FLAGS = "gpu --tiny --device cpu --tasks both".split()
+GPU_FLAGS = "gpu --tiny --device cpu --tasks both both_long".split()
 H100 = "NVIDIA H100 80GB HBM3"
 PNG = b"\x89PNG"
 
@@ -63,7 +63,7 @@ def test_gpu_suite(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = capfd.readouterr().out
     record = last_record(out, tmp_path)
     assert record["equal"] is True and record["peak"] == "n/a" and record["clock"] == "process time"
-    ratios = "train_both score peak_memory_train peak_memory_score"
+    ratios = "train_both train_both_long score peak_memory_train peak_memory_score"
     assert set(record["ratios"]) == set(ratios.split())
     checked = record["checks"]["attention"]["backends"]
     running = {name for name, backend in checked.items() if backend["runs"]}
@@ -71,6 +71,12 @@ def test_gpu_suite(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     compared = checked["sdpa"]["distances"]["scoring, asked rows"]
     assert set(compared) == {"output", "q", "k", "v", "gate2"}
     assert len(next(iter(record["checks"]["steps"]["losses"].values()))) == 20
+
+    assert set(record["peer_ratios"]) == {"train_both", "train_both_long", "score"}
+    packed = record["peers"]["train_both"]["HF + PEFT LoRA, packed, flash attention"]
+    assert packed == {"not_run": "the flash-attn package is not installed"}
+    timed = record["memory"]["train"]["fast"]["timed"]
+    assert timed["allocated_gib"] >= 0 and timed["reserved_gib"] == "n/a"
 
     both = record["training"]["both"]
     assert len(both["rounds"]) == 3
@@ -116,7 +122,7 @@ def test_gpu_suite_refuses_loss(
     # The twenty steps find it first.
     steps = {"equal": True, "worst_relative": 0.0}
     monkeypatch.setattr(correctness, "twenty_steps", lambda *_: steps)
-    assert run.main([*GPU_FLAGS, "--results", str(tmp_path)]) == 1
+    assert run.main([*GPU_FLAGS, "--no_peers", "--results", str(tmp_path)]) == 1
     out, err = capfd.readouterr()
     record = last_record(out, tmp_path)
     assert record["equal"] is False and record["ratios"] == {}
