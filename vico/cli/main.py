@@ -42,6 +42,10 @@ COMMANDS = {
         "cognition",
         "Measure what a checkpoint's adapter does to plain language: perplexity, KL, agreement.",
     ),
+    "ablate": (
+        "ablate",
+        "Measure what the video and the adapter prompts are worth: accuracy without each.",
+    ),
     "check": ("check", "Check a run's files before it starts; takes the flags of train."),
     "quantize-eval": (
         "quantize_eval",
@@ -79,7 +83,7 @@ COMMANDS = {
         "Inject faults into runs, files and disks, and check that none does harm.",
     ),
 }
-OF_SEVERAL_RANKS = set("train eval extract ask caption cognition quantize-eval cost".split())
+OF_SEVERAL_RANKS = set("train eval extract ask caption cognition ablate quantize-eval cost".split())
 ALIASES = {"cost": "quantize-eval"}
 
 # Open files, sockets and pipes: a run of one rank needs some 60, each further rank a few.

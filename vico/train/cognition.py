@@ -185,13 +185,18 @@ def scores_without_video(
 
     A collective. The gates of `engine` are closed afterwards.
     """
-    datasets = {}
-    for name, d in inputs.datasets.items():
-        datasets[name] = DatasetInputs(d.features, d.prompts.without_video(), {})
-    bare = replace(inputs, datasets=datasets)
+    bare = without_video(inputs)
     questions: Sequence[Question] = inputs.questions[config.split]
     label = f"{config.split} (without video)"
     adapted = score(engine, bare, questions, label, config, world, num_slots=0)
     engine.close_gates()
     frozen = score(engine, bare, questions, label, config, world, num_slots=0)
     return frozen, adapted
+
+
+def without_video(inputs: Inputs) -> Inputs:
+    """With prompts that have no video slots; for `score` with num_slots=0."""
+    datasets = {}
+    for name, d in inputs.datasets.items():
+        datasets[name] = DatasetInputs(d.features, d.prompts.without_video(), {})
+    return replace(inputs, datasets=datasets)
