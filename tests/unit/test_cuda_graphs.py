@@ -340,7 +340,7 @@ def test_reasons_against_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_runners, "_is_gpu", lambda device: True)
     assert choose(varlen, no_graphs="ZeRO-3 gathers") == "no CUDA graphs (ZeRO-3 gathers)"
     for attend in (plain, sdpa):
-        assert choose(attend) == "no CUDA graphs (only with --attention varlen)"
+        assert choose(attend) == "no CUDA graphs (only with --attention varlen or segment)"
     assert choose(varlen, num_checkpointed=1) == "no CUDA graphs (layers are recomputed)"
     assert choose(varlen) == "training on up to 4,096 rows by CUDA graphs"
     assert model.graphed is not None

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.baseline.variants import scoring_batches, training_batch
 from benchmarks.measure.workload import SyntheticWorkload
 from vico.model.attention.backends import KERNELS
+from vico.model.attention.segment import SegmentAttention
 from vico.model.attention.varlen import PackedAttention
 from vico.model.batch import PackedBatch
 from vico.model.block_runners import choose_block_runners
@@ -24,16 +25,17 @@ from vico.model.config import LlamaConfig
 from vico.model.cuda_graphs import GraphedBlocks
 from vico.model.interfaces import MakeLinear
 from vico.model.llama import FrozenLinear
-from vico.model.ops import fp8, triton_ops
+from vico.model.ops import fp8, segment_ops, triton_ops
 from vico.model.quantized_linear import Fp8Linear
 from vico.model.vico import ViCo
 from vico.train.step import sums_by_task
 
 META = torch.device("meta")
 WORK = SyntheticWorkload(2000)
-# Launches of a block with Triton's kernels. A slow host needs as long for these as a GPU for a
-# step of the published micro-batch.
-MAX_FORWARD_LAUNCHES, MAX_BACKWARD_LAUNCHES = 19, 45
+# Launches of a block with Triton's kernels, forward and backward. A slow host needs as long for
+# varlen's as a GPU for a step of the published micro-batch. A product that adds counts twice here;
+# on CUDA it is one launch.
+MAX_LAUNCHES = {"varlen": (19, 45), "segment": (17, 21)}
 
 
 class Launches(TorchDispatchMode):
@@ -91,11 +93,21 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     for module in (triton_ops, fp8):
         kernels = CountingKernels(launches.counts)
         monkeypatch.setattr(module, "kernels", kernels, raising=False)
+    for name in ("segment_kernels", "segment_backward_kernels"):
+        counting = CountingKernels(launches.counts)
+        monkeypatch.setattr(segment_ops, name, counting, raising=False)
     return launches
 
 
+ATTENTIONS = {"varlen": PackedAttention(KERNELS["varlen"]), "segment": SegmentAttention()}
+every_attention = pytest.mark.parametrize("attention", ATTENTIONS)
+
+
 def make_model(
-    num_layers: int = 4, num_checkpointed: int = 0, linear: MakeLinear = FrozenLinear
+    num_layers: int = 4,
+    num_checkpointed: int = 0,
+    attention: str = "varlen",
+    linear: MakeLinear = FrozenLinear,
 ) -> ViCo:
     config = LlamaConfig(256, num_layers, 4, 2000, multiple_of=64)
     with META:
@@ -103,7 +115,7 @@ def make_model(
         for module in model.modules():
             if isinstance(module, Fp8Linear):
                 module.fill(torch.empty(module.shape, dtype=module.dtype))
-    choose_block_runners(model, PackedAttention(KERNELS["varlen"]), num_checkpointed)
+    choose_block_runners(model, ATTENTIONS[attention], num_checkpointed)
     return model
 
 
@@ -119,22 +131,24 @@ def require_gradients(model: ViCo) -> None:
             assert parameter.grad is not None and parameter.grad.device == META, name
 
 
+@every_attention
 @pytest.mark.parametrize("num_checkpointed", [0, 2, 4])
 def test_training_neither_mixes_devices_nor_waits(
-    launches: Launches, num_checkpointed: int
+    launches: Launches, num_checkpointed: int, attention: str
 ) -> None:
-    model = make_model(num_checkpointed=num_checkpointed)
+    model = make_model(num_checkpointed=num_checkpointed, attention=attention)
     for place, num_questions in enumerate((1, 2, 8)):
         step(model, training_batch(WORK.training(place, num_questions)))
         require_gradients(model)
 
 
+@every_attention
 @pytest.mark.parametrize("linear", [FrozenLinear, Fp8Linear])
 def test_graphed_blocks_neither_mix_devices_nor_wait(
-    launches: Launches, linear: MakeLinear
+    launches: Launches, attention: str, linear: MakeLinear
 ) -> None:
     """What is captured on a GPU, where waiting would be an error, and what runs around it."""
-    model = make_model(linear=linear)
+    model = make_model(attention=attention, linear=linear)
     model.graphed = graphed = GraphedBlocks(model)
     for place, num_questions in enumerate((1, 2, 8, 1)):
         step(model, training_batch(WORK.training(place, num_questions)))
@@ -142,9 +156,10 @@ def test_graphed_blocks_neither_mix_devices_nor_wait(
     assert graphed.entries
 
 
+@every_attention
 @torch.no_grad()
-def test_scoring_neither_mixes_devices_nor_waits(launches: Launches) -> None:
-    model = make_model()
+def test_scoring_neither_mixes_devices_nor_waits(launches: Launches, attention: str) -> None:
+    model = make_model(attention=attention)
     for batch in scoring_batches(WORK.scoring(0, 3)):
         assert model(batch.to(META)).device == META
 
@@ -165,12 +180,12 @@ def test_faults_are_found(launches: Launches, fault: Any) -> None:
         step(model, training_batch(WORK.training(0, 2)))
 
 
-@pytest.mark.parametrize("launches", ["triton"], indirect=True)
-def test_launches_of_a_block(launches: Launches) -> None:
-    """The difference between four layers and three."""
+def of_one_block(launches: Launches, attention: str) -> tuple[Counter[str], Counter[str]]:
+    """(forward, backward): the difference between four layers and three."""
     counts = []
     for num_layers in (3, 4):
-        model, batch = make_model(num_layers), training_batch(WORK.training(0, 8)).to(META)
+        model = make_model(num_layers, attention=attention)
+        batch = training_batch(WORK.training(0, 8)).to(META)
         with launches:
             launches.counts.clear()
             losses = model(batch)
@@ -178,8 +193,15 @@ def test_launches_of_a_block(launches: Launches) -> None:
             losses.sum().backward()
         counts.append((forward, launches.counts - forward))
     (forward_3, backward_3), (forward_4, backward_4) = counts
-    forward, backward = forward_4 - forward_3, backward_4 - backward_3
+    return forward_4 - forward_3, backward_4 - backward_3
+
+
+@every_attention
+@pytest.mark.parametrize("launches", ["triton"], indirect=True)
+def test_launches_of_a_block(launches: Launches, attention: str) -> None:
+    forward, backward = of_one_block(launches, attention)
     print(f"forward {forward.total()}: {dict(forward)}")
     print(f"backward {backward.total()}: {dict(backward)}")
-    assert forward.total() <= MAX_FORWARD_LAUNCHES
-    assert backward.total() <= MAX_BACKWARD_LAUNCHES
+    max_forward, max_backward = MAX_LAUNCHES[attention]
+    assert forward.total() <= max_forward
+    assert backward.total() <= max_backward

@@ -128,7 +128,9 @@ def _computed_by() -> dict[str, str]:
         _, attention = choose_attention("auto", device, dtype)
         chosen[precision] = f"{attention}, {triton_ops.describe(device)}"
     reason = why_no_graphs_on(device)
-    chosen["CUDA graphs"] = f"no ({reason})" if reason else "yes, with --attention varlen"
+    chosen["CUDA graphs"] = (
+        f"no ({reason})" if reason else "yes, with --attention varlen or segment"
+    )
     return chosen
 
 

@@ -2,8 +2,8 @@
 
 - The modules (llama.run_modules): any block, and always the last one, where only the rows that
   predict a target are queries.
-- One autograd Function (fused_block.run_fused): adapted blocks with a key head per query head,
-  under packed attention.
+- One autograd Function (fused_block.run_fused): adapted blocks under attention over the whole
+  stream; with grouped heads only under --attention segment, which takes them.
 - CUDA graphs (cuda_graphs.GraphedBlocks): all blocks but the last, of short training
   micro-batches, over the two above.
 
@@ -15,9 +15,8 @@ import os
 
 import torch
 
-from vico.model.attention.backends import KERNELS
 from vico.model.attention.masks import Attend
-from vico.model.attention.varlen import PackedAttention
+from vico.model.attention.stream import StreamAttention
 from vico.model.config import MAX_GRAPH_ROWS
 from vico.model.cuda_graphs import GraphedBlocks
 from vico.model.fused_block import run_fused
@@ -38,10 +37,12 @@ def choose_block_runners(
     """
     model.attend, model.num_checkpointed = attend, num_checkpointed
     blocks = model.blocks
-    is_packed = isinstance(attend, PackedAttention)
     is_grouped = model.config.kv_heads != model.config.n_heads
+    takes_heads = isinstance(attend, StreamAttention) and (
+        attend.takes_grouped_heads or not is_grouped
+    )
     for block in blocks:
-        can_fuse = is_packed and block.adapted and not is_grouped and block is not blocks[-1]
+        can_fuse = takes_heads and block.adapted and block is not blocks[-1]
         block.run = run_fused if can_fuse else run_modules
     no_graphs = _why_no_graphs(model, no_graphs)
     model.graphed = GraphedBlocks(model) if no_graphs is None else None
@@ -56,8 +57,8 @@ def _why_no_graphs(model: ViCo, reason: str | None) -> str | None:
         return of_device
     if reason is not None:
         return reason
-    if getattr(model.attend, "kernel", None) is not KERNELS["varlen"]:
-        return "only with --attention varlen"
+    if not (isinstance(model.attend, StreamAttention) and model.attend.can_be_captured):
+        return "only with --attention varlen or segment"
     if model.num_checkpointed > 0:
         return "layers are recomputed"
     if model.num_adapted < 2:

@@ -4,9 +4,9 @@ A block is sixty kernels in forward and backward, and a host needs 5 to 40 us to
 published batch size a GPU would wait for its host more than half of the time (benchmarks/LOG.md). A
 graph is launched by one call. Meanwhile the host prepares embeddings, last block and head.
 
-Streams are padded to a few sizes (attention/segment_layout.py). The first micro-batch of a size
-runs eagerly, the second is captured, and later ones replay the graphs. These are the same kernels
-on the same shapes, so no result depends on what was captured when.
+Streams are padded to a few sizes (`HostLayout` of attention/stream.py). The first micro-batch of a
+size runs eagerly, the second is captured, and later ones replay the graphs. These are the same
+kernels on the same shapes, so no result depends on what was captured when.
 
 The ranks decide as one, before each step, whether to capture in it (`can_capture`,
 `allow_captures`): the others wait for a rank that captures, and a step is as fast as its slowest
@@ -25,13 +25,8 @@ from torch.autograd import Function
 from torch.func import functional_call
 
 from vico.model.attention.masks import AttentionMask
-from vico.model.attention.segment_layout import (
-    LayoutSizes,
-    layout_from_numbers,
-    segment_layout,
-    send_to_device,
-)
-from vico.model.attention.varlen import PackedAttention
+from vico.model.attention.segment_layout import send_to_device
+from vico.model.attention.stream import HostLayout, StreamAttention
 from vico.model.batch import Segment
 from vico.model.config import MAX_GRAPH_ROWS
 from vico.model.interfaces import Context
@@ -52,14 +47,14 @@ class GraphedBlocks:
     """The blocks below the last one, for training, with graphs for each layout size seen so far."""
 
     def __init__(self, model: ViCo) -> None:
-        """`model.attend`: a PackedAttention."""
-        assert isinstance(model.attend, PackedAttention)
-        self.kernel = model.attend.kernel
+        """`model.attend`: a StreamAttention."""
+        assert isinstance(model.attend, StreamAttention)
+        self.attend, self._dtype = model.attend, model.dtype
         self.blocks = model.blocks[:-1]
         self.num_plain = len(model.layers) - model.num_adapted
         # Number of the forward or backward that wrote last to the static tensors.
         self.generation = 0
-        self.entries: dict[LayoutSizes, _GraphEntry] = {}
+        self.entries: dict[Any, _GraphEntry] = {}  # by HostLayout.padded_sizes
         self._gates: list[Tensor] = []
         for block in self.blocks[self.num_plain :]:
             self._gates += [block.attention.gate1, block.attention.gate2]
@@ -68,21 +63,24 @@ class GraphedBlocks:
         self._pool_bytes = 0  # reserved for the pool; nothing else can use it
         self._is_full = False  # a capture ran out of memory
         # Sizes to capture in this step, as all ranks have agreed; None: nobody asks other ranks.
-        self._agreed: frozenset[LayoutSizes] | None = None
+        self._agreed: frozenset[Any] | None = None
 
     def accepts(self, x_TD: Tensor) -> bool:
         return torch.is_grad_enabled() and len(x_TD) < MAX_GRAPH_ROWS
 
     def is_captured(self, segments: tuple[Segment, ...]) -> bool:
-        entry = self.entries.get(segment_layout(segments).padded_sizes)
+        entry = self.entries.get(self._layout(segments).padded_sizes)
         return entry is not None and entry.is_captured
+
+    def _layout(self, segments: tuple[Segment, ...]) -> HostLayout:
+        return self.attend.host_layout(segments, self._dtype)
 
     def __call__(self, x_TD: Tensor, prompts: Sequence[Tensor | None], context: Context) -> Tensor:
         """The stream [T, D] above these blocks.
 
         `prompts`: [A, D] for each block, None for those that are not adapted.
         """
-        layout = segment_layout(context.mask.segments)
+        layout = self._layout(context.mask.segments)
         sizes = layout.padded_sizes
         inputs = _GraphInputs(
             x_TD,
@@ -94,7 +92,7 @@ class GraphedBlocks:
             self._static = _static_tensors(inputs)
         if sizes not in self.entries:
             self.entries[sizes] = _GraphEntry(self, *self._static, sizes)
-        numbers = layout.arrays(sizes).joined()
+        numbers = layout.joined(sizes)
         out: Tensor = _ReplayFunction.apply(*inputs, numbers, self.entries[sizes])
         return out
 
@@ -105,7 +103,7 @@ class GraphedBlocks:
         """
         due = {sizes for sizes, entry in self.entries.items() if entry.is_due}
         if due:
-            due &= {segment_layout(segments).padded_sizes for segments in micro_batches}
+            due &= {self._layout(segments).padded_sizes for segments in micro_batches}
         self._agreed = frozenset(due)
         kept = [self.entries[sizes].kept_bytes for sizes in due]
         return not self._is_full and (not kept or self.has_room(*kept))
@@ -195,7 +193,7 @@ class _GraphEntry:
     """
 
     def __init__(
-        self, owner: GraphedBlocks, static: _GraphInputs, upstream_TD: Tensor, sizes: LayoutSizes
+        self, owner: GraphedBlocks, static: _GraphInputs, upstream_TD: Tensor, sizes: Any
     ) -> None:
         self.owner, self.sizes = owner, sizes
         num_numbers = sum(sizes.array_lengths)
@@ -269,8 +267,8 @@ class _GraphEntry:
     def _compute(self) -> None:
         static, owner = self._inputs, self.owner
         dtype = static.x_TD.dtype
-        layout = layout_from_numbers(self._numbers, self.sizes, dtype, for_backward=True)
-        attend = PackedAttention(owner.kernel, layout)
+        layout = owner.attend.layout_from_numbers(self._numbers, self.sizes, dtype)
+        attend = owner.attend.with_layout(layout)
         context = Context(static.rotary_T1h, AttentionMask((), ()), attend)
         out_TD = static.x_TD
         with torch.enable_grad():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vico.model.attention.cache import LayerCache
+from vico.model.attention.stream import StreamAttention
 from vico.model.config import LlamaConfig, RopeScaling
 from vico.model.interfaces import Context, LowerLayers, MakeLinear
 from vico.model.ops.autograd import (
@@ -161,8 +162,10 @@ class Attention(nn.Module):
             if context.cache.is_filled:
                 return context.cache.attend(q_QHd, k_TJd, v_TJd, gate2_H)
             context.cache.fill(k_TJd, v_TJd)
-        k_THd, v_THd = self._for_every_head(k_TJd), self._for_every_head(v_TJd)
-        return context.attend(q_QHd, k_THd, v_THd, gate2_H, context.mask)
+        attend = context.attend
+        if not (isinstance(attend, StreamAttention) and attend.takes_grouped_heads):
+            k_TJd, v_TJd = self._for_every_head(k_TJd), self._for_every_head(v_TJd)
+        return attend(q_QHd, k_TJd, v_TJd, gate2_H, context.mask)
 
     def _prompt_heads(self, prompt_AD: Tensor, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
         """Keys and values [A, H, d] of the adapter prompt; a cache keeps them.

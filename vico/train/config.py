@@ -43,8 +43,8 @@ class RunConfig:
         MODEL,
         "number of top layers with adapter prompts and gates (default: all); all layers always run",
     )
-    attention: Literal["auto", "plain", "blocks", "sdpa", "varlen", "flash_attn"] = _flag(
-        "auto", MODEL, "attention implementation; all compute the same function"
+    attention: Literal["auto", "plain", "blocks", "sdpa", "varlen", "flash_attn", "segment"] = (
+        _flag("auto", MODEL, "attention implementation; all compute the same function")
     )
     checkpoint_activations: str = _flag(
         "none",

@@ -11,8 +11,10 @@ from vico.errors import UserError
 from vico.model.attention.blockwise import attend_blocks
 from vico.model.attention.masks import Attend
 from vico.model.attention.reference import attend_plain
+from vico.model.attention.segment import SegmentAttention
 from vico.model.attention.segment_layout import VarlenLayout
 from vico.model.attention.varlen import PackedAttention, Qkv, VarlenKernel
+from vico.model.ops import triton_ops
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, VarlenLayout, float], Tensor]
 
@@ -22,6 +24,8 @@ class AutogradKernel:
 
     The function runs again in backward, which takes 0.5 % of a step; nothing is saved.
     """
+
+    can_be_captured = False
 
     def __init__(self, function: AttentionFunction) -> None:
         self._function = function
@@ -86,6 +90,8 @@ class TorchVarlenKernel:
     call. The operators' schemas are the same from torch 2.11 on.
     """
 
+    can_be_captured = True
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, layout: VarlenLayout, scale: float
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -139,10 +145,19 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tup
             "--attention flash_attn: the package is not installed; pip install '.[flash]', "
             "or leave --attention out"
         )
+    if name == "segment" and not triton_ops.can_run_on(device):
+        raise UserError(
+            "--attention segment: needs Triton and a GPU of compute capability 8.0 or newer; "
+            "leave --attention out"
+        )
     if name == "blocks" and is_cuda:
         raise UserError("--attention blocks: is for CPUs; leave --attention out")
-    unpacked: dict[str, Attend] = {"plain": attend_plain, "blocks": attend_blocks}
-    attend = unpacked[name] if name in unpacked else PackedAttention(KERNELS[name])
+    others: dict[str, Attend] = {
+        "plain": attend_plain,
+        "blocks": attend_blocks,
+        "segment": SegmentAttention(),
+    }
+    attend = others[name] if name in others else PackedAttention(KERNELS[name])
     return attend, f"attention {name} ({why})"
 
 

@@ -129,6 +129,10 @@ class SegmentLayout:
             cu_seqlens_k=_filled(cu_seqlens_k, sizes.num_segments + 1, cu_seqlens_k[-1]),
         )
 
+    def joined(self, sizes: LayoutSizes) -> np.ndarray:
+        """`arrays` as they are sent."""
+        return self.arrays(sizes).joined()
+
     def _with_padding(self, sizes: LayoutSizes) -> "SegmentLayout":
         """The rows up to `sizes.num_rows` as one more segment, which only its own rows see.
 
@@ -193,6 +197,10 @@ class VarlenLayout:
     is_video_T: Tensor  # bool
 
     @property
+    def for_backward(self) -> bool:
+        return self.sharing_PK is not None
+
+    @property
     def lengths(self) -> tuple[Tensor, Tensor, int, int]:
         """In the order in which the kernels take them."""
         return self.cu_seqlens_q, self.cu_seqlens_k, self.max_seqlen_q, self.max_seqlen_k
@@ -211,7 +219,7 @@ def varlen_layout(
 ) -> VarlenLayout:
     """The layout of a stream without padding."""
     layout = segment_layout(segments)
-    numbers = send_to_device(layout.arrays(layout.sizes).joined(), device)
+    numbers = send_to_device(layout.joined(layout.sizes), device)
     return layout_from_numbers(numbers, layout.sizes, dtype, for_backward)
 
 

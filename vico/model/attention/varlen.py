@@ -16,11 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from vico.model.attention.masks import AttentionMask
-from vico.model.attention.segment_layout import VarlenLayout, varlen_layout
+from vico.model.attention.segment_layout import (
+    LayoutSizes,
+    SegmentLayout,
+    VarlenLayout,
+    layout_from_numbers,
+    segment_layout,
+    varlen_layout,
+)
+from vico.model.attention.stream import StreamAttention
 from vico.model.batch import Segment
 from vico.model.config import widened_head_dim
 from vico.model.ops import triton_ops
+from vico.model.ops.autograd import adapter_attention, adapter_attention_backward
+from vico.model.ops.prompt_heads import Gradients, PromptHeads
 
 Qkv = tuple[Tensor, Tensor, Tensor]
 
@@ -30,6 +39,8 @@ class VarlenKernel(Protocol):
 
     Causal, with the triangle at the bottom right.
     """
+
+    can_be_captured: bool  # by CUDA graphs
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, layout: VarlenLayout, scale: float
@@ -49,61 +60,71 @@ class VarlenKernel(Protocol):
     ) -> Qkv: ...
 
 
-class PackedAttention:
-    """`attend` by a kernel; keeps the layout of the current micro-batch, which all layers share.
-
-    A call is for autograd; `forward` and `backward` are for fused_block.py, which writes the
-    gradient out.
-    """
+class PackedAttention(StreamAttention):
+    """`attend` by a kernel for packed sequences."""
 
     def __init__(self, kernel: VarlenKernel, layout: VarlenLayout | None = None) -> None:
-        """`layout`: use this one, whatever the mask (cuda_graphs.py)."""
-        self.kernel, self._fixed_layout = kernel, layout
-        self._layout: VarlenLayout | None = None
-        self._layout_segments: tuple[Segment, ...] | None = None
+        super().__init__(layout)
+        self.kernel = kernel
+        self.can_be_captured = kernel.can_be_captured
 
-    def __call__(
+    def make_layout(
+        self, segments: tuple[Segment, ...], like: Tensor, for_backward: bool
+    ) -> VarlenLayout:
+        return varlen_layout(segments, like.device, like.dtype, for_backward)
+
+    def host_layout(self, segments: tuple[Segment, ...], dtype: torch.dtype) -> SegmentLayout:
+        return segment_layout(segments)
+
+    def layout_from_numbers(
+        self, numbers: Tensor, sizes: LayoutSizes, dtype: torch.dtype
+    ) -> VarlenLayout:
+        return layout_from_numbers(numbers, sizes, dtype, for_backward=True)
+
+    def with_layout(self, layout: VarlenLayout) -> "PackedAttention":
+        return PackedAttention(self.kernel, layout)
+
+    def attend(
         self,
-        q_QHd: Tensor,
+        q_THd: Tensor,
         k_THd: Tensor,
         v_THd: Tensor,
         gate2_H: Tensor | None,
-        mask: AttentionMask,
+        layout: VarlenLayout,
     ) -> Tensor:
-        if mask.query_rows is not None:
-            return self._attend_query_rows(q_QHd, k_THd, v_THd, gate2_H, mask, mask.query_rows)
-        layout = self.layout(mask, q_QHd)
-        out: Tensor = _PackedAttentionFunction.apply(q_QHd, k_THd, v_THd, gate2_H, self, layout)
+        out: Tensor = _PackedAttentionFunction.apply(q_THd, k_THd, v_THd, gate2_H, self, layout)
         return out
 
-    def _attend_query_rows(
+    def forward_with_prompt(
         self,
-        q_QHd: Tensor,
+        q_THd: Tensor,
         k_THd: Tensor,
         v_THd: Tensor,
-        gate2_H: Tensor | None,
-        mask: AttentionMask,
-        query_rows: Tensor,
-    ) -> Tensor:
-        """Attention of all rows, then the query rows of it.
+        gate2_H: Tensor,
+        prompt: PromptHeads,
+        layout: VarlenLayout,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        out_THd, saved = self.forward(q_THd, k_THd, v_THd, gate2_H, layout)
+        return adapter_attention(out_THd, q_THd, *prompt), saved
 
-        Only the last layer needs this, and another layout for it would cost more.
-        """
-        rows_Q = query_rows.to(q_QHd.device, non_blocking=True)
-        q_THd = k_THd.new_zeros(k_THd.shape).index_copy(0, rows_Q, q_QHd)
-        out_THd = self(q_THd, k_THd, v_THd, gate2_H, AttentionMask(mask.segments, ()))
-        return out_THd.index_select(0, rows_Q)
-
-    def layout(self, mask: AttentionMask, like: Tensor) -> VarlenLayout:
-        """On the device and in the type of `like`; ready for `backward` where autograd is on."""
-        if self._fixed_layout is not None:
-            return self._fixed_layout
-        layout, for_backward = self._layout, torch.is_grad_enabled()
-        is_current = self._layout_segments is mask.segments
-        if layout is None or not is_current or (for_backward and layout.sharing_PK is None):
-            layout = varlen_layout(mask.segments, like.device, like.dtype, for_backward)
-            self._layout, self._layout_segments = layout, mask.segments
-        return layout
+    def backward_with_prompt(
+        self,
+        g_THd: Tensor,
+        q_THd: Tensor,
+        k_THd: Tensor,
+        v_THd: Tensor,
+        gate2_H: Tensor,
+        prompt: PromptHeads,
+        saved: tuple[Tensor, ...],
+        layout: VarlenLayout,
+    ) -> Gradients:
+        dq_THd, dk_THd, dv_THd, dgate2_H = self.backward(
+            g_THd, q_THd, k_THd, v_THd, gate2_H, saved, layout
+        )
+        more_dq_THd, *of_prompt = adapter_attention_backward(g_THd, q_THd, *prompt)
+        return Gradients(
+            more_dq_THd.add_(dq_THd), dk_THd, dv_THd, dgate2_H, PromptHeads(*of_prompt)
+        )
 
     def forward(
         self,

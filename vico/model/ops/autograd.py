@@ -147,8 +147,8 @@ def apply_rotary_emb(x_THd: Tensor, rotary_T1h: Tensor, sign: float) -> Tensor:
 def apply_rotary_emb_qk(
     q_THd: Tensor, k_THd: Tensor, rotary_T1h: Tensor, sign: float
 ) -> tuple[Tensor, Tensor]:
-    """`apply_rotary_emb` of both; with a key head per query head."""
-    if triton_ops.can_run_on_heads(q_THd):
+    """`apply_rotary_emb` of both; in one launch where there is a key head per query head."""
+    if q_THd.shape == k_THd.shape and triton_ops.can_run_on_heads(q_THd):
         angles_T1h2 = torch.view_as_real(rotary_T1h)
         return triton_ops.apply_rotary_emb_qk(q_THd, k_THd, angles_T1h2, sign)
     return apply_rotary_emb(q_THd, rotary_T1h, sign), apply_rotary_emb(k_THd, rotary_T1h, sign)

@@ -38,6 +38,13 @@ def can_run(x: Tensor) -> bool:
     return INTERPRETED or (x.is_cuda and _is_recent(x.device.index))
 
 
+def can_run_on(device: torch.device) -> bool:
+    """Whether Triton's kernels run on `device`, whatever VICO_KERNELS says."""
+    if not IMPORTED:
+        return False
+    return INTERPRETED or (device.type == "cuda" and _is_recent(device.index or 0))
+
+
 def can_run_on_heads(x_THd: Tensor) -> bool:
     """Whether kernels that work on heads take `x_THd`.
 
