@@ -26,7 +26,7 @@ OWN_FUNCTIONS = [
 # By parts of an operator's name, lower case; the first match wins.
 CATEGORIES = {
     "attention kernel": "scaled_dot_product _efficient_attention _flash_attention varlen_attn "
-    "flash_attn fmha",
+    "flash_attn fmha segment_forward segment_backward segment_sums",
     # What they compute besides products and attention: on a GPU, Triton kernels.
     "own Functions": " ".join([*OWN_FUNCTIONS, "packedattention", "triton"]),
     "cross-entropy": "nll_loss log_softmax logsumexp cross_entropy",
