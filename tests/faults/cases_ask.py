@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from faults.case import Case, refused
-from faults.damage import gone, pth, put
+from faults.damage import both, gone, pth, put
 from support.run_fixture import FEATURES, NEXTQA
 
 ASK = "ask --resume {fixture}/run "
@@ -29,6 +29,15 @@ def file(content: str, *parts: str) -> Case:
 def row(*parts: str, **changes: Any) -> Case:
     """A file whose second row has these changes."""
     return file(json.dumps(ROW) + "\n" + json.dumps({**ROW, "id": "1", **changes}), *parts)
+
+
+def recorded(content: str, *parts: str) -> Case:
+    """What made the features, as a file beside them says."""
+    return refused(
+        both(put("x.mp4", "hm"), put(f"{FEATURES}.encoder.json", content)),
+        *parts,
+        line=f"{ASK}--video {{fixture}}/x.mp4 --encoder {{fixture}}/toy why --options a b",
+    )
 
 
 ASKED: dict[str, Case] = {
@@ -106,6 +115,12 @@ ASKED: dict[str, Case] = {
         put("x.mp4", "hm"),
         "--encoder {fixture}/toy: holds no weights",
         line=f"{ASK}--video {{fixture}}/x.mp4 --encoder {{fixture}}/toy why --options a b",
+    ),
+    "ask, a record of the encoder that is no JSON": recorded(
+        "{", f"{FEATURES}.encoder.json or fetch it again"
+    ),
+    "ask, a record of the encoder without a rate": recorded(
+        '{"encoder": "a", "encoder_sha256": "0"}', f"{FEATURES}.encoder.json: \"'fps'\": encoder, "
     ),
     "ask, a temperature for options": asked(
         f"{ONE}why --options a b --temperature 1", "--temperature: is for a generated answer"
