@@ -87,6 +87,13 @@ SETTINGS: dict[str, Case] = {
     "captions with an evaluation that is off": flags(
         "--eval_captions 3 --no_eval", "--eval_captions 3: must be left out with --no_eval"
     ),
+    "no such text": flags(
+        "--text absent.txt", "absent.txt: no such file; plain text should be there"
+    ),
+    "a text twice": flags("--text a.txt a.txt", "--text: a.txt is there twice; name each file"),
+    "texts with an evaluation that is off": flags(
+        "--text a.txt --no_eval", "--text a.txt: must be left out with --no_eval"
+    ),
     "reporter that is none": flags(
         "--report_to mlflow",
         "--report_to mlflow: must be none, all, or some of tensorboard, wandb, trackio",

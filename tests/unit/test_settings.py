@@ -19,7 +19,8 @@ from vico.cli.evaluate import on_replaced_predictions, settings_of
 from vico.cli.flags import CommandLine, parse, training_notes
 from vico.errors import UserError
 from vico.train import config as configs
-from vico.train.config import NOT_IDENTITY, RunConfig
+from vico.train.config import RunConfig
+from vico.train.identity import NOT_IDENTITY
 from vico.train.resume import differences, refuse_changes
 from vico.train.settings import evaluated_split, settings_from, training_splits
 from vico.train.start import Run
@@ -33,12 +34,14 @@ def values_of(annotation: Any) -> st.SearchStrategy[Any]:
     kind, choices = configs.value_type(annotation)
     if choices:
         return st.sampled_from(choices)
+    paths = st.text("ab/.é ", min_size=1, max_size=9).filter(str.strip).map(Path)
     strategies: dict[Any, st.SearchStrategy[Any]] = {
         bool: st.booleans(),
         int: st.integers(1, 400),
         float: st.floats(1e-6, 1e6),
         str: st.text(st.characters(codec="utf-8"), max_size=5),
-        Path: st.text("ab/.é ", min_size=1, max_size=9).filter(str.strip).map(Path),
+        Path: paths,
+        tuple: st.lists(paths, max_size=3, unique=True).map(tuple),
     }
     optional = type(None) in getattr(annotation, "__args__", ())
     return strategies[kind] | st.none() if optional else strategies[kind]
@@ -60,7 +63,7 @@ def test_saved_settings_round_trip(values: dict[str, Any]) -> None:
     subtitles = values.get("sub", False) and values.get("dataset") == "tvqa"
     values |= {"max_seq_len": 512, "sub": subtitles}
     if values.get("no_eval"):
-        values["eval_captions"] = None  # it is refused
+        values |= {"eval_captions": None, "text": ()}  # they are refused
     config = CommandLine(values, (), False).resolve()
     again = settings_from(config.to_json(), "args.json")
     assert RunConfig(**again) == config and differences(config.to_json(), config) == []

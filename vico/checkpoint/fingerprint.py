@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vico.data.features import Features
 from vico.data.micro_batches import DatasetInputs
+from vico.data.text_windows import Text
 from vico.data.tokenizer import content_digests
 from vico.data.types import Question
 from vico.io.digest import digest_chunks
@@ -35,6 +37,7 @@ class Sources:
     tokenizer_path: Path
     datasets: Mapping[str, DatasetInputs]  # by name
     questions: Mapping[str, Sequence[Question]]  # by split, of all data sets
+    texts: Sequence[Text] = ()  # of --text
 
     def parts(self) -> Iterator[tuple[str, DatasetInputs, dict[str, list[Question]]]]:
         """(what the names of its fingerprints begin with, inputs, questions by split) of each."""
@@ -137,6 +140,8 @@ def of_texts(sources: Sources, recorded: Mapping[str, str]) -> dict[str, str]:
             used = {v: inputs.captions[v] for v in sorted(videos) if v in inputs.captions}
             trained = set(_videos(questions["train"])) if inputs.captions else set()
             fingerprints[f"{prefix} captions"] = of_captions(used, sorted(trained - used.keys()))
+    if sources.texts:
+        fingerprints["data text"] = of_tokens(sources.texts)
     return fingerprints
 
 
@@ -175,6 +180,11 @@ def of_captions(captions: Mapping[str, str], lacking: Sequence[str] = ()) -> str
     if lacking:
         parts.append(repr(tuple(lacking)).encode())
     return _digest_parts(parts)
+
+
+def of_tokens(texts: Sequence[Text]) -> str:
+    """Of the tokens of plain texts, in their order."""
+    return _digest_parts(np.array(text.token_ids, "<i8").tobytes() for text in texts)
 
 
 def _videos(questions: Sequence[Question]) -> list[str]:

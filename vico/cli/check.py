@@ -23,6 +23,7 @@ from vico.data.micro_batches import DatasetInputs
 from vico.data.prompts import Prompts
 from vico.data.readers import captions as caption_files
 from vico.data.readers.captions import Captions
+from vico.data.text_windows import NO_TEXTS
 from vico.data.types import Question
 from vico.distributed.world import World
 from vico.errors import UserError, one_line
@@ -79,6 +80,7 @@ class Check:
         self._cache = FileCache(reread=config.verify)
         self._progress = log.ProgressLog(lambda _: None, is_main=True)
         self._backbone: BackboneFiles | None = None
+        self._texts = NO_TEXTS
         # By data set.
         self._prompts: dict[str, Prompts] = {}
         self._features: dict[str, Features] = {}
@@ -140,6 +142,9 @@ class Check:
                 self._prompts[dataset] = self._backbone.prompts(self.config, dataset)
             self._report(check_report.describe_backbone(self._backbone))
             self._report_all(self._backbone.notes)
+            self._texts = self._try(preflight.read_texts, self.config, self._backbone) or NO_TEXTS
+            for text in self._texts.files:
+                self._report(f"text: {len(text.token_ids):,} tokens of {text.path}")
 
     def _check_dataset(self, dataset: str) -> None:
         self._read_questions(dataset)
@@ -350,7 +355,7 @@ class Check:
             datasets[name] = DatasetInputs(features, self._prompts[name], captions)
         questions = preflight.joined(self._questions, splits)
         sources = fingerprint.Sources(
-            backbone.weights, backbone.tokenizer_path, datasets, questions
+            backbone.weights, backbone.tokenizer_path, datasets, questions, self._texts.files
         )
         alone = World(0, 1, torch.device("cpu"), None)
         return shared_digests.of_run(

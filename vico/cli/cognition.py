@@ -15,7 +15,6 @@ from vico.errors import UserError
 from vico.io.paths import is_folder
 
 if TYPE_CHECKING:  # they import torch, which is slow; a mistyped flag is reported before
-    from vico.data.text_windows import Text
     from vico.distributed.world import World
     from vico.train.asking import AskedModel
 
@@ -30,7 +29,6 @@ DESCRIPTION = (
     "The last line printed is a JSON object. "
     "Example: vico cognition --resume runs/a --text book.txt."
 )
-DEFAULT_WINDOW = 1024
 MIN_WINDOW = 2  # BOS and a token
 
 
@@ -46,7 +44,7 @@ class Request:
     num_fewshot: int | None = None
     limit: int | None = None
 
-    def window_of(self, longest: int | None, default: int = DEFAULT_WINDOW) -> int:
+    def window_of(self, longest: int | None, default: int) -> int:
         """Positions of a window. `longest`: that the model sees. Raises UserError."""
         if self.window is None:
             return min(default, longest or default)
@@ -61,7 +59,7 @@ def main(argv: list[str]) -> int:
     """Run the command on this rank; returns the exit code."""
     parser = make_parser("vico cognition", DESCRIPTION, prints=False, usage=USAGE, add_own=_add_own)
     line, typed = read_flags(parser, argv)
-    request = _request(typed)
+    request = _request(line.given.get("text", ()), typed)
     require_resume(line, "to measure")
 
     def work(world: "World") -> None:
@@ -80,13 +78,12 @@ def main(argv: list[str]) -> int:
 
 def _add_own(parser: SettingsParser) -> None:
     add = parser.add_argument_group("cognition").add_argument
-    add("--text", nargs="+", type=path_argument, metavar="FILE", help="plain text, UTF-8")
     add(
         "--window",
         type=positive_int,
         metavar="N",
-        help=f"positions of a window, its BOS included; texts are cut into windows that do not "
-        f"overlap (default: {DEFAULT_WINDOW})",
+        help="positions of a window, its BOS included; texts are cut into windows that do not "
+        "overlap (default: 1024)",
     )
     add(
         "--questions",
@@ -104,17 +101,13 @@ def _add_own(parser: SettingsParser) -> None:
     add("--limit", type=positive_int, metavar="N", help=text)
 
 
-def _request(typed: Mapping[str, Any]) -> Request:
-    """Raises UserError for a window without room for a token, or a text that is named twice."""
-    texts: tuple[Path, ...] = tuple(typed.get("text", ()))
+def _request(texts: tuple[Path, ...], typed: Mapping[str, Any]) -> Request:
+    """Raises UserError for a window without room for a token."""
     window = typed.get("window")
     if window is not None and window < MIN_WINDOW:
         raise UserError(
             f"--window {window}: has no room for a token behind BOS; {MIN_WINDOW} is the least"
         )
-    for i, path in enumerate(texts):
-        if path in texts[:i]:
-            raise UserError(f"--text: {path} is there twice; name each file once")
     names = tuple(part for word in typed.get("tasks", ()) for part in word.split(",") if part)
     _check_tasks(typed, names)
     return Request(
@@ -161,13 +154,13 @@ def _run_tasks(request: Request, model: "AskedModel") -> dict[str, Any]:
 
 
 def _measure_texts(request: Request, model: "AskedModel", world: "World") -> dict[str, Any]:
-    from vico.data.text_windows import open_text
+    from vico.data.text_windows import DEFAULT_WINDOW, open_texts
     from vico.train.cognition import measure_texts
 
     with world.raise_together():
-        texts: Sequence[Text] = [open_text(path, model.tokenizer) for path in request.texts]
-        window = request.window_of(model.inputs.weights.config.sliding_window)
-    measures = measure_texts(model.engine, texts, model.tokenizer.bos, window, model.inputs, world)
+        window = request.window_of(model.inputs.weights.config.sliding_window, DEFAULT_WINDOW)
+        texts = open_texts(request.texts, model.tokenizer, window)
+    measures = measure_texts(model.engine, texts, model.inputs, world)
     world.print_rank0(measures.table())
     return {"window": window, **measures.to_json()}
 

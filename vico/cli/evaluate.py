@@ -10,7 +10,8 @@ from vico.cli.with_world import with_world
 from vico.data.mixture import dataset_names
 from vico.io import streams
 from vico.io.output_dir import OutputDir
-from vico.train.config import NOT_IDENTITY, SAVING, SHAPES, RunConfig
+from vico.train.config import RunConfig
+from vico.train.identity import NOT_IDENTITY, SAVING, SHAPES
 from vico.train.settings import has_dialogue
 
 if TYPE_CHECKING:  # they import torch, which is slow; a mistyped flag is reported before

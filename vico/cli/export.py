@@ -15,7 +15,7 @@ from vico.errors import UserError
 from vico.io import log
 from vico.io.atomic import require_writable
 from vico.io.output_dir import OutputDir
-from vico.train.config import NOT_IDENTITY
+from vico.train.identity import NOT_IDENTITY
 from vico.train.run_log import read_records
 from vico.train.saved_run import read_for_evaluation
 

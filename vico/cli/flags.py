@@ -134,6 +134,8 @@ def _text(value: Any) -> str:
     """A parsed value as the user may have written it."""
     if value is None:
         return UNSET
+    if isinstance(value, tuple):
+        return " ".join(map(_text, value))
     return str(value).lower() if isinstance(value, bool) else show(str(value))[1:-1]
 
 
@@ -231,6 +233,19 @@ def make_parser(
     return parser
 
 
+class _Paths(argparse.Action):
+    """Several paths, as a tuple."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, tuple(values))
+
+
 def _add_settings(parser: SettingsParser) -> None:
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(RunConfig):
@@ -241,6 +256,10 @@ def _add_settings(parser: SettingsParser) -> None:
         flag = f"--{field.name}"
         if kind is bool:
             groups[title].add_argument(flag, action="store_true", help=text)
+            continue
+        if kind is tuple:
+            options: dict[str, Any] = {"nargs": "+", "metavar": "FILE", "action": _Paths}
+            groups[title].add_argument(flag, type=path_argument, help=text, **options)
             continue
         if field.default is not None:
             text = f"{text} (default: {field.default})"

@@ -19,6 +19,8 @@ from vico.errors import UserError
 from vico.io.text import read_text
 from vico.model.batch import PackedBatch
 
+DEFAULT_WINDOW = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Text:
@@ -36,6 +38,32 @@ def open_text(path: Path, tokenizer: Tokenizer) -> Text:
     if not token_ids:
         raise UserError(f"{path}: the tokenizer makes no token of it; name a text")
     return Text(path, token_ids, len(content.encode()))
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """The texts that are measured, and how they are cut."""
+
+    files: tuple[Text, ...]
+    bos: int
+    window: int  # positions of a window, BOS included
+
+    def windows(self) -> "list[Window]":
+        return windows(self.files, self.bos, self.window)
+
+
+NO_TEXTS = Texts((), bos=0, window=DEFAULT_WINDOW)
+
+
+def open_texts(paths: Sequence[Path], tokenizer: Tokenizer, window: int) -> Texts:
+    """Raises UserError as `open_text` does."""
+    files = tuple(open_text(path, tokenizer) for path in paths)
+    return Texts(files, tokenizer.bos, window)
+
+
+def usual_window(longest: int | None) -> int:
+    """Positions of a window where none is asked for. `longest`: that the model sees."""
+    return min(DEFAULT_WINDOW, longest or DEFAULT_WINDOW)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,15 @@ LOSSES = {
     "qav_loss": "Training loss: video (qav)",
 }
 CAPTION_METRICS = {"cider": "CIDEr", "bleu_4": "BLEU-4", "rouge_l": "ROUGE-L", "meteor": "METEOR"}
+TEXT_MEASURES = {
+    "kl_per_token": ("Plain text: KL(frozen || adapted)", "nats per token; 0: nothing has changed"),
+    "perplexity_adapted": ("Plain text: perplexity of the adapted model", "of all files of --text"),
+    "perplexity_frozen": (
+        "Plain text: perplexity of the frozen model",
+        "the same after each epoch",
+    ),
+    "top1_agreement": ("Plain text: same likeliest token", "share of tokens, of both models"),
+}
 GATE_TITLES = {
     "gate1": "Adapter gates (tanh of gate1)",
     "gate2": "Video gates (gate2, a logit)",
@@ -70,7 +79,7 @@ def training_charts(runs: Sequence[Run]) -> list[Chart]:
     names = itertools.chain(*(trained_datasets(run.settings) for run in runs))
     for dataset in dict.fromkeys(names):
         charts += _validation_chart(runs, dataset)
-    charts += _caption_charts(runs)
+    charts += _caption_charts(runs) + _text_charts(runs)
     for key, title in LOSSES.items():
         what = "the weighted sum of the tasks' losses" if key == "loss" else "mean over its targets"
         charts += _step_chart(runs, title, f"{what}, per step", _value_of(key))
@@ -180,20 +189,44 @@ def _caption_charts(runs: Sequence[Run]) -> list[Chart]:
     """Metrics of captions after each epoch, of those that were logged."""
     charts = []
     for key, title in CAPTION_METRICS.items():
-        traces = []
-        for i, run in enumerate(runs):
-            points = []
-            for record in run.epochs:
-                x, y = number(record["step"]), number(record.get(f"val_{key}"))
-                if x is not None and y is not None:
-                    points.append((x, y))
-            if points:
-                traces.append(_line(i, run.name, points, mode="lines+markers"))
-        if traces:
-            caption = f"{title} of captions after each epoch. From log.txt (val_{key})."
-            layout = _layout("step", "", showlegend=len(runs) > 1)
-            charts.append(Chart(f"Captions: {title}", caption, traces, layout))
+        caption = f"{title} of captions after each epoch. From log.txt (val_{key})."
+        charts += _epoch_chart(runs, f"Captions: {title}", caption, _value_of(f"val_{key}"))
     return charts
+
+
+def _text_charts(runs: Sequence[Run]) -> list[Chart]:
+    """What the adapter does to plain text after each epoch, of runs with --text."""
+    charts = []
+    for key, (title, what) in TEXT_MEASURES.items():
+        caption = f"{title}, after each epoch: {what}. From log.txt (cognition)."
+        charts += _epoch_chart(runs, title, caption, _text_measure(key))
+    return charts
+
+
+def _text_measure(key: str) -> Callable[[Record], float | None]:
+    def value(record: Record) -> float | None:
+        measures = record.get("cognition")
+        return number(measures.get(key)) if isinstance(measures, dict) else None
+
+    return value
+
+
+def _epoch_chart(
+    runs: Sequence[Run], title: str, caption: str, value: Callable[[Record], float | None]
+) -> list[Chart]:
+    """A line per run over its evaluations; no chart where no run has a value."""
+    traces = []
+    for i, run in enumerate(runs):
+        points = []
+        for record in run.epochs:
+            x, y = number(record["step"]), value(record)
+            if x is not None and y is not None:
+                points.append((x, y))
+        if points:
+            traces.append(_line(i, run.name, points, mode="lines+markers"))
+    if not traces:
+        return []
+    return [Chart(title, caption, traces, _layout("step", "", showlegend=len(runs) > 1))]
 
 
 def accuracy_chart(

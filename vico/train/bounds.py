@@ -32,4 +32,4 @@ def value_type(annotation: Any) -> tuple[Any, tuple[str, ...] | None]:
         annotation, *_ = (a for a in typing.get_args(annotation) if a is not type(None))
     if typing.get_origin(annotation) is Literal:
         return str, typing.get_args(annotation)
-    return annotation, None
+    return typing.get_origin(annotation) or annotation, None  # tuple: of paths

@@ -16,6 +16,7 @@ from vico.data.features import Features, common_width
 from vico.data.micro_batches import DatasetInputs
 from vico.data.readers import captions as caption_files
 from vico.data.readers.captions import Captions
+from vico.data.text_windows import NO_TEXTS, Texts
 from vico.data.types import Question
 from vico.distributed.topology import has_large_nodes
 from vico.distributed.world import World, set_collective_timeout
@@ -56,6 +57,7 @@ class Inputs:
     max_tokens: int | None  # the planner's, where none is given
     notes: tuple[str, ...]
     tokenizer_path: Path
+    texts: Texts  # of --text, for a run that trains
     files: InputFiles  # to be compared with the disk before anything is saved
     cache: FileCache  # to be flushed once all ranks agree that nothing is wrong
 
@@ -77,7 +79,8 @@ class Inputs:
     def sources(self, splits: Sequence[str]) -> Sources:
         """What the fingerprints of a run over these splits are taken of."""
         questions = {split: self.questions[split] for split in splits}
-        return Sources(self.weights, self.tokenizer_path, self.datasets, questions)
+        texts = self.texts.files
+        return Sources(self.weights, self.tokenizer_path, self.datasets, questions, texts)
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class _Opened:
     cache: FileCache
     backbone: BackboneFiles
     stage: zero_stage.Choice
+    texts: Texts
 
     def inputs(
         self,
@@ -113,6 +117,7 @@ class _Opened:
             max_tokens=self.stage.max_tokens,
             notes=(*self.stage.notes, *backbone.notes, *notes),
             tokenizer_path=backbone.tokenizer_path,
+            texts=self.texts,
             files=self.files,
             cache=self.cache,
         )
@@ -131,7 +136,8 @@ def _open(config: RunConfig, splits: Sequence[str], world: World) -> _Opened:
         training="train" in splits,
         large_nodes=has_large_nodes(world.members),
     )
-    return _Opened(config, files, cache, backbone, stage)
+    texts = preflight.read_texts(config, backbone) if "train" in splits else NO_TEXTS
+    return _Opened(config, files, cache, backbone, stage, texts)
 
 
 def read_inputs(config: RunConfig, splits: tuple[str, ...], world: World) -> Inputs:

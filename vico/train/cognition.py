@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vico.data.micro_batches import DatasetInputs
-from vico.data.text_windows import Text, TextChunks, Window, windows
+from vico.data.text_windows import Text, TextChunks, Texts, Window
 from vico.data.types import Question
 from vico.distributed.world import World
 from vico.errors import TrainingError
@@ -25,6 +25,7 @@ from vico.train.progress_bar import ProgressBar
 
 # Where the ranges of positions begin that are reported apart.
 POSITION_RANGES = (1, 2, 4, 16, 64, 256, 1024, 4096)
+LOGGED = ("perplexity_frozen", "perplexity_adapted", "kl_per_token", "top1_agreement")
 NUM_MEASURES = 6  # of a token, by compare_predictions of model/ops/logits.py
 
 
@@ -84,6 +85,23 @@ class TextMeasures:
         result["positions"] = self._positions()
         return result
 
+    def summary(self) -> dict[str, Any]:
+        """What the log of a training has: of all texts together, and of each."""
+        in_all = Measured.of(self.measures_6N).to_json()
+        return {**in_all, "files": {str(text.path): part for text, part in self._files()}}
+
+    def curves(self) -> dict[str, float]:
+        """Of all texts together and, where there are several, of each under its name."""
+        in_all = Measured.of(self.measures_6N).to_json()
+        curves = {f"cognition/{name}": in_all[name] for name in LOGGED}
+        files = self._files() if len(self.texts) > 1 else []
+        names = [text.path.name for text, _ in files]
+        for text, part in files:
+            is_unique = names.count(text.path.name) == 1
+            label = text.path.name if is_unique else str(text.path)
+            curves |= {f"cognition/{label}/{name}": part[name] for name in LOGGED}
+        return curves
+
     def _files(self) -> list[tuple[Text, dict[str, Any]]]:
         parts = self.measures_6N.split([len(t.token_ids) for t in self.texts], dim=1)
         pairs = zip(self.texts, parts, strict=True)
@@ -122,19 +140,17 @@ def _row(name: str, part: dict[str, Any]) -> str:
     )
 
 
-def measure_texts(
-    engine: Engine, texts: Sequence[Text], bos: int, window: int, inputs: Inputs, world: World
-) -> TextMeasures:
+def measure_texts(engine: Engine, texts: Texts, inputs: Inputs, world: World) -> TextMeasures:
     """Run the frozen and the adapted model over every token. A collective: all ranks get all.
 
-    `window`: positions, BOS included. The numbers are the same for any number of ranks, bit for
-    bit. Raises TrainingError for losses that are not finite, Stopped on a stop signal.
+    The numbers are the same for any number of ranks, bit for bit. Raises TrainingError for losses
+    that are not finite, Stopped on a stop signal.
     """
-    made = windows(texts, bos, window)
+    made = texts.windows()
     what = f"{made[-1].stop:,} tokens of text"
     table_6N = measure_windows(engine, made, inputs, world, what)
     positions_N = torch.cat([torch.arange(1, w.stop - w.start + 1) for w in made])
-    return TextMeasures(texts, table_6N, positions_N)
+    return TextMeasures(texts.files, table_6N, positions_N)
 
 
 def measure_windows(

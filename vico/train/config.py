@@ -14,6 +14,7 @@ from vico.data.mixture import DatasetChoice, dataset_names, parse_datasets, path
 from vico.errors import UserError, nearest
 from vico.model.weights import folders
 from vico.train.bounds import BOUNDS, COUNT, value_type
+from vico.train.identity import FINGERPRINTED
 
 
 def _flag(default: Any, group: str, help: str, **extra: Any) -> Any:
@@ -189,6 +190,12 @@ class RunConfig:
         "with each evaluation of an epoch, write captions of the split's first N videos that have "
         "one, and log CIDEr, BLEU and ROUGE-L (eval/cider); needs the extra 'captions'",
     )
+    text: tuple[Path, ...] = _flag(
+        (),
+        RUN,
+        "files of plain text (UTF-8): with each evaluation of an epoch, measure what the adapter "
+        "does to them, and log perplexities, KL and agreement (cognition/*)",
+    )
     split: Literal["val", "test"] = _flag(
         "val", RUN, "split to evaluate; test is also that of the epochs where there is no val"
     )
@@ -281,6 +288,11 @@ class RunConfig:
         if self.eval_captions is not None:
             reads_both = self.cap > 0 and not self.no_eval
             self._require(reads_both, "eval_captions", "left out with --no_eval or --cap 0")
+        if self.text:
+            self._require(not self.no_eval, "text", "left out with --no_eval")
+        for i, path in enumerate(self.text):
+            if path in self.text[:i]:
+                raise UserError(f"--text: {path} is there twice; name each file once")
         slots_fit = self.max_feats < self.max_seq_len
         self._require(slots_fit, "max_feats", f"below --max_seq_len {self.max_seq_len}")
         recomputed = self.checkpoint_activations
@@ -299,7 +311,9 @@ class RunConfig:
 
     def _require(self, ok: bool, name: str, allowed: str) -> None:
         if not ok:
-            raise UserError(f"--{name} {getattr(self, name)}: must be {allowed}")
+            value = plain(getattr(self, name))
+            shown = " ".join(value) if isinstance(value, list) else value
+            raise UserError(f"--{name} {shown}: must be {allowed}")
 
     @property
     def only_evaluates(self) -> bool:
@@ -370,27 +384,14 @@ class RunConfig:
 
     def to_json(self) -> dict[str, Any]:
         """All settings as plain values."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+        return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
-# Settings that may change when a run is resumed: paths, logging, and how a step is divided into
-# micro-batches. None changes the result. (Resuming checks that a step keeps its questions.)
-NOT_IDENTITY = frozenset(
-    """
-    model llama_model_path data_path captions features missing_features output_dir resume init_eval
-    split max_steps num_workers deepspeed attention checkpoint_activations batch_size accum_iter
-    max_tokens save_steps save_total_limit save_legacy logging_steps report_to allow_change verify
-    collective_timeout hang_timeout expect_world_size missing_subtitles missing_captions no_eval
-    eval_captions
-    """.split()
-)
-# What must not change either when a run is resumed (checkpoint/fingerprint.py).
-FINGERPRINTED = ("data", "backbone", "tokenizer")
-# The shapes of a checkpoint's tensors follow from these. Evaluation takes them from the checkpoint.
-SHAPES = ("adapter_layer", "adapter_len", "max_feats")
-# They have no effect on an evaluation.
-SAVING = "save_steps save_total_limit save_legacy logging_steps report_to eval_captions".split()
+def plain(value: Any) -> Any:
+    """A setting's value as JSON has it."""
+    if isinstance(value, tuple):
+        return [str(path) for path in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def is_path(deepspeed: str) -> bool:

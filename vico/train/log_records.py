@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from vico.train.cognition import TextMeasures
 from vico.train.config import RunConfig
 from vico.train.eval_captions import WrittenCaptions
 from vico.train.evaluate import Evaluation
@@ -26,6 +27,7 @@ class EpochResult:
     eval_seconds: float
     is_best: bool
     captions: WrittenCaptions | None = None  # --eval_captions
+    texts: TextMeasures | None = None  # --text
 
 
 def total_loss(config: RunConfig, losses: list[float | None]) -> float:
@@ -85,6 +87,7 @@ def epoch_record(config: RunConfig, result: EpochResult) -> dict[str, Any]:
         "epoch": result.epoch,
         "step": result.step,
         **{f"{result.split}_{name}": value for name, value in values.items()},
+        **({} if result.texts is None else {"cognition": result.texts.summary()}),
     }
 
 
@@ -99,5 +102,7 @@ def epoch_curves(result: EpochResult, device: torch.device) -> dict[str, float]:
     num_questions = len(evaluation.questions)
     if result.captions is not None:
         curves |= {f"eval/{name}": value for name, value in result.captions.metrics.items()}
+    if result.texts is not None:
+        curves |= result.texts.curves()
     curves["perf/eval_questions_per_second"] = num_questions / result.eval_seconds
     return {**curves, **memory_curves(device)}

@@ -25,6 +25,7 @@ from vico.io.atomic import write_bytes, write_json, write_lines
 from vico.io.failpoints import reached
 from vico.io.host_memory import return_free_memory
 from vico.io.paths import is_folder
+from vico.train.cognition import measure_texts
 from vico.train.evaluate import evaluate, report
 from vico.train.gradient_order import GradientOrder
 from vico.train.heat_map import gates_picture
@@ -244,7 +245,7 @@ def _end_epoch(run: Run, run_log: RunLog | None) -> None:
         evaluation = evaluate(run.engine, run.inputs, split, config, run.world)
         accuracy = evaluation.accuracies["acc"]
     eval_seconds = time.perf_counter() - started
-    captioned = run.captioned_videos
+    captioned, texts = run.captioned_videos, run.measured_texts
     result = EpochResult(
         epoch=(state.step - 1) // run.steps.steps_per_epoch,
         step=state.step,
@@ -256,6 +257,7 @@ def _end_epoch(run: Run, run_log: RunLog | None) -> None:
         eval_seconds=eval_seconds,
         is_best=accuracy is not None and is_best(accuracy, state.best_accuracy),
         captions=None if captioned is None else captioned.write(run.engine, run.world),
+        texts=measure_texts(run.engine, texts, run.inputs, run.world) if texts.files else None,
     )
     best = accuracy if result.is_best else state.best_accuracy
     after = replace(state, best_accuracy=best, evaluation_due=False)

@@ -17,6 +17,7 @@ from vico.data.length_stats import Lengths, QuestionLengths
 from vico.data.prompts import Prompts
 from vico.data.readers import captions as caption_files
 from vico.data.readers.captions import Captions
+from vico.data.text_windows import Texts, open_texts, usual_window
 from vico.data.tokenizer import ALL_FILES as TOKENIZER_FILES
 from vico.data.tokenizer import Tokenizer, find_tokenizer
 from vico.data.types import Question
@@ -83,6 +84,12 @@ def open_backbone(config: RunConfig) -> BackboneFiles:
     return BackboneFiles(tokenizer, tokenizer_path, weights, num_adapted)
 
 
+def read_texts(config: RunConfig, backbone: BackboneFiles) -> Texts:
+    """Those of --text, as training measures them. Raises UserError."""
+    window = usual_window(backbone.weights.config.sliding_window)
+    return open_texts(config.text, backbone.tokenizer, window)
+
+
 def _models_in(folder: Path) -> list[str]:
     """For a hint: what may not be looked at is left out, and not the error that is reported."""
     models = []
@@ -106,6 +113,7 @@ def input_files(config: RunConfig, splits: Sequence[str]) -> InputFiles:
     for tokenizer_folder in (config.tokenizer_folder, config.model_folder):
         paths += [tokenizer_folder / name for name in TOKENIZER_FILES]
     paths += weight_files(config.model_folder)
+    paths += config.text if "train" in splits else ()
     return InputFiles(paths)
 
 

@@ -178,7 +178,7 @@ def _input_files(config: RunConfig) -> list[Path]:
         files += [config.captions_of(name), config.features_of(name)]
     files += [path for path in entries(config.model_folder) if is_file(path)]
     files += [config.tokenizer_folder / name for name in TOKENIZER_FILES]
-    files.append(config.resume)
+    files += [*config.text, config.resume]
     if is_path(config.deepspeed):
         files.append(Path(config.deepspeed))
     return [path for path in files if path is not None]

@@ -73,8 +73,8 @@ class TensorBoard:
         self._board = board
         text = json.dumps(run.args, indent=2)
         self._board.add_text("args", f"```json\n{text}\n```", run.step)
-        plain = {name: "none" if value is None else value for name, value in run.args.items()}
-        for summary in hparams(plain, {"eval/acc": 0.0}):
+        values = {name: _as_hyperparameter(value) for name, value in run.args.items()}
+        for summary in hparams(values, {"eval/acc": 0.0}):
             self._board.file_writer.add_summary(summary)
 
     def curves(self, values: Mapping[str, float], step: int) -> None:
@@ -97,6 +97,13 @@ class TensorBoard:
 
     def close(self) -> None:
         self._board.close()
+
+
+def _as_hyperparameter(value: Any) -> Any:
+    """TensorBoard's have no lists, and no null."""
+    if isinstance(value, list):
+        return " ".join(value) or "none"
+    return "none" if value is None else value
 
 
 class WeightsAndBiases:

@@ -17,7 +17,8 @@ from vico.data.mixture import dataset_names
 from vico.errors import CheckpointError, UserError
 from vico.io.output_dir import OutputDir, step_of
 from vico.io.paths import exists
-from vico.train.config import NOT_IDENTITY, OBJECTIVE, RunConfig
+from vico.train.config import OBJECTIVE, RunConfig, plain
+from vico.train.identity import NOT_IDENTITY
 from vico.train.saved_run import (
     Start,
     is_run,
@@ -215,7 +216,7 @@ Change = tuple[str, str, str]  # (name of the setting or file, what it was, what
 def _refuse_changed_run(
     start: Checkpoint, config: RunConfig, fingerprints: Mapping[str, str], steps_per_epoch: int
 ) -> None:
-    saved = {k: str(v) if isinstance(v, Path) else v for k, v in start.settings.items()}
+    saved = {name: plain(value) for name, value in start.settings.items()}
     run = {**saved, "steps_per_epoch": steps_per_epoch}
     prolonged = _prolongs(config, run, start.state.step)
     compared = _of_training(start, fingerprints)

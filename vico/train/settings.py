@@ -23,6 +23,7 @@ TYPE_NAMES = {
     bool: "true or false",
     str: "a text (quote it)",
     Path: "a path in UTF-8",
+    tuple: "a path in UTF-8, or a list of them",
 }
 
 
@@ -73,11 +74,21 @@ def _typed(key: str, value: Any, annotation: Any, source: str) -> Any:
             return value
         raise UserError(f"{source}: {key}: {show(value)} is not one of {', '.join(choices)}")
     # YAML 1.1 reads 3e-4 as text.
-    accepted = {float: (int, float, str), Path: (str,)}.get(kind, (kind,))
+    accepted = {float: (int, float, str), Path: (str,), tuple: (str, list)}.get(kind, (kind,))
     if isinstance(value, accepted) and isinstance(value, bool) == (kind is bool):
         with contextlib.suppress(ValueError, OverflowError):
+            if kind is tuple:
+                return _parse_paths(value)
             return parse_path(value) if kind is Path else kind(value)
     raise UserError(f"{source}: {key}: {show(value)} is not {TYPE_NAMES[kind]}")
+
+
+def _parse_paths(value: str | list[Any]) -> tuple[Path, ...]:
+    """Of a text or a list of texts. Raises ValueError."""
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError
+    return tuple(map(parse_path, texts))
 
 
 def expand_home(text: str) -> str:
@@ -110,7 +121,7 @@ def is_path_setting(name: str, value: object) -> bool:
     if name == "deepspeed":
         return isinstance(value, str) and is_path(value)
     hint = typing.get_type_hints(RunConfig).get(name)
-    return hint is not None and value_type(hint)[0] is Path and isinstance(value, str)
+    return hint is not None and value_type(hint)[0] in (Path, tuple) and isinstance(value, str)
 
 
 def has_dialogue(config: RunConfig) -> bool:
@@ -156,6 +167,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         )
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     paths: dict[str, Any] = {k: v.absolute() for k, v in values.items() if isinstance(v, Path)}
+    paths["text"] = tuple(path.absolute() for path in config.text)
     paths["dataset"] = ",".join(map(str, config.datasets))  # one spelling: "nextqa:1" is "nextqa"
     paths["captions"] = _located(config, paths["data_path"], config.captions, config.captions_of)
     paths["features"] = _located(config, paths["data_path"], config.features, config.features_of)

@@ -7,6 +7,7 @@ from vico.checkpoint.format import Checkpoint, TrainState
 from vico.checkpoint.write import RunIdentity
 from vico.data.batching import TrainingSteps
 from vico.data.dataloader import start_forkserver
+from vico.data.text_windows import NO_TEXTS, Texts
 from vico.distributed.world import World
 from vico.io import log, streams
 from vico.io.failpoints import reached
@@ -44,6 +45,11 @@ class Run:
     from_scratch: bool  # no checkpoint was loaded
     evaluated_split: str | None  # after each epoch
     captioned_videos: CaptionedVideos | None = None  # with each evaluation
+
+    @property
+    def measured_texts(self) -> Texts:
+        """With each evaluation."""
+        return NO_TEXTS if self.evaluated_split is None else self.inputs.texts
 
     @property
     def last_step(self) -> int:

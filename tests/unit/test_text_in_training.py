@@ -1,0 +1,132 @@
+"""--text in training: what the adapter does to plain text, measured with each evaluation."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from support.toy_dataset import ToyData
+from support.training import Run
+from vico.cli.flags import parse
+from vico.cli.main import main
+from vico.report.charts import training_charts
+from vico.report.load import load_runs
+
+STEPS = "--batch_size 10 --epochs 2 --warmup_epochs 1 --lr 0.02 --bias 0.7".split()
+TEXT = "a man and a dog run. the cat smiles? why does the man hold it.\n" * 12
+MEASURES = ("perplexity_frozen", "perplexity_adapted", "kl_per_token", "top1_agreement")
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> list[str]:
+    (tmp_path / "long.txt").write_text(TEXT)
+    (tmp_path / "short.txt").write_text("the dog smiles.\n")
+    return [str(tmp_path / "long.txt"), str(tmp_path / "short.txt")]
+
+
+def train(toy: ToyData, out: Path, *flags: str) -> int:
+    return main(["train", *toy.flags, *STEPS, "--output_dir", str(out), *flags])
+
+
+def refused(capfd: pytest.CaptureFixture[str]) -> str:
+    error = capfd.readouterr().err
+    assert error.startswith("vico: error: ") and error.count("\n") == 1
+    return error
+
+
+def test_it_is_measured_and_changes_nothing(
+    toy: ToyData, tmp_path: Path, texts: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The numbers are those of `vico cognition`: in log.txt, as curves and in the report."""
+    assert train(toy, tmp_path / "without") == 0
+    assert train(toy, tmp_path / "with", "--text", *texts) == 0
+    without, run = Run(tmp_path / "without"), Run(tmp_path / "with")
+    for name, value in without.tensors(4).items():
+        assert torch.equal(run.tensors(4)[name], value), name
+    assert run.epochs[-1].keys() - without.epochs[-1].keys() == {"cognition"}
+
+    capfd.readouterr()
+    checkpoint = str(run.folder / "checkpoint-4")
+    assert main(["cognition", "--resume", checkpoint, "--text", *texts]) == 0
+    expected = json.loads(capfd.readouterr().out.splitlines()[-1])
+    logged = run.epochs[-1]["cognition"]
+    assert logged["kl_per_token"] > 0
+    assert {name: expected[name] for name in logged if name != "files"} == {
+        name: value for name, value in logged.items() if name != "files"
+    }
+    for path in texts:
+        assert logged["files"][path] == expected["files"][path]
+
+    board = EventAccumulator(str(run.folder / "runs"))
+    board.Reload()
+    for name in MEASURES:
+        of_all = board.Scalars(f"cognition/{name}")
+        assert [event.step for event in of_all] == [2, 4]
+        assert of_all[-1].value == pytest.approx(logged[name])
+        of_short = board.Scalars(f"cognition/short.txt/{name}")[-1].value
+        assert of_short == pytest.approx(logged["files"][texts[1]][name])
+    charts = {chart.title: chart for chart in training_charts(load_runs([run.folder]))}
+    points = charts["Plain text: KL(frozen || adapted)"].data[0]
+    assert points["x"] == [2, 4] and points["y"][-1] == pytest.approx(logged["kl_per_token"], 1e-4)
+
+
+def test_other_texts_are_another_run(
+    toy: ToyData, tmp_path: Path, texts: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A run without --text may get one; a run with one keeps it."""
+    out = tmp_path / "out"
+    assert train(toy, out, "--max_steps", "2") == 0
+    assert train(toy, out, "--max_steps", "3", "--text", *texts) == 0
+    Path(texts[1]).write_text("the cat smiles.\n", encoding="utf-8")
+    capfd.readouterr()
+    assert train(toy, out, "--text", *texts) == 2
+    error = capfd.readouterr().err
+    assert "was written by a run with other settings or files (data;" in error
+    assert "data text" in error
+    assert train(toy, out, "--text", *texts, "--allow_change", "data") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["absent.txt"], "absent.txt: no such file; plain text should be there"),
+        (["blank.txt"], "blank.txt: is empty"),
+        (["latin.txt"], "latin.txt:1: not UTF-8 (byte 0xe9 at offset 0)"),
+        (["a.txt", "a.txt"], "--text: a.txt is there twice"),
+        (["a.txt", "--no_eval"], "--text a.txt: must be left out with --no_eval"),
+    ],
+)
+def test_bad_texts_are_one_line(
+    toy: ToyData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    words: list[str],
+    expected: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("a man.")
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    for command in ("train", "check"):
+        words_of = [command, *toy.flags, "--output_dir", "out", "--text", *words]
+        assert main(words_of) == 2
+        assert expected in refused(capfd)
+
+
+def test_a_recipe_names_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One, or a list; with variables. The flag wins, and --print_config writes it back."""
+    monkeypatch.setenv("BOOKS", "/books")
+    recipe = tmp_path / "recipe.yaml"
+    one, several = (Path("/books/a.txt"),), (Path("/books/a.txt"), Path("/b$c.txt"))
+    for text, expected in (("$BOOKS/a.txt", one), ("[$BOOKS/a.txt, /b$$c.txt]", several)):
+        recipe.write_text(f"text: {text}\n")
+        assert parse(["--config", str(recipe)], "vico train", "").resolve().text == expected
+    words = ["--config", str(recipe), "--text", "/x.txt", "/y.txt"]
+    given = parse(words, "vico train", "").resolve()
+    assert given.text == (Path("/x.txt"), Path("/y.txt"))
+    assert parse(["text=/z.txt"], "vico train", "").resolve().text == (Path("/z.txt"),)
