@@ -3,14 +3,18 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 from faults.emulated_ranks import EmulatedWorld, Exchange
 from support.processes import start
 from support.toy_dataset import ToyData
+from support.training_steps import config_of, training_steps
 from vico.distributed.world import World
 from vico.errors import UserError
+from vico.model.vico import initial_trainables
+from vico.train.build import build_engine, read_inputs
 from vico.train.gradient_order import NUM_CHECKS, GradientOrder
 
 # On rank 1 a gate is used, without effect, before all else: its gradient then arrives after others.
@@ -78,6 +82,36 @@ def test_ranks_and_the_first_parameter_are_named() -> None:
     step, said = results[0]
     assert step == 2 and "rank(s) 1, 3 (the first on " in said
     assert "first at number 1: layers.1.weight against layers.2.weight; " in said
+
+
+def module_of(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_it_is_the_order_of_deepspeeds_buckets(
+    stage: int, toy: ToyData, alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(toy, "--deepspeed", f"zero{stage}")
+    inputs = read_inputs(config, ("train",), alone)
+    values = initial_trainables(inputs.trainable_shapes, bias=0.5, seed=0)
+    engine = build_engine(config, inputs, values, alone)
+    names = {id(p): name for name, p in engine.trainables.items()}
+    zero = engine._engine.optimizer
+    put_in_bucket, bucket = zero.reduce_independent_p_g_buckets_and_remove_grads, list[str]()
+
+    def watched(parameter: nn.Parameter, *more: object) -> None:
+        bucket.append(names[id(parameter)])
+        put_in_bucket(parameter, *more)
+
+    monkeypatch.setattr(zero, "reduce_independent_p_g_buckets_and_remove_grads", watched)
+    order = GradientOrder(engine.trainables)
+    engine.train(True)
+    engine.dry_run(training_steps(inputs)[0, 0].micro_batches[0])
+    assert sorted(order._names) == sorted(bucket) == sorted(engine.trainables)
+    if stage == 3:  # the gradients of a block, a leaf module, go together once all are there
+        order._names, bucket = [*map(module_of, order._names)], [*map(module_of, bucket)]
+    assert order._names == bucket
 
 
 def test_it_costs_nothing_afterwards(alone: World) -> None:

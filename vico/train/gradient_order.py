@@ -2,6 +2,7 @@
 
 DeepSpeed fills its buckets in the order of arrival and sums them over the ranks as flat tensors:
 ranks with other orders would add gradients of different parameters, and nothing would show it.
+(Under ZeRO-3 a block's gradients go together; the order that is compared here is the finer one.)
 """
 
 from collections.abc import Mapping
