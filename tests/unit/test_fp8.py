@@ -89,11 +89,23 @@ def filled(weight: Tensor) -> Fp8Linear:
 @pytest.mark.parametrize("dtype", PRODUCT_RTOL, ids=str)
 @pytest.mark.parametrize("shape", [(512, 256), (64, 172), (17, 33)])
 def test_a_product_is_that_of_the_dequantized(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    require_dequantized(shape, dtype, CPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("shape", [(4096, 4096), (11008, 4096), (4096, 11008)])
+def test_a_product_on_a_gpu(shape: tuple[int, int]) -> None:
+    require_dequantized(shape, torch.bfloat16, torch.device("cuda"))
+
+
+def require_dequantized(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
     """x W^T and g W, of what was quantized; in what `exact` asks for, x is not."""
     torch.manual_seed(0)
-    weight = (0.02 * torch.randn(shape)).to(dtype)
-    linear, x = filled(weight), torch.randn(7, shape[1], dtype=dtype, requires_grad=True)
-    gradient = torch.randn(7, shape[0], dtype=dtype)
+    weight = (0.02 * torch.randn(shape)).to(device, dtype)
+    linear = filled(weight)
+    x, gradient = (torch.randn(7, size).to(device, dtype) for size in reversed(shape))
+    x.requires_grad_()
     out = linear(x)
     out.backward(gradient)
     w8, x8, g8 = linear.weight, fp8.quantize_rows(x.detach()), fp8.quantize_rows(gradient)
@@ -150,8 +162,9 @@ def made(
     weights: dict[str, Tensor],
     dtype: torch.dtype,
     linear: MakeLinear,
-    is_fused: bool = True,
+    num_checkpointed: int | None = 0,
 ) -> ViCo:
+    """`num_checkpointed`: layers that are recomputed; None: the modules compute every block."""
     model = ViCo(config, config.n_layers, 10, 10, 100.0, dtype, linear)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -159,8 +172,8 @@ def made(
     for name, module in model.named_modules():
         if isinstance(module, Fp8Linear):
             module.fill(weights[f"{name.removesuffix('.quantized')}.weight"].to(dtype))
-    if is_fused:
-        choose_block_runners(model, PackedAttention(KERNELS["sdpa"]))
+    if num_checkpointed is not None:
+        choose_block_runners(model, PackedAttention(KERNELS["sdpa"]), num_checkpointed)
     return model
 
 
@@ -190,18 +203,24 @@ def losses_and_gradients(model: ViCo, num_questions: int) -> tuple[Tensor, dict[
     return losses.detach(), take_gradients(model)
 
 
-@pytest.mark.parametrize("is_fused", [True, False], ids=["one Function", "modules"])
-def test_a_step_is_autograd_over_the_dequantized(is_fused: bool) -> None:
+@pytest.mark.parametrize("num_checkpointed", [0, 2, None], ids=["fused", "recomputed", "modules"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_a_step_is_autograd_over_the_dequantized(
+    kv_heads: int, num_checkpointed: int | None
+) -> None:
     """All but a few roundings, which sums in another order turn the other way."""
-    config = LlamaConfig(64, 3, 4, 300, multiple_of=16)
+    config = LlamaConfig(64, 3, 4, 300, multiple_of=16, n_kv_heads=kv_heads)
     weights = usual_weights(config)
-    own = losses_and_gradients(made(config, weights, torch.float32, Fp8Linear, is_fused), 1)
-    expected = losses_and_gradients(made(config, weights, torch.float32, ByAutograd, False), 1)
-    plain = losses_and_gradients(made(config, weights, torch.float32, FrozenLinear), 1)
-    assert distance(own[0], expected[0]) < LOSS_RTOL < distance(plain[0], expected[0])
-    for name, gradient in own[1].items():
-        assert distance(gradient, expected[1][name]) < GRADIENT_RTOL, name
-        assert distance(plain[1][name], expected[1][name]) > 2 * GRADIENT_RTOL, name
+    model = made(config, weights, torch.float32, Fp8Linear, num_checkpointed)
+    losses, gradients = losses_and_gradients(model, 1)
+    model = made(config, weights, torch.float32, ByAutograd, None)
+    expected_losses, expected = losses_and_gradients(model, 1)
+    model = made(config, weights, torch.float32, FrozenLinear)
+    plain_losses, plain = losses_and_gradients(model, 1)
+    assert distance(losses, expected_losses) < LOSS_RTOL < distance(plain_losses, expected_losses)
+    for name, gradient in gradients.items():
+        assert distance(gradient, expected[name]) < GRADIENT_RTOL, name
+        assert distance(plain[name], expected[name]) > 2 * GRADIENT_RTOL, name
 
 
 def test_gradients_point_where_those_of_fp32_do() -> None:
@@ -256,6 +275,42 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def of_torch_2_11(*_: object, **__: object) -> Tensor:
     raise RuntimeError("(scale_a.numel() == 1 && scale_b.numel() == 1) INTERNAL ASSERT FAILED")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("size", ["7B", "13B", "65B"])
+def test_the_kernels_compile_for_hopper(
+    size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the sizes of a model, which needs no GPU."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from vico.model.ops import fp8_kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    config, target = LLAMA_CONFIGS[size], GPUTarget("cuda", 90, 32)
+    types = {"numbers": "*u8", "scale": "*fp32", "factors": "*fp32", "eps": "fp32"}
+    types |= {
+        f"{name}_{part}": types[part] for name in ("da", "db") for part in ("numbers", "scale")
+    }
+    for name, dim in (
+        ("quantize_kernel", config.dim),
+        ("quantize_kernel", config.hidden_dim),
+        ("norm_quantize_kernel", config.dim),
+        ("swiglu_quantize_kernel", config.hidden_dim),
+        ("swiglu_backward_quantize_kernel", config.hidden_dim),
+    ):
+        kernel = getattr(fp8_kernels, name)
+        sizes = fp8._sizes(torch.empty(1, dim, device="meta"))
+        num_warps = sizes.pop("num_warps")
+        signature = {arg: types.get(arg, "*bf16") for arg in kernel.arg_names}
+        signature |= dict.fromkeys(sizes, "constexpr")
+        source = ASTSource(kernel, signature, sizes)
+        compiled = triton.compile(source, target, {"num_warps": num_warps})
+        assert compiled.asm["cubin"]
 
 
 @pytest.mark.slow

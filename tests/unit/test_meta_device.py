@@ -36,6 +36,9 @@ WORK = SyntheticWorkload(2000)
 # varlen's as a GPU for a step of the published micro-batch. A product that adds counts twice here;
 # on CUDA it is one launch.
 MAX_LAUNCHES = {"varlen": (19, 45), "segment": (17, 21)}
+# In fp8: what no other kernel quantizes (attention's output; the gradients of the block, of its
+# attention half, of q, k and v), and wk and wv, dequantized for the prompts' rows.
+MORE_IN_FP8 = 5, 9
 
 
 class Launches(TorchDispatchMode):
@@ -180,11 +183,13 @@ def test_faults_are_found(launches: Launches, fault: Any) -> None:
         step(model, training_batch(WORK.training(0, 2)))
 
 
-def of_one_block(launches: Launches, attention: str) -> tuple[Counter[str], Counter[str]]:
+def of_one_block(
+    launches: Launches, attention: str, linear: MakeLinear = FrozenLinear
+) -> tuple[Counter[str], Counter[str]]:
     """(forward, backward): the difference between four layers and three."""
     counts = []
     for num_layers in (3, 4):
-        model = make_model(num_layers, attention=attention)
+        model = make_model(num_layers, attention=attention, linear=linear)
         batch = training_batch(WORK.training(0, 8)).to(META)
         with launches:
             launches.counts.clear()
@@ -197,11 +202,14 @@ def of_one_block(launches: Launches, attention: str) -> tuple[Counter[str], Coun
 
 
 @every_attention
+@pytest.mark.parametrize(("linear", "more"), [(FrozenLinear, (0, 0)), (Fp8Linear, MORE_IN_FP8)])
 @pytest.mark.parametrize("launches", ["triton"], indirect=True)
-def test_launches_of_a_block(launches: Launches, attention: str) -> None:
-    forward, backward = of_one_block(launches, attention)
+def test_launches_of_a_block(
+    launches: Launches, attention: str, linear: MakeLinear, more: tuple[int, int]
+) -> None:
+    forward, backward = of_one_block(launches, attention, linear)
     print(f"forward {forward.total()}: {dict(forward)}")
     print(f"backward {backward.total()}: {dict(backward)}")
     max_forward, max_backward = MAX_LAUNCHES[attention]
-    assert forward.total() <= max_forward
-    assert backward.total() <= max_backward
+    assert forward.total() <= max_forward + more[0]
+    assert backward.total() <= max_backward + more[1]

@@ -112,7 +112,7 @@ def _sizes(x_TK: Tensor) -> dict[str, int]:
     """The kernels' constants: one program holds a whole row, on more warps where it is long."""
     dim = x_TK.shape[-1]
     block = 1 << (dim - 1).bit_length()
-    return {"dim": dim, "BLOCK": block, "num_warps": 16 if block > 8192 else 8}
+    return {"dim": dim, "BLOCK": block, "num_warps": max(8, min(32, block // 1024))}
 
 
 def dequantized(weight: Tensor | Weight8) -> Tensor:
