@@ -170,6 +170,7 @@ def write_encoder(folder: Path) -> None:
     """
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(SEED)
     config = transformers.CLIPVisionConfig(
         hidden_size=64,

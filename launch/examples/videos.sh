@@ -23,7 +23,7 @@ export PYTHON=$python PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 cd "$root" # `python -m` imports from the current folder; the user's may hold anything
 "$python" -c "import av, plotly, pycocoevalcap, transformers" 2>/dev/null ||
     fail "extras are missing; run '$python' -m pip install -e '$root[video,captions,report]'"
-has_gpu || export VICO_RANKS=${VICO_RANKS:-2}
+has_gpu || export VICO_RANKS=${VICO_RANKS:-2} DS_ACCELERATOR=cpu
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 vico=("$python" -m vico)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -98,21 +99,47 @@ def test_wrong_words(words: list[str], line: str, tmp_path: Path) -> None:
     assert len(run.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
+# The whole example, in three parts: no test may take more than five minutes (.pytest.ini).
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The current one of the commands."""
+    return tmp_path_factory.mktemp("example")
+
+
+def example(folder: Path, *command: str) -> str:
+    """The last line of stdout."""
+    start = time.monotonic()
+    run = run_command([*command, "out"], folder, base_environment(), seconds=290)
+    assert run.codes == [0], run.output
+    print(f"{command[-1]}: {time.monotonic() - start:.0f} s")
+    return run.stdouts[0].splitlines()[-1]
+
+
 @pytest.mark.slow
-def test_the_whole_example(tmp_path: Path) -> None:
-    """From another folder, twice: the second call makes and trains nothing, and says the same."""
-    results = []
-    for _ in range(2):
-        command = ["bash", str(SCRIPT), "out"]
-        run = run_command(command, tmp_path, base_environment(), seconds=1500)
-        assert run.codes == [0], run.output
-        results.append(json.loads(run.stdouts[0].splitlines()[-1]))
-        print(results[-1])
-    first, second = results
-    assert first["val_acc"] >= 0.7 and first["val_acc_swapped_video"] <= 0.35
-    assert first["cider"] >= 5 * first["cider_swapped"]
-    assert first["report"] == str(tmp_path / "out" / "report.html")
-    assert Path(first["report"]).stat().st_size > 1e6
+def test_the_inputs(folder: Path) -> None:
+    """A tiny LLaMA and an encoder, which both know what they were taught."""
+    example(folder, sys.executable, str(SCRIPT.with_suffix(".py")))
+    made = {path.name for path in (folder / "out").iterdir()}
+    assert made == {"videos", "data", "data_swapped", "clip", "pretrained"}
+
+
+@pytest.mark.slow
+def test_the_whole_example(folder: Path) -> None:
+    """The bounds hold; the page is written."""
+    result = json.loads(example(folder, "bash", str(SCRIPT)))
+    print(result)
+    assert result["val_acc"] >= 0.7 and result["val_acc_swapped_video"] <= 0.35
+    assert result["cider"] >= 5 * result["cider_swapped"]
+    assert result["report"] == str(folder / "out" / "report.html")
+    assert Path(result["report"]).stat().st_size > 1e6
+
+
+@pytest.mark.slow
+def test_a_second_call(folder: Path) -> None:
+    """It makes and trains nothing, and says the same."""
+    first, second = (json.loads(example(folder, "bash", str(SCRIPT))) for _ in range(2))
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
-    steps = (tmp_path / "out" / "run" / "steps.jsonl").read_text().splitlines()
+    steps = (folder / "out" / "run" / "steps.jsonl").read_text().splitlines()
     assert len(steps) == len({json.loads(line)["step"] for line in steps})
