@@ -171,6 +171,17 @@ def test_questions_by_their_text_alone(
     assert result["loss_frozen"] != result["loss_adapted"]
 
 
+def test_how_rows_were_read_is_said(
+    asked: AskedWorld, in_this_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in an evaluation, once: answers of which form, and how many questions."""
+    assert main(["cognition", "--resume", str(asked.run), "--questions"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    num_rows = len(asked.rows)
+    assert lines.count(f"val: answers: {num_rows} by index") == 1
+    assert lines.count(f"val: {num_rows} questions") == 1
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

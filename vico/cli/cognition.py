@@ -181,6 +181,9 @@ def _measure_questions(model: "AskedModel", world: "World") -> dict[str, Any]:
                 f"--split {config.split}: has no questions with answers, so no accuracy; name "
                 "another"
             )
+    for note in inputs.notes:
+        if note not in model.notes:  # how the rows were read; the others have been printed
+            world.print_rank0(note)
     known = {name: find_dataset(name, config.folder_of(name)) for name in config.dataset_names}
     result: dict[str, Any] = {"split": config.split, "n": len(questions)}
     scores = scores_without_video(model.engine, inputs, config, world)
