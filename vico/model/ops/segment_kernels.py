@@ -14,10 +14,10 @@ and k already):
 and with the gradient g_i of out_i, delta_i = g_i.rows_i and mean_i = sum_a W_ia (g_i.pv_a):
 
     dS_ik = P_ik (g_i.v_k - delta_i)
-    dV_ia = W_ia (g_i.pv_a - mean_i) tanh(gate1_h)
-    dq_i = s (sum_k dS_ik k_k + sum_a dV_ia pk_a)
+    dU_ia = W_ia (g_i.pv_a - mean_i) tanh(gate1_h)     of the scores U that W is the softmax of
+    dq_i = s (sum_k dS_ik k_k + sum_a dU_ia pk_a)
     dk_k = s sum_i dS_ik q_i,  dv_k = sum_i P_ik g_i
-    dpk_a = s sum_i dV_ia q_i,  dpv_a = tanh(gate1_h) sum_i W_ia g_i
+    dpk_a = s sum_i dU_ia q_i,  dpv_a = tanh(gate1_h) sum_i W_ia g_i
     dgate2_h = sum of dS_ik over gated pairs,  dgate1_h = (1 - tanh(gate1_h)^2) sum_i mean_i
 
 Shapes: q, out, rows, g, dq are [T, H, d]; k, v, dk, dv [T, J, d]; prompts [A, J, d]; lse [T, H] in
