@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.measure.spreads import median_of
 from benchmarks.report import plot_data, plots
 from benchmarks.report.markdown import NOT_MEASURED, Section, measured, number, percent
-from benchmarks.report.scaling import scaling
+from benchmarks.report.scaling import CASE_NAMES, scaling
 
 Record = dict[str, Any]
 
@@ -106,6 +106,7 @@ def node_section(record: Record, folder: Path) -> Section:
     section = Section()
     section.add_table(NODE_COLUMNS, [_node_row(case) for case in record["cases"]])
     section.add_text(UTILIZATION)
+    _add_ranks(section, record["cases"])
     for failure in record["failures"]:
         start = f"{failure['size']} on {failure['ranks']} rank(s)"
         section.add_text(f"{start} ended with exit code {failure['exit_code']}.")
@@ -254,6 +255,34 @@ def _add_small_cards(section: Section, record: Record) -> None:
     if rows:
         columns = ["card (its memory capped)", "GiB allowed", "layers recomputed"]
         section.add_table([*columns, "peak of a training step, GiB"], rows)
+
+
+def _add_ranks(section: Section, cases: list[Record]) -> None:
+    """How ranks differ, what was predicted, and one profiled step's communication."""
+    rows = []
+    for case in cases:
+        name = " ".join(str(case.get(key, "")) for key in CASE_NAMES)
+        if "by_rank" not in case:
+            rows.append([name, *[NOT_MEASURED] * 5])
+            continue
+        by_rank, profiled = case["by_rank"], case["communication_time"]
+        seconds, memory = (_range(by_rank[key]) for key in ("seconds", "allocated_gib"))
+        predicted = case["predicted"]
+        pair = (predicted.get(key) for key in ("memory_gib", "real_tokens_per_second"))
+        communication = number(profiled["seconds"], 3)
+        imbalance = number(by_rank["imbalance"], 3)
+        rows.append(
+            [name, seconds, memory, imbalance, communication, " / ".join(map(number, pair))]
+        )
+    if rows:
+        columns = ["case", "s/step of a rank: min, median, max", "GiB allocated: min, median, max"]
+        columns += ["tokens, most over mean", "communication of a profiled step, s"]
+        section.add_table([*columns, "predicted GiB / tokens/s"], rows)
+
+
+def _range(values: list[float]) -> str:
+    ordered = sorted(values)
+    return ", ".join(number(x, 3) for x in (ordered[0], ordered[len(ordered) // 2], ordered[-1]))
 
 
 def _node_row(case: Record) -> list[str]:

@@ -1,8 +1,9 @@
 """The `node` suite: optimizer steps of the real engine on 1, 2, 4, 8 and more ranks.
 
 Inside a launcher (deepspeed, torchrun, srun, mpirun) it measures on the ranks it finds. Otherwise
-it starts its own ranks with launch/start.py, as a training run does, once per number of ranks and
-size, and makes one record of all starts. node_rank.py is what a rank does.
+it starts its own ranks with launch/start.py, as a training run does, once per number of ranks, size
+and stage, so that one which runs out of memory ends no other. It makes one record of all starts.
+node_rank.py is what a rank does.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,16 @@ from vico.io import log
 # Of every step's losses, relative: the same samples and weights give the same losses on any number
 # of ranks and under any stage.
 LOSS_BOUNDS = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}
+# Ending of the file that says at which case a rank ran out of memory, beside that of --part.
+OUT_OF_MEMORY = ".out_of_memory"
 DEFAULT_RANKS = (1, 2, 4, 8, 16)
 # Flags that a rank gets from the process that starts it, one value each and several.
 SINGLE_FLAGS = (
     *("questions", "strong_questions", "precision", "attention"),
     *("steps", "warmup", "num_workers", "seed"),
 )
-LIST_FLAGS = ("stages", "scaling")
+LIST_FLAGS = ("scaling",)
+KINDS = ("weak", "strong", "recipe")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -42,14 +47,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="numbers of ranks to start on this machine, as 1,2,4,8; "
         "default: all GPUs in powers of two",
     )
-    add("--sizes", nargs="+", choices=list(MODELS), default=["7B"])
+    add("--sizes", nargs="+", choices=list(MODELS), help="default: 7B, with --tiny the toy")
     add("--stages", nargs="+", type=int, choices=[2, 3], default=[2, 3], help="ZeRO stages")
-    add("--scaling", nargs="+", choices=["weak", "strong"], default=["weak", "strong"])
+    add(
+        "--scaling",
+        nargs="+",
+        choices=KINDS,
+        default=list(KINDS),
+        help="recipe: 16 questions of each rank in 2 micro-batches, as published",
+    )
     add(
         "--questions",
         type=int,
-        default=24,
-        help="of a micro-batch; weak scaling: of each rank's step",
+        help="of a micro-batch; weak scaling: of each rank's step; default: as many as the planner "
+        "says fit, at most 24",
     )
     add(
         "--strong_questions",
@@ -66,7 +77,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--tiny",
         action="store_true",
-        help="a toy model and few steps, to try the harness; its metrics mean nothing",
+        help="toy models and few steps, to try the harness; its metrics mean nothing",
     )
     # Where the ranks that this suite starts write their measurements.
     add("--part", type=Path, help=argparse.SUPPRESS)
@@ -74,9 +85,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.tiny:
-        args.sizes, args.steps, args.warmup, args.num_workers = ["toy"], min(args.steps, 3), 1, 0
-        args.questions = min(args.questions, 2)
+        args.steps, args.warmup, args.num_workers = min(args.steps, 3), 1, 0
         args.strong_questions = min(args.strong_questions, 4)
+    args.sizes = args.sizes or (["toy"] if args.tiny else ["7B"])
     launcher_env.set_rank_variables()
     if "RANK" in os.environ:
         return _run_rank(args)
@@ -104,16 +115,26 @@ def _start_all(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dic
     parts, failures = [], []
     with tempfile.TemporaryDirectory() as folder:
         for num_ranks in rank_numbers(args.ranks):
-            for size in args.sizes:
-                log.info(f"{size} on {num_ranks} rank(s)")
-                path = Path(folder) / f"{size}-{num_ranks}.json"
-                exit_code = _start(args, num_ranks, size, path)
-                if exit_code:
-                    failures.append({"size": size, "ranks": num_ranks, "exit_code": exit_code})
+            for size, stage in product(args.sizes, args.stages):
+                log.info(f"{size} ZeRO-{stage} on {num_ranks} rank(s)")
+                path = Path(folder) / f"{size}-{stage}-{num_ranks}.json"
+                exit_code = _start(args, num_ranks, size, stage, path)
                 # What was measured before an error counts.
-                if path.exists():
-                    parts.append(json.loads(path.read_text(encoding="utf-8")))
+                part = _read(path) or {"cases": []}
+                ended = _read(path.with_suffix(OUT_OF_MEMORY))
+                if ended is not None:
+                    part["cases"].append(ended)
+                elif exit_code:
+                    failures.append({"size": size, "ranks": num_ranks, "exit_code": exit_code})
+                parts.append(part)
     return parts, failures
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def rank_numbers(text: str | None) -> list[int]:
@@ -131,13 +152,16 @@ def rank_numbers(text: str | None) -> list[int]:
     return sorted({int(word) for word in words})
 
 
-def _start(args: argparse.Namespace, num_ranks: int, size: str, part: Path) -> int:
+def _start(args: argparse.Namespace, num_ranks: int, size: str, stage: int, part: Path) -> int:
     """Starts ranks as launch/train.sh does and waits for them. Their output goes to ours."""
-    flags = ["--sizes", size, "--part", str(part)]
+    flags = ["--sizes", size, "--stages", str(stage), "--part", str(part)]
     for name in LIST_FLAGS:
         flags += [f"--{name}", *map(str, getattr(args, name))]
     for name in SINGLE_FLAGS:
-        flags += [f"--{name}", str(getattr(args, name))]
+        if getattr(args, name) is not None:
+            flags += [f"--{name}", str(getattr(args, name))]
+    if args.tiny:
+        flags.append("--tiny")
     launcher, program = ROOT / "launch" / "start.py", ROOT / "benchmarks" / "run.py"
     command = [sys.executable, str(launcher), str(program), "node", *flags]
     environment = {**os.environ, "VICO_RANKS": str(num_ranks)}
@@ -152,7 +176,8 @@ def _write(
     machines, cases = [], []
     for part in parts:
         cases += part.pop("cases")
-        machines.append(part)
+        if part:  # none was measured before memory ended
+            machines.append(part)
     record |= {"machines": machines, "cases": cases}
     record["differences"] = disagreements(cases, LOSS_BOUNDS[args.precision])
     record["equal"] = not record["differences"]

@@ -9,10 +9,11 @@ import gc
 import json
 import os
 import socket
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, astuple
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as torch_dist
@@ -27,12 +28,17 @@ from benchmarks.measure.metrics import WorkCounts, count_packed, rates
 from benchmarks.measure.peak_rates import peak_rate
 from benchmarks.measure.spreads import UNKNOWN
 from benchmarks.measure.workload import SyntheticWorkload
+from benchmarks.suites.node import OUT_OF_MEMORY
+from benchmarks.suites.node_plan import CasePlan, out_of_memory, plan_case, small
+from benchmarks.suites.node_profile import communication_time, over_ranks
 from benchmarks.suites.node_steps import TASK_WEIGHTS, RankSteps
 from benchmarks.suites.node_traffic import collectives, communication
 from vico.data.batching import Step
 from vico.data.dataloader import loader
 from vico.distributed import world as dist
 from vico.distributed.world import World
+from vico.errors import UserError
+from vico.io import log
 from vico.io.atomic import write_text
 from vico.model.attention.backends import choose_attention
 from vico.model.block_runners import choose_block_runners
@@ -48,6 +54,8 @@ from vico.train.step import train_step
 
 # The update does all of its work, and all cases keep the same weights: losses can be compared.
 LR = 0.0
+# As published: 16 questions of each rank, in two micro-batches.
+RECIPE_QUESTIONS, RECIPE_PIECES = 16, 2
 # Share of a GPU's memory that the frozen weights may take.
 MAX_WEIGHT_SHARE = 0.92
 
@@ -59,8 +67,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any] | None:
     """All cases on these ranks: the result on rank 0, None on the others."""
     world = dist.connect()
     _set_num_threads()
-    toy = args.sizes == ["toy"]
-    size, copy_mib, collective_mib, repeats = (256, 4, 4, 5) if toy else (8192, 1024, 512, 20)
+    size, copy_mib, collective_mib, repeats = (256, 4, 4, 5) if args.tiny else (8192, 1024, 512, 20)
     dtype = DTYPES[args.precision]
     ceilings = device_ceilings(world.device, dtype, size, copy_mib, repeats)
     result: dict[str, Any] = {
@@ -100,7 +107,7 @@ def _cases(
     args: argparse.Namespace, world: World, size: str, stage: int, ceiling: float
 ) -> Iterator[Case]:
     """Weak and strong scaling of one size and stage, on one engine."""
-    config = MODELS[size]
+    config = small(MODELS[size]) if args.tiny and size != "toy" else MODELS[size]
     facts: Case = {
         "size": size,
         "stage": stage,
@@ -118,22 +125,58 @@ def _cases(
             )
             yield facts | {"not_run": f"{weights_gib} of weights per GPU, {total_gib} of memory"}
             return
-    engine = make_engine(args, world, config, stage)
-    for kind in args.scaling:
-        num_questions = args.strong_questions if kind == "strong" else args.questions * world.size
-        timed = _time_steps(args, world, engine, config, num_questions, ceiling)
-        yield facts | {"attention": engine.attention, "scaling": kind} | timed
-    del engine
+    plan = plan_case(args, world, size, config, stage)
+    facts["predicted"] = plan.predicted
+    if plan.questions < 1:
+        world.print_rank0(f"{size} ZeRO-{stage}: not run: the planner says no question fits")
+        yield facts | {"not_run": "the planner says no question fits"}
+        return
+    kind = args.scaling[0]
+    try:
+        engine = make_engine(args, world, config, stage, plan.questions)
+        for kind in args.scaling:
+            work = _case_work(kind, args, world.size, plan)
+            timed = _time_steps(args, world, engine, config, work, ceiling)
+            yield facts | {"attention": engine.attention, "scaling": kind} | timed
+        del engine
+    except torch.cuda.OutOfMemoryError as error:
+        facts |= {"scaling": kind, "not_run": f"out of memory: {out_of_memory(error)}"}
+        world.set_phase("out of memory")
+        if world.size > 1:
+            _end_out_of_memory(args, facts)
+        log.info(f"{size} ZeRO-{stage} {kind}: {facts['not_run']}")
+        yield facts
     gc.collect()
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def make_engine(args: argparse.Namespace, world: World, config: LlamaConfig, stage: int) -> Engine:
+def _case_work(kind: str, args: argparse.Namespace, ranks: int, plan: CasePlan) -> tuple[int, int]:
+    """(questions of all ranks' step, questions of a micro-batch)."""
+    if kind == "recipe":
+        fitting = plan.questions if plan.predicted else RECIPE_QUESTIONS
+        return RECIPE_QUESTIONS * ranks, min(RECIPE_QUESTIONS // RECIPE_PIECES, fitting)
+    num = args.strong_questions if kind == "strong" else plan.questions * ranks
+    return num, plan.questions
+
+
+def _end_out_of_memory(args: argparse.Namespace, facts: Case) -> NoReturn:
+    """Leave the case's row for the process that started the ranks, and end them all.
+
+    The other ranks wait for this one in a collective.
+    """
+    if args.part is not None:
+        write_text(args.part.with_suffix(OUT_OF_MEMORY), json.dumps(facts))
+    raise UserError(f"{facts['size']} ZeRO-{facts['stage']}: {facts['not_run']}; fewer --questions")
+
+
+def make_engine(
+    args: argparse.Namespace, world: World, config: LlamaConfig, stage: int, questions: int
+) -> Engine:
     """As vico.train.build.build_engine does, but with random weights."""
     dtype = DTYPES[args.precision]
     attend, reason = choose_attention(args.attention, world.device, dtype)
-    ds_config = read_config(f"zero{stage}", args.precision, args.questions, 1, world.size)
+    ds_config = read_config(f"zero{stage}", args.precision, questions, 1, world.size)
     with zero_init(ds_config, world.device):
         model = make_fast(config, dtype)
     set_random_weights(model, args.seed, world)
@@ -164,24 +207,31 @@ def _time_steps(
     world: World,
     engine: Engine,
     config: LlamaConfig,
-    num_questions: int,
+    work: tuple[int, int],
     ceiling: float,
 ) -> Case:
-    """Timed steps of all ranks; a step takes as long as on its slowest rank."""
+    """Timed steps of all ranks; a step takes as long as on its slowest rank.
+
+    `work`: the questions of all ranks' step, and those of a micro-batch.
+    """
+    num_questions, questions = work
     workload = SyntheticWorkload(config.vocab_size, seed=args.seed)
-    steps = RankSteps(workload, num_questions, args.questions, world.rank, world.size)
+    steps = RankSteps(workload, num_questions, questions, world.rank, world.size)
     schedule = [(0, index) for index in range(args.warmup + args.steps)]
     on_gpu = world.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(world.device)
     _capture_graphs(world, engine, steps, schedule)
     clock, marks, counts, losses = Clock(world.device, wall=True), [], [], []
+    waits = []
     num_micro_batches = 0
     stream = iter(loader(steps, schedule, args.num_workers, on_gpu))  # type: ignore[arg-type]
     for number in range(1, len(schedule) + 1):
         start = clock.now()
         # Waiting for data is part of the step.
+        wait_start = time.perf_counter()
         step = next(stream)
+        waits.append(time.perf_counter() - wait_start)
         report = train_step(engine, step, number, TASK_WEIGHTS, LR, world)
         marks.append((start, clock.now()))
         losses.append(report.task_losses())
@@ -191,8 +241,16 @@ def _time_steps(
     seconds = world.gather(torch.tensor(own_seconds, dtype=torch.float64)).amax(dim=0).tolist()
     total_counts = _sum_counts(world, counts[args.warmup :])
     peak_tflops = _peak_tflops(world, args.precision)
+    tokens = [int(count.real_tokens) for count in counts[args.warmup :]]
+    by_rank = over_ranks(world, own_seconds, waits[args.warmup :], tokens)
+    profiled = communication_time(
+        lambda: train_step(engine, step, len(schedule) + 1, TASK_WEIGHTS, LR, world), world
+    )
     case: Case = {
         "questions_per_step": num_questions,
+        "questions_per_micro_batch": questions,
+        "by_rank": by_rank,
+        "communication_time": profiled,
         "micro_batches": num_micro_batches,
         "losses": losses,
         "seconds": seconds,

@@ -274,7 +274,7 @@ def test_node_suite(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     # run.sh must find the checkout by itself.
     environment.pop("PYTHONPATH")
     environment.pop("VICO_RANKS", None)
-    flags = ["--tiny", "--ranks", "2", "--results", str(tmp_path)]
+    flags = ["--tiny", "--ranks", "2", "--scaling", "weak", "strong", "--results", str(tmp_path)]
     command = ["bash", str(ROOT / "benchmarks" / "run.sh"), "node", *flags]
     suite = run_command(command, cwd=tmp_path, environment=environment)
     assert suite.codes == [0], suite.output
@@ -292,6 +292,8 @@ def test_node_suite(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         assert measured["figures"]["mfu"] == "n/a"
         assert measured["memory"]["allocated_gib"] > 0
         assert measured["work"][0]["questions"] == measured["questions_per_step"] == 4
+        assert len(measured["by_rank"]["seconds"]) == 2 and measured["predicted"] == {}
+        assert measured["communication_time"]["seconds"] > 0
     received = {c["stage"]: c["communication"]["bytes_per_step"] for c in cases}
     assert received[3] > received[2] > 0
     assert record["machines"][0]["collectives"]["all_gather_gb_per_second"] > 0
@@ -322,3 +324,18 @@ def test_report_refuses_other_files(tmp_path: Path, capfd: pytest.CaptureFixture
     (tmp_path / "x.json").write_text('{"suite": "other"}')
     assert run.main(["report", str(tmp_path / "x.json"), "--out", str(tmp_path)]) == 2
     assert "is no record of a suite" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["--sizes 7B 13B --stages 2", "--sizes 33B 65B --stages 3"])
+def test_documented_sizes_start(flags: str, tmp_path: Path) -> None:
+    """The node commands of the README at every size, in small, on two ranks."""
+    words = ["--tiny", "--ranks", "2", *flags.split(), "--results", str(tmp_path)]
+    command = ["bash", str(ROOT / "benchmarks" / "run.sh"), "node", *words]
+    suite = run_command(command, cwd=tmp_path, environment=base_environment())
+    assert suite.codes == [0], suite.output
+    record = last_record(suite.stdouts[0], tmp_path)
+    kinds = [(case["size"], case["scaling"]) for case in record["cases"]]
+    sizes = [word for word in flags.split() if word in SIZES]
+    assert kinds == [(size, kind) for size in sizes for kind in ("weak", "strong", "recipe")]
+    assert all("figures" in case for case in record["cases"])

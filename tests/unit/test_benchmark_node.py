@@ -1,0 +1,139 @@
+"""The `node` suite's plans, rows for memory that ended, and figures of each rank."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from benchmarks.baseline.models import MODELS, SIZES
+from benchmarks.report.sections import node_section
+from benchmarks.suites import node, node_plan, node_rank
+from benchmarks.suites.node_plan import CasePlan, plan_on
+from vico.distributed.world import World, connect, disconnect
+from vico.errors import UserError
+from vico.planner.gpu_specs import GPUS, Hardware
+
+
+@pytest.mark.parametrize(
+    ("size", "gpus", "stage", "fits"),
+    [("7B", 1, 2, True), ("33B", 8, 3, True), ("65B", 8, 3, True), ("65B", 8, 2, False)],
+)
+def test_questions_fit(size: str, gpus: int, stage: int, fits: bool) -> None:
+    """The documented commands ask for no more than an H100 holds; 24 questions of 65B do not."""
+    hardware = Hardware(GPUS["H100"], gpus)
+    chosen = plan_on(hardware, None, "bf16", size, MODELS[size], stage)
+    assert (chosen.questions > 0) == fits
+    if fits:
+        assert chosen.predicted["memory_gib"] <= chosen.predicted["available_gib"]
+        assert chosen.predicted["real_tokens_per_second"] > 0
+    given = plan_on(hardware, 24, "bf16", size, MODELS[size], stage)
+    assert given.questions == 24
+    too_much = given.predicted["memory_gib"] > given.predicted["available_gib"]
+    assert too_much == (size == "65B")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_small_sizes(size: str) -> None:
+    """Every size has a small model with fewer layers than a larger size."""
+    small = node_plan.small(MODELS[size])
+    assert small.n_layers == MODELS[size].n_layers // 16 and small.num_parameters < 2 * 10**6
+
+
+@pytest.fixture(scope="module")
+def world() -> Any:
+    """One rank, without a launcher."""
+    with mock.patch.dict(os.environ):
+        connected = connect()
+        yield connected
+        disconnect(connected)
+
+
+def arguments(**changes: Any) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    node.add_flags(parser)
+    flags = "--tiny --sizes 7B --stages 2 --precision fp32 --num_workers 0 --steps 2 --warmup 1"
+    args = parser.parse_args([*flags.split(), "--strong_questions", "2"])
+    vars(args).update(changes)
+    return args
+
+
+def test_memory_ends(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A case that runs out of memory is a row with what was predicted; earlier ones stay."""
+    time_steps = node_rank._time_steps
+
+    def out_of_memory(*arguments: Any) -> Any:
+        if arguments[4] == (2, 2) and cases:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return time_steps(*arguments)
+
+    monkeypatch.setattr(node_rank, "_time_steps", out_of_memory)
+    cases: list[dict[str, Any]] = []
+    for case in node_rank._cases(arguments(scaling=["weak", "strong"]), world, "7B", 2, 1.0):
+        cases.append(case)
+    weak, strong = cases
+    assert len(weak["by_rank"]["seconds"]) == 1 and weak["by_rank"]["imbalance"] == 1.0
+    assert weak["questions_per_micro_batch"] == 2
+    assert strong["not_run"] == "out of memory: CUDA out of memory"
+    assert strong["scaling"] == "strong"
+    record = {"cases": cases, "failures": [], "machines": []}
+    text = "\n".join(node_section(record, tmp_path).lines)
+    assert "out of memory: CUDA out of memory" in text and "not measured" in text
+
+
+def test_recipe() -> None:
+    """16 questions of each rank in two micro-batches, or in smaller ones where memory asks it."""
+    args = arguments()
+    assert node_rank._case_work("recipe", args, 4, CasePlan(2, {})) == (64, 8)
+    planned = {"memory_gib": 72.0}
+    assert node_rank._case_work("recipe", args, 4, CasePlan(24, planned)) == (64, 8)
+    assert node_rank._case_work("recipe", args, 4, CasePlan(3, planned)) == (64, 3)
+    assert node_rank._case_work("weak", args, 4, CasePlan(3, planned)) == (12, 3)
+    assert node_rank._case_work("strong", args, 4, CasePlan(3, planned)) == (2, 3)
+
+
+def test_memory_ends_on_a_rank(tmp_path: Path) -> None:
+    """A rank of several leaves its row for the process that started it, and ends."""
+    facts = {"size": "65B", "stage": 3, "ranks": 2, "scaling": "weak", "not_run": "out of memory"}
+    args = arguments(part=tmp_path / "65B.json")
+    with pytest.raises(UserError, match="65B ZeRO-3: out of memory"):
+        node_rank._end_out_of_memory(args, facts)
+    assert json.loads((tmp_path / f"65B{node.OUT_OF_MEMORY}").read_text()) == facts
+
+
+def test_lost_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that ends in one stage is a row of the record and ends no other stage."""
+
+    def start(args: Any, ranks: int, size: str, stage: int, part: Path) -> int:
+        facts = {"size": size, "stage": stage, "ranks": ranks}
+        if stage == 2:
+            text = json.dumps(facts | {"not_run": "out of memory"})
+            part.with_suffix(node.OUT_OF_MEMORY).write_text(text, encoding="utf-8")
+            return 2
+        content = json.dumps({"ranks": ranks, "cases": [facts]})
+        part.write_text(content, encoding="utf-8")
+        return 0 if size == "7B" else 3
+
+    monkeypatch.setattr(node, "_start", start)
+    args = arguments(ranks="2", sizes=["7B", "13B"], stages=[2, 3])
+    parts, failures = node._start_all(args)
+    cases = [case for part in parts for case in part["cases"]]
+    assert [(c["size"], c["stage"], "not_run" in c) for c in cases] == [
+        ("7B", 2, True),
+        ("7B", 3, False),
+        ("13B", 2, True),
+        ("13B", 3, False),
+    ]
+    assert failures == [{"size": "13B", "ranks": 2, "exit_code": 3}]
+
+
+def test_nothing_fits(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the planner says that no question fits, nothing is loaded."""
+    monkeypatch.setattr(node_rank, "plan_case", lambda *_: CasePlan(0, {"memory_gib": 128.0}))
+    (case,) = node_rank._cases(arguments(), world, "65B", 3, 1.0)
+    assert case["not_run"] == "the planner says no question fits"
+    assert case["predicted"] == {"memory_gib": 128.0}
