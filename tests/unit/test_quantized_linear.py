@@ -12,6 +12,7 @@ import torch
 from support.errors import refusal
 from support.processes import succeeds, vico
 from support.toy_dataset import ToyData, records
+from vico.cli.env import _quantization
 from vico.cli.flags import parse
 from vico.model.config import LLAMA_CONFIGS, QUANTIZED_BYTES, LlamaConfig
 from vico.model.llama import FrozenLinear
@@ -194,6 +195,9 @@ def test_refusals_are_one_line(
     monkeypatch.delitem(sys.modules, "bitsandbytes.functional", raising=False)
     pattern = r"--quantize: bitsandbytes .*; run pip install .*\[quantized\]'"
     assert re.fullmatch(pattern, refusal(library))
+    told = _quantization()  # of vico env
+    assert told.startswith("fp8; " if HAS_FP8 else "none; ")
+    assert f"; no 8bit: {refusal(library)}; no nf4: {refusal(library)}" in told
 
 
 def test_another_quantization_is_another_run(toy: ToyData, models: Path, run: Path) -> None:

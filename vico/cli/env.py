@@ -140,15 +140,14 @@ def _quantization() -> str:
     from vico.model.config import QUANTIZATIONS
     from vico.model.quantized_linear import require_available
 
-    kinds, reasons = [], {}
+    available, reasons = [], []
     for kind in QUANTIZATIONS:
         try:
             require_available(kind, torch.bfloat16)
-            kinds.append(kind)
+            available.append(kind)
         except UserError as error:
-            reasons[str(error)] = kind
-    said = [f"{', '.join(kinds) or 'none'}", *(f"no {k}: {why}" for why, k in reasons.items())]
-    return "; ".join(said)
+            reasons.append(f"no {kind}: {error}")
+    return "; ".join([", ".join(available) or "none", *reasons])
 
 
 def _deepspeed_ops() -> str:
