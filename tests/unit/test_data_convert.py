@@ -62,3 +62,10 @@ def test_splits(tmp_path: Path) -> None:
     assert "'dev' is none of train, val, test" in refusal(main, [*command, "--splits", "val,dev"])
     assert "test.csv: no such file" in refusal(main, [*command, "--splits", "val,test"])
     assert not (tmp_path / "my").exists()
+
+
+def test_a_mistyped_flag_is_one_line() -> None:
+    for flag in ("--split", "--dat"):
+        message = refusal(main, ["convert", "nextqa", "--output", "x", flag, "y"])
+        assert message.startswith(f"unrecognized arguments: {flag} y")
+    assert "ACTION" in refusal(main, [])

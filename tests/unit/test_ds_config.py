@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from support.errors import refusal
 from support.processes import ROOT
 from vico.errors import UserError
+from vico.train import ds_config
 from vico.train.ds_config import TESTED_OPTIONS, read_config
 
 
@@ -78,3 +80,12 @@ def test_untested_options_may_say_their_default(tmp_path: Path) -> None:
         assert config["steps_per_print"] == 1 and config["wall_clock_breakdown"] is True
     path.write_text(json.dumps({"zero_optimization": {"stage": 2, "cpu_offload": False}}))
     read(str(path))
+
+
+def test_a_name_that_is_not_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names are in order, whatever order the folder has."""
+    for name in ("e", "c", "a", "d", "b"):
+        (tmp_path / f"{name}.json").write_text("{}")
+    monkeypatch.setattr(ds_config, "SHIPPED_CONFIGS", tmp_path)
+    message = refusal(read, "x")
+    assert message.startswith("--deepspeed x: must be auto, a, b, c, d, e or the path of a JSON")

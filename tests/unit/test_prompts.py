@@ -128,3 +128,11 @@ def test_crop_starts_at_sentences() -> None:
     crops = [caption[start:] for start in crop_candidates(caption)]
     assert crops == [caption, "Two. Three. Four.", "Three. Four."]
     assert crop_candidates("no dots") == [0] and crop_candidates("One. Two.") == [0]
+
+
+def test_free_questions_up_to_the_limit(tokenizer: Tokenizer) -> None:
+    question = make_question("why", ("a", "b"), 0)
+    length = prompts(tokenizer).free_question(question).num_inputs
+    assert prompts(tokenizer, seq=length).free_question(question).num_inputs == length
+    with pytest.raises(UserError, match=f"is 2 tokens above --max_seq_len {length - 2};"):
+        prompts(tokenizer, seq=length - 2).free_question(question)

@@ -2,11 +2,15 @@
 
 import math
 from fractions import Fraction
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vico.report.results import Difference
+from vico.report.sections import sentence
 from vico.report.statistics import (
     Z_95,
     Paired,
@@ -93,3 +97,15 @@ def test_bucket_means(values: list[float], max_points: int) -> None:
     assert [x for x, _ in means][-1:] == [x for x, _ in points][-1:]
     total = sum(y * min(size, len(points) - i * size) for i, (_, y) in enumerate(means))
     assert total == pytest.approx(sum(values), abs=1e-3)
+
+
+def test_which_run_is_better() -> None:
+    """The better run is named first, whichever is given first; none where both are equal."""
+    runs: Any = [SimpleNamespace(name="A"), SimpleNamespace(name="B")]
+    tail = "(10 questions of both, McNemar's exact test: p = 0.375)."
+    one_better = sentence(Difference(0, 1, "all", Paired(3, 1, 4, 2)), runs, "val")
+    assert one_better == f"val: B is 30.0 points above A {tail}"
+    other = sentence(Difference(0, 1, "all", Paired(3, 4, 1, 2)), runs, "val")
+    assert other == f"val: A is 30.0 points above B {tail}"
+    same = sentence(Difference(1, 0, "all", Paired(3, 1, 1, 2)), runs, "val")
+    assert same.startswith("val: B and A have the same accuracy (7 questions of both, ")
