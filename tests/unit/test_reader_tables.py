@@ -16,6 +16,11 @@ NAN = float("nan")
 WRONG = object()  # in place of a value: the row is refused
 
 
+def named(value: Any) -> str:
+    """In a test's id, which must be the same in each process that shares the tests."""
+    return "wrong" if value is WRONG else str(getattr(value, "__name__", value))
+
+
 # ---- fields of the general schema
 
 FIELDS: list[tuple[Any, list[tuple[Any, Any]]]] = [
@@ -89,7 +94,7 @@ FIELDS: list[tuple[Any, list[tuple[Any, Any]]]] = [
 CASES = [(function, value, expected) for function, cases in FIELDS for value, expected in cases]
 
 
-@pytest.mark.parametrize(("function", "value", "expected"), CASES, ids=str)
+@pytest.mark.parametrize(("function", "value", "expected"), CASES, ids=named)
 def test_fields(function: Any, value: Any, expected: Any) -> None:
     assert outcome(function, {"x": value}, "x") == expected
 
@@ -266,7 +271,7 @@ YAML: list[tuple[Any, Any, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("check", "value", "expected"), YAML, ids=str)
+@pytest.mark.parametrize(("check", "value", "expected"), YAML, ids=named)
 def test_values_of_dataset_yaml(check: Any, value: Any, expected: Any) -> None:
     if expected is WRONG:
         with pytest.raises(ValueError, match=r"[a-z]"):
