@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.baseline import correctness
 from benchmarks.baseline.models import MODELS, SIZES, TOY
-from benchmarks.measure.ceilings import device_ceilings
+from benchmarks.measure.ceilings import SUSTAINED_SECONDS, device_ceilings
 from benchmarks.measure.clocks import Clock
 from benchmarks.measure.metrics import FORMULAS, print_formulas
 from benchmarks.measure.peak_rates import peak_rate
@@ -96,7 +96,9 @@ def run(args: argparse.Namespace) -> int:
         "peak": asdict(peak) if peak else UNKNOWN,
     }
     size, copy_mib = (256, 16) if args.tiny else (8192, 1024)
-    ceilings = record["ceilings"] = device_ceilings(device, dtype, size, copy_mib)
+    ceilings = record["ceilings"] = device_ceilings(
+        device, dtype, size, copy_mib, sustained_seconds=0 if args.tiny else SUSTAINED_SECONDS
+    )
     log.info(
         f"{device_name}: peak {record['peak']}; "
         f"measured {ceilings['matmul_tflops']:.3f} TFLOP/s, {ceilings['product']}"

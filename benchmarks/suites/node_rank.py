@@ -20,7 +20,7 @@ import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 from benchmarks.baseline.models import MODELS, make_fast, random_value
-from benchmarks.measure.ceilings import device_ceilings
+from benchmarks.measure.ceilings import SUSTAINED_SECONDS, device_ceilings
 from benchmarks.measure.clocks import Clock
 from benchmarks.measure.hardware import hardware
 from benchmarks.measure.memory import resident_peak_gib
@@ -69,7 +69,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any] | None:
     _set_num_threads()
     size, copy_mib, collective_mib, repeats = (256, 4, 4, 5) if args.tiny else (8192, 1024, 512, 20)
     dtype = DTYPES[args.precision]
-    ceilings = device_ceilings(world.device, dtype, size, copy_mib, repeats)
+    ceilings = device_ceilings(
+        world.device, dtype, size, copy_mib, repeats, 0 if args.tiny else SUSTAINED_SECONDS
+    )
     result: dict[str, Any] = {
         "ranks": world.size,
         "hosts": _hosts(world),

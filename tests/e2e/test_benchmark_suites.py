@@ -18,6 +18,7 @@ from benchmarks.baseline.variants import Packed, scoring_batches, training_batch
 from benchmarks.measure import metrics
 from benchmarks.measure.ceilings import device_ceilings
 from benchmarks.measure.clocks import Clock
+from benchmarks.measure.hardware import gpu_state, hardware
 from benchmarks.measure.metrics import WorkCounts, layer_parameters
 from benchmarks.measure.peak_rates import SOURCES, peak_rate
 from benchmarks.measure.workload import SyntheticWorkload
@@ -220,6 +221,25 @@ def test_clock_and_ceilings() -> None:
     ceilings = device_ceilings(CPU, torch.float32, 128, 1, repeats=3)
     assert ceilings["matmul_tflops"] > 0 and ceilings["copy_gb_per_second"] > 0
     assert ceilings["product"].startswith("float32 128")
+    assert "sustained_matmul_tflops" not in ceilings
+    ceilings = device_ceilings(CPU, torch.float32, 64, 1, repeats=3, sustained_seconds=0.1)
+    assert ceilings["sustained_matmul_tflops"] > 0 and ceilings["gpu_state"]
+
+
+def test_gpu_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clocks and power are what nvidia-smi prints, by GPU; "n/a" where it does not run."""
+    program = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_state() == {"gpu_state": "n/a"}
+    line = "555.1, 1755 MHz, 1980 MHz, 650.10 W, 700.00 W, 60, 0x0000000000000004"
+    program.write_text(f"#!/bin/sh\necho '{line}'\necho '{line}'\n", encoding="utf-8")
+    program.chmod(0o755)
+    state = gpu_state()["gpu_state"]
+    assert len(state) == 2 and state[1]["power.draw"] == "650.10 W"
+    program.write_text("#!/bin/sh\nexit 9\n", encoding="utf-8")
+    assert gpu_state() == {"gpu_state": "n/a"}
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")
+    assert hardware()["nccl_environment"]["NCCL_DEBUG"] == "WARN"
 
 
 def test_shared_pair() -> None:
