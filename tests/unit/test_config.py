@@ -179,7 +179,7 @@ def test_flags_switch_off_what_a_recipe_or_checkpoint_sets(tmp_path: Path) -> No
     # --no_eval excludes it, so it is switched off alone.
     assert parse_line("--eval_captions=none").resolve({"eval_captions": 3}).eval_captions is None
     texts = {"captions", "features", "resume", "allow_change"}
-    assert optional - texts == {*numbers, "quantize", "eval_captions"}
+    assert optional - texts == {*numbers, "quantize", "eval_captions", "keep"}
 
 
 def test_recipe_is_typed_and_flags_win(tmp_path: Path) -> None:

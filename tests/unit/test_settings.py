@@ -64,6 +64,8 @@ def test_saved_settings_round_trip(values: dict[str, Any]) -> None:
     values |= {"max_seq_len": 512, "sub": subtitles}
     if values.get("no_eval"):
         values |= {"eval_captions": None, "text": ()}  # they are refused
+    if not values.get("text"):
+        values["keep"] = None
     config = CommandLine(values, (), False).resolve()
     again = settings_from(config.to_json(), "args.json")
     assert RunConfig(**again) == config and differences(config.to_json(), config) == []
@@ -206,7 +208,8 @@ def test_changed_identity_is_refused(name: str) -> None:
         other = next(choice for choice in choices if choice != value)
     else:
         other = {bool: not value, str: "other", int: 300, float: 0.37}[kind]
-    now = dataclasses.replace(config, **{name: other})
+    text = (Path("a.txt"),) if name == "keep" else ()
+    now = dataclasses.replace(config, **{"text": text, name: other})
     assert differences(before, now) == [(name, json.dumps(value), json.dumps(other))]
     with pytest.raises(UserError, match=rf"^x \({name}; table below\); .* --allow_change {name}$"):
         refuse_changes("x", differences(before, now), "remedy")

@@ -166,6 +166,8 @@ def sample_lines(
     distance = max(1, -(-len(of_split) // SAMPLES_PER_TASK))
     for task in config.tasks if split == "train" else ("vqa",):
         for q in of_split[::distance]:
+            if task == "keep":
+                continue
             if task == "cap" and q.video not in captions:
                 continue
             try:

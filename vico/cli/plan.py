@@ -22,6 +22,7 @@ from vico.io.paths import exists, is_folder
 from vico.model.config import (
     FEATURE_WIDTH,
     FP8,
+    KEPT_POSITIONS,
     LLAMA_CONFIGS,
     QUANTIZATIONS,
     LlamaConfig,
@@ -151,6 +152,12 @@ def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
         help=f"longest caption, tokens (default: {PUBLISHED_CAP_LEN})",
     )
     add(
+        "--keep",
+        type=lambda text: bounded_float(text, 0),
+        metavar="W",
+        help=f"as of `vico train`; above 0, questions bring {KEPT_POSITIONS} tokens of text",
+    )
+    add(
         "--caption_tokens",
         type=_mean_tokens,
         default=float(CAPTION_TOKENS),
@@ -247,11 +254,13 @@ def _request(flags: argparse.Namespace, epoch: Epoch) -> PlanRequest:
             f"--quantize {FP8}: {gpu} has no fp8 units; those that have are {', '.join(FP8_GPUS)}"
         )
     model, config = named_config(flags.model, flags.llama_model_path)
+    text = KEPT_POSITIONS if flags.keep else 0
     lengths = TokenLengths(
         question=epoch.mean_tokens,
         caption=flags.caption_tokens,
-        longest=flags.max_seq_len + (flags.max_cap_len if flags.caption_tokens else 0),
+        longest=flags.max_seq_len + (flags.max_cap_len if flags.caption_tokens else 0) + text,
         questions=epoch.num_questions,
+        text=text,
     )
     return PlanRequest(
         model,

@@ -9,7 +9,8 @@ from vico.cli import aliases
 from vico.cli.aliases import RENAMED, Spelled
 from vico.errors import UserError, show
 from vico.io.text import read_yaml_object, yaml_text
-from vico.train.config import RunConfig, plain
+from vico.train.bounds import plain
+from vico.train.config import RunConfig
 from vico.train.settings import expand_home, expand_variables, is_path_setting, settings_from
 
 MAX_LINE = 1 << 15  # no line of `as_text` is broken

@@ -22,10 +22,12 @@ from vico.data.micro_batches import (
 )
 from vico.data.mixture import DatasetChoice
 from vico.data.prompts import crop_candidates
+from vico.data.text_windows import KeptTexts
 from vico.data.types import Question, TokenSequence
 from vico.errors import UserError
 from vico.model.batch import PackedBatch
 
+TEXTS = 2  # tells the seed of a window of text from the others
 # Questions that `longest` encodes at least: by characters it only guesses which are the longest.
 MIN_CANDIDATES = 32
 
@@ -76,13 +78,15 @@ class TrainingSteps(MicroBatchBuilder, Dataset[Step]):
         crop: bool,
         max_tokens: int | None = None,
         share: bool = True,
+        kept: KeptTexts | None = None,
     ) -> None:
+        """`kept`: of the task "keep"."""
         super().__init__(questions, datasets, num_slots, share)
         self._tasks = tasks
         self._micro_batch_size, self._accumulation = micro_batch_size, accumulation
         self._max_tokens = max_tokens
         self._rank, self._world_size = rank, world_size
-        self._seed, self._crop = seed, crop
+        self._seed, self._crop, self._kept = seed, crop, kept
         self._order = EpochOrder([q.dataset for q in questions], choices, seed, shuffle)
         self.questions_per_step = micro_batch_size * accumulation * world_size
         self.steps_per_epoch = -(-len(self._order) // self.questions_per_step)
@@ -129,7 +133,11 @@ class TrainingSteps(MicroBatchBuilder, Dataset[Step]):
     def _dummy(self, question: Question) -> PackedBatch:
         """A micro-batch whose targets belong to no task: step.sums_by_task leaves them out."""
         sequence = self._fitted_sequence("vqa", question, _answer(question))
-        return self._pack([TaskSequence(question, sequence, task=len(self._tasks))])
+        sequences = [TaskSequence(question, sequence, task=len(self._tasks))]
+        if self._kept is not None:  # as many forwards: also of the frozen model
+            text = self._text(question, epoch=0)
+            sequences.append(TaskSequence(question, text, task=len(self._tasks)))
+        return self._pack(sequences)
 
     def longest(self) -> tuple[PackedBatch, int]:
         """(about the largest micro-batch that a step can have, its number of questions).
@@ -180,10 +188,17 @@ class TrainingSteps(MicroBatchBuilder, Dataset[Step]):
                 if question.video not in self._datasets[question.dataset].captions:
                     continue
                 sequence = self._caption(question, epoch)
+            elif task == "keep":
+                sequence = self._text(question, epoch or 0)
             else:
                 sequence = self._fitted_sequence(task, question, _answer(question))
             sequences.append(TaskSequence(question, sequence, column))
         return sequences
+
+    def _text(self, question: Question, epoch: int) -> TokenSequence:
+        """The window of plain text that the question brings in this epoch."""
+        assert self._kept is not None, "the task keep has texts"
+        return self._kept.draw(np.random.default_rng([self._seed, epoch, question.index, TEXTS]))
 
     def _caption(self, question: Question, epoch: int | None) -> TokenSequence:
         inputs = self._datasets[question.dataset]

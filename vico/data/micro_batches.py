@@ -11,6 +11,7 @@ from vico.data.prompts import Prompts
 from vico.data.types import FeatureRows, Question, TokenSequence
 from vico.model.batch import PackedBatch
 
+TEXT = "text"  # the task of a sequence of plain text
 # Data set, video id, and which rows of its features. Two data sets may share an id.
 Clip = tuple[str, str, FeatureRows | None]
 
@@ -53,11 +54,17 @@ class MicroBatchBuilder:
     def _pack(self, sequences: Sequence[TaskSequence]) -> PackedBatch:
         """One micro-batch. Each distinct clip is sampled once; sequences refer to it by its row."""
         rows: dict[Clip, int] = {}
-        examples = []
+        examples: list[Example] = []
+        texts: list[Example] = []
         for item in sequences:
             row = rows.setdefault(clip_of(item.question), len(rows))
-            examples.append(Example(item.sequence, row, item.task))
-        return pack(examples, self._sample(list(rows)), self._share)
+            of_kind = texts if item.sequence.task == TEXT else examples
+            of_kind.append(Example(item.sequence, row, item.task))
+        features_VFC = self._sample(list(rows))
+        alone = None
+        if texts:  # without video slots, so the clip does not matter
+            alone = pack(texts, features_VFC[:0], self._share)
+        return pack(examples + texts, features_VFC, self._share, alone)
 
     def _sample(self, clips: list[Clip]) -> torch.Tensor:
         """features_VFC of these clips. Raises UserError for NaN or infinite values."""

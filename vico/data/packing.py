@@ -44,8 +44,16 @@ class _Node:
     parent: int | None
 
 
-def pack(examples: Sequence[Example], features_VFC: Tensor, share: bool = True) -> PackedBatch:
-    """One micro-batch as a packed stream. `share=False`: sequences share nothing (reference)."""
+def pack(
+    examples: Sequence[Example],
+    features_VFC: Tensor,
+    share: bool = True,
+    texts: PackedBatch | None = None,
+) -> PackedBatch:
+    """One micro-batch as a packed stream. `share=False`: sequences share nothing (reference).
+
+    `texts`: the last examples alone, for the frozen model.
+    """
     num_slots = features_VFC.shape[1]
     paths = [_path(example, num_slots) for example in examples]
     nodes = _tree(paths, share)
@@ -75,6 +83,7 @@ def pack(examples: Sequence[Example], features_VFC: Tensor, share: bool = True) 
         features_VFC=features_VFC,
         segments=tuple(segments),
         num_real_tokens=sum(len(example.sequence.tokens) for example in examples),
+        texts=texts,
         **_targets(examples, rows_of),
     )
 

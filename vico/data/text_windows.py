@@ -8,18 +8,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from vico.data.evaluation_batches import EVALUATION_TOKENS, share_of
+from vico.data.micro_batches import TEXT
 from vico.data.packing import Example, pack
 from vico.data.tokenizer import Tokenizer
 from vico.data.types import TokenSequence
 from vico.errors import UserError
 from vico.io.text import read_text
 from vico.model.batch import PackedBatch
+from vico.model.config import KEPT_POSITIONS
 
 DEFAULT_WINDOW = 1024
+KEPT_TOKENS = KEPT_POSITIONS - 1  # behind BOS
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +95,24 @@ def windows(texts: Sequence[Text], bos: int, length: int) -> list[Window]:
 def text_sequence(tokens: tuple[int, ...], first_target: int = 1) -> TokenSequence:
     """A sequence without video slots, every token from `first_target` on a target."""
     targets = range(first_target, len(tokens))
-    return TokenSequence("text", tokens, targets, video_start=len(tokens))
+    return TokenSequence(TEXT, tokens, targets, video_start=len(tokens))
+
+
+class KeptTexts:
+    """Windows of texts drawn at random, on which training keeps the adapted model (--keep)."""
+
+    def __init__(self, texts: Texts) -> None:
+        self._bos = texts.bos
+        self._ids = [np.array(text.token_ids) for text in texts.files]
+        # Where a window can begin: everywhere with enough tokens behind, in a short text at once.
+        self._stops = np.cumsum([max(1, len(ids) - KEPT_TOKENS + 1) for ids in self._ids])
+
+    def draw(self, rng: np.random.Generator) -> TokenSequence:
+        """BOS and KEPT_TOKENS tokens of one text, or all of a shorter one."""
+        place = int(rng.integers(self._stops[-1]))
+        number = int(np.searchsorted(self._stops, place, side="right"))
+        first = place - (int(self._stops[number - 1]) if number else 0)
+        return text_sequence((self._bos, *self._ids[number][first : first + KEPT_TOKENS].tolist()))
 
 
 @dataclass(frozen=True, slots=True)

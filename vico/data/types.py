@@ -46,7 +46,7 @@ class Questions(list[Question]):
 class TokenSequence:
     """The tokens of one task. For t in `targets`, the row of position t - 1 predicts token t."""
 
-    task: str  # "vqa", "cap", "vaq" or "qav"
+    task: str  # "vqa", "cap", "vaq", "qav" or "text"
     tokens: tuple[int, ...]  # token ids, VIDEO_SLOT in the video slots
     targets: range
     video_start: int  # position of the first slot

@@ -69,6 +69,9 @@ class PackedBatch:
     target_tasks: Tensor  # int64 [N + M]: index of the task in the run's list of tasks
     target_sequences: Tensor  # int64 [N + M]: index of the sequence in the micro-batch
     num_real_tokens: int  # of all sequences, each counted in full, although parts are shared
+    # The plain texts of the stream as a stream of their own, for the frozen model. Their targets
+    # are the last token targets here, in the same order. Their losses are divergences.
+    texts: "PackedBatch | None" = None
 
     @property
     def num_rows(self) -> int:
@@ -82,12 +85,14 @@ class PackedBatch:
             for name, tensor in self._tensors().items()
             if name != "wanted_rows_R"
         }
-        return replace(self, **cast(dict[str, Any], moved))
+        texts = self.texts and self.texts.to(device)
+        return replace(self, **cast(dict[str, Any], moved), texts=texts)
 
     def pin_memory(self) -> "PackedBatch":
         """Called by the data loader where there is a GPU: `to` then overlaps with computation."""
         pinned = {name: tensor.pin_memory() for name, tensor in self._tensors().items()}
-        return replace(self, **cast(dict[str, Any], pinned))
+        texts = self.texts and self.texts.pin_memory()
+        return replace(self, **cast(dict[str, Any], pinned), texts=texts)
 
     def _tensors(self) -> dict[str, Tensor]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}

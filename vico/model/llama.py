@@ -25,7 +25,7 @@ from vico.model.ops.autograd import (
     SwiGLU,
     linear_cross_entropy,
 )
-from vico.model.ops.logits import compare_predictions, vocabulary_logits
+from vico.model.ops.logits import Divergence, compare_predictions, vocabulary_logits
 
 
 def _frozen(*size: int, dtype: torch.dtype) -> nn.Parameter:
@@ -66,17 +66,24 @@ class OutputHead(nn.Module):
         rows_N: Tensor | None = None,
         ids_N: Tensor | None = None,
         frozen_RD: Tensor | None = None,
+        kept_ND: Tensor | None = None,
     ) -> Tensor:
         """Cross-entropy [N], fp32, of token ids_N[n] at row rows_N[n] of h_RD.
 
         Without targets: the logits [R, W] in fp32, as generation needs them. With the frozen
-        model's `frozen_RD`: `compare_predictions` [6, N].
+        model's `frozen_RD`: `compare_predictions` [6, N]. With its `kept_ND` of the last targets,
+        [N, D]: their `Divergence` in place of the cross-entropy.
         """
         if rows_N is None or ids_N is None:
             return vocabulary_logits(h_RD, self.weight)
         if frozen_RD is not None:
             return compare_predictions(frozen_RD, h_RD, self.weight, rows_N, ids_N)
-        return linear_cross_entropy(h_RD, self.weight, rows_N, ids_N)
+        if kept_ND is None:
+            return linear_cross_entropy(h_RD, self.weight, rows_N, ids_N)
+        rows = rows_N.split([len(rows_N) - len(kept_ND), len(kept_ND)])
+        losses = linear_cross_entropy(h_RD, self.weight, rows[0], ids_N[: len(rows[0])])
+        divergences = Divergence.apply(h_RD.index_select(0, rows[1]), kept_ND, self.weight)
+        return torch.cat([losses, divergences])
 
 
 class RMSNorm(nn.Module):

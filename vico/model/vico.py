@@ -49,7 +49,8 @@ class ViCo(Llama):
     def forward(
         self, batch: PackedBatch, cache: KeyValueCache | None = None, compare: bool = False
     ) -> Tensor:
-        """fp32 losses [N + M]: token targets, then frame targets.
+        """fp32 losses [N + M]: token targets, then frame targets. Of `batch.texts` the loss is
+        KL(frozen || adapted), from a pass of the frozen model over them alone.
 
         With a cache, which gets the keys and values of the batch's rows: the logits [R, W] of the
         wanted rows, in fp32. With `compare`: how the frozen and the adapted model predict the token
@@ -57,6 +58,7 @@ class ViCo(Llama):
         """
         prompts_GAD = self._prompts(batch.token_ids_T.device)
         projected_VFD = self.visual_proj(batch.features_VFC)
+        kept_ND = self._kept(batch.texts, projected_VFD)
         h_RD = self._hidden(batch, prompts_GAD, projected_VFD, cache)
         if cache is not None:
             return self.output(h_RD)
@@ -64,9 +66,19 @@ class ViCo(Llama):
         if compare:
             frozen_RD = self._hidden(batch, None, projected_VFD)
             return self.output(h_RD, rows_N, ids_N, frozen_RD)
-        token_losses_N = self.output(h_RD, rows_N, ids_N)
+        token_losses_N = self.output(h_RD, rows_N, ids_N, kept_ND=kept_ND)
         frame_losses_M = self._frame_losses(h_RD, projected_VFD, batch)
         return torch.cat([token_losses_N, frame_losses_M])
+
+    @torch.no_grad()
+    def _kept(self, texts: PackedBatch | None, projected_VFD: Tensor) -> Tensor | None:
+        """Hidden states [N, D] of the frozen model that predict the targets of the texts.
+
+        Before the stream itself runs: nothing is held yet that backward needs.
+        """
+        if texts is None:
+            return None
+        return self._hidden(texts, None, projected_VFD)[texts.token_rows_N]
 
     def _hidden(
         self,

@@ -29,15 +29,17 @@ class TokenLengths:
     caption: float  # mean; 0: no captions
     longest: int  # question and caption together: --max_seq_len + --max_cap_len
     questions: int
+    text: int = 0  # of plain text that a question brings with --keep
 
     @property
     def both(self) -> float:
-        return self.question + self.caption
+        return self.question + self.caption + self.text
 
     @property
     def target_share(self) -> float:
-        """Targets per token: an answer, and a caption without its prompt."""
-        return (ANSWER_TOKENS + max(0.0, self.caption - CAPTION_PROMPT_TOKENS)) / self.both
+        """Targets per token: an answer, a caption without its prompt, a text without BOS."""
+        of_captions = max(0.0, self.caption - CAPTION_PROMPT_TOKENS)
+        return (ANSWER_TOKENS + of_captions + max(0, self.text - 1)) / self.both
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,10 @@ def _flops_per_token(request: PlanRequest, num_checkpointed: int) -> float:
     config = request.config
     layers = config.n_layers * config.num_block_parameters
     head = config.num_embedding_parameters * request.lengths.target_share
-    return 4 * (layers + head) + 2 * layers * num_checkpointed / config.n_layers
+    # The frozen model runs forward over the texts of --keep.
+    frozen = 2 * (layers + config.num_embedding_parameters) * request.lengths.text
+    recomputed = 2 * layers * num_checkpointed / config.n_layers
+    return 4 * (layers + head) + recomputed + frozen / request.lengths.both
 
 
 def _gather_seconds(request: PlanRequest, stage: Stage) -> float:

@@ -26,6 +26,7 @@ LOSSES = {
     "cap_loss": "Training loss: caption (cap)",
     "vaq_loss": "Training loss: question (vaq)",
     "qav_loss": "Training loss: video (qav)",
+    "keep_loss": "Training loss: KL(frozen || adapted) of plain text (keep)",
 }
 CAPTION_METRICS = {"cider": "CIDEr", "bleu_4": "BLEU-4", "rouge_l": "ROUGE-L", "meteor": "METEOR"}
 TEXT_MEASURES = {

@@ -2,6 +2,7 @@
 
 import types
 import typing
+from pathlib import Path
 from typing import Any, Literal
 
 MAX_FLOAT = 3e38  # of fp32, the type of the tensors that settings are combined with
@@ -16,7 +17,9 @@ _POSITIVE = (SMALLEST, MAX_FLOAT, "above 0, and finite")
 _MINUTES = (SMALLEST, 1e6, "minutes above 0, at most a million")
 _COUNT_OR_0 = (0, MAX_COUNT, "a whole number of at least 0, and at most a billion")
 BOUNDS: dict[str, tuple[float, float, str]] = {
-    **dict.fromkeys(("cap", "blr", "min_lr", "weight_decay", "warmup_epochs"), _NOT_NEGATIVE),
+    **dict.fromkeys(
+        ("cap", "blr", "min_lr", "weight_decay", "warmup_epochs", "keep"), _NOT_NEGATIVE
+    ),
     **dict.fromkeys(("lr", "tau"), _POSITIVE),
     **dict.fromkeys(("collective_timeout", "hang_timeout"), _MINUTES),
     **dict.fromkeys(("save_steps", "save_total_limit", "max_tokens"), _COUNT_OR_0),
@@ -33,3 +36,10 @@ def value_type(annotation: Any) -> tuple[Any, tuple[str, ...] | None]:
     if typing.get_origin(annotation) is Literal:
         return str, typing.get_args(annotation)
     return typing.get_origin(annotation) or annotation, None  # tuple: of paths
+
+
+def plain(value: Any) -> Any:
+    """A setting's value as JSON has it."""
+    if isinstance(value, tuple):
+        return [str(path) for path in value]
+    return str(value) if isinstance(value, Path) else value

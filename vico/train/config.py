@@ -13,7 +13,7 @@ from typing import Any, Literal
 from vico.data.mixture import DatasetChoice, dataset_names, parse_datasets, paths_by_dataset
 from vico.errors import UserError, nearest
 from vico.model.weights import folders
-from vico.train.bounds import BOUNDS, COUNT, value_type
+from vico.train.bounds import BOUNDS, COUNT, plain, value_type
 from vico.train.identity import FINGERPRINTED
 
 
@@ -135,6 +135,13 @@ class RunConfig:
     )
     qav: bool = _flag(
         False, OBJECTIVE, "add the QAV objective: predict the video from question and answer"
+    )
+
+    keep: float | None = _flag(
+        None,
+        OBJECTIVE,
+        "weight of KL(frozen || adapted) per token on windows of --text, one with each question, "
+        "so that the adapter leaves plain language as it was (default, or 0: off)",
     )
 
     batch_size: int = _flag(64, OPTIMIZATION, "questions per device and micro-batch")
@@ -288,8 +295,9 @@ class RunConfig:
         if self.eval_captions is not None:
             reads_both = self.cap > 0 and not self.no_eval
             self._require(reads_both, "eval_captions", "left out with --no_eval or --cap 0")
-        if self.text:
-            self._require(not self.no_eval, "text", "left out with --no_eval")
+        used = not self.text or bool(self.keep) or not self.no_eval
+        self._require(used, "text", "left out with --no_eval and without --keep")
+        self._require(bool(self.text) or not self.keep, "keep", "given together with --text FILE")
         for i, path in enumerate(self.text):
             if path in self.text[:i]:
                 raise UserError(f"--text: {path} is there twice; name each file once")
@@ -385,13 +393,6 @@ class RunConfig:
     def to_json(self) -> dict[str, Any]:
         """All settings as plain values."""
         return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-
-
-def plain(value: Any) -> Any:
-    """A setting's value as JSON has it."""
-    if isinstance(value, tuple):
-        return [str(path) for path in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 def is_path(deepspeed: str) -> bool:

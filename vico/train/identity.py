@@ -18,4 +18,5 @@ SHAPES = ("adapter_layer", "adapter_len", "max_feats")
 # They have no effect on an evaluation.
 SAVING = """
     save_steps save_total_limit save_legacy logging_steps report_to eval_captions text
+    keep
 """.split()

@@ -280,7 +280,11 @@ def measure_questions(
 
     Goes on where an earlier start was ended.
     """
-    tasks = [task for task in config.tasks if task != "cap"] if split == "train" else ["vqa"]
+    tasks = (
+        [task for task in config.tasks if task not in ("cap", "keep")]
+        if split == "train"
+        else ["vqa"]
+    )
     label = config.label(dataset, split)
     key = cache_key(
         "questions",

@@ -17,7 +17,8 @@ from vico.data.mixture import dataset_names
 from vico.errors import CheckpointError, UserError
 from vico.io.output_dir import OutputDir, step_of
 from vico.io.paths import exists
-from vico.train.config import OBJECTIVE, RunConfig, plain
+from vico.train.bounds import plain
+from vico.train.config import OBJECTIVE, RunConfig
 from vico.train.identity import NOT_IDENTITY
 from vico.train.saved_run import (
     Start,

@@ -7,7 +7,7 @@ from vico.checkpoint.format import Checkpoint, TrainState
 from vico.checkpoint.write import RunIdentity
 from vico.data.batching import TrainingSteps
 from vico.data.dataloader import start_forkserver
-from vico.data.text_windows import NO_TEXTS, Texts
+from vico.data.text_windows import NO_TEXTS, KeptTexts, Texts
 from vico.distributed.world import World
 from vico.io import log, streams
 from vico.io.failpoints import reached
@@ -233,6 +233,7 @@ def _training_steps(config: RunConfig, inputs: Inputs, world: World) -> Training
         shuffle=not config.no_shuffle,
         crop=config.caption_crop == "sentence",
         max_tokens=config.max_tokens or None,
+        kept=KeptTexts(inputs.texts) if config.keep else None,
     )
 
 

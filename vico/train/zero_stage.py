@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from vico.data.datasets import find_dataset
 from vico.distributed.topology import Member, by_node
 from vico.errors import UserError
-from vico.model.config import LlamaConfig, ViCoConfig
+from vico.model.config import KEPT_POSITIONS, LlamaConfig, ViCoConfig
 from vico.model.quantized_linear import require_available
 from vico.planner.estimate import (
     FROZEN_SHARDS,
@@ -152,7 +152,8 @@ def hardware(members: Sequence[Member]) -> Hardware | None:
 def _request(
     config: RunConfig, llama: LlamaConfig, hardware: Hardware, training: bool
 ) -> PlanRequest:
-    num_prompts = sum(task != "cap" for task in config.tasks)
+    num_prompts = sum(task not in ("cap", "keep") for task in config.tasks)
+    text = KEPT_POSITIONS if config.keep else 0
     num_questions, num_tokens = 0.0, 0.0  # of an epoch, as published
     for choice in config.datasets:
         dataset = find_dataset(choice.name, config.folder_of(choice.name))
@@ -162,8 +163,9 @@ def _request(
     lengths = TokenLengths(
         question=num_prompts * num_tokens / num_questions,
         caption=CAPTION_TOKENS if config.cap else 0,
-        longest=num_prompts * config.max_seq_len + (config.max_cap_len if config.cap else 0),
+        longest=num_prompts * config.max_seq_len + (config.max_cap_len if config.cap else 0) + text,
         questions=max(1, round(num_questions)),
+        text=text,
     )
     num_checkpointed = llama.n_layers
     if config.num_checkpointed is not None:

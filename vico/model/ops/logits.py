@@ -1,7 +1,10 @@
 """Logits of the whole vocabulary, where a loss alone is not enough: generation and comparison."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from vico.model.config import HEAD_CHUNK_BYTES
 from vico.model.ops.autograd import linear, row_chunks
@@ -18,6 +21,36 @@ def vocabulary_logits(h_RD: Tensor, weight_WD: Tensor) -> Tensor:
     chunk = max(1, chunk_bytes // (4 * weight_WD.shape[1]))
     h_RD = h_RD.float()
     return torch.cat([linear(h_RD, part.float()) for part in weight_WD.split(chunk)], dim=1)
+
+
+class Divergence(Function):
+    """KL(frozen || adapted) [N] of the tokens that hidden states [N, D] predict, fp32, in nats.
+
+    sum_w p_w (log p_w - log q_w) with p of the frozen model, whose gradient by the adapted logits
+    is q - p: forward computes (q - p) W, and [N, D] is saved. Logits are held for some rows at a
+    time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h_ND: Tensor, frozen_ND: Tensor, weight_WD: Tensor) -> Tensor:
+        divergences_N = h_ND.new_empty(len(h_ND), dtype=torch.float32)
+        difference_ND = torch.empty_like(h_ND)
+        for chunk in row_chunks(len(h_ND), weight_WD):
+            p_CW, q_CW = (
+                vocabulary_logits(states_ND[chunk], weight_WD).log_softmax(dim=-1)
+                for states_ND in (frozen_ND, h_ND)
+            )
+            weights_CW = p_CW.exp()
+            divergences_N[chunk] = p_CW.sub_(q_CW).mul_(weights_CW).sum(dim=-1)
+            difference_CW = q_CW.exp_().sub_(weights_CW).to(weight_WD.dtype)
+            difference_ND[chunk] = difference_CW @ weight_WD
+        ctx.save_for_backward(difference_ND)
+        return divergences_N
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (difference_ND,) = ctx.saved_tensors
+        return (difference_ND * gradients[0][:, None]).to(difference_ND.dtype), None, None
 
 
 def compare_predictions(

@@ -1,0 +1,144 @@
+"""--keep: the divergence from the frozen model as a task of the step, against the oracle."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from reference import oracle, oracle_files
+from reference.oracle_sequences import OracleSequence
+from support.backbones import ATTENTIONS, make_model
+from support.planning import LENGTHS, VICO_CONFIGS
+from support.toy_dataset import ToyData
+from support.training import Run
+from vico.cli.main import main
+from vico.data.packing import Example, pack
+from vico.data.text_windows import KEPT_TOKENS, KeptTexts, Text, Texts, text_sequence
+from vico.data.types import VIDEO_SLOT, TokenSequence
+from vico.model.batch import PackedBatch
+from vico.model.weights.load import open_weights
+from vico.planner.estimate import estimate_memory
+from vico.planner.gpu_specs import GPUS, Hardware
+from vico.planner.request import PlanRequest
+from vico.planner.speed import estimate_speed
+
+STEPS = "--batch_size 5 --epochs 2 --warmup_epochs 1 --lr 0.02 --bias 0.7 --no_eval".split()
+TEXT = "a man and a dog run. the cat smiles? why does the man hold it.\n" * 12
+TEXTS = ((1, 7, 8, 9, 30, 31), (1, 40, 41, 42), (1, 7, 8, 9, 50))
+
+
+def batch_with_texts() -> PackedBatch:
+    """A question with a video, and three texts; two begin alike."""
+    tokens = (1, 5, VIDEO_SLOT, VIDEO_SLOT, 6, 7, 8)
+    question = Example(TokenSequence("vqa", tokens, range(5, 7), 2), 0, 0)
+    texts = [Example(text_sequence(tokens), 0, 1) for tokens in TEXTS]
+    generator = torch.Generator().manual_seed(3)
+    features_VFC = torch.randn(1, 2, 768, generator=generator)
+    return pack([question, *texts], features_VFC, texts=pack(texts, features_VFC[:0]))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_losses_and_gradients_are_the_oracles(toy: ToyData, attention: str) -> None:
+    """By full logits and plain autograd in float64; the question's losses stay as they were."""
+    model = make_model(open_weights(toy.llama / "tiny", None), ATTENTIONS[attention])
+    generator = torch.Generator().manual_seed(1)
+    for name, value in model.named_parameters():
+        if "gate" in name:
+            value.data = torch.randn(value.shape, generator=generator)
+    batch = batch_with_texts()
+    losses = model(batch)
+    is_text = batch.target_tasks == 1
+    losses[is_text].sum().backward()
+    own = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    params, weights = oracle_files.load_meta(toy.llama / "tiny", torch.float64)
+    trained = {n: p.detach().double() for n, p in model.named_parameters() if p.requires_grad}
+    trained["temporal_emb.weight"] = trained["temporal_emb.weight"][:0]
+    frozen = {n: v * 0 if n.endswith("gate1") else v for n, v in trained.items()}
+    for value in trained.values():
+        value.requires_grad_()
+    expected: list[Tensor] = []
+    for tokens in TEXTS:
+        sequence = OracleSequence("caption", list(tokens), [], len(tokens))
+        no_video = torch.zeros(0, 768, dtype=torch.float64)
+        p, q = (
+            (
+                oracle.trunk((params, weights), values, sequence, no_video, oracle.Hyper())
+                @ weights["output.weight"].T
+            ).log_softmax(-1)[:-1]
+            for values in (frozen, trained)
+        )
+        expected.append((p.detach().exp() * (p.detach() - q)).sum(-1))
+    divergences = torch.cat(expected)
+    divergences.sum().backward()
+    assert torch.allclose(losses[is_text].double(), divergences, rtol=1e-4, atol=1e-6)
+    for name in ("adapter_query.weight", *(n for n in own if n.endswith("gate1"))):
+        gradient = trained[name].grad
+        assert gradient is not None and gradient.abs().max() > 0
+        assert (own[name].double() - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+
+    without = model(replace(batch, texts=None))
+    assert torch.equal(without[~is_text], losses[~is_text])
+
+
+def test_windows_are_drawn_from_all_places() -> None:
+    """Each text by its places; a short one whole. BOS comes before."""
+    long, short = list(range(100, 100 + KEPT_TOKENS + 2)), [7, 8]
+    kept = KeptTexts(Texts((Text(Path("a"), long, 1), Text(Path("b"), short, 1)), 1, 9))
+    rng = np.random.default_rng(0)
+    drawn = {kept.draw(rng).tokens for _ in range(200)}
+    expected = {(1, *long[i : i + KEPT_TOKENS]) for i in range(3)}
+    assert drawn == {*expected, (1, 7, 8)}
+
+
+def train(toy: ToyData, out: Path, *flags: str) -> int:
+    return main(["train", *toy.flags, *STEPS, "--output_dir", str(out), *flags])
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_resumed_and_divided_otherwise(toy: ToyData, tmp_path: Path) -> None:
+    """Cut in two: the same bits. In other micro-batches: the same up to the order of sums."""
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    flags = ["--text", str(text), "--keep", "3"]
+    assert train(toy, tmp_path / "whole", *flags) == 0
+    whole = Run(tmp_path / "whole")
+    assert train(toy, tmp_path / "cut", *flags, "--max_steps", "3") == 0
+    assert train(toy, tmp_path / "cut", *flags) == 0
+    cut = Run(tmp_path / "cut")
+    for name, value in whole.tensors(8).items():
+        assert torch.equal(cut.tensors(8)[name], value), name
+    divided = ["--batch_size", "1", "--accum_iter", "5"]
+    assert train(toy, tmp_path / "divided", *flags, *divided) == 0
+    other = Run(tmp_path / "divided")
+    for record, same in zip(whole.steps, other.steps, strict=True):
+        assert record["keep_targets"] == same["keep_targets"] > 0
+        assert record["keep_loss"] == pytest.approx(same["keep_loss"], rel=1e-4, abs=1e-6)
+        total = record["vqa_loss"] + 0.5 * record["cap_loss"] + 3 * record["keep_loss"]
+        assert record["loss"] == pytest.approx(total)
+    assert whole.steps[-1]["keep_loss"] > 0 and whole.steps[0]["keep_loss"] < 1e-6
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_it_needs_texts(toy: ToyData, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert train(toy, tmp_path / "out", "--keep", "1") == 2
+    assert "--keep 1.0: must be given together with --text FILE" in capfd.readouterr().err
+    assert train(toy, tmp_path / "out", "--keep", "-1") == 2
+    assert "--keep -1.0: must be 0 or more" in capfd.readouterr().err
+
+
+def test_a_plan_counts_it() -> None:
+    """More memory and time for the same questions."""
+    hardware = Hardware(GPUS["H100"], 1)
+    without = PlanRequest("7B", VICO_CONFIGS["7B"], hardware, LENGTHS)
+    with_texts = replace(without, lengths=replace(LENGTHS, text=KEPT_TOKENS + 1))
+    heads, seconds = [], []
+    for request in (without, with_texts):
+        heads.append(estimate_memory(request, "zero2", 0, 2048).head)
+        speed, _ = estimate_speed(request, "zero2", 0, 2048)
+        assert speed is not None
+        seconds.append(speed.epoch_seconds)
+    assert heads[1] > heads[0] and seconds[1] > 1.2 * seconds[0]
