@@ -2,10 +2,8 @@
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from benchmarks.baseline.models import MODELS, SIZES
 from benchmarks.report.sections import node_section
 from benchmarks.suites import node, node_plan, node_rank
 from benchmarks.suites.node_plan import CasePlan, plan_on
-from vico.distributed.world import World, connect, disconnect
+from vico.distributed.world import World
 from vico.errors import UserError
 from vico.planner.gpu_specs import GPUS, Hardware
 
@@ -44,15 +42,6 @@ def test_small_sizes(size: str) -> None:
     assert small.n_layers == MODELS[size].n_layers // 16 and small.num_parameters < 2 * 10**6
 
 
-@pytest.fixture(scope="module")
-def world() -> Any:
-    """One rank, without a launcher."""
-    with mock.patch.dict(os.environ):
-        connected = connect()
-        yield connected
-        disconnect(connected)
-
-
 def arguments(**changes: Any) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     node.add_flags(parser)
@@ -62,7 +51,7 @@ def arguments(**changes: Any) -> argparse.Namespace:
     return args
 
 
-def test_memory_ends(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_memory_ends(alone: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A case that runs out of memory is a row with what was predicted; earlier ones stay."""
     time_steps = node_rank._time_steps
 
@@ -73,7 +62,7 @@ def test_memory_ends(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
     monkeypatch.setattr(node_rank, "_time_steps", out_of_memory)
     cases: list[dict[str, Any]] = []
-    for case in node_rank._cases(arguments(scaling=["weak", "strong"]), world, "7B", 2, 1.0):
+    for case in node_rank._cases(arguments(scaling=["weak", "strong"]), alone, "7B", 2, 1.0):
         cases.append(case)
     weak, strong = cases
     assert len(weak["by_rank"]["seconds"]) == 1 and weak["by_rank"]["imbalance"] == 1.0
@@ -131,9 +120,9 @@ def test_lost_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert failures == [{"size": "13B", "ranks": 2, "exit_code": 3}]
 
 
-def test_nothing_fits(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_fits(alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the planner says that no question fits, nothing is loaded."""
     monkeypatch.setattr(node_rank, "plan_case", lambda *_: CasePlan(0, {"memory_gib": 128.0}))
-    (case,) = node_rank._cases(arguments(), world, "65B", 3, 1.0)
+    (case,) = node_rank._cases(arguments(), alone, "65B", 3, 1.0)
     assert case["not_run"] == "the planner says no question fits"
     assert case["predicted"] == {"memory_gib": 128.0}
