@@ -161,6 +161,11 @@ SETTINGS: dict[str, Case] = {
         "--config {fixture}/r.yaml: lr: [",
         "is not a number",
     ),
+    "recipe, texts without end": recipe(
+        ALIASES.replace("lr", "text"),
+        "--config {fixture}/r.yaml: text: [",
+        "is not a path in UTF-8, or a list of them",
+    ),
     "recipe, merges without end": recipe(
         MERGES, "--config {fixture}/r.yaml: holds a merge ('<<'); write its flags out"
     ),

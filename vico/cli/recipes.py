@@ -32,10 +32,15 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _expanded(name: str, value: Any) -> Any:
-    """The value of a setting; a path, also in a list of them, with variables and ~ expanded."""
-    if isinstance(value, list):
-        return [_expanded(name, item) for item in value]
-    return expand_home(expand_variables(value)) if is_path_setting(name, value) else value
+    """The value of a setting; a path, also in a list of them, with variables and ~ expanded.
+
+    No list inside a list is visited: by aliases it may be without end.
+    """
+
+    def expanded(item: Any) -> Any:
+        return expand_home(expand_variables(item)) if is_path_setting(name, item) else item
+
+    return [expanded(item) for item in value] if isinstance(value, list) else expanded(value)
 
 
 def as_text(config: RunConfig, notes: Sequence[str]) -> str:
