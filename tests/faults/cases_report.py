@@ -44,7 +44,8 @@ REPORTS: dict[str, Case] = {
     ),
     "report, a folder without videos": flags(
         f"!report {{fixture}}/run --videos {{fixture}}/toy {PAGE}",
-        "--videos {fixture}/toy: holds no video (.mp4, .mkv, .webm, .avi, .mov, .flv ...); name another",
+        "--videos {fixture}/toy: holds no video (.mp4, .mkv, .webm, .avi, .mov, .flv ...); "
+        "name another",
     ),
     "report, no frames": flags(
         f"!report {{fixture}}/run --max_videos 0 {PAGE}", "argument --max_videos: 0 must be 1 to"
