@@ -135,6 +135,20 @@ def run(capsys: pytest.CaptureFixture[str], asked: AskedWorld, *words: object) -
     return tasks
 
 
+def test_questions_after_tasks_are_the_adapted_model_s(
+    worlds: Worlds, in_this_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tasks close the gates for the frozen model, and open them again."""
+    answers = []
+    tasks = ["--tasks", "local_choice", "--include_path", worlds.tasks]
+    for words in (["--questions"], ["--questions", *tasks]):
+        capsys.readouterr()
+        assert main(["cognition", "--resume", str(worlds.opened.run), *map(str, words)]) == 0
+        answers.append(json.loads(capsys.readouterr().out.splitlines()[-1])["without_video"])
+    assert answers[1] == answers[0]
+    assert answers[0]["loss_adapted"] != answers[0]["loss_frozen"]
+
+
 def test_the_first_documents_alone(
     worlds: Worlds, in_this_process: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -59,6 +59,7 @@ def main(argv: list[str]) -> int:
         from vico.cli.evaluate import settings_of
         from vico.train.ablation import CONDITIONS, ablate
         from vico.train.build import build_engine
+        from vico.train.evaluate import require_answers
         from vico.train.rank_consistency import require_same_files
         from vico.train.saved_run import read_for_evaluation
         from vico.train.start import open_evaluation
@@ -70,7 +71,7 @@ def main(argv: list[str]) -> int:
         inputs, checkpoint = open_evaluation(config, checkpoint, world)
         questions = inputs.questions[config.split]
         with world.raise_together():
-            _require_answers(questions, config.split)
+            require_answers(questions, config.split)
             of_runs = [_of_run(run, config.split, questions) for run in runs]
         for note in (*notes, *checkpoint.notes, *inputs.notes):
             world.print_rank0(note)
@@ -94,13 +95,6 @@ def _add_own(parser: SettingsParser) -> None:
     )
 
 
-def _require_answers(questions: Sequence[Question], split: str) -> None:
-    if not questions or any(question.answer is None for question in questions):
-        raise UserError(
-            f"--split {split}: has no questions with answers, so no accuracy; name another"
-        )
-
-
 def _of_run(run: Path, split: str, questions: Sequence[Question]) -> Condition:
     """Raises UserError where the run has not predicted just these questions."""
     from vico.train.predictions import read_predictions
@@ -117,8 +111,8 @@ def _of_run(run: Path, split: str, questions: Sequence[Question]) -> Condition:
         _, index, qid, video = min(differing)
         raise UserError(
             f"{path}: holds other questions than --split {split}: {len(differing)} are in one of "
-            f"both, as number {index} ('{show(qid)}' of video '{show(video)}'); evaluate that run "
-            "on this split"
+            f"both, as number {index} ({show(qid)} of video {show(video)}); evaluate that run on "
+            "this split"
         )
     pairs = zip(questions, wanted, strict=True)
     return Condition(str(run), str(run), [predicted[key] == q.answer for q, key in pairs])

@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
         result: dict[str, Any] = {}
         if request.texts:
             result |= _measure_texts(request, model, world)
-        if request.tasks:  # before the questions, which close the gates
+        if request.tasks:
             result["tasks"] = _run_tasks(request, model)
         if request.questions:
             result["without_video"] = _measure_questions(model, world)
@@ -166,29 +166,23 @@ def _measure_texts(request: Request, model: "AskedModel", world: "World") -> dic
 
 
 def _measure_questions(model: "AskedModel", world: "World") -> dict[str, Any]:
-    """Accuracies; predictions alone have none."""
-    from vico.data.datasets import find_dataset
+    """Accuracies of both models."""
     from vico.train.build import read_inputs
     from vico.train.cognition import scores_without_video
-    from vico.train.evaluate import summarize
+    from vico.train.evaluate import require_answers, summarize_split
 
     config = model.config
     with world.raise_together():
         inputs = read_inputs(config, (config.split,), world)
         questions = inputs.questions[config.split]
-        if not questions or any(q.answer is None for q in questions):
-            raise UserError(
-                f"--split {config.split}: has no questions with answers, so no accuracy; name "
-                "another"
-            )
+        require_answers(questions, config.split)
     for note in inputs.notes:
         if note not in model.notes:  # how the rows were read; the others have been printed
             world.print_rank0(note)
-    known = {name: find_dataset(name, config.folder_of(name)) for name in config.dataset_names}
     result: dict[str, Any] = {"split": config.split, "n": len(questions)}
     scores = scores_without_video(model.engine, inputs, config, world)
     for name, of_model in zip(("frozen", "adapted"), scores, strict=True):
-        evaluation = summarize(questions, of_model, known, inputs.dropped[config.split])
+        evaluation = summarize_split(inputs, config.split, config, of_model)
         world.print_rank0(
             f"{config.split} accuracy of {evaluation.used} by their text alone, {name} model:\n"
             f"{evaluation.table()}"

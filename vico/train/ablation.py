@@ -7,7 +7,6 @@ switched off by closing their gates.
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from vico.data.datasets import find_dataset
 from vico.data.micro_batches import Clip, clip_of
 from vico.data.types import Question
 from vico.distributed.world import World
@@ -16,7 +15,7 @@ from vico.train.build import Inputs
 from vico.train.cognition import without_video
 from vico.train.config import RunConfig
 from vico.train.engine import Engine
-from vico.train.evaluate import Evaluation, evaluate, score, summarize
+from vico.train.evaluate import Evaluation, evaluate, score, summarize_split
 
 # What is taken away: its name in the result, and in the table.
 CONDITIONS = {
@@ -33,12 +32,11 @@ def ablate(
 ) -> Mapping[str, Evaluation]:
     """{name of a condition: the evaluation of config.split under it}. A collective.
 
-    The gates of `engine` are closed afterwards. Raises UserError, on all ranks, for a split whose
-    videos cannot be swapped; otherwise as `evaluate` does.
+    Raises UserError, on all ranks, for a split whose videos cannot be swapped; otherwise as
+    `evaluate` does.
     """
     split = config.split
     questions: Sequence[Question] = inputs.questions[split]
-    known = {name: find_dataset(name, config.folder_of(name)) for name in config.dataset_names}
     with world.raise_together():
         swapped = swap_videos(questions)
     bare = without_video(inputs)
@@ -47,14 +45,14 @@ def ablate(
         slots = 0 if of is bare else config.max_feats
         label = f"{split} ({CONDITIONS[name]})"
         scores = score(engine, of, asked, label, config, world, num_slots=slots)
-        return summarize(questions, scores, known, inputs.dropped[split])
+        return summarize_split(inputs, split, config, scores)
 
     found = {"as_trained": evaluate(engine, inputs, split, config, world)}
     found["video_swapped"] = scored(inputs, swapped, "video_swapped")
     found["without_video"] = scored(bare, questions, "without_video")
-    engine.close_gates()
-    found["without_prompts"] = scored(inputs, questions, "without_prompts")
-    found["without_both"] = scored(bare, questions, "without_both")
+    with engine.closed_gates():
+        found["without_prompts"] = scored(inputs, questions, "without_prompts")
+        found["without_both"] = scored(bare, questions, "without_both")
     return found
 
 

@@ -199,14 +199,14 @@ def scores_without_video(
 ) -> tuple[list[list[float]], list[list[float]]]:
     """Option scores of config.split's questions by their text alone: (frozen, adapted) model.
 
-    A collective. The gates of `engine` are closed afterwards.
+    A collective.
     """
     bare = without_video(inputs)
     questions: Sequence[Question] = inputs.questions[config.split]
     label = f"{config.split} (without video)"
     adapted = score(engine, bare, questions, label, config, world, num_slots=0)
-    engine.close_gates()
-    frozen = score(engine, bare, questions, label, config, world, num_slots=0)
+    with engine.closed_gates():
+        frozen = score(engine, bare, questions, label, config, world, num_slots=0)
     return frozen, adapted
 
 

@@ -164,17 +164,24 @@ class Engine:
         measures: Tensor = self._engine(batch, compare=True)
         return measures
 
-    def close_gates(self) -> None:
-        """Set every adapter gate to 0, for forwards: the prompts change nothing. A collective.
+    @contextmanager
+    def closed_gates(self) -> Iterator[None]:
+        """Every adapter gate is 0, for forwards: the prompts change nothing. A collective.
 
+        They open again at the end, unless by an error, after which ranks may not meet any more.
         Under stage 3 a gathered copy may still be alive, which DeepSpeed's context accounts for.
         """
         import deepspeed
 
         gates = [p for name, p in self.trainables.items() if name.endswith("gate1")]
         with torch.no_grad(), deepspeed.zero.GatheredParameters(gates, modifier_rank=0):
+            values = [gate.clone() for gate in gates]
             for gate in gates:
                 gate.zero_()
+        yield
+        with torch.no_grad(), deepspeed.zero.GatheredParameters(gates, modifier_rank=0):
+            for gate, value in zip(gates, values, strict=True):
+                gate.copy_(value)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradients of `loss`. `last`: it is the step's last micro-batch.

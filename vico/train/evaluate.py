@@ -162,8 +162,15 @@ def evaluate(
             dataset.features.check_unchanged()
         inputs.files.check_unchanged()
     scores = score(engine, inputs, questions, split, config, world)
-    known = {name: find_dataset(name, config.folder_of(name)) for name in config.dataset_names}
-    return summarize(questions, scores, known, inputs.dropped[split])
+    return summarize_split(inputs, split, config, scores)
+
+
+def require_answers(questions: Sequence[Question], split: str) -> None:
+    """Raise UserError where there is no accuracy; predictions alone have none."""
+    if not questions or any(question.answer is None for question in questions):
+        raise UserError(
+            f"--split {split}: has no questions with answers, so no accuracy; name another"
+        )
 
 
 def score(
@@ -281,6 +288,14 @@ def _require_finite(scores: list[list[float]], questions: Sequence[Question]) ->
 def choose(scores: Sequence[Sequence[float]]) -> list[int]:
     """The option of each question with the lowest score; of equal scores, the first."""
     return [int(np.argmin(row)) for row in scores]
+
+
+def summarize_split(
+    inputs: Inputs, split: str, config: RunConfig, scores: list[list[float]]
+) -> Evaluation:
+    """`scores`: of all questions of the split, under whatever condition."""
+    known = {name: find_dataset(name, config.folder_of(name)) for name in config.dataset_names}
+    return summarize(inputs.questions[split], scores, known, inputs.dropped[split])
 
 
 def summarize(

@@ -6,6 +6,7 @@ that measure texts and write captions. Every rank gets all requests and answers 
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -87,10 +88,9 @@ class TaskRequest:
 
 
 def run_tasks(asked: AskedModel, request: TaskRequest) -> dict[str, Any]:
-    """{task: {"frozen" and "adapted": the harness's metrics}}, and {} on ranks other than 0.
+    """{task: {"frozen" and "adapted": the harness's metrics}}. A collective.
 
-    A collective. The gates of `asked.engine` are closed afterwards. Raises UserError, on all
-    ranks, for tasks that cannot be had.
+    Raises UserError, on all ranks, for tasks that cannot be had.
     """
     world = asked.world
     if not world.is_main:
@@ -102,16 +102,15 @@ def run_tasks(asked: AskedModel, request: TaskRequest) -> dict[str, Any]:
     for name in ("adapted", "frozen"):
         for task in tasks["tasks"].values():
             request.prepare(task)
-        if name == "frozen":
-            asked.engine.close_gates()
         model = LanguageModel(asked, request.context, name, answered)
-        found = evaluator.evaluate(
-            model, tasks, limit=request.limit, bootstrap_iters=BOOTSTRAPS, log_samples=False
-        )
-        for title, values in (found or {"results": {}})["results"].items():
+        with asked.engine.closed_gates() if name == "frozen" else nullcontext():
+            found = evaluator.evaluate(
+                model, tasks, limit=request.limit, bootstrap_iters=BOOTSTRAPS, log_samples=False
+            )
+        for title, values in found["results"].items():
             numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
             metrics.setdefault(title, {})[name] = numbers
-        model.say_cut()
+    model.say_cut()  # both models get the same requests
     return metrics
 
 
