@@ -15,6 +15,7 @@ from vico.model.attention.segment_tiles import (
     DeviceTables,
     SegmentTables,
     TableSizes,
+    host_tables,
     segment_tables,
     tables_from_numbers,
 )
@@ -49,7 +50,7 @@ class SegmentAttention(StreamAttention):
         return segment_tables(segments, self.tile_rows(like.dtype), like.device, for_backward)
 
     def host_layout(self, segments: tuple[Segment, ...], dtype: torch.dtype) -> SegmentTables:
-        return SegmentTables(segments, self.tile_rows(dtype))
+        return host_tables(segments, self.tile_rows(dtype))
 
     def layout_from_numbers(
         self, numbers: Tensor, sizes: TableSizes, dtype: torch.dtype

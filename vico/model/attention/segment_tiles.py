@@ -15,7 +15,7 @@ padded (`SegmentTables.padded_sizes`); empty tiles, pieces and visits are zeros.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -202,6 +202,12 @@ def _families(segments: tuple[Segment, ...]) -> list[list[Segment]]:
     return families
 
 
+@lru_cache(maxsize=16)  # of a step's micro-batches: asked for before the step, and in it
+def host_tables(segments: tuple[Segment, ...], tile_rows: int) -> SegmentTables:
+    """The tables of a stream, on the host."""
+    return SegmentTables(segments, tile_rows)
+
+
 def tables_from_numbers(
     numbers: Tensor, sizes: TableSizes, tile_rows: int, for_backward: bool
 ) -> DeviceTables:
@@ -225,6 +231,6 @@ def segment_tables(
     segments: tuple[Segment, ...], tile_rows: int, device: torch.device, for_backward: bool
 ) -> DeviceTables:
     """The tables of a stream without padding."""
-    tables = SegmentTables(segments, tile_rows)
+    tables = host_tables(segments, tile_rows)
     numbers = send_to_device(tables.joined(tables.sizes), device)
     return tables_from_numbers(numbers, tables.sizes, tile_rows, for_backward)
