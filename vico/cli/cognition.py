@@ -13,6 +13,7 @@ from vico.cli.parser import SettingsParser, path_argument, positive_int
 from vico.cli.with_world import with_world
 from vico.errors import UserError
 from vico.io.paths import is_folder
+from vico.model.config import DEFAULT_WINDOW
 
 if TYPE_CHECKING:  # they import torch, which is slow; a mistyped flag is reported before
     from vico.distributed.world import World
@@ -37,7 +38,7 @@ class Request:
     """What is measured, as the flags say it."""
 
     texts: tuple[Path, ...]
-    window: int | None  # None: a default, or the model's own if that is shorter
+    window: int | None  # None: as `usual_window` of data/text_windows.py
     questions: bool
     tasks: tuple[str, ...] = ()
     include_path: Path | None = None
@@ -46,8 +47,10 @@ class Request:
 
     def window_of(self, longest: int | None, default: int) -> int:
         """Positions of a window. `longest`: that the model sees. Raises UserError."""
+        from vico.data.text_windows import usual_window
+
         if self.window is None:
-            return min(default, longest or default)
+            return usual_window(longest, default)
         if longest is not None and self.window > longest:
             raise UserError(
                 f"--window {self.window}: this model sees {longest} tokens; lower it to that"
@@ -83,7 +86,7 @@ def _add_own(parser: SettingsParser) -> None:
         type=positive_int,
         metavar="N",
         help="positions of a window, its BOS included; texts are cut into windows that do not "
-        "overlap (default: 1024)",
+        f"overlap (default: {DEFAULT_WINDOW})",
     )
     add(
         "--questions",
@@ -154,7 +157,7 @@ def _run_tasks(request: Request, model: "AskedModel") -> dict[str, Any]:
 
 
 def _measure_texts(request: Request, model: "AskedModel", world: "World") -> dict[str, Any]:
-    from vico.data.text_windows import DEFAULT_WINDOW, open_texts
+    from vico.data.text_windows import open_texts
     from vico.train.cognition import measure_texts
 
     with world.raise_together():

@@ -20,9 +20,8 @@ from vico.data.types import TokenSequence
 from vico.errors import UserError
 from vico.io.text import read_text
 from vico.model.batch import PackedBatch
-from vico.model.config import KEPT_POSITIONS
+from vico.model.config import DEFAULT_WINDOW, KEPT_POSITIONS
 
-DEFAULT_WINDOW = 1024
 KEPT_TOKENS = KEPT_POSITIONS - 1  # behind BOS
 
 
@@ -65,9 +64,9 @@ def open_texts(paths: Sequence[Path], tokenizer: Tokenizer, window: int) -> Text
     return Texts(files, tokenizer.bos, window)
 
 
-def usual_window(longest: int | None) -> int:
+def usual_window(longest: int | None, default: int = DEFAULT_WINDOW) -> int:
     """Positions of a window where none is asked for. `longest`: that the model sees."""
-    return min(DEFAULT_WINDOW, longest or DEFAULT_WINDOW)
+    return min(default, longest or default)
 
 
 @dataclass(frozen=True, slots=True)

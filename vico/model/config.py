@@ -22,8 +22,10 @@ MAX_GRAPH_ROWS = 4096
 FP8: Final = "fp8"  # --quantize: computed in 8 bits too, by torch
 # Weights that share a scale under the other kinds of --quantize, by bitsandbytes.
 QUANTIZATION_BLOCK_SIZES = {"8bit": 256, "nf4": 64}
-# Of a window of plain text that each question brings with --keep, BOS included.
+# Of a window of plain text, BOS included: of one that each question brings with --keep...
 KEPT_POSITIONS = 64
+# ...and of one that is measured, where nothing else is asked for.
+DEFAULT_WINDOW = 1024
 # Bytes per weight, with its share of the scales. 8bit: an fp32 scale per block of 256.
 # nf4: an 8-bit scale per block of 64, and an fp32 scale for every 256 of those.
 QUANTIZED_BYTES = {"8bit": 1 + 4 / 256, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
