@@ -2,8 +2,8 @@
 
 Each launch counts what it must read and write once, in half precision unless said otherwise: a
 tensor that several programs of a launch read counts once. So this is a lower bound for both ways,
-and not a measurement. Forward and backward with everything between the rotary embeddings and the
-output product; those are the same for both, and counted apart (`rotary_bytes`).
+and not a measurement. Forward and backward with everything between the products of q, k and v and
+the output product.
 
 T rows, K gathered keys, H heads of width d, E what a head is wider by, A prompt keys; every query
 head has a key head.
@@ -19,9 +19,8 @@ HALF, FP32, INT64 = 2, 4, 8
 PROMPT_TILE = 16  # rows that the adapter's kernel writes for a prompt of A <= 16 keys
 
 
-def rotary_bytes(num_rows: int, config: LlamaConfig) -> int:
-    """Of q and k, forward and backward: each read and written."""
-    return 8 * num_rows * config.heads_dim * HALF
+def _angle_bytes(num_rows: int, config: LlamaConfig) -> int:
+    return num_rows * config.head_dim * FP32
 
 
 def varlen_bytes(segments: tuple[Segment, ...], config: LlamaConfig) -> dict[str, int]:
@@ -38,7 +37,9 @@ def varlen_bytes(segments: tuple[Segment, ...], config: LlamaConfig) -> dict[str
     widen = (rows + 2 * keys) * (narrow + wide)
     kernel_inputs = (rows + 2 * keys) * wide
     prompt_sums = -(-rows // ROWS) * 2 * PROMPT_TILE * config.heads_dim * FP32
+    rotary = 4 * rows * narrow + _angle_bytes(rows, config)  # q and k, each read and written
     return {
+        "forward: rotary embedding": rotary,
         "forward: widen": widen,
         "forward: flash": kernel_inputs + rows * wide + log_sums,
         "forward: adapter": rows * (wide + 2 * narrow),
@@ -55,6 +56,7 @@ def varlen_bytes(segments: tuple[Segment, ...], config: LlamaConfig) -> dict[str
         "backward: adapter": 3 * rows * narrow + prompt_sums,
         "backward: adapter's sums": prompt_sums,
         "backward: add dq": rows * (2 * narrow + wide),
+        "backward: rotary embedding": rotary,
     }
 
 
@@ -66,6 +68,7 @@ def segment_bytes(
     sizes = tables.sizes
     rows, of_tables = sizes.num_rows, sum(sizes.array_lengths) * INT64
     narrow, log_sums = config.heads_dim * HALF, rows * config.n_heads * FP32
+    angles = _angle_bytes(rows, config)
     num_prompt_pieces = -(-rows // (MAX_VISITS * tile_rows))
     partial = 2 * sizes.num_partial_rows * config.heads_dim * FP32
     prompt_sums = num_prompt_pieces * 2 * adapter_len * config.heads_dim * FP32
@@ -73,9 +76,10 @@ def segment_bytes(
     sums = partial + prompt_sums + gate_sums
     num_shared = sum(stop - start for start, stop, _, _ in tables.shared_tiles)
     return {
-        # q, k, v; the output with the prompt's part and without.
-        "forward": 5 * rows * narrow + log_sums + of_tables,
+        "forward: rotary embedding of k": 2 * rows * narrow + angles,
+        # q, k, v; q with its rotary embedding; the output with the prompt's part and without.
+        "forward": 6 * rows * narrow + angles + log_sums + of_tables,
         # q, k, v, the gradient and the output; dq, dk, dv.
-        "backward": 8 * rows * narrow + log_sums + of_tables + sums,
+        "backward": 8 * rows * narrow + angles + log_sums + of_tables + sums,
         "backward: sums": sums + 2 * (num_shared + adapter_len) * narrow,
     }

@@ -16,7 +16,8 @@ from vico.model.ops.segment_ops import LAUNCH
 
 KERNELS = (segment_forward_kernel, segment_backward_kernel, segment_sums_kernel)
 MAX_SHARED_BYTES = 99 * 1024  # of compute capability 8.6 and 8.9; 8.0 and 9.0 have more
-FP32 = "gate2 tanh_gate1 log_sums dgate1 dgate2 gate1_sums gate2_sums prompt_sums partial".split()
+FP32 = "gate2 tanh_gate1 angles log_sums dgate1 dgate2".split()
+FP32 += "gate1_sums gate2_sums prompt_sums partial".split()
 TABLES = "query_tiles list_rows by_row key_pieces visits shared_tiles".split()
 
 
@@ -42,6 +43,8 @@ def compile_all(capability: int, dtype: str, tile_rows: int, is_adapted: bool) -
         "SAVES": True,
         "AS_FP32": False,
     }
+    if not is_adapted:
+        every_constant["angles"] = None
     for kernel in KERNELS:
         names = kernel.arg_names
         constants = {name: every_constant[name] for name in names if name in every_constant}

@@ -52,6 +52,7 @@ else:
     from vico.model.block_runners import choose_block_runners
     from vico.model.config import LlamaConfig
     from vico.model.cuda_graphs import GraphedBlocks
+    from vico.model.llama import rotary_angles
     from vico.model.ops import segment_ops, triton_ops
     from vico.model.ops.prompt_heads import PromptHeads
     from vico.model.vico import ViCo
@@ -62,6 +63,17 @@ else:
     # interpreter cuts bf16 where a GPU rounds. Measured: 1.1e-3; 9e-3, and 2.5e-2 for gate2.
     BOUNDS = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
     NAMES = "out q k v gate2 prompt_k prompt_v gate1".split()
+
+    def angles_of(num_rows: int, width: int) -> Tensor:
+        return rotary_angles(torch.arange(num_rows, device=DEVICE) * 7 % 40, width, 10000.0)
+
+    def rotated(x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+        angles = angles_of(len(x), x.shape[-1]).to(torch.complex128)
+        return torch.view_as_real(pairs * angles).flatten(-2)
+
+    def definition_with_rotary(q: Tensor, k: Tensor, *others: Tensor, segments: Segments) -> Tensor:
+        return definition(rotated(q), rotated(k), *others, segments=segments)
 
     def definition(
         q: Tensor, k: Tensor, v: Tensor, gate2: Tensor, *prompt: Tensor, segments: Segments
@@ -102,8 +114,9 @@ else:
         attention = SegmentAttention(tile_rows=16)
         layout = attention.layout(attention_mask(segments), q)
         heads = PromptHeads(*prompt)
-        out, saved = attention.forward_with_prompt(q, k, v, gate2, heads, layout)
-        gradients = attention.backward_with_prompt(upstream, q, k, v, gate2, heads, saved, layout)
+        angles = angles_of(len(q), q.shape[-1])
+        out, saved = attention.forward_with_prompt(q, k, v, gate2, heads, angles, layout)
+        gradients = attention.backward_with_prompt(upstream, saved, angles, layout)
         assert gradients.gate2_H is not None and gradients.prompt is not None
         return [out, *gradients[:4], *gradients.prompt]
 
@@ -118,7 +131,7 @@ else:
         inputs = random_inputs(segments[-1].stop, heads, width, length, dtype)
         actual = by_kernels(inputs, segments)
         exact = [x.double().requires_grad_() for x in inputs[:-1]]
-        out = definition(*exact, segments=segments)
+        out = definition_with_rotary(*exact, segments=segments)
         expected = [out, *torch.autograd.grad(out, exact, inputs[-1].double())]
         for name, a, b in zip(NAMES, actual, expected, strict=True):
             assert a.shape == b.shape and a.isfinite().all(), name

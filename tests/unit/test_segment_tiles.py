@@ -121,15 +121,15 @@ def test_few_sizes_serve_many_micro_batches() -> None:
 
 @pytest.mark.parametrize("num_questions", [8, 28])
 def test_bytes_are_a_quarter_of_those_of_varlen(num_questions: int) -> None:
-    """By formula, for LLaMA-7B; without the rotary embeddings, which are the same for both."""
+    """By formula, for LLaMA-7B."""
     segments = training_batch(SyntheticWorkload(300).training(0, num_questions)).segments
     config = LLAMA_CONFIGS["7B"]
     by_varlen = attention_bytes.varlen_bytes(segments, config)
     by_segment = attention_bytes.segment_bytes(segments, config, HALF_TILE_ROWS)
     assert sum(by_segment.values()) <= 0.25 * sum(by_varlen.values())
-    # 13 times a tensor of the stream is read or written; the rest is sums in pieces and tables.
+    # 16 times a tensor of the stream is read or written; the rest is angles, tables, partial sums.
     one_tensor = segments[-1].stop * config.heads_dim * 2
-    assert 13 <= sum(by_segment.values()) / one_tensor <= 14
+    assert 16 <= sum(by_segment.values()) / one_tensor <= 17
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can run it")

@@ -13,12 +13,7 @@ from torch.autograd import Function
 
 from vico.model.attention.stream import StreamAttention
 from vico.model.interfaces import Context, DecoderBlock
-from vico.model.ops.autograd import (
-    apply_rotary_emb_qk,
-    linear,
-    linear_add,
-    rms_norm_backward,
-)
+from vico.model.ops.autograd import linear, linear_add, rms_norm_backward
 from vico.model.ops.fp8 import dequantized
 from vico.model.ops.product_inputs import norm_input, swiglu_backward_input, swiglu_input
 from vico.model.ops.prompt_heads import PromptHeads
@@ -63,19 +58,18 @@ class FusedBlockFunction(Function):
         k_TJd = attention.heads(linear(normed_TD, attention.wk.weight))
         v_TJd = attention.heads(linear(normed_TD, attention.wv.weight))
         del normed_TD
-        q_THd, k_TJd = apply_rotary_emb_qk(q_THd, k_TJd, rotary_T1h, 1.0)
         k_AJd = attention.heads(linear(prompt_AD, dequantized(attention.wk.weight)))
         v_AJd = attention.heads(linear(prompt_AD, dequantized(attention.wv.weight)))
         prompt = PromptHeads(k_AJd, v_AJd, gate1_H)
-        inputs = (q_THd, k_TJd, v_TJd, gate2_H)
-        out_THd, saved_by_kernel = attend.forward_with_prompt(*inputs, prompt, layout)
+        inputs = (q_THd, k_TJd, v_TJd, gate2_H, prompt, rotary_T1h)
+        out_THd, saved_by_attention = attend.forward_with_prompt(*inputs, layout)
+        del q_THd, k_TJd, v_TJd, inputs
         h_TD = linear_add(x_TD, out_THd.flatten(-2), attention.wo.weight)
         del out_THd
         normed_TD, scale2 = norm_input(mlp.w1, h_TD, block.ffn_norm)
         a, b = linear(normed_TD, mlp.w1.weight), linear(normed_TD, mlp.w3.weight)
         del normed_TD
-        saved_by_attention = (x_TD, scale1, *inputs, *prompt)
-        ctx.save_for_backward(*saved_by_attention, h_TD, scale2, a, b, *saved_by_kernel)
+        ctx.save_for_backward(x_TD, scale1, h_TD, scale2, a, b, *saved_by_attention)
         ctx.block, ctx.attend, ctx.layout, ctx.rotary_T1h = block, attend, layout, rotary_T1h
         return linear_add(h_TD, swiglu_input(mlp.w2, a, b), mlp.w2.weight)
 
@@ -83,8 +77,7 @@ class FusedBlockFunction(Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         block: DecoderBlock = ctx.block
         attention, mlp = block.attention, block.feed_forward
-        x_TD, scale1, q_THd, k_TJd, v_TJd, gate2_H, *rest = ctx.saved_tensors
-        prompt, (h_TD, scale2, a, b, *saved_by_kernel) = PromptHeads(*rest[:3]), rest[3:]
+        x_TD, scale1, h_TD, scale2, a, b, *saved_by_attention = ctx.saved_tensors
         # The feed-forward half.
         dh_TF = linear(gradients[0], mlp.w2.weight.t())
         da, db = swiglu_backward_input(mlp.w1, dh_TF, a, b)
@@ -94,10 +87,9 @@ class FusedBlockFunction(Function):
         # The attention half.
         g_THd = attention.heads(linear(dh_TD, attention.wo.weight.t()))
         dq_THd, dk_TJd, dv_TJd, dgate2_H, of_prompt = ctx.attend.backward_with_prompt(
-            g_THd, q_THd, k_TJd, v_TJd, gate2_H, prompt, tuple(saved_by_kernel), ctx.layout
+            g_THd, tuple(saved_by_attention), ctx.rotary_T1h, ctx.layout
         )
         del g_THd
-        dq_THd, dk_TJd = apply_rotary_emb_qk(dq_THd, dk_TJd, ctx.rotary_T1h, -1.0)
         wq, wk, wv = (w.weight.t() for w in (attention.wq, attention.wk, attention.wv))
         dn_TD = linear_add(linear(dq_THd.flatten(-2), wq), dk_TJd.flatten(-2), wk)
         dn_TD = linear_add(dn_TD, dv_TJd.flatten(-2), wv)

@@ -1,8 +1,9 @@
 """Gated attention by kernels of our own that walk the segments (ops/segment_kernels.py).
 
 Keys and values are read where they are: nothing is gathered, widened or padded. A launch forward
-and two backward do a layer's attention, with its adapter prompt and its gates. No GPU has run them
-yet (benchmarks/LOG.md); the tests run them by Triton's interpreter.
+and two backward do a layer's attention, with its adapter prompt, its gates and its rotary embedding
+but that of the keys. No GPU has run them yet (benchmarks/LOG.md); the tests run them by Triton's
+interpreter.
 """
 
 from typing import Any
@@ -22,6 +23,7 @@ from vico.model.attention.segment_tiles import (
 from vico.model.attention.stream import StreamAttention
 from vico.model.batch import Segment
 from vico.model.ops import segment_ops
+from vico.model.ops.autograd import apply_rotary_emb
 from vico.model.ops.prompt_heads import Gradients, PromptHeads
 from vico.model.ops.segment_ops import Saved
 
@@ -78,23 +80,25 @@ class SegmentAttention(StreamAttention):
         v_TJd: Tensor,
         gate2_H: Tensor,
         prompt: PromptHeads,
+        rotary_T1h: Tensor,
         layout: DeviceTables,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return segment_ops.forward(q_THd, k_TJd, v_TJd, gate2_H, prompt, layout)
+        """k is turned first, as many programs read its rows; q by the one that reads it."""
+        k_TJd = apply_rotary_emb(k_TJd, rotary_T1h, 1.0)
+        inputs = (k_TJd, v_TJd, gate2_H)
+        out_THd, saved = segment_ops.forward(q_THd, *inputs, prompt, layout, rotary_T1h)
+        return out_THd, (*inputs, *prompt, *saved)
 
     def backward_with_prompt(
         self,
         g_THd: Tensor,
-        q_THd: Tensor,
-        k_TJd: Tensor,
-        v_TJd: Tensor,
-        gate2_H: Tensor,
-        prompt: PromptHeads,
         saved: tuple[Tensor, ...],
+        rotary_T1h: Tensor,
         layout: DeviceTables,
     ) -> Gradients:
-        inputs = (q_THd, k_TJd, v_TJd, gate2_H)
-        return segment_ops.backward(g_THd, *inputs, prompt, Saved(*saved), layout)
+        k_TJd, v_TJd, gate2_H, *others = saved
+        inputs, prompt = (k_TJd, v_TJd, gate2_H), PromptHeads(*others[:3])
+        return segment_ops.backward(g_THd, *inputs, prompt, Saved(*others[3:]), layout, rotary_T1h)
 
 
 class _SegmentAttentionFunction(Function):
@@ -110,13 +114,13 @@ class _SegmentAttentionFunction(Function):
         layout: DeviceTables,
     ) -> Tensor:
         out, saved = segment_ops.forward(q_THd, k_TJd, v_TJd, gate2_H, None, layout)
-        ctx.save_for_backward(q_THd, k_TJd, v_TJd, gate2_H, *saved)
+        ctx.save_for_backward(k_TJd, v_TJd, gate2_H, *saved)
         ctx.layout = layout
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q_THd, k_TJd, v_TJd, gate2_H, *saved = ctx.saved_tensors
-        inputs = (q_THd, k_TJd, v_TJd, gate2_H)
+        k_TJd, v_TJd, gate2_H, *saved = ctx.saved_tensors
+        inputs = (k_TJd, v_TJd, gate2_H)
         of = segment_ops.backward(gradients[0], *inputs, None, Saved(*saved), ctx.layout)
         return of.q_THd, of.k_TJd, of.v_TJd, of.gate2_H, None

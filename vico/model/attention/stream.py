@@ -122,19 +122,20 @@ class StreamAttention(ABC):
         v_TJd: Tensor,
         gate2_H: Tensor,
         prompt: PromptHeads,
+        rotary_T1h: Tensor,
         layout: Any,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """(out [T, H, d], what backward wants saved besides the inputs)."""
+        """(out [T, H, d], all that backward wants saved).
+
+        The rotary embedding of q and k is made here: they come without it.
+        """
 
     @abstractmethod
     def backward_with_prompt(
         self,
         g_THd: Tensor,
-        q_THd: Tensor,
-        k_TJd: Tensor,
-        v_TJd: Tensor,
-        gate2_H: Tensor,
-        prompt: PromptHeads,
         saved: tuple[Tensor, ...],
+        rotary_T1h: Tensor,
         layout: Any,
-    ) -> Gradients: ...
+    ) -> Gradients:
+        """Those of q and k are of them without their rotary embedding."""

@@ -28,7 +28,11 @@ from vico.model.attention.stream import StreamAttention
 from vico.model.batch import Segment
 from vico.model.config import widened_head_dim
 from vico.model.ops import triton_ops
-from vico.model.ops.autograd import adapter_attention, adapter_attention_backward
+from vico.model.ops.autograd import (
+    adapter_attention,
+    adapter_attention_backward,
+    apply_rotary_emb_qk,
+)
 from vico.model.ops.prompt_heads import Gradients, PromptHeads
 
 Qkv = tuple[Tensor, Tensor, Tensor]
@@ -102,29 +106,30 @@ class PackedAttention(StreamAttention):
         v_THd: Tensor,
         gate2_H: Tensor,
         prompt: PromptHeads,
+        rotary_T1h: Tensor,
         layout: VarlenLayout,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        out_THd, saved = self.forward(q_THd, k_THd, v_THd, gate2_H, layout)
-        return adapter_attention(out_THd, q_THd, *prompt), saved
+        q_THd, k_THd = apply_rotary_emb_qk(q_THd, k_THd, rotary_T1h, 1.0)
+        inputs = (q_THd, k_THd, v_THd, gate2_H)
+        out_THd, saved = self.forward(*inputs, layout)
+        return adapter_attention(out_THd, q_THd, *prompt), (*inputs, *prompt, *saved)
 
     def backward_with_prompt(
         self,
         g_THd: Tensor,
-        q_THd: Tensor,
-        k_THd: Tensor,
-        v_THd: Tensor,
-        gate2_H: Tensor,
-        prompt: PromptHeads,
         saved: tuple[Tensor, ...],
+        rotary_T1h: Tensor,
         layout: VarlenLayout,
     ) -> Gradients:
+        q_THd, k_THd, v_THd, gate2_H, *others = saved
+        prompt, by_kernel = PromptHeads(*others[:3]), tuple(others[3:])
         dq_THd, dk_THd, dv_THd, dgate2_H = self.backward(
-            g_THd, q_THd, k_THd, v_THd, gate2_H, saved, layout
+            g_THd, q_THd, k_THd, v_THd, gate2_H, by_kernel, layout
         )
         more_dq_THd, *of_prompt = adapter_attention_backward(g_THd, q_THd, *prompt)
-        return Gradients(
-            more_dq_THd.add_(dq_THd), dk_THd, dv_THd, dgate2_H, PromptHeads(*of_prompt)
-        )
+        dq_THd = more_dq_THd.add_(dq_THd)
+        dq_THd, dk_THd = apply_rotary_emb_qk(dq_THd, dk_THd, rotary_T1h, -1.0)
+        return Gradients(dq_THd, dk_THd, dv_THd, dgate2_H, PromptHeads(*of_prompt))
 
     def forward(
         self,

@@ -12,6 +12,7 @@ from vico.model.ops.segment_kernels import (
     own_keys,
     prompt_weights,
     store_rows,
+    turn_rows,
 )
 
 
@@ -47,6 +48,7 @@ def _key_gradients(
     key_head,
     inputs,
     gradients,
+    angles,
     visits,
     outputs,
     heads: tl.constexpr,
@@ -84,13 +86,15 @@ def _key_gradients(
             dk_tile += dot(tl.trans(dscores.to(q_tile.dtype)), q_tile)
             dv_tile += dot(tl.trans(weights.to(g_tile.dtype)), g_tile)
     dk, dv, partial = outputs
+    dk_tile *= width**-0.5
+    if angles is not None:
+        dk_tile = turn_rows(dk_tile, angles, keys, exists, -1.0, TILE, width, WIDTH)
     partial_row = tl.load(piece + 4)
     if partial_row < 0:
-        store_rows(dk, dk_tile * width**-0.5, keys, exists, key_head, key_heads, width, WIDTH)
+        store_rows(dk, dk_tile, keys, exists, key_head, key_heads, width, WIDTH)
         store_rows(dv, dv_tile, keys, exists, key_head, key_heads, width, WIDTH)
     else:
         places = 2 * (partial_row + tl.arange(0, TILE))  # [rows, 2, J, d]: dk, dv
-        dk_tile *= width**-0.5
         store_rows(partial, dk_tile, places, exists, key_head, key_heads, width, WIDTH)
         store_rows(partial, dv_tile, places + 1, exists, key_head, key_heads, width, WIDTH)
 
@@ -146,6 +150,7 @@ def _query_gradients(
     head,
     inputs,
     gradients,
+    angles,
     prompt,
     tables,
     outputs,
@@ -180,7 +185,10 @@ def _query_gradients(
         mean = tl.sum(weights * dweights, axis=1)
         dscores = weights * (dweights - mean[:, None]) * tl.load(tanh_gate1 + head)
         dq_tile += dot(dscores.to(pk_tile.dtype), pk_tile)
-    store_rows(dq, dq_tile * width**-0.5, rows, wanted, head, heads, width, WIDTH)
+    dq_tile *= width**-0.5
+    if angles is not None:
+        dq_tile = turn_rows(dq_tile, angles, rows, wanted, -1.0, TILE, width, WIDTH)
+    store_rows(dq, dq_tile, rows, wanted, head, heads, width, WIDTH)
     if HAS_GATE:
         tl.store(gate2_sums + tile * heads + head, gate2_sum)
 
@@ -253,6 +261,7 @@ def segment_backward_kernel(
     tanh_gate1,
     rows_out,
     log_sums,
+    angles,
     query_tiles,
     list_rows,
     by_row,
@@ -280,25 +289,24 @@ def segment_backward_kernel(
     AS_FP32: tl.constexpr,
 ):
     """Per head: programs of key pieces, query tiles, prompt; one launch, to share their reads."""
-    program, head = tl.program_id(0), tl.program_id(1)
-    inputs, prompt = (q, k, v, gate2), (prompt_k, prompt_v, tanh_gate1)
-    gradients = (g, rows_out, log_sums)
+    program, head, inputs = tl.program_id(0), tl.program_id(1), (q, k, v, gate2)
+    prompt, gradients = (prompt_k, prompt_v, tanh_gate1), (g, rows_out, log_sums)
     if program < num_key_pieces:
         if head < heads // group:
             _key_gradients(
-                *(key_pieces + program * 5, head, inputs, gradients, visits, (dk, dv, partial)),
-                *(heads, group, width, TILE, WIDTH, HAS_GATE, AS_FP32),
+                *(key_pieces + program * 5, head, inputs, gradients, angles, visits),
+                *((dk, dv, partial), heads, group, width, TILE, WIDTH, HAS_GATE, AS_FP32),
             )
     elif program < num_key_pieces + num_query_tiles:
         _query_gradients(
-            *(program - num_key_pieces, head, inputs, gradients, prompt),
+            *(program - num_key_pieces, head, inputs, gradients, angles, prompt),
             *((query_tiles, list_rows, by_row), (dq, gate2_sums), heads, group, width, length),
             *(TILE, WIDTH, KEYS, HAS_GATE, AS_FP32),
         )
     elif length > 0:  # noqa: SIM102  (known at compilation, as the next condition is not)
         if head < heads // group:
-            piece = program - num_key_pieces - num_query_tiles
             _prompt_gradients(
-                *(piece, head, q, g, prompt, (prompt_sums, gate1_sums), num_rows),
-                *(heads, group, width, length, TILE, WIDTH, KEYS, PIECE, AS_FP32),
+                *(program - num_key_pieces - num_query_tiles, head, q, g, prompt),
+                *((prompt_sums, gate1_sums), num_rows, heads, group, width, length),
+                *(TILE, WIDTH, KEYS, PIECE, AS_FP32),
             )

@@ -3,8 +3,8 @@
 
 segment_backward_kernels.py has the gradients.
 
-For a query row i of head h, with s = 1 / sqrt(d) (METHOD section 1; the rotary embedding is in q
-and k already):
+For a query row i of head h, with s = 1 / sqrt(d) (METHOD section 1; q and k with their rotary
+embedding):
 
     S_ik = s q_i.k_k + gate2_h [the pair is gated]     k: the visible rows
     P_ik = exp(S_ik - lse_i),  lse_i = log sum_k exp S_ik
@@ -21,8 +21,13 @@ and with the gradient g_i of out_i, delta_i = g_i.rows_i and mean_i = sum_a W_ia
     dgate2_h = sum of dS_ik over gated pairs,  dgate1_h = (1 - tanh(gate1_h)^2) sum_i mean_i
 
 Shapes: q, out, rows, g, dq are [T, H, d]; k, v, dk, dv [T, J, d]; prompts [A, J, d]; lse [T, H] in
-fp32; the query heads j * H / J up to (j + 1) * H / J share the key head j. Tables of
-attention/segment_tiles.py are int64; all tensors are contiguous.
+fp32; angles [T, d], the cosine and the sine of each pair, in fp32. The query heads j * H / J up to
+(j + 1) * H / J share the key head j. Tables of attention/segment_tiles.py are int64; all tensors
+are contiguous.
+
+With angles (they may be None), q comes without its rotary embedding, and the forward kernel writes
+it with: a row of q is read by one program forward, but by many backward. k comes with its own, as
+many programs read it. dq and dk are turned back before they are written.
 
 No program waits for another or adds to what another has written. Every sum runs in an order that
 the tables alone decide, so equal inputs give equal bits: over keys (and over query rows in the sums
@@ -36,6 +41,8 @@ for Triton's interpreter, which cannot multiply bf16.
 
 import triton
 import triton.language as tl
+
+from vico.model.ops.triton_kernels import turn_pairs
 
 # Below every score, and finite: exp(-inf - NOTHING) is 0, and not NaN as with -inf.
 NOTHING = tl.constexpr(-1e30)
@@ -60,6 +67,22 @@ def store_rows(x, tile, rows, wanted, head, heads, width: tl.constexpr, WIDTH: t
     mask = wanted[:, None] & (column < width)
     target = x + (rows[:, None] * heads + head) * width + column
     tl.store(target, tile.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def turn_rows(
+    tile,
+    angles,
+    rows,
+    wanted,
+    sign: tl.constexpr,
+    TILE: tl.constexpr,
+    width: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The rotary embedding of rows of a head, in fp32 (`sign` 1), or its inverse (-1)."""
+    angle = load_rows(angles, rows, wanted, 0, 1, width, WIDTH, False)
+    return turn_pairs(tile.to(tl.float32), angle, sign, TILE, WIDTH)
 
 
 @triton.jit
@@ -208,10 +231,12 @@ def segment_forward_kernel(
     prompt_k,
     prompt_v,
     tanh_gate1,
+    angles,
     query_tiles,
     list_rows,
     by_row,
     out,
+    turned_q,
     rows_out,
     log_sums,
     heads: tl.constexpr,
@@ -231,6 +256,13 @@ def segment_forward_kernel(
     wanted = rows < tl.load(table + 1)
     own_starts_tile = tl.load(by_row + 2 * rows, mask=wanted, other=0)
     q_tile = load_rows(q, rows, wanted, head, heads, width, WIDTH, AS_FP32)
+    if angles is not None:
+        q_tile = turn_rows(q_tile, angles, rows, wanted, 1.0, TILE, width, WIDTH)
+        q_tile = q_tile.to(q.dtype.element_ty)
+        if SAVES:
+            store_rows(turned_q, q_tile, rows, wanted, head, heads, width, WIDTH)
+        if AS_FP32:
+            q_tile = q_tile.to(tl.float32)
     total, largest, norm = _attend_keys(
         *(q_tile, (q, k, v, gate2), (list_rows, by_row), table, rows, own_starts_tile),
         *(head, heads, group, width, TILE, WIDTH, HAS_GATE, AS_FP32),

@@ -20,6 +20,7 @@ LAUNCH = {"num_warps": 4, "num_stages": 2}
 class Saved(NamedTuple):
     """What backward needs besides the inputs."""
 
+    q_THd: Tensor  # with its rotary embedding
     rows_out_THd: Tensor  # the output without the prompt's part
     log_sums_TH: Tensor  # fp32
     tanh_gate1_H: Tensor  # anything where there is no prompt
@@ -32,40 +33,49 @@ def forward(
     gate2_H: Tensor | None,
     prompt: PromptHeads | None,
     tables: DeviceTables,
+    rotary_T1h: Tensor | None = None,
 ) -> tuple[Tensor, Saved]:
-    """(out [T, H, d], what `backward` wants saved)."""
+    """(out [T, H, d], what `backward` wants saved besides k, v, gate2 and prompt).
+
+    With `rotary_T1h` q comes without its rotary embedding, but k with it.
+    """
     q_THd, k_TJd, v_TJd = (x.contiguous() for x in (q_THd, k_TJd, v_TJd))
     num_heads = q_THd.shape[1]
     out_THd = torch.empty_like(q_THd)
     has_own_rows = prompt is not None and tables.for_backward
     rows_out_THd = torch.empty_like(q_THd) if has_own_rows else out_THd
+    saves_q = rotary_T1h is not None and tables.for_backward
+    turned_q_THd = torch.empty_like(q_THd) if saves_q else q_THd
     log_sums_TH = _fp32(q_THd.shape[:2], q_THd)
     pk, pv = _prompt_inputs(prompt, q_THd)
     gate1_H = q_THd if prompt is None else prompt.gate1_H.float().tanh()
     segment_kernels.segment_forward_kernel[(tables.sizes.num_query_tiles, num_heads)](
         *(q_THd, k_TJd, v_TJd, _gate(gate2_H, q_THd), pk, pv, gate1_H),
-        *(tables.query_tiles, tables.list_rows, tables.by_row),
-        *(out_THd, rows_out_THd, log_sums_TH),
+        *(_angles(rotary_T1h), tables.query_tiles, tables.list_rows, tables.by_row),
+        *(out_THd, turned_q_THd, rows_out_THd, log_sums_TH),
         **_constants(q_THd, k_TJd, gate2_H, prompt, tables),
         SAVES=tables.for_backward,
         AS_FP32=_as_fp32(q_THd),
         **LAUNCH,
     )
-    return out_THd, Saved(rows_out_THd, log_sums_TH, gate1_H)
+    return out_THd, Saved(turned_q_THd, rows_out_THd, log_sums_TH, gate1_H)
 
 
 def backward(
     g_THd: Tensor,
-    q_THd: Tensor,
     k_TJd: Tensor,
     v_TJd: Tensor,
     gate2_H: Tensor | None,
     prompt: PromptHeads | None,
     saved: Saved,
     tables: DeviceTables,
+    rotary_T1h: Tensor | None = None,
 ) -> Gradients:
-    """Gradients of all inputs; equal inputs give equal bits."""
-    g_THd, q_THd, k_TJd, v_TJd = (x.contiguous() for x in (g_THd, q_THd, k_TJd, v_TJd))
+    """Gradients of all inputs; equal inputs give equal bits.
+
+    With `rotary_T1h` those of q and k are of them without their rotary embedding.
+    """
+    q_THd, (g_THd, k_TJd, v_TJd) = saved.q_THd, (x.contiguous() for x in (g_THd, k_TJd, v_TJd))
     (num_rows, num_heads, width), num_key_heads = q_THd.shape, k_TJd.shape[1]
     pk, pv = _prompt_inputs(prompt, q_THd)
     sizes, length = tables.sizes, len(pk)
@@ -80,7 +90,7 @@ def backward(
     num_programs = sizes.num_key_pieces + sizes.num_query_tiles + num_prompt_pieces
     segment_backward_kernels.segment_backward_kernel[(num_programs, num_heads)](
         *(g_THd, q_THd, k_TJd, v_TJd, _gate(gate2_H, q_THd), pk, pv, saved.tanh_gate1_H),
-        *(saved.rows_out_THd, saved.log_sums_TH),
+        *(saved.rows_out_THd, saved.log_sums_TH, _angles(rotary_T1h)),
         *(tables.query_tiles, tables.list_rows, tables.by_row),
         *(tables.key_pieces, tables.visits, dq, dk, dv, partial),
         *(prompt_sums, gate1_sums, gate2_sums),
@@ -136,6 +146,11 @@ def _tile_size(number: int) -> int:
 def _gate(gate2_H: Tensor | None, q_THd: Tensor) -> Tensor:
     """In fp32; where there is none, any pointer: it is not read."""
     return q_THd if gate2_H is None else gate2_H.float().contiguous()
+
+
+def _angles(rotary_T1h: Tensor | None) -> Tensor | None:
+    """(cosine, sine) of each pair, fp32."""
+    return None if rotary_T1h is None else torch.view_as_real(rotary_T1h).contiguous()
 
 
 def _prompt_inputs(prompt: PromptHeads | None, q_THd: Tensor) -> tuple[Tensor, Tensor]:

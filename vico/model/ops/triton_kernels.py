@@ -60,13 +60,22 @@ def swiglu_backward_kernel(gradient, a, b, da, db, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rotated(value, angles, row, sign: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr):
-    first, second = tl.split(tl.reshape(value, (HEADS, WIDTH // 2, 2)))
-    angle = tl.load(angles + row * WIDTH + tl.arange(0, WIDTH))
-    cosine, sine = tl.split(tl.reshape(angle, (WIDTH // 2, 2)))
-    cosine, sine = cosine[None, :], sine[None, :] * sign
+def turn_pairs(value, angle, sign: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Neighbours in a row of `value` [ROWS, WIDTH] turned; `angle` [ROWS or 1, WIDTH]: as value.
+
+    (cosine, sine) are neighbours there.
+    """
+    first, second = tl.split(tl.reshape(value, (ROWS, WIDTH // 2, 2)))
+    cosine, sine = tl.split(tl.reshape(angle, (angle.shape[0], WIDTH // 2, 2)))
+    sine *= sign
     pairs = tl.join(first * cosine - second * sine, first * sine + second * cosine)
-    return tl.reshape(pairs, (HEADS, WIDTH))
+    return tl.reshape(pairs, (ROWS, WIDTH))
+
+
+@triton.jit
+def _rotated(value, angles, row, sign: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr):
+    angle = tl.load(angles + row * WIDTH + tl.arange(0, WIDTH))[None, :]
+    return turn_pairs(value, angle, sign, HEADS, WIDTH)
 
 
 @triton.jit
