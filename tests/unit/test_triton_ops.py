@@ -43,6 +43,7 @@ else:
         FrozenRMSNorm,
         RotaryEmbedding,
         SwiGLU,
+        rms_norm_backward,
     )
     from vico.model.ops.fp8 import Rows8
 
@@ -113,6 +114,18 @@ else:
             return FrozenRMSNorm.apply(x, weight.to(x.dtype), 1e-5)
 
         require_same(norm, [made(rows, dim, dtype=dtype)], [], dtype)
+
+    def test_residual_gradient_is_added_by_the_norm(dtype: torch.dtype) -> None:
+        x, weight, upstream, residual = (made(37, 48, dtype=dtype, seed=seed) for seed in range(4))
+        scale = triton_ops.rms_norm(x, weight[0], 1e-5)[1]
+        inputs = (upstream, x, scale, weight[0])
+        together = rms_norm_backward(*inputs, residual)
+        if dtype == torch.float32:
+            assert distance(together, rms_norm_backward(*inputs) + residual) <= RTOL[dtype]
+        triton_ops.ENABLED = False
+        of_fp32 = (value.float() for value in inputs)
+        exact = rms_norm_backward(*of_fp32, residual.float())
+        assert distance(together, exact) <= RTOL[dtype] / 4  # rounded once
 
     @pytest.mark.parametrize(("rows", "dim"), [(1, 64), (37, 88)])
     def test_swiglu(rows: int, dim: int, dtype: torch.dtype) -> None:

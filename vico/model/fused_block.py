@@ -83,7 +83,8 @@ class FusedBlockFunction(Function):
         da, db = swiglu_backward_input(mlp.w1, dh_TF, a, b)
         dn_TD = linear_add(linear(da, mlp.w1.weight.t()), db, mlp.w3.weight.t())
         del dh_TF, da, db
-        dh_TD = rms_norm_backward(dn_TD, h_TD, scale2, block.ffn_norm.weight).add_(gradients[0])
+        weight = block.ffn_norm.weight
+        dh_TD = rms_norm_backward(dn_TD, h_TD, scale2, weight, gradients[0])
         # The attention half.
         g_THd = attention.heads(linear(dh_TD, attention.wo.weight.t()))
         dq_THd, dk_TJd, dv_TJd, dgate2_H, of_prompt = ctx.attend.backward_with_prompt(
@@ -93,7 +94,7 @@ class FusedBlockFunction(Function):
         wq, wk, wv = (w.weight.t() for w in (attention.wq, attention.wk, attention.wv))
         dn_TD = linear_add(linear(dq_THd.flatten(-2), wq), dk_TJd.flatten(-2), wk)
         dn_TD = linear_add(dn_TD, dv_TJd.flatten(-2), wv)
-        dx_TD = rms_norm_backward(dn_TD, x_TD, scale1, block.attention_norm.weight).add_(dh_TD)
+        dx_TD = rms_norm_backward(dn_TD, x_TD, scale1, block.attention_norm.weight, dh_TD)
         wk, wv = (dequantized(w.weight).t() for w in (attention.wk, attention.wv))
         dprompt_AD = linear_add(
             linear(of_prompt.k_AJd.flatten(-2), wk), of_prompt.v_AJd.flatten(-2), wv

@@ -307,7 +307,7 @@ def _load_weights(
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear | Fp8Linear):
             world.set_phase(f"loading {name}")
-            module.fill(weights.read(f"{name}.weight").to(world.device, dtype))
+            module.fill(weights.read(f"{name}.weight").to(world.device).to(dtype))
 
 
 def why_no_graphs(ds_config: dict[str, Any], quantize: str | None = None) -> str | None:

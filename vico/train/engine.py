@@ -75,11 +75,13 @@ def load_parameter(parameter: nn.Parameter, read: Callable[[int, int], Tensor]) 
     """Give a parameter its value, converted to its type.
 
     `read(start, stop)` returns elements of the flattened tensor. Under stage 3 each rank reads only
-    its own part, so it never holds more than its share and one tensor.
+    its own part, so it never holds more than its share and one tensor. The type is converted where
+    the parameter is: `copy_` alone converts on the host, at a thousandth of a GPU's speed.
     """
     with torch.no_grad():
         if not hasattr(parameter, "ds_id"):
-            parameter.copy_(read(0, parameter.numel()).view(parameter.shape))
+            value = read(0, parameter.numel()).view(parameter.shape)
+            parameter.copy_(value.to(parameter.device))
             return
         # DeepSpeed has no call that sets a slice of a frozen parameter. Each rank holds ds_tensor:
         # equal parts of the flattened tensor in the order of ranks, the last one padded.
@@ -88,7 +90,7 @@ def load_parameter(parameter: nn.Parameter, read: Callable[[int, int], Tensor]) 
         start = min(part.ds_numel * partitioned.ds_zero_partition_rank, size)
         stop = min(start + part.ds_numel, size)
         part.zero_()
-        part[: stop - start].copy_(read(start, stop))
+        part[: stop - start].copy_(read(start, stop).to(part.device))
 
 
 class Engine:

@@ -75,12 +75,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return (x.float() * scale).to(x.dtype).mul_(weight), scale
 
 
-def rms_norm_backward(gradient: Tensor, x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+def rms_norm_backward(
+    gradient: Tensor, x: Tensor, scale: Tensor, weight: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    """x's gradient, plus `residual`: the gradient of x past the norm."""
     if triton_ops.can_run(x):
-        return triton_ops.rms_norm_backward(gradient, x, scale, weight)
+        return triton_ops.rms_norm_backward(gradient, x, scale, weight, residual)
     gradient, x_hat = (gradient * weight).float(), x.float() * scale
     along = (gradient * x_hat).mean(dim=-1, keepdim=True)
-    return gradient.addcmul_(x_hat, along, value=-1).mul_(scale).to(x.dtype)
+    of_x = gradient.addcmul_(x_hat, along, value=-1).mul_(scale).to(x.dtype)
+    return of_x if residual is None else of_x.add_(residual)
 
 
 class FrozenRMSNorm(Function):

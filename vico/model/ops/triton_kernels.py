@@ -23,7 +23,10 @@ def norm_kernel(x, weight, out, scale, eps, dim: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
-def norm_backward_kernel(gradient, x, scale, weight, out, dim: tl.constexpr, BLOCK: tl.constexpr):
+def norm_backward_kernel(
+    gradient, x, scale, weight, residual, out, dim: tl.constexpr, BLOCK: tl.constexpr
+):
+    """`residual` may be None."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < dim
@@ -33,6 +36,8 @@ def norm_backward_kernel(gradient, x, scale, weight, out, dim: tl.constexpr, BLO
     g *= tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
     along = tl.sum(g * x_hat, axis=0) / dim
     result = (g - x_hat * along) * factor
+    if residual is not None:
+        result += tl.load(residual + row * dim + columns, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + row * dim + columns, result.to(out.dtype.element_ty), mask=mask)
 
 

@@ -90,14 +90,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return out, scale
 
 
-def rms_norm_backward(gradient: Tensor, x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+def rms_norm_backward(
+    gradient: Tensor, x: Tensor, scale: Tensor, weight: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    """`residual` is added before the result is rounded."""
     x, dim = x.contiguous(), x.shape[-1]
     out = torch.empty_like(x)
     grid, block = (x.numel() // dim,), triton.next_power_of_2(dim)
-    gradient = gradient.contiguous()
-    kernels.norm_backward_kernel[grid](
-        gradient, x, scale, weight, out, dim, BLOCK=block, num_warps=8
-    )
+    residual = None if residual is None else residual.contiguous()
+    inputs = (gradient.contiguous(), x, scale, weight, residual)
+    kernels.norm_backward_kernel[grid](*inputs, out, dim, BLOCK=block, num_warps=8)
     return out
 
 
