@@ -1,5 +1,6 @@
 """--keep: the divergence from the frozen model as a task of the step, against the oracle."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +15,13 @@ from support.backbones import ATTENTIONS, make_model
 from support.planning import LENGTHS, VICO_CONFIGS
 from support.toy_dataset import ToyData
 from support.training import Run
+from vico.cli.flags import as_flag, parse
 from vico.cli.main import main
 from vico.data.packing import Example, pack
 from vico.data.text_windows import KEPT_TOKENS, KeptTexts, Text, Texts, text_sequence
 from vico.data.types import VIDEO_SLOT, TokenSequence
 from vico.model.batch import PackedBatch
+from vico.model.config import KEPT_WEIGHT
 from vico.model.weights.load import open_weights
 from vico.planner.estimate import estimate_memory
 from vico.planner.gpu_specs import GPUS, Hardware
@@ -128,6 +131,33 @@ def test_it_needs_texts(toy: ToyData, tmp_path: Path, capfd: pytest.CaptureFixtu
     assert "--keep 1.0: must be given together with --text FILE" in capfd.readouterr().err
     assert train(toy, tmp_path / "out", "--keep", "-1") == 2
     assert "--keep -1.0: must be 0 or more" in capfd.readouterr().err
+
+
+def test_without_a_number(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The flag, KEY=VALUE and a recipe mean the same weight; a number, and its absence, as ever."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("keep: true\ntext: /a.txt\n", encoding="utf-8")
+    text = ["--text", "/a.txt"]
+    for words in (
+        ["--keep", *text],
+        [*text, "--keep"],
+        [*text, "--keep", "lr=1e-3"],
+        ["keep=true", *text],
+        ["--config", str(recipe)],
+    ):
+        assert parse(words, "vico train", "").resolve().keep == KEPT_WEIGHT, words
+    assert parse(["--keep", "3", *text], "vico train", "").resolve().keep == 3
+    assert parse(text, "vico train", "").resolve().keep is None
+    assert "keep" not in parse(text, "vico train", "").resolve().tasks
+    own = ["--config", str(recipe), "--keep", "0"]
+    assert parse(own, "vico train", "").resolve().keep == 0
+
+    assert as_flag("keep", "true") == "--keep"
+    plans = []
+    for words in (["--keep"], ["--keep", "7"], []):
+        assert main(["plan", "--gpu", "H100", "--json", *words]) == 0
+        plans.append(json.loads(capfd.readouterr().out))
+    assert plans[0] == plans[1] != plans[2]
 
 
 def test_a_plan_counts_it() -> None:

@@ -15,7 +15,7 @@ from vico.cli.aliases import ALIASES, COMPUTED, RENAMED, Spelled
 from vico.cli.parser import RETIRED_HELP, GroupHelp, SettingsParser, path_argument
 from vico.distributed import launcher_env
 from vico.errors import DONE, UserError, nearest, show
-from vico.train.bounds import value_type
+from vico.train.bounds import BARE, value_type
 from vico.train.config import RunConfig
 from vico.train.settings import (
     TYPE_NAMES,
@@ -90,7 +90,7 @@ def read_words(
 
     Raises UserError as `parse` does.
     """
-    namespace, unknown = parser.parse_known_args(_with_true(argv))
+    namespace, unknown = parser.parse_known_args(_with_values(argv))
     typed = vars(namespace)
     overrides = [word for word in unknown if OVERRIDE.fullmatch(word)]
     others = [word for word in unknown if word not in overrides]
@@ -107,13 +107,14 @@ def read_words(
     return CommandLine(given, tuple(notes), "debug" in typed), typed, others
 
 
-def _with_true(argv: Sequence[str]) -> list[str]:
-    """A bare --bf16 would take the override behind it for its value."""
+def _with_values(argv: Sequence[str]) -> list[str]:
+    """A bare --bf16 or --keep would take the override behind it for its value."""
     words = list(argv)
-    switches = [f"--{name}" for name, (kind, _) in COMPUTED.items() if kind is bool]
+    values = {f"--{name}": "true" for name, (kind, _) in COMPUTED.items() if kind is bool}
+    values |= {f"--{name}": str(value) for name, value in BARE.items()}
     for i, (word, following) in enumerate(pairwise(argv)):
-        if word in switches and OVERRIDE.fullmatch(following):
-            words[i] = f"{word}=true"
+        if word in values and OVERRIDE.fullmatch(following):
+            words[i] = f"{word}={values[word]}"
     return words
 
 
@@ -248,6 +249,7 @@ class _Paths(argparse.Action):
 
 def _add_settings(parser: SettingsParser) -> None:
     groups: dict[str, Any] = {}
+    options: dict[str, Any]
     for field in dataclasses.fields(RunConfig):
         title, text = field.metadata["group"], field.metadata["help"]
         if title not in groups:
@@ -258,14 +260,19 @@ def _add_settings(parser: SettingsParser) -> None:
             groups[title].add_argument(flag, action="store_true", help=text)
             continue
         if kind is tuple:
-            options: dict[str, Any] = {"nargs": "+", "metavar": "FILE", "action": _Paths}
+            options = {"nargs": "+", "metavar": "FILE", "action": _Paths}
             groups[title].add_argument(flag, type=path_argument, help=text, **options)
             continue
         if field.default is not None:
             text = f"{text} (default: {field.default})"
         words = (*choices, UNSET) if choices and _can_be_unset(field) else choices
         metavar = f"{{{','.join(words)}}}" if words else kind.__name__.upper()
-        groups[title].add_argument(flag, type=_converter(field), metavar=metavar, help=text)
+        options = {"type": _converter(field), "metavar": metavar}
+        if field.name in BARE:
+            bare = BARE[field.name]
+            text = f"{text}; without a number: {bare:g}"
+            options |= {"nargs": "?", "const": bare}
+        groups[title].add_argument(flag, help=text, **options)
 
 
 def _add_aliases(parser: SettingsParser) -> None:
@@ -303,6 +310,8 @@ def as_flag(name: str, text: str) -> str:
 
     Raises UserError for a switch that is neither on nor off.
     """
+    if name in BARE and text.lower() == "true":
+        return f"--{name}"
     if TYPES.get(name) is not bool or name in ALIASES:
         return f"--{name}={text}"
     if text.lower() not in (*YES, *NO):

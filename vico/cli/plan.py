@@ -23,6 +23,7 @@ from vico.model.config import (
     FEATURE_WIDTH,
     FP8,
     KEPT_POSITIONS,
+    KEPT_WEIGHT,
     LLAMA_CONFIGS,
     QUANTIZATIONS,
     LlamaConfig,
@@ -153,9 +154,11 @@ def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--keep",
+        nargs="?",
+        const=KEPT_WEIGHT,
         type=lambda text: bounded_float(text, 0),
         metavar="W",
-        help=f"as of `vico train`; above 0, questions bring {KEPT_POSITIONS} tokens of text",
+        help=f"as of `vico train`; unless 0, questions bring {KEPT_POSITIONS} tokens of text",
     )
     add(
         "--caption_tokens",

@@ -5,6 +5,8 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
+from vico.model.config import KEPT_WEIGHT
+
 MAX_FLOAT = 3e38  # of fp32, the type of the tensors that settings are combined with
 MAX_SEED = 2**63 - 1  # of torch's generator
 MAX_COUNT = 10**9  # what follows from counts, such as epochs times steps, stays below 2**63
@@ -27,6 +29,8 @@ BOUNDS: dict[str, tuple[float, float, str]] = {
     "num_workers": (0, 1024, "a whole number from 0 to 1024"),
     "seed": (0, MAX_SEED, f"a whole number from 0 to {MAX_SEED}"),
 }
+# What a flag means without a value, and `true` in a recipe. The others need a value.
+BARE = {"keep": KEPT_WEIGHT}
 
 
 def value_type(annotation: Any) -> tuple[Any, tuple[str, ...] | None]:

@@ -14,7 +14,7 @@ from vico.data.mixture import join_paths, parse_datasets
 from vico.data.readers import captions
 from vico.errors import UserError, nearest, show
 from vico.io.paths import exists
-from vico.train.bounds import value_type
+from vico.train.bounds import BARE, value_type
 from vico.train.config import RunConfig, is_path
 
 TYPE_NAMES = {
@@ -69,6 +69,8 @@ def _typed(key: str, value: Any, annotation: Any, source: str) -> Any:
     kind, choices = value_type(annotation)
     if value is None and type(None) in typing.get_args(annotation):
         return None
+    if value is True and key in BARE:
+        return BARE[key]
     if choices:
         if value in choices:
             return value
