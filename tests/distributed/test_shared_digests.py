@@ -306,7 +306,7 @@ def test_tensors_are_read_in_batches_of_about_a_size() -> None:
 
 
 def test_ranks_of_a_host_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)))
+    monkeypatch.setattr(shared_digests, "host_cores", lambda: 12)
     monkeypatch.setattr(shared_digests, "MAX_THREADS", 5)
     here, there = (Member(0, host, "cpu", None, 0, True, 1) for host in (host_name(), "other"))
     for num_ranks, expected in ((0, 5), (1, 5), (4, 3), (5, 2), (13, 1)):

@@ -1,7 +1,6 @@
 """`vico extract`: features of your own videos."""
 
 import argparse
-import os
 import time
 from collections.abc import Sequence
 from fractions import Fraction
@@ -13,6 +12,7 @@ from vico.cli.flags import CommandLine
 from vico.cli.parser import OneLineParser, frame_rate, path_argument, positive_int
 from vico.cli.with_world import with_world
 from vico.distributed import launcher_env
+from vico.distributed.cores import host_cores
 from vico.errors import UserError
 from vico.io import log
 from vico.io.atomic import require_writable
@@ -115,7 +115,7 @@ def _workers(flags: argparse.Namespace) -> int:
     if flags.num_workers is not None:
         return int(flags.num_workers)
     num_ranks = launcher_env.local_world_size() or 1
-    return max(1, min(len(os.sched_getaffinity(0)) // num_ranks, MAX_WORKERS))
+    return max(1, min(host_cores() // num_ranks, MAX_WORKERS))
 
 
 def _settings(flags: argparse.Namespace, encoder: "Encoder") -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from vico.cli.flags import CommandLine
 from vico.distributed import launcher_env, signals
+from vico.distributed.cores import host_cores
 from vico.errors import PeerLostError, StartFailedError, UnreachableError, UserError, one_line
 from vico.io import log
 from vico.io.host_memory import limit_kept_products
@@ -78,10 +79,9 @@ def _prepare_process(config: RunConfig, debug: bool) -> None:
         # Otherwise the ranks of a killed launcher train on, and a second start writes beside them.
         signals.die_with_parent(os.getppid())
     launcher_env.check_world_size(config.expect_world_size)
-    num_cores = len(os.sched_getaffinity(0))
     num_ranks = launcher_env.local_world_size() or 1
     # Some launchers do not set it.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores // num_ranks)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, host_cores() // num_ranks)))
     limit_kept_products()
     if not debug:
         # Below that level, a lost rank prints pages of C++ frames.

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 from vico.distributed import launcher_env, signals, topology
+from vico.distributed.cores import bind_beside, pci_address
 from vico.distributed.launcher_env import host_name
 from vico.distributed.rendezvous import clone_store, hint_when_slow, rendezvous, use_loopback
 from vico.distributed.watchdog import WAITING, Watchdog
@@ -208,6 +209,10 @@ def _choose_device() -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
+    if os.environ.get("VICO_NUMA") != "off":
+        cores = bind_beside(pci_address(torch.cuda.get_device_properties(device)))
+        if cores is not None and launcher_env.is_rank_0():
+            log.fields({"cores": f"each rank on those beside its GPU (rank 0: {cores})"})
     return device
 
 

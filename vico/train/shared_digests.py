@@ -5,7 +5,6 @@ afterwards is the whole of what each host has. The ranks meet every few seconds:
 an error of one is every rank's, and what is done is kept in the cache, also when the run is cut.
 """
 
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from vico.checkpoint.fingerprint import (
     feature_tensors,
     of_texts,
 )
+from vico.distributed.cores import host_cores
 from vico.distributed.launcher_env import host_name
 from vico.distributed.world import World
 from vico.errors import UserError
@@ -201,7 +201,7 @@ def _batches(names: Sequence[str], num_bytes: Mapping[str, int], limit: int) -> 
 def _num_threads(world: World) -> int:
     """This rank's part of its host's cores."""
     num_ranks = sum(member.host == host_name() for member in world.members) or 1
-    return max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) // num_ranks))
+    return max(1, min(MAX_THREADS, host_cores() // num_ranks))
 
 
 class _ProgressLines:
