@@ -55,6 +55,12 @@ EQUIVALENT = (
         "the fewest items of a total that one item has are this item",
     ),
     Equivalent(
+        "vico/model/weights/hf_config.py",
+        "0.5",
+        "0.51",
+        "any part of one keeps the product from falling below the width",
+    ),
+    Equivalent(
         "vico/train/heat_map.py",
         "shares[..., None] > 0",
         "(shares[..., None] >= 0)",

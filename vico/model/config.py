@@ -83,11 +83,7 @@ class LlamaConfig:
 
     @property
     def hidden_dim(self) -> int:
-        """SwiGLU's width: two thirds of 4 * dim, times the multiplier, rounded up."""
-        width = int(2 * (4 * self.dim) / 3)
-        if self.ffn_dim_multiplier is not None:
-            width = int(self.ffn_dim_multiplier * width)
-        return round_up(width, self.multiple_of)
+        return mlp_width(self.dim, self.multiple_of, self.ffn_dim_multiplier)
 
     @property
     def num_block_parameters(self) -> int:
@@ -237,6 +233,12 @@ def backbone_shapes(config: LlamaConfig) -> Shapes:
 
 def num_elements(shapes: Shapes) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
+
+
+def mlp_width(dim: int, multiple_of: int, multiplier: float | None) -> int:
+    """SwiGLU's width: two thirds of 4 * dim, times the multiplier, rounded up."""
+    width = int(2 * (4 * dim) / 3)
+    return round_up(width if multiplier is None else int(multiplier * width), multiple_of)
 
 
 def round_up(number: int, multiple: int) -> int:

@@ -4,7 +4,6 @@ The folder is as Hugging Face's hub has it: config.json, safetensors, preprocess
 code and no pickle of the folder is run, nothing is fetched.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ NEEDED = (
     "openai/clip-vit-large-patch14 of Hugging Face's hub"
 )
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MAX_LEVEL = 1e6  # of a mean or a std; no bound of sense, but JSON knows numbers without an end
 # `model_type` of config.json: (kind, whether the vision tower is a part of it)
 MODEL_TYPES = {
     "clip": ("clip", True),
@@ -207,7 +207,7 @@ def _three(
 ) -> tuple[float, ...]:
     value = content.get(key, usual)
     is_list = isinstance(value, list | tuple) and len(value) == 3
-    if not is_list or not all(type(v) in (int, float) and math.isfinite(v) for v in value):
+    if not is_list or not all(type(v) in (int, float) and abs(v) <= MAX_LEVEL for v in value):
         fail(f"{path}: {key} is {show(value)}; three numbers are expected")
     return tuple(map(float, value))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vico.errors import UserError, show
-from vico.model.config import LlamaConfig, RopeScaling
+from vico.model.config import LlamaConfig, RopeScaling, mlp_width
 from vico.model.weights.validate import require_heads, require_positive, whole_number
 
 CONFIG = "config.json"
@@ -22,7 +22,7 @@ UNSUPPORTED = {
     "mlp_bias": (None, False),
 }
 # (multiple_of, ffn_dim_multiplier) of published models.
-PUBLISHED_MLP_RULES = ((256, None), (1024, 1.3), (4096, 1.3), (256, 1.5), (256, 1.0))
+PUBLISHED_MLP_RULES = ((256, None), (1024, 1.3), (256, 1.5))
 
 
 def read_llama_config(content: Mapping[str, Any], path: Path) -> LlamaConfig:
@@ -125,8 +125,7 @@ def mlp_rule(dim: int, hidden_dim: int) -> tuple[int, float | None]:
     Those of a published model where one fits.
     """
     for multiple_of, multiplier in PUBLISHED_MLP_RULES:
-        config = LlamaConfig(dim, 1, 1, 1, multiple_of, ffn_dim_multiplier=multiplier)
-        if config.hidden_dim == hidden_dim:
+        if mlp_width(dim, multiple_of, multiplier) == hidden_dim:
             return multiple_of, multiplier
     # The half keeps the product from falling below `hidden_dim` when it is cut to a whole number.
-    return 1, (hidden_dim + 0.5) / int(2 * (4 * dim) / 3)
+    return 1, (hidden_dim + 0.5) / mlp_width(dim, 1, None)
