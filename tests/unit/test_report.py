@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from support.errors import refusal
 from support.report_runs import EVIL, Report, write_lines
 from vico.cli.report import main
+from vico.report.gates import opening_charts
 from vico.report.load import Run, load_runs, run_names
 from vico.report.questions import QuestionSet, join
 from vico.report.results import ALL, accuracies, confusions, differences
@@ -324,3 +325,34 @@ def test_an_earlier_report_is_replaced(tmp_path: Path) -> None:
     link.symlink_to(aim)
     main([str(run), "--output", str(link)])
     assert aim.read_text() == first and not link.is_symlink()
+
+
+def test_gates_over_time(tmp_path: Path) -> None:
+    """A column per evaluation, many of them thinned; absent and damaged ones are counted."""
+    run = Report(tmp_path, 3).write_run("run", 2)
+    assert "log.txt has no gates (it is of an earlier version)" in "\n".join(
+        load_runs([run])[0].notes
+    )
+    lines: list[dict[str, Any]] = []
+    for step in range(1, 101):
+        layers = {layer: [step / 100, -step / 50] for layer in ("1", "2")}
+        lines.append({"step": step, "gates": {"gate1": layers, "gate2": layers}})
+    for damaged in ({}, {"gate1": {"1": [1, 2]}}, {"gate1": 1, "gate2": 2}, [1], "x"):
+        lines.append({"step": len(lines) + 1, "gates": damaged})
+    for values in ([0.5], [0.5, None], [0.5, "1"], [0.5, 10**300]):
+        layers = {"1": [1, 2], "2": values}
+        lines.append({"step": len(lines) + 1, "gates": {"gate1": layers, "gate2": layers}})
+    lines.append({"step": len(lines) + 1})
+    layers = {layer: [1, 2] for layer in ("1", "2")}
+    lines.append({"step": len(lines) + 1, "gates": {"gate1": layers, "gate2": layers}})
+    write_lines(run / "log.txt", lines)
+    (loaded_run,) = load_runs([run])
+    assert "log.txt: the gates of 10 line(s) are absent or damaged" in loaded_run.notes
+    opened = loaded_run.gates_over_time
+    assert opened is not None and opened.layers == [1, 2] and len(opened.steps) == 101
+    chart, _ = opening_charts(loaded_run, opened)
+    (trace,) = chart.data
+    assert trace["y"][-1] == "layer 2, head 1" and trace["zmax"] == 2
+    assert len(trace["x"]) == 60 and (trace["x"][0], trace["x"][-1]) == ("1", "111")
+    assert [row[0] for row in trace["z"]] == [0.01, -0.02, 0.01, -0.02]
+    assert "41 evaluations between them are left out" in chart.caption

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import sqlite3
 import struct
 import time
@@ -20,7 +21,7 @@ from vico.io.output_dir import OutputDir
 from vico.train import reporters
 from vico.train.config import REPORTERS, RunConfig
 from vico.train.evaluate import Evaluation
-from vico.train.heat_map import CELL, gates_picture, png
+from vico.train.heat_map import CELL, gate_curves, gate_record, gates_picture, png
 from vico.train.log_records import EpochResult, epoch_curves, log_step
 from vico.train.reporters import Reported, Reporters, chosen
 from vico.train.run_log import RunLog, read_logs
@@ -109,6 +110,21 @@ def test_gates_picture() -> None:
     read = np.asarray(Image.open(io.BytesIO(png(picture))))
     assert (read == picture).all()
     assert gates_picture({"visual_proj.weight": torch.zeros(2, 2)}) is None
+
+
+def test_gates_as_numbers() -> None:
+    """By the layer's own number where only some are adapted; a curve is the mean over heads."""
+    gates = {}
+    for layer in (2, 10):
+        gates[f"layers.{layer}.attention.gate1"] = torch.tensor([0.5, -0.5]).view(1, 2, 1, 1)
+        gates[f"layers.{layer}.attention.gate2"] = torch.tensor([-3.0, 1.0]).view(1, 2, 1, 1)
+    heads = {"gate1": [0.4621, -0.4621], "gate2": [-3.0, 1.0]}
+    assert gate_record(gates) == {k: {"2": v, "10": v} for k, v in heads.items()}
+    assert list(gate_record(gates)["gate1"]) == ["2", "10"]
+    curves = {"gates/gate1/layer_02": math.tanh(0.5), "gates/gate2/layer_10": -1.0}
+    assert gate_curves(gates) == pytest.approx(
+        curves | {"gates/gate1/layer_10": math.tanh(0.5), "gates/gate2/layer_02": -1.0}
+    )
 
 
 def test_colours_of_gates() -> None:

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -12,7 +14,9 @@ from support.training import Run
 from vico.cli.flags import parse
 from vico.cli.main import main
 from vico.report.charts import training_charts
+from vico.report.gates import opening_charts
 from vico.report.load import load_runs
+from vico.train.heat_map import gate_values
 
 STEPS = "--batch_size 10 --epochs 2 --warmup_epochs 1 --lr 0.02 --bias 0.7".split()
 TEXT = "a man and a dog run. the cat smiles? why does the man hold it.\n" * 12
@@ -72,6 +76,32 @@ def test_it_is_measured_and_changes_nothing(
     charts = {chart.title: chart for chart in training_charts(load_runs([run.folder]))}
     points = charts["Plain text: KL(frozen || adapted)"].data[0]
     assert points["x"] == [2, 4] and points["y"][-1] == pytest.approx(logged["kl_per_token"], 1e-4)
+
+    gates = assert_gates_are_logged(run)
+    for kind, of in (("gate1", np.abs), ("gate2", np.asarray)):
+        for layer, heads in enumerate(gates[kind]):
+            events = board.Scalars(f"gates/{kind}/layer_{layer:02}")
+            assert [event.step for event in events] == [2, 4]
+            assert events[-1].value == pytest.approx(of(heads).mean(), rel=1e-5)
+
+
+def assert_gates_are_logged(run: Run) -> dict[str, npt.NDArray[np.float64]]:
+    """Each head's in log.txt, as in the checkpoints, and in the report over time."""
+    (loaded,) = load_runs([run.folder])
+    assert loaded.gates_over_time is not None and not any("log.txt" in n for n in loaded.notes)
+    charts = opening_charts(loaded, loaded.gates_over_time)
+    gates = {}
+    for kind, chart in zip(("gate1", "gate2"), charts, strict=True):
+        (trace,) = chart.data
+        assert trace["x"] == ["2", "4"] and trace["y"][0] == "layer 0, head 0"
+        for column, record in enumerate(run.epochs):
+            values = gate_values(run.tensors(record["step"]), kind)
+            assert values is not None and list(map(int, record["gates"][kind])) == [0, 1, 2]
+            assert np.allclose(list(record["gates"][kind].values()), values, rtol=1e-3)
+            shown = [row[column] for row in trace["z"]]
+            assert np.allclose(shown, values.flatten(), rtol=1e-3)
+            gates[kind] = values
+    return gates
 
 
 def test_other_texts_are_another_run(

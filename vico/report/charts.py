@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vico.report.load import Gates, Run, accuracy_of, number, trained_datasets
+from vico.report.load import Run, accuracy_of, number, trained_datasets
 from vico.report.results import Row
 from vico.report.statistics import Share, bucket_means
 from vico.train.run_log import Record
@@ -37,14 +37,6 @@ TEXT_MEASURES = {
         "the same after each epoch",
     ),
     "top1_agreement": ("Plain text: same likeliest token", "share of tokens, of both models"),
-}
-GATE_TITLES = {
-    "gate1": "Adapter gates (tanh of gate1)",
-    "gate2": "Video gates (gate2, a logit)",
-}
-GATE_MEANINGS = {
-    "gate1": "how much a head attends to the adapter prompts, from -1 to 1; 0 is closed",
-    "gate2": "what is added to a head's attention score of text on video frames",
 }
 Curve = list[tuple[float, float]]
 
@@ -125,7 +117,7 @@ def _step_chart(
         return []
     mean = f" Each point is the mean of up to {largest} steps." if largest > 1 else ""
     caption = f"{title}: {what}. From steps.jsonl.{mean}"
-    return [Chart(title, caption, traces, _layout("step", "", showlegend=len(runs) > 1))]
+    return [Chart(title, caption, traces, layout_of("step", "", showlegend=len(runs) > 1))]
 
 
 def _line(i: int, name: str, points: Curve, **more: Any) -> dict[str, Any]:
@@ -142,7 +134,7 @@ def _line(i: int, name: str, points: Curve, **more: Any) -> dict[str, Any]:
     }
 
 
-def _layout(x_title: str, y_title: str, **more: Any) -> dict[str, Any]:
+def layout_of(x_title: str, y_title: str, **more: Any) -> dict[str, Any]:
     return {
         "xaxis": {"title": {"text": x_title}},
         "yaxis": {"title": {"text": y_title}},
@@ -173,7 +165,7 @@ def _validation_chart(runs: Sequence[Run], dataset: str = "") -> list[Chart]:
         f"{title}: share of right answers after each epoch, in percent, with Wilson's interval of "
         f"95 %. From log.txt (val_{name}, or test_{name} where epochs were evaluated on test)."
     )
-    return [Chart(title, caption, traces, _layout("step", "%", showlegend=len(runs) > 1))]
+    return [Chart(title, caption, traces, layout_of("step", "%", showlegend=len(runs) > 1))]
 
 
 def _bars(shares: Sequence[Share | None]) -> dict[str, Any]:
@@ -227,7 +219,7 @@ def _epoch_chart(
             traces.append(_line(i, run.name, points, mode="lines+markers"))
     if not traces:
         return []
-    return [Chart(title, caption, traces, _layout("step", "", showlegend=len(runs) > 1))]
+    return [Chart(title, caption, traces, layout_of("step", "", showlegend=len(runs) > 1))]
 
 
 def accuracy_chart(
@@ -268,7 +260,7 @@ def accuracy_chart(
         "ticktext": names,
         "range": [-0.7, len(shown) - 0.3],
     }
-    layout = _layout("accuracy, %", "", yaxis=axis, showlegend=len(runs) > 1)
+    layout = layout_of("accuracy, %", "", yaxis=axis, showlegend=len(runs) > 1)
     rest = f" The table below has {left_out} more." if left_out else ""
     caption = (
         f"Accuracy on {set_name} by type of question: the dot is the share of right answers, the "
@@ -300,46 +292,10 @@ def confusion_chart(set_name: str, file: str, run: Run, table: list[list[int]]) 
         "colorbar": {"title": {"text": "% of row"}, "thickness": 10},
     }
     axis = {"title": {"text": "right answer"}, "autorange": "reversed", "type": "category"}
-    layout = _layout("given answer", "", yaxis=axis, showlegend=False)
+    layout = layout_of("given answer", "", yaxis=axis, showlegend=False)
     layout["xaxis"]["type"] = "category"
     caption = (
         f"{run.name} on {set_name}: how often the option in each position was given (columns) "
         f"where the right one was in another (rows), as counts. From {file}."
     )
     return Chart(f"Options: {run.name}", caption, [trace], layout, 340)
-
-
-def gate_charts(run: Run, gates: Gates) -> list[Chart]:
-    """A heat map for each kind of gate: a row per layer, the lowest below, a column per head."""
-    charts = []
-    for kind, values in gates.values.items():
-        z = []
-        for row in values.tolist():
-            z.append([number(float(f"{value:.4g}")) for value in row])
-        known = [abs(value) for value in itertools.chain(*z) if value is not None]
-        largest = max(known, default=0.0) or 1.0
-        trace = {
-            "type": "heatmap",
-            "z": z,
-            "zmin": -largest,
-            "zmax": largest,
-            "hovertemplate": "adapted layer %{y}, head %{x}: %{z:.3f}<extra></extra>",
-            "colorscale": [[0, "--negative"], [0.5, "--neutral"], [1, "--positive"]],
-            "colorbar": {"thickness": 10},
-            "xgap": 1,
-            "ygap": 1,
-        }
-        layout = _layout("head", "", showlegend=False)
-        layout["yaxis"] |= {"title": {"text": "adapted layer"}, "dtick": _tick(len(z))}
-        layout["xaxis"]["dtick"] = _tick(len(z[0]))
-        caption = (
-            f"{run.name}, step {gates.step:,}: {GATE_MEANINGS[kind]}. Layers and heads count from "
-            f"0. From {gates.checkpoint}."
-        )
-        title = f"{GATE_TITLES[kind]}: {run.name}"
-        charts.append(Chart(title, caption, [trace], layout, 170 + min(400, 22 * len(z))))
-    return charts
-
-
-def _tick(count: int) -> int:
-    return max(1, -(-count // 16))

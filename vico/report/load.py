@@ -61,6 +61,15 @@ class Gates:
 
 
 @dataclass(frozen=True)
+class GatesOverTime:
+    """What log.txt says of the gates. `values`: by gate [evaluations, layers, heads]."""
+
+    steps: list[float]
+    layers: list[int]
+    values: dict[str, npt.NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
 class Run:
     """All that the report shows of a run. Each part may be empty; `notes` say why."""
 
@@ -72,6 +81,7 @@ class Run:
     predictions: list[PredictionSet] = field(default_factory=list)
     captions: list[Caption] = field(default_factory=list)
     gates: Gates | None = None
+    gates_over_time: GatesOverTime | None = None
     # By name of a curve the values that were logged, in order.
     performance: dict[str, list[float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -140,15 +150,17 @@ def _named(folder: Path, pattern: re.Pattern[str]) -> list[tuple[Path, re.Match[
 def _load(path: Path, name: str) -> Run:
     run, notes = OutputDir(path), list[str]()
     settings = _settings(run, notes)
+    epochs = _records(run.epochs, "the results of each epoch", notes)
     return Run(
         name,
         path,
         settings,
         _records(run.steps, "the curves of training", notes),
-        _records(run.epochs, "the results of each epoch", notes),
+        epochs,
         _predictions(path, settings, notes),
         _captions(path, notes),
         _gates(path, notes),
+        _gates_over_time(epochs, notes),
         _performance(run.tensorboard, notes),
         notes,
     )
@@ -276,6 +288,47 @@ def _gates(folder: Path, notes: list[str]) -> Gates | None:
         return None
     step = step_of(checkpoint.path)
     return Gates(checkpoint.path.name, checkpoint.state.step if step is None else step, values)
+
+
+def _gates_over_time(epochs: Sequence[Record], notes: list[str]) -> GatesOverTime | None:
+    """Of the lines of log.txt that have gates of the model's shape."""
+    read = [(number(record["step"]), _logged_gates(record)) for record in epochs]
+    found = [(step, gates) for step, gates in read if step is not None and gates is not None]
+    if not found:
+        if epochs:
+            notes.append(
+                "log.txt has no gates (it is of an earlier version), so how they opened "
+                "over time is not shown"
+            )
+        return None
+    layers, last = found[-1][1]
+    fitting = [
+        (step, values)
+        for step, (of, values) in found
+        if of == layers and values["gate1"].shape == last["gate1"].shape
+    ]
+    if left_out := len(epochs) - len(fitting):
+        notes.append(f"log.txt: the gates of {left_out} line(s) are absent or damaged")
+    values = {kind: np.stack([of[kind] for _, of in fitting]) for kind in LARGEST}
+    return GatesOverTime([step for step, _ in fitting], layers, values)
+
+
+def _logged_gates(record: Record) -> tuple[list[int], dict[str, npt.NDArray[np.float64]]] | None:
+    """(layers, by gate [layers, heads]) of a line; None where it has not both, of one shape."""
+    values = {}
+    try:
+        layers = [list(record["gates"][kind]) for kind in LARGEST]
+        for kind in LARGEST:
+            rows = [list(map(number, row)) for row in record["gates"][kind].values()]
+            values[kind] = np.array(rows, dtype=np.float64)  # a None becomes NaN
+        numbers = [int(layer) for layer in layers[0]]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+    shapes = {array.shape for array in values.values()}
+    is_whole = all(array.ndim == 2 and np.isfinite(array).all() for array in values.values())
+    if len(shapes) > 1 or layers[0] != layers[1] or not is_whole or not values["gate1"].size:
+        return None
+    return numbers, values
 
 
 def _performance(folder: Path, notes: list[str]) -> dict[str, list[float]]:

@@ -18,11 +18,11 @@ from vico.report.charts import (
     Chart,
     accuracy_chart,
     confusion_chart,
-    gate_charts,
     speed_charts,
     training_charts,
 )
 from vico.report.frames import Frames
+from vico.report.gates import gate_charts, opening_charts
 from vico.report.load import Caption, Run, all_notes
 from vico.report.markup import element, to_html
 from vico.report.questions import Item, QuestionSet
@@ -128,6 +128,8 @@ class _Builder:
         gates = []
         for run in self.runs:
             gates += gate_charts(run, run.gates) if run.gates is not None else []
+            opened = run.gates_over_time
+            gates += opening_charts(run, opened) if opened is not None else []
         self._add("gates", "Gates", self._grid(gates))
         self._add("speed", "Speed and memory", self._speed())
         self._add("settings", "Settings", self._settings())

@@ -1,4 +1,4 @@
-"""The gates of a model as one picture, without a library for plots."""
+"""The gates of a model: as numbers by layer and head, and as one picture."""
 
 import re
 import struct
@@ -37,13 +37,39 @@ def gate_values(weights: dict[str, Tensor], kind: str) -> npt.NDArray[np.float64
 
     `kind`: gate1, of which tanh acts, or gate2, a logit.
     """
+    rows = _by_layer(weights, kind)
+    return np.stack(list(rows.values())) if rows else None
+
+
+def _by_layer(weights: dict[str, Tensor], kind: str) -> dict[int, npt.NDArray[np.float64]]:
+    """{layer: [heads]} as `gate_values` has them, the lowest layer first."""
     rows = {}
     for name, gate in weights.items():
         match = re.fullmatch(rf"layers\.(\d+)\..*{kind}", name)
         if match is not None:
             value = gate.detach().double().flatten()
             rows[int(match[1])] = (value.tanh() if kind == "gate1" else value).numpy()
-    return np.stack([rows[layer] for layer in sorted(rows)]) if rows else None
+    return dict(sorted(rows.items()))
+
+
+def gate_record(weights: dict[str, Tensor]) -> dict[str, dict[str, list[float]]]:
+    """{kind: {layer: a number per head}} as `gate_values` has them, of four digits, for log.txt."""
+    record: dict[str, dict[str, list[float]]] = {}
+    for kind in LARGEST:
+        record[kind] = {}
+        for layer, row in _by_layer(weights, kind).items():
+            record[kind][str(layer)] = [float(f"{value:.4g}") for value in row]
+    return record
+
+
+def gate_curves(weights: dict[str, Tensor]) -> dict[str, float]:
+    """Of each layer the mean over its heads: of |tanh(gate1)|, and of gate2."""
+    curves = {}
+    for kind in LARGEST:
+        for layer, row in _by_layer(weights, kind).items():
+            acting = np.abs(row) if kind == "gate1" else row
+            curves[f"gates/{kind}/layer_{layer:02}"] = float(acting.mean())
+    return curves
 
 
 def _colours(shares: npt.NDArray[np.float64]) -> Picture:

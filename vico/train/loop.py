@@ -28,7 +28,7 @@ from vico.io.paths import is_folder
 from vico.train.cognition import measure_texts
 from vico.train.evaluate import evaluate, report
 from vico.train.gradient_order import GradientOrder
-from vico.train.heat_map import gates_picture
+from vico.train.heat_map import gate_curves, gate_record, gates_picture
 from vico.train.log_records import EpochResult, epoch_curves, epoch_record, log_step
 from vico.train.progress_bar import ProgressBar
 from vico.train.reporters import Reported, Reporters, chosen
@@ -312,7 +312,8 @@ def _save_best(
 
 def _log_epoch(run: Run, run_log: RunLog, result: EpochResult, weights: dict[str, Tensor]) -> None:
     record = epoch_record(run.config, result)
-    run_log.epoch(record, epoch_curves(result, run.world.device), gates_picture(weights))
+    curves = epoch_curves(result, run.world.device) | gate_curves(weights)
+    run_log.epoch(record | {"gates": gate_record(weights)}, curves, gates_picture(weights))
     if result.evaluation is not None and result.split is not None:
         result.evaluation.write(run.output_dir.predictions(result.split))
         if result.captions is not None:
