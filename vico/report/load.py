@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -309,8 +310,9 @@ def _gates_over_time(epochs: Sequence[Record], notes: list[str]) -> GatesOverTim
     ]
     if left_out := len(epochs) - len(fitting):
         notes.append(f"log.txt: the gates of {left_out} line(s) are absent or damaged")
-    values = {kind: np.stack([of[kind] for _, of in fitting]) for kind in LARGEST}
-    return GatesOverTime([step for step, _ in fitting], layers, values)
+    steps, of_steps = [step for step, _ in fitting], [values for _, values in fitting]
+    values = {kind: np.stack(list(map(itemgetter(kind), of_steps))) for kind in LARGEST}
+    return GatesOverTime(steps, layers, values)
 
 
 def _logged_gates(record: Record) -> tuple[list[int], dict[str, npt.NDArray[np.float64]]] | None:
