@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from faults.mutated_code import NO_RESULT, code_of
+
 # How often a folder of vico/ is drawn from, beside the others: the first five keep what the
 # product promises (losses, updates, checkpoints, files).
 WEIGHTS = {"model": 3.0, "data": 3.0, "train": 3.0, "checkpoint": 3.0, "io": 3.0}
@@ -23,14 +25,6 @@ FILES_LEFT_OUT = {
     "vico/cli/demo_dataset.py": "makes the demo's files, which slow tests try out",
     "vico/cli/demo_domain.py": "makes the demo's questions, which slow tests try out",
     "vico/planner/gpu_specs.py": "a table of what GPUs are sold with, measured nowhere",
-}
-CODE_LEFT_OUT = {
-    "methods pin_memory": "they run where there is a GPU",
-    "assert": "it states what cannot happen, and changes no result",
-    "the value of a raise": "words for a person; that it is raised is mutated",
-    "log.info, print_rank0, set_phase": "words for a person who watches the run",
-    "annotations, decorators, f-strings": "types, caches and words",
-    "strict= of zip": "it states that lengths are equal, and changes no result",
 }
 
 
@@ -44,6 +38,7 @@ class Equivalent:
 
 # Looked at one by one: no test can tell these from the code.
 _OFTEN = "how often the progress bar is drawn"
+_AT_A_TIME = "by how many columns a cache grows at a time"
 EQUIVALENT = (
     Equivalent("vico/train/progress_bar.py", "10", "9", _OFTEN),  # of EARLY
     Equivalent("vico/train/progress_bar.py", "10", "11", _OFTEN),
@@ -54,6 +49,8 @@ EQUIVALENT = (
         "(sizes[largest] >= budget)",
         "the fewest items of a total that one item has are this item",
     ),
+    Equivalent("vico/model/attention/cache.py", "64", "63", _AT_A_TIME),
+    Equivalent("vico/model/attention/cache.py", "64", "65", _AT_A_TIME),
     Equivalent(
         "vico/model/weights/hf_config.py",
         "0.5",
@@ -85,7 +82,6 @@ EQUIVALENT = (
         "the learning rate before the first step, which sets it",
     ),
 )
-WORDS_FOR_PEOPLE = ("info", "fields", "print", "print_rank0", "set_phase")
 SWAPPED_COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
     ast.LtE: ast.Lt,
@@ -213,7 +209,7 @@ def _keyword(node: ast.AST) -> Iterator[ast.AST]:
     """A keyword argument that is forgotten."""
     if isinstance(node, ast.Call):
         for index, keyword in enumerate(node.keywords):
-            if keyword.arg not in (None, "strict"):
+            if keyword.arg not in (None, *NO_RESULT):
                 changed = copy.copy(node)
                 changed.keywords = node.keywords[:index] + node.keywords[index + 1 :]
                 yield changed
@@ -327,7 +323,7 @@ def mutations(file: str, source: bytes) -> list[Mutation]:
     for line in lines:
         starts.append(starts[-1] + len(line))
     found = []
-    for node, span in _code(ast.parse(source), (0, 0)):
+    for node, span in code_of(ast.parse(source), (0, 0)):
         for operator in OPERATORS:
             for changed in operator(node):
                 old, new = _changed_part(node, changed)
@@ -348,50 +344,3 @@ def _changed_part(node: Any, changed: Any) -> tuple[Any, Any]:
     if isinstance(node, ast.If | ast.While):
         return node.test, changed.test
     return node, changed
-
-
-def _code(node: ast.AST, span: tuple[int, int]) -> Iterator[tuple[ast.AST, tuple[int, int]]]:
-    """The nodes that are mutated, each with its statement's lines; (0, 0) outside functions."""
-    if isinstance(node, ast.FunctionDef):
-        if node.name == "pin_memory":
-            return
-        body = (node.body[0].lineno, node.end_lineno or 0)
-        for default in (*node.args.defaults, *node.args.kw_defaults):
-            if default is not None:
-                yield from _code(default, body)
-        for statement in node.body:
-            yield from _code(statement, body)
-        return
-    if isinstance(node, ast.stmt) and span != (0, 0):
-        inner = getattr(node, "body", None)
-        last = inner[0].lineno - 1 if inner else node.end_lineno or 0
-        span = (node.lineno, max(node.lineno, last))
-    if not _is_left_out(node):
-        yield node, span
-        for name, child in _children(node):
-            if name not in ("annotation", "decorator_list", "returns", "exc", "cause"):
-                yield from _code(child, span)
-
-
-def _children(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
-    for name, value in ast.iter_fields(node):
-        for child in value if isinstance(value, list) else [value]:
-            if isinstance(child, ast.AST):
-                yield name, child
-
-
-def _is_left_out(node: ast.AST) -> bool:
-    """What CODE_LEFT_OUT describes."""
-    if isinstance(node, ast.Expr):
-        call = node.value
-        return isinstance(call, ast.Call) and _called(call) in WORDS_FOR_PEOPLE
-    if isinstance(node, ast.keyword):
-        return node.arg == "strict"
-    return isinstance(node, ast.Assert | ast.JoinedStr | ast.AnnAssign) and not (
-        isinstance(node, ast.AnnAssign) and node.value is not None
-    )
-
-
-def _called(call: ast.Call) -> str:
-    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
-    return str(name)

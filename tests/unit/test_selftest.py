@@ -47,12 +47,14 @@ def f(a, b, *, steps=True):
     zip(a, b, strict=True)
     a.step(max(a[1:], key=len))
     log.info("step %d", 5)
-    return a
+    run(num_warps=8, **{"num_stages": 2}, dim=-1)
+    return a.shape[-1]
 """
 MUTATIONS = """
     LIMIT = 4; LIMIT = 2; steps=False; if (a <= b) and not steps:; if (a >= b) and not steps:;
     if (a < b or not steps):; if a < b and steps:; if True:; if False:; pass;
-    zip(b, a, strict=True); max(a[1:]); min(a[1:], key=len); a[1 + 1:]; a[2:]; a[0:]; return None
+    zip(b, a, strict=True); max(a[1:]); min(a[1:], key=len); a[1 + 1:]; a[2:]; a[0:]; return None;
+    run(num_warps=8, **{'num_stages': 2}); dim=-2; dim=-0; a.shape[-2]; a.shape[-0]
 """
 
 
@@ -68,9 +70,9 @@ def test_mutations_by_operator() -> None:
         assert differing == [mutation.line]
     for words in MUTATIONS.split(";"):
         assert any(words.strip() in text for text in texts), words
-    assert len(set(texts)) == len(texts) == 19
+    assert len(set(texts)) == len(texts) == 25
     in_default = next(m for m in found if m.old == "True")
-    assert in_default.lines == (5, 12), "the tests of the function, which has the default"
+    assert in_default.lines == (5, 13), "the tests of the function, which has the default"
     assert next(m for m in found if m.old == "3").lines == (0, 0), "the tests of the file"
 
 

@@ -155,7 +155,5 @@ class QuantizedLinearFunction(Function):
         return linear(x, make_weight())
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
-        if not ctx.needs_input_grad[0]:
-            return None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return linear(gradients[0], ctx.make_weight().t()), None

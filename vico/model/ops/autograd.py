@@ -59,9 +59,7 @@ class FrozenLinearFunction(Function):
         return linear(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
-        if not ctx.needs_input_grad[0]:
-            return None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return linear(gradients[0], ctx.weight.t()), None
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 ENABLED = os.environ.get("VICO_KERNELS", "triton") != "plain"  # the one switch, for comparisons
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # tests: kernels run on the CPU
 _INSTALLED = importlib.util.find_spec("triton") is not None
+ELEMENTS = 1024  # of one program of SwiGLU
 ROWS = 64  # query rows of one program of the adapter's attention
 HEADS = 8  # heads of one program of the rotary embedding, or of widening
 
@@ -104,17 +105,18 @@ def rms_norm_backward(
 
 
 def swiglu(a: Tensor, b: Tensor) -> Tensor:
-    a, out = a.contiguous(), torch.empty_like(a, memory_format=torch.contiguous_format)
-    grid = (triton.cdiv(a.numel(), 1024),)
-    kernels.swiglu_kernel[grid](a, b.contiguous(), out, a.numel(), BLOCK=1024)
+    a, b = a.contiguous(), b.contiguous()
+    out = torch.empty_like(a)
+    grid = (triton.cdiv(a.numel(), ELEMENTS),)
+    kernels.swiglu_kernel[grid](a, b, out, a.numel(), BLOCK=ELEMENTS)
     return out
 
 
 def swiglu_backward(gradient: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     a, b = a.contiguous(), b.contiguous()
     da, db = torch.empty_like(a), torch.empty_like(b)
-    grid = (triton.cdiv(a.numel(), 1024),)
-    kernels.swiglu_backward_kernel[grid](gradient.contiguous(), a, b, da, db, a.numel(), BLOCK=1024)
+    grid, inputs = (triton.cdiv(a.numel(), ELEMENTS),), (gradient.contiguous(), a, b)
+    kernels.swiglu_backward_kernel[grid](*inputs, da, db, a.numel(), BLOCK=ELEMENTS)
     return da, db
 
 
