@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from support.processes import ROOT, start
 from support.toy_dataset import ToyData
 from support.training_steps import config_of, training_steps
 from vico.distributed.world import World
 from vico.errors import TrainingError
+from vico.model.ops import fp8
 from vico.model.vico import initial_trainables
 from vico.train.build import build_engine, read_inputs
 from vico.train.ds_config import TESTED_OFFLOAD_OPTIONS, TESTED_OPTIONS
@@ -87,9 +89,12 @@ console()
 def lines(toy: ToyData, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What a run on two ranks says of each section, and of one that is refused."""
     path = tmp_path_factory.mktemp("sections") / "sections.json"
-    path.write_text(json.dumps({**SECTIONS, "round robin": ROUND_ROBIN}))
-    flags = [str(path), *toy.flags, "--batch_size", "2"]
-    run = start(*flags, ranks=2, program=ZERO_OPTIONS)
+    return lines_of(path, {**SECTIONS, "round robin": ROUND_ROBIN}, toy.flags)
+
+
+def lines_of(path: Path, sections: dict[str, Any], flags: list[str]) -> dict[str, str]:
+    path.write_text(json.dumps(sections), encoding="utf-8")
+    run = start(str(path), *flags, "--batch_size", "2", ranks=2, program=ZERO_OPTIONS)
     assert run.wait() == [0, 0], run.output
     pairs = [line.split(": ", 1) for line in run.stdouts[0].splitlines() if ": " in line]
     return {pair[0]: pair[1] for pair in pairs}
@@ -99,6 +104,19 @@ def lines(toy: ToyData, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
 def test_save_and_resume(lines: dict[str, str], name: str) -> None:
     """The save holds the live weights, and the step after it is the same to the bit."""
     assert lines[name] == "ok"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    fp8.why_not(torch.device("cpu"), torch.float32) is not None,
+    reason="torch 2.11 has no such product on a CPU",
+)
+def test_in_fp8(toy: ToyData, tmp_path: Path) -> None:
+    """Stage 3 in all its forms, from weights that are one byte a number, as stage 2."""
+    sections = {name: SECTIONS[name] for name in SECTIONS if name == "zero2" or "zero3" in name}
+    flags = [*toy.flags, "--quantize", "fp8", "--attention", "sdpa"]
+    lines = lines_of(tmp_path / "sections.json", sections, flags)
+    assert {name: lines[name] for name in sections} == dict.fromkeys(sections, "ok")
 
 
 def test_a_save_of_other_tensors_is_seen(lines: dict[str, str]) -> None:

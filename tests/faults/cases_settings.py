@@ -28,9 +28,9 @@ SETTINGS: dict[str, Case] = {
     "value of a switch": flags("--vaq=true", "--vaq: takes no value, but was given 'true'"),
     "stray word": flags("--vaq true", "unexpected word 'true': ", "switches take none"),
     "no such quantization": flags("--quantize fp4", "--quantize: ", "'fp4'", "8bit", "fp8"),
-    "fp8 under ZeRO-3": flags(
-        "--quantize fp8 --deepspeed zero3",
-        "--quantize fp8: is for ZeRO-2, and --deepspeed zero3 is ZeRO-3; leave one out",
+    "nf4 under ZeRO-3": flags(
+        "--quantize nf4 --deepspeed zero3",
+        "--quantize nf4: is for ZeRO-2, and --deepspeed zero3 is ZeRO-3; leave one out",
     ),
     "batch of 0": flags("--batch_size 0", "--batch_size 0: must be a whole number of at least 1"),
     "lr nan": flags("--lr nan", "--lr nan: must be above 0, and finite"),

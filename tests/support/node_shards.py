@@ -1,7 +1,8 @@
 """One rank of test_node_shards.py: trains, evaluates, saves and resumes under ZeRO-3.
 
-OUT FLAGS: first with frozen weights where the run puts them by itself, then divided over all ranks,
-from the state that the first one saved. Rank 0 writes what it saw to OUT.
+OUT KINDS FLAGS: for each kind of --quantize, first with frozen weights where the run puts them by
+itself, then divided over all ranks, from the state that the first one saved. Rank 0 writes what it
+saw to OUT, by kind.
 """
 
 import dataclasses
@@ -29,13 +30,14 @@ State = dict[str, torch.Tensor]
 
 
 def main(argv: list[str]) -> None:
-    config = parse(argv[1:], "vico train", "").resolve()
-    world = dist.connect()
-    inputs = read_inputs(config, ("train", "val"), world)
-    seen = steps_of_a_run(config, inputs, world)
-    over_all = {**inputs.ds_config, FROZEN_SHARDS: OVER_ALL}
-    again = dataclasses.replace(inputs, ds_config=over_all)
-    seen["resumed over all"] = steps_of_a_run(config, again, world, seen["saved"])
+    world, seen = dist.connect(), {}
+    for kind in argv[1].split(","):
+        config = parse([*argv[2:], "--quantize", kind], "vico train", "").resolve()
+        inputs = read_inputs(config, ("train", "val"), world)
+        seen[kind] = of_kind = steps_of_a_run(config, inputs, world)
+        over_all = {**inputs.ds_config, FROZEN_SHARDS: OVER_ALL}
+        again = dataclasses.replace(inputs, ds_config=over_all)
+        of_kind["resumed over all"] = steps_of_a_run(config, again, world, of_kind["saved"])
     if world.is_main:
         torch.save(seen, argv[0])
     dist.disconnect(world)
@@ -44,7 +46,7 @@ def main(argv: list[str]) -> None:
 def steps_of_a_run(
     config: RunConfig, inputs: Inputs, world: World, saved: tuple[State, State] | None = None
 ) -> dict[str, Any]:
-    """Two micro-batches a step. `saved`: weights and moments after SAVED_STEP steps."""
+    """Micro-batches of --batch_size. `saved`: weights and moments after SAVED_STEP steps."""
     trainables = initial_trainables(inputs.trainable_shapes, bias=0.7, seed=0)
     trainables = {k: v + 0.3 if k.endswith("gate1") else v for k, v in trainables.items()}
     engine = build_engine(config, inputs, trainables if saved is None else saved[0], world)
@@ -52,8 +54,8 @@ def steps_of_a_run(
         engine.set_moments(saved[1], SAVED_STEP)
     steps = training_steps(
         inputs,
-        micro_batch_size=QUESTIONS // 2 // world.size,
-        accumulation=2,
+        micro_batch_size=config.batch_size,
+        accumulation=QUESTIONS // config.batch_size // world.size,
         rank=world.rank,
         world_size=world.size,
     )

@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import pytest
 import torch
@@ -81,7 +83,8 @@ def test_a_row_that_is_not_finite_stays_so(bad: float) -> None:
 
 
 def filled(weight: Tensor) -> Fp8Linear:
-    linear = Fp8Linear(weight.shape[1], weight.shape[0], weight.dtype)
+    with weight.device:
+        linear = Fp8Linear(weight.shape[1], weight.shape[0], weight.dtype)
     linear.fill(weight)
     return linear
 
@@ -108,19 +111,27 @@ def require_dequantized(shape: tuple[int, int], dtype: torch.dtype, device: torc
     x.requires_grad_()
     out = linear(x)
     out.backward(gradient)
-    w8, x8, g8 = linear.weight, fp8.quantize_rows(x.detach()), fp8.quantize_rows(gradient)
+    w8, x8 = linear.weight, fp8.quantize_rows(x.detach())
+    g8 = fp8.quantize_rows(gradient, w8.scale_N1.flatten())
     assert out.dtype == dtype and x.grad is not None and x.grad.dtype == dtype
     assert distance(out, exact(x8) @ exact(w8.by_output).t()) < PRODUCT_RTOL[dtype]
-    assert distance(x.grad, exact(g8) @ exact(w8.by_input).t()) < PRODUCT_RTOL[dtype]
-    assert distance(exact(w8.by_input).t(), weight) < 0.03
+    assert distance(x.grad, exact(g8) @ exact(w8.t().by_output).t()) < PRODUCT_RTOL[dtype]
+    assert distance(x.grad, gradient.double() @ exact(w8.by_output)) < 0.04
+    assert distance(exact(w8.by_output), weight) < 0.03
+    assert torch.equal(w8.t().by_output.numbers_TK, w8.by_output.numbers_TK.t())
+    made_at_use = w8._replace(codes_KN=None).t()  # as under ZeRO-3
+    assert torch.equal(fp8.scaled_product(gradient, made_at_use), x.grad)
     x.grad = None
     out = linear(x, exact=True)
     out.backward(gradient)
     assert distance(out, x.double() @ exact(w8.by_output).t()) < 2 * PRODUCT_RTOL[dtype]
     assert distance(x.grad, gradient.double() @ exact(w8.by_output)) < 2 * PRODUCT_RTOL[dtype]
     assert linear(x[:0]).shape == (0, shape[0])
-    # DeepSpeed must not find the weight.
-    assert not list(linear.parameters()) and not list(linear.buffers())
+    # What DeepSpeed finds, and divides.
+    assert {name: p.dtype for name, p in linear.named_parameters()} == {
+        "codes": torch.uint8,
+        "scale": torch.float32,
+    }
 
 
 class ByAutograd(nn.Module):
@@ -135,22 +146,24 @@ class ByAutograd(nn.Module):
         return self.quantized.weight
 
     def forward(self, x: Tensor, exact: bool = False) -> Tensor:
-        forward_NK, backward_KN = map(as_fp32, (self.weight.by_output, self.weight.by_input))
+        weight_NK = as_fp32(self.weight.by_output)
         if exact:
-            return x @ forward_NK.t()
+            return x @ weight_NK.t()
         x8 = as_fp32(fp8.quantize_rows(x.detach()))
-        straight = QuantizedGradient.apply(x @ backward_KN)  # its gradient is that of x
-        return straight + (x8 @ forward_NK.t() - x @ backward_KN).detach()
+        # Its value is x8's product, its gradient that of x's.
+        straight = x @ weight_NK.t() + ((x8 - x) @ weight_NK.t()).detach()
+        return QuantizedGradient.apply(straight, self.weight.scale_N1.flatten())
 
 
 class QuantizedGradient(Function):
     @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale_N: Tensor) -> Tensor:
+        ctx.scale_N = scale_N
         return x.clone()
 
     @staticmethod
-    def backward(ctx: object, *gradients: Tensor) -> Tensor:
-        return as_fp32(fp8.quantize_rows(gradients[0]))
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return as_fp32(fp8.quantize_rows(gradients[0], ctx.scale_N)) / ctx.scale_N, None
 
 
 def as_fp32(rows: Rows8) -> Tensor:
@@ -168,7 +181,8 @@ def made(
     model = ViCo(config, config.n_layers, 10, 10, 100.0, dtype, linear)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+            if name in weights:
+                parameter.copy_(weights[name])
     for name, module in model.named_modules():
         if isinstance(module, Fp8Linear):
             module.fill(weights[f"{name.removesuffix('.quantized')}.weight"].to(dtype))
@@ -220,7 +234,7 @@ def test_a_step_is_autograd_over_the_dequantized(
     assert distance(losses, expected_losses) < LOSS_RTOL < distance(plain_losses, expected_losses)
     for name, gradient in gradients.items():
         assert distance(gradient, expected[name]) < GRADIENT_RTOL, name
-        assert distance(plain[name], expected[name]) > 2 * GRADIENT_RTOL, name
+    assert median(distance(plain[name], expected[name]) for name in expected) > 2 * GRADIENT_RTOL
 
 
 def test_gradients_point_where_those_of_fp32_do() -> None:
@@ -292,9 +306,12 @@ def test_the_kernels_compile_for_hopper(
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     config, target = LLAMA_CONFIGS[size], GPUTarget("cuda", 90, 32)
-    types = {"numbers": "*u8", "scale": "*fp32", "factors": "*fp32", "eps": "fp32"}
+    types = {"numbers": "*u8", "eps": "fp32"}
+    types |= dict.fromkeys(("scale", "factor", "factors"), "*fp32")
     types |= {
-        f"{name}_{part}": types[part] for name in ("da", "db") for part in ("numbers", "scale")
+        f"{name}_{part}": types[part]
+        for name in ("da", "db")
+        for part in ("numbers", "scale", "factor")
     }
     for name, dim in (
         ("quantize_kernel", config.dim),
@@ -306,6 +323,8 @@ def test_the_kernels_compile_for_hopper(
         kernel = getattr(fp8_kernels, name)
         sizes = fp8._sizes(torch.empty(1, dim, device="meta"))
         num_warps = sizes.pop("num_warps")
+        if name == "quantize_kernel":
+            sizes["has_factor"] = True
         signature = {arg: types.get(arg, "*bf16") for arg in kernel.arg_names}
         signature |= dict.fromkeys(sizes, "constexpr")
         source = ASTSource(kernel, signature, sizes)

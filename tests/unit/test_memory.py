@@ -29,6 +29,10 @@ from vico.model.config import (
     ViCoConfig,
     backbone_shapes,
 )
+from vico.model.interfaces import MakeLinear
+from vico.model.llama import FrozenLinear
+from vico.model.ops import fp8
+from vico.model.quantized_linear import Fp8Linear
 from vico.model.vico import ViCo
 from vico.planner import estimate
 from vico.planner.estimate import estimate_memory
@@ -40,6 +44,10 @@ from vico.train.ds_config import read_config
 from vico.train.engine import Engine, zero_init
 from vico.train.optim import make_optimizer
 
+IN_FP8 = pytest.mark.skipif(
+    fp8.why_not(torch.device("cpu"), torch.float32) is not None,
+    reason="torch 2.11 has no such product on a CPU",
+)
 SAVED_RTOL, PEAK_RTOL = 0.02, 0.05  # the goal; measured: 0.0003 and 0.02
 
 
@@ -184,7 +192,8 @@ def gathered_bytes(parameters: list[Any], monkeypatch: pytest.MonkeyPatch) -> It
 
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
         fetch(self, *args, **kwargs)
-        live = [p for p in parameters if p.ds_status != ZeroParamStatus.NOT_AVAILABLE]
+        shared = [p for p in parameters if not p.ds_persist]
+        live = [p for p in shared if p.ds_status != ZeroParamStatus.NOT_AVAILABLE]
         seen.append(sum(p.ds_numel * p.element_size() for p in live))
 
     with monkeypatch.context() as patch:
@@ -192,38 +201,52 @@ def gathered_bytes(parameters: list[Any], monkeypatch: pytest.MonkeyPatch) -> It
         yield seen
 
 
-def zero3_model(config: LlamaConfig, ds_config: dict[str, Any]) -> ViCo:
+def zero3_model(config: LlamaConfig, ds_config: dict[str, Any], linear: MakeLinear) -> ViCo:
     """With random weights, sharded by ZeRO-3, on the CPU."""
     with zero_init(ds_config, torch.device("cpu")):
-        model = ViCo(config, config.n_layers, 10, 10, 100.0, torch.float32)
+        model = ViCo(config, config.n_layers, 10, 10, 100.0, torch.float32, linear)
     for parameter in model.parameters():
         shard: Any = parameter.ds_tensor
         with torch.no_grad():
-            shard.normal_(0, 0.02)
+            if shard.dtype == torch.uint8:
+                shard.random_(0, 40)  # codes of small numbers
+            else:
+                shard.normal_(0, 0.02)
     return model
 
 
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize(
-    ("blocks_ahead", "whole_blocks", "checkpointed"),
-    [(0.5, True, 4), (1.0, True, 0), (1.0, False, 0)],
+    ("blocks_ahead", "whole_blocks", "checkpointed", "linear"),
+    [
+        (0.5, True, 4, FrozenLinear),
+        (1.0, True, 0, FrozenLinear),
+        (1.0, False, 0, FrozenLinear),
+        pytest.param(1.0, True, 0, Fp8Linear, marks=IN_FP8),
+    ],
 )
 def test_zero3_keeps_and_gathers_what_is_predicted(
     blocks_ahead: float,
     whole_blocks: bool,
     checkpointed: int,
+    linear: MakeLinear,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """At toy width in this process, nothing persistent: weights, activations, gathers."""
+    """At toy width in this process, nothing persistent: weights, activations, gathers.
+
+    In fp8 a number of a linear layer is one byte, not four, also where it is gathered; the scales
+    are persistent, as in a run.
+    """
     from deepspeed.utils import z3_leaf_module
 
     config, batch = ViCoConfig(256, 6, 8, 600), batch_of(4, 600)
+    threshold = 2000 if linear is Fp8Linear else 0
     prefetch = int(blocks_ahead * config.num_block_parameters)
     max_live = 3 * config.num_block_parameters
     zero: dict[str, Any] = {
         "stage": 3,
-        "stage3_param_persistence_threshold": 0,
+        "stage3_param_persistence_threshold": threshold,
         "stage3_max_reuse_distance": 0,
         "stage3_prefetch_bucket_size": prefetch,
         "stage3_max_live_parameters": max_live,
@@ -234,7 +257,7 @@ def test_zero3_keeps_and_gathers_what_is_predicted(
     path = tmp_path / "zero.json"
     path.write_text(json.dumps({"zero_optimization": zero}))
     ds_config = read_config(str(path), "fp32", 1, 1, 1)
-    model = zero3_model(config, ds_config)
+    model = zero3_model(config, ds_config, linear)
     parameters: list[Any] = list(model.parameters())
     frozen = sum(p.ds_tensor.numel() for p in parameters if not p.requires_grad)
     assert frozen == pytest.approx(config.num_parameters, rel=0.05)
@@ -252,7 +275,8 @@ def test_zero3_keeps_and_gathers_what_is_predicted(
     run = RunShape(4, "blockwise", checkpointed)
     saved = activations(config, batch_shape(batch), run).saved
     assert saved == pytest.approx(counted, rel=SAVED_RTOL)
-    modules = gathered_modules(config, 4, 0, whole_blocks)
+    itemsize = 1 if linear is Fp8Linear else 4
+    modules = gathered_modules(config, 4, threshold, whole_blocks, itemsize)
     predicted, with_buffers = live_bytes(modules, prefetch, max_live)
     assert predicted == pytest.approx(max(seen), rel=0.05)
     assert predicted <= with_buffers <= 2 * predicted

@@ -235,7 +235,8 @@ class HostConversions(TorchDispatchMode):
 def test_weights_are_converted_on_the_device() -> None:
     """They cross to a GPU in the type of their file, also those that are quantized there."""
     model = nn.ModuleDict({"a": nn.Linear(32, 16, bias=False, dtype=torch.bfloat16, device=META)})
-    quantized = Fp8Linear(32, 16, torch.bfloat16)
+    with META:
+        quantized = Fp8Linear(32, 16, torch.bfloat16)
     model["b"] = quantized
     weights: Any = SimpleNamespace(
         read_slice=lambda name, start, stop: torch.ones(stop - start, dtype=torch.float16),

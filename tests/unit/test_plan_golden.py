@@ -33,6 +33,7 @@ REQUESTS = """
 --gpu H100 --checkpoint_activations full --gpus 8 --json
 --gpu H100 --quantize nf4
 --gpu H100 --quantize fp8
+--model 65B --gpu H100 --gpus 8 --nodes 2 --quantize fp8
 --gpu_memory 12 --quantize 8bit --json
 --model 13B --gpu 24GB
 --model 13B --gpu RTX4090 --gpus 8 --link 20 --json

@@ -180,7 +180,7 @@ def test_refusals_are_one_line(
     toy: ToyData, models: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = [*flags_of(toy, models, "tiny"), *TRAINING]
-    for kind in ("nf4", "fp8"):
+    for kind in QUANTIZED_BYTES:
         zero3 = [*flags, *f"--quantize {kind} --deepspeed zero3".split()]
         config = parse(zero3, "vico train", "").resolve()
         message = refusal(choose, config, LlamaConfig(32, 3, 4, 400), 1, None, True)

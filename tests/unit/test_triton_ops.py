@@ -205,9 +205,11 @@ else:
         x = made(rows, dim, dtype=dtype)
         x[0, ::3], x[-1] = 0, x[-1] * 1e-5
         x[rows // 2] *= torch.logspace(-8, 0, dim, device=DEVICE).to(dtype)
-        by_kernel = fp8.quantize_rows(x)
+        factor = made(dim, dtype=torch.float32, seed=1) * 1e-4
+        by_kernel = fp8.quantize_rows(x), fp8.quantize_rows(x, factor)
         triton_ops.ENABLED = False
-        require_equal(by_kernel, fp8.quantize_rows(x))
+        require_equal(by_kernel[0], fp8.quantize_rows(x))
+        require_equal(by_kernel[1], fp8.quantize_rows(x, factor))
 
     def test_every_magnitude_is_rounded_alike() -> None:
         """All codes, the middles between neighbours, and the numbers next to those."""
@@ -237,6 +239,11 @@ else:
         assert torch.equal(own_scale_T1, scale_T1)
         require_equal(rows, fp8.quantize_rows(normed))
         require_equal(fp8.swiglu(a, b), fp8.quantize_rows(triton_ops.swiglu(a, b)))
-        own, plain = fp8.swiglu_backward(gradient, a, b), triton_ops.swiglu_backward(gradient, a, b)
-        for quantized, written in zip(own, plain, strict=True):
-            require_equal(quantized, fp8.quantize_rows(written))
+        factors = (
+            made(200, 1, dtype=torch.float32, seed=6),
+            made(200, 1, dtype=torch.float32, seed=7),
+        )
+        own = fp8.swiglu_backward(gradient, a, b, factors)
+        plain = triton_ops.swiglu_backward(gradient, a, b)
+        for quantized, written, factor in zip(own, plain, factors, strict=True):
+            require_equal(quantized, fp8.quantize_rows(written, factor.flatten()))

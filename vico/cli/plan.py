@@ -26,6 +26,7 @@ from vico.model.config import (
     KEPT_WEIGHT,
     LLAMA_CONFIGS,
     QUANTIZATIONS,
+    QUANTIZED_BYTES,
     LlamaConfig,
     ViCoConfig,
     named_model,
@@ -214,7 +215,7 @@ def _add_choice_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--quantize",
         choices=list(QUANTIZATIONS),
-        help="the frozen linear layers in 8 or 4 bits, or computed in fp8; ZeRO-2 only",
+        help="the frozen linear layers in 8 or 4 bits (ZeRO-2 only), or computed in fp8",
     )
     add("--deepspeed", choices=STAGES, help="plan with this ZeRO stage")
 
@@ -246,7 +247,7 @@ def _epoch(flags: argparse.Namespace) -> Epoch:
 def _request(flags: argparse.Namespace, epoch: Epoch) -> PlanRequest:
     """Raises UserError for flags that contradict each other, or do not fit the model."""
     hardware = _hardware(flags)
-    if flags.quantize and flags.deepspeed not in (None, "zero2"):
+    if flags.quantize in QUANTIZED_BYTES and flags.deepspeed not in (None, "zero2"):
         raise UserError(
             f"--quantize {flags.quantize}: is for ZeRO-2, and --deepspeed is {flags.deepspeed}; "
             "leave one out"

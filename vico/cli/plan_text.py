@@ -155,7 +155,8 @@ def _flags_line(result: Plan, written: Path | None) -> str:
 
 
 def _memory_lines(result: Plan) -> list[str]:
-    memory, quantized = result.memory, result.request.quantize is not None
+    memory = result.memory
+    dequantizes = result.request.quantize is not None and result.stage == "zero2"
     head = "output head, at the end of forward"
     backward = "backward of a layer: attention, SwiGLU"
     if memory.head >= memory.backward:
@@ -165,7 +166,7 @@ def _memory_lines(result: Plan) -> list[str]:
     gathered = "gathered layers, prefetched ones and their buffers"
     rows = [
         ("frozen weights", memory.weights),
-        ("a dequantized weight" if quantized else gathered, memory.gathered),
+        ("a dequantized weight" if dequantizes else gathered, memory.gathered),
         (f"activations of {result.max_tokens} tokens", memory.activations),
         (head, memory.head),
         (backward, memory.backward),

@@ -80,7 +80,7 @@ class FusedBlockFunction(Function):
         x_TD, scale1, h_TD, scale2, a, b, *saved_by_attention = ctx.saved_tensors
         # The feed-forward half.
         dh_TF = linear(gradients[0], mlp.w2.weight.t())
-        da, db = swiglu_backward_input(mlp.w1, dh_TF, a, b)
+        da, db = swiglu_backward_input(mlp, dh_TF, a, b)
         dn_TD = linear_add(linear(da, mlp.w1.weight.t()), db, mlp.w3.weight.t())
         del dh_TF, da, db
         weight = block.ffn_norm.weight

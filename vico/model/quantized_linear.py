@@ -3,9 +3,9 @@
 - `8bit` and `nf4`, by bitsandbytes, for small GPUs: a weight is dequantized for a matrix product,
   in forward and again in backward, and all arithmetic is as without quantization.
 - `fp8`, by torch, for GPUs that multiply in it: the inputs of the products are quantized as well,
-  and so are their gradients.
+  and so are their gradients. Its weights are parameters, which ZeRO-3 divides among the ranks.
 
-Not under ZeRO-3: DeepSpeed divides parameters among the ranks, and these weights are no parameters.
+`8bit` and `nf4` not under ZeRO-3: bitsandbytes' weights are no parameters.
 """
 
 import importlib
@@ -123,21 +123,26 @@ class Fp8Linear(nn.Module):
     def __init__(self, num_in: int, num_out: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.shape, self.dtype = (num_out, num_in), dtype
-        self._weight: Weight8 | None = None
+        codes_NK = torch.empty(num_out, num_in, dtype=torch.uint8)
+        self.codes = nn.Parameter(codes_NK, requires_grad=False)
+        self.scale = nn.Parameter(torch.empty(num_out, 1), requires_grad=False)
+        self._ones_K1 = torch.ones(num_in, 1)
+        self._codes_KN: Tensor | None = None
 
     def fill(self, weight: Tensor) -> None:
-        """Quantize `weight`, on its device, where the result stays."""
+        """Quantize `weight`, on its device, where the result stays; its transpose is kept too."""
         assert tuple(weight.shape) == self.shape and weight.dtype == self.dtype
-        self._weight = fp8.quantize_weight(weight)
+        filled = fp8.quantize_weight(weight)
+        self.codes.data, self.scale.data = filled.codes_NK, filled.scale_N1
+        self._codes_KN = filled.codes_KN
 
     @property
     def weight(self) -> Weight8:
-        assert self._weight is not None, "filled before it is used"
-        return self._weight
+        return Weight8(self.codes, self.scale, self._ones_K1, self._codes_KN, self.dtype)
 
     @property
     def num_bytes(self) -> int:
-        return self.weight.num_bytes
+        return sum(tensor.nbytes for tensor in self.weight if isinstance(tensor, Tensor))
 
     def forward(self, x: Tensor, exact: bool = False) -> Tensor:
         """`exact`: by the dequantized weight, and x as it is."""

@@ -120,7 +120,7 @@ def estimate_memory(
     reserve += num_groups * COMMUNICATOR_BYTES
     host = 0
     if stage == "zero3_offload":
-        host = config.num_parameters * itemsize // hardware.nodes
+        host = _partitioned_bytes(request) // hardware.nodes
     return MemoryEstimate(
         weights=_weight_bytes(request, stage),
         gathered=gathered,
@@ -152,10 +152,25 @@ def _weight_bytes(request: PlanRequest, stage: Stage) -> int:
     config, itemsize = request.config, ITEMSIZE[request.precision]
     if stage == "zero2":
         return frozen_bytes(config, itemsize, request.quantize)
-    norms = config.num_norm_parameters * itemsize  # below the persistence threshold: whole
+    whole = config.num_norm_parameters * itemsize  # below the persistence threshold
+    if request.quantize == FP8:
+        whole += _scale_bytes(config)
     if stage == "zero3_offload":
-        return norms
-    return math.ceil(config.num_parameters * itemsize / request.num_shards) + norms
+        return whole
+    return math.ceil(_partitioned_bytes(request) / request.num_shards) + whole
+
+
+def _partitioned_bytes(request: PlanRequest) -> int:
+    """Of the frozen weights that ZeRO-3 divides. In fp8 the transposes are not kept."""
+    config, itemsize = request.config, ITEMSIZE[request.precision]
+    linear = config.n_layers * config.num_block_parameters if request.quantize == FP8 else 0
+    return (config.num_parameters - linear) * itemsize + linear
+
+
+def _scale_bytes(config: LlamaConfig) -> int:
+    """In fp8: one number in fp32 for each output and each input of each layer."""
+    sizes = sum(sum(shape) for shape in block_shapes(config).values() if len(shape) == 2)
+    return FP32 * config.n_layers * sizes
 
 
 def frozen_bytes(config: LlamaConfig, itemsize: int, quantize: str | None = None) -> int:
@@ -165,31 +180,33 @@ def frozen_bytes(config: LlamaConfig, itemsize: int, quantize: str | None = None
     linear = config.n_layers * config.num_block_parameters
     rest = config.num_parameters - linear
     if quantize == FP8:
-        # A byte for the weight and one for its transpose, and an fp32 scale for each of their rows.
-        scales = sum(sum(shape) for shape in block_shapes(config).values() if len(shape) == 2)
-        return 2 * linear + FP32 * config.n_layers * scales + rest * itemsize
+        # A byte for the weight and one for its transpose.
+        return 2 * linear + _scale_bytes(config) + rest * itemsize
     return math.ceil(linear * QUANTIZED_BYTES[quantize]) + rest * itemsize
 
 
 def _temporary_weight_bytes(request: PlanRequest, stage: Stage) -> int:
     """Frozen weights that a GPU holds for a moment: gathered by ZeRO-3, or dequantized."""
     config, itemsize = request.config, ITEMSIZE[request.precision]
+    in_fp8 = request.quantize == FP8
+    made = 2 * config.dim * config.kv_heads * config.head_dim * itemsize  # wk, wv: prompts' rows
     if stage != "zero2":
-        return _gathered_bytes(stage, config, itemsize)
+        made = max(made, config.dim * config.hidden_dim) if in_fp8 else 0  # the largest transpose
+        return _gathered_bytes(stage, config, itemsize, 1 if in_fp8 else itemsize) + made
     if request.quantize is None:
         return 0
-    if request.quantize == FP8:  # wk and wv, for the prompts' rows
-        return 2 * config.dim * config.kv_heads * config.head_dim * itemsize
+    if in_fp8:
+        return made
     # The larger of wq, wk and wv together, and w1 alone.
     return config.dim * max(3 * config.heads_dim, config.hidden_dim) * itemsize
 
 
 @lru_cache(maxsize=256)
-def _gathered_bytes(stage: Stage, config: ViCoConfig, itemsize: int) -> int:
+def _gathered_bytes(stage: Stage, config: ViCoConfig, itemsize: int, linear_itemsize: int) -> int:
     zero = sized_ds_config(stage, config)["zero_optimization"]
     whole_blocks = BLOCK in zero.get("leaf_module", {}).get("classes", ())
     threshold = zero["stage3_param_persistence_threshold"]
-    modules = gathered_modules(config, itemsize, threshold, whole_blocks)
+    modules = gathered_modules(config, itemsize, threshold, whole_blocks, linear_itemsize)
     prefetch, max_live = zero["stage3_prefetch_bucket_size"], zero["stage3_max_live_parameters"]
     _, with_buffers = live_bytes(modules, prefetch, max_live)
     return with_buffers

@@ -83,7 +83,7 @@ def _candidates(request: PlanRequest) -> list[Candidate]:
     stages: list[Stage]
     if request.stage is not None:
         stages = [request.stage]
-    elif request.quantize is not None:
+    elif request.quantize in QUANTIZED_BYTES:
         stages = ["zero2"]
     else:
         several_ranks = request.hardware.ranks > 1

@@ -30,26 +30,33 @@ Module = tuple[Parameter, ...]
 
 
 def gathered_modules(
-    config: ViCoConfig, itemsize: int, threshold: int, whole_blocks: bool
+    config: ViCoConfig,
+    itemsize: int,
+    threshold: int,
+    whole_blocks: bool,
+    linear_itemsize: int | None = None,
 ) -> list[Module]:
     """Modules in forward's order, with the parameters that each gathers.
 
+    `linear_itemsize`: of the blocks' linear layers, where they have a type of their own.
     Parameters of fewer than `threshold` elements are left out: every rank keeps them whole.
     """
     gathered: list[Module] = []
-    for module in _modules(config, itemsize, whole_blocks):
+    for module in _modules(config, itemsize, whole_blocks, linear_itemsize or itemsize):
         large = tuple(parameter for parameter in module if parameter.numel >= threshold)
         if large:
             gathered.append(large)
     return gathered
 
 
-def _modules(config: ViCoConfig, itemsize: int, whole_blocks: bool) -> Iterator[Module]:
+def _modules(
+    config: ViCoConfig, itemsize: int, whole_blocks: bool, linear_itemsize: int
+) -> Iterator[Module]:
     for name in ("adapter_query", "visual_proj", "temporal_emb"):
         yield (Parameter(name, math.prod(config.trainable_shapes[f"{name}.weight"]), 4),)
     yield (Parameter("tok_embeddings", config.num_embedding_parameters, itemsize),)
     for i in range(config.n_layers):
-        modules = _block_modules(config, itemsize, i)
+        modules = _block_modules(config, itemsize, i, linear_itemsize)
         if whole_blocks:
             parameters = [parameter for module in modules for parameter in module]
             yield tuple(dict.fromkeys(parameters))  # each one once
@@ -59,16 +66,21 @@ def _modules(config: ViCoConfig, itemsize: int, whole_blocks: bool) -> Iterator[
     yield (Parameter("output", config.num_embedding_parameters, itemsize),)
 
 
-def _block_modules(config: ViCoConfig, itemsize: int, index: int) -> list[Module]:
+def _block_modules(
+    config: ViCoConfig, itemsize: int, index: int, linear_itemsize: int
+) -> list[Module]:
     """Modules of one decoder block. wk and wv run twice: for the stream and for the prompt."""
     shapes = block_shapes(config)
 
-    def frozen(name: str) -> Module:
+    def frozen(name: str, itemsize: int = itemsize) -> Module:
         return (Parameter(f"{index}.{name}", math.prod(shapes[f"{name}.weight"]), itemsize),)
 
+    def linear(name: str) -> Module:
+        return frozen(name, linear_itemsize)
+
     gates = tuple(Parameter(f"{index}.gate{g}", config.n_heads, 4) for g in (1, 2))
-    linears = [frozen(f"attention.{name}") for name in "wq wk wv wk wv wo".split()]
-    swiglu = [frozen(f"feed_forward.{name}") for name in "w1 w3 w2".split()]
+    linears = [linear(f"attention.{name}") for name in "wq wk wv wk wv wo".split()]
+    swiglu = [linear(f"feed_forward.{name}") for name in "w1 w3 w2".split()]
     return [frozen("attention_norm"), gates, *linears, frozen("ffn_norm"), *swiglu]
 
 
@@ -158,7 +170,8 @@ def live_bytes(modules: Sequence[Module], prefetch: int, max_live: int) -> tuple
     way, as long as fewer than `max_live` elements are live. A recomputed block runs again on
     what backward has gathered for it.
     """
-    order = [*modules, *reversed(modules)]
+    whole_model: Module = ()  # a step of its own, which only prefetches
+    order = [whole_model, *modules, whole_model, *reversed(modules)]
     simulator = FetchSimulator(order, prefetch, max_live)
     for step, module in enumerate(order):
         simulator.run(step, module)

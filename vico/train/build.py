@@ -1,8 +1,8 @@
 """What a run reads, checked before anything is built; and the model under DeepSpeed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from vico.model.config import QUANTIZED_BYTES, trainable_shapes
 from vico.model.interfaces import MakeLinear
 from vico.model.llama import FrozenLinear
 from vico.model.ops import triton_ops
+from vico.model.ops.fp8 import Rows8, quantize_rows
 from vico.model.quantized_linear import Fp8Linear, QuantizedLinear, quantized_linear
 from vico.model.vico import ViCo
 from vico.model.weights.load import Weights
@@ -37,7 +38,7 @@ from vico.planner.estimate import FROZEN_SHARDS, IN_NODES
 from vico.train import input_notes, preflight, zero_stage
 from vico.train.backbone import DTYPES
 from vico.train.config import RunConfig
-from vico.train.engine import Engine, load_parameter, zero_init
+from vico.train.engine import Engine, is_partitioned, load_parameter, zero_init
 from vico.train.optim import make_optimizer
 from vico.train.preflight import BackboneFiles, Part
 
@@ -298,16 +299,44 @@ def _make_model(config: RunConfig, inputs: Inputs, dtype: torch.dtype, world: Wo
 def _load_weights(
     model: ViCo, weights: Weights, trainables: dict[str, Tensor], dtype: torch.dtype, world: World
 ) -> None:
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear | Fp8Linear)
+    }
     for name, parameter in model.named_parameters():
         world.set_phase(f"loading {name}")
         if name in trainables:
             load_parameter(parameter, partial(_slice, trainables[name]))
-        else:
+        elif name.rpartition(".")[0] not in linears:
             load_parameter(parameter, partial(weights.read_slice, name))
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear | Fp8Linear):
-            world.set_phase(f"loading {name}")
-            module.fill(weights.read(f"{name}.weight").to(world.device).to(dtype))
+    for name, linear in linears.items():
+        world.set_phase(f"loading {name}")
+        if isinstance(linear, Fp8Linear) and is_partitioned(linear.codes):
+            read = partial(weights.read_slice, f"{name}.weight")
+            _load_partition(linear, read, world.device)
+        else:
+            linear.fill(weights.read(f"{name}.weight").to(world.device).to(dtype))
+
+
+def _load_partition(
+    linear: Fp8Linear, read: Callable[[int, int], Tensor], device: torch.device
+) -> None:
+    """Each rank quantizes the rows that its part lies in."""
+    num_columns = linear.shape[1]
+
+    @lru_cache(maxsize=1)  # the same rows twice, if the ranks divide their number
+    def quantized(first: int, last: int) -> Rows8:
+        rows = read(first * num_columns, last * num_columns).view(-1, num_columns)
+        return quantize_rows(rows.to(device).to(linear.dtype))
+
+    def codes(start: int, stop: int) -> Tensor:
+        first, last = start // num_columns, -(-stop // num_columns)
+        numbers = quantized(first, last).numbers_TK.view(torch.uint8).flatten()
+        return numbers[start - first * num_columns : stop - first * num_columns]
+
+    load_parameter(linear.codes, codes)
+    load_parameter(linear.scale, lambda start, stop: quantized(start, stop).scale_T1.flatten())
 
 
 def why_no_graphs(ds_config: dict[str, Any], quantize: str | None = None) -> str | None:

@@ -70,8 +70,8 @@ class RunConfig:
     quantize: Literal["8bit", "nf4", "fp8"] | None = _flag(
         None,
         MODEL,
-        "the frozen linear layers in 8bit or nf4 (for small GPUs; extra 'quantized') or in fp8 "
-        "(where GPUs multiply in it); ZeRO-2 only; `vico quantize-eval` measures the lost accuracy",
+        "the frozen linear layers in 8bit or nf4 (for small GPUs; ZeRO-2 only; extra 'quantized') "
+        "or in fp8 (where GPUs multiply in it); `vico quantize-eval` measures the lost accuracy",
     )
 
     dataset: str = _flag(

@@ -79,7 +79,7 @@ def load_parameter(parameter: nn.Parameter, read: Callable[[int, int], Tensor]) 
     the parameter is: `copy_` alone converts on the host, at a thousandth of a GPU's speed.
     """
     with torch.no_grad():
-        if not hasattr(parameter, "ds_id"):
+        if not is_partitioned(parameter):
             value = read(0, parameter.numel()).view(parameter.shape)
             parameter.copy_(value.to(parameter.device))
             return
@@ -91,6 +91,11 @@ def load_parameter(parameter: nn.Parameter, read: Callable[[int, int], Tensor]) 
         stop = min(start + part.ds_numel, size)
         part.zero_()
         part[: stop - start].copy_(read(start, stop).to(part.device))
+
+
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether each rank holds a part of it alone: under stage 3."""
+    return hasattr(parameter, "ds_id")
 
 
 class Engine:
@@ -246,7 +251,7 @@ class Engine:
         """
         for name, parameter in self.trainables.items():
             saved, live = weights[name], parameter.detach()
-            if hasattr(parameter, "ds_id"):
+            if is_partitioned(parameter):
                 partitioned: Any = parameter
                 size = partitioned.ds_tensor.ds_numel
                 saved = saved.flatten()[size * torch.distributed.get_rank() :][:size]
@@ -325,7 +330,7 @@ def _set_moment(parameter: nn.Parameter, value: Tensor, moment: str) -> None:
         safe_set_local_optimizer_state,
     )
 
-    if not hasattr(parameter, "ds_id"):
+    if not is_partitioned(parameter):
         safe_set_full_optimizer_state(parameter, value.to(parameter.device), moment)
         return
     # Stage 3, by slices: DeepSpeed's setter for whole values fails for sizes that are no multiple

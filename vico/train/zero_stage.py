@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from vico.data.datasets import find_dataset
 from vico.distributed.topology import Member, by_node
 from vico.errors import UserError
-from vico.model.config import KEPT_POSITIONS, LlamaConfig, ViCoConfig
+from vico.model.config import KEPT_POSITIONS, QUANTIZED_BYTES, LlamaConfig, ViCoConfig
 from vico.model.quantized_linear import require_available
 from vico.planner.estimate import (
     FROZEN_SHARDS,
@@ -127,7 +127,7 @@ def named_ds_config(config: RunConfig, num_ranks: int) -> dict[str, Any] | None:
     ds_config = read_config(
         config.deepspeed, config.precision, config.batch_size, config.accum_iter, num_ranks
     )
-    if config.quantize is not None and ds_config["zero_optimization"]["stage"] == 3:
+    if config.quantize in QUANTIZED_BYTES and ds_config["zero_optimization"]["stage"] == 3:
         raise UserError(
             f"--quantize {config.quantize}: is for ZeRO-2, and --deepspeed {config.deepspeed} "
             "is ZeRO-3; leave one out"
@@ -225,7 +225,7 @@ def _choose_stage(request: PlanRequest) -> tuple[_Chosen, str, tuple[str, ...]]:
 
 
 def _smallest_stage(request: PlanRequest) -> Stage:
-    if request.quantize is not None:
+    if request.quantize in QUANTIZED_BYTES:
         return "zero2"
     return "zero3" if request.hardware.ranks > 1 else "zero3_offload"
 

@@ -1,11 +1,12 @@
 """Products of a frozen weight in 8-bit floating point: e4m3, with one fp32 scale per row.
 
 Both sides of x W^T are quantized along the dimension that the product sums over: x by row (token),
-W by output. The gradient's product g W sums over the other dimension, and wants W^T by row, so a
-weight is kept twice, in as many bytes as in bf16. Sums are fp32, results have the type of x.
+W by output. The gradient's product g W sums over the outputs: their scales are multiplied into g,
+which is then quantized by row, and W's numbers are the same in both products. Hopper wants them in
+the order of the sum, so they are kept twice, in as many bytes as in bf16. ZeRO-3 gathers them once,
+and the second order is made at use. Sums are fp32, results have the type of x.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -31,40 +32,64 @@ class Rows8(NamedTuple):
     dtype: torch.dtype  # of the tensor that was quantized, and of its products
 
 
-@dataclass(frozen=True)
-class Weight8:
-    """A quantized weight [N, K], as linear layers use one; `t()` is for the gradient."""
+class Weight8(NamedTuple):
+    """A quantized weight [N, K], as linear layers use one; `t()` is for the gradient.
 
-    by_output: Rows8  # [N, K]
-    by_input: Rows8  # [K, N]
-    # In 14 bits on Hopper, between the sums in fp32: for forward, as is usual.
-    is_accumulated_fast: bool = True
+    Holds parameters, not their values: ZeRO-3 gathers them again for backward.
+    """
+
+    codes_NK: Tensor  # the numbers' bits in uint8, which any backend of torch.distributed gathers
+    scale_N1: Tensor  # fp32
+    ones_K1: Tensor  # fp32: the scales of the transpose
+    codes_KN: Tensor | None  # the transpose, where it is kept
+    dtype: torch.dtype  # of the weight that was quantized
+    is_transposed: bool = False
 
     def t(self) -> "Weight8":
-        return Weight8(self.by_input, self.by_output, not self.is_accumulated_fast)
+        return self._replace(is_transposed=not self.is_transposed)
 
     @property
-    def num_bytes(self) -> int:
-        tensors = (*self.by_output[:2], *self.by_input[:2])
-        return sum(tensor.nbytes for tensor in tensors)
+    def factor_K(self) -> Tensor | None:
+        """By what the inputs' columns are multiplied before they are quantized; None: 1."""
+        return self.scale_N1.flatten() if self.is_transposed else None
+
+    @property
+    def by_output(self) -> Rows8:
+        """A row for each output of the product."""
+        if not self.is_transposed:
+            return Rows8(self.codes_NK.view(E4M3), self.scale_N1, self.dtype)
+        codes_KN = self.codes_KN
+        if codes_KN is None:
+            codes_KN = self.codes_NK.t().contiguous()
+        return Rows8(codes_KN.view(E4M3), self.ones_K1, self.dtype)
 
 
 def quantize_weight(weight_NK: Tensor) -> Weight8:
-    return Weight8(quantize_rows(weight_NK), quantize_rows(weight_NK.t().contiguous()))
+    """With its transpose, on the weight's device."""
+    numbers_NK, scale_N1, dtype = quantize_rows(weight_NK)
+    codes_NK = numbers_NK.view(torch.uint8)
+    ones_K1 = scale_N1.new_ones((weight_NK.shape[1], 1))
+    return Weight8(codes_NK, scale_N1, ones_K1, codes_NK.t().contiguous(), dtype)
 
 
-def quantize_rows(x_TK: Tensor) -> Rows8:
+def quantize_rows(x_TK: Tensor, factor_K: Tensor | None = None) -> Rows8:
     """Each row over its scale, which makes its largest magnitude 448, rounded to e4m3.
 
-    A row that is not finite has a product that is not finite.
+    `factor_K`, in fp32: what the columns are multiplied by before that. A row that is not finite
+    has a product that is not finite.
     """
     if can_run_kernels(x_TK):
-        rows = _empty_rows(x_TK)
-        kernels.quantize_kernel[(len(x_TK),)](x_TK.contiguous(), *_codes(rows), **_sizes(x_TK))
+        rows, factor = _empty_rows(x_TK), x_TK if factor_K is None else factor_K
+        inputs = (x_TK.contiguous(), factor, *_codes(rows))
+        kernels.quantize_kernel[(len(x_TK),)](
+            *inputs, has_factor=factor_K is not None, **_sizes(x_TK)
+        )
         return rows
+    dtype = x_TK.dtype
+    x_TK = x_TK if factor_K is None else x_TK * factor_K  # in fp32
     magnitude_T1 = x_TK.abs().amax(dim=-1, keepdim=True).float().clamp_(min=MIN_MAGNITUDE)
     numbers_TK = (x_TK * (magnitude_T1.reciprocal() * LARGEST)).to(E4M3)  # multiplied in fp32
-    return Rows8(numbers_TK, magnitude_T1.div_(LARGEST), x_TK.dtype)
+    return Rows8(numbers_TK, magnitude_T1.div_(LARGEST), dtype)
 
 
 def can_run_kernels(x_TK: Tensor) -> bool:
@@ -88,10 +113,12 @@ def swiglu(a_TF: Tensor, b_TF: Tensor) -> Rows8:
     return rows
 
 
-def swiglu_backward(gradient: Tensor, a_TF: Tensor, b_TF: Tensor) -> tuple[Rows8, Rows8]:
-    """triton_ops.swiglu_backward with quantized results."""
+def swiglu_backward(
+    gradient: Tensor, a_TF: Tensor, b_TF: Tensor, factors: tuple[Tensor, Tensor]
+) -> tuple[Rows8, Rows8]:
+    """triton_ops.swiglu_backward with results that are quantized with these factors [F]."""
     da, db = _empty_rows(a_TF), _empty_rows(a_TF)
-    inputs = (gradient.contiguous(), a_TF.contiguous(), b_TF.contiguous())
+    inputs = (gradient.contiguous(), a_TF.contiguous(), b_TF.contiguous(), *factors)
     kernels.swiglu_backward_quantize_kernel[(len(a_TF),)](
         *inputs, *_codes(da), *_codes(db), **_sizes(a_TF)
     )
@@ -125,7 +152,7 @@ def dequantized(weight: Tensor | Weight8) -> Tensor:
 
 def scaled_product(x: Tensor | Rows8, weight: Weight8) -> Tensor:
     """x W^T [T, N]; x is quantized here unless it is already."""
-    rows = quantize_rows(x) if isinstance(x, Tensor) else x
+    rows = quantize_rows(x, weight.factor_K) if isinstance(x, Tensor) else x
     numbers_NK, scale_N1, _ = weight.by_output
     if not len(rows.numbers_TK):  # which torch's product refuses
         return scale_N1.new_empty((0, len(scale_N1)), dtype=rows.dtype)
@@ -135,7 +162,8 @@ def scaled_product(x: Tensor | Rows8, weight: Weight8) -> Tensor:
         scale_a=rows.scale_T1,
         scale_b=scale_N1.t(),
         out_dtype=rows.dtype,
-        use_fast_accum=weight.is_accumulated_fast,
+        # In 14 bits on Hopper, between the sums in fp32: for forward, as is usual.
+        use_fast_accum=not weight.is_transposed,
     )
 
 

@@ -2,7 +2,7 @@
 """The Triton kernels of fp8.py, which says what each computes and launches it.
 
 One program holds a row, so that its largest magnitude is known before a number is written. What is
-quantized is first rounded to the type that the tensor would have had.
+quantized is first rounded to the type that the tensor would have had. A factor is by column.
 """
 
 import triton
@@ -35,11 +35,21 @@ def _store_quantized(value, numbers, scale, row, columns, mask, dim: tl.constexp
 
 
 @triton.jit
-def quantize_kernel(x, numbers, scale, dim: tl.constexpr, BLOCK: tl.constexpr):
+def quantize_kernel(
+    x,
+    factor,
+    numbers,
+    scale,
+    has_factor: tl.constexpr,
+    dim: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < dim
     value = tl.load(x + row * dim + columns, mask=mask, other=0.0).to(tl.float32)
+    if has_factor:
+        value *= tl.load(factor + columns, mask=mask, other=0.0)
     _store_quantized(value, numbers, scale, row, columns, mask, dim)
 
 
@@ -75,6 +85,8 @@ def swiglu_backward_quantize_kernel(
     gradient,
     a,
     b,
+    da_factor,
+    db_factor,
     da_numbers,
     da_scale,
     db_numbers,
@@ -91,6 +103,8 @@ def swiglu_backward_quantize_kernel(
     sigmoid = tl.sigmoid(x)
     silu = x * sigmoid
     db = (silu * g).to(a.dtype.element_ty).to(tl.float32)
+    db *= tl.load(db_factor + columns, mask=mask, other=0.0)
     _store_quantized(db, db_numbers, db_scale, row, columns, mask, dim)
     da = ((sigmoid + silu * (1.0 - sigmoid)) * g * y).to(a.dtype.element_ty).to(tl.float32)
+    da *= tl.load(da_factor + columns, mask=mask, other=0.0)
     _store_quantized(da, da_numbers, da_scale, row, columns, mask, dim)

@@ -5,7 +5,7 @@ Where a GPU has Triton, the kernel that computes the tensor quantizes it too (fp
 
 from torch import Tensor
 
-from vico.model.interfaces import LinearLayer, NormLayer
+from vico.model.interfaces import FeedForwardLayer, LinearLayer, NormLayer
 from vico.model.ops import autograd, fp8
 from vico.model.ops.fp8 import Rows8, Weight8
 
@@ -27,9 +27,10 @@ def swiglu_input(layer: LinearLayer, a_TF: Tensor, b_TF: Tensor) -> Tensor | Row
 
 
 def swiglu_backward_input(
-    layer: LinearLayer, gradient_TF: Tensor, a_TF: Tensor, b_TF: Tensor
+    mlp: FeedForwardLayer, gradient_TF: Tensor, a_TF: Tensor, b_TF: Tensor
 ) -> tuple[Tensor | Rows8, Tensor | Rows8]:
-    """The gradients of a and b, for `layer`'s kind of weight."""
-    if isinstance(layer.weight, Weight8) and fp8.can_run_kernels(a_TF):
-        return fp8.swiglu_backward(gradient_TF, a_TF, b_TF)
+    """The gradients of a and b, for the products with w1 and w3."""
+    w1, w3 = mlp.w1.weight, mlp.w3.weight
+    if isinstance(w1, Weight8) and isinstance(w3, Weight8) and fp8.can_run_kernels(a_TF):
+        return fp8.swiglu_backward(gradient_TF, a_TF, b_TF, (w1.scale_N1, w3.scale_N1))
     return autograd.swiglu_backward(gradient_TF, a_TF, b_TF)
