@@ -5,6 +5,7 @@ ViCo's logits of a plain text are compared with those of transformers.
 
 import base64
 import math
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from vico.model.attention.varlen import PackedAttention
 from vico.model.batch import Segment
 from vico.model.block_runners import choose_block_runners
 from vico.model.config import LlamaConfig, trainable_shapes
-from vico.model.interfaces import Context
-from vico.model.llama import rotary_angles
+from vico.model.interfaces import Context, MakeLinear
+from vico.model.llama import FrozenLinear, rotary_angles
+from vico.model.quantized_linear import Fp8Linear, QuantizedLinear
 from vico.model.vico import ViCo, initial_trainables
 from vico.model.weights.load import Weights
 
@@ -88,15 +90,22 @@ def make_hugging_face(
 
 
 class Ungrouped:
-    """The same model without grouped-query attention: a key and value head per query head."""
+    """The same model without grouped-query attention: a key and value head per query head.
 
-    def __init__(self, weights: Weights) -> None:
+    `of`: a model, whose linear layers may be quantized; then the values that it computes with.
+    """
+
+    def __init__(self, weights: Weights, of: ViCo | None = None) -> None:
         self.folder, self._weights, config = weights.folder, weights, weights.config
+        self._model = of
         self._head_dim, self._group_size = config.head_dim, config.n_heads // config.kv_heads
         self.config = LlamaConfig(**{**vars(config), "n_kv_heads": None})
 
     def read(self, name: str) -> Tensor:
-        tensor = self._weights.read(name)
+        if self._model is None:
+            tensor = self._weights.read(name)
+        else:
+            tensor = attrgetter(name)(self._model).detach()
         if not name.endswith(("wk.weight", "wv.weight")):
             return tensor
         heads = tensor.unflatten(0, (-1, self._head_dim))
@@ -111,6 +120,7 @@ def make_model(
     attend: Attend = attend_blocks,
     num_adapted: int | None = None,
     gate1: float = 0.0,
+    linear: MakeLinear = FrozenLinear,
 ) -> ViCo:
     num_adapted = num_adapted or weights.config.n_layers
     shapes = trainable_shapes(weights.config, num_adapted, 10, 10)
@@ -118,9 +128,12 @@ def make_model(
     for name, value in trainables.items():
         if name.endswith("gate1"):
             value.fill_(gate1)
-    model = ViCo(weights.config, num_adapted, 10, 10, 100.0, torch.float32)
+    model = ViCo(weights.config, num_adapted, 10, 10, 100.0, torch.float32, linear)
     for name, parameter in model.named_parameters():
         parameter.data.copy_(trainables[name] if name in trainables else weights.read(name))
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear | Fp8Linear):
+            module.fill(weights.read(f"{name}.weight").float())
     choose_block_runners(model, attend)
     return model
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reference import oracle, oracle_files
 from reference.oracle_sequences import OracleSequence
-from support.backbones import ATTENTIONS, make_model
+from support.backbones import ATTENTIONS, KINDS, Ungrouped, make_hugging_face, make_model
 from support.planning import LENGTHS, VICO_CONFIGS
 from support.toy_dataset import ToyData
 from support.training import Run
@@ -22,6 +22,11 @@ from vico.data.text_windows import KEPT_TOKENS, KeptTexts, Text, Texts, text_seq
 from vico.data.types import VIDEO_SLOT, TokenSequence
 from vico.model.batch import PackedBatch
 from vico.model.config import KEPT_WEIGHT
+from vico.model.interfaces import MakeLinear
+from vico.model.llama import FrozenLinear
+from vico.model.ops import fp8
+from vico.model.quantized_linear import quantized_linear
+from vico.model.vico import ViCo
 from vico.model.weights.load import open_weights
 from vico.planner.estimate import estimate_memory
 from vico.planner.gpu_specs import GPUS, Hardware
@@ -85,6 +90,51 @@ def test_losses_and_gradients_are_the_oracles(toy: ToyData, attention: str) -> N
 
     without = model(replace(batch, texts=None))
     assert torch.equal(without[~is_text], losses[~is_text])
+
+
+@pytest.mark.parametrize("kind", ["grouped", "8bit", "nf4", "fp8"])
+def test_twins_of_other_backbones(kind: str, tmp_path: Path) -> None:
+    """Grouped heads: a model with a key and value head per query head. Quantized weights: the model
+    of their dequantized values. Both with the whole score matrix, full logits and plain autograd.
+    fp8, which rounds every input of a product: its own hidden states, with full logits.
+    """
+    if kind == "fp8" and (reason := fp8.why_not(torch.device("cpu"), torch.float32)):
+        pytest.skip(reason)
+    make_hugging_face(tmp_path, KINDS["LLaMA-2-70B"])
+    weights = open_weights(tmp_path, None)
+    linear: MakeLinear = FrozenLinear if kind == "grouped" else quantized_linear(kind)  # type: ignore[arg-type]
+    own = make_model(weights, linear=linear, gate1=0.5)
+    twin = own
+    if kind != "fp8":
+        twin = make_model(Ungrouped(weights, of=own), ATTENTIONS["plain"], gate1=0.5)
+    batch = batch_with_texts()
+    is_text = batch.target_tasks == 1
+    losses = own(batch)[is_text]
+    losses.sum().backward()
+    gradients = {name: p.grad.clone() for name, p in own.named_parameters() if p.grad is not None}
+    own.zero_grad()
+    expected = divergences_of(twin, batch)
+    expected.sum().backward()
+    assert torch.allclose(losses, expected, rtol=1e-4, atol=1e-6) and (losses > 1e-4).all()
+    for name, parameter in twin.named_parameters():
+        if name == "adapter_query.weight" or name.endswith("gate1"):
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0
+            error = (gradients[name] - parameter.grad).abs().max()
+            assert error <= 1e-5 * parameter.grad.abs().max(), name
+
+
+def divergences_of(model: ViCo, batch: PackedBatch) -> Tensor:
+    """KL(frozen || adapted) of the texts' targets, by full logits of both passes."""
+    assert batch.texts is not None
+    projected_VFD = model.visual_proj(batch.features_VFC)
+    prompts_GAD = model._prompts(torch.device("cpu"))
+    q_RD = model._hidden(batch, prompts_GAD, projected_VFD)
+    with torch.no_grad():
+        p_RD = model._hidden(batch.texts, None, projected_VFD)
+    q_ND = q_RD[batch.token_rows_N][batch.target_tasks == 1]
+    p_ND = p_RD[batch.texts.token_rows_N]
+    p_NW, q_NW = ((h @ model.output.weight.T).log_softmax(-1) for h in (p_ND, q_ND))
+    return (p_NW.exp() * (p_NW - q_NW)).sum(-1)
 
 
 def test_windows_are_drawn_from_all_places() -> None:

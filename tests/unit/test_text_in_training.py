@@ -120,6 +120,27 @@ def test_other_texts_are_another_run(
     assert train(toy, out, "--text", *texts, "--allow_change", "data") == 0
 
 
+def test_with_init_eval(
+    toy: ToyData, tmp_path: Path, texts: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The untrained model changes no text; a checkpoint says what the log of its run says."""
+    out = tmp_path / "out"
+    words = ["--text", *texts, "--init_eval"]
+    assert train(toy, out, "--max_steps", "2", *words) == 0
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("{")]
+    untrained = json.loads(lines[0])
+    assert untrained["split"] == "val" and untrained["cognition"]["kl_per_token"] == 0
+    logged = Run(out).epochs[-1]["cognition"]
+    assert logged["kl_per_token"] > 0 and logged["tokens"] == untrained["cognition"]["tokens"]
+    checkpoint = ["--resume", str(out / "checkpoint-2")]
+    assert train(toy, out, *words, *checkpoint) == 0
+    assert json.loads(capfd.readouterr().out.splitlines()[-1])["cognition"] == logged
+    assert main(["eval", *checkpoint, "--text", *texts]) == 0
+    assert json.loads(capfd.readouterr().out.splitlines()[-1])["cognition"] == logged
+    assert main(["eval", *checkpoint]) == 0
+    assert "cognition" not in json.loads(capfd.readouterr().out.splitlines()[-1])
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

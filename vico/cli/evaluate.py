@@ -59,6 +59,7 @@ def evaluate_checkpoint(
 ) -> None:
     """Score config.split, print the accuracies, write the predictions. A collective."""
     from vico.train.build import build_engine
+    from vico.train.cognition import measured_texts
     from vico.train.evaluate import evaluate, report
     from vico.train.start import open_evaluation
 
@@ -73,7 +74,8 @@ def evaluate_checkpoint(
     if evaluates_others(checkpoint, config):
         names, trained_on = config.dataset_names, trained_datasets(checkpoint)
         facts |= {"dataset": ",".join(names), "trained_on": ",".join(trained_on)}
-    report(evaluation, predictions_path(checkpoint, config), facts, world)
+    texts = measured_texts(engine, inputs, world)
+    report(evaluation, predictions_path(checkpoint, config), facts, world, texts)
 
 
 def trained_datasets(checkpoint: "Checkpoint") -> tuple[str, ...]:

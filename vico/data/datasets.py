@@ -63,7 +63,7 @@ DATASETS = {
 }
 
 # Keys that a record of accuracies holds besides its groups.
-RESERVED_KEYS = frozenset(("split", "n", "n_total", "n_without_subtitles", "acc", "Mean", "all"))
+RESERVED_KEYS = frozenset("split n n_total n_without_subtitles acc Mean all cognition".split())
 
 
 def find_dataset(name: str, folder: Path) -> Dataset:

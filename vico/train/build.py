@@ -58,7 +58,7 @@ class Inputs:
     max_tokens: int | None  # the planner's, where none is given
     notes: tuple[str, ...]
     tokenizer_path: Path
-    texts: Texts  # of --text, for a run that trains
+    texts: Texts  # of --text, for a run with a split
     files: InputFiles  # to be compared with the disk before anything is saved
     cache: FileCache  # to be flushed once all ranks agree that nothing is wrong
 
@@ -137,7 +137,7 @@ def _open(config: RunConfig, splits: Sequence[str], world: World) -> _Opened:
         training="train" in splits,
         large_nodes=has_large_nodes(world.members),
     )
-    texts = preflight.read_texts(config, backbone) if "train" in splits else NO_TEXTS
+    texts = preflight.read_texts(config, backbone) if splits else NO_TEXTS
     return _Opened(config, files, cache, backbone, stage, texts)
 
 

@@ -153,6 +153,18 @@ def measure_texts(engine: Engine, texts: Texts, inputs: Inputs, world: World) ->
     return TextMeasures(texts.files, table_6N, positions_N)
 
 
+def measured_texts(engine: Engine, inputs: Inputs, world: World) -> dict[str, Any]:
+    """{"cognition": of the texts of --text, as log.txt has it}, and prints it as a table.
+
+    Empty where there are none. A collective; raises as `measure_texts` does.
+    """
+    if not inputs.texts.files:
+        return {}
+    measures = measure_texts(engine, inputs.texts, inputs, world)
+    world.print_rank0(measures.table())
+    return {"cognition": measures.summary()}
+
+
 def measure_windows(
     engine: Engine,
     made: Sequence[Window],

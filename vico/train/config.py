@@ -200,8 +200,8 @@ class RunConfig:
     text: tuple[Path, ...] = _flag(
         (),
         RUN,
-        "files of plain text (UTF-8): with each evaluation of an epoch, measure what the adapter "
-        "does to them, and log perplexities, KL and agreement (cognition/*)",
+        "files of plain text (UTF-8): with each evaluation, measure what the adapter does to them, "
+        "and log perplexities, KL and agreement (cognition/*)",
     )
     split: Literal["val", "test"] = _flag(
         "val", RUN, "split to evaluate; test is also that of the epochs where there is no val"

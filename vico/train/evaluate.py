@@ -369,10 +369,11 @@ def report(
     path: Path,
     facts: Mapping[str, str],
     world: World,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the predictions to `path`, print the table and, as the last line, one JSON object.
 
-    `facts`: what the JSON object begins with, at least the split.
+    `facts`: what the JSON object begins with, at least the split. `more`: what it ends with.
     """
     with world.raise_together():
         if world.is_main:
@@ -380,4 +381,4 @@ def report(
             evaluation.write(path)
             split, used = facts["split"], evaluation.used
             log.info(f"{split} accuracy of {used} ({path}):\n{evaluation.table()}")
-            log.info(json.dumps({**facts, **evaluation.results()}))
+            log.info(json.dumps({**facts, **evaluation.results(), **(more or {})}))

@@ -25,7 +25,7 @@ from vico.io.atomic import write_bytes, write_json, write_lines
 from vico.io.failpoints import reached
 from vico.io.host_memory import return_free_memory
 from vico.io.paths import is_folder
-from vico.train.cognition import measure_texts
+from vico.train.cognition import measure_texts, measured_texts
 from vico.train.evaluate import evaluate, report
 from vico.train.gradient_order import GradientOrder
 from vico.train.heat_map import gate_curves, gate_record, gates_picture
@@ -47,7 +47,8 @@ def run(run: Run) -> None:
     if config.init_eval and run.from_scratch:
         evaluation = evaluate(run.engine, run.inputs, config.split, config, world)
         path = run.output_dir.predictions(config.split)
-        report(evaluation, path, {"split": config.split}, world)
+        texts = measured_texts(run.engine, run.inputs, world)
+        report(evaluation, path, {"split": config.split}, world, texts)
     if run.is_complete:
         world.print_rank0(
             f"{config.output_dir}: this run is complete at step {state.step} of {run.last_step}; "
