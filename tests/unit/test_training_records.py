@@ -13,12 +13,14 @@ from support.errors import refusal
 from support.toy_dataset import ToyData
 from support.training import Run
 from vico.cli.main import main
+from vico.data.dataloader import _Worker
 from vico.data.evaluation_batches import share_of
 from vico.model.weights.meta import _are_close
 from vico.model.weights.validate import require_heads
 from vico.planner.request import PlanRequest
-from vico.train import bounds, ds_config, rank_consistency, zero_stage
+from vico.train import bounds, ds_config, loop, rank_consistency, zero_stage
 from vico.train.config import RunConfig
+from vico.train.evaluate import Evaluation, evaluate
 from vico.train.optim import learning_rate
 
 SETTINGS = "--batch_size 5 --accum_iter 2 --epochs 2 --warmup_epochs 1 --lr 0.02 --vaq".split()
@@ -196,3 +198,43 @@ def test_files_that_training_reads(resumed: RunConfig) -> None:
         (folder / "notes.txt").unlink()
     assert {"train.csv", "val.csv", "params.json", "consolidated.00.pth"} <= {*names}
     assert not {"old.csv", "notes.txt"} & {*names} and "clipvitl14.pth" in names
+
+
+def train_two_epochs(toy: ToyData, out: Path, num_workers: int) -> None:
+    flags = [*toy.flags, *SETTINGS, "--num_workers", str(num_workers), "--output_dir", str(out)]
+    assert main(["train", *flags]) == 0
+    assert len(Run(out).epochs) == 2
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_every_epoch_has_the_same_loader(
+    toy: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaders: list[Any] = []
+
+    def noted(*arguments: Any) -> Evaluation:
+        loaders.append(arguments[5])
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(loop, "evaluate", noted)
+    train_two_epochs(toy, tmp_path / "out", num_workers=0)
+    assert len(loaders) == 2 and loaders[0] is loaders[1]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
+def test_the_workers_of_the_evaluation_stay(
+    toy: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From one epoch to the next, and no longer than the run."""
+    started: list[_Worker] = []
+    start = _Worker.start
+
+    def noted(worker: _Worker) -> None:
+        started.append(worker)
+        start(worker)
+
+    monkeypatch.setattr(_Worker, "start", noted)
+    train_two_epochs(toy, tmp_path / "out", num_workers=1)
+    assert len(started) == 2, "one trains, one evaluates"
+    assert not any(worker.is_alive() for worker in started)

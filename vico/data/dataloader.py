@@ -111,9 +111,16 @@ def _choose_socket_folder() -> None:
 
 
 def loader(
-    dataset: TrainingSteps | EvaluationChunks, items: Any, num_workers: int, pin: bool
+    dataset: TrainingSteps | EvaluationChunks,
+    items: Any,
+    num_workers: int,
+    pin: bool,
+    keep_workers: bool = False,
 ) -> DataLoader[Any]:
-    """The dataset's `items` in this order, prepared by `num_workers` processes (0: by the rank)."""
+    """The dataset's `items` in this order, prepared by `num_workers` processes (0: by the rank).
+
+    `keep_workers`: for the next pass, until nobody has the loader any more.
+    """
     if num_workers:
         start_forkserver()
         # At least as many as DataLoader makes (torch 2.13).
@@ -124,6 +131,7 @@ def loader(
         batch_size=None,
         num_workers=num_workers,
         pin_memory=pin,
+        persistent_workers=keep_workers and num_workers > 0,
         prefetch_factor=PREFETCHED_BATCHES if num_workers else None,
         worker_init_fn=_init_worker,
         multiprocessing_context=_Context() if num_workers else None,

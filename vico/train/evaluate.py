@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 from vico.data.dataloader import loader
 from vico.data.datasets import RESERVED_KEYS, Dataset, accuracy_groups, find_dataset
-from vico.data.evaluation_batches import EvaluationChunks
+from vico.data.evaluation_batches import Chunk, EvaluationChunks
 from vico.data.types import Question
 from vico.distributed.world import World
 from vico.errors import TrainingError, UserError, one_line
@@ -148,10 +149,16 @@ class Evaluation:
 
 
 def evaluate(
-    engine: Engine, inputs: Inputs, split: str, config: RunConfig, world: World
+    engine: Engine,
+    inputs: Inputs,
+    split: str,
+    config: RunConfig,
+    world: World,
+    batches: DataLoader[Chunk] | None = None,
 ) -> Evaluation:
     """Score the questions of a split. A collective: every rank gets the result.
 
+    `batches`: those of `chunk_loader` for this split, where they are used more than once.
     Raises TrainingError for scores that are not finite, Stopped when a rank got a stop signal.
     """
     questions = inputs.questions[split]
@@ -161,7 +168,7 @@ def evaluate(
         for dataset in inputs.datasets.values():
             dataset.features.check_unchanged()
         inputs.files.check_unchanged()
-    scores = score(engine, inputs, questions, split, config, world)
+    scores = score(engine, inputs, questions, split, config, world, batches=batches)
     return summarize_split(inputs, split, config, scores)
 
 
@@ -181,13 +188,33 @@ def score(
     config: RunConfig,
     world: World,
     num_slots: int | None = None,
+    batches: DataLoader[Chunk] | None = None,
 ) -> list[list[float]]:
     """Per question, the score of each option. A collective: every rank gets the result.
 
-    `label`: what messages call the questions. `num_slots`: of the prompts, if they are not the
-    run's. A score's last bits depend on what else is in its
-    forward, so on the list of questions, and not on the number of ranks. Raises as `evaluate` does.
+    `label`: what messages call the questions. `num_slots` and `batches`: of `chunk_loader`. A
+    score's last bits depend on what else is in its forward, so on the list of questions, and not on
+    the number of ranks. Raises as `evaluate` does.
     """
+    if batches is None:
+        batches = chunk_loader(inputs, questions, config, world, num_slots)
+    scored = _score_chunks(engine, batches, len(questions), label, world)
+    with world.raise_together():
+        inputs.files.check_unchanged()
+    scores = _gather(scored, questions, world)
+    _require_finite(scores, questions)
+    return scores
+
+
+def chunk_loader(
+    inputs: Inputs,
+    questions: Sequence[Question],
+    config: RunConfig,
+    world: World,
+    num_slots: int | None = None,
+    keep_workers: bool = False,
+) -> DataLoader[Chunk]:
+    """This rank's batches, for any number of passes. `num_slots`: if they are not the run's."""
     chunks = EvaluationChunks(
         questions,
         inputs.datasets,
@@ -195,12 +222,8 @@ def score(
         rank=world.rank,
         world_size=world.size,
     )
-    scored = _score_chunks(engine, chunks, len(questions), label, config, world)
-    with world.raise_together():
-        inputs.files.check_unchanged()
-    scores = _gather(scored, questions, world)
-    _require_finite(scores, questions)
-    return scores
+    pin = world.device.type == "cuda"
+    return loader(chunks, range(len(chunks)), config.num_workers, pin, keep_workers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,22 +236,15 @@ class ScoredChunk:
 
 
 def _score_chunks(
-    engine: Engine,
-    chunks: EvaluationChunks,
-    num_questions: int,
-    label: str,
-    config: RunConfig,
-    world: World,
+    engine: Engine, batches: DataLoader[Chunk], num_questions: int, label: str, world: World
 ) -> list[ScoredChunk]:
     """Run this rank's chunks. All ranks run the same number of forwards, as ZeRO-3 needs."""
-    pin = world.device.type == "cuda"
-    batches = loader(chunks, range(len(chunks)), config.num_workers, pin=pin)
     what = f"{num_questions} {label} questions"
     engine.train(False)
     error: UserError | None = None
     last_batch: PackedBatch | None = None
     scored: list[ScoredChunk] = []
-    bar = ProgressBar(f"evaluating {what}", len(chunks), "batch", world.is_main)
+    bar = ProgressBar(f"evaluating {what}", len(batches), "batch", world.is_main)
     with torch.no_grad(), bar:
         for number, chunk in enumerate(batches, start=1):
             world.set_phase(f"batch {number} of the {label} evaluation")

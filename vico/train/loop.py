@@ -243,7 +243,8 @@ def _end_epoch(run: Run, run_log: RunLog | None) -> None:
     started = time.perf_counter()
     split, evaluation, accuracy = run.evaluated_split, None, None
     if split is not None:
-        evaluation = evaluate(run.engine, run.inputs, split, config, run.world)
+        batches = run.evaluation_batches
+        evaluation = evaluate(run.engine, run.inputs, split, config, run.world, batches)
         accuracy = evaluation.accuracies["acc"]
     eval_seconds = time.perf_counter() - started
     captioned, texts = run.captioned_videos, run.measured_texts

@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+
+from torch.utils.data import DataLoader
 
 from vico.checkpoint.format import Checkpoint, TrainState
 from vico.checkpoint.write import RunIdentity
 from vico.data.batching import TrainingSteps
 from vico.data.dataloader import start_forkserver
+from vico.data.evaluation_batches import Chunk
 from vico.data.text_windows import NO_TEXTS, KeptTexts, Texts
 from vico.distributed.world import World
 from vico.io import log, streams
@@ -18,6 +22,7 @@ from vico.train.build import Inputs, build_engine, fit, read_inputs
 from vico.train.config import RunConfig
 from vico.train.engine import Engine
 from vico.train.eval_captions import CaptionedVideos
+from vico.train.evaluate import chunk_loader
 from vico.train.optim import learning_rate, peak_learning_rate
 from vico.train.rank_consistency import require_same_files, require_same_start
 from vico.train.resume import (
@@ -50,6 +55,13 @@ class Run:
     def measured_texts(self) -> Texts:
         """With each evaluation."""
         return NO_TEXTS if self.evaluated_split is None else self.inputs.texts
+
+    @cached_property
+    def evaluation_batches(self) -> DataLoader[Chunk]:
+        """Of the evaluated split. Its workers live as long as the run: they open many files."""
+        assert self.evaluated_split is not None
+        questions = self.inputs.questions[self.evaluated_split]
+        return chunk_loader(self.inputs, questions, self.config, self.world, keep_workers=True)
 
     @property
     def last_step(self) -> int:
