@@ -52,6 +52,12 @@ EQUIVALENT = (
     Equivalent("vico/model/attention/cache.py", "64", "63", _AT_A_TIME),
     Equivalent("vico/model/attention/cache.py", "64", "65", _AT_A_TIME),
     Equivalent(
+        "vico/model/ops/fp8_kernels.py",
+        "magnitude > 0x7F800000",
+        "(magnitude >= 2139095040)",
+        "an infinite number's factor is 0, which makes it NaN before",
+    ),
+    Equivalent(
         "vico/model/weights/hf_config.py",
         "0.5",
         "0.51",

@@ -117,6 +117,7 @@ def test_few_sizes_serve_many_micro_batches() -> None:
         assert padded.num_rows > tables.num_rows and padded.num_rows % 128 == 0
         assert len(tables.joined(padded)) == sum(padded.array_lengths)
         assert (np.array(padded) >= np.array(tables.sizes)).all()
+        assert all(number >= 8 and number & (number - 1) == 0 for number in padded[1:])
 
 
 @pytest.mark.parametrize("num_questions", [8, 28])

@@ -127,7 +127,7 @@ def apply_rotary_emb(x_THd: Tensor, angles_T1h2: Tensor, sign: float) -> Tensor:
     """
     rows, heads, width = x_THd.shape
     out = torch.empty((rows, heads, width), dtype=x_THd.dtype, device=x_THd.device)
-    grid = (rows, triton.cdiv(heads, HEADS), 1)
+    grid = (rows, triton.cdiv(heads, HEADS))
     pointers = (x_THd, x_THd, angles_T1h2, out, out)
     strides = (x_THd.stride(0), x_THd.stride(1))
     kernels.rotate_kernel[grid](*pointers, *strides, sign, heads, WIDTH=width, HEADS=HEADS)
