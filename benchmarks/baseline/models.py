@@ -11,6 +11,7 @@ from benchmarks.baseline.plain import PlainViCo
 from benchmarks.measure.lengths import NUM_SLOTS
 from vico.model.config import LLAMA_CONFIGS, LlamaConfig
 from vico.model.llama import FrozenLinear
+from vico.model.quantized_linear import Fp8Linear
 from vico.model.vico import ViCo
 
 # The baseline has no grouped-query attention, so it cannot compute the newer sizes.
@@ -59,6 +60,23 @@ def make_shared_pair(
         owner, _, leaf = name.rpartition(".")
         setattr(fast.get_submodule(owner), leaf, parameter)
     return plain, fast
+
+
+def with_fp8_products(model: ViCo) -> ViCo:
+    """`model` with its frozen products in fp8; all other parameters are the same tensors."""
+    device = model.tok_embeddings.weight.device
+    with device:
+        made = ViCo(
+            model.config, model.num_adapted, ADAPTER_LEN, NUM_SLOTS, TAU, model.dtype, Fp8Linear
+        )
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        module = made.get_submodule(owner)
+        if isinstance(module, Fp8Linear):
+            module.fill(parameter.detach())
+        else:
+            setattr(module, leaf, parameter)
+    return made
 
 
 def random_value(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from benchmarks.measure.clocks import Clock, cpu_seconds
 from benchmarks.measure.hardware import gpu_state
 from benchmarks.measure.spreads import spread
+from vico.model.ops import fp8
 from vico.model.ops.autograd import linear
 
 WARMUP_CALLS = 3
@@ -72,6 +73,19 @@ def device_ceilings(
         "copy_gb_per_second": 2 * source.numel() * 4 / copy["median"] / 1e9,
         "copy_seconds": copy,
     }
+
+
+def fp8_product_tflops(
+    device: torch.device, dtype: torch.dtype, size: int, repeats: int = 20
+) -> float:
+    """Median rate of a square product in fp8 with scales by row, of tensors quantized before."""
+    clock = Clock(device)
+    rows = fp8.quantize_rows(torch.randn(size, size, device=device).to(dtype))
+    weight = fp8.quantize_weight(torch.randn(size, size, device=device).to(dtype))
+    for _ in range(WARMUP_CALLS):
+        fp8.scaled_product(rows, weight)
+    times = [clock.time(lambda: fp8.scaled_product(rows, weight)) for _ in range(repeats)]
+    return float(2 * size**3 / spread(times)["median"] / 1e12)
 
 
 def sustained_rate(run: Callable[[], object], device: torch.device, seconds: float) -> float:

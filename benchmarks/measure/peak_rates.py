@@ -5,7 +5,7 @@ A device whose exact name is not there has no peak: its metrics are "n/a", never
 
 from dataclasses import dataclass
 
-from vico.planner.gpu_specs import GPUS
+from vico.planner.gpu_specs import FP8_GPUS, GPUS
 
 _HALF = "; half of the rate printed with sparsity"
 # By the short name of vico/planner/gpu_specs.py.
@@ -53,3 +53,10 @@ def peak_rate(device_name: str, precision: str) -> PeakRate | None:
         if tflops is not None:
             return PeakRate(tflops, gpu.peak_precision, SOURCES[gpu.name])
     return None
+
+
+def fp8_peak_tflops(device_name: str) -> float | None:
+    """Dense, accumulated in fp32: in the same datasheets twice the rate of half precision."""
+    peak = peak_rate(device_name, "bf16")
+    has_fp8 = any(device_name in GPUS[name].torch_names for name in FP8_GPUS)
+    return 2 * peak.tflops if peak and has_fp8 else None

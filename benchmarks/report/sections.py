@@ -84,6 +84,7 @@ def gpu_section(record: Record, folder: Path) -> Section:
         names = [c.replace("_per_second", "/s").replace("_", " ") for c in GPU_COLUMNS]
         section.add_table(["step", "variant", *names, *GPU_SHARES.values()], rows)
         section.add_text(UTILIZATION)
+    _add_fp8(section, record.get("fp8", {"not_run": NOT_MEASURED}))
     _add_peers(section, record.get("peers", {}))
     if "both_long" not in record.get("training", {}):
         section.add_text("A step with longer captions: not measured.")
@@ -162,6 +163,22 @@ def _add_peers(section: Section, peers: dict[str, Any]) -> None:
             rows.append([plot_data.STEPS.get(what, what), name, shown])
     if rows:
         section.add_table(["step", "peer", "peer / fast, median (p10 to p90)"], rows)
+
+
+def _add_fp8(section: Section, measured: Record) -> None:
+    """--quantize fp8: its shares are of the fp8 rates, whatever runs in half precision."""
+    if "not_run" in measured:
+        section.add_text(f"Products in fp8: {measured['not_run']}.")
+        return
+    rows = []
+    for step, result in measured["steps"].items():
+        figures = result["figures"]
+        values = [number(median_of(figures[c])) for c in GPU_COLUMNS if c in figures]
+        shares = [percent(figures[share]) for share in GPU_SHARES]
+        rows.append([step, number(result["ratio"], 3), *values, *shares])
+    names = [c.replace("_per_second", "/s").replace("_", " ") for c in GPU_COLUMNS[:-1]]
+    shares = [f"{name} (of fp8)" for name in GPU_SHARES.values()]
+    section.add_table(["step in fp8", "without fp8 / with it", *names, *shares], rows)
 
 
 def _add_memory(section: Section, record: Record) -> None:

@@ -21,6 +21,7 @@ from benchmarks.measure.spreads import UNKNOWN
 from benchmarks.report.record import new_record, settings, write_record
 from benchmarks.suites.gpu_bench import LONG, VARIANTS, Bench, make_bench
 from benchmarks.suites.gpu_compare import compare, print_comparison
+from benchmarks.suites.gpu_fp8 import in_fp8
 from benchmarks.suites.gpu_memory import small_cards, step_peaks, time_splits, token_budgets
 from benchmarks.suites.gpu_peers import best_ratios, peers
 from vico.data.evaluation_batches import EVALUATION_TOKENS
@@ -176,6 +177,7 @@ def measure(record: dict[str, Any], bench: Bench) -> None:
     record["budgets"] = token_budgets(bench)
     record["small_cards"] = small_cards(bench)
     record["time_split"] = time_splits(bench)
+    record["fp8"] = in_fp8(bench)
     record["peers"] = peers(bench)
     record["peer_ratios"] = best_ratios(record["peers"])
     ratios = ", ".join(f"{key} {value:.2f}" for key, value in record["ratios"].items())

@@ -20,7 +20,7 @@ from benchmarks.measure.ceilings import device_ceilings
 from benchmarks.measure.clocks import Clock
 from benchmarks.measure.hardware import gpu_state, hardware
 from benchmarks.measure.metrics import WorkCounts, layer_parameters
-from benchmarks.measure.peak_rates import SOURCES, peak_rate
+from benchmarks.measure.peak_rates import SOURCES, fp8_peak_tflops, peak_rate
 from benchmarks.measure.workload import SyntheticWorkload
 from benchmarks.paths import RESULTS, ROOT
 from benchmarks.report.scaling import disagreements, scaling
@@ -79,6 +79,13 @@ def test_gpu_suite(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     timed = record["memory"]["train"]["fast"]["timed"]
     assert timed["allocated_gib"] >= 0 and timed["reserved_gib"] == "n/a"
 
+    if "not_run" not in record["fp8"]:  # with torch 2.12 or newer
+        assert set(record["fp8"]["steps"]) == {"train_both", "score"}
+        for step in record["fp8"]["steps"].values():
+            # The same work, of which fp8 moves the results; the shares are of its own peak.
+            assert 1e-5 < step["worst_distance"] < 0.1 and step["figures"]["hfu"] == "n/a"
+            assert len(step["seconds"]["fp8"]) == len(step["seconds"]["without"]) == 2
+
     both = record["training"]["both"]
     assert len(both["rounds"]) == 3
     for key in ("seconds", "data_wait_seconds"):
@@ -96,6 +103,7 @@ def test_gpu_suite(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert plots == ["memory.png", "time-split.png"]
     parts = (
         "its figures mean nothing",
+        "fp8",
         "No plot of the ratio's waterfall",
         "1-gpu/time-split.png",
     )
@@ -206,6 +214,8 @@ def test_peak_rates() -> None:
     known = peak_rate(H100, "bf16")
     assert known is not None and known.tflops == 989
     assert peak_rate(f"{H100} MIG 1g.10gb", "bf16") is None
+    assert fp8_peak_tflops(H100) == pytest.approx(1979, rel=1e-3)  # of its datasheet, too
+    assert fp8_peak_tflops("NVIDIA A100-SXM4-80GB") is fp8_peak_tflops("cpu") is None
     assert peak_rate(H100, "fp32") is None
     assert peak_rate("Tesla V100-SXM2-16GB", "bf16") is None
     assert peak_rate("Tesla V100-SXM2-16GB", "fp16") is not None

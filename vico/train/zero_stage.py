@@ -120,18 +120,18 @@ def named_ds_config(config: RunConfig, num_ranks: int) -> dict[str, Any] | None:
 
     Raises UserError if the ds_config does not fit the run, or --quantize cannot be used.
     """
-    if config.quantize is not None:
-        require_available(config.quantize, DTYPES[config.precision])
-    if config.deepspeed == AUTO:
-        return None
-    ds_config = read_config(
-        config.deepspeed, config.precision, config.batch_size, config.accum_iter, num_ranks
-    )
-    if config.quantize in QUANTIZED_BYTES and ds_config["zero_optimization"]["stage"] == 3:
+    ds_config = None
+    if config.deepspeed != AUTO:
+        batch = (config.precision, config.batch_size, config.accum_iter, num_ranks)
+        ds_config = read_config(config.deepspeed, *batch)
+    is_stage_3 = ds_config is not None and ds_config["zero_optimization"]["stage"] == 3
+    if config.quantize in QUANTIZED_BYTES and is_stage_3:
         raise UserError(
             f"--quantize {config.quantize}: is for ZeRO-2, and --deepspeed {config.deepspeed} "
             "is ZeRO-3; leave one out"
         )
+    if config.quantize is not None:
+        require_available(config.quantize, DTYPES[config.precision])
     return ds_config
 
 
