@@ -27,6 +27,7 @@ def test_two_ranks(toy: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     zero3.write_text(json.dumps(config))
     names = write_tasks(tmp_path / "tasks", ["the dog"] * len(OPENINGS))
     words = ["cognition", "--resume", asked.run, "--text", text, "--questions"]
+    words += ["--attention_shares", 60]  # all of them: batches of unequal numbers
     words += ["--tasks", *names, "--include_path", tmp_path / "tasks", "--deepspeed"]
     results = []
     for ranks, ds_config in ((1, "zero2"), (2, zero3)):

@@ -3,7 +3,7 @@
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,19 +18,25 @@ from vico.model.config import DEFAULT_WINDOW
 if TYPE_CHECKING:  # they import torch, which is slow; a mistyped flag is reported before
     from vico.distributed.world import World
     from vico.train.asking import AskedModel
+    from vico.train.build import Inputs
 
-USAGE = "--resume CHECKPOINT [--text FILE ...] [--questions] [--tasks TASK ...] [FLAGS]"
+USAGE = (
+    "--resume CHECKPOINT [--text FILE ...] [--questions] [--attention_shares [N]] "
+    "[--tasks TASK ...] [FLAGS]"
+)
 DESCRIPTION = (
     "Measure what a checkpoint's adapter (--resume) does to plain language. The frozen LLaMA and "
     "the adapted one predict the same text, without a video: perplexity of both, KL(frozen || "
     "adapted) per token in nats, how often both find the same token the likeliest, per file and by "
     "position in the window. --questions also answers the questions of --split by their text "
     "alone, with and without the adapter. --tasks runs tasks of lm-evaluation-harness on both. "
+    "--attention_shares says where the adapted model's attention goes. "
     "Settings come from the checkpoint, as for `vico eval`. "
     "The last line printed is a JSON object. "
     "Example: vico cognition --resume runs/a --text book.txt."
 )
 MIN_WINDOW = 2  # BOS and a token
+ATTENTION_QUESTIONS = 64  # where no number says it
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class Request:
     include_path: Path | None = None
     num_fewshot: int | None = None
     limit: int | None = None
+    attention: int | None = None  # of how many questions
 
     def window_of(self, longest: int | None, default: int) -> int:
         """Positions of a window. `longest`: that the model sees. Raises UserError."""
@@ -72,8 +79,12 @@ def main(argv: list[str]) -> int:
             result |= _measure_texts(request, model, world)
         if request.tasks:
             result["tasks"] = _run_tasks(request, model)
+        if request.questions or request.attention:
+            inputs = _read_split(model, world)
         if request.questions:
-            result["without_video"] = _measure_questions(model, world)
+            result["without_video"] = _measure_questions(model, inputs, world)
+        if request.attention:
+            result["attention"] = _measure_attention(model, inputs, request.attention, world)
         world.print_rank0(json.dumps(result))
 
     return with_world(line, work)
@@ -92,7 +103,16 @@ def _add_own(parser: SettingsParser) -> None:
         "--questions",
         action="store_true",
         help="the accuracy on --split without the video, with and without the adapter (default "
-        "without --text and --tasks)",
+        "without --text, --tasks and --attention_shares)",
+    )
+    add(
+        "--attention_shares",
+        nargs="?",
+        const=ATTENTION_QUESTIONS,
+        type=positive_int,
+        metavar="N",
+        help="which share of each layer's attention goes to the adapter prompt, the video and the "
+        f"text, on N questions of --split (without N: {ATTENTION_QUESTIONS})",
     )
     text = "of lm-evaluation-harness, by its names: hellaswag,arc_easy (extra: lm-eval)"
     add("--tasks", nargs="+", metavar="TASK", help=text)
@@ -113,14 +133,16 @@ def _request(texts: tuple[Path, ...], typed: Mapping[str, Any]) -> Request:
         )
     names = tuple(part for word in typed.get("tasks", ()) for part in word.split(",") if part)
     _check_tasks(typed, names)
+    attention = typed.get("attention_shares")
     return Request(
         texts,
         window,
-        typed.get("questions", False) or not (texts or names),
+        typed.get("questions", False) or not (texts or names or attention),
         names,
         typed.get("include_path"),
         typed.get("num_fewshot"),
         typed.get("limit"),
+        attention,
     )
 
 
@@ -168,20 +190,41 @@ def _measure_texts(request: Request, model: "AskedModel", world: "World") -> dic
     return {"window": window, **measures.to_json()}
 
 
-def _measure_questions(model: "AskedModel", world: "World") -> dict[str, Any]:
-    """Accuracies of both models."""
+def _read_split(model: "AskedModel", world: "World") -> "Inputs":
+    """The questions of --split, with all that they are asked with. Raises UserError."""
     from vico.train.build import read_inputs
+
+    config = replace(model.config, text=())  # measured already
+    with world.raise_together():
+        inputs = read_inputs(config, (config.split,), world)
+    for note in inputs.notes:
+        if note not in model.notes:  # how the rows were read; the others have been printed
+            world.print_rank0(note)
+    return inputs
+
+
+def _measure_attention(
+    model: "AskedModel", inputs: "Inputs", count: int, world: "World"
+) -> dict[str, Any]:
+    from vico.train.attention_shares import measure_attention, spread
+
+    config = model.config
+    questions = spread(inputs.questions[config.split], count)
+    weights = model.checkpoint.weights
+    shares = measure_attention(model.engine, inputs, questions, config, weights, world)
+    world.print_rank0(f"{config.split} {shares.table()}")
+    return {"split": config.split, **shares.to_json()}
+
+
+def _measure_questions(model: "AskedModel", inputs: "Inputs", world: "World") -> dict[str, Any]:
+    """Accuracies of both models."""
     from vico.train.cognition import scores_without_video
     from vico.train.evaluate import require_answers, summarize_split
 
     config = model.config
+    questions = inputs.questions[config.split]
     with world.raise_together():
-        inputs = read_inputs(config, (config.split,), world)
-        questions = inputs.questions[config.split]
         require_answers(questions, config.split)
-    for note in inputs.notes:
-        if note not in model.notes:  # how the rows were read; the others have been printed
-            world.print_rank0(note)
     result: dict[str, Any] = {"split": config.split, "n": len(questions)}
     scores = scores_without_video(model.engine, inputs, config, world)
     for name, of_model in zip(("frozen", "adapted"), scores, strict=True):

@@ -12,6 +12,8 @@ is short.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -49,6 +51,20 @@ def choose_block_runners(
     if no_graphs is not None:
         return f"no CUDA graphs ({no_graphs})"
     return f"training on up to {MAX_GRAPH_ROWS:,} rows by CUDA graphs"
+
+
+@contextmanager
+def attending_by(model: ViCo, attend: Attend) -> Iterator[None]:
+    """`model` attends by the function `attend`, all layers by their modules; then as before."""
+    chosen = model.attend, model.num_checkpointed, model.graphed
+    runs = [block.run for block in model.blocks]
+    choose_block_runners(model, attend)
+    try:
+        yield
+    finally:
+        model.attend, model.num_checkpointed, model.graphed = chosen
+        for block, run in zip(model.blocks, runs, strict=True):
+            block.run = run
 
 
 def _why_no_graphs(model: ViCo, reason: str | None) -> str | None:

@@ -37,11 +37,11 @@ def gate_values(weights: dict[str, Tensor], kind: str) -> npt.NDArray[np.float64
 
     `kind`: gate1, of which tanh acts, or gate2, a logit.
     """
-    rows = _by_layer(weights, kind)
+    rows = gates_by_layer(weights, kind)
     return np.stack(list(rows.values())) if rows else None
 
 
-def _by_layer(weights: dict[str, Tensor], kind: str) -> dict[int, npt.NDArray[np.float64]]:
+def gates_by_layer(weights: dict[str, Tensor], kind: str) -> dict[int, npt.NDArray[np.float64]]:
     """{layer: [heads]} as `gate_values` has them, the lowest layer first."""
     rows = {}
     for name, gate in weights.items():
@@ -57,7 +57,7 @@ def gate_record(weights: dict[str, Tensor]) -> dict[str, dict[str, list[float]]]
     record: dict[str, dict[str, list[float]]] = {}
     for kind in LARGEST:
         record[kind] = {}
-        for layer, row in _by_layer(weights, kind).items():
+        for layer, row in gates_by_layer(weights, kind).items():
             record[kind][str(layer)] = [float(f"{value:.4g}") for value in row]
     return record
 
@@ -66,7 +66,7 @@ def gate_curves(weights: dict[str, Tensor]) -> dict[str, float]:
     """Of each layer the mean over its heads: of |tanh(gate1)|, and of gate2."""
     curves = {}
     for kind in LARGEST:
-        for layer, row in _by_layer(weights, kind).items():
+        for layer, row in gates_by_layer(weights, kind).items():
             acting = np.abs(row) if kind == "gate1" else row
             curves[f"gates/{kind}/layer_{layer:02}"] = float(acting.mean())
     return curves
