@@ -184,7 +184,7 @@ else:
         shared = Segment(0, 17, None, False, False)
         children = [Segment(17 + 9 * i, 26 + 9 * i, 0, False, bool(i % 2)) for i in range(3)]
         segments = (shared, *children)
-        assert SegmentAttention(tile_rows=16).host_layout(segments, torch.float32).shared_tiles
+        assert SegmentAttention(tile_rows=16).host_layout(segments, torch.float32).own.shared_tiles
         require_definition(segments, heads=(2, 1))
 
     def test_equal_inputs_give_equal_bits() -> None:

@@ -17,7 +17,12 @@ from vico.errors import UserError
 from vico.model.attention import segment_tiles
 from vico.model.attention.backends import choose_attention
 from vico.model.attention.segment import HALF_TILE_ROWS
-from vico.model.attention.segment_tiles import DeviceTables, SegmentTables, tables_from_numbers
+from vico.model.attention.segment_tiles import (
+    DeviceTables,
+    HostTables,
+    SegmentTables,
+    tables_from_numbers,
+)
 from vico.model.batch import Segment
 from vico.model.config import LLAMA_CONFIGS
 
@@ -25,8 +30,8 @@ TILE = 16
 
 
 def on_device(segments: Segments, is_padded: bool) -> DeviceTables:
-    tables = SegmentTables(segments, TILE)
-    sizes = tables.padded_sizes if is_padded else tables.sizes
+    tables = HostTables(segments, TILE)
+    sizes = tables.padded_sizes if is_padded else tables.own.sizes
     return tables_from_numbers(torch.from_numpy(tables.joined(sizes)), sizes, TILE, True)
 
 
@@ -109,14 +114,14 @@ def test_options_share_a_tile() -> None:
 def test_few_sizes_serve_many_micro_batches() -> None:
     work = SyntheticWorkload(300)
     batches = [training_batch(work.training(place, 8)) for place in range(40)]
-    sizes = {SegmentTables(batch.segments, 32).padded_sizes for batch in batches}
+    sizes = {HostTables(batch.segments, 32).padded_sizes for batch in batches}
     assert len(sizes) <= 12, sizes
     for batch in batches[:3]:
-        tables = SegmentTables(batch.segments, 32)
-        padded = tables.padded_sizes
-        assert padded.num_rows > tables.num_rows and padded.num_rows % 128 == 0
+        tables = HostTables(batch.segments, 32)
+        padded, own = tables.padded_sizes, tables.own.sizes
+        assert padded.num_rows > own.num_rows and padded.num_rows % 128 == 0
         assert len(tables.joined(padded)) == sum(padded.array_lengths)
-        assert (np.array(padded) >= np.array(tables.sizes)).all()
+        assert (np.array(padded) >= np.array(own)).all()
         assert all(number >= 8 and number & (number - 1) == 0 for number in padded[1:])
 
 

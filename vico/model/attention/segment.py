@@ -14,7 +14,7 @@ from torch.autograd import Function
 
 from vico.model.attention.segment_tiles import (
     DeviceTables,
-    SegmentTables,
+    HostTables,
     TableSizes,
     host_tables,
     segment_tables,
@@ -51,7 +51,7 @@ class SegmentAttention(StreamAttention):
     ) -> DeviceTables:
         return segment_tables(segments, self.tile_rows(like.dtype), like.device, for_backward)
 
-    def host_layout(self, segments: tuple[Segment, ...], dtype: torch.dtype) -> SegmentTables:
+    def host_layout(self, segments: tuple[Segment, ...], dtype: torch.dtype) -> HostTables:
         return host_tables(segments, self.tile_rows(dtype))
 
     def layout_from_numbers(

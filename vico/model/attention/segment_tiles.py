@@ -10,9 +10,10 @@ TILE rows each: the rest of its segment, then each run of its descendants. More 
 visits are cut into pieces, whose sums are added in their order: a shared tile.
 
 Made on the host, once per micro-batch, and sent as one array of whole numbers. The array can be
-padded (`SegmentTables.padded_sizes`); empty tiles, pieces and visits are zeros.
+padded (`HostTables.padded_sizes`); empty tiles, pieces and visits are zeros.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -96,35 +97,17 @@ class SegmentTables:
             num_partial_rows=self.num_partial_rows,
         )
 
-    @cached_property
-    def _padded(self) -> "SegmentTables":
-        """With the rows of the padding as one more segment, which only its own rows see."""
-        num_rows = padded_rows(self.num_rows)
-        padding = Segment(self.num_rows, num_rows, None, is_video=False, after_video=False)
-        return SegmentTables((*self.segments, padding), self.tile_rows)
-
-    @property
-    def padded_sizes(self) -> TableSizes:
-        """Sizes that many streams have in common, with at least one row of padding.
-
-        Powers of two: an empty tile costs next to nothing.
-        """
-        num_rows, *others = self._padded.sizes
-        return TableSizes(num_rows, *(max(8, 1 << (n - 1).bit_length()) for n in others))
-
     def joined(self, sizes: TableSizes) -> np.ndarray:
-        """int64: the tables one after the other, for this stream's own sizes or its padded ones."""
-        tables = self if sizes.num_rows == self.num_rows else self._padded
-        segments = tables.segments
-        lengths = [segment.num_rows for segment in segments]
-        by_segment = [(segment.start, int(segment.is_video)) for segment in segments]
+        """int64: the tables one after the other, for their own sizes or larger ones."""
+        lengths = [segment.num_rows for segment in self.segments]
+        by_segment = [(segment.start, int(segment.is_video)) for segment in self.segments]
         arrays: tuple[Sequence[object] | np.ndarray, ...] = (
-            tables.query_tiles,
-            tables.list_rows,
+            self.query_tiles,
+            self.list_rows,
             np.repeat(by_segment, lengths, axis=0),
-            tables.key_pieces,
-            tables.visits,
-            tables.shared_tiles,
+            self.key_pieces,
+            self.visits,
+            self.shared_tiles,
         )
         joined = np.zeros(sum(sizes.array_lengths), dtype=np.int64)
         start = 0
@@ -143,7 +126,7 @@ class SegmentTables:
             starts = [segment.start for segment in family]
             for start in range(family[0].start, family[-1].stop, self.tile_rows):
                 stop = min(start + self.tile_rows, family[-1].stop)
-                first_key = starts[np.searchsorted(starts, start, side="right") - 1]
+                first_key = starts[bisect_right(starts, start) - 1]
                 tiles.append((start, stop, first_key, *listed, int(after_video)))
         return tiles
 
@@ -202,10 +185,43 @@ def _families(segments: tuple[Segment, ...]) -> list[list[Segment]]:
     return families
 
 
+class HostTables:
+    """The tables of a stream with and without padding, on the host; made when they are wanted."""
+
+    def __init__(self, segments: tuple[Segment, ...], tile_rows: int) -> None:
+        self._segments, self._tile_rows = segments, tile_rows
+        self._num_rows = segments[-1].stop
+
+    @cached_property
+    def own(self) -> SegmentTables:
+        return SegmentTables(self._segments, self._tile_rows)
+
+    @cached_property
+    def _padded(self) -> SegmentTables:
+        """With the rows of the padding as one more segment, which only its own rows see."""
+        num_rows = padded_rows(self._num_rows)
+        padding = Segment(self._num_rows, num_rows, None, is_video=False, after_video=False)
+        return SegmentTables((*self._segments, padding), self._tile_rows)
+
+    @property
+    def padded_sizes(self) -> TableSizes:
+        """Sizes that many streams have in common, with at least one row of padding.
+
+        Powers of two: an empty tile costs next to nothing.
+        """
+        num_rows, *others = self._padded.sizes
+        return TableSizes(num_rows, *(max(8, 1 << (n - 1).bit_length()) for n in others))
+
+    def joined(self, sizes: TableSizes) -> np.ndarray:
+        """As `SegmentTables.joined`, for this stream's own sizes or its padded ones."""
+        tables = self.own if sizes.num_rows == self._num_rows else self._padded
+        return tables.joined(sizes)
+
+
 @lru_cache(maxsize=16)  # of a step's micro-batches: asked for before the step, and in it
-def host_tables(segments: tuple[Segment, ...], tile_rows: int) -> SegmentTables:
+def host_tables(segments: tuple[Segment, ...], tile_rows: int) -> HostTables:
     """The tables of a stream, on the host."""
-    return SegmentTables(segments, tile_rows)
+    return HostTables(segments, tile_rows)
 
 
 def tables_from_numbers(
@@ -231,6 +247,6 @@ def segment_tables(
     segments: tuple[Segment, ...], tile_rows: int, device: torch.device, for_backward: bool
 ) -> DeviceTables:
     """The tables of a stream without padding."""
-    tables = host_tables(segments, tile_rows)
+    tables = host_tables(segments, tile_rows).own
     numbers = send_to_device(tables.joined(tables.sizes), device)
     return tables_from_numbers(numbers, tables.sizes, tile_rows, for_backward)
