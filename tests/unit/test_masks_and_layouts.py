@@ -109,10 +109,9 @@ def test_sizes_of_a_layout() -> None:
     assert layout.sizes == LayoutSizes(24, keys, 14, 7, max_seqlen_q=64, max_seqlen_k=64)
     rounded = LayoutSizes(128, 128 + 256, 128, 32, max_seqlen_q=256, max_seqlen_k=512)
     assert layout.padded_sizes == rounded
-    longest = segment_layout(
-        (Segment(0, 65, None, False, False), Segment(65, 128, 0, False, False))
-    )
-    assert longest.sizes == LayoutSizes(128, 193, 65, 2, max_seqlen_q=128, max_seqlen_k=128)
+    two = (Segment(0, 60, None, False, False), Segment(60, 128, 0, False, False))
+    longest = segment_layout(two)
+    assert longest.sizes == LayoutSizes(128, 188, 60, 2, max_seqlen_q=128, max_seqlen_k=128)
     assert longest.padded_sizes.num_rows == 256
 
 

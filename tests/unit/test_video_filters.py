@@ -279,17 +279,21 @@ def test_videos_of_a_folder(tmp_path: Path) -> None:
 def test_features_beside_given_ones(tmp_path: Path) -> None:
     """A line per video and a summary; only frames that both have are compared."""
     own = {"a": torch.eye(4)[:2], "b": torch.eye(4)[:3], "c": torch.eye(4), "d": torch.eye(4)}
-    theirs = {"a": torch.eye(4)[:2], "c": torch.ones(2, 4), "d": torch.ones(4, 3)}
+    theirs = {
+        "a": torch.eye(4)[:2],
+        "c": torch.tensor([[1.0] * 4, [0, 1, 0, 0]]),
+        "d": torch.ones(4, 3),
+    }
     for name, features in (("own.pth", own), ("theirs.pth", theirs)):
         torch.save(features, tmp_path / name)
     given = GivenFeatures(tmp_path / "theirs.pth")
     lines = list(compare(tmp_path / "own.pth", sorted(own), given))
     assert lines[0] == "'a': cosine 1.000000, lowest 1.000000, 2 frames, there 2"
     assert lines[1] == "'b': not in theirs.pth"
-    assert lines[2] == "'c': cosine 0.500000, lowest 0.500000, 4 frames, there 2"
+    assert lines[2] == "'c': cosine 0.750000, lowest 0.500000, 4 frames, there 2"
     assert lines[3].startswith("'d': ") and lines[3].endswith(": other widths")
     assert lines[4:] == [
-        f"{tmp_path / 'theirs.pth'}: 2 videos compared, mean cosine 0.750000, lowest of a frame "
+        f"{tmp_path / 'theirs.pth'}: 2 videos compared, mean cosine 0.875000, lowest of a frame "
         "0.500000; 1 have another number of frames, 2 cannot be compared"
     ]
     nothing = Comparison(num_missing=3).summary(Path("x"))
