@@ -25,7 +25,7 @@ QUANTIZATION_BLOCK_SIZES = {"8bit": 256, "nf4": 64}
 # Of a window of plain text, BOS included: of one that each question brings with --keep...
 KEPT_POSITIONS = 64
 # ...with the weight of --keep without a number (vico/README.md says what it does)...
-KEPT_WEIGHT = 2.0
+KEPT_WEIGHT = 1.0
 # ...and of one that is measured, where nothing else is asked for.
 DEFAULT_WINDOW = 1024
 # Bytes per weight, with its share of the scales. 8bit: an fp32 scale per block of 256.
