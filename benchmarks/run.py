@@ -44,7 +44,7 @@ SUITES = {
         "4 minutes for a 7B on an H100; --tiny --device cpu: 15 seconds",
     ),
     "node": Suite(
-        "benchmarks.suites.node",
+        "benchmarks.suites.node.suite",
         "any number of ranks: ZeRO-2 and 3, weak and strong scaling, communication; not yet timed "
         "on several GPUs, an estimated 5 minutes per size and number of ranks; "
         "--tiny --ranks 1,2 on a CPU: 1 minute",

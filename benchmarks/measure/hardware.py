@@ -3,6 +3,10 @@
 import os
 import platform
 import subprocess
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,13 @@ STATE = (
     *("driver_version", "clocks.sm", "clocks.max.sm", "power.draw", "power.limit"),
     *("temperature.gpu", "clocks_throttle_reasons.active"),
 )
+
+# The same while steps are timed: of each GPU, numbers without units, then the reasons.
+WATCHED = (
+    *("index", "clocks.sm", "power.draw", "temperature.gpu"),
+    "clocks_throttle_reasons.active",
+)
+WATCH_MILLISECONDS = 500
 
 
 def hardware() -> dict[str, Any]:
@@ -63,6 +74,62 @@ def gpu_state() -> dict[str, Any]:
             return {"gpu_state": UNKNOWN}
         states.append(dict(zip(STATE, cells, strict=True)))
     return {"gpu_state": states}
+
+
+@contextmanager
+def watched_gpus(watches: bool = True) -> Iterator[dict[str, Any]]:
+    """Clocks, power, temperature and throttle reasons of this host's GPUs during the block.
+
+    The dict has "gpu_samples" after the block: by GPU, the lowest, the median and the highest value
+    of what nvidia-smi printed twice a second; "n/a" where it does not run. It is a process beside
+    this one, which starts and reads nothing in the block. Nothing is done unless `watches`.
+    """
+    if not watches:
+        yield {}
+        return
+    out: dict[str, Any] = {"gpu_samples": UNKNOWN}
+    query = (f"--query-gpu={','.join(WATCHED)}", "--format=csv,noheader,nounits")
+    with tempfile.TemporaryFile() as file:
+        try:
+            process = subprocess.Popen(
+                ["nvidia-smi", *query, "-lms", str(WATCH_MILLISECONDS)],
+                stdout=file,
+                stderr=subprocess.DEVNULL,
+            )
+        except OSError:
+            yield out
+            return
+        try:
+            yield out
+        finally:
+            process.terminate()
+            process.wait()
+        file.seek(0)
+        out["gpu_samples"] = _by_gpu(file.read().decode("utf-8", "replace")) or UNKNOWN
+
+
+def _by_gpu(text: str) -> dict[str, Any]:
+    """The samples that nvidia-smi printed; lines of another form, as a last one, are left out."""
+    rows: dict[str, list[list[str]]] = defaultdict(list)
+    for line in text.splitlines():
+        index, *cells = [cell.strip() for cell in line.split(",")]
+        if len(cells) == len(WATCHED) - 1:
+            rows[index].append(cells)
+    samples: dict[str, Any] = {}
+    for index, of_gpu in rows.items():
+        *numbers, reasons = zip(*of_gpu, strict=True)
+        samples[index] = {"samples": len(of_gpu), WATCHED[-1]: sorted(set(reasons))}
+        for name, values in zip(WATCHED[1:], numbers, strict=False):
+            samples[index][name] = _range(values)
+    return samples
+
+
+def _range(values: tuple[str, ...]) -> dict[str, float] | str:
+    try:
+        ordered = sorted(map(float, values))
+    except ValueError:  # a GPU that does not say
+        return UNKNOWN
+    return {"min": ordered[0], "median": ordered[len(ordered) // 2], "max": ordered[-1]}
 
 
 def _cpu_name() -> str:

@@ -103,6 +103,11 @@ class SyntheticWorkload:
             f"captions of {self._lengths.caption} tokens"
         )
 
+    @property
+    def caption_tokens(self) -> tuple[int, int]:
+        """Of the shortest and the longest caption's text, before it is cut."""
+        return self._lengths.caption
+
     def training(self, index: int, num_questions: int) -> TrainingWork:
         generator = np.random.default_rng([self._seed, 1, index])
         vqa = []

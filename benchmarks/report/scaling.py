@@ -17,7 +17,8 @@ def disagreements(cases: list[Case], bound: float) -> list[dict[str, Any]]:
     for case in cases:
         if "losses" not in case:
             continue
-        other = first.setdefault((case["size"], case["questions_per_step"]), case)
+        samples = (case["questions_per_step"], *case.get("captions", ()))
+        other = first.setdefault((case["size"], *samples), case)
         pairs = _loss_pairs(case, other)
         # Written so that NaN differs, too.
         if all(abs(a - b) <= bound * abs(b) for a, b in pairs):

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure.spreads import median_of
-from benchmarks.report import plot_data, plots
+from benchmarks.report import plot_data, plots, tables
 from benchmarks.report.markdown import NOT_MEASURED, Section, measured, number, percent
 from benchmarks.report.scaling import CASE_NAMES, scaling
 
@@ -84,6 +84,11 @@ def gpu_section(record: Record, folder: Path) -> Section:
         names = [c.replace("_per_second", "/s").replace("_", " ") for c in GPU_COLUMNS]
         section.add_table(["step", "variant", *names, *GPU_SHARES.values()], rows)
         section.add_text(UTILIZATION)
+    samples = {}
+    for part in ("training", "scoring"):
+        for kind, compared in record.get(part, {}).items():
+            samples[f"{part} {kind}"] = compared.get("gpu_samples")
+    tables.add_gpu_samples(section, samples)
     _add_fp8(section, record.get("fp8", {"not_run": NOT_MEASURED}))
     _add_peers(section, record.get("peers", {}))
     if "both_long" not in record.get("training", {}):
@@ -107,7 +112,14 @@ def node_section(record: Record, folder: Path) -> Section:
     section = Section()
     section.add_table(NODE_COLUMNS, [_node_row(case) for case in record["cases"]])
     section.add_text(UTILIZATION)
-    _add_ranks(section, record["cases"])
+    tables.add_ranks(section, record["cases"])
+    tables.add_overlap(section, record["cases"])
+    tables.add_runs(section, record["cases"])
+    samples = {}
+    for case in record["cases"]:
+        name = " ".join(str(case.get(key, "")) for key in CASE_NAMES)
+        samples[name] = case.get("gpu_samples")
+    tables.add_gpu_samples(section, samples)
     for failure in record["failures"]:
         start = f"{failure['size']} on {failure['ranks']} rank(s)"
         section.add_text(f"{start} ended with exit code {failure['exit_code']}.")
@@ -272,34 +284,6 @@ def _add_small_cards(section: Section, record: Record) -> None:
     if rows:
         columns = ["card (its memory capped)", "GiB allowed", "layers recomputed"]
         section.add_table([*columns, "peak of a training step, GiB"], rows)
-
-
-def _add_ranks(section: Section, cases: list[Record]) -> None:
-    """How ranks differ, what was predicted, and one profiled step's communication."""
-    rows = []
-    for case in cases:
-        name = " ".join(str(case.get(key, "")) for key in CASE_NAMES)
-        if "by_rank" not in case:
-            rows.append([name, *[NOT_MEASURED] * 5])
-            continue
-        by_rank, profiled = case["by_rank"], case["communication_time"]
-        seconds, memory = (_range(by_rank[key]) for key in ("seconds", "allocated_gib"))
-        predicted = case["predicted"]
-        pair = (predicted.get(key) for key in ("memory_gib", "real_tokens_per_second"))
-        communication = number(profiled["seconds"], 3)
-        imbalance = number(by_rank["imbalance"], 3)
-        rows.append(
-            [name, seconds, memory, imbalance, communication, " / ".join(map(number, pair))]
-        )
-    if rows:
-        columns = ["case", "s/step of a rank: min, median, max", "GiB allocated: min, median, max"]
-        columns += ["tokens, most over mean", "communication of a profiled step, s"]
-        section.add_table([*columns, "predicted GiB / tokens/s"], rows)
-
-
-def _range(values: list[float]) -> str:
-    ordered = sorted(values)
-    return ", ".join(number(x, 3) for x in (ordered[0], ordered[len(ordered) // 2], ordered[-1]))
 
 
 def _node_row(case: Record) -> list[str]:

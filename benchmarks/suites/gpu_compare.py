@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure.clocks import Clock
+from benchmarks.measure.hardware import watched_gpus
 from benchmarks.measure.metrics import WorkCounts, rates
-from benchmarks.measure.spreads import UNKNOWN, ratio_spread, spread
+from benchmarks.measure.spreads import ratio_spread, spread
+from benchmarks.report.markdown import percent
 from benchmarks.suites.gpu_bench import VARIANTS, Bench, Result
 from vico.io import log
 
@@ -28,24 +30,25 @@ def compare(bench: Bench, kind: str, num: int) -> dict[str, Any]:
     waits: dict[str, list[float]] = {name: [] for name in VARIANTS}
     counts: dict[str, list[WorkCounts]] = {name: [] for name in VARIANTS}
     out: dict[str, Any] = {"rounds": [], "equal": True, "bounds": BOUNDS}
-    for index in range(count):
-        results: dict[str, Result] = {}
-        for name in VARIANTS if index % 2 == 0 else VARIANTS[::-1]:
-            start, wait_start = clock.now(), time.perf_counter()
-            # Waiting for data is part of the step.
-            item = next(streams[name])
-            waited = time.perf_counter() - wait_start
-            results[name] = bench.run(name, item)
-            stop = clock.now()
-            if index >= args.warmup:
-                marks[name].append((start, stop))
-                waits[name].append(waited)
-                counts[name].append(bench.count(name, item))
-        entry = agreement(results)
-        out["rounds"].append(entry)
-        print_step(kind, index - args.warmup, entry)
-        if not entry["equal"]:
-            return out | {"equal": False}
+    with watched_gpus() as watched:
+        for index in range(count):
+            results: dict[str, Result] = {}
+            for name in VARIANTS if index % 2 == 0 else VARIANTS[::-1]:
+                start, wait_start = clock.now(), time.perf_counter()
+                # Waiting for data is part of the step.
+                item = next(streams[name])
+                waited = time.perf_counter() - wait_start
+                results[name] = bench.run(name, item)
+                stop = clock.now()
+                if index >= args.warmup:
+                    marks[name].append((start, stop))
+                    waits[name].append(waited)
+                    counts[name].append(bench.count(name, item))
+            entry = agreement(results)
+            out["rounds"].append(entry)
+            print_step(kind, index - args.warmup, entry)
+            if not entry["equal"]:
+                return out | {"equal": False}
     seconds: dict[str, list[float]] = {}
     metrics = {}
     for name in VARIANTS:
@@ -56,6 +59,7 @@ def compare(bench: Bench, kind: str, num: int) -> dict[str, Any]:
         "seconds": seconds,
         "data_wait_seconds": waits,
         "figures": metrics,
+        **watched,
         "ratio": ratio_spread(seconds["plain"], seconds["fast"]),
     }
 
@@ -102,12 +106,11 @@ def print_step(kind: str, number: int, entry: dict[str, Any]) -> None:
 
 def print_comparison(key: str, by_variant: dict[str, Any], ratio: dict[str, float]) -> None:
     for name, metrics in by_variant.items():
-        mfu = metrics["mfu"]
-        share = f"{mfu['median']:.1%}" if isinstance(mfu, dict) else UNKNOWN
+        mfu, hfu = percent(metrics["mfu"]), percent(metrics["hfu"])
         log.info(
             f"{key} {name}: {metrics['seconds']['median']:.4f} s, "
             f"{metrics['real_tokens_per_second']['median']:.0f} real tokens/s, "
-            f"{metrics['questions_per_second']['median']:.1f} questions/s, MFU {share}"
+            f"{metrics['questions_per_second']['median']:.1f} questions/s, MFU {mfu}, HFU {hfu}"
         )
     low, median, high = ratio["p10"], ratio["median"], ratio["p90"]
     log.info(f"{key}: plain over fast {median:.2f} ({low:.2f} to {high:.2f})")

@@ -18,13 +18,12 @@ from benchmarks.baseline.variants import Packed, scoring_batches, training_batch
 from benchmarks.measure import metrics
 from benchmarks.measure.ceilings import device_ceilings
 from benchmarks.measure.clocks import Clock
-from benchmarks.measure.hardware import gpu_state, hardware
 from benchmarks.measure.metrics import WorkCounts, layer_parameters
 from benchmarks.measure.peak_rates import SOURCES, fp8_peak_tflops, peak_rate
 from benchmarks.measure.workload import SyntheticWorkload
 from benchmarks.paths import RESULTS, ROOT
 from benchmarks.report.scaling import disagreements, scaling
-from benchmarks.suites.node import rank_numbers
+from benchmarks.suites.node.suite import rank_numbers
 from support.processes import base_environment, run_command
 from vico.errors import UserError
 from vico.model.attention import backends
@@ -236,22 +235,6 @@ def test_clock_and_ceilings() -> None:
     assert ceilings["sustained_matmul_tflops"] > 0 and ceilings["gpu_state"]
 
 
-def test_gpu_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clocks and power are what nvidia-smi prints, by GPU; "n/a" where it does not run."""
-    program = tmp_path / "nvidia-smi"
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert gpu_state() == {"gpu_state": "n/a"}
-    line = "555.1, 1755 MHz, 1980 MHz, 650.10 W, 700.00 W, 60, 0x0000000000000004"
-    program.write_text(f"#!/bin/sh\necho '{line}'\necho '{line}'\n", encoding="utf-8")
-    program.chmod(0o755)
-    state = gpu_state()["gpu_state"]
-    assert len(state) == 2 and state[1]["power.draw"] == "650.10 W"
-    program.write_text("#!/bin/sh\nexit 9\n", encoding="utf-8")
-    assert gpu_state() == {"gpu_state": "n/a"}
-    monkeypatch.setenv("NCCL_DEBUG", "WARN")
-    assert hardware()["nccl_environment"]["NCCL_DEBUG"] == "WARN"
-
-
 def test_shared_pair() -> None:
     """Both models hold the same parameter tensors, so that memory holds them once."""
     plain, fast = make_shared_pair(MODELS["toy"], torch.bfloat16, CPU)
@@ -367,5 +350,8 @@ def test_documented_sizes_start(flags: str, tmp_path: Path) -> None:
     record = last_record(suite.stdouts[0], tmp_path)
     kinds = [(case["size"], case["scaling"]) for case in record["cases"]]
     sizes = [word for word in flags.split() if word in SIZES]
-    assert kinds == [(size, kind) for size in sizes for kind in ("weak", "strong", "recipe")]
+    kinds_of_size = ["weak", "strong", "recipe", "long"]
+    if "--stages 3" in flags:
+        kinds_of_size.append("kept")
+    assert kinds == [(size, kind) for size in sizes for kind in kinds_of_size]
     assert all("figures" in case for case in record["cases"])

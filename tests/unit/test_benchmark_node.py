@@ -9,12 +9,19 @@ import pytest
 import torch
 
 from benchmarks.baseline.models import MODELS, SIZES
+from benchmarks.measure.workload import SyntheticWorkload
 from benchmarks.report.sections import node_section
-from benchmarks.suites import node, node_plan, node_rank
-from benchmarks.suites.node_plan import CasePlan, plan_on
+from benchmarks.suites.node import plan as node_plan
+from benchmarks.suites.node import rank as node_rank
+from benchmarks.suites.node import suite as node
+from benchmarks.suites.node.communication_time import exposed
+from benchmarks.suites.node.plan import CasePlan, plan_on
+from support.processes import ROOT, start
 from vico.distributed.world import World
 from vico.errors import UserError
 from vico.planner.gpu_specs import GPUS, Hardware
+
+WORKLOAD = SyntheticWorkload(32_000)
 
 
 @pytest.mark.parametrize(
@@ -24,12 +31,12 @@ from vico.planner.gpu_specs import GPUS, Hardware
 def test_questions_fit(size: str, gpus: int, stage: int, fits: bool) -> None:
     """The documented commands ask for no more than an H100 holds; 24 questions of 65B do not."""
     hardware = Hardware(GPUS["H100"], gpus)
-    chosen = plan_on(hardware, None, "bf16", size, MODELS[size], stage)
+    chosen = plan_on(hardware, None, "bf16", size, MODELS[size], stage, WORKLOAD)
     assert (chosen.questions > 0) == fits
     if fits:
         assert chosen.predicted["memory_gib"] <= chosen.predicted["available_gib"]
         assert chosen.predicted["real_tokens_per_second"] > 0
-    given = plan_on(hardware, 24, "bf16", size, MODELS[size], stage)
+    given = plan_on(hardware, 24, "bf16", size, MODELS[size], stage, WORKLOAD)
     assert given.questions == 24
     too_much = given.predicted["memory_gib"] > given.predicted["available_gib"]
     assert too_much == (size == "65B")
@@ -126,3 +133,69 @@ def test_nothing_fits(alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
     (case,) = node_rank._cases(arguments(), alone, "65B", 3, 1.0)
     assert case["not_run"] == "the planner says no question fits"
     assert case["predicted"] == {"memory_gib": 128.0}
+
+
+def test_exposed() -> None:
+    """Of transfers the time in which no kernel runs; those that overlap count once."""
+    transfers = [(0.0, 4.0), (3.0, 5.0), (9.0, 10.0)]
+    assert exposed(transfers, [(1.0, 3.5), (2.0, 4.5), (20.0, 30.0)]) == pytest.approx(2.5)
+    assert exposed(transfers, []) == 6.0
+    assert exposed([], [(1.0, 2.0)]) == 0.0
+
+
+def test_besides_steps(alone: World, tmp_path: Path) -> None:
+    """The recipe also starts, scores, saves and resumes; what was saved comes back."""
+    args = arguments(scaling=["recipe", "long", "kept"], warmup=0, steps=1)
+    recipe, longer = node_rank._cases(args, alone, "toy", 3, 1.0, {"imports_seconds": 1.0})
+    run = recipe["run"]
+    assert run["equal"] and run["checkpoint_bytes"] > 0
+    assert run["scoring"]["questions"] > 1 and run["scoring"]["questions_per_second"] > 0
+    for name in ("imports", "engine", "first_step", "save", "resume"):
+        assert run[f"{name}_seconds"] > 0
+    assert (recipe["captions"], longer["captions"]) == ([80, 250], [200, 358])
+    tokens = [
+        case["work"][0]["real_tokens"] / case["work"][0]["questions"] for case in (recipe, longer)
+    ]
+    assert tokens[1] > 1.2 * tokens[0]
+    record = {"cases": [recipe, longer], "failures": [], "machines": []}
+    text = "\n".join(node_section(record, tmp_path).lines)
+    assert "questions scored/s" in text and "not hidden, s" in text
+
+
+@pytest.mark.slow
+def test_node_shards(tmp_path: Path) -> None:
+    """Frozen weights are divided within each of two nodes, or kept whole: no number changes."""
+    flags = "node --tiny --stages 3 --precision fp32 --steps 1 --scaling weak kept".split()
+    program = (str(ROOT / "benchmarks" / "run.py"),)
+    run = start(
+        *flags,
+        "--results",
+        str(tmp_path),
+        ranks=4,
+        program=program,
+        environment={"LOCAL_WORLD_SIZE": "2"},
+    )
+    assert run.wait() == [0] * 4, run.output
+    (path,) = tmp_path.glob("node-*.json")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    weak, kept = record["cases"]
+    assert record["equal"] is True and kept["scaling"] == "kept"
+    shards = [case["communication"]["frozen_shards"] for case in (weak, kept)]
+    assert shards == [2, 1]
+    received = [case["communication"]["parameters"] for case in (weak, kept)]
+    assert received[0] > received[1]
+    overlap = kept["overlap"]
+    difference = overlap["seconds"] - overlap["kept_seconds"]
+    assert overlap["gathers_cost_seconds"] == difference and overlap["communication_seconds"] > 0
+    text = "\n".join(node_section(record, tmp_path).lines)
+    assert "what gathers cost" in text
+
+
+def test_nodes_of_the_planner() -> None:
+    """As in training: within nodes where there are several of several GPUs."""
+    for nodes, expected in ((1, False), (2, True)):
+        hardware = Hardware(GPUS["H100"], 8, nodes=nodes, network_gbit=400)
+        chosen = plan_on(hardware, None, "bf16", "65B", MODELS["65B"], 3, WORKLOAD)
+        assert chosen.in_nodes == expected and not chosen.keeps_fit
+    small_enough = plan_on(Hardware(GPUS["H100"], 8), None, "bf16", "7B", MODELS["7B"], 3, WORKLOAD)
+    assert small_enough.keeps_fit

@@ -281,9 +281,7 @@ def _make_model(config: RunConfig, inputs: Inputs, dtype: torch.dtype, world: Wo
     linear: MakeLinear = FrozenLinear
     if config.quantize is not None:
         linear = quantized_linear(config.quantize)
-    in_nodes = inputs.ds_config.get(FROZEN_SHARDS) == IN_NODES
-    node_group = world.node_group() if in_nodes else None
-    with zero_init(inputs.ds_config, world.device, node_group):
+    with zero_init(inputs.ds_config, world.device, frozen_group(inputs.ds_config, world)):
         return ViCo(
             inputs.weights.config,
             inputs.num_adapted,
@@ -294,6 +292,11 @@ def _make_model(config: RunConfig, inputs: Inputs, dtype: torch.dtype, world: Wo
             linear,
             feature_width=inputs.trainable_shapes["visual_proj.weight"][1],
         )
+
+
+def frozen_group(ds_config: dict[str, Any], world: World) -> Any:
+    """The ranks over which ZeRO-3 divides a frozen weight; None: all of them. A collective."""
+    return world.node_group() if ds_config.get(FROZEN_SHARDS) == IN_NODES else None
 
 
 def _load_weights(

@@ -3,7 +3,7 @@
 Inside a launcher (deepspeed, torchrun, srun, mpirun) it measures on the ranks it finds. Otherwise
 it starts its own ranks with launch/start.py, as a training run does, once per number of ranks, size
 and stage, so that one which runs out of memory ends no other. It makes one record of all starts.
-node_rank.py is what a rank does.
+rank.py is what a rank does.
 """
 
 import argparse
@@ -37,7 +37,8 @@ SINGLE_FLAGS = (
     *("steps", "warmup", "num_workers", "seed"),
 )
 LIST_FLAGS = ("scaling",)
-KINDS = ("weak", "strong", "recipe")
+# Kinds of cases.
+WEAK, STRONG, RECIPE, LONG, KEPT = KINDS = ("weak", "strong", "recipe", "long", "kept")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +55,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=KINDS,
         default=list(KINDS),
-        help="recipe: 16 questions of each rank in 2 micro-batches, as published",
+        help="recipe: 16 questions of each rank in 2 micro-batches, as published, and the times of "
+        "scoring, save, resume and start; long: as weak, with longer captions; kept: as weak under "
+        "ZeRO-3, with all frozen weights on each rank: no gathers",
     )
     add(
         "--questions",
@@ -102,7 +105,7 @@ def _run_rank(args: argparse.Namespace) -> int:
             "leave --ranks out"
         )
     # Imports DeepSpeed, which the process that starts the ranks does not need.
-    from benchmarks.suites.node_rank import measure
+    from benchmarks.suites.node.rank import measure
 
     part = measure(args)
     if part is None or args.part is not None:

@@ -12,6 +12,8 @@ from benchmarks.measure.spreads import UNKNOWN, spread
 from vico.distributed.world import World
 from vico.planner.gpu_specs import GIB
 
+Span = tuple[float, float]  # start and end, microseconds
+
 
 def over_ranks(
     world: World, seconds: list[float], waits: list[float], tokens: list[int]
@@ -42,7 +44,7 @@ def over_ranks(
 def communication_time(run: Callable[[], object], world: World) -> dict[str, Any]:
     """One step under the profiler on rank 0: NCCL's kernels, or gloo's calls on a CPU.
 
-    Of NCCL, what is not hidden behind products cannot be told from this number alone.
+    "exposed_seconds": of a GPU, the time in which NCCL's kernels run and no other kernel does.
     """
     if not world.is_main:
         run()
@@ -55,10 +57,51 @@ def communication_time(run: Callable[[], object], world: World) -> dict[str, Any
     with profile(activities=activities) as profiler:
         step_seconds = clock.time(run)
     seconds = 0.0
-    for event in profiler.key_averages():
-        if on_gpu and event.device_type.name != "CPU" and "nccl" in event.key.lower():
-            seconds += event.self_device_time_total / 1e6
+    transfers: list[Span] = []
+    kernels: list[Span] = []
+    for event in profiler.events() or ():
+        if on_gpu and event.device_type.name != "CPU" and not event.is_user_annotation:
+            span = (event.time_range.start, event.time_range.end)
+            (transfers if "nccl" in event.key.lower() else kernels).append(span)
         elif not on_gpu and event.key.startswith("gloo:"):
             seconds += event.cpu_time_total / 1e6
-    found = seconds if seconds or world.size == 1 else UNKNOWN
-    return {"seconds": found, "profiled_step_seconds": step_seconds}
+    if on_gpu:
+        seconds = sum(stop - start for start, stop in transfers) / 1e6
+    is_known = bool(seconds) or world.size == 1
+    return {
+        "seconds": seconds if is_known else UNKNOWN,
+        "exposed_seconds": exposed(transfers, kernels) / 1e6 if on_gpu and is_known else UNKNOWN,
+        "profiled_step_seconds": step_seconds,
+    }
+
+
+def overlap(weak: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
+    """What gathers cost: a step with them, and one of ranks that each have all frozen weights.
+
+    The second neither gathers nor copies what was gathered; ZeRO-3 does all else. Beside it, the
+    communication of a profiled step: what of it costs nothing is hidden behind products.
+    """
+    if not weak:
+        return {}
+    seconds, without = (spread(case["seconds"])["median"] for case in (weak, kept))
+    return {
+        "seconds": seconds,
+        "kept_seconds": without,
+        "gathers_cost_seconds": seconds - without,
+        "communication_seconds": weak["communication_time"].get("seconds", UNKNOWN),
+    }
+
+
+def exposed(transfers: list[Span], kernels: list[Span]) -> float:
+    """How long a transfer runs while no kernel does."""
+    both = _length(transfers + kernels)
+    return both - _length(kernels)
+
+
+def _length(spans: list[Span]) -> float:
+    """Of the union of spans."""
+    total, reached = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, reached))
+        reached = max(reached, stop)
+    return total

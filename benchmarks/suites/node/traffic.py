@@ -66,11 +66,12 @@ def communication(
     config: LlamaConfig, engine: Engine, num_ranks: int, num_micro_batches: int
 ) -> dict[str, Any]:
     """Bytes that each rank receives per step. They are computed, not measured."""
-    frozen = next(p for p in engine.module.parameters() if not p.requires_grad)
+    frozen: Any = next(p for p in engine.module.parameters() if not p.requires_grad)
     weight_bytes = frozen.element_size()
     trainables = sum(getattr(p, "ds_numel", p.numel()) for p in engine.trainables.values())
     of_others = (num_ranks - 1) / num_ranks
     gradients = of_others * FP32_BYTES * trainables * num_micro_batches
+    num_shards = 1
     if engine.stage < 3:
         parameters = of_others * FP32_BYTES * trainables
         rule = (
@@ -78,17 +79,21 @@ def communication(
             "then the updated trainables gathered once"
         )
     else:
+        num_shards = frozen.ds_zero_partition_world_size
         embeddings = head = config.num_embedding_parameters
         weights = weight_bytes * (2 * (layer_parameters(config) + head) + embeddings)
-        per_micro_batch = weights + 2 * FP32_BYTES * trainables
-        parameters = of_others * num_micro_batches * per_micro_batch
+        of_other_shards = (num_shards - 1) / num_shards
+        per_micro_batch = of_other_shards * weights + of_others * 2 * FP32_BYTES * trainables
+        parameters = num_micro_batches * per_micro_batch
         rule = (
             "per micro-batch: layers, head and trainables gathered in forward and backward, "
-            "embeddings in forward, gradients reduced to owners"
+            "embeddings in forward, gradients reduced to owners; of frozen weights n is the "
+            "number of ranks that divide them"
         )
     return {
         "bytes_per_step": gradients + parameters,
         "gradients": gradients,
         "parameters": parameters,
+        "frozen_shards": num_shards,
         "computed_as": f"(n-1)/n of: {rule}",
     }

@@ -1,8 +1,4 @@
-"""What every rank of the `node` suite does: the real engine and `train_step`, synthetic samples.
-
-Weights are random, a function of the seed and the parameter's name. Every rank makes each tensor
-and keeps its part. So neither the stage nor the number of ranks changes them, and nothing is sent.
-"""
+"""What every rank of the `node` suite does: the real engine and `train_step`, synthetic samples."""
 
 import argparse
 import gc
@@ -10,29 +6,30 @@ import json
 import os
 import socket
 import time
-import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, astuple
-from typing import Any, NoReturn
+from dataclasses import asdict, astuple, dataclass
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as torch_dist
-from torch import Tensor, nn
 
-from benchmarks.baseline.models import MODELS, make_fast, random_value
+from benchmarks.baseline.models import MODELS
 from benchmarks.measure.ceilings import SUSTAINED_SECONDS, device_ceilings
 from benchmarks.measure.clocks import Clock
-from benchmarks.measure.hardware import hardware
+from benchmarks.measure.hardware import hardware, watched_gpus
+from benchmarks.measure.lengths import Lengths
 from benchmarks.measure.memory import resident_peak_gib
 from benchmarks.measure.metrics import WorkCounts, count_packed, rates
 from benchmarks.measure.peak_rates import peak_rate
 from benchmarks.measure.spreads import UNKNOWN
 from benchmarks.measure.workload import SyntheticWorkload
-from benchmarks.suites.node import OUT_OF_MEMORY
-from benchmarks.suites.node_plan import CasePlan, out_of_memory, plan_case, small
-from benchmarks.suites.node_profile import communication_time, over_ranks
-from benchmarks.suites.node_steps import TASK_WEIGHTS, RankSteps
-from benchmarks.suites.node_traffic import collectives, communication
+from benchmarks.suites.node.communication_time import communication_time, over_ranks, overlap
+from benchmarks.suites.node.engine import make_engine
+from benchmarks.suites.node.plan import CasePlan, out_of_memory, plan_case, small, too_large
+from benchmarks.suites.node.recipe import Start, besides_steps, process_seconds, seconds_of, slowest
+from benchmarks.suites.node.steps import TASK_WEIGHTS, RankSteps
+from benchmarks.suites.node.suite import KEPT, LONG, OUT_OF_MEMORY, RECIPE, STRONG, WEAK
+from benchmarks.suites.node.traffic import collectives, communication
 from vico.data.batching import Step
 from vico.data.dataloader import loader
 from vico.distributed import world as dist
@@ -40,24 +37,18 @@ from vico.distributed.world import World
 from vico.errors import UserError
 from vico.io import log
 from vico.io.atomic import write_text
-from vico.model.attention.backends import choose_attention
-from vico.model.block_runners import choose_block_runners
 from vico.model.config import MAX_GRAPH_ROWS, LlamaConfig
-from vico.model.ops import triton_ops
 from vico.planner.gpu_specs import GIB
 from vico.train.backbone import DTYPES
-from vico.train.build import why_no_graphs
-from vico.train.ds_config import read_config
-from vico.train.engine import Engine, zero_init
-from vico.train.optim import make_optimizer
+from vico.train.engine import Engine
 from vico.train.step import train_step
 
 # The update does all of its work, and all cases keep the same weights: losses can be compared.
 LR = 0.0
 # As published: 16 questions of each rank, in two micro-batches.
 RECIPE_QUESTIONS, RECIPE_PIECES = 16, 2
-# Share of a GPU's memory that the frozen weights may take.
-MAX_WEIGHT_SHARE = 0.92
+SCORED_VIDEOS = 16  # of each rank, with all their questions
+NOTHING_FITS = "the planner says no question fits"
 
 Case = dict[str, Any]
 Schedule = list[tuple[int, int]]  # (epoch, index) of each step
@@ -65,7 +56,11 @@ Schedule = list[tuple[int, int]]  # (epoch, index) of each step
 
 def measure(args: argparse.Namespace) -> dict[str, Any] | None:
     """All cases on these ranks: the result on rank 0, None on the others."""
+    start: Start = {"imports_seconds": process_seconds()}
+    begun = time.perf_counter()
     world = dist.connect()
+    start["connect_seconds"] = slowest(world, time.perf_counter() - begun)
+    start["imports_seconds"] = slowest(world, start["imports_seconds"])
     _set_num_threads()
     size, copy_mib, collective_mib, repeats = (256, 4, 4, 5) if args.tiny else (8192, 1024, 512, 20)
     dtype = DTYPES[args.precision]
@@ -83,7 +78,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any] | None:
     }
     for name in args.sizes:
         for stage in args.stages:
-            for case in _cases(args, world, name, stage, ceilings["matmul_tflops"]):
+            for case in _cases(args, world, name, stage, ceilings["matmul_tflops"], start):
                 result["cases"].append(case)
                 if world.is_main and args.part is not None:
                     write_text(args.part, json.dumps(result))
@@ -105,10 +100,33 @@ def _hosts(world: World) -> list[str]:
     return sorted(set(names))
 
 
+@dataclass(frozen=True)
+class _Setting:
+    """The cases of one size and stage."""
+
+    args: argparse.Namespace
+    world: World
+    config: LlamaConfig
+    stage: int
+    ceiling: float
+    workloads: dict[str, SyntheticWorkload]  # by kind; others are as WEAK
+    plans: dict[str, CasePlan]  # as well
+    facts: Case  # of all cases; "scaling": the kind that runs
+
+    def of_kind(self, kind: str) -> tuple[SyntheticWorkload, CasePlan]:
+        name = kind if kind in self.workloads else WEAK
+        return self.workloads[name], self.plans[name]
+
+
 def _cases(
-    args: argparse.Namespace, world: World, size: str, stage: int, ceiling: float
+    args: argparse.Namespace,
+    world: World,
+    size: str,
+    stage: int,
+    ceiling: float,
+    start: Start | None = None,
 ) -> Iterator[Case]:
-    """Weak and strong scaling of one size and stage, on one engine."""
+    """All kinds of one size and stage. `start`: seconds of what came before."""
     config = small(MODELS[size]) if args.tiny and size != "toy" else MODELS[size]
     facts: Case = {
         "size": size,
@@ -117,48 +135,101 @@ def _cases(
         "precision": args.precision,
         "shape": asdict(config),
     }
-    if stage < 3 and world.device.type == "cuda":
-        weights = config.num_parameters * DTYPES[args.precision].itemsize
-        total = torch.cuda.get_device_properties(world.device).total_memory
-        if weights > MAX_WEIGHT_SHARE * total:
-            weights_gib, total_gib = f"{weights / GIB:.0f} GiB", f"{total / GIB:.0f} GiB"
-            world.print_rank0(
-                f"{size} ZeRO-{stage}: not run: {weights_gib} of weights on each GPU of {total_gib}"
-            )
-            yield facts | {"not_run": f"{weights_gib} of weights per GPU, {total_gib} of memory"}
-            return
-    plan = plan_case(args, world, size, config, stage)
-    facts["predicted"] = plan.predicted
-    if plan.questions < 1:
-        world.print_rank0(f"{size} ZeRO-{stage}: not run: the planner says no question fits")
-        yield facts | {"not_run": "the planner says no question fits"}
+    if refusal := too_large(args, world, config, stage):
+        world.print_rank0(f"{size} ZeRO-{stage}: not run: {refusal}")
+        yield facts | {"not_run": refusal}
         return
-    kind = args.scaling[0]
+    lengths = Lengths.load()
+    plans, workloads = {}, {}
+    for kind, used in ((WEAK, lengths), (LONG, lengths.with_long_captions())):
+        workloads[kind] = SyntheticWorkload(config.vocab_size, seed=args.seed, lengths=used)
+        plans[kind] = plan_case(args, world, size, config, stage, workloads[kind])
+    facts["predicted"] = plans[WEAK].predicted
+    if plans[WEAK].questions < 1:
+        world.print_rank0(f"{size} ZeRO-{stage}: not run: {NOTHING_FITS}")
+        yield facts | {"not_run": NOTHING_FITS}
+        return
     try:
-        engine = make_engine(args, world, config, stage, plan.questions)
-        for kind in args.scaling:
-            work = _case_work(kind, args, world.size, plan)
-            timed = _time_steps(args, world, engine, config, work, ceiling)
-            yield facts | {"attention": engine.attention, "scaling": kind} | timed
-        del engine
+        setting = _Setting(args, world, config, stage, ceiling, workloads, plans, facts)
+        yield from _run_kinds(setting, start or {})
     except torch.cuda.OutOfMemoryError as error:
-        facts |= {"scaling": kind, "not_run": f"out of memory: {out_of_memory(error)}"}
+        facts["not_run"] = f"out of memory: {out_of_memory(error)}"
         world.set_phase("out of memory")
         if world.size > 1:
             _end_out_of_memory(args, facts)
-        log.info(f"{size} ZeRO-{stage} {kind}: {facts['not_run']}")
+        log.info(f"{size} ZeRO-{stage} {facts['scaling']}: {facts['not_run']}")
         yield facts
+    _free_memory(world)
+
+
+def _free_memory(world: World) -> None:
     gc.collect()
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
+def _run_kinds(setting: _Setting, start: Start) -> Iterator[Case]:
+    """On one engine, but KEPT on one of its own."""
+    args, world, facts = setting.args, setting.world, setting.facts
+    facts["scaling"] = args.scaling[0]
+    engine, start = _start(setting, start)
+    weak: Case = {}
+    for kind in args.scaling:
+        if kind == KEPT:
+            continue
+        workload, plan = setting.of_kind(kind)
+        facts |= {"scaling": kind, "predicted": plan.predicted}
+        if plan.questions < 1:
+            yield facts | {"not_run": NOTHING_FITS}
+            continue
+        work = _case_work(kind, args, world.size, plan)
+        timed = _time_steps(args, world, engine, setting.config, work, setting.ceiling, workload)
+        if kind == RECIPE:
+            videos = 1 if args.tiny else SCORED_VIDEOS
+            besides = besides_steps(world, engine, workload, videos, args.warmup + args.steps)
+            timed["run"] = start | besides
+            world.print_rank0(f"besides steps: {json.dumps(timed['run'])}")
+        weak = timed if kind == WEAK else weak
+        yield facts | {"attention": engine.attention} | timed
+    del engine
+    if KEPT in args.scaling and setting.stage == 3 and world.size > 1:
+        _free_memory(world)
+        yield _kept_case(setting, weak)
+
+
+def _start(setting: _Setting, before: Start) -> tuple[Engine, Start]:
+    """The engine after its first step, and how long that took on the slowest rank."""
+    args, world, config = setting.args, setting.world, setting.config
+    workload, plan = setting.of_kind(WEAK)
+    begun = time.perf_counter()
+    engine = make_engine(args, world, config, setting.stage, plan.questions, plan.in_nodes)
+    engine_seconds = slowest(world, time.perf_counter() - begun)
+    steps = RankSteps(workload, *_case_work(WEAK, args, world.size, plan), world.rank, world.size)
+    step = steps[0, 0]
+    first = seconds_of(world, lambda: train_step(engine, step, 1, TASK_WEIGHTS, LR, world))
+    return engine, {**before, "engine_seconds": engine_seconds, "first_step_seconds": first}
+
+
+def _kept_case(setting: _Setting, weak: Case) -> Case:
+    """The steps of `weak`, with all frozen weights on each rank: what the gathers cost."""
+    args, world, config = setting.args, setting.world, setting.config
+    workload, plan = setting.of_kind(WEAK)
+    facts = setting.facts
+    facts |= {"scaling": KEPT, "predicted": {}}
+    if not plan.keeps_fit:
+        return facts | {"not_run": "all weights on each GPU do not fit"}
+    engine = make_engine(args, world, config, setting.stage, plan.questions, keeps_weights=True)
+    work = _case_work(WEAK, args, world.size, plan)
+    timed = _time_steps(args, world, engine, config, work, setting.ceiling, workload)
+    return facts | {"attention": engine.attention, "overlap": overlap(weak, timed)} | timed
+
+
 def _case_work(kind: str, args: argparse.Namespace, ranks: int, plan: CasePlan) -> tuple[int, int]:
     """(questions of all ranks' step, questions of a micro-batch)."""
-    if kind == "recipe":
+    if kind == RECIPE:
         fitting = plan.questions if plan.predicted else RECIPE_QUESTIONS
         return RECIPE_QUESTIONS * ranks, min(RECIPE_QUESTIONS // RECIPE_PIECES, fitting)
-    num = args.strong_questions if kind == "strong" else plan.questions * ranks
+    num = args.strong_questions if kind == STRONG else plan.questions * ranks
     return num, plan.questions
 
 
@@ -172,38 +243,6 @@ def _end_out_of_memory(args: argparse.Namespace, facts: Case) -> NoReturn:
     raise UserError(f"{facts['size']} ZeRO-{facts['stage']}: {facts['not_run']}; fewer --questions")
 
 
-def make_engine(
-    args: argparse.Namespace, world: World, config: LlamaConfig, stage: int, questions: int
-) -> Engine:
-    """As vico.train.build.build_engine does, but with random weights."""
-    dtype = DTYPES[args.precision]
-    attend, reason = choose_attention(args.attention, world.device, dtype)
-    ds_config = read_config(f"zero{stage}", args.precision, questions, 1, world.size)
-    with zero_init(ds_config, world.device):
-        model = make_fast(config, dtype)
-    set_random_weights(model, args.seed, world)
-    graphs = choose_block_runners(model, attend, no_graphs=why_no_graphs(ds_config))
-    description = f"{reason}, {triton_ops.describe(world.device)}, {graphs}"
-    trainables = [p for p in model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(trainables, weight_decay=0.14)
-    return Engine(model, optimizer, ds_config, dtype, description)
-
-
-@torch.no_grad()
-def set_random_weights(model: nn.Module, seed: int, world: World) -> None:
-    """Under stage 3 the ranks hold consecutive parts of a flat parameter; each sets its own."""
-    for name, parameter in model.named_parameters():
-        generator = torch.Generator(world.device)
-        generator.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        value = random_value(name, getattr(parameter, "ds_shape", parameter.shape), generator)
-        if not hasattr(parameter, "ds_id"):
-            parameter.copy_(value)
-            continue
-        part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
-        mine = value.flatten()[world.rank * part.numel() :][: part.numel()]
-        part[: len(mine)].copy_(mine)
-
-
 def _time_steps(
     args: argparse.Namespace,
     world: World,
@@ -211,50 +250,40 @@ def _time_steps(
     config: LlamaConfig,
     work: tuple[int, int],
     ceiling: float,
+    workload: SyntheticWorkload,
 ) -> Case:
     """Timed steps of all ranks; a step takes as long as on its slowest rank.
 
     `work`: the questions of all ranks' step, and those of a micro-batch.
     """
     num_questions, questions = work
-    workload = SyntheticWorkload(config.vocab_size, seed=args.seed)
     steps = RankSteps(workload, num_questions, questions, world.rank, world.size)
     schedule = [(0, index) for index in range(args.warmup + args.steps)]
-    on_gpu = world.device.type == "cuda"
-    if on_gpu:
+    if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
     _capture_graphs(world, engine, steps, schedule)
-    clock, marks, counts, losses = Clock(world.device, wall=True), [], [], []
-    waits = []
-    num_micro_batches = 0
-    stream = iter(loader(steps, schedule, args.num_workers, on_gpu))  # type: ignore[arg-type]
-    for number in range(1, len(schedule) + 1):
-        start = clock.now()
-        # Waiting for data is part of the step.
-        wait_start = time.perf_counter()
-        step = next(stream)
-        waits.append(time.perf_counter() - wait_start)
-        report = train_step(engine, step, number, TASK_WEIGHTS, LR, world)
-        marks.append((start, clock.now()))
-        losses.append(report.task_losses())
+    with watched_gpus(world.is_main) as watched:
+        ran = _run_steps(args, world, engine, steps, schedule)
+    own_seconds, counts = ran.seconds[args.warmup :], []
+    for step in ran.steps[args.warmup :]:
         counts.append(_count(config, step))
-        num_micro_batches = max(num_micro_batches, len(step.micro_batches))
-    own_seconds = [clock.between(*pair) for pair in marks[args.warmup :]]
     seconds = world.gather(torch.tensor(own_seconds, dtype=torch.float64)).amax(dim=0).tolist()
-    total_counts = _sum_counts(world, counts[args.warmup :])
+    total_counts = _sum_counts(world, counts)
     peak_tflops = _peak_tflops(world, args.precision)
-    tokens = [int(count.real_tokens) for count in counts[args.warmup :]]
-    by_rank = over_ranks(world, own_seconds, waits[args.warmup :], tokens)
-    profiled = communication_time(
-        lambda: train_step(engine, step, len(schedule) + 1, TASK_WEIGHTS, LR, world), world
-    )
+    tokens = [int(count.real_tokens) for count in counts]
+    num_micro_batches = max(len(step.micro_batches) for step in ran.steps)
+    last, number = ran.steps[-1], len(schedule) + 1
     case: Case = {
         "questions_per_step": num_questions,
         "questions_per_micro_batch": questions,
-        "by_rank": by_rank,
-        "communication_time": profiled,
+        "captions": list(workload.caption_tokens),
+        "by_rank": over_ranks(world, own_seconds, ran.waits[args.warmup :], tokens),
+        "communication_time": communication_time(
+            lambda: train_step(engine, last, number, TASK_WEIGHTS, LR, world), world
+        ),
+        **watched,
         "micro_batches": num_micro_batches,
-        "losses": losses,
+        "losses": ran.losses,
         "seconds": seconds,
         "work": [asdict(total) for total in total_counts],
         "figures": rates(seconds, total_counts, peak_tflops, ceiling, world.size),
@@ -263,6 +292,39 @@ def _time_steps(
     }
     _print_case(world, engine.stage, case)
     return case
+
+
+class _Ran(NamedTuple):
+    """Of each step of this rank, warm-up included."""
+
+    steps: list[Step]
+    losses: list[list[float | None]]
+    seconds: list[float]
+    waits: list[float]  # for its data; part of the seconds
+
+
+def _run_steps(
+    args: argparse.Namespace,
+    world: World,
+    engine: Engine,
+    steps: RankSteps,
+    schedule: Schedule,
+) -> _Ran:
+    clock, marks = Clock(world.device, wall=True), []
+    ran = _Ran([], [], [], [])
+    pin = world.device.type == "cuda"
+    stream = iter(loader(steps, schedule, args.num_workers, pin))  # type: ignore[arg-type]
+    for number in range(1, len(schedule) + 1):
+        start = clock.now()
+        wait_start = time.perf_counter()
+        step = next(stream)
+        ran.waits.append(time.perf_counter() - wait_start)
+        report = train_step(engine, step, number, TASK_WEIGHTS, LR, world)
+        marks.append((start, clock.now()))
+        ran.losses.append(report.task_losses())
+        ran.steps.append(step)
+    ran.seconds.extend(clock.between(*pair) for pair in marks)
+    return ran
 
 
 def _capture_graphs(world: World, engine: Engine, steps: RankSteps, schedule: Schedule) -> None:
