@@ -22,8 +22,8 @@ KEPT, MEASURED = 100_000, 40_000
 # A run's name -> what the table calls it.
 ROWS = {
     "trained": "trained",
-    "keep-0.5": "`--keep 0.5`",
-    "keep-2": "`--keep 2`",
+    "keep-0.3": "`--keep 0.3`",
+    "keep-1": "`--keep` (1, the default)",
     "keep-10": "`--keep 10`",
     "10-layers": "adapter in 10 layers, not in all 30",
     "no-captions": "`--cap 0`: no captions",

@@ -60,8 +60,8 @@ say "videos, questions and features of shapes, and texts, in $out; a minute"
 "$python" "$here/cognition.py" texts "$out/texts"
 
 row trained
-row keep-0.5 "${keep[@]}" 0.5
-row keep-2 "${keep[@]}" 2
+row keep-0.3 "${keep[@]}" 0.3
+row keep-1 "${keep[@]}" 1
 row keep-10 "${keep[@]}" 10
 row 10-layers --adapter_layer 10
 row no-captions --cap 0
