@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
             checkpoint = read_for_evaluation(line.given["resume"])
             config, notes = settings_of(checkpoint, line)
         require_same_files(world, config)
-        inputs, checkpoint = open_evaluation(config, checkpoint, world)
+        inputs, checkpoint = open_evaluation(replace(config, text=()), checkpoint, world)
         questions = inputs.questions[config.split]
         with world.raise_together():
             require_answers(questions, config.split)
