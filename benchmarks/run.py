@@ -49,6 +49,11 @@ SUITES = {
         "on several GPUs, an estimated 5 minutes per size and number of ranks; "
         "--tiny --ranks 1,2 on a CPU: 1 minute",
     ),
+    "one_of_eight": Suite(
+        "benchmarks.suites.node.one_of",
+        "one rank of eight, alone on one GPU: memory, hooks and products of 33B and 65B under "
+        "ZeRO-3, without communication; never run on a GPU; --tiny on a CPU: 20 seconds",
+    ),
     "report": Suite("benchmarks.report.report", "Markdown and plots from records; seconds"),
     "compare": Suite(
         "benchmarks.report.compare",

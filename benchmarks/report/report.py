@@ -15,7 +15,12 @@ from vico.io import log
 from vico.io.atomic import write_text
 from vico.io.text import read_json_object
 
-TITLES = {"cpu": "One thread of a CPU", "gpu": "One GPU", "node": "Several ranks"}
+TITLES = {
+    "cpu": "One thread of a CPU",
+    "gpu": "One GPU",
+    "node": "Several ranks",
+    "one_of_eight": "One rank of several, alone",
+}
 FACTS = {"date", "command", "config", "git_commit", "versions", "hardware", "equal"}
 INTRODUCTION = (
     "Made by `bash benchmarks/run.sh report` from the records named below; "

@@ -144,7 +144,20 @@ def node_section(record: Record, folder: Path) -> Section:
     return section
 
 
-SECTIONS = {"cpu": cpu_section, "gpu": gpu_section, "node": node_section}
+def one_of_section(record: Record, folder: Path) -> Section:
+    section = Section()
+    section.add_text(f"{record['limits']}.")
+    section.add_table(NODE_COLUMNS, [_node_row(case) for case in record["cases"]])
+    section.add_text(UTILIZATION)
+    return section
+
+
+SECTIONS = {
+    "cpu": cpu_section,
+    "gpu": gpu_section,
+    "node": node_section,
+    "one_of_eight": one_of_section,
+}
 
 
 def _add_ratios(section: Section, record: Record) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ import torch
 
 from benchmarks.baseline.models import MODELS, SIZES
 from benchmarks.measure.workload import SyntheticWorkload
-from benchmarks.report.sections import node_section
+from benchmarks.report.sections import node_section, one_of_section
 from benchmarks.suites.node import plan as node_plan
 from benchmarks.suites.node import rank as node_rank
 from benchmarks.suites.node import suite as node
 from benchmarks.suites.node.communication_time import exposed
 from benchmarks.suites.node.plan import CasePlan, plan_on
-from support.processes import ROOT, start
+from support.processes import ROOT, base_environment, run_command, start
 from vico.distributed.world import World
 from vico.errors import UserError
 from vico.planner.gpu_specs import GPUS, Hardware
@@ -60,14 +61,14 @@ def arguments(**changes: Any) -> argparse.Namespace:
 
 def test_memory_ends(alone: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A case that runs out of memory is a row with what was predicted; earlier ones stay."""
-    time_steps = node_rank._time_steps
+    time_steps = node_rank.time_steps
 
     def out_of_memory(*arguments: Any) -> Any:
         if arguments[4] == (2, 2) and cases:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
         return time_steps(*arguments)
 
-    monkeypatch.setattr(node_rank, "_time_steps", out_of_memory)
+    monkeypatch.setattr(node_rank, "time_steps", out_of_memory)
     cases: list[dict[str, Any]] = []
     for case in node_rank._cases(arguments(scaling=["weak", "strong"]), alone, "7B", 2, 1.0):
         cases.append(case)
@@ -199,3 +200,17 @@ def test_nodes_of_the_planner() -> None:
         assert chosen.in_nodes == expected and not chosen.keeps_fit
     small_enough = plan_on(Hardware(GPUS["H100"], 8), None, "bf16", "7B", MODELS["7B"], 3, WORKLOAD)
     assert small_enough.keeps_fit
+
+
+def test_one_of_eight(tmp_path: Path) -> None:
+    """One rank alone holds an eighth of the weights and runs whole steps."""
+    words = "one_of_eight --tiny --sizes 65B --steps 1 --results".split()
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), *words, str(tmp_path)]
+    run = run_command(command, cwd=tmp_path, environment=base_environment())
+    assert run.codes == [0], run.output
+    record = json.loads(run.stdouts[0].splitlines()[-1])
+    (case,) = record["cases"]
+    assert case["ranks"] == case["communication"]["frozen_shards"] == 8
+    assert case["figures"]["seconds"]["median"] > 0 and case["memory"]["allocated_gib"] > 0
+    text = "\n".join(one_of_section(record, tmp_path).lines)
+    assert "no communication takes time" in text and "one rank alone" in text

@@ -158,8 +158,8 @@ def connect(
         os.environ.setdefault("MASTER_ADDR", launcher_env.SINGLE_RANK["MASTER_ADDR"])
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = _choose_device()
-    _prepare_deepspeed(device)
+    device = choose_device()
+    prepare_deepspeed(device)
     own = topology.Member.of_this_process(rank, device)
     use_loopback()
     store, texts = rendezvous(rank, size, timeout, own.to_text())
@@ -198,7 +198,7 @@ def connect(
     return replace(world, host_group=host_group, watchdog=watchdog)
 
 
-def _choose_device() -> torch.device:
+def choose_device() -> torch.device:
     """The GPU of this rank, or the CPU.
 
     SLURM can show each task only its own GPU, whose index is then not the local rank: hence the
@@ -216,7 +216,7 @@ def _choose_device() -> torch.device:
     return device
 
 
-def _prepare_deepspeed(device: torch.device) -> None:
+def prepare_deepspeed(device: torch.device) -> None:
     # Without it DeepSpeed guesses the accelerator, and warns about that.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     # DeepSpeed 0.19.8 calls functions that torch 2.13 renamed, and torch warns at every call.

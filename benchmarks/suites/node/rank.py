@@ -183,7 +183,7 @@ def _run_kinds(setting: _Setting, start: Start) -> Iterator[Case]:
             yield facts | {"not_run": NOTHING_FITS}
             continue
         work = _case_work(kind, args, world.size, plan)
-        timed = _time_steps(args, world, engine, setting.config, work, setting.ceiling, workload)
+        timed = time_steps(args, world, engine, setting.config, work, setting.ceiling, workload)
         if kind == RECIPE:
             videos = 1 if args.tiny else SCORED_VIDEOS
             besides = besides_steps(world, engine, workload, videos, args.warmup + args.steps)
@@ -220,7 +220,7 @@ def _kept_case(setting: _Setting, weak: Case) -> Case:
         return facts | {"not_run": "all weights on each GPU do not fit"}
     engine = make_engine(args, world, config, setting.stage, plan.questions, keeps_weights=True)
     work = _case_work(WEAK, args, world.size, plan)
-    timed = _time_steps(args, world, engine, config, work, setting.ceiling, workload)
+    timed = time_steps(args, world, engine, config, work, setting.ceiling, workload)
     return facts | {"attention": engine.attention, "overlap": overlap(weak, timed)} | timed
 
 
@@ -243,7 +243,7 @@ def _end_out_of_memory(args: argparse.Namespace, facts: Case) -> NoReturn:
     raise UserError(f"{facts['size']} ZeRO-{facts['stage']}: {facts['not_run']}; fewer --questions")
 
 
-def _time_steps(
+def time_steps(
     args: argparse.Namespace,
     world: World,
     engine: Engine,

@@ -39,6 +39,7 @@ SINGLE_FLAGS = (
 LIST_FLAGS = ("scaling",)
 # Kinds of cases.
 WEAK, STRONG, RECIPE, LONG, KEPT = KINDS = ("weak", "strong", "recipe", "long", "kept")
+ALONE = "one rank alone"  # of the one_of_eight suite
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
