@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from support.errors import refusal
-from vico.errors import TrainingError
+from vico.errors import InUseError, TrainingError
 from vico.io import failpoints, file_cache, log, paths, streams
 from vico.io.input_files import InputFiles
-from vico.io.output_dir import OutputDir, _owner
+from vico.io.output_dir import LOCK, OutputDir, _owner
 
 # ---- results that are remembered ----------------------------------------------------------------
 
@@ -191,6 +191,41 @@ def test_the_owner_of_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.fullmatch(rf"process {os.getpid()} on \S+ {since}\n", _owner())
     monkeypatch.setenv("SLURM_JOB_ID", "41")
     assert re.fullmatch(rf"process {os.getpid()} on \S+ {since}, SLURM job 41\n", _owner())
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said once, and the run goes on."""
+
+    def refuse(*_: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    out = OutputDir(tmp_path / "out")
+    said = "cannot be locked (No locks available); make sure that no second run uses it"
+    assert out.lock() == [f"{out}: {said}"]
+    assert out.lock() == [] and (tmp_path / "out" / LOCK).read_bytes() == b""
+
+
+@pytest.mark.parametrize("owner", ["", "process 7 on h", "x" * 300])
+def test_a_folder_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: str) -> None:
+    """By the one who has written its name, of which 200 letters are shown."""
+    (tmp_path / LOCK).write_text(owner)
+
+    def refuse(*_: int) -> None:
+        raise BlockingIOError(errno.EAGAIN, "locked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fcntl.lockf", refuse)
+        with pytest.raises(InUseError) as caught:
+            OutputDir(tmp_path).claim()
+    by = owner[:200] or "another run"
+    remedy = "wait for it, or choose another --output_dir"
+    assert str(caught.value) == f"{tmp_path}: in use by {by}; {remedy}"
+    (tmp_path / ".a.vico-tmp").mkdir()
+    notes = OutputDir(tmp_path).claim()
+    assert notes == [f"{tmp_path}: a run was killed while it wrote; .a.vico-tmp removed"]
+    assert OutputDir(tmp_path).claim() == []
+    assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
 
 
 def test_files_are_read_up_to_a_limit(tmp_path: Path) -> None:
