@@ -1,0 +1,103 @@
+"""launch/examples/cognition.sh: its words, its texts, and the table that it makes of runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+
+from support.asked_world import NUM_QUESTIONS, AskedWorld
+from support.processes import ROOT
+from support.toy_dataset import ToyData
+from vico.cli.main import main
+
+sys.path.insert(0, str(ROOT / "launch" / "examples"))
+import cognition
+
+SCRIPT = ROOT / "launch" / "examples" / "cognition.sh"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--smollm"], "usage: bash "),
+        (["--smollm2"], "--smollm2 names no folder; usage: bash "),
+        (["a", "b"], "usage: bash "),
+    ],
+)
+def test_wrong_words(words: list[str], line: str, tmp_path: Path) -> None:
+    command = ["bash", str(SCRIPT), *words]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert run.returncode == 2 and run.stderr.startswith(f"vico: error: {line}")
+    assert len(run.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_no_page_is_kept_and_measured(tmp_path: Path) -> None:
+    assert cognition.main(["texts", str(tmp_path / "texts")]) == 0
+    kept, measured = (
+        (tmp_path / "texts" / f"{name}.txt").read_text(encoding="utf-8")
+        for name in ("kept", "measured")
+    )
+    assert len(kept) == cognition.KEPT and len(measured) == cognition.MEASURED
+    for page in topics.values():
+        assert not (page in kept and page in measured)
+    assert sum(page in kept for page in topics.values()) >= 10
+    assert sum(page in measured for page in topics.values()) >= 10
+
+
+def test_every_row_is_trained() -> None:
+    """The script trains the rows that the table names, in their order."""
+    lines = SCRIPT.read_text(encoding="utf-8").splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("row ")] == list(cognition.ROWS)
+
+
+def test_the_table_of_what_the_commands_print(
+    toy: ToyData,
+    in_this_process: None,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """Real measurements of one checkpoint, as those of every run: its figures, and its record."""
+    asked = AskedWorld(tmp_path / "world", toy)
+    text = tmp_path / "plain.txt"
+    text.write_text("a man and a dog run. why does the man hold it?\n")
+    lines = {}
+    for command, words in (("ablate", ()), ("cognition", ("--text", str(text)))):
+        capsys.readouterr()
+        assert main([command, "--resume", str(asked.run), *words]) == 0
+        lines[command] = capsys.readouterr().out.splitlines()[-1]
+    for name in cognition.ROWS:
+        run = tmp_path / "runs" / name
+        run.mkdir(parents=True)
+        for command, line in lines.items():
+            (run / f"{command}.json").write_text(line)
+        steps = [{"step": step, "epoch": 0, "step_seconds": 30.0} for step in (1, 2)]
+        (run / "steps.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    (tmp_path / "out").mkdir()
+    assert cognition.main(["table", str(tmp_path / "runs"), str(tmp_path / "out")]) == 0
+    table = capsys.readouterr().err.splitlines()
+    (path,) = (tmp_path / "out").iterdir()
+    record = json.loads(path.read_text(encoding="utf-8"))
+    measured = json.loads(lines["cognition"])
+    frozen, trained, *others = record["cases"]
+    assert [frozen["name"], trained["name"]] == ["frozen", "trained"] and len(others) == 5
+    assert frozen["questions"] == NUM_QUESTIONS and frozen["tokens"] == measured["tokens"]
+    assert frozen["perplexity"] == measured["perplexity_frozen"]
+    assert trained["perplexity"] == measured["perplexity_adapted"] != frozen["perplexity"]
+    assert trained["kl_per_token"] == measured["kl_per_token"] > 0
+    assert trained["steps"] == 2 and trained["training_minutes"] == 1
+    accuracies = json.loads(lines["ablate"])["conditions"]
+    for key, condition in (
+        ("accuracy", "as_trained"),
+        ("video_swapped", "video_swapped"),
+        ("without_video", "without_video"),
+    ):
+        assert trained[key] == accuracies[condition]["acc"]
+    assert frozen["accuracy"] == accuracies["without_both"]["acc"]
+    head = next(i for i, line in enumerate(table) if line.startswith("|  | accuracy"))
+    rows = [line.strip("|").split("|") for line in table[head + 2 : head + 9]]
+    assert len(rows) == 7 and {len(row) for row in rows} == {len(cognition.COLUMNS)}
+    assert rows[0][0].strip() == "frozen LLaMA" and rows[0][2].strip() == "-"
+    assert rows[1][4].strip() == f"{measured['perplexity_adapted']:.2f}"
