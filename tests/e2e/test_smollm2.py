@@ -19,10 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.baseline.variants import training_batch
 from benchmarks.measure.workload import SyntheticWorkload
+from support.asked_world import AskedWorld
 from support.backbones import logits, make_model
 from support.generated_texts import by_transformers
 from support.processes import ROOT, base_environment, run_command
-from support.toy_dataset import make_rows, records, write_csv
+from support.toy_dataset import ToyData, make_rows, records, write_csv
+from vico.cli.main import main
 from vico.data.tokenizer import Tokenizer, find_tokenizer
 from vico.data.types import TokenSequence
 from vico.distributed.world import World
@@ -45,6 +47,7 @@ EIFFEL = "The Eiffel Tower is located in the city of"
 # fp32 through 30 layers in another order of sums; measured: 8e-5, where the largest logit is 28.4.
 LOGITS_ATOL = 1e-4
 NUM_CHARACTERS = 20_000  # more than 2,048 tokens
+COGNITION_CHARACTERS, COGNITION_WINDOW = 4_000, 512
 TOPICS_SHA256 = "4982f6f25c38e8a773445c2f906579daa187429fc3247bd63b96fce010322637"
 
 
@@ -104,6 +107,49 @@ def test_perplexity(smollm2: Path) -> None:
         for window in tokens.split(512)
     ]
     assert math.exp(torch.stack(losses).mean()) == pytest.approx(15.25, abs=0.01)
+
+
+@pytest.mark.parametrize("gates", [0.0, 1.0], ids=["closed", "open"])
+def test_cognition(
+    smollm2: Path,
+    toy: ToyData,
+    gates: float,
+    in_this_process: None,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """The frozen model is that of transformers, whatever the gates; closed ones change nothing."""
+    asked = AskedWorld(tmp_path, toy, gates, smollm2)
+    path = tmp_path / "manual.txt"
+    path.write_text("\n".join(topics.values())[:COGNITION_CHARACTERS], encoding="utf-8")
+    words = ["--resume", asked.run, "--text", path, "--window", COGNITION_WINDOW]
+    assert main(["cognition", *map(str, words)]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    losses = losses_by_transformers(smollm2, path.read_text(encoding="utf-8"))
+    expected = math.exp(losses.mean())
+    assert found["tokens"] == len(losses) > COGNITION_WINDOW, "several windows, the last in part"
+    assert found["perplexity_frozen"] == pytest.approx(expected, rel=1e-4)
+    if gates == 0:
+        adapted = found["perplexity_adapted"]
+        assert adapted == pytest.approx(found["perplexity_frozen"], rel=1e-6)
+        assert adapted == pytest.approx(expected, rel=1e-4)
+        assert found["kl_per_token"] <= 1e-7 and found["top1_agreement"] == 1
+    else:
+        assert found["kl_per_token"] > 1e-3 and found["top1_agreement"] < 1
+
+
+def losses_by_transformers(folder: Path, text: str) -> torch.Tensor:
+    """Float64 [N]: of each token, in windows that begin with BOS and do not overlap."""
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor(tokenizer(text).input_ids)
+    losses = []
+    for part in ids.split(COGNITION_WINDOW - 1):
+        window = torch.cat([torch.tensor([tokenizer.bos_token_id]), part])
+        with torch.no_grad():
+            predicted = reference(window[None]).logits[0, :-1].double()
+        losses.append(torch.nn.functional.cross_entropy(predicted, part, reduction="none"))
+    return torch.cat(losses)
 
 
 def test_the_documented_command(smollm2: Path, tmp_path: Path) -> None:

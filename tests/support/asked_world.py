@@ -14,6 +14,7 @@ from vico.checkpoint.format import TrainState
 from vico.checkpoint.write import RunIdentity, save
 from vico.model.config import LlamaConfig, trainable_shapes
 from vico.model.vico import initial_trainables
+from vico.model.weights.load import open_weights
 from vico.train.config import RunConfig
 
 FRAMES = {"w0": 3, "w1": 12, "w2": 25, "w3": 1}  # of each video
@@ -40,12 +41,14 @@ def questions(seed: int, num: int) -> list[dict[str, Any]]:
 class AskedWorld:
     """`run` is the folder of a run with a checkpoint_best; its data set is `data`/my.
 
-    `gates`: the largest adapter gate.
+    `gates`: the largest adapter gate. `backbone`: a model's folder in Hugging Face's layout, in
+    place of the toy's.
     """
 
     folder: Path
     toy: ToyData
     gates: float = 1.0
+    backbone: Path | None = None
     rows: list[dict[str, Any]] = field(default_factory=lambda: questions(7, NUM_QUESTIONS))
 
     def __post_init__(self) -> None:
@@ -67,7 +70,7 @@ class AskedWorld:
     @property
     def config(self) -> RunConfig:
         return RunConfig(
-            model="tiny",
+            model=str(self.backbone or "tiny"),
             llama_model_path=self.toy.llama,
             dataset="my",
             data_path=self.data.parent,
@@ -78,10 +81,12 @@ class AskedWorld:
         )
 
     def _save_checkpoint(self) -> None:
-        llama = LlamaConfig(
-            dim=32, n_layers=3, n_heads=4, vocab_size=self.toy.tokenizer.vocab_size()
-        )
-        shapes = trainable_shapes(llama, num_adapted=3, adapter_len=10, num_slots=10)
+        if self.backbone is None:
+            vocab_size = self.toy.tokenizer.vocab_size()
+            llama = LlamaConfig(dim=32, n_layers=3, n_heads=4, vocab_size=vocab_size)
+        else:
+            llama = open_weights(self.backbone, None).config
+        shapes = trainable_shapes(llama, llama.n_layers, adapter_len=10, num_slots=10)
         weights = initial_trainables(shapes, bias=0.7, seed=5)
         for name, value in weights.items():
             if name.endswith("gate1"):
