@@ -136,6 +136,17 @@ def test_nothing_fits(alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
     assert case["predicted"] == {"memory_gib": 128.0}
 
 
+def test_threads_of_a_bound_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks divide the host's cores, as counted before each is bound to those of one node."""
+    numbers: list[int] = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(node_rank, "host_cores", lambda: 96)
+    monkeypatch.setattr(torch, "set_num_threads", numbers.append)
+    node_rank._set_num_threads()
+    assert numbers == [12]
+
+
 def test_exposed() -> None:
     """Of transfers the time in which no kernel runs; those that overlap count once."""
     transfers = [(0.0, 4.0), (3.0, 5.0), (9.0, 10.0)]

@@ -33,6 +33,7 @@ from benchmarks.suites.node.traffic import collectives, communication
 from vico.data.batching import Step
 from vico.data.dataloader import loader
 from vico.distributed import world as dist
+from vico.distributed.cores import host_cores
 from vico.distributed.world import World
 from vico.errors import UserError
 from vico.io import log
@@ -90,7 +91,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any] | None:
 def _set_num_threads() -> None:
     """As many as OMP_NUM_THREADS says, or this rank's share of the machine's cores."""
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    share = max(1, len(os.sched_getaffinity(0)) // local_size)
+    share = max(1, host_cores() // local_size)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or share))
 
 
