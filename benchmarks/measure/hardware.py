@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -126,10 +127,10 @@ def _by_gpu(text: str) -> dict[str, Any]:
 
 def _range(values: tuple[str, ...]) -> dict[str, float] | str:
     try:
-        ordered = sorted(map(float, values))
+        numbers = list(map(float, values))
     except ValueError:  # a GPU that does not say
         return UNKNOWN
-    return {"min": ordered[0], "median": ordered[len(ordered) // 2], "max": ordered[-1]}
+    return {"min": min(numbers), "median": median(numbers), "max": max(numbers)}
 
 
 def _cpu_name() -> str:

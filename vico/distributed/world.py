@@ -212,7 +212,7 @@ def choose_device() -> torch.device:
     if os.environ.get("VICO_NUMA") != "off":
         cores = bind_beside(pci_address(torch.cuda.get_device_properties(device)))
         if cores is not None and launcher_env.is_rank_0():
-            log.fields({"cores": f"each rank on those beside its GPU (rank 0: {cores})"})
+            log.fields({"cores": f"ranks keep to those beside their GPUs (rank 0: {cores})"})
     return device
 
 

@@ -24,7 +24,7 @@ from benchmarks.measure.workload import SyntheticWorkload
 from benchmarks.report.record import new_record, settings, write_record
 from benchmarks.suites.node.engine import make_engine
 from benchmarks.suites.node.plan import out_of_memory, plan_case, small
-from benchmarks.suites.node.rank import NOTHING_FITS, time_steps
+from benchmarks.suites.node.rank import NOTHING_FITS, free_memory, time_steps
 from benchmarks.suites.node.suite import ALONE, LOSS_BOUNDS
 from vico.distributed.topology import Member
 from vico.distributed.world import World, choose_device, prepare_deepspeed
@@ -111,6 +111,7 @@ def _alone(num_ranks: int) -> Iterator[LoneWorld]:
 
 
 def _case(args: argparse.Namespace, world: World, size: str, ceiling: float) -> dict[str, Any]:
+    free_memory(world)
     config = small(MODELS[size]) if args.tiny and size != "toy" else MODELS[size]
     workload = SyntheticWorkload(config.vocab_size, seed=args.seed)
     plan = plan_case(args, world, size, config, args.stage, workload)

@@ -160,10 +160,11 @@ def _cases(
             _end_out_of_memory(args, facts)
         log.info(f"{size} ZeRO-{stage} {facts['scaling']}: {facts['not_run']}")
         yield facts
-    _free_memory(world)
+    free_memory(world)
 
 
-def _free_memory(world: World) -> None:
+def free_memory(world: World) -> None:
+    """Engines have cycles, and torch keeps what is freed."""
     gc.collect()
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -194,7 +195,7 @@ def _run_kinds(setting: _Setting, start: Start) -> Iterator[Case]:
         yield facts | {"attention": engine.attention} | timed
     del engine
     if KEPT in args.scaling and setting.stage == 3 and world.size > 1:
-        _free_memory(world)
+        free_memory(world)
         yield _kept_case(setting, weak)
 
 
@@ -260,6 +261,7 @@ def time_steps(
     num_questions, questions = work
     steps = RankSteps(workload, num_questions, questions, world.rank, world.size)
     schedule = [(0, index) for index in range(args.warmup + args.steps)]
+    free_memory(world)  # what earlier cases reserved is not of this one
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
     _capture_graphs(world, engine, steps, schedule)
