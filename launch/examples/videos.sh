@@ -32,7 +32,8 @@ shapes=(--dataset shapes --data_path "$out/data" --max_seq_len 96 --max_cap_len 
 if [[ -n $smollm2 ]]; then
     run=$out/run-smollm2 report=$out/report-smollm2.html make=--no_llama
     model=(--model "$smollm2")
-    training=(--precision fp32 --batch_size 4 --epochs 1 --warmup_epochs 0.2 --lr 3e-3)
+    training=(--precision bf16 --batch_size 2 --epochs 3 --warmup_epochs 0.1 --lr 5e-3
+        --weight_decay 0.02 --bias 0)
 else
     run=$out/run report=$out/report.html make=
     model=(--llama_model_path "$out/pretrained/llama" --model tiny)
