@@ -14,6 +14,8 @@ from reference.oracle_sequences import OracleSequence
 from support.asked_world import AskedWorld
 from support.backbones import KINDS, Ungrouped, make_hugging_face, make_model
 from support.toy_dataset import ToyData
+from vico.cli import cognition
+from vico.cli.flags import make_parser, read_flags
 from vico.cli.main import main
 from vico.data.packing import Example, pack
 from vico.data.types import VIDEO_SLOT, TokenSequence
@@ -137,3 +139,12 @@ def test_the_command(toy: ToyData, tmp_path: Path, capsys: pytest.CaptureFixture
     assert of_closed["prompt"] == 0 and of_closed["layers"][0]["video"] > 0
     assert main(["cognition", "--resume", str(closed.run), "--attention_shares", "0"]) == 2
     assert "--attention_shares" in capsys.readouterr().err
+
+
+def test_a_bare_flag_leaves_the_override_behind_it() -> None:
+    parser = make_parser(
+        "vico cognition", "", prints=False, usage=cognition.USAGE, add_own=cognition._add_own
+    )
+    line, typed = read_flags(parser, ["--attention_shares", "split=test"])
+    assert typed["attention_shares"] == cognition.ATTENTION_QUESTIONS
+    assert line.given == {"split": "test"}

@@ -90,7 +90,7 @@ def read_words(
 
     Raises UserError as `parse` does.
     """
-    namespace, unknown = parser.parse_known_args(_with_values(argv))
+    namespace, unknown = parser.parse_known_args(_with_values(parser, argv))
     typed = vars(namespace)
     overrides = [word for word in unknown if OVERRIDE.fullmatch(word)]
     others = [word for word in unknown if word not in overrides]
@@ -107,11 +107,10 @@ def read_words(
     return CommandLine(given, tuple(notes), "debug" in typed), typed, others
 
 
-def _with_values(argv: Sequence[str]) -> list[str]:
+def _with_values(parser: SettingsParser, argv: Sequence[str]) -> list[str]:
     """A bare --bf16 or --keep would take the override behind it for its value."""
     words = list(argv)
-    values = {f"--{name}": "true" for name, (kind, _) in COMPUTED.items() if kind is bool}
-    values |= {f"--{name}": str(value) for name, value in BARE.items()}
+    values = parser.bare_values()
     for i, (word, following) in enumerate(pairwise(argv)):
         if word in values and OVERRIDE.fullmatch(following):
             words[i] = f"{word}={values[word]}"

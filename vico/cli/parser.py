@@ -73,6 +73,14 @@ class SettingsParser(OneLineParser):
             self.refuse_unknown(unknown)
         return namespace
 
+    def bare_values(self) -> dict[str, Any]:
+        """{flag: what it means without a value}, of the flags whose value may be left out."""
+        values: dict[str, Any] = {}
+        for action in self._actions:
+            if action.nargs == "?" and action.const is not None:
+                values |= dict.fromkeys(action.option_strings, action.const)
+        return values
+
     def help_of(self, word: str | None) -> str:
         """The help of the group with `word` in its title. Raises UserError where there is none."""
         if word in (None, "all"):
