@@ -129,11 +129,16 @@ def make_model(
         if name.endswith("gate1"):
             value.fill_(gate1)
     model = ViCo(weights.config, num_adapted, 10, 10, 100.0, torch.float32, linear)
+    quantized = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear | Fp8Linear)
+    }
     for name, parameter in model.named_parameters():
-        parameter.data.copy_(trainables[name] if name in trainables else weights.read(name))
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear | Fp8Linear):
-            module.fill(weights.read(f"{name}.weight").float())
+        if name.rpartition(".")[0] not in quantized:
+            parameter.data.copy_(trainables[name] if name in trainables else weights.read(name))
+    for name, module in quantized.items():
+        module.fill(weights.read(f"{name}.weight").float())
     choose_block_runners(model, attend)
     return model
 

@@ -345,6 +345,8 @@ def test_gates_over_time(tmp_path: Path) -> None:
     lines.append({"step": len(lines) + 1})
     layers = {layer: [1, 2] for layer in ("1", "2")}
     lines.append({"step": len(lines) + 1, "gates": {"gate1": layers, "gate2": layers}})
+    write_lines(run / "log.txt", lines[100:105])
+    assert "log.txt: the gates of all lines are damaged" in load_runs([run])[0].notes
     write_lines(run / "log.txt", lines)
     (loaded_run,) = load_runs([run])
     assert "log.txt: the gates of 10 line(s) are absent or damaged" in loaded_run.notes

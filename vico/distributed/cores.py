@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from vico.io.paths import read_bytes
+
 SYS = Path("/sys")
 
 
@@ -31,8 +33,9 @@ def bind_beside(address: str, sys: Path = SYS) -> str | None:
     """
     allowed, num_host_cores = os.sched_getaffinity(0), host_cores()
     try:
-        node = int((sys / "bus/pci/devices" / address / "numa_node").read_text(encoding="ascii"))
-        cores = allowed & _numbers((sys / f"devices/system/node/node{node}/cpulist").read_text())
+        node = int(read_bytes(sys / "bus/pci/devices" / address / "numa_node"))
+        listed = read_bytes(sys / f"devices/system/node/node{node}/cpulist")
+        cores = allowed & _numbers(listed.decode("ascii"))
     except (OSError, ValueError):  # a container may hide /sys; a host of one node may say -1
         return None
     if cores in (set(), allowed):

@@ -296,7 +296,9 @@ def _gates_over_time(epochs: Sequence[Record], notes: list[str]) -> GatesOverTim
     read = [(number(record["step"]), _logged_gates(record)) for record in epochs]
     found = [(step, gates) for step, gates in read if step is not None and gates is not None]
     if not found:
-        if epochs:
+        if any("gates" in record for record in epochs):
+            notes.append("log.txt: the gates of all lines are damaged")
+        elif epochs:
             notes.append(
                 "log.txt has no gates (it is of an earlier version), so how they opened "
                 "over time is not shown"
