@@ -8,26 +8,9 @@
 set -euo pipefail
 here=$(dirname "$(readlink -f "$0")")
 source "$here/../common.sh"
+source "$here/example.sh"
+begin_example cognition "av, transformers" "video" "$@"
 
-usage="usage: bash $0 [--smollm2 FOLDER] [OUTPUT_DIR]"
-smollm2=
-if [[ ${1:-} == --smollm2 ]]; then
-    [[ -n ${2:-} ]] || fail "--smollm2 names no folder; $usage"
-    smollm2=$(readlink -m "$2")
-    shift 2
-fi
-[[ $# -le 1 && ${1:-} != -* ]] || fail "$usage"
-out=$(readlink -m "${1:-$root/demo/cognition}")
-find_python
-[[ $python != */* ]] || python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
-export PYTHON=$python PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-cd "$root" # `python -m` imports from the current folder; the user's may hold anything
-"$python" -c "import av, transformers" 2>/dev/null ||
-    fail "extras are missing; run '$python' -m pip install -e '$root[video]'"
-has_gpu || export VICO_RANKS=${VICO_RANKS:-2} DS_ACCELERATOR=cpu
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-
-vico=("$python" -m vico)
 smollm2=${smollm2:-$out/SmolLM2}
 features=$out/data/shapes/features.pth
 settings=(--dataset shapes --data_path "$out/data" --max_seq_len 96 --max_cap_len 96
@@ -36,18 +19,16 @@ settings=(--dataset shapes --data_path "$out/data" --max_seq_len 96 --max_cap_le
     --epochs 3 --max_steps "${VICO_EXAMPLE_STEPS:-540}")
 keep=(--text "$out/texts/kept.txt" --keep)
 
-# Shows what a command prints, on stderr; its last line is the result.
-measure() { "${vico[@]}" "$@" | tee >(cat >&2) | tail -n 1; }
-
 # Trains and measures a row of the table: its name, and the flags that it has of its own.
 row() {
     local run=$out/runs/$1
     [[ ! -e $run/cognition.json ]] || return 0
     say "$1: a training and two measurements, 6 to 12 minutes"
     bash "$root/launch/train.sh" "${settings[@]}" "${@:2}" --output_dir "$run" >&2
-    measure ablate --resume "$run" >"$run/ablate.json" &
+    last_line "${vico[@]}" ablate --resume "$run" >"$run/ablate.json" &
     local ablation=$!
-    measure cognition --resume "$run" --text "$out/texts/measured.txt" >"$run/cognition.tmp"
+    last_line "${vico[@]}" cognition --resume "$run" --text "$out/texts/measured.txt" \
+        >"$run/cognition.tmp"
     wait $ablation
     mv "$run/cognition.tmp" "$run/cognition.json" # last: its row is done
 }

@@ -7,26 +7,9 @@
 set -euo pipefail
 here=$(dirname "$(readlink -f "$0")")
 source "$here/../common.sh"
+source "$here/example.sh"
+begin_example videos "av, plotly, pycocoevalcap, transformers" "video,captions,report" "$@"
 
-usage="usage: bash $0 [--smollm2 FOLDER] [OUTPUT_DIR]"
-smollm2=
-if [[ ${1:-} == --smollm2 ]]; then
-    [[ -n ${2:-} ]] || fail "--smollm2 names no folder; $usage"
-    smollm2=$(readlink -m "$2")
-    shift 2
-fi
-[[ $# -le 1 && ${1:-} != -* ]] || fail "$usage"
-out=$(readlink -m "${1:-$root/demo/videos}")
-find_python
-[[ $python != */* ]] || python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
-export PYTHON=$python PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-cd "$root" # `python -m` imports from the current folder; the user's may hold anything
-"$python" -c "import av, plotly, pycocoevalcap, transformers" 2>/dev/null ||
-    fail "extras are missing; run '$python' -m pip install -e '$root[video,captions,report]'"
-has_gpu || export VICO_RANKS=${VICO_RANKS:-2} DS_ACCELERATOR=cpu
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-
-vico=("$python" -m vico)
 features=$out/data/shapes/features.pth
 shapes=(--dataset shapes --data_path "$out/data" --max_seq_len 96 --max_cap_len 96 --cap 0.5)
 if [[ -n $smollm2 ]]; then
@@ -56,9 +39,6 @@ say "3/7 the check before training"
 say "4/7 training"
 bash "$root/launch/train.sh" "${shapes[@]}" "${model[@]}" "${training[@]}" --num_workers 1 \
     --output_dir "$run" >&2
-
-# Shows what a command prints, on stderr; its last line is the result.
-last_line() { "$@" | tee >(cat >&2) | tail -n 1; }
 
 say "5/7 the held-out questions, about each video and about another one"
 acc=$(last_line "${vico[@]}" eval --resume "$run")

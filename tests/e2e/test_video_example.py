@@ -92,8 +92,9 @@ def test_the_encoder_is_read(
         (["a", "b"], "usage: bash "),
     ],
 )
-def test_wrong_words(words: list[str], line: str, tmp_path: Path) -> None:
-    command = ["bash", str(SCRIPT), *words]
+@pytest.mark.parametrize("name", ["videos", "cognition"])
+def test_wrong_words(name: str, words: list[str], line: str, tmp_path: Path) -> None:
+    command = ["bash", str(SCRIPT.with_stem(name)), *words]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert run.returncode == 2 and run.stderr.startswith(f"vico: error: {line}")
     assert len(run.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())

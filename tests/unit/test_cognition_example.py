@@ -1,7 +1,6 @@
-"""launch/examples/cognition.sh: its words, its texts, and the table that it makes of runs."""
+"""launch/examples/cognition.sh: its texts, and the table that it makes of runs."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -17,21 +16,6 @@ sys.path.insert(0, str(ROOT / "launch" / "examples"))
 import cognition
 
 SCRIPT = ROOT / "launch" / "examples" / "cognition.sh"
-
-
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [
-        (["--smollm"], "usage: bash "),
-        (["--smollm2"], "--smollm2 names no folder; usage: bash "),
-        (["a", "b"], "usage: bash "),
-    ],
-)
-def test_wrong_words(words: list[str], line: str, tmp_path: Path) -> None:
-    command = ["bash", str(SCRIPT), *words]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert run.returncode == 2 and run.stderr.startswith(f"vico: error: {line}")
-    assert len(run.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
 def test_no_page_is_kept_and_measured(tmp_path: Path) -> None:
