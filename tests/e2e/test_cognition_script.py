@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sentencepiece import SentencePieceProcessor
 
 pytest.importorskip("av")
 pytest.importorskip("transformers")
@@ -26,8 +27,11 @@ TINY = {"num_hidden_layers": 10, "hidden_size": 32, "num_attention_heads": 2}
 def test_the_whole_script(tmp_path: Path) -> None:
     """It ends with its record; a second call trains nothing again."""
     llama = tmp_path / "tiny"
-    make_hugging_face(llama, TINY | {"vocab_size": 2048, "intermediate_size": 96})
+    llama.mkdir()
     make_tokenizer(llama / "tokenizer.model", 0, videos.DOMAIN)
+    pieces = SentencePieceProcessor(model_file=str(llama / "tokenizer.model"))
+    sizes = {"vocab_size": len(pieces), "intermediate_size": 96}
+    make_hugging_face(llama, TINY | sizes)
     environment = base_environment(VICO_EXAMPLE_STEPS="1")
     command = ["bash", str(SCRIPT), "--smollm2", str(llama), "out"]
     first = run_command(command, tmp_path, environment, seconds=290)
