@@ -46,7 +46,8 @@ def test_missing_ranks_are_named(toy: ToyData, tmp_path: Path) -> None:
     assert run.wait(TIMEOUT_SECONDS) == [5, 5]
     hint, error = [line for line in run.stderrs[0].splitlines() if line.startswith("vico: ")]
     assert hint.startswith("vico: waiting at 127.0.0.1:")
-    assert "for ranks 1, 3 of 4; at most 3 s" in hint
+    # Rank 2 starts beside rank 0, and on a busy machine after the first look. The error is exact.
+    assert re.search("for ranks 1, (2, )?3 of 4; at most 3 s", hint)
     assert error.startswith("vico: error: rendezvous timed out after 3 s: ranks 1, 3 of 4 did not ")
     assert "did not join 127.0.0.1:" in error
     assert "Traceback" not in run.output and not (tmp_path / "run").exists()
