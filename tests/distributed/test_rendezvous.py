@@ -26,6 +26,8 @@ with_world.SECONDS_FOR_RANK_0 = 1.0
 main.console()
 """
 IMPATIENT = ("-c", PROGRAM.format(silent_seconds=1.0))
+# Just before SHORT_TIMEOUT: on a busy machine another rank may start seconds after rank 0.
+LESS_PATIENT = ("-c", PROGRAM.format(silent_seconds=2.5))
 PATIENT = ("-c", PROGRAM.format(silent_seconds=8.0))
 FIRST_OF_ITS_HOST = {"LOCAL_RANK": "0"}  # it speaks in place of a missing rank 0
 SHORT_TIMEOUT = ("--collective_timeout", "0.05")  # minutes
@@ -42,12 +44,11 @@ def has_no_trace(run: Processes) -> bool:
 
 def test_missing_ranks_are_named(toy: ToyData, tmp_path: Path) -> None:
     flags = [*train_flags(toy, tmp_path), *SHORT_TIMEOUT]
-    run = start(*flags, ranks=4, only=(0, 2), program=IMPATIENT)
+    run = start(*flags, ranks=4, only=(0, 2), program=LESS_PATIENT)
     assert run.wait(TIMEOUT_SECONDS) == [5, 5]
     hint, error = [line for line in run.stderrs[0].splitlines() if line.startswith("vico: ")]
     assert hint.startswith("vico: waiting at 127.0.0.1:")
-    # Rank 2 starts beside rank 0, and on a busy machine after the first look. The error is exact.
-    assert re.search("for ranks 1, (2, )?3 of 4; at most 3 s", hint)
+    assert "for ranks 1, 3 of 4; at most 3 s" in hint
     assert error.startswith("vico: error: rendezvous timed out after 3 s: ranks 1, 3 of 4 did not ")
     assert "did not join 127.0.0.1:" in error
     assert "Traceback" not in run.output and not (tmp_path / "run").exists()

@@ -102,7 +102,9 @@ def test_twins_of_other_backbones(kind: str, tmp_path: Path) -> None:
         pytest.skip(reason)
     make_hugging_face(tmp_path, KINDS["LLaMA-2-70B"])
     weights = open_weights(tmp_path, None)
-    linear: MakeLinear = FrozenLinear if kind == "grouped" else quantized_linear(kind)  # type: ignore[arg-type]
+    linear: MakeLinear = FrozenLinear
+    if kind != "grouped":
+        linear = quantized_linear(kind)  # type: ignore[arg-type]
     own = make_model(weights, linear=linear, gate1=0.5)
     twin = own
     if kind != "fp8":

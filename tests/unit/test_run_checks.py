@@ -32,7 +32,8 @@ def test_an_evaluation_of_changed_files_is_refused(name: str, own: RunConfig, al
     world = EmulatedWorld(0, 1, alone.device, None)
     inputs = read_inputs(own, ("val",), world)
     arguments = (Scorer(), inputs, "val", own, world)
-    assert len(evaluate(*arguments).scores) == len(inputs.questions["val"])  # type: ignore[arg-type]
+    scores = evaluate(*arguments).scores  # type: ignore[arg-type]
+    assert len(scores) == len(inputs.questions["val"])
     path = own.data_path / "nextqa" / name
     with path.open("ab") as file:
         file.write(b"\n")
