@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
+from support.processes import STARTED  # noqa: E402
 from support.toy_dataset import ToyData  # noqa: E402
 from vico.distributed import world  # noqa: E402
 from vico.distributed.world import World, connect  # noqa: E402
@@ -20,6 +22,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     unstable = [item.nodeid for item in items if " at 0x" in item.nodeid]
     if unstable:
         raise pytest.UsageError(f"{unstable[0]}: give its parameters ids")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    """End the processes that a failed test has left, or the next test is blamed for them."""
+    before = set(STARTED)
+    try:
+        return (yield)
+    finally:
+        for run in set(STARTED) - before:
+            if not run.codes:  # nobody waited for its end
+                run.kill()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -147,18 +147,23 @@ def test_out_of_memory_names_phase_and_remedy(
     assert remedy in str(error)
 
 
-def test_a_killed_data_worker_is_one_line(toy: ToyData, tmp_path: Path) -> None:
+@pytest.mark.parametrize("which", [0, 1], ids=["training's", "evaluation's"])
+def test_a_killed_data_worker_is_one_line(toy: ToyData, tmp_path: Path, which: int) -> None:
+    """Evaluation's waits between the epochs; the next evaluation finds it dead."""
     out = tmp_path / "out"
     run = start_long_run(toy, out, "--num_workers", "1")
-    assert run.wait_until(lambda: read_logs(OutputDir(out)).last_step >= 2), run.output
+    second_epoch = 1 + toy.num_train // 4
+    assert run.wait_until(lambda: read_logs(OutputDir(out)).last_step >= second_epoch), run.output
     rank = run.processes[0].pid
     helpers = psutil.Process(rank).children(recursive=True)
-    (worker,) = [process for process in helpers if process.ppid() != rank]  # the server's child
-    worker.send_signal(signal.SIGKILL)
+    workers = [process for process in helpers if process.ppid() != rank]  # the server's children
+    workers.sort(key=psutil.Process.create_time)
+    assert len(workers) == 2
+    workers[which].send_signal(signal.SIGKILL)
     run.wait(60)
     assert run.codes == [4] and run.stderrs[0].count("\n") == 1, run.output
     assert not psutil.wait_procs(helpers, timeout=5)[1]
-    who = f"a data worker of rank 0 on {os.uname().nodename} (process {worker.pid})"
+    who = f"a data worker of rank 0 on {os.uname().nodename} (process {workers[which].pid})"
     assert f"{who} was ended by SIGKILL while " in run.stderrs[0]
 
 

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
@@ -36,6 +37,10 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
+# All that this process has started and still refers to. tests/conftest.py ends what a test leaves.
+STARTED: weakref.WeakSet["Processes"] = weakref.WeakSet()
+
+
 class Processes:
     """Running commands. Threads collect their outputs, which can be read at any time."""
 
@@ -49,6 +54,7 @@ class Processes:
         self._stdouts: list[_Reader] = []
         self._stderrs: list[_Reader] = []
         self.codes: list[int | None] = []
+        STARTED.add(self)
         for command, environment in zip(commands, environments, strict=True):
             process = subprocess.Popen(
                 command,
