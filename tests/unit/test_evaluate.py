@@ -5,11 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from vico.data.datasets import DATASETS
 from vico.data.types import Question
+from vico.distributed.world import World
 from vico.errors import TrainingError
-from vico.train.evaluate import _require_finite, summarize
+from vico.train.evaluate import _require_finite, report, summarize
 from vico.train.loop import is_best
 
 NEXTQA = {"nextqa": DATASETS["nextqa"]}
@@ -145,3 +147,40 @@ def test_each_data_set_has_its_own_results() -> None:
     }
     assert evaluation.parts["a"].scores == [[1.0, 2.0], [0.5, 4.0]]
     assert evaluation.loss == (0.0 + 1.0 + 2.0 + 4.0) / 4
+
+
+def test_the_report_of_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rank 0 writes the predictions and says the table; the last line is one JSON object."""
+    question = Question(0, "q", "v", "CW", "why", ("a", "b"), 0)
+    evaluation = summarize([question], [[0.5, 1.0]], NEXTQA)
+    path, facts = tmp_path / "new" / "predictions_test.jsonl", {"split": "test", "resume": "c"}
+    world = World(0, 1, torch.device("cpu"), None)
+    report(evaluation, path, facts, replace(world, rank=1))
+    assert not path.parent.exists() and capsys.readouterr().out == ""
+    report(evaluation, path, facts, world, {"cognition": {"tokens": 3}})
+    assert json.loads(path.read_text()) == evaluation.records()[0]
+    *table, last = capsys.readouterr().out.splitlines()
+    assert table == [f"test accuracy of 1 questions ({path}):", *evaluation.table().splitlines()]
+    assert list(json.loads(last).items()) == [
+        ("split", "test"),
+        ("resume", "c"),
+        ("n", 1),
+        ("n_total", 1),
+        ("acc", 1.0),
+        ("C", 1.0),
+        ("cognition", {"tokens": 3}),
+    ]
+    report(evaluation, path, facts, world)
+    assert "cognition" not in json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_the_table_without_dropped_questions() -> None:
+    """No row says how many are used; a group that was dropped as a whole has none."""
+    questions = [Question(i, str(i), "v", kind, "q", ("a", "b"), 0) for i, kind in enumerate("CT")]
+    evaluation = summarize(questions, [[0.0, 1.0], [1.0, 0.0]], {"my": DATASETS["tvqa"]})
+    assert evaluation.table().splitlines() == [
+        "  C                    1 / 1      100.00%",
+        "  T                    0 / 1        0.00%",
+        "  all                  1 / 2       50.00%",
+    ]
+    assert (evaluation.num_dropped, evaluation.num_total, evaluation.used) == (0, 2, "2 questions")
