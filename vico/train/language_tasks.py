@@ -295,5 +295,5 @@ def _settings(words: Mapping[str, Any]) -> GenerationSettings:
         )
     stop = tuple(text for text in kwargs.get("until", ()) if text)
     draws = kwargs.get("do_sample") and kwargs.get("temperature")
-    drawn = {"temperature": kwargs["temperature"], "top_p": kwargs.get("top_p", 1.0)}
+    drawn = {"temperature": kwargs.get("temperature"), "top_p": kwargs.get("top_p", 1.0)}
     return GenerationSettings(kwargs["max_gen_toks"], stop=stop, **(drawn if draws else {}))
