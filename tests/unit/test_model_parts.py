@@ -208,6 +208,23 @@ def test_which_layers_run_again_in_backward(num_checkpointed: int) -> None:
     assert runs == {i: 2 if i < num_checkpointed else 1 for i in range(3)}
 
 
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16], ids=str)
+def test_trainables_are_fp32(default: torch.dtype) -> None:
+    """And frozen weights of the run's type, whatever torch's default is."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        model = ViCo(CONFIG, 2, 10, 10, 100.0, torch.float16)
+    finally:
+        torch.set_default_dtype(before)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    assert shapes == trainable_shapes(CONFIG, 2, 10, 10)
+    for name, parameter in model.named_parameters():
+        expected = torch.float32 if parameter.requires_grad else torch.float16
+        assert parameter.dtype == expected, name
+        assert parameter.requires_grad == (name in shapes)
+
+
 def test_another_attention_for_a_while() -> None:
     """The model is as before at the end, also of an error."""
     model, packed = small_model(), PackedAttention(KERNELS["sdpa"])
