@@ -42,6 +42,7 @@ else:
     from benchmarks.baseline.models import random_weights, set_weights, take_gradients
     from benchmarks.baseline.variants import scoring_batches, training_batch
     from benchmarks.measure.workload import SyntheticWorkload
+    from support.before_nan import before_nan
     from support.segment_trees import Segments, random_segments, visible_pairs
     from vico.model.attention import segment_tiles
     from vico.model.attention.backends import choose_attention
@@ -105,7 +106,7 @@ else:
             is_gate = len(size) == 1
             shape = size if is_gate else (*size, width)
             value = torch.randn(shape, generator=generator).to(DEVICE)
-            inputs.append(value if is_gate else value.to(dtype))
+            inputs.append(before_nan(value if is_gate else value.to(dtype)))
         return inputs
 
     def by_kernels(inputs: list[Tensor], segments: Segments) -> list[Tensor]:

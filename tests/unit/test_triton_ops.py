@@ -30,6 +30,7 @@ else:
     from benchmarks.baseline.models import make_fast, random_weights, set_weights, take_gradients
     from benchmarks.baseline.variants import Packed
     from benchmarks.measure.workload import SyntheticWorkload
+    from support.before_nan import before_nan
     from vico.model.attention.backends import KERNELS
     from vico.model.attention.segment_layout import varlen_layout
     from vico.model.attention.varlen import PackedAttention, gate_unit, widen_heads
@@ -66,7 +67,8 @@ else:
         triton_ops.ENABLED = True
 
     def made(*size: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-        return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+        numbers = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+        return before_nan(numbers.to(DEVICE, dtype))
 
     def distance(a: Tensor, b: Tensor) -> float:
         a, b = a.detach().double(), b.detach().double()
@@ -100,9 +102,9 @@ else:
         constants: list[object],
     ) -> list[Tensor]:
         triton_ops.ENABLED = use_kernels
-        inputs = [x.detach().clone().requires_grad_() for x in inputs]
+        inputs = [before_nan(x).requires_grad_() for x in inputs]
         out = function(*inputs, *constants)
-        upstream = made(*out.shape, dtype=torch.float32, seed=9).to(out.dtype)
+        upstream = before_nan(made(*out.shape, dtype=torch.float32, seed=9).to(out.dtype))
         gradients = torch.autograd.grad(out, inputs, upstream, allow_unused=True)
         return [out, *(gradient for gradient in gradients if gradient is not None)]
 
