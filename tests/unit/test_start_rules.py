@@ -89,6 +89,16 @@ def test_texts_are_measured_with_evaluations() -> None:
     assert [start._evaluated_split(s) for s in (("train",), ("train", "x"))] == [None, "x"]
 
 
+def test_an_evaluation_has_one_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the evaluated split; its workers stay from one epoch to the next."""
+    made: list[Any] = []
+    monkeypatch.setattr(start, "chunk_loader", lambda *of, **more: made.append((of, more)) or made)
+    run = run_of(RunConfig(), split="test")
+    vars(run.inputs)["questions"] = {"train": ["t"], "test": ["e"]}
+    assert run.evaluation_batches is run.evaluation_batches
+    assert made == [((run.inputs, ["e"], run.config, ALONE), {"keep_workers": True})]
+
+
 def test_a_note_of_another_schedule() -> None:
     """With the rates of the steps before and after: half a cosine over 4 epochs, or over 2."""
     run = run_of(RunConfig(epochs=4, lr=1.0, min_lr=0.0, warmup_epochs=0), step=20)
