@@ -321,6 +321,15 @@ OWN = {
 }
 
 
+def test_an_error_names_its_path_and_leaves_nothing_open(tmp_path: Path) -> None:
+    """It named the number of a descriptor, which stayed open."""
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(IsADirectoryError) as caught:
+        read_bytes(tmp_path)
+    assert (caught.value.filename, caught.value.strerror) == (str(tmp_path), "Is a directory")
+    assert os.listdir("/proc/self/fd") == before
+
+
 def test_paths_are_looked_at_and_opened_in_one_place() -> None:
     """Outside of vico/io, no method of Path and no os.path: they raise or hide PermissionError."""
     for path in sorted((ROOT / "vico").rglob("*.py")):

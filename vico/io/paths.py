@@ -29,7 +29,7 @@ NOWHERE = (errno.ELOOP, errno.ENAMETOOLONG)  # a link to itself; a name that no 
 def open_to_read(path: Path) -> Iterator[IO[bytes]]:
     """The bytes of a regular file. Raises OSError, also for a device or a pipe."""
     descriptor = _open(path, os.O_RDONLY | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
+    with open(path, "rb", opener=lambda *_: descriptor) as file:
         _require_regular(descriptor, path)
         yield file
 
