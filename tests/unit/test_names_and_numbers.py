@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import models
 
 from support.backbones import NUM_PIECES, make_llama_3_tokenizers
 from support.errors import refusal
@@ -23,7 +25,7 @@ from vico.data.mixture import (
     paths_by_dataset,
 )
 from vico.data.special_tokens import SpecialIds
-from vico.data.tokenizer import Tokenizer
+from vico.data.tokenizer import Tokenizer, find_tokenizer
 from vico.data.types import TokenSequence
 
 # ---- data sets ----------------------------------------------------------------------------------
@@ -189,6 +191,55 @@ def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
     assert refusal(Tokenizer, path).startswith("tokenizer.model:1: column 3: ")
 
 
+def save_pieces(folder: Path, vocabulary: dict[str, int]) -> Path:
+    """A tokenizer.json of these pieces."""
+    model = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    model.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def test_id_0_may_be_special(tmp_path: Path) -> None:
+    """As in SmolLM's."""
+    found = Tokenizer(save_pieces(tmp_path, {"<|endoftext|>": 0, "\n": 1}))
+    assert (found.bos, found.eos, found.has_bos, found.newline) == (0, 0, True, 1)
+    (tmp_path / "config.json").write_text('{"eos_token_id": 0}', encoding="utf-8")
+    said = refusal(Tokenizer, save_pieces(tmp_path, {}))
+    assert "'eos_token_id' is 0 and must be an id of the tokenizer.json beside it" in said
+
+
+def test_a_tokenizer_without_bos_adds_none(folder: Path, tmp_path: Path) -> None:
+    """Whatever its post-processor puts first: nobody knows its id."""
+    content = json.loads((folder / "hf").read_text(encoding="utf-8"))
+    for token in content["added_tokens"]:
+        token["content"] = token["content"].replace("<|begin_of_text|>", "<|begin|>")
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    names = '{"eos_token": "<|end_of_text|>"}'
+    (tmp_path / "tokenizer_config.json").write_text(names, encoding="utf-8")
+    found = Tokenizer(path)
+    assert not found.has_bos and not found.adds_bos and found.bos == found.eos
+
+
+def test_where_a_tokenizer_is_found(folder: Path, tmp_path: Path) -> None:
+    """A model in Hugging Face's layout without its own takes the one of all models."""
+    own = tmp_path / "8B"
+    own.mkdir()
+    (own / "config.json").write_text("{}", encoding="utf-8")
+    shared = tmp_path / "tokenizer.model"
+    shared.write_bytes((folder / "meta").read_bytes())
+    assert find_tokenizer(tmp_path, own) == shared
+    (own / "config.json").unlink()
+    (own / "tokenizer.model").mkdir()
+    end = "Is a directory; the tokenizer must be a readable file"
+    assert refusal(find_tokenizer, tmp_path, own) == f"{own / 'tokenizer.model'}: {end}"
+
+
+def test_numbers_of_seven_bits() -> None:
+    """A byte below 128 is the last one."""
+    varint = tokenizer._varint
+    assert varint(b"\x7f\x01", 0) == (127, 1) and varint(b"\x80\x01\x01", 0) == (128, 2)
+
+
 def test_digests_of_tokenizers(folder: Path, tmp_path: Path) -> None:
     """Ends of lines are no part of Meta's file; a tokenizer.json has one of its own words, too."""
     meta = (folder / "meta").read_bytes()
@@ -199,6 +250,8 @@ def test_digests_of_tokenizers(folder: Path, tmp_path: Path) -> None:
     assert len({digest, first, second}) == 3
     (tmp_path / "b").write_bytes(b"\n " + (folder / "hf").read_bytes())
     assert tokenizer.content_digests(tmp_path / "b") == [first, second]
+    (tmp_path / "b").write_bytes(b"{")
+    assert refusal(tokenizer.content_digests, tmp_path / "b").startswith("b:1: column 2: ")
 
 
 def test_known_names_come_in_pairs() -> None:

@@ -272,10 +272,28 @@ def test_chunks_of_texts() -> None:
     assert rows == [3 + 3, 3]
 
 
+@pytest.mark.parametrize("depth", [0, 9])
 @pytest.mark.parametrize(("num_below", "is_shared"), [(20, True), (21, False)])
-def test_a_shared_row_costs_20(num_below: int, is_shared: bool) -> None:
-    """Two texts share BOS, if no more than 20 rows in all follow it."""
+def test_a_shared_row_costs_20(num_below: int, is_shared: bool, depth: int) -> None:
+    """Two texts share a token, if no more than 20 rows in all follow it.
+
+    They may share it with nobody else, below rows that all share.
+    """
+    head = (1,) * depth
     lengths = (7, num_below - 7)
-    texts = [text_sequence((1, *range(10 * n, 10 * n + size), 2)) for n, size in enumerate(lengths)]
+    tokens = [(*head, 3, *range(10 * n, 10 * n + k), 2) for n, k in enumerate(lengths, start=1)]
+    if depth:
+        tokens.append((*head, 4, 2))
+    examples = [Example(text_sequence(ids), 0, 0) for ids in tokens]
+    batch = pack(examples, torch.zeros(0, SLOTS, 2))
+    assert batch.num_rows == depth + num_below + (1 if is_shared else 2) + bool(depth)
+
+
+def test_token_0_is_text() -> None:
+    """At the beginning, too, of a sequence or of a part of it."""
+    texts = [text_sequence((0, 5, 0, *rest)) for rest in ((6, 2), (0, 2))]
     batch = pack([Example(text, 0, 0) for text in texts], torch.zeros(0, SLOTS, 2))
-    assert batch.num_rows == num_below + (1 if is_shared else 2)
+    assert [(s.stop - s.start, s.is_video) for s in batch.segments] == [(3, False)] + [
+        (1, False)
+    ] * 2
+    assert batch.token_ids_T.tolist() == [0, 5, 0, 6, 0] and len(batch.slot_rows_S) == 0
