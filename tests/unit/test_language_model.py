@@ -236,7 +236,7 @@ def test_openings_that_leave_no_room(written: list[Any]) -> None:
             {"do_sample": True, "temperature": 0.5, "top_p": 0.25},
             GenerationSettings(256, temperature=0.5, top_p=0.25),
         ),
-        ({"top_p": 0.25}, GenerationSettings(256)),
+        ({"do_sample": True, "temperature": 0.0, "top_p": 0.25}, GenerationSettings(256)),
         ({"until": "a"}, GenerationSettings(256, stop=("a",))),
         ({"until": ["a", "", "b"]}, GenerationSettings(256, stop=("a", "b"))),
     ],

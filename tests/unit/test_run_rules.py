@@ -45,6 +45,8 @@ ROW: dict[str, Any] = {
         ({"index": -1}, "'index' is -1 and must be a whole number at least 0"),
         ({"index": True}, "'index' is True and must be a whole number at least 0"),
         ({"index": None}, "'index' is None and must be a whole number at least 0"),
+        ({"index": 10**9}, "'index' is 1000000000 and must be a whole number at least 0"),
+        ({"scores": [10**400]}, "'scores' holds 1000000000"),
         ({"prediction": 2}, "'prediction' is 2 and must be a whole number from 0 to 1"),
         ({"prediction": -1}, "'prediction' is -1 and must be a whole number from 0 to 1"),
         ({"prediction": None}, "'prediction' is None and must be a whole number from 0 to 1"),
@@ -63,12 +65,24 @@ def test_damaged_predictions(change: dict[str, Any], said: str, tmp_path: Path) 
     assert records == [ROW, ROW] and len(faults) == 1
 
 
+def test_lines_that_are_no_predictions(tmp_path: Path) -> None:
+    path = tmp_path / "predictions_val.jsonl"
+    remedy = "name the predictions_SPLIT.jsonl of an evaluation"
+    for line, kind in (("[1]", "a list"), ("7", "a number")):
+        path.write_text(f"{json.dumps(ROW)}\n{line}\n")
+        said = f"{path}:2: {kind} where an object is expected; {remedy}"
+        assert refusal(read_predictions, path) == said
+    for name in ("qid", "scores"):
+        path.write_text(json.dumps({key: ROW[key] for key in ROW if key != name}) + "\n")
+        assert refusal(read_predictions, path).startswith(f"{path}:1: '{name}' is None and must be")
+
+
 def test_allowed_predictions(tmp_path: Path) -> None:
     path = tmp_path / "predictions_val.jsonl"
     rows = [
         {**ROW, "answer": None},
         {**ROW, "index": 5, "prediction": 0, "answer": 1},
-        {**ROW, "scores": [-9e299, 9e299]},
+        {**ROW, "scores": [-9e299, 9e299], "index": 10**9 - 1},
         {**ROW, "scores": [3], "prediction": 0},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
