@@ -70,7 +70,9 @@ def test_siglip_as_transformers(tmp_path: Path) -> None:
 def test_precision(clip: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (2, SIDE, SIDE, 3), np.uint8)
     exact = load_encoder(clip).encode(frames)
-    rounded = load_encoder(clip, precision="bf16").encode(frames)
+    encoder = load_encoder(clip, precision="bf16")
+    assert {parameter.dtype for parameter in encoder.model.parameters()} == {torch.bfloat16}
+    rounded = encoder.encode(frames)
     assert not torch.equal(exact, rounded)
     assert torch.cosine_similarity(exact, rounded).min() > 0.999
 
