@@ -95,7 +95,7 @@ def upright(matrix: tuple[int, ...] | None) -> list[tuple[str, str]]:
     if degrees == 270:
         return [("transpose", "clock_flip" if matrix[3] < 0 else "cclock")]
     if degrees == 180:
-        flips = [("hflip", "")] if matrix[0] < 0 else []
+        flips = [("hflip", "")]
         return [*flips, ("vflip", "")] if matrix[4] < 0 else flips
     if degrees:
         return [("rotate", f"{degrees:f}*PI/180")]
