@@ -184,3 +184,13 @@ def test_the_table_without_dropped_questions() -> None:
         "  all                  1 / 2       50.00%",
     ]
     assert (evaluation.num_dropped, evaluation.num_total, evaluation.used) == (0, 2, "2 questions")
+
+
+def test_one_question_without_answer_is_enough_for_no_accuracy() -> None:
+    """The predictions are there; of the others there is a loss."""
+    questions = [
+        Question(i, str(i), "v", "CW", "q", ("a", "b"), a) for i, a in enumerate((1, None))
+    ]
+    evaluation = summarize(questions, [[0.0, 1.0], [1.0, 0.0]], NEXTQA)
+    assert (evaluation.accuracies, evaluation.counts) == ({}, {})
+    assert (evaluation.predictions, evaluation.loss) == ([0, 1], 1.0)

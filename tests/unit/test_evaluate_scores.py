@@ -64,12 +64,16 @@ def score_chunks(engine: Any, *chunks: Chunk, world: Any = WORLD) -> list[Scored
 # ---- forwards -----------------------------------------------------------------------------------
 
 
-def test_every_chunk_is_run_once_without_training(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_chunk_is_run_once_without_training(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its losses stay with its questions and the sequences of its targets."""
-    engine = Engine()
+    engine, passed = Engine(), list[str]()
+    monkeypatch.setattr(module, "reached", passed.append)
     first, last = Chunk((0, 2), batch_of(2, 1, 3)), Chunk((1,), batch_of(1, 1))
     scored = score_chunks(engine, first, last)
     assert engine.modes == [False] and engine.batches == [6, 2]
+    assert passed == ["evaluation"] * 2, "the place where tests of kills end a rank"
     assert [chunk.questions for chunk in scored] == [(0, 2), (1,)]
     assert [chunk.target_sequences_N.tolist() for chunk in scored] == [[0, 0, 1, 2, 2, 2], [0, 1]]
     assert [chunk.losses_N.tolist() for chunk in scored] == [[1.0] * 6, [2.0] * 2]

@@ -123,7 +123,7 @@ def run_names(paths: Sequence[Path]) -> list[str]:
     longest = max(len(path.parts) for path in paths)
     names: list[str] = []
     for length in range(1, longest + 1):
-        names = ["/".join(path.parts[-length:]) for path in paths]
+        names = [str(Path(*path.parts[-length:])) for path in paths]
         if len(set(names)) == len(names):
             break
     return names
