@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.backbones import make_llama_3_tokenizers
+from support.letters import Letters
 from support.toy_dataset import WORDS, ToyData
 from vico.data import length_stats
 from vico.data.length_stats import Cuts, Lengths, QuestionLengths
 from vico.data.prompts import Prompts
-from vico.data.shortening import _cut
+from vico.data.shortening import _cut, shorten
 from vico.data.tokenizer import Tokenizer
 from vico.data.types import Question
 from vico.errors import UserError
@@ -242,3 +243,47 @@ def test_notes_count_questions() -> None:
         "warning: val: 1 of 4 questions with two equal options",
         "warning: val: 2 of 4 questions with an empty option",
     ]
+
+
+# ---- what it costs, where a letter is a token
+
+
+def shortened(
+    texts: tuple[str, ...], budget: int, others: int = 0, blank: int = 1
+) -> tuple[tuple[str, ...] | None, list[int], list[int]]:
+    """(what is kept, lengths of the texts that are encoded, and what is counted)."""
+    tokenizer, counted = Letters({" ": blank}), list[int]()
+
+    def count(parts: tuple[str, ...]) -> int:
+        joined = "".join(parts)
+        counted.append(others + len(joined) + (blank - 1) * joined.count(" "))
+        return counted[-1]
+
+    labels = ["L: "] * len(texts)
+    kept = shorten(texts, labels, budget, tokenizer.encode_with_ends, count, cut_first_word=False)
+    return kept, [len(text) for text in tokenizer.encoded], counted
+
+
+def test_a_text_is_encoded_once_and_counted_near_its_end() -> None:
+    """8 letters for a token are looked at; counted from 4 above the budget, and 1 for each text."""
+    text = "a " * 1000
+    assert shortened((text,), 50) == ((text[:49],), [3 + 399], [399, 55, 53, 51, 49])
+    kept, encoded, counted = shortened((text, text), 50)
+    assert kept == (text[:25], text[:25]) and encoded == [2 * (3 + 399)]
+    assert counted == [2 * 399, 56, 54, 52, 50]
+    assert shortened((text,), 0)[:2] == (("",), [3 + 7]), "as for a budget of 1"
+
+
+def test_more_is_looked_at_where_tokens_are_few() -> None:
+    """Twice as much, until it is enough: blanks here are no tokens."""
+    text = ("a" + " " * 9) * 400
+    kept, encoded, counted = shortened((text,), 50, blank=0)
+    assert kept == (text[:499],) and encoded == [3 + 399, 3 + 799] and counted[:2] == [40, 80]
+
+
+def test_what_needs_no_cut_is_whole() -> None:
+    """An empty text has nothing to lose; at last all are empty."""
+    assert shortened(("a b c", ""), 5)[0] == ("a b c", "")
+    assert shortened(("", "a b c"), 4)[0] == ("", "a b")
+    assert shortened(("a b", "c"), 1, others=1)[0] == ("", "")
+    assert shortened(("a b", "c"), 0, others=1)[0] is None
