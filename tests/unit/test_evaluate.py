@@ -146,6 +146,10 @@ def test_each_data_set_has_its_own_results() -> None:
         "a_b": 1,
     }
     assert evaluation.parts["a"].scores == [[1.0, 2.0], [0.5, 4.0]]
+    lines = evaluation.table().splitlines()
+    heads = [line for line in lines if not line.startswith(" ")]
+    assert heads == ["nextqa: 1 questions", "a: 2 used / 3 total questions", "a_b: 1 questions"]
+    assert lines[-1].split() == "all data sets 3 / 4 75.00% 4 used / 5 total".split()
     assert evaluation.loss == (0.0 + 1.0 + 2.0 + 4.0) / 4
 
 

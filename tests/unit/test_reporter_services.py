@@ -13,6 +13,7 @@ from vico.distributed import signals
 from vico.errors import UserError
 from vico.io.output_dir import OutputDir
 from vico.train import reporters
+from vico.train.heat_map import png
 from vico.train.reporters import Reported, Reporters, TensorBoard, Trackio, WeightsAndBiases
 
 ARGS = {"lr": None, "blr": 0.1, "text": ["a", "b"], "none": [], "vaq": True}
@@ -206,3 +207,40 @@ def test_a_reporter_without_words(
 def test_which_reporters_forget() -> None:
     kinds = (TensorBoard, WeightsAndBiases, Trackio)
     assert [kind.forgets for kind in kinds] == [True, False, False]
+
+
+def test_pictures_and_curves_of_tensorboard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture with its size, as a PNG; arguments as hyperparameters beside the accuracy."""
+    seen: list[Any] = []
+    board = SimpleNamespace(
+        add_text=lambda *_: None,
+        add_scalar=lambda *values: seen.append(values),
+        flush=lambda: seen.append("flush"),
+        close=lambda: seen.append("close"),
+        file_writer=SimpleNamespace(add_summary=lambda *values: seen.append(values)),
+    )
+    given: list[Any] = []
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", lambda *_, **__: board)
+
+    def hparams(*values: Any) -> str:
+        given.append(values)
+        return "abc"  # three summaries
+
+    monkeypatch.setattr("torch.utils.tensorboard.summary.hparams", hparams)
+    reporter = TensorBoard(run_of(tmp_path))
+    values = {"lr": "none", "blr": 0.1, "text": "a b", "none": "none", "vaq": True}
+    assert given == [(values, {"eval/acc": 0.0})] and seen == [("a",), ("b",), ("c",)]
+    seen.clear()
+    reporter.curves({"x": 0.5, "y": 2.0}, 3)
+    reporter.picture("gates", PICTURE, 4)
+    reporter.flush()
+    reporter.close()
+    first, second, (summary, step), *ends = seen
+    assert (first, second, ends) == (("x", 0.5, 3), ("y", 2.0, 3), ["flush", "close"])
+    (value,) = summary.value
+    image = value.image
+    assert (value.tag, step) == ("gates", 4)
+    assert (image.height, image.width, image.colorspace) == (8, 16, 3)
+    assert image.encoded_image_string == png(PICTURE)

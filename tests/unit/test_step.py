@@ -179,3 +179,44 @@ def test_only_the_sum_of_gradients_is_not_finite() -> None:
     engines = [Recorder(every_gradient_is_finite=False) for _ in range(2)]
     for end in run([step_of(batch_of(1, 1))] * 2, engines):
         assert str(end).startswith("step 3: the sum of the ranks' gradients is not finite; ")
+
+
+@dataclass
+class Capturer(Recorder):
+    """Also notes what it may capture."""
+
+    can: bool = True
+    asked: list[int] = field(default_factory=list)  # numbers of micro-batches
+    allowed: list[bool] = field(default_factory=list)
+
+    def can_capture(self, micro_batches: object) -> bool:
+        self.asked.append(len(cast(tuple[PackedBatch, ...], micro_batches)))
+        return self.can
+
+    def allow_captures(self, allowed: bool) -> None:
+        self.allowed.append(allowed)
+
+
+@pytest.mark.parametrize("cannot", [None, 0, 1])
+def test_all_ranks_capture_or_none(cannot: int | None) -> None:
+    """Each is asked about all that it may run, with the batch in the place of missing ones."""
+    engines: list[Recorder] = [Capturer(can=rank != cannot) for rank in (0, 1)]
+    one = step_of(batch_of(1, 1), batch_of(1, 1))
+    other = replace(step_of(batch_of(1, 1), batch_of(2, 1)), dummy=None)
+    for report in run([one, other], engines):
+        assert isinstance(report, StepReport)
+    for engine, number in zip(engines, (3, 2), strict=True):
+        assert isinstance(engine, Capturer)
+        assert (engine.asked, engine.allowed) == ([number], [cannot is None])
+
+
+def test_losses_are_summed_in_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed: list[str] = []
+    monkeypatch.setattr("vico.train.step.reached", passed.append)
+    engine = Recorder(loss=0.1)
+    (report,) = run([step_of(batch_of(3, 0), batch_of(3, 1))], [engine])
+    assert isinstance(report, StepReport)
+    tenth = float(torch.tensor(0.1))  # as fp32 has it
+    assert report.loss_sums == [3 * tenth + 3 * tenth, tenth]
+    assert passed == ["step", "step"], "the place where tests of kills end a rank"
+    assert [last for _, _, last in engine.passes] == [False, True]

@@ -2,6 +2,8 @@
 
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from faults.emulated_ranks import EmulatedWorld
+from faults.emulated_ranks import EmulatedWorld, Exchange
 from support.errors import refusal
-from vico.data.text_windows import Text, Texts
+from vico.data.text_windows import Text, Texts, Window, text_sequence
 from vico.distributed import signals
 from vico.model.batch import PackedBatch
 from vico.train import cognition
@@ -210,3 +212,45 @@ def test_a_stop_is_taken_between_batches(monkeypatch: pytest.MonkeyPatch) -> Non
         measure_texts(engine, inputs.texts, inputs, alone())
     assert engine.num_batches == 6
     assert str(stopped.value).startswith("stopped in the measurement of 400,000 tokens of text; ")
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_ranks_share_the_windows(size: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """All get every measure, in the places of one rank; who has none repeats one in vain."""
+    inputs = inputs_of(1000, 3, 8000)
+    engine: Any = Comparer()
+    expected = measure_texts(engine, inputs.texts, inputs, alone()).measures_6N
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"measuring 9,003 tokens of text: {engine.num_batches} batch(s) to do"
+    assert any(f": batch 1/{engine.num_batches}  " in line for line in said)
+    first = replace(alone(), size=size, exchange=Exchange(size))
+    engines: list[Any] = [Comparer() for _ in range(size)]
+
+    def work(rank: int) -> Tensor:
+        world = replace(first, rank=rank)
+        return measure_texts(engines[rank], inputs.texts, inputs, world).measures_6N
+
+    with ThreadPoolExecutor(size) as pool:
+        for found in pool.map(work, range(size)):
+            assert torch.equal(found, expected)
+    assert {one.num_batches for one in engines} == {math.ceil(engine.num_batches / size)}
+    assert capsys.readouterr().out.count("batch(s) to do") == 1, "rank 0 shows it"
+
+
+def test_equal_beginnings_run_once_if_asked_for() -> None:
+    rows: list[int] = []
+
+    class Counter(Comparer):
+        def compare(self, batch: PackedBatch) -> Tensor:
+            rows.append(batch.num_rows)
+            return super().compare(batch)
+
+    made = [
+        Window(0, 1, text_sequence((1, 5, 6, 7), 3)),
+        Window(1, 2, text_sequence((1, 5, 6, 8), 3)),
+    ]
+    engine: Any = Counter()
+    for more in ({}, {"share": False}, {"share": True}):
+        found = cognition.measure_windows(engine, made, inputs_of(), alone(), "x", **more)
+        assert found[0].tolist() == [7, 8]
+    assert rows == [6, 6, 3]
