@@ -311,7 +311,7 @@ def test_how_files_are_cut(layouts: dict[str, Path], monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(convert, "MAX_FILE_BYTES", limit)
         files = list(convert._split_by_size(weights))
         assert [name for names in files for name in names] == list(num_bytes)
-        sizes = [sum(num_bytes[name] for name in names) for names in files]
+        sizes = [sum(map(num_bytes.__getitem__, names)) for names in files]
         for names, size in zip(files, sizes, strict=True):
             assert len(names) == 1 or size <= limit
         for size, following in zip(sizes, files[1:], strict=False):
