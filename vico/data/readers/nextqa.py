@@ -9,7 +9,6 @@ from pathlib import Path
 from vico.data.readers import rows, table_files
 from vico.data.readers.rows import Row, RowError, Rows
 from vico.data.types import Question, Questions
-from vico.errors import show
 from vico.io.paths import exists
 
 # Question type -> group: causal, temporal, descriptive.
@@ -84,10 +83,7 @@ def _answers(records: Rows, split: str, may_be_texts: bool) -> Callable[[Row], i
         return rows.answer_field(row, "answer", len(OPTIONS), split)
 
     def by_text(row: Row) -> int | None:
-        text, options = rows.text_field(row, "answer"), _options(row)
-        if text not in options:
-            raise RowError(f"'answer' is {show(text)}, not one of the options {show(options)}")
-        return options.index(text)
+        return _options(row).index(rows.text_field(row, "answer"))
 
     are_texts = all(row.get("answer") in map(row.get, OPTIONS) for _, row in records)
     if not (may_be_texts and are_texts):

@@ -1,6 +1,7 @@
 """The general schema: a table of video, question, options and answer, and what else it has."""
 
 import ast
+import contextlib
 import json
 import math
 from collections import Counter
@@ -82,13 +83,11 @@ def has_dialogue(folder: Path) -> bool:
 def _first_row_speaks(folder: Path, described: Spec) -> bool:
     """By the columns of the first split that is there; what is wrong with it, `read` says."""
     for split in spec.SPLITS:
-        try:
+        with contextlib.suppress(UserError, RowError):
             path = _file_of(described, split)
             if exists(path):
                 names = table_files.first_names(path)
                 return "dialogue" in columns.find(names, described).of if names else False
-        except (UserError, RowError):
-            continue
     return False
 
 
@@ -220,10 +219,8 @@ def _of_list(row: Row, name: str) -> tuple[str, ...]:
 def _parsed_list(text: str) -> Any:
     """A list as JSON or Python writes it; None: neither."""
     for parse in (json.loads, ast.literal_eval):
-        try:
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             return parse(text.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
     return None
 
 
