@@ -87,6 +87,20 @@ def test_names_of_data_sets(tmp_path: Path) -> None:
     assert "; did you mean 'zoo'?" in refusal(find_dataset, "ZOOO", tmp_path / "ZOOO")
 
 
+def test_what_a_folder_says_of_itself(tmp_path: Path) -> None:
+    """In dataset.yaml, of a data set in the general schema."""
+    folder = write_set(tmp_path, "zoo")
+    plain = find_dataset("zoo", folder)
+    assert (plain.groups, plain.mean_of, plain.has_dialogue) == (None, (), False)
+    assert (plain.frames_per_second, plain.is_general) == (1.0, True)
+    lines = ["frames_per_second: 2.5", "dialogue: true", "mean_of: [x, y]"]
+    lines.append("groups: {x: [b, c], y: [a]}")
+    (folder / "dataset.yaml").write_text("\n".join(lines), encoding="utf-8")
+    found = find_dataset("zoo", folder)
+    assert found.groups == {"b": "x", "c": "x", "a": "y"} and found.mean_of == ("x", "y")
+    assert (found.frames_per_second, found.has_dialogue, found.is_general) == (2.5, True, True)
+
+
 def test_groups_of_types() -> None:
     """In the table's order, without those that are empty; an unknown type comes last."""
     table = {"c": "second", "a": "first", "b": "first"}

@@ -159,6 +159,10 @@ def test_kept_texts_follow_from_seed_epoch_and_question() -> None:
             ids = batch.token_target_ids_N[batch.target_tasks == 1]
             assert ids.tolist() == list(drawn.tokens[1:]) and len(ids) == KEPT_TOKENS
     assert KEPT_TOKENS + 1 == KEPT_POSITIONS, "with BOS"
+    steps = steps_of([ask(0), ask(1)], tasks=("keep",), kept=kept, micro_batch_size=2)
+    (batch,) = steps[0, 0].micro_batches
+    assert batch.texts is not None and batch.features_VFC.shape == (2, SLOTS, 2)
+    assert batch.texts.features_VFC.shape == (0, SLOTS, 2), "the frozen model sees no clip"
 
 
 @pytest.mark.parametrize("num_others", [31, 32])
@@ -182,6 +186,25 @@ def test_the_longest_has_whole_captions() -> None:
     for budget, number in ((None, 2), (7 * each, 6), (3 * each, 3)):
         batch, found = steps_of(questions, captions, max_tokens=budget, **given).longest()
         assert (found, batch.num_real_tokens) == (number, number * each)
+
+
+def test_cropped_captions_may_fill_a_budget() -> None:
+    """Those of the first two epochs are tried beside the whole one."""
+    questions = [ask(0), ask(1)]
+    captions = {q.video: CAPTION for q in questions}
+    prompts, starts = prompts_of(Letters(), SLOTS), crop_candidates(CAPTION)
+    vqa = len(prompts.vqa(questions[0], 1).tokens)
+    whole, cropped = vqa + len(prompts.caption(CAPTION).tokens), set[int]()
+    given: dict[str, Any] = {"accumulation": 2, "crop": True, "seed": 6}
+    for epoch in (0, 1):
+        for i in (0, 1):
+            rng = np.random.default_rng([6, epoch, i])
+            text = CAPTION[starts[rng.integers(4)] :]
+            size = vqa + len(prompts.caption(text).tokens)
+            batch, found = steps_of(questions, captions, max_tokens=whole + size, **given).longest()
+            assert (found, batch.num_real_tokens) == (2, whole + size)
+            cropped.add(size)
+    assert len(cropped) == 4, "each epoch brings others"
 
 
 def test_sequences_share_rows_if_they_may() -> None:

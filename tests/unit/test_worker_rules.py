@@ -47,7 +47,7 @@ def test_a_rank_prepares_its_own_batches(locks: list[int]) -> None:
     assert list(made) == ["c", "a"] and locks == []
     assert (made.num_workers, made.prefetch_factor, made.persistent_workers) == (0, None, False)
     assert made.multiprocessing_context is None and made.batch_size is None
-    assert not made.pin_memory
+    assert not made.pin_memory and loader(0, True).pin_memory
 
 
 @pytest.mark.parametrize(("num_workers", "num_locks"), [(1, 15), (2, 18)])
