@@ -220,3 +220,11 @@ def test_losses_are_summed_in_double_precision(monkeypatch: pytest.MonkeyPatch) 
     assert report.loss_sums == [3 * tenth + 3 * tenth, tenth]
     assert passed == ["step", "step"], "the place where tests of kills end a rank"
     assert [last for _, _, last in engine.passes] == [False, True]
+
+
+def test_weights_are_divided_in_double_precision() -> None:
+    """Before they are rounded to fp32, in which 0.3 / 5 is another number."""
+    engine: Any = Recorder()
+    world = EmulatedWorld(0, 1, torch.device("cpu"), None)
+    train_step(engine, step_of(batch_of(5, 0)), 1, (0.3, 1.0), 0.1, world)
+    assert engine.passes == [(0, float(5 * torch.tensor(0.3 / 5)), True)]
