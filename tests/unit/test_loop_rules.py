@@ -161,6 +161,27 @@ def test_lines_of_progress(
     ]
 
 
+def test_the_longest_micro_batch_is_tried_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the model in training; the last curve of memory is the one that can run out."""
+    done: list[Event] = []
+    batch = SimpleNamespace(num_real_tokens=12345, to=lambda device: f"on {device}")
+    engine: Any = SimpleNamespace(
+        train=lambda mode: done.append(("train", mode)), dry_run=lambda of: done.append((of,))
+    )
+    run = dataclasses.replace(run_of(tmp_path), engine=engine)
+    vars(run.steps)["longest"] = lambda: (batch, 6)
+    curves = {"memory/host_peak_gib": 1.0, "memory/device_peak_reserved_gib": 2.25}
+    monkeypatch.setattr(loop, "memory_curves", lambda device: curves)
+    loop._dry_run(run)
+    assert done == [("train", True), ("on cpu",)]
+    assert capsys.readouterr().out == (
+        "the longest micro-batch (6 questions, 12,345 tokens) fits: 0.0 s, device peak reserved "
+        "2.2 GiB\n"
+    )
+
+
 # ---- the end of an epoch -------------------------------------------------------------------------
 
 

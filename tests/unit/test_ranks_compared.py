@@ -228,3 +228,19 @@ def test_values_that_json_cannot_hold_are_compared_as_texts(compared: list[Any])
     (world,) = worlds(1)
     require_same_code(world, {"text": (Path("a"), Path("b"))})
     assert compared[1][1] == {"--text": json.dumps(["a", "b"])}
+
+
+def test_files_are_those_of_all_flags(tmp_path: Path) -> None:
+    """In the order of data sets, the model, the tokenizer, texts; a recipe by its path alone."""
+    for folder in ("nextqa", "star"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{folder}.json").touch()
+    paths: dict[str, Any] = dict(data_path=tmp_path, llama_model_path=tmp_path / "llama")
+    config = RunConfig(**paths, features="f.pth", captions="c.json")
+    files = rank_consistency._input_files(config)
+    own = [config.captions_of("nextqa"), config.features_of("nextqa")]
+    assert None not in own
+    assert files[:3] == [tmp_path / "nextqa" / "nextqa.json", *own]
+    assert {path.parent for path in files[3:]} == {config.tokenizer_folder}
+    both = rank_consistency._input_files(RunConfig(**paths, dataset="nextqa,star"))
+    assert tmp_path / "star" / "star.json" in both and len(both) == len(files) - 1
