@@ -205,3 +205,88 @@ def test_contradictory_environment(
     environment: dict[str, str], expected: int | None, message: str
 ) -> None:
     assert refusal(launcher_env.check_world_size, expected, environment).startswith(message)
+
+
+def test_a_port_of_each_step() -> None:
+    """It follows from job and step; 20000 to 29999."""
+    for job, step, port in ((712, 2, 22730), (0, 0, 20000), (9999, 0, 29999), (8992, 1, 20001)):
+        environment = {**STEP, "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}
+        assert added_variables(environment)["MASTER_PORT"] == str(port)
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"), [("2(x3),1", [2, 2, 2, 1]), ("16", [16]), ("1,12(x2)", [1, 12, 12])]
+)
+def test_tasks_of_nodes(text: str, counts: list[int]) -> None:
+    assert launcher_env._task_counts(text) == counts
+    for node in range(len(counts) + 1):
+        environment = {**STEP, "SLURM_STEP_TASKS_PER_NODE": text, "SLURM_NODEID": str(node)}
+        found = added_variables(environment).get("LOCAL_WORLD_SIZE")
+        assert found == (str(counts[node]) if node < len(counts) else None)
+
+
+def test_ranks_that_may_wait_for_this_one() -> None:
+    """Not of a world of one, without an address, or where a launcher ends all with rank 0."""
+    for changes, expected in (
+        ({}, True),
+        ({"RANK": "3"}, True),
+        ({"WORLD_SIZE": "1"}, False),
+        ({"WORLD_SIZE": "2"}, True),
+        ({"MASTER_ADDR": ""}, False),
+        ({"MASTER_PORT": "x"}, False),
+        ({"RANK": "-1"}, False),
+        ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "4"}, False),
+        ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2"}, True),
+        ({"LOCAL_SIZE": "4"}, False),
+        ({"LOCAL_SIZE": "4", "RANK": "1"}, True),
+        ({"LOCAL_WORLD_SIZE": "4"}, True),
+    ):
+        assert launcher_env.has_peers({**RANK, **changes}) == expected, changes
+    assert not launcher_env.has_peers({})
+
+
+def test_names_of_launchers_and_hosts() -> None:
+    """A launcher inside an srun task is the launcher."""
+    for variable, name in (
+        ("TORCHELASTIC_RUN_ID", "torchrun"),
+        ("LOCAL_SIZE", "deepspeed"),
+        ("OMPI_COMM_WORLD_RANK", "mpirun"),
+        ("MV2_COMM_WORLD_RANK", "mpirun"),
+        ("PMI_RANK", "mpirun"),
+    ):
+        assert launcher_env.launcher_name({"SLURM_STEP_ID": "1", variable: "x"}) == name
+    assert launcher_env.launcher_name({"SLURM_STEP_ID": "1"}) == "srun"
+    assert launcher_env.launcher_name({"RANK": "0"}) == "another one"
+    assert launcher_env.launcher_name({}) == "none"
+    assert launcher_env.host_name({"SLURMD_NODENAME": "gpu7"}) == "gpu7"
+    assert launcher_env.host_name({}) == launcher_env.socket.gethostname()
+
+
+def test_numbers_of_variables() -> None:
+    """Of 18 digits at most; torchrun's local size counts before DeepSpeed's."""
+    read = launcher_env.int_variable
+    assert [read({"N": text}, "N") for text in ("0", "007", "9" * 18, "")] == [
+        0,
+        7,
+        10**18 - 1,
+        None,
+    ]
+    assert read({}, "N") is None
+    message = refusal(read, {"N": "9" * 19}, "N")
+    assert message.startswith("N=999") and message.endswith(
+        ": must be a whole number; unset it, or let the launcher set it"
+    )
+    sizes = {"LOCAL_WORLD_SIZE": "2", "LOCAL_SIZE": "3"}
+    assert launcher_env.local_world_size(sizes) == 2
+    assert launcher_env.local_world_size({"LOCAL_SIZE": "3"}) == 3
+    assert launcher_env.local_world_size({}) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"RANK": "3"}, {"MASTER_PORT": "65535"}, {"MASTER_PORT": "1"}, {"MASTER_ADDR": "127.0.0.1"}],
+)
+def test_the_edges_of_what_is_consistent(changes: dict[str, str]) -> None:
+    launcher_env.check_world_size(None, {**RANK, **changes})
+    message = refusal(launcher_env.check_world_size, None, {**RANK, "MASTER_PORT": "0"})
+    assert message == "MASTER_PORT=0: must be a port number from 1 to 65535"
