@@ -207,6 +207,14 @@ def test_pictures_come_in_natural_order(tmp_path: Path) -> None:
     assert [path.name for path in pictures_in(tmp_path)] == names
 
 
+def test_32_frames_are_in_memory_at_a_time(tmp_path: Path) -> None:
+    """A picture of one second is 40 frames at 40 a second."""
+    save_picture(tmp_path / "0.png", 0)
+    blocks = list(decode_pictures(tmp_path, Fraction(1), Fraction(40), 16))
+    assert [block.shape for block in blocks] == [(32, 16, 16, 3), (8, 16, 16, 3)]
+    assert (blocks[1] == blocks[0][0]).all()
+
+
 def test_damaged_pictures_are_counted(tmp_path: Path) -> None:
     """The others come first, each at its own time; the first fault is named."""
     one = Fraction(1)
