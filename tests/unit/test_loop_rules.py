@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -246,8 +246,12 @@ def test_an_epoch_that_is_cut_or_not_evaluated(ended: Any, tmp_path: Path) -> No
 class Log:
     """In the log's place."""
 
-    def __init__(self, args: Any) -> None:
+    def __init__(self, args: Any = None) -> None:
         self.args_due, self.saves = args, list[tuple[int, float]]()
+        self.is_closed = False
+
+    def close(self) -> None:
+        self.is_closed = True
 
     def saved(self, step: int, seconds: float) -> None:
         self.saves.append((step, seconds))
@@ -276,9 +280,12 @@ def test_what_is_written_in_which_order(written: list[Event], tmp_path: Path) ->
     """What is saved is the model's; the epoch's log, its best, its step; then args.json."""
     epoch: Any = SimpleNamespace(is_best=True)
     run = dataclasses.replace(run_of(tmp_path, save_total_limit=2), engine=engine_of(written))
+    files = SimpleNamespace(check_unchanged=lambda: written.append(("files",)))
+    vars(run.inputs)["files"] = files
     log: Any = Log({"lr": 0.5})
     loop._save(run, log, run.state, epoch)
     assert written == [
+        ("files",),
         ("live", "weights"),
         ("epoch", "weights"),
         ("best", "checkpoint_best"),
@@ -290,12 +297,17 @@ def test_what_is_written_in_which_order(written: list[Event], tmp_path: Path) ->
     (tmp_path / "args.json").unlink()
     no_limit = dataclasses.replace(run, config=RunConfig(save_total_limit=0))
     loop._save(no_limit, log, run.state)
-    assert written == [("live", "weights"), ("step", "weights", "moments", None)]
+    assert written[1:] == [("live", "weights"), ("step", "weights", "moments", None)]
     assert not (tmp_path / "args.json").exists(), "it is the same run's"
     written.clear()
     epoch.is_best = False
     loop._save(run, log, run.state, epoch)
-    assert [event[0] for event in written] == ["live", "epoch", "step"]
+    assert [event[0] for event in written] == ["files", "live", "epoch", "step"]
+    written.clear()
+    other = dataclasses.replace(run_of(tmp_path, rank=1), engine=run.engine, inputs=run.inputs)
+    cast(Any, other.world).exchange.values[0] = None
+    loop._save(other, None, run.state, epoch)
+    assert written == [("files",), ("live", "weights")], "of each host; rank 0 writes"
 
 
 def test_a_published_copy_of_the_best(
