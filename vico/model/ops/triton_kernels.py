@@ -17,7 +17,7 @@ def norm_kernel(x, weight, out, scale, eps, dim: tl.constexpr, BLOCK: tl.constex
     value = tl.load(x + row * dim + columns, mask=mask, other=0.0).to(tl.float32)
     factor = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / dim + eps)
     tl.store(scale + row, factor)
-    w = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
+    w = tl.load(weight + columns, mask=mask).to(tl.float32)
     rounded = (value * factor).to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + row * dim + columns, (rounded * w).to(out.dtype.element_ty), mask=mask)
 
@@ -37,7 +37,7 @@ def norm_backward_kernel(
     along = tl.sum(g * x_hat, axis=0) / dim
     result = (g - x_hat * along) * factor
     if residual is not None:
-        result += tl.load(residual + row * dim + columns, mask=mask, other=0.0).to(tl.float32)
+        result += tl.load(residual + row * dim + columns, mask=mask).to(tl.float32)
     tl.store(out + row * dim + columns, result.to(out.dtype.element_ty), mask=mask)
 
 
@@ -45,8 +45,8 @@ def norm_backward_kernel(
 def swiglu_kernel(a, b, out, count, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < count
-    x = tl.load(a + offsets, mask=mask, other=0.0).to(tl.float32)
-    y = tl.load(b + offsets, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(a + offsets, mask=mask).to(tl.float32)
+    y = tl.load(b + offsets, mask=mask).to(tl.float32)
     tl.store(out + offsets, (x * tl.sigmoid(x) * y).to(out.dtype.element_ty), mask=mask)
 
 
@@ -54,9 +54,9 @@ def swiglu_kernel(a, b, out, count, BLOCK: tl.constexpr):
 def swiglu_backward_kernel(gradient, a, b, da, db, count, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < count
-    g = tl.load(gradient + offsets, mask=mask, other=0.0).to(tl.float32)
-    x = tl.load(a + offsets, mask=mask, other=0.0).to(tl.float32)
-    y = tl.load(b + offsets, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(gradient + offsets, mask=mask).to(tl.float32)
+    x = tl.load(a + offsets, mask=mask).to(tl.float32)
+    y = tl.load(b + offsets, mask=mask).to(tl.float32)
     sigmoid = tl.sigmoid(x)
     silu = x * sigmoid
     dx = (sigmoid + silu * (1.0 - sigmoid)) * g * y
@@ -105,11 +105,11 @@ def rotate_kernel(
     source = row * row_stride + head * head_stride + column
     target = (row * heads + head) * WIDTH + column
     if tl.program_id(2) == 0:
-        value = tl.load(x + source, mask=mask, other=0.0).to(tl.float32)
+        value = tl.load(x + source, mask=mask).to(tl.float32)
         result = _rotated(value, angles, row, sign, WIDTH, HEADS)
         tl.store(out_x + target, result.to(out_x.dtype.element_ty), mask=mask)
     else:
-        value = tl.load(y + source, mask=mask, other=0.0).to(tl.float32)
+        value = tl.load(y + source, mask=mask).to(tl.float32)
         result = _rotated(value, angles, row, sign, WIDTH, HEADS)
         tl.store(out_y + target, result.to(out_y.dtype.element_ty), mask=mask)
 
@@ -123,7 +123,7 @@ def _store_widened(
     mask = head < heads
     source = x + (row * heads + head) * WIDTH + column
     target = out + (out_row * heads + head) * (WIDTH + EXTRA)
-    tl.store(target + column, tl.load(source, mask=mask, other=0.0), mask=mask)
+    tl.store(target + column, tl.load(source, mask=mask), mask=mask)
     tl.store(target + WIDTH + extra_column, extra.to(out.dtype.element_ty), mask=mask)
 
 
@@ -214,7 +214,7 @@ def adapter_kernel(
     weights = _adapter_weights(q_tile, k_tile, scale, length, KEYS) * tl.load(gates + head)
     value = tl.dot(weights.to(v_tile.dtype), v_tile, input_precision="ieee")
     base_offsets = row * base_row_stride + head * base_head_stride + column
-    value += tl.load(base + base_offsets, mask=mask, other=0.0).to(tl.float32)
+    value += tl.load(base + base_offsets, mask=mask).to(tl.float32)
     tl.store(out + q_offsets, value.to(out.dtype.element_ty), mask=mask)
 
 
