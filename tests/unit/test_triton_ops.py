@@ -171,11 +171,12 @@ else:
         inputs = [made(12, HEADS, WIDTH, dtype=dtype, seed=i) for i in range(3)]
         gates = made(HEADS, dtype=torch.float32, seed=4)
         flags = (layout.after_video_T, layout.is_video_T)
-        constants = (*flags, layout.key_rows_K, gate_unit(WIDTH), 8)
-        by_kernel = triton_ops.widen(*inputs, gates, *constants)
-        expected = widen_heads(*inputs, gates, *constants)
-        for a, b in zip(by_kernel, expected, strict=True):
-            assert torch.equal(a, b)
+        for rows_K in (layout.key_rows_K, layout.key_rows_K[:5]):  # more than rows, and fewer
+            constants = (*flags, rows_K, gate_unit(WIDTH), 8)
+            by_kernel = triton_ops.widen(*inputs, gates, *constants)
+            expected = widen_heads(*inputs, gates, *constants)
+            for a, b in zip(by_kernel, expected, strict=True):
+                assert torch.equal(a, b)
 
     @pytest.mark.skipif(DEVICE.type != "cuda", reason="the interpreter takes minutes for it")
     def test_a_whole_step(dtype: torch.dtype) -> None:
