@@ -40,6 +40,10 @@ def test_gates_that_are_not_used() -> None:
         )
 
 
+def test_a_model_without_gates_has_none_that_is_unused() -> None:
+    assert validate._unused_gates({GATE: torch.ones(1)}, {"a": (1,)}, 2) == set()
+
+
 def test_shapes_of_gates() -> None:
     """A number for each head, however it is written."""
     for shape in ((2,), (1, 2, 1)):
@@ -93,7 +97,10 @@ def test_moments_of_a_checkpoint() -> None:
     key = f"{GATE}.exp_avg_sq"
     for value, said in (
         (None, f"the optimizer's state lacks '{key}'"),
-        (-moments[key] - 1, f"'{key}' of the optimizer's state, a mean of squares, is negative"),
+        (
+            torch.tensor([0.0, -1e-9]),
+            f"'{key}' of the optimizer's state, a mean of squares, is negative",
+        ),
         (
             torch.zeros(3),
             f"'{key}' of the optimizer's state has shape [3], unlike its tensor",

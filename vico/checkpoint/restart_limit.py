@@ -78,9 +78,9 @@ def record_failure() -> None:
 
 def clear(output_dir: OutputDir) -> None:
     """The run ended without a failure: forget the count."""
-    # The folder may be gone, or no longer writable.
+    # There may be no count, or no folder, or it is no longer writable.
     with contextlib.suppress(OSError):
-        output_dir.attempts.unlink(missing_ok=True)
+        output_dir.attempts.unlink()
 
 
 def _read(output_dir: OutputDir) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         raise DiskError(f"{path}: cannot be written ({reason}); {REMEDY}") from None
     finally:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            temporary.unlink()
     _flush_folder(path.parent)
 
 
