@@ -2,35 +2,23 @@
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
-from faults.emulated_ranks import EmulatedWorld
+from support.run_without_model import run_of
 from vico.checkpoint import restart_limit
 from vico.checkpoint.format import TrainState
-from vico.checkpoint.write import RunIdentity
-from vico.data.text_windows import NO_TEXTS
 from vico.distributed import signals
 from vico.errors import DiskError
 from vico.io import streams
-from vico.io.output_dir import OutputDir
 from vico.train import loop
-from vico.train.config import RunConfig
 from vico.train.start import Run
 
 
-def run_of(out: Path, step: int = 3, from_scratch: bool = True, **flags: Any) -> Run:
-    """Two epochs of four steps, and no engine."""
-    config = RunConfig(output_dir=out, epochs=2, **flags)
-    world = EmulatedWorld(0, 1, torch.device("cpu"), None)
-    steps: Any = SimpleNamespace(steps_per_epoch=4, questions_per_step=8)
-    inputs: Any = SimpleNamespace(texts=NO_TEXTS, stage="ZeRO-2")
-    engine: Any = SimpleNamespace(attention="plain")
-    parts = (config, world, OutputDir(out), inputs, engine, steps, TrainState(step=step))
-    return Run(*parts, RunIdentity("r", {}, {}), from_scratch, "val")
+def begun(out: Path, step: int = 3, **flags: Any) -> Run:
+    """Two epochs of four steps."""
+    return run_of(out, state=TrainState(step=step), epochs=2, **flags)
 
 
 class Log:
@@ -81,7 +69,7 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> Ended:
 
 def test_a_run_to_its_end(ended: Ended, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It says where its curves are, if there are any; its attempts are forgotten."""
-    run = run_of(tmp_path)
+    run = begun(tmp_path)
     loop.run(run)
     assert ended.calls == [("kept", tmp_path / "output.txt"), ("steps", 5)]
     assert ended.log.is_closed and not run.output_dir.attempts.exists()
@@ -96,7 +84,7 @@ def test_a_run_to_its_end(ended: Ended, tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_run_that_is_stopped(ended: Ended, tmp_path: Path) -> None:
     """It saves, and says where; the launcher may start it again."""
     ended.error = signals.Stopped(signals.signal.SIGTERM, "between two steps")
-    run = run_of(tmp_path)
+    run = begun(tmp_path)
     with pytest.raises(signals.Stopped) as stopped:
         loop.run(run)
     assert ended.calls[1:] == [("steps", 5), ("save", 3)]
@@ -112,7 +100,7 @@ def test_which_failures_count(
     error: type[Exception], counts: bool, ended: Ended, tmp_path: Path
 ) -> None:
     """Not a full disk, which a restart may find empty."""
-    ended.error, run = error("x"), run_of(tmp_path)
+    ended.error, run = error("x"), begun(tmp_path)
     with pytest.raises(error):
         loop.run(run)
     assert run.output_dir.attempts.exists() == counts
@@ -123,7 +111,7 @@ def test_which_failures_count(
 def test_a_complete_run_does_nothing(
     ended: Ended, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    loop.run(run_of(tmp_path, step=8))
+    loop.run(begun(tmp_path, step=8))
     assert ended.calls == []
     assert capsys.readouterr().out == (
         f"{tmp_path}: this run is complete at step 8 of 8; nothing to train, and a larger "
@@ -133,7 +121,7 @@ def test_a_complete_run_does_nothing(
 
 def test_an_evaluation_before_the_first_step(ended: Ended, tmp_path: Path) -> None:
     """--init_eval, of weights that nothing has trained."""
-    run = run_of(tmp_path, init_eval=True, split="test")
+    run = begun(tmp_path, init_eval=True, split="test")
     loop.run(run)
     evaluated, reported, *_ = ended.calls
     assert evaluated == ("evaluate", run.engine, run.inputs, "test", run.config, run.world)
