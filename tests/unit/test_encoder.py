@@ -77,6 +77,13 @@ def test_precision(clip: Path) -> None:
     assert torch.cosine_similarity(exact, rounded).min() > 0.999
 
 
+def test_all_of_an_encoder_is_on_its_device(clip: Path) -> None:
+    """Here one without memory."""
+    encoder = load_encoder(clip, device="meta")
+    tensors = [*encoder.model.parameters(), encoder.mean, encoder.std]
+    assert {tensor.device.type for tensor in tensors} == {"meta"} == {encoder.device.type}
+
+
 def test_vision_tower_alone(clip: Path, tmp_path: Path) -> None:
     """A folder that holds the tower alone gives the same features."""
     tower = transformers.CLIPVisionModelWithProjection.from_pretrained(clip)

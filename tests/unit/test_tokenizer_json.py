@@ -13,6 +13,7 @@ from support.backbones import make_llama_3_tokenizers
 from support.toy_dataset import ToyData
 from vico.checkpoint.fingerprint import DIGEST_LENGTH, of_tokenizer
 from vico.data.tokenizer_json import digest, earlier_digest
+from vico.io.digest import digest_json
 
 Content = dict[str, Any]
 
@@ -122,3 +123,33 @@ def test_checkpoints_with_the_earlier_digest_go_on(llama_3: str, tmp_path: Path)
     assert of_tokenizer(path, None) == of_tokenizer(path, new) == new
     assert of_tokenizer(path, earlier) == earlier
     assert of_tokenizer(path, "0" * DIGEST_LENGTH) == new
+
+
+@pytest.mark.parametrize(
+    ("part", "form"),
+    [
+        ({"type": "ByteLevel"}, {"type": "ByteLevel", "use_regex": True}),
+        ({"type": "ByteLevel", "use_regex": False}, {"type": "ByteLevel"}),
+        ({"type": "Metaspace", "str_rep": "_"}, {"prepend_scheme": "always", "split": True}),
+        (
+            {"type": "Metaspace", "add_prefix_space": False},
+            {"prepend_scheme": "never", "split": True},
+        ),
+        (
+            {"type": "Metaspace", "prepend_scheme": "first", "split": False},
+            {"prepend_scheme": "first"},
+        ),
+        ({"merges": ["a b", ["c", "d e"]]}, {"merges": [["a", "b"], ["c", "d e"]]}),
+        ({"merges": None, "add_prefix_space": True}, {"add_prefix_space": True}),
+        ({"a": None, "b": False, "c": 0, "d": ""}, {"c": 0, "d": ""}),
+        ({"a": [{"b": None}, False, [None]]}, {"a": [{}, False, [None]]}),
+    ],
+)
+def test_what_is_digested(part: Content, form: Content) -> None:
+    """In a checkpoint it stands for the tokenizer, so it must stay the same for ever."""
+    if part.get("type") == "Metaspace":
+        form = {"type": "Metaspace", **form}
+    unused = {"post_processor": {"x": 1}, "truncation": {"x": 1}, "padding": {"x": 1}}
+    assert digest({"part": part, **unused}) == digest_json({"part": form})
+    nothing = dict.fromkeys(unused)
+    assert earlier_digest({"part": part, **unused}) == digest_json({"part": part, **nothing})
