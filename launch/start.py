@@ -23,7 +23,7 @@ from typing import NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from vico.cli import interpreter  # first: it refuses old Pythons
-from vico.distributed import signals
+from vico.distributed import launcher_env, signals
 from vico.io import streams
 
 SIGNALS = signals.blocked()
@@ -67,10 +67,12 @@ def node_devices(num_ranks: int | None) -> list[str]:
         [name.strip() for name in visible.split(",")] if visible else list(map(str, range(count)))
     )
     devices = devices[:count]
-    if num_ranks and num_ranks > len(devices):
+    num_missing = (num_ranks or 0) - len(devices)
+    if num_missing > 0 and not launcher_env.may_share_gpu():
         need = f"this node shows {len(devices)} devices, and each rank needs its own"
         fail(f"VICO_RANKS={num_ranks}: {need}")
-    return devices[:num_ranks]
+    # CUDA shows the devices before the first -1; the ranks divide them by their local ranks.
+    return devices[:num_ranks] + ["-1"] * num_missing
 
 
 def master_port() -> int:

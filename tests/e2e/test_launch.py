@@ -271,18 +271,20 @@ def test_a_taken_port_is_named(checkout: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("visible", "ranks", "devices"),
+    ("visible", "ranks", "shared", "devices"),
     [
-        (None, None, ["0", "1"]),
-        (None, 1, ["0"]),
-        ("3,5", None, ["3", "5"]),
-        ("GPU-a, GPU-b,-1,7", None, ["GPU-a", "GPU-b"]),
-        ("3,5", 3, None),
+        (None, None, "on", ["0", "1"]),
+        (None, 1, "on", ["0"]),
+        ("3,5", None, "", ["3", "5"]),
+        ("GPU-a, GPU-b,-1,7", None, "", ["GPU-a", "GPU-b"]),
+        ("3,5", 3, "", None),
+        ("3,5", 4, "on", ["3", "5", "-1", "-1"]),
     ],
 )
 def test_devices_of_a_node_with_two_gpus(
     visible: str | None,
     ranks: int | None,
+    shared: str,
     devices: list[str] | None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -294,6 +296,7 @@ def test_devices_of_a_node_with_two_gpus(
     )
     monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: accelerator)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("VICO_SHARED_GPU", shared)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     spec = importlib.util.spec_from_file_location("start", ROOT / "launch" / "start.py")

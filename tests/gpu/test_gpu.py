@@ -16,6 +16,7 @@ from benchmarks.measure.workload import SyntheticWorkload
 from reference import oracle, oracle_files
 from support.processes import start
 from support.toy_dataset import ToyData, records
+from vico.distributed import launcher_env
 from vico.model import cuda_graphs
 from vico.model.attention.backends import choose_attention
 from vico.model.batch import PackedBatch
@@ -142,6 +143,23 @@ def test_whole_runs(toy: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     resumed = start(*common, *BF16.split(), "--output_dir", str(tmp_path / "cut"), ranks=1)
     assert resumed.wait() == [0], resumed.output
     assert digest(tmp_path / "cut", 10) == digest(tmp_path / "bf16", 10)
+
+
+def test_two_ranks_on_one_gpu(toy: ToyData, tmp_path: Path) -> None:
+    """Under both ZeRO stages, and with CUDA graphs on two ranks: losses of one rank alone."""
+    common = ["train", *toy.flags, *FLAGS, "--no_shuffle", "--caption_crop", "none", *BF16.split()]
+    environment = {launcher_env.SHARED_GPU_VARIABLE: "on"}
+    runs = {}
+    for ranks, stage in ((1, "zero2"), (2, "zero2"), (2, "zero3")):
+        out = tmp_path / f"{stage}-{ranks}"
+        flags = ["--deepspeed", stage, "--batch_size", str(4 // ranks), "--output_dir", str(out)]
+        runs[out] = start(*common, *flags, ranks=ranks, environment=environment)
+        assert runs[out].wait() == [0] * ranks, runs[out].output
+        assert ("rows by CUDA graphs" in runs[out].output) == (stage == "zero2")
+    expected, *others = map(losses, runs)
+    assert len(expected) == 10
+    for found in others:
+        assert found == pytest.approx(expected, rel=HALF_LOSS_RTOL)
 
 
 def test_no_waits_and_no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:

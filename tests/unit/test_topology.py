@@ -21,7 +21,9 @@ from vico.distributed.topology import (
     describe,
     has_large_nodes,
     machine_id,
+    sharing_a_gpu,
 )
+from vico.distributed.world import choose_backend
 
 NO_SLURM = SlurmAllocation()
 
@@ -75,6 +77,7 @@ def test_member_survives_the_exchange(member: Member) -> None:
     assert Member.from_text(member.to_text(), member.rank) == member
 
 
+SHARED_GPU = [replace(member, gpu_uuid="GPU-x") for member in members_on(2, gpus=2)]
 ONE_GPU_PER_TASK = [replace(member, num_visible_gpus=1) for member in members_on(4, gpus=4)]
 
 
@@ -88,6 +91,7 @@ ONE_GPU_PER_TASK = [replace(member, num_visible_gpus=1) for member in members_on
         (members_on(1, gpus=8), NO_SLURM, 1),
         (members_on(2), SlurmAllocation(nodes=2), 2),
         (ONE_GPU_PER_TASK, SlurmAllocation(nodes=1, tasks=4), None),
+        ([replace(member, may_share_gpu=True) for member in SHARED_GPU], NO_SLURM, None),
     ],
 )
 def test_matching_topology(
@@ -96,7 +100,6 @@ def test_matching_topology(
     check_topology(members, allocation, expected)
 
 
-SHARED_GPU = [replace(member, gpu_uuid="GPU-x") for member in members_on(2, gpus=2)]
 MISSING_RANKS = [replace(member, local_size=8) for member in members_on(2)]
 
 
@@ -124,6 +127,12 @@ MISSING_RANKS = [replace(member, local_size=8) for member in members_on(2)]
             "n1: 6 GPU(s) are idle, this host runs only ranks 8-9;",
         ),
         (SHARED_GPU, NO_SLURM, "n0: ranks 0-1 share a GPU"),
+        # One of them was told so, and not the other.
+        (
+            [replace(SHARED_GPU[0], may_share_gpu=True), SHARED_GPU[1]],
+            NO_SLURM,
+            "n0: ranks 0-1 share a GPU",
+        ),
         (
             MISSING_RANKS,
             NO_SLURM,
@@ -135,6 +144,27 @@ def test_other_topology_is_refused(
     members: list[Member], allocation: SlurmAllocation, message: str
 ) -> None:
     assert refusal(check_topology, members, allocation, None).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("device", "members", "backend"),
+    [
+        ("cpu", members_on(2), "gloo"),
+        ("cuda", members_on(1, gpus=1), "nccl"),
+        ("cuda", members_on(2, gpus=2), "nccl"),
+        ("cuda", SHARED_GPU, "gloo"),  # NCCL refuses two ranks on one GPU
+        ("cuda", [*members_on(1, gpus=1), *SHARED_GPU], "gloo"),
+    ],
+)
+def test_the_backend_reaches_the_devices(device: str, members: list[Member], backend: str) -> None:
+    assert choose_backend(torch.device(device), members) == backend
+
+
+def test_who_shares_a_gpu() -> None:
+    alone = replace(members_on(1, gpus=1)[0], rank=7)
+    assert sharing_a_gpu([alone, *SHARED_GPU]) == SHARED_GPU
+    assert sharing_a_gpu([alone, SHARED_GPU[1]]) == []
+    assert sharing_a_gpu(members_on(2)) == []
 
 
 def test_hosts_of_a_long_list() -> None:
@@ -164,6 +194,8 @@ def test_what_a_rank_says_of_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.num_visible_gpus, found.local_size, found.is_selection_explicit) == (4, 2, True)
     assert found.pid == os.getpid() and found.host_bytes == psutil.virtual_memory().total
     assert not member().is_selection_explicit
+    assert member(VICO_SHARED_GPU="on").may_share_gpu and not found.may_share_gpu
+    assert not member(VICO_SHARED_GPU="off").may_share_gpu
     by_slurm = {name: "0" for name in SLURM_GPU_VARIABLES}
     assert not member(CUDA_VISIBLE_DEVICES="0", **by_slurm).is_selection_explicit
     on_cpu = Member.of_this_process(1, torch.device("cpu"), {})

@@ -28,9 +28,15 @@ INTERACTIVE_STEP = "4294967290"
 RANK_VARIABLES = (*SINGLE_RANK, "MASTER_PORT", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 MAX_PORT = 65535
 MAX_DIGITS = 18  # of an integer variable: int() refuses thousands
+# "on": ranks may share a GPU, over gloo, to try several ranks where there is one GPU.
+SHARED_GPU_VARIABLE = "VICO_SHARED_GPU"
 LAUNCH_HINT = (
     "use a script of launch/slurm/, or confirm the number of ranks with --expect_world_size"
 )
+
+
+def may_share_gpu(environment: Mapping[str, str] = os.environ) -> bool:
+    return environment.get(SHARED_GPU_VARIABLE) == "on"
 
 
 def is_rank_0() -> bool:

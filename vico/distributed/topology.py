@@ -13,7 +13,14 @@ from pathlib import Path
 
 import torch
 
-from vico.distributed.launcher_env import LAUNCH_HINT, SlurmAllocation, host_name, local_world_size
+from vico.distributed.launcher_env import (
+    LAUNCH_HINT,
+    SHARED_GPU_VARIABLE,
+    SlurmAllocation,
+    host_name,
+    local_world_size,
+    may_share_gpu,
+)
 from vico.distributed.store_words import read_word
 from vico.errors import UserError
 
@@ -37,6 +44,7 @@ class Member:
     host_bytes: int = 0  # memory of its host
     pid: int = 0
     machine: str = ""  # where `pid` means this process; see machine_id
+    may_share_gpu: bool = False  # as SHARED_GPU_VARIABLE says
 
     @classmethod
     def of_this_process(
@@ -60,6 +68,7 @@ class Member:
             host_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             pid=pid,
             machine=machine,
+            may_share_gpu=may_share_gpu(environment),
         )
 
     def to_text(self) -> str:
@@ -164,13 +173,21 @@ def check_topology(
         _check_gpus(host, ranks, expected)
 
 
+def sharing_a_gpu(members: Iterable[Member]) -> list[Member]:
+    """The members whose GPU is another one's as well. NCCL connects no such ranks, gloo does."""
+    by_gpu: dict[str, list[Member]] = {}
+    for member in members:
+        if member.gpu_uuid is not None:
+            by_gpu.setdefault(member.gpu_uuid, []).append(member)
+    return [member for ranks in by_gpu.values() if len(ranks) > 1 for member in ranks]
+
+
 def _check_gpus(host: str, ranks: Sequence[Member], expected: int | None) -> None:
-    uuids = [member.gpu_uuid for member in ranks]
-    sharing = [m for m in ranks if m.gpu_uuid is not None and uuids.count(m.gpu_uuid) > 1]
-    if sharing:
+    sharing = sharing_a_gpu(ranks)
+    if not all(member.may_share_gpu for member in sharing):
         raise UserError(
             f"{host}: {_name_ranks(sharing)} share a GPU; start one rank per GPU of a host "
-            "(VICO_RANKS, --ntasks-per-node)"
+            f"(VICO_RANKS, --ntasks-per-node), or set {SHARED_GPU_VARIABLE}=on for a slow trial"
         )
     num_idle = max(member.num_visible_gpus for member in ranks) - len(ranks)
     is_explicit = expected is not None or all(member.is_selection_explicit for member in ranks)

@@ -8,7 +8,7 @@ import functools
 import os
 import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -202,7 +202,7 @@ def choose_device() -> torch.device:
     """The GPU of this rank, or the CPU.
 
     SLURM can show each task only its own GPU, whose index is then not the local rank: hence the
-    modulo. `topology.check_topology` refuses ranks that share a GPU.
+    modulo. `topology.check_topology` refuses ranks that share a GPU, unless the user wants that.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -241,9 +241,9 @@ def _init_process_groups(world: World) -> Any:
     import deepspeed
 
     rank, size, device, timeout = world.rank, world.size, world.device, world.timeout
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = choose_backend(device, world.members)
     # As in DeepSpeed: a group that is bound to its device connects now, not at its first use.
-    bound_device = device if device.type == "cuda" and size > 1 else None
+    bound_device = device if backend == "nccl" and size > 1 else None
     with hint_when_slow(f"connecting the ranks over {backend}", rank):
         torch_dist.init_process_group(
             backend,
@@ -259,6 +259,12 @@ def _init_process_groups(world: World) -> Any:
         host_group = torch_dist.new_group(backend="gloo", timeout=timeout)
         _check_sum(rank, size, device)
     return host_group
+
+
+def choose_backend(device: torch.device, members: Sequence[topology.Member]) -> str:
+    """What carries tensors between the ranks' devices."""
+    has_own_gpu = device.type == "cuda" and not topology.sharing_a_gpu(members)
+    return "nccl" if has_own_gpu else "gloo"
 
 
 def _check_sum(rank: int, size: int, device: torch.device) -> None:
