@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -112,6 +113,16 @@ def test_malformed_video(tmp_path: Path, description: str) -> None:
         "2 of 3 questions (1 videos) have features that are no floating-point tensor "
         f"[frames >= 1, 768], e.g. 'odd' ({description})"
     ) in refusal(features.check, questions)
+
+
+def test_a_damaged_file_matters_where_it_is_used(tmp_path: Path) -> None:
+    """Also if it is the first of a folder, whose first files say how wide features are."""
+    for number in range(2):
+        np.save(tmp_path / f"v{number}.npy", numbered(3).numpy()[:, :5])
+    (tmp_path / "a.npy").write_bytes(b"no array")
+    features = Features(tmp_path)
+    assert features.width == 5 and features.check(questions_about(("v1", None))) == 0
+    assert str(tmp_path / "a.npy") in refusal(features.check, questions_about(("a", None)))
 
 
 def test_clips_past_the_end(tmp_path: Path) -> None:

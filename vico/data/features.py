@@ -70,11 +70,19 @@ class Features:
         self.width = self._most_common_width()
 
     def _most_common_width(self) -> int:
+        """Of the first videos. Raises UserError if one is damaged and none says a width."""
         widths: Counter[int] = Counter()
+        damaged: UserError | None = None
         for key in islice(self._ids.keys, NUM_LOOKED_AT):
-            value = self._value(key)
+            try:
+                value = self._value(key)
+            except UserError as error:  # of a folder: refused where a question uses it
+                damaged = damaged or error
+                continue
             if _is_clip(value, None):
                 widths[value.shape[1]] += 1
+        if damaged is not None and not widths:
+            raise damaged
         return widths.most_common(1)[0][0] if widths else FEATURE_WIDTH
 
     def _reset(self) -> None:
