@@ -212,16 +212,17 @@ def _add_memory(section: Section, record: Record) -> None:
     for what, by_variant in (record.get("memory") or {}).items():
         for variant, peaks in by_variant.items():
             alone = [number(peaks[f"{kind}_gib"], 3) for kind in ("allocated", "reserved")]
-            timed = peaks.get("timed")
-            pair = NOT_MEASURED if timed is None else _pair(timed)
-            rows.append([what, variant, " / ".join(alone), pair])
+            pairs = [_pair(peaks.get(name)) for name in ("timed", "replayed")]
+            rows.append([what, variant, " / ".join(alone), *pairs])
     if rows:
         pair_name = "GiB allocated / reserved"
-        columns = [f"{pair_name}, kernels one by one", f"{pair_name}, in the timed steps"]
-        section.add_table(["step", "variant", *columns], rows)
+        kinds = ("kernels one by one", "in the timed steps", "once all is captured")
+        section.add_table(["step", "variant", *(f"{pair_name}, {kind}" for kind in kinds)], rows)
 
 
-def _pair(memory: Record) -> str:
+def _pair(memory: Record | None) -> str:
+    if memory is None:
+        return NOT_MEASURED
     return f"{number(memory['allocated_gib'], 3)} / {number(memory['reserved_gib'], 3)}"
 
 

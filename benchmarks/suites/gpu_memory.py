@@ -25,7 +25,8 @@ def step_peaks(bench: Bench) -> dict[str, Any]:
     """Peak memory of a training step with both tasks and of a scoring step, by variant.
 
     "timed" is that of all steps as they were timed, with their CUDA graphs, whose memory counts as
-    reserved and not as allocated. The variants share one copy of the weights.
+    reserved and not as allocated, and the captures before them; "replayed" is without the captures.
+    The variants share one copy of the weights.
     """
     peaks: dict[str, Any] = {"train": {}, "score": {}}
     for name in VARIANTS:
@@ -35,6 +36,7 @@ def step_peaks(bench: Bench) -> dict[str, Any]:
         bench.discard_graphs()
         run = partial(_timed_steps, bench, "both", bench.args.questions, name)
         peaks["train"][name]["timed"] = device_peak(run, bench.device)
+        peaks["train"][name]["replayed"] = device_peak(run, bench.device)
     for name in VARIANTS:
         bench.discard_graphs()
         item = bench.dataset("score", bench.args.videos, name)[0]

@@ -144,10 +144,13 @@ class GraphedBlocks:
         Empty where memory runs out.
         """
         try:
-            return [self._capture(function) for function in functions]
+            replays = [self._capture(function) for function in functions]
         except torch.cuda.OutOfMemoryError:
             self._is_full = True
             return []
+        # Replays use the pool's memory. What this size's first pass had would stay reserved beside.
+        torch.cuda.empty_cache()
+        return replays
 
     def _capture(self, function: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
