@@ -7,7 +7,6 @@ import os
 import random
 import re
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,12 +27,6 @@ LOADING = re.compile(
     r"(?<!safetensors\.)\b(torch\.load|pickle\.loads?|Unpickler|weights_only=False"
     r"|allow_pickle=True|load_checkpoint)\b(?=\(|$|,|\))"
 )
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[WarmProcess]:
-    with WarmProcess() as process:
-        yield process
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from faults.interrupted import ENDLESS, FLAGS, SECONDS, interrupt, steps_done, train_command
-from support.processes import Processes, start, succeeds, vico
+from support.processes import Processes, start, succeeds
 from support.toy_dataset import ToyData
 from support.toy_run import newest_step
 from support.warm_process import WarmProcess
@@ -25,7 +25,7 @@ from vico.train.saved_run import read_checkpoint
 
 
 def test_a_damaged_checkpoint_is_passed_over(
-    toy: ToyData, undisturbed: Path, tmp_path: Path
+    toy: ToyData, undisturbed: Path, warm: WarmProcess, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
@@ -35,16 +35,18 @@ def test_a_damaged_checkpoint_is_passed_over(
     (out / "checkpoint-4" / WEIGHTS).write_bytes(data)
     os.truncate(out / "checkpoint-3" / OPTIMIZER, 1000)
     command = train_command(toy, 1, out)
-    output = succeeds(*command).stdouts[0]
+    done = warm.run(command, tmp_path)
+    output = done.stdout
+    assert done.code == 0, done.stderr
     flipped = f"{out}/checkpoint-4/{WEIGHTS}: damaged (its sha256 is not the recorded one)"
     assert f"passed over: {flipped}" in output
     assert f"passed over: {out}/checkpoint-3/{OPTIMIZER}: damaged (1000 of " in output
     assert f"using {out}/checkpoint-2" in output and "resuming from step 2" in output
     for folder in out.glob("checkpoint-*"):
         (folder / STATE).write_text("{}")
-    run = vico(*command)
-    assert run.codes == [3] and run.stderrs[0].count("\n") == 1
-    assert "none of its 4 checkpoints can be used" in run.stderrs[0]
+    run = warm.run(command, tmp_path)
+    assert run.code == 3 and run.stderr.count("\n") == 1
+    assert "none of its 4 checkpoints can be used" in run.stderr
 
 
 def change_one_number(path: Path, prefix: str = "") -> None:
@@ -70,6 +72,7 @@ def change_words(path: Path) -> None:
 )
 def test_other_files_are_refused(
     undisturbed: Path,
+    warm: WarmProcess,
     tmp_path: Path,
     file: str,
     change: Callable[[Path], None],
@@ -84,10 +87,11 @@ def test_other_files_are_refused(
     shutil.rmtree(out / "checkpoint-6")
     settings = ["--batch_size", "8", "--output_dir", str(out), "--max_steps", "5"]
     command = ["train", *other.flags, *FLAGS, *settings]
-    run = vico(*command)
-    assert run.codes == [2] and says in run.stderrs[0] and "--allow_change" in run.stderrs[0]
+    run = warm.run(command, tmp_path)
+    assert run.code == 2 and says in run.stderr and "--allow_change" in run.stderr
     assert not (out / "checkpoint-5").exists()
-    succeeds(*command, "--allow_change", name)
+    run = warm.run([*command, "--allow_change", name], tmp_path)
+    assert run.code == 0, run.stderr
 
 
 def test_features_overwritten_in_a_run_are_not_saved(toy: ToyData, tmp_path: Path) -> None:
@@ -121,7 +125,7 @@ def test_features_overwritten_in_a_run_are_not_saved(toy: ToyData, tmp_path: Pat
 
 
 def test_an_evaluation_with_another_backbone_is_refused(
-    toy: ToyData, undisturbed: Path, tmp_path: Path
+    toy: ToyData, undisturbed: Path, warm: WarmProcess, tmp_path: Path
 ) -> None:
     """Of the same weights: another norm_eps. Other questions are noted; no notes without cause."""
     llama, data = tmp_path / "llama", tmp_path / "data"
@@ -131,20 +135,19 @@ def test_an_evaluation_with_another_backbone_is_refused(
     params.write_text(params.read_text().replace("1e-06", "0.001"))
     paths = ["--llama_model_path", str(llama), "--output_dir", str(tmp_path / "out")]
     command = ["eval", "--resume", str(undisturbed / "checkpoint_best"), *paths]
-    with WarmProcess() as warm:
-        run = warm.run(command, tmp_path)
-        assert run.code == 2 and "backbone norm_eps  1e-06  0.001" in run.stderr
-        allowed = warm.run([*command, "--allow_change", "backbone"], tmp_path)
-        assert allowed.code == 0 and "note:" not in allowed.stdout, allowed.stderr
-        checked = warm.run(["check", *toy.flags, *FLAGS, "--init_eval", *command[1:]], tmp_path)
-        assert checked.code == 2 and "trained with other files (backbone;" in checked.stderr
-        same = ["eval", "--resume", command[2], "--data_path", str(data), *paths[2:]]
-        change_words(data / "nextqa" / "val.csv")
-        assert "note: the val questions are not those" in warm.run(same, tmp_path).stdout
-        shutil.copy(toy.data / "val.csv", data / "nextqa" / "val.csv")
-        change_one_number(data / "nextqa" / "clipvitl14.pth", "w")
-        run = warm.run(same, tmp_path)
-        assert run.code == 2 and "data val features" in run.stderr, run.stdout
+    run = warm.run(command, tmp_path)
+    assert run.code == 2 and "backbone norm_eps  1e-06  0.001" in run.stderr
+    allowed = warm.run([*command, "--allow_change", "backbone"], tmp_path)
+    assert allowed.code == 0 and "note:" not in allowed.stdout, allowed.stderr
+    checked = warm.run(["check", *toy.flags, *FLAGS, "--init_eval", *command[1:]], tmp_path)
+    assert checked.code == 2 and "trained with other files (backbone;" in checked.stderr
+    same = ["eval", "--resume", command[2], "--data_path", str(data), *paths[2:]]
+    change_words(data / "nextqa" / "val.csv")
+    assert "note: the val questions are not those" in warm.run(same, tmp_path).stdout
+    shutil.copy(toy.data / "val.csv", data / "nextqa" / "val.csv")
+    change_one_number(data / "nextqa" / "clipvitl14.pth", "w")
+    run = warm.run(same, tmp_path)
+    assert run.code == 2 and "data val features" in run.stderr, run.stdout
 
 
 def test_an_older_checkpoint_is_compared_in_what_it_recorded(tmp_path: Path) -> None:
@@ -167,7 +170,12 @@ def test_an_older_checkpoint_is_compared_in_what_it_recorded(tmp_path: Path) -> 
     ("flags", "name"), [("--vaq", "vaq"), ("--qav", "qav"), ("--cap 0", "cap")]
 )
 def test_tasks_change_at_the_end_of_an_epoch(
-    toy: ToyData, undisturbed: Path, tmp_path: Path, flags: str, name: str
+    toy: ToyData,
+    undisturbed: Path,
+    warm: WarmProcess,
+    tmp_path: Path,
+    flags: str,
+    name: str,
 ) -> None:
     """As the refusal offers, and the settings are rewritten with the first checkpoint of them."""
     out = tmp_path / "out"
@@ -175,43 +183,41 @@ def test_tasks_change_at_the_end_of_an_epoch(
     shutil.rmtree(out / "checkpoint-6")
     args = (out / "args.json").read_text()
     command = [*train_command(toy, 1, out, "--max_steps", "4"), *flags.split()]
-    with WarmProcess() as warm:
-        offered = warm.run(command, tmp_path)
-        assert offered.code == 2 and f"--allow_change {name}" in offered.stderr
-        command += ["--allow_change", name]
-        inside = warm.run(command, tmp_path)
-        assert inside.code == 2 and "checkpoint-4: is inside an epoch with 2 task" in inside.stderr
-        shutil.rmtree(out / "checkpoint-4")
-        if name == "vaq":  # ended by the dry run
-            before = [*command, "--deepspeed", str(tmp_path / "none.json")]
-            assert warm.run(before, tmp_path).code == 2
-            run = start(
-                *command, ranks=1, environment={"VICO_FAILPOINT": "dry_run=raise MemoryError"}
-            )
-            assert run.wait(60) == [4], run.output
-        assert (out / "args.json").read_text() == args
-        changed = warm.run(command, tmp_path)
-        assert changed.code == 0, changed.stderr
+    offered = warm.run(command, tmp_path)
+    assert offered.code == 2 and f"--allow_change {name}" in offered.stderr
+    command += ["--allow_change", name]
+    inside = warm.run(command, tmp_path)
+    assert inside.code == 2 and "checkpoint-4: is inside an epoch with 2 task" in inside.stderr
+    shutil.rmtree(out / "checkpoint-4")
+    if name == "vaq":  # ended by the dry run
+        before = [*command, "--deepspeed", str(tmp_path / "none.json")]
+        assert warm.run(before, tmp_path).code == 2
+        run = start(*command, ranks=1, environment={"VICO_FAILPOINT": "dry_run=raise MemoryError"})
+        assert run.wait(60) == [4], run.output
+    assert (out / "args.json").read_text() == args
+    changed = warm.run(command, tmp_path)
+    assert changed.code == 0, changed.stderr
     last = read_records(out / "steps.jsonl")[-1]
     assert last["step"] == 4 and (last.get(f"{name}_loss") is None) == (name == "cap")
     assert json.loads((out / "args.json").read_text())[name] == {"cap": 0}.get(name, True)
 
 
-def test_a_second_writer_is_refused(toy: ToyData, tmp_path: Path) -> None:
+def test_a_second_writer_is_refused(toy: ToyData, warm: WarmProcess, tmp_path: Path) -> None:
     """And the place of a dead one is free."""
     out = tmp_path / "out"
     command = train_command(toy, 1, out)
 
     def start_second(first: Processes) -> None:
         began = time.monotonic()
-        second = vico(*command)
-        assert second.codes == [6] and time.monotonic() - began < 5
+        second = warm.run(command, tmp_path)
+        assert second.code == 6 and time.monotonic() - began < 5
         owner = f"{out}: in use by process {first.processes[0].pid} on "
-        assert owner in second.stderrs[0] and second.stderrs[0].count("\n") == 1
+        assert owner in second.stderr and second.stderr.count("\n") == 1
         first.processes[0].kill()
 
     assert interrupt(command, 1, lambda: steps_done(out) >= 1, start_second).codes == [-9]
-    succeeds(*command)
+    again = warm.run(command, tmp_path)
+    assert again.code == 0, again.stderr
 
 
 @pytest.mark.slow
