@@ -43,7 +43,7 @@ QUICK_TESTS = (
 )
 TRACE_ALL = "from faults import line_trace\n\nline_trace.start()\n"  # a sitecustomize.py
 NUMBER, QUICK_NUMBER = 100, 6
-TRACE_SECONDS = 1800.0  # limit of the traced run
+TRACE_SECONDS = 3600.0  # limit of the traced run
 MAX_SECONDS = 120.0  # of the tests that try a mutation, as traced
 # Limit of one of them: a mutation may loop.
 MIN_TEST_SECONDS, SLOWER = 30.0, 4.0
