@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pytest
@@ -190,8 +189,8 @@ def test_a_step_is_autograd_over_the_dequantized(
     plain_losses, plain = losses_and_gradients(model, 1)
     assert distance(losses, expected_losses) < LOSS_RTOL < distance(plain_losses, expected_losses)
     for name, gradient in gradients.items():
-        assert distance(gradient, expected[name]) < GRADIENT_RTOL, name
-    assert median(distance(plain[name], expected[name]) for name in expected) > 2 * GRADIENT_RTOL
+        found = distance(gradient, expected[name])
+        assert found < GRADIENT_RTOL and 4 * found < distance(plain[name], expected[name]), name
 
 
 @pytest.mark.parametrize("has_outliers", [False, True])
