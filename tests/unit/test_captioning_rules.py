@@ -305,3 +305,12 @@ def test_captions_that_cannot_be_measured(
     assert capsys.readouterr().out == (
         "note: --eval_captions: Java failed; captions are written without metrics\n"
     )
+
+
+def test_openings_that_are_as_frequent(inputs: Any) -> None:
+    """The first video's by its name: all ranks and starts must choose alike."""
+    texts = {video: f"{letter}ny cat" for video, letter in zip("tpmkgfba", "zyxwvuts", strict=True)}
+    inputs.datasets["my"].captions = texts
+    inputs.questions["train"] = [ask(video, dataset="my") for video in texts]
+    inputs.questions["val"] = inputs.questions["train"]
+    assert "they begin with 'sny', as" in CaptionedVideos(inputs, "val", 1, num_slots=6).note
