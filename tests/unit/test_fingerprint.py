@@ -13,6 +13,7 @@ import torch
 from vico.checkpoint import fingerprint
 from vico.checkpoint.fingerprint import of_llama_config
 from vico.data.text_windows import Text
+from vico.data.tokenizer import content_digests
 from vico.data.types import Question
 from vico.model.config import LlamaConfig, RopeScaling, backbone_shapes
 
@@ -73,6 +74,15 @@ def test_digests_of_texts() -> None:
     texts = [Text(Path("a"), [1, 258], 9), Text(Path("b"), [-1], 1)]
     numbers = [struct.pack("<qq", 1, 258), b"\xff" * 8]
     assert fingerprint.of_tokens(texts) == framed(*numbers)
+
+
+def test_the_digest_of_a_tokenizer(tmp_path: Path) -> None:
+    """One that an earlier version took of this very file stays; any other is replaced."""
+    path = tmp_path / "tokenizer.model"
+    path.write_text("YQ== 0\n")
+    digests = [digest[:16] for digest in content_digests(path)]
+    for recorded, expected in ((None, digests[0]), ("x", digests[0]), (digests[-1], digests[-1])):
+        assert fingerprint.of_tokenizer(path, recorded) == expected
 
 
 def test_names_of_fingerprints() -> None:
@@ -164,7 +174,7 @@ def test_fingerprints_of_everything_but_tensors(tmp_path: Path) -> None:
     tokenizer = fingerprint.of_tokenizer(tmp_path / "tokenizer.model", None)
     inputs: Any = {"my": SimpleNamespace(captions={"v": "x", "b": "y", "z": "unused"})}
     weights: Any = SimpleNamespace(config=CONFIG)
-    train, val = [asked(name) for name in ("v", "w", "u", "v")], [asked("b")]
+    train, val = [asked(name) for name in ("v", *"utsrw", "v")], [asked("b")]
     sources = fingerprint.Sources(
         weights, tmp_path / "tokenizer.model", inputs, {"train": train, "val": val}
     )
@@ -177,7 +187,7 @@ def test_fingerprints_of_everything_but_tensors(tmp_path: Path) -> None:
         "tokenizer": tokenizer,
         "data train questions": fingerprint.of_questions(train),
         "data val questions": fingerprint.of_questions(val),
-        "data captions": framed(b"y", b"x", b"('u', 'w')"),
+        "data captions": framed(b"y", b"x", b"('r', 's', 't', 'u', 'w')"),
     }
     assert fingerprint.of_texts(sources, {}) == expected
     texts = [Text(Path("a"), [1], 9)]

@@ -17,7 +17,7 @@ from vico import data
 from vico.checkpoint import read
 from vico.checkpoint.export import export
 from vico.checkpoint.format import Checkpoint, TrainState
-from vico.checkpoint.write import RunIdentity, save_step
+from vico.checkpoint.write import RunIdentity, check_written, save, save_step
 from vico.io import (
     atomic,
     file_cache,
@@ -146,7 +146,43 @@ def test_classes_that_are_named_and_not_called() -> None:
     assert pickle_sizes.sized_class(b"\x80\x02cmy\nTensors\n.") is None
 
 
+TENSOR = b"ctorch\nTensor\n"
+REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
+TYPED = b"ctorch._tensor\n_rebuild_from_type_v2\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "is_named"),
+    [
+        (TYPED + b"(" + REBUILD + TENSOR + b"}tR.", True),
+        (TYPED + b"(" + REBUILD + TENSOR + b"(K\x01t}tR.", True),
+        (TYPED + b"(" + REBUILD + TENSOR + b"K\x01K\x02\x86}tR.", True),
+        (REBUILD + b"q\x01" + TYPED + b"(h\x01" + TENSOR + b"}tR.", True),  # from the memo
+        (TYPED + b"(cmy\nfunction\n" + TENSOR + b"}tR.", False),
+        (TYPED + b"q\x01(" + REBUILD + b"h\x01" + TENSOR + b"}tR.", False),  # the third argument
+        (TYPED + b"(" + TENSOR + b"}tR.", False),
+        (b"(" + REBUILD + TENSOR + b"}tR.", False),
+        (TYPED + REBUILD + TENSOR + b"\x87R.", False),  # no mark
+        (TYPED + b"(" + REBUILD + TENSOR + b"K\x01\x85R}tR.", False),  # it is called
+        (TYPED + b"(" + REBUILD + TENSOR + b"}lR.", False),  # no tuple of arguments
+        (TYPED + b"(" + REBUILD + TENSOR + b"}.", False),
+    ],
+)
+def test_the_type_of_a_tensor_with_attributes(content: bytes, is_named: bool) -> None:
+    """Named as the second argument of the function that makes such tensors, and not called."""
+    found = pickle_sizes.sized_class(b"\x80\x02" + content)
+    assert found == (None if is_named else "torch.Tensor")
+
+
 # ---- folders of a run
+
+
+def test_a_folder_that_is_not_what_was_written(tmp_path: Path) -> None:
+    save(tmp_path / "c", {"w": torch.ones(1)}, {}, TrainState(), RunIdentity("", {}, {}))
+    check_written(tmp_path / "c")
+    (tmp_path / "c" / "optimizer.safetensors").unlink()
+    message = refusal(check_written, tmp_path / "c")
+    assert message.endswith("written a moment ago, so the disk does not store data correctly")
 
 
 def test_the_latest_checkpoints_are_kept(tmp_path: Path) -> None:
@@ -231,6 +267,10 @@ def test_files_that_are_made(tmp_path: Path) -> None:
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666
     with pytest.raises(FileNotFoundError):
         paths.open_to_write(tmp_path / "none" / "a", os.O_WRONLY)
+    os.mkfifo(tmp_path / "pipe")
+    for path, flags in ((tmp_path / "pipe", os.O_RDWR), (Path("/dev/null"), os.O_WRONLY)):
+        with pytest.raises(OSError, match="a device or a pipe, not a file"):
+            paths.open_to_write(path, flags)
 
 
 def test_what_no_folder_can_be_is_empty(tmp_path: Path) -> None:
