@@ -257,3 +257,81 @@ def test_each_rank_reads_its_part(num_ranks: int, size: int) -> None:
         parts.append(parameter.ds_tensor)
     expected = [*range(1, size + 1)] + [0] * (length * num_ranks - size)
     assert torch.cat(parts).tolist() == expected
+
+
+# ---- parts of ranks, under stage 3 ---------------------------------------------------------------
+
+
+def parts_of(value: Tensor, num_ranks: int) -> list[Tensor]:
+    """Equal ones of the flattened tensor, in the order of ranks; zeros pad the last."""
+    length = -(-value.numel() // num_ranks)
+    padded = torch.zeros(length * num_ranks)
+    padded[: value.numel()] = value.flatten()
+    return list(padded.split(length))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6])
+def test_a_rank_compares_its_own_part(num_ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the others hold it cannot see: together they see a change of any number."""
+    whole = torch.arange(1.0, 6.0).view(5, 1)
+    parts = parts_of(whole, num_ranks)
+    seen: list[int] = []
+    for rank, part in enumerate(parts):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        parameter: Any = nn.Parameter(torch.empty(0))
+        parameter.ds_id, parameter.ds_tensor = 0, part.clone()
+        parameter.ds_tensor.ds_numel = len(part)
+        engine = Engine.__new__(Engine)
+        engine.trainables = {"weight": parameter}
+        engine.require_live({"weight": whole})
+        for place in range(5):
+            changed = whole.clone()
+            changed[place] += 1
+            try:
+                engine.require_live({"weight": changed})
+            except TrainingError:
+                seen.append(place)
+    assert seen == [0, 1, 2, 3, 4], "each by one rank"
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6])
+def test_a_rank_takes_its_part_of_a_moment(num_ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a size that is no multiple of the ranks, too."""
+    import deepspeed.utils
+
+    whole, taken = torch.arange(1.0, 6.0).view(5, 1), list[tuple[Tensor, str]]()
+    parts = parts_of(whole, num_ranks)
+    parameter: Any = nn.Parameter(torch.empty(0))
+    parameter.ds_id = 0
+
+    def local(of: nn.Parameter, moment: str) -> Tensor:
+        assert of is parameter
+        return torch.zeros(len(parts[0]))
+
+    def take(of: nn.Parameter, value: Tensor, moment: str) -> None:
+        taken.append((value, moment))
+
+    monkeypatch.setattr(deepspeed.utils, "safe_get_local_optimizer_state", local)
+    monkeypatch.setattr(deepspeed.utils, "safe_set_local_optimizer_state", take)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: num_ranks)
+    for rank in range(num_ranks):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        engines._set_moment(parameter, whole, "exp_avg_sq")
+    assert {moment for _, moment in taken} == {"exp_avg_sq"}
+    assert [value.tolist() for value, _ in taken] == [part.tolist() for part in parts]
+
+
+def test_a_whole_moment_is_set_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    import deepspeed.utils
+
+    taken: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(
+        deepspeed.utils, "safe_set_full_optimizer_state", lambda *given: taken.append(given)
+    )
+    parameter, value = nn.Parameter(torch.ones(2)), torch.tensor([3.0, 4.0])
+    engines._set_moment(parameter, value, "exp_avg")
+    ((of, given, moment),) = taken
+    assert of is parameter and torch.equal(given, value) and moment == "exp_avg"
+    partitioned: Any = nn.Parameter(torch.empty(0))
+    partitioned.ds_shape = torch.Size([2, 3])
+    assert engines._shape(partitioned) == (2, 3) and engines._shape(parameter) == (2,)
