@@ -22,6 +22,11 @@ from vico.io import text
             "a:1: a NUL byte at offset 3, so this is UTF-16 or UTF-32; save A as UTF-8 "
             "text or fetch it again",
         ),
+        (
+            b"\0a",
+            "a:1: a NUL byte at offset 0, so this is UTF-16 or UTF-32; save A as UTF-8 "
+            "text or fetch it again",
+        ),
         (b"a\nbc\0", "a:2: a NUL byte at offset 4; save A as UTF-8 text or fetch it again"),
         (b"a\n\nb\xe9c", "a:3: not UTF-8 (byte 0xe9 at offset 4); save A as UTF-8"),
         (b"\xef\xbb\xbfa\n\xe9", "a:2: not UTF-8 (byte 0xe9 at offset 5); save A as UTF-8"),
