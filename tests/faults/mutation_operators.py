@@ -19,7 +19,7 @@ from faults.mutated_code import NO_RESULT, code_of
 WEIGHTS = {"model": 3.0, "data": 3.0, "train": 3.0, "checkpoint": 3.0, "io": 3.0}
 # What is not mutated, and why.
 FILES_LEFT_OUT = {
-    "vico/model/cuda_graphs.py": "runs on a GPU; tests/gpu has its tests",
+    "vico/model/cuda_graphs.py": "captures and their memory are of a GPU; tests/gpu tries them",
     "vico/cli/demo_llama.py": "makes the demo's LLaMA, which slow tests try out",
     "vico/cli/demo_dataset.py": "makes the demo's files, which slow tests try out",
     "vico/cli/demo_domain.py": "makes the demo's questions, which slow tests try out",

@@ -106,16 +106,17 @@ def test_tokens_of_a_text() -> None:
     assert (model.prefix_token_id, model.eot_token_id) == (BOS, EOS)
 
 
-@pytest.mark.parametrize(("which", "factor", "divisor"), [("frozen", 1, 2), ("adapted", 2, 3)])
-def test_log_likelihoods(which: str, factor: int, divisor: int) -> None:
+@pytest.mark.parametrize(
+    ("which", "factor", "likes_f"), [("frozen", 1, False), ("adapted", 2, True)]
+)
+def test_log_likelihoods(which: str, factor: int, likes_f: bool) -> None:
     """Of the continuation alone; it is the likeliest if each of its tokens is."""
     model = model_of(which)
     pairs = [("ab", "cc"), ("ab", "cd"), ("ab", "c"), ("x", "cc"), ("ab", "cc"), ("ab", "ff")]
     found = model.loglikelihood(instances("loglikelihood", *pairs))
     assert [value for value, _ in found] == [-factor * loss(*pair) for pair in pairs]
-    rest = 1 if divisor == 2 else 0
-    expected = [all(ord(c) % divisor == rest for c in continued) for _, continued in pairs]
-    assert [is_likeliest for _, is_likeliest in found] == expected and len({*expected}) == 2
+    # The frozen model finds odd codes likely, the adapted one those that 3 divides: c is 99.
+    assert [is_likeliest for _, is_likeliest in found] == [True, False, True, True, True, likes_f]
 
 
 def test_a_request_is_measured_once_for_both_models() -> None:

@@ -61,7 +61,9 @@ def test_answers_of_runs_are_joined() -> None:
         (("w", "2", 0, 0, 2), "(unknown)"),
         (("v", "1", 1, 1, 2), "CW"),
     ]
-    given = [[a and a.prediction for a in item.answers] for item in found.items]
+    given = []
+    for item in found.items:
+        given.append([answer and answer.prediction for answer in item.answers])
     assert given == [[1, 0], [0, None], [1, None], [None, 0]]
     assert found.items[0].answers[0] == Answer(1, [1.0, 0.5])
     assert [found.items[0].is_right(run) for run in (0, 1)] == [False, True]

@@ -158,7 +158,8 @@ def test_notes_have_the_name_of_their_run() -> None:
 
 
 def gates(*heads: float, layers: tuple[str, ...] = ("2", "10")) -> dict[str, Any]:
-    return {kind: {layer: list(heads) for layer in layers} for kind in ("gate1", "gate2")}
+    by_layer = {layer: list(heads) for layer in layers}
+    return {"gate1": by_layer, "gate2": by_layer}
 
 
 def test_gates_of_a_log() -> None:
