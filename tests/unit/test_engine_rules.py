@@ -1,7 +1,7 @@
-"""What the engine tells DeepSpeed, and what it notes of gradients: with a recorder in its place."""
+"""The engine over DeepSpeed, on one rank with a model of three numbers; parts of emulated ranks."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
@@ -10,116 +10,81 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from vico.distributed.world import World
 from vico.errors import TrainingError
 from vico.train import engine as engines
+from vico.train.ds_config import read_config
 from vico.train.engine import GRADIENT_SCALE, Engine, load_parameter, zero_init
 
 NAN, INF = math.nan, math.inf
-
-
-class DeepSpeed:
-    """Four ranks; notes the calls."""
-
-    def __init__(self, model: nn.Module, optimizer: Any) -> None:
-        self.module, self.optimizer = model, optimizer
-        self.world_size, self.device = 4, torch.device("cpu")
-        self.calls: list[tuple[Any, ...]] = []
-
-    def __call__(self, batch: Any, **named: Any) -> Tensor:
-        self.calls.append(("forward", batch, named))
-        return torch.ones(2, requires_grad=True)
-
-    def train(self, mode: bool) -> None:
-        self.calls.append(("train", mode))
-        self.module.train(mode)
-
-    def set_gradient_accumulation_boundary(self, last: bool) -> None:
-        self.calls.append(("boundary", last))
-
-    def backward(self, loss: Tensor, scale_wrt_gas: bool = True) -> None:
-        self.calls.append(("backward", float(loss.detach()), scale_wrt_gas))
-        loss.backward()  # type: ignore[no-untyped-call]
-
-    def step(self) -> None:
-        self.calls.append(("step", [group["lr"] for group in self.optimizer.param_groups]))
-
-    def get_global_grad_norm(self) -> Tensor:
-        return torch.tensor(2.5)
-
-    def was_step_applied(self) -> bool:
-        return False
+Make = Callable[..., Engine]
 
 
 class Model(nn.Module):
+    """Its losses are its weight times the batch."""
+
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.tensor([1.0, 2.0]))
         self.gate1 = nn.Parameter(torch.tensor([0.5]))
         self.frozen = nn.Parameter(torch.tensor([4.0]), requires_grad=False)
 
+    def forward(self, batch: Tensor, compare: bool = False) -> Tensor:
+        return -batch if compare else self.weight * batch + 0 * self.gate1
+
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    import deepspeed
+def made(alone: World) -> Make:
+    """Under ZeRO-2 as it is shipped, with two micro-batches to a step."""
 
-    configs: list[Any] = []
-
-    def initialize(model: nn.Module, optimizer: Any, config: Any) -> tuple[Any, ...]:
-        configs.append(config)
-        return DeepSpeed(model, optimizer), optimizer, None, None
-
-    monkeypatch.setattr(deepspeed, "initialize", initialize)
-
-    def make(dtype: torch.dtype = torch.float32) -> tuple[Engine, DeepSpeed]:
+    def make(dtype: torch.dtype = torch.float32) -> Engine:
         model = Model()
         groups = [{"params": [model.weight]}, {"params": [model.gate1]}]
-        optimizer = torch.optim.AdamW(groups, lr=0.0)
-        config = {"zero_optimization": {"stage": 2}}
-        engine = Engine(model, optimizer, config, dtype, "plain attention")
-        assert configs.pop() == config and engine.module is model
-        return engine, cast(DeepSpeed, engine._engine)
+        optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0)
+        config = read_config("zero2", "fp32", 1, 2, 1)
+        return Engine(model, optimizer, config, dtype, "plain attention")
 
-    yield make
+    return make
 
 
-def test_what_the_engine_knows_of_its_model(made: Any) -> None:
-    engine, _ = made()
+def batch_of(*numbers: float) -> Any:
+    return torch.tensor(numbers)
+
+
+def take_step(engine: Engine, *batches: Any, lr: float = 0.0) -> tuple[float, bool]:
+    for number, batch in enumerate(batches, start=1):
+        engine.backward(engine.forward(batch).sum(), last=number == len(batches))
+    return engine.step(lr)
+
+
+def test_what_the_engine_knows_of_its_model(made: Make) -> None:
+    engine = made()
     assert list(engine.trainables) == ["weight", "gate1"], "not the frozen one"
     assert (engine.stage, engine.attention) == (2, "plain attention")
     assert {torch.float16: 1024, torch.bfloat16: 1, torch.float32: 1} == GRADIENT_SCALE
 
 
-@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1), (torch.float16, 1024)])
-def test_gradients_are_sums_over_micro_batches_and_ranks(
-    dtype: torch.dtype, scale: float, made: Any
-) -> None:
-    """DeepSpeed takes the mean of four ranks, so the loss counts four times.
-
-    What is scaled up for fp16 is scaled down before it is summed.
-    """
-    engine, deepspeed = made(dtype)
-    weight = engine.trainables["weight"]
-    engine.backward((weight * torch.tensor([3.0, -2.0])).sum(), last=False)
-    assert weight.grad.tolist() == [12.0, -8.0]
-    engine.backward(weight.sum(), last=True)
-    assert weight.grad.tolist() == [16.0, -4.0]
-    assert deepspeed.calls == [
-        ("boundary", False),
-        ("backward", -4.0 * scale, False),
-        ("step", [0.0, 0.0]),
-        ("boundary", True),
-        ("backward", 12.0 * scale, False),
-    ]
-    assert not engine.had_bad_gradient()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gradients_add_up_over_micro_batches(dtype: torch.dtype, made: Make) -> None:
+    """What is scaled up for fp16 is scaled down before it is summed. The next step begins at 0."""
+    engine = made(dtype)
+    first, second = batch_of(3.0, -2.0), batch_of(1.0, 6.0)
+    for _ in range(2):
+        norm, was_applied = take_step(engine, first, second)
+        assert norm == pytest.approx(math.hypot(4, 4), rel=1e-6) and was_applied
+        assert not engine.had_bad_gradient()
+    norm, _ = take_step(engine, second)
+    assert norm == pytest.approx(math.hypot(1, 6), rel=1e-6)
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_a_loss_that_is_not_finite_has_no_finite_gradient(value: float, made: Any) -> None:
+def test_a_loss_that_is_not_finite_has_no_finite_gradient(value: float, made: Make) -> None:
     """Even where its own derivative is finite: no update follows, and the rank can be named."""
-    engine, _ = made()
-    engine.backward(engine.trainables["weight"].sum() + value, last=True)
-    assert engine.trainables["weight"].grad.isnan().all()
+    engine = made()
+    engine.backward(engine.forward(batch_of(1.0, 1.0)).sum() + value, last=True)
     assert engine.had_bad_gradient() and not engine.had_bad_gradient(), "since the last call"
+    assert engine.step(0.5) == (INF, False)
+    assert engine.module.weight.tolist() == [1.0, 2.0]
 
 
 @given(
@@ -137,42 +102,48 @@ def test_one_bad_number_among_all_gradients_is_seen(gradients: list[float]) -> N
     assert engine._max_gradient == 0
 
 
-def test_a_dry_run_has_zero_gradients(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends no step; afterwards gradients count again."""
-    engine, deepspeed = made()
-    weight = engine.trainables["weight"]
-    monkeypatch.setattr(engine, "forward", lambda batch: weight * INF)
-    engine.dry_run(cast(Any, "batch"))
-    assert weight.grad.tolist() == [0.0, 0.0] and not engine.had_bad_gradient()
-    assert [call[0] for call in deepspeed.calls] == ["boundary", "backward", "step"]
-    assert deepspeed.calls[0] == ("boundary", False)
-    engine.backward(weight.sum(), last=True)
-    assert weight.grad.tolist() == [4.0, 4.0]
+def test_a_dry_run_changes_nothing(made: Make) -> None:
+    """Its gradients are zeros, whatever the losses; it ends no step; afterwards they count."""
+    engine = made()
+    engine.dry_run(batch_of(INF, 3.0))
+    assert not engine.had_bad_gradient()
+    norm, _ = take_step(engine, batch_of(3.0, 4.0))
+    assert norm == pytest.approx(5, rel=1e-6)
 
 
-def test_modes_are_set_when_they_change(made: Any) -> None:
-    engine, deepspeed = made()
+def test_modes_are_set_when_they_change(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Setting one visits every module."""
+    engine, seen = made(), list[bool]()
+    train = engine.module.train
+
+    def visited(mode: bool = True) -> nn.Module:
+        seen.append(mode)
+        return train(mode)
+
+    monkeypatch.setattr(engine.module, "train", visited)
     for mode in (True, False, False, True):
         engine.train(mode)
-    assert deepspeed.calls == [("train", False), ("train", True)]
+        assert engine.module.training == mode
+    assert seen == [False, True]
 
 
-def test_forwards(made: Any) -> None:
-    engine, deepspeed = made()
-    assert engine.forward(cast(Any, "batch")).tolist() == [1.0, 1.0]
-    assert engine.compare(cast(Any, "other")).tolist() == [1.0, 1.0]
-    assert deepspeed.calls == [("forward", "batch", {}), ("forward", "other", {"compare": True})]
+def test_forwards(made: Make) -> None:
+    engine, batch = made(), batch_of(3.0, 5.0)
+    assert engine.forward(batch).tolist() == [3.0, 10.0]
+    assert engine.compare(batch).tolist() == [-3.0, -5.0]
 
 
-def test_a_step_sets_the_rate_of_all_groups(made: Any) -> None:
-    engine, deepspeed = made()
-    assert engine.step(0.25) == (2.5, False)
-    assert deepspeed.calls == [("step", [0.25, 0.25])]
+def test_a_step_sets_the_rate_of_all_groups(made: Make) -> None:
+    """Adam's first step is its rate, against the gradient's sign."""
+    engine = made()
+    assert take_step(engine, batch_of(3.0, -4.0), lr=0.25) == (pytest.approx(5), True)
+    assert engine.module.weight.tolist() == pytest.approx([0.75, 2.25], abs=1e-6)
+    assert [group["lr"] for group in engine._engine.optimizer.param_groups] == [0.25, 0.25]
 
 
-def test_graphs_are_the_models(made: Any) -> None:
+def test_graphs_are_the_models(made: Make) -> None:
     """Without any there is memory for them, and nothing to allow."""
-    engine, _ = made()
+    engine = made()
     assert engine.can_capture([]) is True
     engine.allow_captures(False)
 
@@ -196,17 +167,17 @@ def test_graphs_are_the_models(made: Any) -> None:
     assert graphed.allowed is True
 
 
-def test_gates_are_closed_for_a_while(made: Any) -> None:
+def test_gates_are_closed_for_a_while(made: Make) -> None:
     """All adapter gates, and nothing else; they open again as they were, bit for bit."""
-    engine, _ = made()
+    engine = made()
     gate, weight = engine.trainables["gate1"], engine.trainables["weight"]
     with engine.closed_gates():
         assert gate.tolist() == [0.0] and weight.tolist() == [1.0, 2.0]
     assert gate.tolist() == [0.5] and weight.tolist() == [1.0, 2.0]
 
 
-def test_a_save_of_other_values_is_refused(made: Any) -> None:
-    engine, _ = made()
+def test_a_save_of_other_values_is_refused(made: Make) -> None:
+    engine = made()
     weights = {name: value.detach().clone() for name, value in engine.trainables.items()}
     engine.require_live(weights)
     weights["gate1"] += 2**-20
