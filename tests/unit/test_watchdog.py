@@ -22,6 +22,7 @@ from support.errors import refusal
 from support.processes import free_port, run_command, start_command
 from vico.cli.exit_cause import Cause
 from vico.distributed import launcher_env
+from vico.distributed.rendezvous import clone_store
 from vico.distributed.store_words import MAX_WORD_BYTES, read_word
 from vico.distributed.topology import Member, machine_id
 from vico.distributed.watchdog import Watchdog, _Heartbeat, _Peer
@@ -224,9 +225,9 @@ def test_no_watchdog_outlives_a_call() -> None:
 def test_a_hostile_word_is_no_heartbeat(word: bytes, store: TCPStore) -> None:
     """It changes nothing, and raises nothing."""
     assert read_word(_Heartbeat, word) is None
-    dog = Watchdog(0, members(2), store, 600)
+    dog = Watchdog(0, members(2), clone_store(store), 600)
     try:
-        store.wait(["watchdog 0"])  # its own first one
+        store.wait(["watchdog 0"])  # its own first one, over its own connection
         store.set("watchdog 0", json.dumps(BEAT))
         store.set("watchdog 1", word)
         dog._read_heartbeats()
