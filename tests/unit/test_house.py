@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,3 +71,9 @@ def test_no_nested_comprehension(path: Path) -> None:
         if isinstance(node, COMPREHENSIONS):
             inside = [n for n in ast.walk(node) if isinstance(n, COMPREHENSIONS)]
             assert inside == [node], f"line {node.lineno}"
+
+
+def test_no_two_test_files_share_a_name() -> None:
+    """pytest imports them by it, and then collects nothing at all."""
+    names = Counter(path.name for path in CODE if path.name.startswith("test_"))
+    assert [name for name, count in names.items() if count > 1] == []
