@@ -16,10 +16,17 @@ from torch._C._distributed_c10d import HashStore
 from vico.distributed import rendezvous, signals, store_words, watchdog
 from vico.distributed.store_words import read_word
 from vico.distributed.topology import Member
-from vico.distributed.watchdog import WAITING, Watchdog, _Heartbeat
+from vico.distributed.watchdog import (
+    SAVING,
+    SECONDS_AFTER_EXIT,
+    WAITING,
+    Watchdog,
+    _Heartbeat,
+)
 from vico.errors import StartFailedError, UserError
 
 MEMBER = Member.of_this_process(0, torch.device("cpu"))
+CHECK_PROGRESS = Watchdog._check_progress  # which the fixture `dog` switches off
 
 
 def test_missing_ranks_in_words() -> None:
@@ -277,3 +284,29 @@ def test_a_rank_hears_of_exits(dog: Watchdog, tmp_path: Path) -> None:
     dog._store.set("watchdog exited", "")
     dog._exchange_exits()
     assert dog._hears_of_exit
+
+
+def test_an_exit_is_given_seconds(dog: Watchdog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From when it was seen: the main thread may notice it by itself. A save ends first."""
+
+    class EndedError(Exception):
+        pass
+
+    def look() -> None:
+        dog._run_seconds += 1
+        if dog._run_seconds == 60:
+            dog.set_phase("step 4")
+
+    def end() -> None:
+        raise EndedError
+
+    monkeypatch.setattr(dog._closed, "wait", lambda seconds: False)
+    monkeypatch.setattr(dog, "_count_run_seconds", look)
+    monkeypatch.setattr(dog, "_end_after_exit", end)
+    dog._hears_of_exit = True
+    for phase, ended_at in (("step 3", 51 + SECONDS_AFTER_EXIT + 1), (f"{SAVING} step 3", 60)):
+        dog._run_seconds = 50.0
+        dog.set_phase(phase)
+        with pytest.raises(EndedError):
+            CHECK_PROGRESS(dog)
+        assert dog._run_seconds == ended_at
