@@ -57,6 +57,7 @@ def make_report(
     return (out / "report.md").read_text(), [plot.name for plot in plots]
 
 
+@pytest.mark.slow
 def test_gpu_suite(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """All parts but the device's events and allocator run on a CPU; the report draws them."""
     assert run.main([*GPU_FLAGS, "--results", str(tmp_path)]) == 0
@@ -281,6 +282,7 @@ def test_scaling() -> None:
         assert {c["stage"] for c in found["cases"]} == {2, 3}
 
 
+@pytest.mark.slow
 def test_node_suite(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Two ranks of this machine: stages and kinds of scaling, with equal losses; the report."""
     environment = base_environment()

@@ -147,7 +147,10 @@ def test_out_of_memory_names_phase_and_remedy(
     assert remedy in str(error)
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["training's", "evaluation's"])
+@pytest.mark.parametrize(
+    "which",
+    [pytest.param(0, marks=pytest.mark.slow, id="training's"), pytest.param(1, id="evaluation's")],
+)
 def test_a_killed_data_worker_is_one_line(toy: ToyData, tmp_path: Path, which: int) -> None:
     """Evaluation's waits between the epochs; the next evaluation finds it dead."""
     out = tmp_path / "out"

@@ -188,7 +188,17 @@ assert os.read(worker, 8) and not os.read(worker, 8)  # its end
 """
 
 
-@pytest.mark.parametrize("message", ["b''", "b'half'", "pickle.dumps({'name': 'x' * 99})[:50]"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        pytest.param("b''", marks=SLOW),
+        pytest.param("b'half'", marks=SLOW),
+        "pickle.dumps({'name': 'x' * 99})[:50]",
+    ],
+)
 def test_a_rank_killed_while_it_starts_a_worker(message: str) -> None:
     """The worker receives nothing, or half of its orders, and ends in silence."""
     run = run_command([sys.executable, "-c", START_WORKER, message], seconds=60)
