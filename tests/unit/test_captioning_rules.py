@@ -263,15 +263,15 @@ def test_captions_of_an_evaluation(rank: int, inputs: Any, monkeypatch: pytest.M
 
     monkeypatch.setattr(eval_captions, "generate", generate)
     monkeypatch.setattr(eval_captions, "ViCo", object)
-    world = SimpleNamespace(
+    world: Any = SimpleNamespace(
         is_main=rank == 0, raise_together=WORLD.raise_together, set_phase=lambda phase: None
     )
     engine: Any = SimpleNamespace(module="the model")
-    written = CaptionedVideos(inputs, "val", 2, num_slots=6).write(engine, world)  # type: ignore[arg-type]
+    written = CaptionedVideos(inputs, "val", 2, num_slots=6).write(engine, world)
     opening = tuple(map(ord, "the"))
     sequence: Any = ("cap", opening)
-    frames = [(video, None, 6) for video in "da"]
-    assert given[:2] == ["the model", [Prompt(sequence, f, opening) for f in frames]]  # type: ignore[arg-type]
+    frames: Any = [(video, None, 6) for video in "da"]
+    assert given[:2] == ["the model", [Prompt(sequence, f, opening) for f in frames]]
     assert given[3:] == [eval_captions.GenerationSettings(), world]
     texts = {"caption": "the man", "is_cut": False, "dataset": "my"}
     assert written.records == [

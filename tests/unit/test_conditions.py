@@ -40,10 +40,10 @@ QUESTIONS = [ask(0, "v"), ask(1, "w")]
 
 def inputs_of(questions: list[Question]) -> Inputs:
     """Of two data sets with features, prompts and captions."""
-    datasets: dict[str, Any] = {
-        name: DatasetInputs(f"features of {name}", Prompts(), {"v": "a man"})  # type: ignore[arg-type]
-        for name in ("my", "other")
-    }
+    datasets: dict[str, Any] = {}
+    for name in ("my", "other"):
+        parts: Any = (f"features of {name}", Prompts(), {"v": "a man"})
+        datasets[name] = DatasetInputs(*parts)
     given: dict[str, Any] = {field.name: None for field in fields(Inputs) if field.init}
     return Inputs(**{**given, "datasets": datasets, "questions": {"test": questions}})
 
@@ -93,9 +93,10 @@ def test_inputs_without_video() -> None:
 
 def test_questions_by_their_text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The frozen model is the one with closed gates; without slots there is no video."""
-    scored, engine = Scored(), Engine()
+    scored = Scored()
+    engine: Any = Engine()
     monkeypatch.setattr(cognition, "score", scored)
-    found: Any = scores_without_video(engine, inputs_of(QUESTIONS), CONFIG, WORLD)  # type: ignore[arg-type]
+    found: Any = scores_without_video(engine, inputs_of(QUESTIONS), CONFIG, WORLD)
     assert found == ("scores 2", "scores 1"), "frozen, adapted"
     label = "test (without video)"
     assert scored.calls == [(label, "vw", False, 0, False), (label, "vw", False, 0, True)]
