@@ -12,6 +12,7 @@ import pytest
 from support.processes import ROOT
 
 MAX_ENTRIES, MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_README_WORDS = 17, 400, 60, 2500
+MAX_LINE_CHARACTERS = 100
 FORMATTER_OFF = re.compile("# *" + "fmt:")
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 PACKAGE = sorted((ROOT / "vico").rglob("*.py"))
@@ -58,7 +59,10 @@ def test_readme_is_short() -> None:
 @each_file
 def test_files_and_functions_are_short(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= MAX_FILE_LINES
+    lines = text.splitlines()
+    assert len(lines) <= MAX_FILE_LINES
+    # ruff's own limit passes over lines that end in a comment for a tool.
+    assert max(map(len, lines), default=0) <= MAX_LINE_CHARACTERS
     assert not FORMATTER_OFF.search(text), "the formatter is never switched off"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
