@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from faults.emulated_ranks import EmulatedWorld, Scorer
+from faults.emulated_ranks import ALONE, EmulatedWorld, Scorer
 from support.asked_world import AskedWorld
 from support.errors import refusal
 from support.feature_files import numbered
@@ -23,8 +23,6 @@ from vico.generation.settings import GenerationSettings
 from vico.train import asking
 from vico.train.asking import PLAIN, WITH_DIALOGUE, Answer, AskedModel
 from vico.train.saved_run import read_for_evaluation
-
-ALONE = EmulatedWorld(0, 1, torch.device("cpu"), None)
 
 
 class Ranks(EmulatedWorld):

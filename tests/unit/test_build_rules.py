@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from faults.emulated_ranks import EmulatedWorld
+from faults.emulated_ranks import ALONE, EmulatedWorld
 from support.feature_files import questions_about
 from support.toy_dataset import ToyData
 from support.training_steps import config_of
@@ -22,8 +22,6 @@ from vico.model.ops.fp8 import quantize_weight
 from vico.model.quantized_linear import Fp8Linear
 from vico.train import build, preflight, zero_stage
 from vico.train.build import Inputs, read_backbone, read_inputs
-
-ALONE = EmulatedWorld(0, 1, torch.device("cpu"), None)
 
 
 @pytest.fixture

@@ -7,9 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
-from faults.emulated_ranks import EmulatedWorld
+from faults.emulated_ranks import ALONE
 from support.errors import refusal
 from vico.data.types import Question
 from vico.errors import UserError
@@ -21,7 +20,6 @@ from vico.train.config import RunConfig
 from vico.train.eval_captions import CaptionedVideos, captioned, reference
 
 pytest.importorskip("pycocoevalcap", exc_type=ImportError)
-WORLD = EmulatedWorld(0, 1, torch.device("cpu"), None)
 
 
 class Words:
@@ -43,7 +41,7 @@ def model_of(folder: Path, trained_with: dict[str, Any] | None = None, **flags: 
     return SimpleNamespace(
         config=RunConfig(**flags),
         checkpoint=SimpleNamespace(settings=trained_with or {}),
-        world=WORLD,
+        world=ALONE,
         tokenizer=Words(),
         prompts=Words,
     )
@@ -264,7 +262,7 @@ def test_captions_of_an_evaluation(rank: int, inputs: Any, monkeypatch: pytest.M
     monkeypatch.setattr(eval_captions, "generate", generate)
     monkeypatch.setattr(eval_captions, "ViCo", object)
     world: Any = SimpleNamespace(
-        is_main=rank == 0, raise_together=WORLD.raise_together, set_phase=lambda phase: None
+        is_main=rank == 0, raise_together=ALONE.raise_together, set_phase=lambda phase: None
     )
     engine: Any = SimpleNamespace(module="the model")
     written = CaptionedVideos(inputs, "val", 2, num_slots=6).write(engine, world)

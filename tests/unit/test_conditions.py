@@ -6,9 +6,8 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
-import torch
 
-from faults.emulated_ranks import EmulatedWorld
+from faults.emulated_ranks import ALONE
 from support.errors import refusal
 from vico.data.micro_batches import DatasetInputs
 from vico.data.types import Question
@@ -18,7 +17,6 @@ from vico.train.build import Inputs
 from vico.train.cognition import scores_without_video, without_video
 from vico.train.config import RunConfig
 
-WORLD = EmulatedWorld(0, 1, torch.device("cpu"), None)
 CONFIG = RunConfig(split="test", max_feats=7)
 
 
@@ -73,7 +71,7 @@ class Scored:
         *others: Any,
         num_slots: int,
     ) -> Any:
-        assert others == (CONFIG, WORLD)
+        assert others == (CONFIG, ALONE)
         prompts: Any = inputs.datasets["other"].prompts
         videos = "".join(question.video for question in questions)
         self.calls.append((label, videos, prompts.has_video, num_slots, engine.are_closed))
@@ -96,7 +94,7 @@ def test_questions_by_their_text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     scored = Scored()
     engine: Any = Engine()
     monkeypatch.setattr(cognition, "score", scored)
-    found: Any = scores_without_video(engine, inputs_of(QUESTIONS), CONFIG, WORLD)
+    found: Any = scores_without_video(engine, inputs_of(QUESTIONS), CONFIG, ALONE)
     assert found == ("scores 2", "scores 1"), "frozen, adapted"
     label = "test (without video)"
     assert scored.calls == [(label, "vw", False, 0, False), (label, "vw", False, 0, True)]
@@ -108,9 +106,9 @@ def test_what_is_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablation, "score", scored)
     monkeypatch.setattr(ablation, "evaluate", lambda *given: ("evaluated", *given))
     monkeypatch.setattr(ablation, "summarize_split", lambda *given: given)
-    found: Any = ablate(engine, inputs, CONFIG, WORLD)  # type: ignore[arg-type]
+    found: Any = ablate(engine, inputs, CONFIG, ALONE)  # type: ignore[arg-type]
     assert found == {
-        "as_trained": ("evaluated", engine, inputs, "test", CONFIG, WORLD),
+        "as_trained": ("evaluated", engine, inputs, "test", CONFIG, ALONE),
         **{
             name: (inputs, "test", CONFIG, f"scores {number}")
             for number, name in enumerate(list(CONDITIONS)[1:], start=1)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from faults.emulated_ranks import EmulatedWorld
+from faults.emulated_ranks import ALONE
 from support.errors import refusal
 from vico.generation.generate import Generated, Prompt
 from vico.generation.settings import GenerationSettings
@@ -26,7 +26,6 @@ from vico.train import language_tasks
 from vico.train.language_tasks import LanguageModel, TaskRequest, run_tasks, tasks_table
 
 BOS, EOS = 1, 2
-WORLD = EmulatedWorld(0, 1, torch.device("cpu"), None)
 
 
 @dataclass
@@ -76,7 +75,7 @@ def model_of(which: str = "frozen", max_length: int = 8, **tokenizer: bool) -> L
     asked: Any = SimpleNamespace(
         tokenizer=Letters(**tokenizer),
         engine=Engine(),
-        world=WORLD,
+        world=ALONE,
         inputs=SimpleNamespace(trainable_shapes=shapes),
         feature_width=5,
     )
@@ -181,7 +180,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def generate(model: Any, prompts: list[Prompt], *others: Any) -> list[Generated]:
         tokenizer, settings, world = others
-        assert (model, world) == ("the model", WORLD) and isinstance(tokenizer, Letters)
+        assert (model, world) == ("the model", ALONE) and isinstance(tokenizer, Letters)
         calls.append((prompts, settings))
         answers = []
         for prompt in prompts:
@@ -382,7 +381,7 @@ def test_only_rank_0_hears_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(language_tasks.evaluator, "evaluate", lambda *_, **__: found)
     asked: Any = model_of().asked
     for rank, level in ((0, logging.INFO), (1, logging.ERROR)):
-        asked.world = replace(WORLD, rank=rank)
+        asked.world = replace(ALONE, rank=rank)
         assert run_tasks(asked, TaskRequest(("a",))) == {} and log.level == level
 
 

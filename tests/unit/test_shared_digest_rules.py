@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from faults.emulated_ranks import EmulatedWorld, Exchange
+from faults.emulated_ranks import ALONE, EmulatedWorld, Exchange
 from vico.checkpoint.fingerprint import TensorSet
 from vico.errors import UserError
 from vico.io.input_files import InputFiles
@@ -23,7 +23,6 @@ from vico.train import shared_digests
 from vico.train.shared_digests import _digest_in_rounds, _share
 
 SIZES = st.lists(st.integers(0, 50), max_size=12)
-ALONE = EmulatedWorld(0, 1, torch.device("cpu"), None)
 
 
 def tensors_of(count: int, paths: Sequence[Path] = (), verify: Any = None) -> TensorSet:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from faults.emulated_ranks import EmulatedWorld, Exchange
+from faults.emulated_ranks import ALONE, EmulatedWorld, Exchange
 from support.errors import refusal
 from support.toy_dataset import ToyData
 from support.training_steps import config_of
@@ -32,8 +32,6 @@ from vico.train.build import Inputs, read_inputs
 from vico.train.config import RunConfig
 from vico.train.engine import Engine
 from vico.train.start import Run
-
-ALONE = EmulatedWorld(0, 1, torch.device("cpu"), None)
 
 
 def run_of(config: RunConfig, per_epoch: int = 10, split: str | None = "val", **state: Any) -> Run:
