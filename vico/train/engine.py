@@ -112,6 +112,7 @@ class Engine:
         """`config`: a resolved ds_config. `attention`: its implementation and why, for the log."""
         import deepspeed
 
+        _import_muon()
         self.attention = attention
         self.module, self._scale = model, GRADIENT_SCALE[dtype]
         self._graphed: LowerLayers | None = getattr(model, "graphed", None)
@@ -317,6 +318,22 @@ class Engine:
         for name, parameter in self.trainables.items():
             for moment in MOMENTS:
                 _set_moment(parameter, moments[f"{name}.{moment}"], moment)
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon (0.19.8), which it does itself to know the class of an optimizer.
+
+    Its functions are handed to torch's compiler as it is imported, and to load that takes a second
+    of each rank's start. ViCo runs none of them, so they stay as they are.
+    """
+    from deepspeed.runtime import compiler
+
+    compile_function = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = compile_function
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
