@@ -2,19 +2,25 @@
 
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
-from support.processes import STARTED  # noqa: E402
+from support.processes import STARTED, forked_ranks  # noqa: E402
 from support.toy_dataset import ToyData  # noqa: E402
 from vico.distributed import world  # noqa: E402
 from vico.distributed.world import World, connect  # noqa: E402
+
+# On a busy machine an example of a millisecond may take any time.
+settings.register_profile("without deadline", settings.default, deadline=None)
+settings.load_profile("without deadline")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -37,10 +43,12 @@ def pytest_runtest_call() -> Generator[None, object, object]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def environment(tmp_path_factory: pytest.TempPathFactory) -> None:
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The cache is not the user's. DeepSpeed, whichever test imports it, knows the device."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    with nullcontext() if torch.cuda.is_available() else forked_ranks():
+        yield
 
 
 @pytest.fixture(scope="session")

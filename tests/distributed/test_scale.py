@@ -63,7 +63,7 @@ def test_memory_of_loading(tmp_path: Path, zero3: str) -> None:
     oracle_files.write_tiny_meta(
         tmp_path / "m", 30000, dim=768, n_layers=6, n_heads=12, multiple_of=256, shards=2
     )
-    run = start(str(tmp_path / "m"), zero3, ranks=2, program=LOAD_MEMORY)
+    run = start(str(tmp_path / "m"), zero3, ranks=2, program=LOAD_MEMORY, forks=False)
     assert run.wait() == [0, 0], run.output
     for stdout in run.stdouts:
         mib = json.loads(stdout.splitlines()[-1])

@@ -7,6 +7,9 @@
 
 `vico` and `succeeds` start and wait in one call; `launch` uses a script of launch/. Each process
 leads a session of its own, on one thread, without the rank variables of the test process.
+
+On a CPU, ranks are forked by a server that has loaded torch (fork_server.py). Ranks of even and of
+odd numbers have one each, so that their hashes differ, as those of processes always do.
 """
 
 import contextlib
@@ -19,10 +22,12 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from faults.line_trace import TEST
+from support.fork_server import ForkedProcess, ForkServer
 from vico.distributed.launcher_env import SINGLE_RANK
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +37,16 @@ VICO = ("-m", "vico")
 RUN_SECONDS = 240.0
 SECONDS_AFTER_ABORT = 5.0
 RANK_VARIABLES = (*SINGLE_RANK, "LOCAL_WORLD_SIZE", "MASTER_PORT")
+# Variables that nothing reads while it is loaded.
+READ_LATE = {*RANK_VARIABLES, "MASTER_ADDR", "VICO_FAILPOINT", "PYTHONFAULTHANDLER", TEST}
+READ_LATE |= {"PYTEST_CURRENT_TEST", "XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR", "HF_HOME"}
+# What libraries and commands that ran in this process have set for processes that they start.
+SET_IN_PASSING = {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "PYTORCH_NVML_BASED_CUDA_CHECK"}
+SET_IN_PASSING |= {"PYTHONSAFEPATH", "PYTHONWARNINGS", "TORCHINDUCTOR_CACHE_DIR"}
+SET_IN_PASSING |= {"KMP_DUPLICATE_LIB_OK"}
+# By the remainder of a rank, each made when it is needed; and the variables that they load with.
+_servers: dict[int, ForkServer | None] = {}
+_environment: dict[str, str] = {}
 # Under `nohup` processes inherit that SIGHUP is ignored, but not that a function takes it.
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda number, frame: None)
@@ -49,26 +64,59 @@ class Processes:
         commands: Sequence[Sequence[str]],
         environments: Sequence[Mapping[str, str]],
         cwd: Path | None = None,
+        servers: Sequence[ForkServer | None] = (),
     ) -> None:
-        self.processes: list[subprocess.Popen[bytes]] = []
+        """`servers`: what forks the command, which is then Python's; None: it is started."""
+        self.processes: list[subprocess.Popen[bytes] | ForkedProcess] = []
         self._stdouts: list[_Reader] = []
         self._stderrs: list[_Reader] = []
         self.codes: list[int | None] = []
         STARTED.add(self)
-        for command, environment in zip(commands, environments, strict=True):
-            process = subprocess.Popen(
-                command,
-                cwd=cwd,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
-            assert process.stdout is not None and process.stderr is not None
-            self.processes.append(process)
-            self._stdouts.append(_Reader(process.stdout))
-            self._stderrs.append(_Reader(process.stderr))
+        all_servers = servers or [None] * len(commands)
+        for command, environment, server in zip(commands, environments, all_servers, strict=True):
+            if server is None:
+                self._open(command, environment, cwd)
+            else:
+                self._fork(server, command, environment, cwd)
+
+    def _open(
+        self, command: Sequence[str], environment: Mapping[str, str], cwd: Path | None
+    ) -> None:
+        process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert process.stdout is not None and process.stderr is not None
+        self._add(process, process.stdout, process.stderr)
+
+    def _fork(
+        self,
+        server: ForkServer,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        cwd: Path | None,
+    ) -> None:
+        pipes = [os.pipe() for _ in ("stdout", "stderr")]
+        outputs = [f"/proc/{os.getpid()}/fd/{writer}" for _, writer in pipes]
+        process = server.start(command[1:], cwd or Path.cwd(), environment, outputs)
+        for _, writer in pipes:
+            os.close(writer)
+        self._add(process, *(os.fdopen(reader, "rb", 0) for reader, _ in pipes))
+
+    def _add(
+        self,
+        process: "subprocess.Popen[bytes] | ForkedProcess",
+        stdout: IO[bytes],
+        stderr: IO[bytes],
+    ) -> None:
+        self.processes.append(process)
+        self._stdouts.append(_Reader(stdout))
+        self._stderrs.append(_Reader(stderr))
 
     @property
     def stdouts(self) -> list[str]:
@@ -190,11 +238,13 @@ def start(
     cwd: Path | None = None,
     environment: Mapping[str, str] | None = None,
     rank_environments: Mapping[int, Mapping[str, str]] | None = None,
+    forks: bool = True,
 ) -> Processes:
     """`vico ARGUMENTS` (or another Python program) on this many ranks, as srun starts them.
 
     `only`: start just these of the ranks. `environment` adds variables for all ranks,
-    `rank_environments` for single ones. They meet on a free port.
+    `rank_environments` for single ones. They meet on a free port. `forks`: fork the processes where
+    their variables allow it.
     """
     started = range(ranks) if only is None else only
     world = {
@@ -202,13 +252,39 @@ def start(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
-    base = base_environment(**world, **(environment or {}))
-    environments = []
+    environments, servers = [], []
     for rank in started:
-        own = (rank_environments or {}).get(rank, {})
-        environments.append({**base, "RANK": str(rank), "LOCAL_RANK": str(rank), **own})
+        given = {**(environment or {}), **(rank_environments or {}).get(rank, {})}
+        own = {**world, "RANK": str(rank), "LOCAL_RANK": str(rank), **given}
+        environments.append(base_environment(**own))
+        can_fork = forks and program[0] in ("-m", "-c") and given.keys() <= READ_LATE
+        servers.append(_server(rank) if can_fork else None)
     command = [sys.executable, *program, *arguments]
-    return Processes([command] * len(environments), environments, cwd)
+    return Processes([command] * len(environments), environments, cwd, servers)
+
+
+@contextlib.contextmanager
+def forked_ranks() -> Iterator[None]:
+    """Within, `start` forks ranks where it can. Not for GPUs: CUDA does not outlive a fork."""
+    _servers.clear()
+    _servers.update(dict.fromkeys((0, 1)))
+    _environment.update(base_environment())
+    yield
+    servers = [server for server in _servers.values() if server is not None]
+    _servers.clear()
+    for server in servers:
+        server.close()
+
+
+def _server(rank: int) -> ForkServer | None:
+    """What forks this rank; None where it must load by itself: other variables are set now."""
+    now = base_environment()
+    changed = {n for n in {*now, *_environment} if now.get(n) != _environment.get(n)}
+    if not _servers or not changed <= READ_LATE | SET_IN_PASSING:
+        return None
+    server = _servers[rank % 2] or ForkServer(_environment, ROOT / "tests")
+    _servers[rank % 2] = server
+    return server
 
 
 def start_command(
