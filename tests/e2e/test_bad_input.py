@@ -179,7 +179,7 @@ def run_as_launchers_do(fixture: RunFixture, line: str, wait: bool) -> tuple[int
 def two_ranks(
     original: RunFixture, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[int, Processes]]:
-    """All cases at once: they mostly load torch, and one waits."""
+    """All cases at once: one waits."""
 
     def run(name: str) -> tuple[int, Processes]:
         fixture = original.copy(tmp_path_factory.mktemp("two") / "fixture")
@@ -198,8 +198,9 @@ def test_rank_0_speaks_before_any_rank_ends(
 ) -> None:
     case = TWO_RANKS[name]
     first, run = two_ranks[name]
-    code_of_rank_1 = case.code if name == WAITED_FOR else -signal.SIGTERM
-    assert first == 0 and run.codes == [case.code, code_of_rank_1], run.output
+    assert first == 0 and run.codes[0] == case.code, run.output
+    # On a busy machine the end of rank 0 may be seen so late that rank 1 has ended by itself.
+    assert run.codes[1] in {case.code, *([] if name == WAITED_FOR else [-signal.SIGTERM])}
     assert "Traceback" not in run.output and run.stderrs[1] == ""
     line = run.stderrs[0]
     assert line.startswith("vico: error: ") and line.count("\n") == 1, line

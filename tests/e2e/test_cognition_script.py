@@ -34,7 +34,7 @@ def test_the_whole_script(tmp_path: Path) -> None:
     make_hugging_face(llama, TINY | sizes)
     environment = base_environment(VICO_EXAMPLE_STEPS="1")
     command = ["bash", str(SCRIPT), "--smollm2", str(llama), "out"]
-    first = run_command(command, tmp_path, environment, seconds=290)
+    first = run_command(command, tmp_path, environment, seconds=500)
     assert first.codes == [0], first.output
     record = json.loads(first.stdouts[0].splitlines()[-1])
     assert [case["name"] for case in record["cases"]] == ["frozen", *cognition.ROWS]
