@@ -1,4 +1,4 @@
-"""How long a start takes where there are many questions, and a file for each video."""
+"""How long a start takes, with many questions and a file for each video; what it loads."""
 
 from pathlib import Path
 
@@ -15,6 +15,22 @@ NUM_VIDEOS = {"train": 5_000, "val": 440}
 # process is longer, too, beside other work. Measured on two cores of an EPYC with five other
 # processes: 9 to 12; users wait for at most 10 on idle cores.
 MAX_CPU_SECONDS = 15.0
+
+# Whether the command has loaded what torch.compile compiles with.
+TRAIN = """
+import sys
+from vico.cli.main import main
+code = main(["train", *sys.argv[1:]])
+print(code, "torch._inductor.compile_fx" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("ds_config", ["zero2", "zero3"])
+def test_no_compiler_is_loaded(ds_config: str, toy: ToyData, tmp_path: Path) -> None:
+    """It takes a second of each rank."""
+    flags = [*toy.flags, "--deepspeed", ds_config, "--max_steps", "1", "--no_eval"]
+    run = start(*flags, "--output_dir", str(tmp_path / "out"), ranks=1, program=("-c", TRAIN))
+    assert run.wait() == [0] and run.stdouts[0].splitlines()[-1] == "0 False", run.output
 
 
 @pytest.mark.slow

@@ -13,10 +13,14 @@ import subprocess
 import tempfile
 import time
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from faults.result import Result, Scale, SkippedError
+from support.processes import forked_ranks
 from vico.cli.parser import OneLineParser
 from vico.errors import DONE, INTERNAL_ERROR, UserError, nearest
 from vico.io.atomic import make_folder, write_json
@@ -64,7 +68,8 @@ def main(argv: list[str]) -> int:
         f"results go to {flags.out}",
         flush=True,
     )
-    good = [_run(scenario, flags) for scenario in chosen]
+    with nullcontext() if torch.cuda.is_available() else forked_ranks():
+        good = [_run(scenario, flags) for scenario in chosen]
     print(json.dumps(results(flags.out)), flush=True)
     return DONE if all(good) else INTERNAL_ERROR
 
