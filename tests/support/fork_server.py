@@ -96,7 +96,7 @@ class ForkServer:
         outputs: Sequence[str],
         watched: Path | None = None,
     ) -> ForkedProcess:
-        """`python WORDS`: -m MODULE or -c CODE, and arguments. It leads a session of its own.
+        """`python WORDS`, the first of which is -m, -c or a file. It leads a session of its own.
 
         `outputs`: the paths of stdout and stderr, which are open when this returns. `watched`: a
         file for what it runs or unpickles.
@@ -238,13 +238,7 @@ def _run(order: dict[str, Any], answers: int) -> NoReturn:
         os.close(answers)
         if order["watched"] is not None:
             _watch(Path(order["watched"]))
-        how, program, *arguments = order["words"]
-        sys.argv, sys.path[0] = [how, *arguments], order["cwd"]
-        if how == "-m":
-            runpy.run_module(program, run_name="__main__", alter_sys=True)
-        else:
-            sys.modules["__main__"] = main_module = types.ModuleType("__main__")
-            exec(compile(program, "<string>", "exec"), vars(main_module))
+        _run_program(order["words"])
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -253,6 +247,21 @@ def _run(order: dict[str, Any], answers: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _run_program(words: Sequence[str]) -> None:
+    """As Python would with these words: -m MODULE, -c CODE or a file, and arguments."""
+    sys.path[0] = os.getcwd()
+    if words[0] == "-m":
+        sys.argv = list(words[1:])
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        sys.modules["__main__"] = main_module = types.ModuleType("__main__")
+        exec(compile(words[1], "<string>", "exec"), vars(main_module))
+    else:
+        sys.argv, sys.path[0] = list(words), str(Path(words[0]).resolve().parent)
+        runpy.run_path(words[0], run_name="__main__")
 
 
 def _set_variables(environment: Mapping[str, str]) -> None:

@@ -257,7 +257,7 @@ def start(
         given = {**(environment or {}), **(rank_environments or {}).get(rank, {})}
         own = {**world, "RANK": str(rank), "LOCAL_RANK": str(rank), **given}
         environments.append(base_environment(**own))
-        can_fork = forks and program[0] in ("-m", "-c") and given.keys() <= READ_LATE
+        can_fork = forks and given.keys() <= READ_LATE
         servers.append(_server(rank) if can_fork else None)
     command = [sys.executable, *program, *arguments]
     return Processes([command] * len(environments), environments, cwd, servers)

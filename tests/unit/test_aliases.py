@@ -182,6 +182,17 @@ def test_overrides_are_flags(tmp_path: Path) -> None:
     assert parse_line("device=cuda").notes[0].startswith("--device does nothing now")
 
 
+def test_overrides_behind_files() -> None:
+    """They are none of the files, wherever they stand; a file of such a name has a path."""
+    args = {"text": (Path("a.txt"), Path("b=c"), Path("./lr=1")), "lr": 1e-3, "keep": 2.0}
+    for line in (
+        "lr=1e-3 keep=2 --text a.txt b=c ./lr=1",
+        "--text a.txt b=c ./lr=1 lr=1e-3 keep=2",
+        "--text a.txt lr=1e-3 b=c ./lr=1 --keep 2",
+    ):
+        assert parse_line(line).given == args, line
+
+
 def printed(line: str, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as ended:
         main(["train", *shlex.split(line), "--print_config"])

@@ -41,6 +41,7 @@ YES, NO = ("true", "yes", "1"), ("false", "no", "0")
 OVERRIDE = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
 TYPES = {field.name: value_type(field.type)[0] for field in dataclasses.fields(RunConfig)}
 SETTINGS = (*TYPES, *ALIASES)  # the names of settings
+FILES_FLAGS = [f"--{name}" for name, kind in TYPES.items() if kind is tuple]
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,10 @@ def read_words(
 
     Raises UserError as `parse` does.
     """
-    namespace, unknown = parser.parse_known_args(_with_values(parser, argv))
+    words, overrides = _without_overrides(_with_values(parser, argv))
+    namespace, unknown = parser.parse_known_args(words)
     typed = vars(namespace)
-    overrides = [word for word in unknown if OVERRIDE.fullmatch(word)]
+    overrides += [word for word in unknown if OVERRIDE.fullmatch(word)]
     others = [word for word in unknown if word not in overrides]
     more = vars(parser.parse([as_flag(*_split(word)) for word in overrides]))
     retired = [name for name in RETIRED if name in {**typed, **more}]
@@ -115,6 +117,24 @@ def _with_values(parser: SettingsParser, argv: Sequence[str]) -> list[str]:
         if word in values and OVERRIDE.fullmatch(following):
             words[i] = f"{word}={values[word]}"
     return words
+
+
+def _without_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the words without the overrides behind --text FILES, these overrides).
+
+    The flag would take them for files. A file that is named like one can be written ./lr=1.
+    """
+    words: list[str] = []
+    overrides: list[str] = []
+    takes_files = False
+    for word in argv:
+        if word.startswith("-"):
+            takes_files = word in FILES_FLAGS
+        is_override = (
+            takes_files and OVERRIDE.fullmatch(word) and word.partition("=")[0] in SETTINGS
+        )
+        (overrides if is_override else words).append(word)
+    return words, overrides
 
 
 def _split(override: str) -> tuple[str, str]:
