@@ -155,7 +155,7 @@ def check_resume(runs: Runs, saved_on: Setup, resumed_on: Setup, folder: Path) -
         pytest.param(Setup(4, 3, nodes=2), Setup(4, 3, nodes=2), marks=pytest.mark.slow),
         pytest.param(Setup(1, 2), Setup(4, 3, nodes=2), marks=pytest.mark.slow),
         pytest.param(Setup(4, 3, nodes=2), Setup(4, 3), marks=pytest.mark.slow),
-        pytest.param(Setup(1, 2), Setup(2, 3), marks=pytest.mark.slow),
+        (Setup(1, 2), Setup(2, 3)),
     ],
     ids=str,
 )

@@ -168,11 +168,7 @@ def test_an_older_checkpoint_is_compared_in_what_it_recorded(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("flags", "name"),
-    [
-        ("--vaq", "vaq"),
-        pytest.param("--qav", "qav", marks=pytest.mark.slow),
-        ("--cap 0", "cap"),
-    ],
+    [("--vaq", "vaq"), ("--qav", "qav"), ("--cap 0", "cap")],
 )
 def test_tasks_change_at_the_end_of_an_epoch(
     toy: ToyData,

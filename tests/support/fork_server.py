@@ -80,7 +80,8 @@ class ForkServer:
             stdout=subprocess.PIPE,
             stderr=self._log,
             encoding="utf-8",
-            env={**self.environment, ROOM: " " * ROOM_BYTES},
+            # The level is what commands set before they load torch.
+            env={**self.environment, ROOM: " " * ROOM_BYTES, "TORCH_CPP_LOG_LEVEL": "ERROR"},
             cwd=cwd,
         )
         self._lock = threading.Lock()
