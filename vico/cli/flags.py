@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from vico.cli import aliases, recipes
 from vico.cli.aliases import ALIASES, COMPUTED, RENAMED, Spelled
-from vico.cli.parser import RETIRED_HELP, GroupHelp, SettingsParser, path_argument
+from vico.cli.parser import RETIRED_HELP, GroupHelp, Paths, SettingsParser, path_argument
 from vico.distributed import launcher_env
 from vico.errors import DONE, UserError, nearest, show
 from vico.train.bounds import BARE, value_type
@@ -253,19 +253,6 @@ def make_parser(
     return parser
 
 
-class _Paths(argparse.Action):
-    """Several paths, as a tuple."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        setattr(namespace, self.dest, tuple(values))
-
-
 def _add_settings(parser: SettingsParser) -> None:
     groups: dict[str, Any] = {}
     options: dict[str, Any]
@@ -279,7 +266,7 @@ def _add_settings(parser: SettingsParser) -> None:
             groups[title].add_argument(flag, action="store_true", help=text)
             continue
         if kind is tuple:
-            options = {"nargs": "+", "metavar": "FILE", "action": _Paths}
+            options = {"nargs": "+", "metavar": "FILE", "action": Paths}
             groups[title].add_argument(flag, type=path_argument, help=text, **options)
             continue
         if field.default is not None:
