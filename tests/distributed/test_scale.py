@@ -14,6 +14,7 @@ from reference import oracle_files
 from support.processes import ROOT, start, succeeds
 from support.toy_dataset import ToyData, records
 
+pytestmark = pytest.mark.xdist_group("scale")  # each setup trains once
 # 3 steps of 8 questions an epoch.
 FLAGS = "--epochs 5 --warmup_epochs 1 --lr 0.02 --bias 0.7 --save_steps 5".split()
 LOAD_MEMORY = (str(ROOT / "tests" / "support" / "load_memory.py"),)

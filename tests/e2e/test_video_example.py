@@ -24,6 +24,7 @@ import videos
 
 SCRIPT = ROOT / "launch" / "examples" / "videos.sh"
 SPLITS = {"train": 4, "val": 3}
+pytestmark = pytest.mark.xdist_group("videos")  # the commands go on in one folder
 
 
 @pytest.fixture(scope="module")
