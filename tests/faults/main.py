@@ -86,7 +86,7 @@ def _make_parser(scenarios: list[Scenario]) -> OneLineParser:
         epilog="\n".join(lines),
     )
     size = parser.add_mutually_exclusive_group()
-    quick_help = "few cases of each scenario: 13 minutes in all"
+    quick_help = "few cases of each scenario: 7 minutes in all"
     size.add_argument("--quick", action="store_true", help=quick_help)
     full_help = "all cases (the default); hours in all, so take it in parts by --only"
     size.add_argument("--full", action="store_true", help=full_help)

@@ -20,7 +20,7 @@ from vico.train.resume import find_start
 
 NAME = "damage"
 TITLE = "flipped bits, cut and mixed files: found before the first step, an older one is chosen"
-MINUTES = (0.5, 4.0)
+MINUTES = (0.1, 4.0)
 FLIPS = (60, 1000)  # and as many truncations
 OLDER = 8
 FILES = (WEIGHTS, OPTIMIZER, STATE)

@@ -24,7 +24,7 @@ from vico.errors import DiskError
 
 NAME = "disk_full"
 TITLE = "a disk full at 21 sizes and in a real run: the checkpoint before is whole, no strays"
-MINUTES = (0.5, 0.5)
+MINUTES = (0.2, 0.5)
 SIZES = 21
 KIB = 1024
 # A checkpoint takes 920 KiB, and the best one as much.

@@ -39,7 +39,7 @@ from vico.train.evaluate import Evaluation, evaluate
 
 NAME = "evaluation"
 TITLE = "equal counts and bytes over numbers of questions, batches and ranks"
-MINUTES = (0.8, 4.0)
+MINUTES = (0.3, 4.0)
 BATCHES, RANKS, MAX_QUESTIONS = (1, 2, 3, 5, 8), range(1, 9), 33
 QUICK_NUMBERS = (0, 1, 2, 7, 9, 16, 33)
 REAL = {

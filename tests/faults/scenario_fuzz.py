@@ -20,7 +20,7 @@ from vico.errors import UserError
 
 NAME = "fuzz"
 TITLE = "fuzzed tables, JSON, YAML, headers and .pth bytes: taken, or refused in one line"
-MINUTES = (0.6, 10.2)
+MINUTES = (0.5, 10.2)
 SECONDS = {True: 25.0, False: 600.0}
 NUM_PROCESSES = 2
 MAX_SECONDS_OF_A_FILE = 10.0

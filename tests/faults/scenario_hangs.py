@@ -22,7 +22,7 @@ from support.toy_run import (
 
 NAME = "hangs"
 TITLE = "a stopped or waiting rank: ended within --hang_timeout + 5 s, the rank named"
-MINUTES = (1.2, 8.5)
+MINUTES = (0.7, 8.5)
 CASES = (2, 20)
 SUSPENDED_CASES = (1, 4)
 SECONDS = 10.0  # --hang_timeout; on a busy machine no phase of a start may take longer

@@ -15,7 +15,7 @@ from support.warm_process import CommandResult, WarmProcess, share_out, warm_pro
 
 NAME = "inputs"
 TITLE = "corrupted inputs: one line that helps, exit 2 or 3, within 10 s, nothing written"
-MINUTES = (0.9, 1.5)
+MINUTES = (1.1, 1.5)
 SECONDS = 10.0
 MAX_LINE_LENGTH = 1000
 # Cases that are also started as users start them: by the launcher on two ranks, and as one process.

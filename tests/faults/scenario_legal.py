@@ -64,7 +64,7 @@ from vico.train.config import RunConfig
 HF_CONFIG = f"{TINY}/config.json"
 NAME = "legal"
 TITLE = "odd but legal files give the very samples of their clean twins, by hash"
-MINUTES = (0.4, 0.4)
+MINUTES = (0.2, 0.4)
 
 # Texts that careless readers change, and ids that they count with.
 OPTIONS = ("a0", "a1", "a2", "a3", "a4")

@@ -19,7 +19,7 @@ from support.processes import clean_environment, run_command
 
 NAME = "mutations"
 TITLE = "our own code broken by hand and by drawn operators turns a test red"
-MINUTES = (1.0, 40.0)
+MINUTES = (0.5, 40.0)
 SECONDS = 300.0  # for one test; a test that exceeds it is not red
 DEVELOPMENT_TOOLS = ("pytest", "hypothesis")
 

@@ -25,7 +25,7 @@ from vico.io.safe_load import load_tensors
 
 NAME = "nan"
 TITLE = "a loss, gradient or score that is not finite: rank, step and question are named"
-MINUTES = (0.7, 3.5)
+MINUTES = (0.3, 3.5)
 CASES = (3, 15)
 KINDS = ("loss", "gradient", "score")
 # In fp16, whose largest number is 65,504. HUGE is finite in the file, but its projection is not.

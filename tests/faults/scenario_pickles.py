@@ -36,7 +36,7 @@ from support.warm_process import WarmProcess, share_out, warm_processes
 
 NAME = "pickles"
 TITLE = "pickle payloads through six commands: none is run (canaries and an audit hook)"
-MINUTES = (0.8, 4.0)
+MINUTES = (0.4, 4.0)
 OF_THE_RUN = "--output_dir {fixture}/run"
 RESUME, EVAL = f"--resume {{fixture}}/{PUBLISHED}", f"eval --resume {{fixture}}/{PUBLISHED}"
 EVAL_OWN = f"eval --resume {{fixture}}/{CHECKPOINT}"

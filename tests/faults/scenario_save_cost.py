@@ -20,7 +20,7 @@ from vico.train.run_log import read_records
 
 NAME = "save_cost"
 TITLE = "saves take at most 1 % of a demo run; a checkpoint of 7B's size is read in 5 s"
-MINUTES = (0.7, 1.8)
+MINUTES = (0.5, 1.8)
 # The demo has eight epochs. Its first save costs more than the others.
 EPOCHS = (3, 8)
 MAX_SHARE, MAX_READ_SECONDS = 0.01, 5.0

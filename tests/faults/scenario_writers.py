@@ -20,7 +20,7 @@ from support.toy_run import (
 
 NAME = "writers"
 TITLE = "second writers are refused in 5 s, dead ones replaced, a dead launcher has no orphans"
-MINUTES = (0.5, 4.0)
+MINUTES = (0.2, 4.0)
 REFUSALS, TAKEOVERS = (2, 20), (1, 5)
 SECONDS = 5.0
 # Long enough to be met by all the others; a checkpoint comes soon.
