@@ -25,7 +25,7 @@ from vico.io.atomic import REPLACED_SUFFIX, TEMPORARY_SUFFIX
 
 NAME = "kill"
 TITLE = "kill -9, half of them in a save: the rerun has the undisturbed run's sha256"
-MINUTES = (1.1, 27.5)
+MINUTES = (1.1, 7.0)
 CASES = (12, 100)
 CASES_AT_ONE_STEP = (1, 4)
 KILLS_AT_ONE_STEP = 4  # one more than the failures after which a run is refused

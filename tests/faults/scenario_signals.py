@@ -19,7 +19,7 @@ from support.toy_run import (
 
 NAME = "signals"
 TITLE = "SIGTERM, SIGHUP and others, also in a save or evaluation: exit 75, no step is lost"
-MINUTES = (0.5, 6.0)
+MINUTES = (0.5, 2.1)
 RUNS = (1, 5)
 SIGNALS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 # The failpoint holds that moment until the signal has come.
