@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Generator, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -47,7 +46,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The cache is not the user's. DeepSpeed, whichever test imports it, knows the device."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    with nullcontext() if torch.cuda.is_available() else forked_ranks():
+    with forked_ranks():
         yield
 
 

@@ -13,11 +13,8 @@ import subprocess
 import tempfile
 import time
 import traceback
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
-
-import torch
 
 from faults.result import Result, Scale, SkippedError
 from support.processes import forked_ranks
@@ -68,7 +65,7 @@ def main(argv: list[str]) -> int:
         f"results go to {flags.out}",
         flush=True,
     )
-    with nullcontext() if torch.cuda.is_available() else forked_ranks():
+    with forked_ranks():
         good = [_run(scenario, flags) for scenario in chosen]
     print(json.dumps(results(flags.out)), flush=True)
     return DONE if all(good) else INTERNAL_ERROR

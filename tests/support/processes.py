@@ -265,7 +265,12 @@ def start(
 
 @contextlib.contextmanager
 def forked_ranks() -> Iterator[None]:
-    """Within, `start` forks ranks where it can. Not for GPUs: CUDA does not outlive a fork."""
+    """Within, `start` forks ranks where it can. Not near a GPU: CUDA does not outlive a fork."""
+    import torch
+
+    if torch.cuda.is_available():
+        yield
+        return
     _servers.clear()
     _servers.update(dict.fromkeys((0, 1)))
     _environment.update(base_environment())
