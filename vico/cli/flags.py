@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from vico.cli import aliases, recipes
 from vico.cli.aliases import ALIASES, COMPUTED, RENAMED, Spelled
-from vico.cli.parser import RETIRED_HELP, GroupHelp, Paths, SettingsParser, path_argument
+from vico.cli.parser import RETIRED_HELP, GroupHelp, SettingsParser, path_argument
 from vico.distributed import launcher_env
 from vico.errors import DONE, UserError, nearest, show
 from vico.train.bounds import BARE, value_type
@@ -146,8 +146,9 @@ def _split(override: str) -> tuple[str, str]:
 
 def _given(typed: Mapping[str, Any], spelling: str) -> list[Spelled]:
     """The settings among the parsed flags. `spelling`: as the user wrote them, for messages."""
-    names = [name for name in typed if name in SETTINGS]
-    return [Spelled(name, typed[name], spelling.format(name, _text(typed[name]))) for name in names]
+    settings = {name: value for name, value in typed.items() if name in SETTINGS}
+    settings |= {n: tuple(paths) for n, paths in settings.items() if TYPES.get(n) is tuple}
+    return [Spelled(n, v, spelling.format(n, _text(v))) for n, v in settings.items()]
 
 
 def _text(value: Any) -> str:
@@ -266,7 +267,7 @@ def _add_settings(parser: SettingsParser) -> None:
             groups[title].add_argument(flag, action="store_true", help=text)
             continue
         if kind is tuple:
-            options = {"nargs": "+", "metavar": "FILE", "action": Paths}
+            options = {"nargs": "+", "metavar": "FILE"}
             groups[title].add_argument(flag, type=path_argument, help=text, **options)
             continue
         if field.default is not None:

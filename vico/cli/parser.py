@@ -63,19 +63,6 @@ class GroupHelp(argparse.Action):
         parser.exit()
 
 
-class Paths(argparse.Action):
-    """Several paths, as a tuple."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        setattr(namespace, self.dest, tuple(values))
-
-
 class SettingsParser(OneLineParser):
     """A parser of run settings: its lines begin with the flag, and name the nearest known one."""
 
