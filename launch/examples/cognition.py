@@ -1,11 +1,14 @@
 """The texts and the table of cognition.sh.
 
-Usage: python cognition.py texts FOLDER      kept.txt and measured.txt, of Python's own manual
+Usage: python cognition.py texts FOLDER      kept.txt, and the texts that are measured
        python cognition.py table RUNS FOLDER
 `table` reads ablate.json, cognition.json and steps.jsonl of each run, prints the table as Markdown,
 and writes the record to a new file in FOLDER.
 """
 
+import fractions
+import importlib.metadata
+import inspect
 import json
 import sys
 from collections.abc import Mapping
@@ -17,8 +20,11 @@ from benchmarks.report.record import new_record, write_record
 from vico.io.atomic import make_folder, write_text
 from vico.train.run_log import read_records
 
-# Of each text, in characters. Half of the manual's pages are trained on, the others are measured.
-KEPT, MEASURED = 100_000, 40_000
+# Of the texts of the manual, in characters. Half of its pages are trained on, the others measured.
+KEPT, MANUAL = 100_000, 40_000
+# The texts that are measured -> what the table calls them: one like the text that is kept, two of
+# other kinds, of which the licence is known by heart.
+TEXTS = {"manual": "manual", "code": "Python code", "licence": "licence"}
 # A run's name -> what the table calls it.
 ROWS = {
     "trained": "trained",
@@ -28,23 +34,26 @@ ROWS = {
     "10-layers": "adapter in 10 layers, not in all 30",
     "no-captions": "`--cap 0`: no captions",
 }
-COLUMNS = (
-    "",
-    "accuracy",
-    "other video",
-    "no video",
-    "perplexity",
-    "KL per token",
-    "same top token",
-)
+COLUMNS = ("", "accuracy", "other video", "no video", *TEXTS.values(), "same top token")
 
 
 def write_texts(folder: Path) -> None:
-    """kept.txt and measured.txt hold different pages, the first characters of their halves."""
+    """kept.txt and manual.txt hold different pages, the first characters of their halves."""
     make_folder(folder)
     pages = [topics[name] for name in sorted(topics)]
-    for name, half, size in (("kept", pages[::2], KEPT), ("measured", pages[1::2], MEASURED)):
-        write_text(folder / f"{name}.txt", "\n".join(half)[:size])
+    (licence,) = (
+        file.read_text()
+        for file in importlib.metadata.files("transformers") or ()
+        if file.name == "LICENSE"
+    )
+    texts = {
+        "kept": "\n".join(pages[::2])[:KEPT],
+        "manual": "\n".join(pages[1::2])[:MANUAL],
+        "code": inspect.getsource(fractions),
+        "licence": licence,
+    }
+    for name, text in texts.items():
+        write_text(folder / f"{name}.txt", text)
 
 
 def read_rows(runs: Path) -> dict[str, dict[str, Any]]:
@@ -61,35 +70,46 @@ def read_rows(runs: Path) -> dict[str, dict[str, Any]]:
             rows["frozen"] = {
                 "accuracy": accuracies["without_both"],
                 "without_video": accuracies["without_both"],
-                "perplexity": texts["perplexity_frozen"],
-                "kl_per_token": 0.0,
-                "top1_agreement": 1.0,
+                "texts": _of_texts(texts, "frozen"),
                 "questions": asked["n"],
-                "tokens": texts["tokens"],
             }
         rows[name] = {
             "accuracy": accuracies["as_trained"],
             "video_swapped": accuracies["video_swapped"],
             "without_video": accuracies["without_video"],
-            "perplexity": texts["perplexity_adapted"],
-            "kl_per_token": texts["kl_per_token"],
-            "top1_agreement": texts["top1_agreement"],
+            "texts": _of_texts(texts, "adapted"),
             "steps": len(steps),
             "training_minutes": sum(step["step_seconds"] for step in steps) / 60,
         }
     return rows
 
 
+def _of_texts(measured: Mapping[str, Any], model: str) -> dict[str, dict[str, Any]]:
+    """{a text's name: what `model` ("frozen" or "adapted") makes of it}."""
+    found = {}
+    for path, part in measured["files"].items():
+        is_frozen = model == "frozen"
+        found[Path(path).stem] = {
+            "tokens": part["tokens"],
+            "perplexity": part[f"perplexity_{model}"],
+            "kl_per_token": 0.0 if is_frozen else part["kl_per_token"],
+            "top1_agreement": 1.0 if is_frozen else part["top1_agreement"],
+        }
+    return found
+
+
 def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table. What a row does not have is a dash."""
+    """The table. A text's cell: perplexity, and KL per token. What a row does not have is a dash."""
     titles = {"frozen": "frozen LLaMA", **ROWS}
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for name, row in rows.items():
         cells = [titles[name]]
         for key in ("accuracy", "video_swapped", "without_video"):
             cells.append(f"{row[key]:.1%}".replace("%", " %") if key in row else "-")
-        cells += [f"{row['perplexity']:.2f}", f"{row['kl_per_token']:.4f}"]
-        cells.append(f"{row['top1_agreement']:.1%}".replace("%", " %"))
+        for text in TEXTS:
+            of_text = row["texts"][text]
+            cells.append(f"{of_text['perplexity']:.2f} ({of_text['kl_per_token']:.4f})")
+        cells.append(f"{row['texts']['manual']['top1_agreement']:.1%}".replace("%", " %"))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -18,6 +18,7 @@ settings=(--dataset shapes --data_path "$out/data" --max_seq_len 96 --max_cap_le
     --weight_decay 0.02 --bias 0 --num_workers 1 --no_eval
     --epochs 3 --max_steps "${VICO_EXAMPLE_STEPS:-540}")
 keep=(--text "$out/texts/kept.txt" --keep)
+measured=("$out"/texts/{manual,code,licence}.txt)
 
 # Trains and measures a row of the table: its name, and the flags that it has of its own.
 row() {
@@ -27,8 +28,7 @@ row() {
     bash "$root/launch/train.sh" "${settings[@]}" "${@:2}" --output_dir "$run" >&2
     last_line "${vico[@]}" ablate --resume "$run" >"$run/ablate.json" &
     local ablation=$!
-    last_line "${vico[@]}" cognition --resume "$run" --text "$out/texts/measured.txt" \
-        >"$run/cognition.tmp"
+    last_line "${vico[@]}" cognition --resume "$run" --text "${measured[@]}" >"$run/cognition.tmp"
     wait $ablation
     mv "$run/cognition.tmp" "$run/cognition.json" # last: its row is done
 }
