@@ -99,7 +99,7 @@ def _of_texts(measured: Mapping[str, Any], model: str) -> dict[str, dict[str, An
 
 
 def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table. A text's cell: perplexity, and KL per token. What a row does not have is a dash."""
+    """The table. A text has perplexity and (KL per token). What a row does not have is a dash."""
     titles = {"frozen": "frozen LLaMA", **ROWS}
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for name, row in rows.items():
