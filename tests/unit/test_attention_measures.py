@@ -59,6 +59,9 @@ class Engine:
     def train(self, mode: bool) -> None:
         self.modes.append(mode)
 
+    def gates(self) -> dict[str, Tensor]:
+        return WEIGHTS
+
     def forward(self, batch: Any) -> Tensor:
         assert not torch.is_grad_enabled()
         self.num_forwards += 1
@@ -81,7 +84,9 @@ WEIGHTS = {
     for layer in range(LAYERS)
 }
 QUESTIONS = [Question(i, str(i), "v", "CW", "why", ("a", "b"), 0) for i in range(4)]
-INPUTS: Any = SimpleNamespace(datasets={}, weights=SimpleNamespace(config=LLAMA))
+INPUTS: Any = SimpleNamespace(
+    datasets={}, weights=SimpleNamespace(config=LLAMA), questions={"val": QUESTIONS, "test": []}
+)
 
 
 def measure(
@@ -102,7 +107,7 @@ def measure(
     def work(rank: int) -> AttentionShares:
         engine: Any = Engine(copy.deepcopy(model))
         world = replace(first, rank=rank)
-        found = measure_attention(engine, INPUTS, QUESTIONS, config, WEIGHTS, world)
+        found = measure_attention(engine, INPUTS, "val", 9, config, world)
         assert engine.modes == [False] and engine.num_forwards == len(shares[rank])
         return found
 
@@ -160,8 +165,7 @@ def test_measurements_that_are_refused(model: ViCo, monkeypatch: pytest.MonkeyPa
         )
     engine: Any = None
     world = EmulatedWorld(0, 1, CPU, None)
-    config = RunConfig(split="test")
-    said = refusal(measure_attention, engine, INPUTS, [], config, WEIGHTS, world)
+    said = refusal(measure_attention, engine, INPUTS, "test", 9, RunConfig(), world)
     assert said == "--split test: has no questions; name another"
 
 

@@ -27,34 +27,36 @@ from vico.train.config import RunConfig
 def test_what_is_measured() -> None:
     """Questions where nothing else is asked for."""
     texts = (Path("t"),)
-    assert cognition._request((), {}) == Request((), None, True)
-    assert cognition._request(texts, {}) == Request(texts, None, False)
-    assert cognition._request(texts, {"questions": True}) == Request(texts, None, True)
-    assert cognition._request((), {"attention_shares": 7}) == Request((), None, False, attention=7)
-    assert cognition._request((), {"window": 2}).window == 2
-    assert refusal(cognition._request, (), {"window": 1}) == (
+    assert cognition._request({}, {}) == Request((), None, True)
+    assert cognition._request({"text": texts}, {}) == Request(texts, None, False)
+    assert cognition._request({"text": texts}, {"questions": True}) == Request(texts, None, True)
+    assert cognition._request({"attention_shares": 7}, {}) == Request(
+        (), None, False, attention=True
+    )
+    assert cognition._request({}, {"window": 2}).window == 2
+    assert refusal(cognition._request, {}, {"window": 1}) == (
         "--window 1: has no room for a token behind BOS; 2 is the least"
     )
     for flag in ("include_path", "num_fewshot", "limit"):
         message = f"--{flag}: needs tasks; name some by --tasks hellaswag,arc_easy"
-        assert refusal(cognition._request, (), {flag: 1}) == message
-    assert refusal(cognition._request, (), {"tasks": [","]}).startswith("--tasks: needs tasks; ")
+        assert refusal(cognition._request, {}, {flag: 1}) == message
+    assert refusal(cognition._request, {}, {"tasks": [","]}).startswith("--tasks: needs tasks; ")
 
 
 def test_tasks_that_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cognition.importlib.util, "find_spec", lambda name: name)
     typed: dict[str, Any] = {"tasks": ["a,b", "c,"], "num_fewshot": 0, "limit": 3}
     typed["include_path"] = tmp_path
-    request = cognition._request((), typed)
+    request = cognition._request({}, typed)
     assert request == Request((), None, False, ("a", "b", "c"), tmp_path, 0, 3)
     message = "--num_fewshot -1: must be 0 or more"
-    assert refusal(cognition._request, (), {**typed, "num_fewshot": -1}) == message
+    assert refusal(cognition._request, {}, {**typed, "num_fewshot": -1}) == message
     nowhere = tmp_path / "no"
-    assert refusal(cognition._request, (), {**typed, "include_path": nowhere}) == (
+    assert refusal(cognition._request, {}, {**typed, "include_path": nowhere}) == (
         f"--include_path {nowhere}: no such folder; it holds the files of tasks"
     )
     monkeypatch.setattr(cognition.importlib.util, "find_spec", lambda name: None)
-    assert refusal(cognition._request, (), typed) == (
+    assert refusal(cognition._request, {}, typed) == (
         "--tasks: needs the package lm_eval, which is not installed; pip install '.[lm-eval]'"
     )
 

@@ -177,9 +177,11 @@ def test_flags_switch_off_what_a_recipe_or_checkpoint_sets(tmp_path: Path) -> No
     assert by_recipe == over_checkpoint == parse_line("--dataset tvqa").resolve()
     optional = {f.name for f in fields if type(None) in typing.get_args(f.type)}
     # --no_eval excludes it, so it is switched off alone.
-    assert parse_line("--eval_captions=none").resolve({"eval_captions": 3}).eval_captions is None
+    evaluated = ("eval_captions", "attention_shares")
+    for name in evaluated:
+        assert getattr(parse_line(f"--{name}=none").resolve({name: 3}), name) is None
     texts = {"captions", "features", "resume", "allow_change"}
-    assert optional - texts == {*numbers, "quantize", "eval_captions", "keep"}
+    assert optional - texts == {*numbers, *evaluated, "quantize", "keep"}
 
 
 def test_recipe_is_typed_and_flags_win(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> Ended:
     monkeypatch.setattr(loop, "_open_log", of.open_log)
     monkeypatch.setattr(loop, "_run_steps", of.steps)
     monkeypatch.setattr(loop, "_save", of.save)
-    monkeypatch.setattr(loop, "measured_texts", lambda engine, inputs, world: "texts")
+    monkeypatch.setattr(loop, "measured_texts", lambda engine, inputs, world: {"cognition": 1})
     monkeypatch.setattr(loop, "evaluate", lambda *given: of.calls.append(("evaluate", *given)))
     monkeypatch.setattr(loop, "report", lambda *given: of.calls.append(("report", *given)))
     monkeypatch.setattr(streams, "keep_lost_output", lambda path: of.calls.append(("kept", path)))
@@ -126,7 +126,7 @@ def test_an_evaluation_before_the_first_step(ended: Ended, tmp_path: Path) -> No
     evaluated, reported, *_ = ended.calls
     assert evaluated == ("evaluate", run.engine, run.inputs, "test", run.config, run.world)
     path = tmp_path / "predictions_test.jsonl"
-    assert reported == ("report", None, path, {"split": "test"}, run.world, "texts")
+    assert reported == ("report", None, path, {"split": "test"}, run.world, {"cognition": 1})
     ended.calls.clear()
     loop.run(dataclasses.replace(run, from_scratch=False))
     assert [call[0] for call in ended.calls] == ["kept", "steps"]

@@ -63,7 +63,7 @@ def test_saved_settings_round_trip(values: dict[str, Any]) -> None:
     subtitles = values.get("sub", False) and values.get("dataset") == "tvqa"
     values |= {"max_seq_len": 512, "sub": subtitles}
     if values.get("no_eval"):
-        values |= {"eval_captions": None, "text": ()}  # they are refused
+        values |= {"eval_captions": None, "text": (), "attention_shares": None}  # refused
     if not values.get("text"):
         values["keep"] = None
     config = CommandLine(values, (), False).resolve()

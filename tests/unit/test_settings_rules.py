@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.errors import refusal
-from vico.train.bounds import BARE, BOUNDS, COUNT, plain, value_type
-from vico.train.config import RunConfig, is_path
+from vico.train.bounds import BARE, BOUNDS, COUNT, is_path, plain, value_type
+from vico.train.config import RunConfig
 from vico.train.settings import (
     evaluated_split,
     expand_home,
@@ -48,7 +48,7 @@ def test_the_bounds_of_all_numbers() -> None:
         "seed": (0, LARGEST_SEED, f"a whole number from 0 to {LARGEST_SEED}"),
     } == BOUNDS
     assert COUNT == (1, 10**9, "a whole number of at least 1, and at most a billion")
-    assert BARE == {"keep": 1.0}
+    assert BARE == {"keep": 1.0, "attention_shares": 64}
 
 
 @pytest.mark.parametrize(

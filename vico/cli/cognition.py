@@ -36,7 +36,6 @@ DESCRIPTION = (
     "Example: vico cognition --resume runs/a --text book.txt."
 )
 MIN_WINDOW = 2  # BOS and a token
-ATTENTION_QUESTIONS = 64  # where no number says it
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Request:
     include_path: Path | None = None
     num_fewshot: int | None = None
     limit: int | None = None
-    attention: int | None = None  # of how many questions
+    attention: bool = False
 
     def window_of(self, longest: int | None, default: int) -> int:
         """Positions of a window. `longest`: that the model sees. Raises UserError."""
@@ -69,10 +68,12 @@ def main(argv: list[str]) -> int:
     """Run the command on this rank; returns the exit code."""
     parser = make_parser("vico cognition", DESCRIPTION, prints=False, usage=USAGE, add_own=_add_own)
     line, typed = read_flags(parser, argv)
-    request = _request(line.given.get("text", ()), typed)
+    request = _request(line.given, typed)
     require_resume(line, "to measure")
 
     def work(world: "World") -> None:
+        from vico.train.attention_shares import measured_attention
+
         model = open_model(line, world)
         result: dict[str, Any] = {}
         if request.texts:
@@ -84,7 +85,7 @@ def main(argv: list[str]) -> int:
         if request.questions:
             result["without_video"] = _measure_questions(model, inputs, world)
         if request.attention:
-            result["attention"] = _measure_attention(model, inputs, request.attention, world)
+            result |= measured_attention(model.engine, inputs, model.config, world)
         world.print_rank0(json.dumps(result))
 
     return with_world(line, work)
@@ -105,15 +106,6 @@ def _add_own(parser: SettingsParser) -> None:
         help="the accuracy on --split without the video, with and without the adapter (default "
         "without --text, --tasks and --attention_shares)",
     )
-    add(
-        "--attention_shares",
-        nargs="?",
-        const=ATTENTION_QUESTIONS,
-        type=positive_int,
-        metavar="N",
-        help="which share of each layer's attention goes to the adapter prompt, the video and the "
-        f"text, on N questions of --split (without N: {ATTENTION_QUESTIONS})",
-    )
     text = "of lm-evaluation-harness, by its names: hellaswag,arc_easy (extra: lm-eval)"
     add("--tasks", nargs="+", metavar="TASK", help=text)
     text = "a folder of further tasks; its files may run code, so it must be one you trust"
@@ -124,8 +116,10 @@ def _add_own(parser: SettingsParser) -> None:
     add("--limit", type=positive_int, metavar="N", help=text)
 
 
-def _request(texts: tuple[Path, ...], typed: Mapping[str, Any]) -> Request:
+def _request(given: Mapping[str, Any], typed: Mapping[str, Any]) -> Request:
     """Raises UserError for a window without room for a token."""
+    texts = given.get("text", ())
+    attention = given.get("attention_shares") is not None
     window = typed.get("window")
     if window is not None and window < MIN_WINDOW:
         raise UserError(
@@ -133,7 +127,6 @@ def _request(texts: tuple[Path, ...], typed: Mapping[str, Any]) -> Request:
         )
     names = tuple(part for word in typed.get("tasks", ()) for part in word.split(",") if part)
     _check_tasks(typed, names)
-    attention = typed.get("attention_shares")
     return Request(
         texts,
         window,
@@ -201,19 +194,6 @@ def _read_split(model: "AskedModel", world: "World") -> "Inputs":
         if note not in model.notes:  # how the rows were read; the others have been printed
             world.print_rank0(note)
     return inputs
-
-
-def _measure_attention(
-    model: "AskedModel", inputs: "Inputs", count: int, world: "World"
-) -> dict[str, Any]:
-    from vico.train.attention_shares import measure_attention, spread
-
-    config = model.config
-    questions = spread(inputs.questions[config.split], count)
-    weights = model.checkpoint.weights
-    shares = measure_attention(model.engine, inputs, questions, config, weights, world)
-    world.print_rank0(f"{config.split} {shares.table()}")
-    return {"split": config.split, **shares.to_json()}
 
 
 def _measure_questions(model: "AskedModel", inputs: "Inputs", world: "World") -> dict[str, Any]:

@@ -58,6 +58,7 @@ def evaluate_checkpoint(
     config: RunConfig, checkpoint: "Checkpoint", world: "World", notes: Sequence[str] = ()
 ) -> None:
     """Score config.split, print the accuracies, write the predictions. A collective."""
+    from vico.train.attention_shares import measured_attention
     from vico.train.build import build_engine
     from vico.train.cognition import measured_texts
     from vico.train.evaluate import evaluate, report
@@ -74,8 +75,9 @@ def evaluate_checkpoint(
     if evaluates_others(checkpoint, config):
         names, trained_on = config.dataset_names, trained_datasets(checkpoint)
         facts |= {"dataset": ",".join(names), "trained_on": ",".join(trained_on)}
-    texts = measured_texts(engine, inputs, world)
-    report(evaluation, predictions_path(checkpoint, config), facts, world, texts)
+    more = measured_texts(engine, inputs, world)
+    more |= measured_attention(engine, inputs, config, world)
+    report(evaluation, predictions_path(checkpoint, config), facts, world, more)
 
 
 def trained_datasets(checkpoint: "Checkpoint") -> tuple[str, ...]:

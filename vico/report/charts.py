@@ -183,7 +183,7 @@ def _caption_charts(runs: Sequence[Run]) -> list[Chart]:
     charts = []
     for key, title in CAPTION_METRICS.items():
         caption = f"{title} of captions after each epoch. From log.txt (val_{key})."
-        charts += _epoch_chart(runs, f"Captions: {title}", caption, _value_of(f"val_{key}"))
+        charts += epoch_chart(runs, f"Captions: {title}", caption, _value_of(f"val_{key}"))
     return charts
 
 
@@ -192,7 +192,7 @@ def _text_charts(runs: Sequence[Run]) -> list[Chart]:
     charts = []
     for key, (title, what) in TEXT_MEASURES.items():
         caption = f"{title}, after each epoch: {what}. From log.txt (cognition)."
-        charts += _epoch_chart(runs, title, caption, _text_measure(key))
+        charts += epoch_chart(runs, title, caption, _text_measure(key))
     return charts
 
 
@@ -204,7 +204,7 @@ def _text_measure(key: str) -> Callable[[Record], float | None]:
     return value
 
 
-def _epoch_chart(
+def epoch_chart(
     runs: Sequence[Run], title: str, caption: str, value: Callable[[Record], float | None]
 ) -> list[Chart]:
     """A line per run over its evaluations; no chart where no run has a value."""

@@ -14,6 +14,7 @@ from xml.etree.ElementTree import Element
 from vico.errors import UserError
 from vico.io.paths import read_bytes
 from vico.report import sections
+from vico.report.attention import attention_charts
 from vico.report.charts import (
     Chart,
     accuracy_chart,
@@ -131,6 +132,7 @@ class _Builder:
             opened = run.gates_over_time
             gates += opening_charts(run, opened) if opened is not None else []
         self._add("gates", "Gates", self._grid(gates))
+        self._add("attention", "Attention", self._grid(attention_charts(self.runs)))
         self._add("speed", "Speed and memory", self._speed())
         self._add("settings", "Settings", self._settings())
         if notes:

@@ -37,20 +37,31 @@ class AttentionShares:
     video_rows: float  # the share of video rows among those that a row sees
     shares_L3H: Tensor  # fp64: of each layer and head, in the order of PARTS
 
+    def means(self) -> dict[str, float]:
+        """Over heads and layers."""
+        return dict(zip(PARTS, self.shares_L3H.mean(dim=(0, 2)).tolist(), strict=True))
+
     def to_json(self) -> dict[str, Any]:
         """The means over heads: of all layers, and of each."""
-        means_L3 = self.shares_L3H.mean(dim=2)
         layers = [
             {"layer": layer, **dict(zip(PARTS, row, strict=True))}
-            for layer, row in enumerate(means_L3.tolist())
+            for layer, row in enumerate(self.shares_L3H.mean(dim=2).tolist())
         ]
         return {
             "n": self.num_questions,
             "rows": self.num_rows,
             "video_rows": self.video_rows,
-            **dict(zip(PARTS, means_L3.mean(dim=0).tolist(), strict=True)),
+            **self.means(),
             "layers": layers,
         }
+
+    def curves(self) -> dict[str, float]:
+        """Of all layers, and of each."""
+        result = self.to_json()
+        curves = {f"attention/{part}": result[part] for part in PARTS}
+        for row in result["layers"]:
+            curves |= {f"attention/{part}/layer_{row['layer']:02}": row[part] for part in PARTS}
+        return curves
 
     def table(self) -> str:
         """As text for people."""
@@ -76,26 +87,49 @@ def spread(questions: Sequence[Question], count: int) -> list[Question]:
 def measure_attention(
     engine: Engine,
     inputs: Inputs,
-    questions: Sequence[Question],
+    split: str,
+    count: int,
     config: RunConfig,
-    weights: dict[str, Tensor],
     world: World,
 ) -> AttentionShares:
-    """Run the questions with all their options, and sum attention a layer at a time.
+    """Run `count` questions with all their options, and sum attention a layer at a time.
 
-    A collective: every rank gets all, the same bits for any number of ranks. `weights`: the
-    trainables, for the gates. Raises UserError, on all ranks, as an evaluation does; TrainingError
-    where attention is not finite.
+    A collective: every rank gets all, the same bits for any number of ranks. Raises UserError, on
+    all ranks, as an evaluation does; TrainingError where attention is not finite.
     """
+    questions = spread(inputs.questions[split], count)
     if not questions:
-        raise UserError(f"--split {config.split}: has no questions; name another")
+        raise UserError(f"--split {split}: has no questions; name another")
     video_LH, num_rows, num_video = _count(engine, inputs, questions, config, world)
-    shares_L3H = _shares(video_LH / num_rows, weights)
+    shares_L3H = _shares(video_LH / num_rows, engine.gates())
     if not shares_L3H.isfinite().all():
         raise TrainingError(
             "the attention is not finite; try --precision bf16 or fp32, or another checkpoint"
         )
     return AttentionShares(len(questions), int(num_rows), num_video / num_rows, shares_L3H)
+
+
+def _shares(video_LH: Tensor, gates: dict[str, Tensor]) -> Tensor:
+    """[L, 3, H] in the order of PARTS. `video_LH`: of the weights over the rows of the stream."""
+    prompt_LH = torch.zeros_like(video_LH)  # layers without adapter have no prompt
+    for layer, gates_H in gates_by_layer(gates, "gate1").items():
+        prompt_LH[layer] = torch.from_numpy(gates_H).abs()
+    return torch.stack([prompt_LH, video_LH, 1 - video_LH], dim=1) / (1 + prompt_LH)[:, None]
+
+
+def measured_attention(
+    engine: Engine, inputs: Inputs, config: RunConfig, world: World
+) -> dict[str, Any]:
+    """{"attention": of --attention_shares questions of --split}, and prints it as a table.
+
+    Empty without the flag. A collective; raises as `measure_attention` does.
+    """
+    if config.attention_shares is None:
+        return {}
+    count, split = config.attention_shares, config.split
+    shares = measure_attention(engine, inputs, split, count, config, world)
+    world.print_rank0(f"{split} {shares.table()}")
+    return {"attention": {"split": split, **shares.to_json()}}
 
 
 def _count(
@@ -143,11 +177,3 @@ def _count(
     is_real = rows_K2[:, 0] > 0
     num_rows, num_video = rows_K2[is_real].sum(dim=0).tolist()
     return video_KLH[is_real].sum(dim=0), num_rows, num_video
-
-
-def _shares(video_LH: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    """[L, 3, H] in the order of PARTS. `video_LH`: of the weights over the rows of the stream."""
-    prompt_LH = torch.zeros_like(video_LH)  # layers without adapter have no prompt
-    for layer, gates_H in gates_by_layer(weights, "gate1").items():
-        prompt_LH[layer] = torch.from_numpy(gates_H).abs()
-    return torch.stack([prompt_LH, video_LH, 1 - video_LH], dim=1) / (1 + prompt_LH)[:, None]

@@ -30,7 +30,7 @@ BOUNDS: dict[str, tuple[float, float, str]] = {
     "seed": (0, MAX_SEED, f"a whole number from 0 to {MAX_SEED}"),
 }
 # What a flag means without a value, and `true` in a recipe. The others need a value.
-BARE = {"keep": KEPT_WEIGHT}
+BARE: dict[str, float] = {"keep": KEPT_WEIGHT, "attention_shares": 64}
 
 
 def value_type(annotation: Any) -> tuple[Any, tuple[str, ...] | None]:
@@ -40,6 +40,11 @@ def value_type(annotation: Any) -> tuple[Any, tuple[str, ...] | None]:
     if typing.get_origin(annotation) is Literal:
         return str, typing.get_args(annotation)
     return typing.get_origin(annotation) or annotation, None  # tuple: of paths
+
+
+def is_path(deepspeed: str) -> bool:
+    """Whether --deepspeed names a user's file, not one of ds_configs/."""
+    return "/" in deepspeed or deepspeed.endswith(".json")
 
 
 def plain(value: Any) -> Any:

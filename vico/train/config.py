@@ -136,7 +136,6 @@ class RunConfig:
     qav: bool = _flag(
         False, OBJECTIVE, "add the QAV objective: predict the video from question and answer"
     )
-
     keep: float | None = _flag(
         None,
         OBJECTIVE,
@@ -203,14 +202,19 @@ class RunConfig:
         "files of plain text (UTF-8): with each evaluation, measure what the adapter does to them, "
         "and log perplexities, KL and agreement (cognition/*)",
     )
+    attention_shares: int | None = _flag(
+        None,
+        RUN,
+        "with each evaluation, measure which share of the attention goes to the adapter prompt, "
+        "the video and the text, on N questions of its split (attention/*)",
+    )
     split: Literal["val", "test"] = _flag(
         "val", RUN, "split to evaluate; test is also that of the epochs where there is no val"
     )
     max_steps: int | None = _flag(
         None,
         RUN,
-        "evaluate, save and stop after this many optimizer steps; the schedule still spans "
-        "--epochs",
+        "evaluate, save and stop after N optimizer steps; the schedule still spans --epochs",
     )
     allow_change: str | None = _flag(
         None,
@@ -218,11 +222,7 @@ class RunConfig:
         "comma-separated settings, 'data', 'backbone' or 'tokenizer', that may differ from the "
         "checkpoint's run",
     )
-    verify: bool = _flag(
-        False,
-        RUN,
-        "read all inputs again, whatever is remembered of files of the same size and times",
-    )
+    verify: bool = _flag(False, RUN, "read all inputs again, whatever is remembered of them")
     seed: int = _flag(
         0, RUN, "seed of the question order, the caption crops and the initial trainables"
     )
@@ -292,9 +292,11 @@ class RunConfig:
         reporters = [name.strip() for name in self.report_to.split(",")]
         is_valid = reporters in (["none"], ["all"]) or set(reporters) <= set(REPORTERS)
         self._require(is_valid, "report_to", f"none, all, or some of {', '.join(REPORTERS)}")
-        if self.eval_captions is not None:
-            reads_both = self.cap > 0 and not self.no_eval
-            self._require(reads_both, "eval_captions", "left out with --no_eval or --cap 0")
+        reads_both = self.cap > 0 and not self.no_eval
+        is_valid = reads_both or self.eval_captions is None
+        self._require(is_valid, "eval_captions", "left out with --no_eval or --cap 0")
+        is_valid = not self.no_eval or self.attention_shares is None
+        self._require(is_valid, "attention_shares", "left out with --no_eval")
         used = not self.text or bool(self.keep) or not self.no_eval
         self._require(used, "text", "left out with --no_eval and without --keep")
         self._require(bool(self.text) or not self.keep, "keep", "given together with --text FILE")
@@ -393,8 +395,3 @@ class RunConfig:
     def to_json(self) -> dict[str, Any]:
         """All settings as plain values."""
         return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-
-
-def is_path(deepspeed: str) -> bool:
-    """Whether --deepspeed names a user's file, not one of ds_configs/."""
-    return "/" in deepspeed or deepspeed.endswith(".json")

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 from vico.errors import UserError, nearest, show
 from vico.io.text import read_json_object
 from vico.planner.estimate import FROZEN_SHARDS, IN_NODES, OVER_ALL, SHIPPED_CONFIGS
-from vico.train.config import is_path
+from vico.train.bounds import is_path
 
 # Set by the run. They may be absent, "auto", or the number that follows from the flags.
 RUN_KEYS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")

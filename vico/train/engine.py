@@ -172,6 +172,15 @@ class Engine:
         measures: Tensor = self._engine(batch, compare=True)
         return measures
 
+    @torch.no_grad()
+    def gates(self) -> dict[str, Tensor]:
+        """The adapter gates by name, whole, on the host. A collective."""
+        import deepspeed
+
+        gates = {n: p for n, p in self.trainables.items() if n.endswith("gate1")}
+        with deepspeed.zero.GatheredParameters(list(gates.values())):
+            return {name: gate.detach().cpu().clone() for name, gate in gates.items()}
+
     @contextmanager
     def closed_gates(self) -> Iterator[None]:
         """Every adapter gate is 0, for forwards: the prompts change nothing. A collective.

@@ -8,7 +8,7 @@ NOT_IDENTITY = frozenset(
     split max_steps num_workers deepspeed attention checkpoint_activations batch_size accum_iter
     max_tokens save_steps save_total_limit save_legacy logging_steps report_to allow_change verify
     collective_timeout hang_timeout expect_world_size missing_subtitles missing_captions no_eval
-    eval_captions text
+    eval_captions text attention_shares
     """.split()
 )
 # What must not change either when a run is resumed (checkpoint/fingerprint.py).
@@ -18,5 +18,5 @@ SHAPES = ("adapter_layer", "adapter_len", "max_feats")
 # They have no effect on an evaluation.
 SAVING = """
     save_steps save_total_limit save_legacy logging_steps report_to eval_captions text
-    keep
+    attention_shares keep
 """.split()

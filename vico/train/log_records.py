@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from vico.train.attention_shares import AttentionShares
 from vico.train.cognition import TextMeasures
 from vico.train.config import RunConfig
 from vico.train.eval_captions import WrittenCaptions
@@ -28,6 +29,7 @@ class EpochResult:
     is_best: bool
     captions: WrittenCaptions | None = None  # --eval_captions
     texts: TextMeasures | None = None  # --text
+    attention: AttentionShares | None = None  # --attention_shares
 
 
 def total_loss(config: RunConfig, losses: list[float | None]) -> float:

@@ -25,6 +25,7 @@ from vico.io.atomic import write_bytes, write_json, write_lines
 from vico.io.failpoints import reached
 from vico.io.host_memory import return_free_memory
 from vico.io.paths import is_folder
+from vico.train.attention_shares import measure_attention, measured_attention
 from vico.train.cognition import measure_texts, measured_texts
 from vico.train.evaluate import evaluate, report
 from vico.train.gradient_order import GradientOrder
@@ -47,8 +48,9 @@ def run(run: Run) -> None:
     if config.init_eval and run.from_scratch:
         evaluation = evaluate(run.engine, run.inputs, config.split, config, world)
         path = run.output_dir.predictions(config.split)
-        texts = measured_texts(run.engine, run.inputs, world)
-        report(evaluation, path, {"split": config.split}, world, texts)
+        more = measured_texts(run.engine, run.inputs, world)
+        more |= measured_attention(run.engine, run.inputs, config, world)
+        report(evaluation, path, {"split": config.split}, world, more)
     if run.is_complete:
         world.print_rank0(
             f"{config.output_dir}: this run is complete at step {state.step} of {run.last_step}; "
@@ -241,12 +243,14 @@ def _end_epoch(run: Run, run_log: RunLog | None) -> None:
     """
     config, state = run.config, run.state
     started = time.perf_counter()
-    split, evaluation, accuracy = run.evaluated_split, None, None
+    split, evaluation, accuracy, attention = run.evaluated_split, None, None, None
     if split is not None:
         batches = run.evaluation_batches
         evaluation = evaluate(run.engine, run.inputs, split, config, run.world, batches)
         accuracy = evaluation.accuracies["acc"]
     eval_seconds = time.perf_counter() - started
+    if split is not None and (count := config.attention_shares) is not None:
+        attention = measure_attention(run.engine, run.inputs, split, count, config, run.world)
     captioned, texts = run.captioned_videos, run.measured_texts
     result = EpochResult(
         epoch=(state.step - 1) // run.steps.steps_per_epoch,
@@ -260,6 +264,7 @@ def _end_epoch(run: Run, run_log: RunLog | None) -> None:
         is_best=accuracy is not None and is_best(accuracy, state.best_accuracy),
         captions=None if captioned is None else captioned.write(run.engine, run.world),
         texts=measure_texts(run.engine, texts, run.inputs, run.world) if texts.files else None,
+        attention=attention,
     )
     best = accuracy if result.is_best else state.best_accuracy
     after = replace(state, best_accuracy=best, evaluation_due=False)
@@ -314,11 +319,16 @@ def _save_best(
 
 def _log_epoch(run: Run, run_log: RunLog, result: EpochResult, weights: dict[str, Tensor]) -> None:
     record = epoch_record(run.config, result)
+    shown = {name: value for name, value in record.items() if name != "epoch"}
     curves = epoch_curves(result, run.world.device) | gate_curves(weights)
-    run_log.epoch(record | {"gates": gate_record(weights)}, curves, gates_picture(weights))
+    record["gates"] = gate_record(weights)
+    if result.attention is not None:
+        record["attention"] = result.attention.to_json()
+        curves |= result.attention.curves()
+        shown["attention"] = result.attention.means()
+    run_log.epoch(record, curves, gates_picture(weights))
     if result.evaluation is not None and result.split is not None:
         result.evaluation.write(run.output_dir.predictions(result.split))
         if result.captions is not None:
             write_lines(run.output_dir.captions(result.split), result.captions.records)
-    shown = {name: value for name, value in record.items() if name != "epoch"}
     log.info(f"epoch {result.epoch}: {json.dumps(shown)}")

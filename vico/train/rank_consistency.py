@@ -24,7 +24,8 @@ from vico.io import log
 from vico.io.digest import SHORT_LENGTH, digest_chunks, digest_files, digest_json
 from vico.io.output_dir import OutputDir, step_of
 from vico.io.paths import entries, exists, is_file, open_to_read
-from vico.train.config import RunConfig, is_path
+from vico.train.bounds import is_path
+from vico.train.config import RunConfig
 
 PACKAGE = Path(__file__).resolve().parents[1]
 LIBRARIES = ("torch", "deepspeed", "numpy", "safetensors")

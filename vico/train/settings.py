@@ -14,8 +14,8 @@ from vico.data.mixture import join_paths, parse_datasets
 from vico.data.readers import captions
 from vico.errors import UserError, nearest, show
 from vico.io.paths import exists
-from vico.train.bounds import BARE, value_type
-from vico.train.config import RunConfig, is_path
+from vico.train.bounds import BARE, is_path, value_type
+from vico.train.config import RunConfig
 
 TYPE_NAMES = {
     int: "a whole number",
