@@ -36,6 +36,7 @@ FINGERPRINTS = {
     "data val features": "w",
     "data features": "a",
     "data captions": "c",
+    "data train captions": "t",
 }
 
 
@@ -342,6 +343,10 @@ def test_what_earlier_versions_did_not_record(tmp_path: Path) -> None:
     several = {**now, "data star: val features": "s"}
     message = refusal(start_state, old, 3, 8, config_of(tmp_path), several)
     assert "(data; table below)" in message
+    later = {**now, "data train captions": "t", "data star: train captions": "s"}
+    assert start_state(old, 3, 8, config_of(tmp_path), later) == STATE
+    recorded = dataclasses.replace(old, fingerprints={**now, "data train captions": "t"})
+    assert "data; table" in refusal(start_state, recorded, 3, 8, config_of(tmp_path), later)
 
 
 def test_another_evaluated_split_is_noted(tmp_path: Path) -> None:
@@ -351,15 +356,23 @@ def test_another_evaluated_split_is_noted(tmp_path: Path) -> None:
     by_test |= {"data features": "other", "data captions": "other"}
     note = (
         f"note: {start.path}: epochs were evaluated on val, and are on {{}} now: of the data, "
-        "training questions and their features are compared, and captions are not"
+        "training questions, their features and captions are compared"
     )
     assert notes_of_uncompared(start, by_test) == [note.format("test")]
     assert start_state(start, 3, 8, config_of(tmp_path), by_test) == STATE
     alone = {name: value for name, value in by_test.items() if "test" not in name}
     assert notes_of_uncompared(start, alone) == [note.format("no split")]
     assert start_state(start, 3, 8, config_of(tmp_path), alone) == STATE
-    for name in ("data train questions", "data train features", "backbone"):
+    for name in ("data train questions", "data train features", "data train captions", "backbone"):
         refusal(start_state, start, 3, 8, config_of(tmp_path), by_test | {name: "x"})
+    kept = dataclasses.replace(start, fingerprints={**FINGERPRINTS, "data text": "t"})
+    for now in (by_test, alone):
+        message = refusal(start_state, kept, 3, 8, config_of(tmp_path), now | {"data text": "x"})
+        assert "(data; table below)" in message
+        assert start_state(kept, 3, 8, config_of(tmp_path), now | {"data text": "t"}) == STATE
+    known = {name: value for name, value in FINGERPRINTS.items() if "train captions" not in name}
+    (earlier,) = notes_of_uncompared(checkpoint_of(tmp_path, fingerprints=known), alone)
+    assert earlier.endswith("questions and their features are compared, and captions are not")
     of_evaluation = {"data test questions": "x"}
     assert notes_of_uncompared(start, of_evaluation) == [], "no training"
 

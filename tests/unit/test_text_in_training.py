@@ -120,6 +120,47 @@ def test_other_texts_are_another_run(
     assert train(toy, out, "--text", *texts, "--allow_change", "data") == 0
 
 
+@pytest.mark.parametrize("first", [[], ["--no_eval"]])
+def test_kept_texts_are_compared_with_and_without_evaluation(
+    toy: ToyData,
+    tmp_path: Path,
+    texts: list[str],
+    capfd: pytest.CaptureFixture[str],
+    first: list[str],
+) -> None:
+    """They are trained on: evaluation may begin and end, and the objective stays."""
+    out = tmp_path / "out"
+    then = [] if first else ["--no_eval"]
+    assert train(toy, out, "--text", texts[0], "--keep", "1", *first, "--max_steps", "2") == 0
+    capfd.readouterr()
+    assert train(toy, out, "--text", texts[1], "--keep", "1", *then) == 2
+    error = capfd.readouterr().err
+    assert "was written by a run with other settings or files (data;" in error
+    assert "data text" in error and "data train" not in error
+    assert train(toy, out, "--text", texts[0], "--keep", "1", *then, "--max_steps", "3") == 0
+
+
+@pytest.mark.parametrize("between", [[], ["--no_eval"]])
+def test_texts_are_remembered_through_a_start_without(
+    toy: ToyData,
+    tmp_path: Path,
+    texts: list[str],
+    capfd: pytest.CaptureFixture[str],
+    between: list[str],
+) -> None:
+    """One curve is of one text, also where some epochs measured none."""
+    out = tmp_path / "out"
+    assert train(toy, out, "--max_steps", "2", "--text", texts[0]) == 0
+    assert train(toy, out, "--max_steps", "3", *between) == 0
+    capfd.readouterr()
+    assert train(toy, out, "--text", texts[1]) == 2
+    assert "data text" in capfd.readouterr().err
+    weights = str(out / "checkpoint-3" / "adapter_model.safetensors")
+    anew = ["--resume", weights, "--max_steps", "1"]
+    assert train(toy, tmp_path / "anew", "--text", texts[1], *anew) == 0, "a new run of its weights"
+    assert train(toy, out, "--text", texts[0]) == 0
+
+
 def test_with_init_eval(
     toy: ToyData, tmp_path: Path, texts: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,6 +27,7 @@ from vico.model.weights.load import Weights, weight_files
 DIGEST_LENGTH = 16
 # Elements of a tensor that a thread reads at a time.
 CHUNK_ELEMENTS = 1 << 24
+TEXT = "data text"  # the fingerprint of --text
 
 
 @dataclass(frozen=True)
@@ -136,12 +137,25 @@ def of_texts(sources: Sources, recorded: Mapping[str, str]) -> dict[str, str]:
         for split, of_split in questions.items():
             fingerprints[f"{prefix} {split} questions"] = of_questions(of_split)
         if "train" in questions:
-            videos = {q.video for of_split in questions.values() for q in of_split}
-            used = {v: inputs.captions[v] for v in sorted(videos) if v in inputs.captions}
-            trained = set(_videos(questions["train"])) if inputs.captions else set()
-            fingerprints[f"{prefix} captions"] = of_captions(used, sorted(trained - used.keys()))
+            fingerprints |= _of_all_captions(prefix, inputs.captions, questions)
     if sources.texts:
-        fingerprints["data text"] = of_tokens(sources.texts)
+        fingerprints[TEXT] = of_tokens(sources.texts)
+    return fingerprints
+
+
+def _of_all_captions(
+    prefix: str, captions: Mapping[str, str], questions: Mapping[str, Sequence[Question]]
+) -> dict[str, str]:
+    """Of those that are trained on, and of those of all splits."""
+    trained = _videos(questions["train"])
+    lacking = [v for v in trained if v not in captions] if captions else []
+    fingerprints = {}
+    for name, videos in (
+        ("train captions", trained),
+        ("captions", sorted({v for of_split in questions.values() for v in _videos(of_split)})),
+    ):
+        used = {v: captions[v] for v in videos if v in captions}
+        fingerprints[f"{prefix} {name}"] = of_captions(used, lacking)
     return fingerprints
 
 

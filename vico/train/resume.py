@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from vico.checkpoint.fingerprint import data_prefix
+from vico.checkpoint.fingerprint import TEXT, data_prefix
 from vico.checkpoint.format import WEIGHTS, Checkpoint, TrainState
 from vico.data.mixture import dataset_names
 from vico.errors import CheckpointError, UserError
@@ -211,6 +211,9 @@ RECORDED_FIRST = (
     "data captions",
     "data features",
 )
+# How the fingerprints end that depend on the splits; the words before say of which.
+OF_SPLITS = (" questions", " features", " captions")
+OF_TRAINED_CAPTIONS = " train captions"
 Change = tuple[str, str, str]  # (name of the setting or file, what it was, what it is)
 
 
@@ -231,13 +234,13 @@ def _refuse_changed_run(
 
 def _of_training(start: Checkpoint, fingerprints: Mapping[str, str]) -> dict[str, str]:
     """What of `fingerprints` to compare: where `start` was evaluated on another split, or where one
-    of both runs is not evaluated, what concerns training alone.
+    of both runs is not evaluated, all but what belongs to evaluated splits.
     """
     compared = dict(fingerprints)
     are_recorded = any(name.endswith(" train features") for name in start.fingerprints)
     if are_recorded and _evaluated(start.fingerprints) != _evaluated(fingerprints):
         for name in fingerprints:
-            if name.startswith("data") and " train " not in name:
+            if name.endswith(OF_SPLITS) and " train " not in name:
                 del compared[name]
     return compared
 
@@ -266,9 +269,27 @@ def _changed_files(
 
 
 def _uncompared(start: Checkpoint, fingerprints: Mapping[str, str]) -> list[str]:
-    """What earlier versions did not record. None of them knew several data sets (a colon)."""
+    """What earlier versions did not record. The first did not know several data sets (a colon)."""
     recorded = {*start.fingerprints, *RECORDED_FIRST}
-    return [name for name in fingerprints if name not in recorded and ":" not in name]
+    unknown = () if _has_trained_captions(start) else OF_TRAINED_CAPTIONS
+    return [
+        name
+        for name in fingerprints
+        if name not in recorded and (":" not in name or name.endswith(unknown))
+    ]
+
+
+def _has_trained_captions(start: Checkpoint) -> bool:
+    return any(name.endswith(OF_TRAINED_CAPTIONS) for name in start.fingerprints)
+
+
+def with_text_of(start: Checkpoint | None, fingerprints: Mapping[str, str]) -> dict[str, str]:
+    """`fingerprints`, and that of the texts of the run that goes on where none are read now.
+
+    A start without --text would otherwise let the next one measure others under the same curve.
+    """
+    before = start.fingerprints if start is not None and start.moments is not None else {}
+    return {**({TEXT: before[TEXT]} if TEXT in before else {}), **fingerprints}
 
 
 def notes_of_uncompared(start: Checkpoint, fingerprints: Mapping[str, str]) -> list[str]:
@@ -287,9 +308,14 @@ def notes_of_uncompared(start: Checkpoint, fingerprints: Mapping[str, str]) -> l
             ", ".join(sorted(_evaluated(of))) or "no split"
             for of in (start.fingerprints, fingerprints)
         )
+        compared = (
+            "questions, their features and captions are compared"
+            if _has_trained_captions(start)
+            else "questions and their features are compared, and captions are not"
+        )
         notes.append(
             f"note: {start.path}: epochs were evaluated on {before}, and are on {now} now: of the "
-            "data, training questions and their features are compared, and captions are not"
+            f"data, training {compared}"
         )
     return notes
 

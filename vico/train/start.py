@@ -31,6 +31,7 @@ from vico.train.resume import (
     notes_of_uncompared,
     refuse_other_function,
     start_state,
+    with_text_of,
 )
 from vico.train.settings import training_splits
 
@@ -267,4 +268,4 @@ def _check_continuation(
     if checkpoint is not None:
         for note in notes_of_uncompared(checkpoint, fingerprints):
             world.print_rank0(note)
-    return fingerprints, state
+    return with_text_of(checkpoint, fingerprints), state
