@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def test_other_runs_are_compared_question_by_question(
         count = len(record["scores"])
         record["prediction"] = record["answer"] if i < 6 else (record["answer"] + 1) % count
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    row = last_line(capsys, "ablate", *resume, "--runs", run)["conditions"][str(run)]
+    row = last_line(capsys, "ablate", *resume, "--runs", run)["runs"][str(run)]
     n = len(own)
     assert (row["acc"], row["difference"]) == (6 / n, (6 - sum(own)) / n)
     assert row["interval"] == list(wilson(6, n))
@@ -102,6 +102,83 @@ def test_other_runs_are_compared_question_by_question(
     assert f"{path}: holds other questions than --split val: 1 are in one of both" in error
     assert main([*map(str, ["ablate", *resume, "--runs", tmp_path / "none"])]) == 2
     assert "predictions_val.jsonl: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_run_may_be_called_like_a_condition(
+    asked: AskedWorld,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its row is its own, in the last line and in the table."""
+    monkeypatch.chdir(tmp_path)
+    resume = ["--resume", asked.run]
+    last_line(capsys, "eval", *resume, "--output_dir", "as_trained")
+    path = Path("as_trained/predictions_val.jsonl")
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for record in records:
+        record["prediction"] = record["answer"]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    assert main([*map(str, ["ablate", *resume, "--runs", "as_trained"])]) == 0
+    *_, first, _, _, _, _, last, line = capsys.readouterr().out.splitlines()
+    result = json.loads(line)
+    own, run = result["conditions"]["as_trained"], result["runs"]["as_trained"]
+    assert own["acc"] < run["acc"] == 1
+    assert first.split()[:3] == ["as", "trained", f"{own['acc']:.2%}"]
+    assert last.split()[:2] == ["as_trained", "100.00%"]
+
+
+def repeat(records: list[dict[str, Any]]) -> None:
+    records.append({**records[7], "prediction": 0})
+
+
+def edit_an_answer(records: list[dict[str, Any]]) -> None:
+    records[7]["answer"] = (records[7]["answer"] + 1) % len(records[7]["scores"])
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (repeat, ": number 7 ('q7' of video 'VIDEO') is there twice; evaluate that run again"),
+        (
+            edit_an_answer,
+            ": the right answer of number 7 ('q7' of video 'VIDEO') is WRONG there, and RIGHT in "
+            "--split val; evaluate that run on these questions",
+        ),
+    ],
+)
+def test_predictions_of_other_answers_are_refused(
+    asked: AskedWorld,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    spoil: Callable[[list[dict[str, Any]]], None],
+    expected: str,
+) -> None:
+    run, resume, row = tmp_path / "run", ["--resume", asked.run], asked.rows[7]
+    last_line(capsys, "eval", *resume, "--output_dir", run)
+    path = run / "predictions_val.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    spoil(records)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert main([*map(str, ["ablate", *resume, "--runs", run])]) == 2
+    wrong = (row["answer"] + 1) % len(row["options"])
+    for word, value in (("VIDEO", row["video"]), ("WRONG", wrong), ("RIGHT", row["answer"])):
+        expected = expected.replace(word, str(value))
+    assert f"{path}{expected}" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_run_is_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By whatever path: a table that counts one twice looks like two runs that agree."""
+    run, link = tmp_path / "run", tmp_path / "link"
+    run.mkdir()
+    link.symlink_to(run)
+    for again in (run, tmp_path / "x" / ".." / "run", link):
+        words = ["ablate", "--resume", tmp_path / "c", "--runs", run, tmp_path / "other", again]
+        assert main([*map(str, words)]) == 2
+        line = f"--runs {again}: is the same run as {run}; name each run once"
+        assert line in capsys.readouterr().err
 
 
 clips = st.tuples(st.sampled_from("ab"), st.sampled_from("uvw"), st.sampled_from([None, (0, 2)]))

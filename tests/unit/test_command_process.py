@@ -219,16 +219,17 @@ def test_a_table_of_conditions() -> None:
     run = Condition("run", "run\n", [True, True, True, True])
     plain = {"index": 0, "qid": "0", "video": "v", "type": "C", "question": "w", "answer": 0}
     questions = [Question(**plain, options=tuple("abcde"[:n])) for n in (2, 4, 4, 5)]
-    result = ablate._result("val", questions, [trained, blind, run])
+    result = ablate._result("val", questions, [trained, blind], [run])
     assert (result["split"], result["n"]) == ("val", 4)
     assert result["chance"] == pytest.approx((1 / 2 + 1 / 4 + 1 / 4 + 1 / 5) / 4)
-    rows = result["conditions"]
+    assert list(result["runs"]) == ["run"]
+    rows = {**result["conditions"], **result["runs"]}
     assert [row["acc"] for row in rows.values()] == [0.75, 0.25, 1.0]
     assert [row.get("loss") for row in rows.values()] == [0.5, 1.5, None]
     assert [row["difference"] for row in rows.values()] == [0.0, -0.5, 0.25]
     # Of the two that differ both are worse; of the one, it is better: 2 / 2**2 and 2 / 2**1.
     assert [row["p_value"] for row in rows.values()] == pytest.approx([1.0, 0.5, 1.0])
-    lines = ablate._table(result, [trained, blind, run]).splitlines()
+    lines = ablate._table(result, [trained, blind], [run]).splitlines()
     assert lines[0] == "val accuracy of 4 questions (chance: 30.00%):"
     assert lines[1].split() == ["accuracy", "95", "%", "difference", "p"]
     assert lines[2].split() == ["trained", "75.00%", "30.1%", "to", "95.4%"]

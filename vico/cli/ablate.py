@@ -1,6 +1,7 @@
 """`vico ablate`: what the video, the adapter prompts and other settings are worth, as one table."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,6 +55,7 @@ def main(argv: list[str]) -> int:
     line, typed = read_flags(parser, argv)
     require_resume(line, "to take apart")
     runs: Sequence[Path] = typed.get("runs", ())
+    _refuse_repeated(runs)
 
     def work(world: "World") -> None:
         from vico.cli.evaluate import settings_of
@@ -78,8 +80,8 @@ def main(argv: list[str]) -> int:
         engine = build_engine(config, inputs, checkpoint.weights, world)
         found = ablate(engine, inputs, config, world)
         measured = [_measured(name, CONDITIONS[name], of) for name, of in found.items()]
-        result = _result(config.split, questions, [*measured, *of_runs])
-        world.print_rank0(_table(result, [*measured, *of_runs]))
+        result = _result(config.split, questions, measured, of_runs)
+        world.print_rank0(_table(result, measured, of_runs))
         world.print_rank0(json.dumps(result))
 
     return with_world(line, work)
@@ -95,27 +97,56 @@ def _add_own(parser: SettingsParser) -> None:
     )
 
 
+def _refuse_repeated(runs: Sequence[Path]) -> None:
+    """Raises UserError for a run that is named twice: the table would count it twice."""
+    first: dict[str, Path] = {}
+    for run in runs:
+        other = first.setdefault(os.path.realpath(run), run)
+        if other is not run:
+            raise UserError(f"--runs {run}: is the same run as {other}; name each run once")
+
+
 def _of_run(run: Path, split: str, questions: Sequence[Question]) -> Condition:
     """Raises UserError where the run has not predicted just these questions."""
-    from vico.train.predictions import read_predictions
-
     path = OutputDir(run).predictions(split)
     several = len({question.dataset for question in questions}) > 1
-    predicted: dict[Key, int] = {}
-    for record in read_predictions(path):
-        name = record.get("dataset", "") if several else ""
-        predicted[name, record["index"], record["qid"], record["video"]] = record["prediction"]
+    predicted = _read_by_key(path, several)
     wanted = [(q.dataset if several else "", q.index, q.qid, q.video) for q in questions]
     differing = set(wanted) ^ predicted.keys()
     if differing:
-        _, index, qid, video = min(differing)
         raise UserError(
             f"{path}: holds other questions than --split {split}: {len(differing)} are in one of "
-            f"both, as number {index} ({show(qid)} of video {show(video)}); evaluate that run on "
-            "this split"
+            f"both, as {_named(min(differing))}; evaluate that run on this split"
         )
-    pairs = zip(questions, wanted, strict=True)
-    return Condition(str(run), str(run), [predicted[key] == q.answer for q, key in pairs])
+    is_right: list[bool] = []
+    for question, key in zip(questions, wanted, strict=True):
+        record = predicted[key]
+        if record.get("answer") not in (None, question.answer):
+            raise UserError(
+                f"{path}: the right answer of {_named(key)} is {record['answer']} there, and "
+                f"{question.answer} in --split {split}; evaluate that run on these questions"
+            )
+        is_right.append(record["prediction"] == question.answer)
+    return Condition(str(run), str(run), is_right)
+
+
+def _read_by_key(path: Path, several: bool) -> dict[Key, dict[str, Any]]:
+    """The predictions of a run. `several`: data sets. Raises UserError for a repeated one."""
+    from vico.train.predictions import read_predictions
+
+    predicted: dict[Key, dict[str, Any]] = {}
+    for record in read_predictions(path):
+        name = record.get("dataset", "") if several else ""
+        key = (name, record["index"], record["qid"], record["video"])
+        if predicted.setdefault(key, record) is not record:
+            raise UserError(f"{path}: {_named(key)} is there twice; evaluate that run again")
+    return predicted
+
+
+def _named(key: Key) -> str:
+    dataset, index, qid, video = key
+    of = f"{dataset} " if dataset else ""
+    return f"{of}number {index} ({show(qid)} of video {show(video)})"
 
 
 def _measured(name: str, title: str, evaluation: "Evaluation") -> Condition:
@@ -125,23 +156,37 @@ def _measured(name: str, title: str, evaluation: "Evaluation") -> Condition:
 
 
 def _result(
-    split: str, questions: Sequence[Question], conditions: Sequence[Condition]
+    split: str,
+    questions: Sequence[Question],
+    measured: Sequence[Condition],
+    of_runs: Sequence[Condition],
 ) -> dict[str, Any]:
-    """The first condition is what the others are compared with."""
+    """The first condition is what the others are compared with.
+
+    Runs have a key of their own: the folder of one may be called like a condition.
+    """
     chance = sum(1 / len(question.options) for question in questions) / len(questions)
-    rows = {condition.name: condition.to_json(conditions[0]) for condition in conditions}
-    return {"split": split, "n": len(questions), "chance": chance, "conditions": rows}
+    return {
+        "split": split,
+        "n": len(questions),
+        "chance": chance,
+        "conditions": {row.name: row.to_json(measured[0]) for row in measured},
+        "runs": {row.name: row.to_json(measured[0]) for row in of_runs},
+    }
 
 
-def _table(result: Mapping[str, Any], conditions: Sequence[Condition]) -> str:
+def _table(
+    result: Mapping[str, Any], measured: Sequence[Condition], of_runs: Sequence[Condition]
+) -> str:
     lines = [
         f"{result['split']} accuracy of {result['n']} questions (chance: {result['chance']:.2%}):",
         f"  {'':<32}{'accuracy':>10}{'95 %':>18}{'difference':>13}{'p':>9}",
     ]
-    for i, condition in enumerate(conditions):
-        row = result["conditions"][condition.name]
+    rows = [(condition.title, result["conditions"][condition.name]) for condition in measured]
+    rows += [(run.title, result["runs"][run.name]) for run in of_runs]
+    for i, (title, row) in enumerate(rows):
         low, high = row["interval"]
-        line = f"  {one_line(condition.title)[-31:]:<32}{row['acc']:>10.2%}"
+        line = f"  {one_line(title)[-31:]:<32}{row['acc']:>10.2%}"
         line += f"{f'{low:.1%} to {high:.1%}':>18}"
         if i > 0:
             line += f"{row['difference']:>+13.2%}{row['p_value']:>9.2g}"
