@@ -11,6 +11,16 @@ fail() {
     exit 2
 }
 
+# Prints the comment at the head of the script, and ends, where -h or --help is among the words.
+help_if_asked() {
+    local word
+    for word; do
+        [[ $word == -h || $word == --help ]] || continue
+        sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+        exit 0
+    done
+}
+
 # Whether an NVIDIA driver shows a GPU. Torch may not be installed yet.
 has_gpu() { [[ $(nvidia-smi -L 2>/dev/null) == "GPU "* ]]; }
 

@@ -4,6 +4,8 @@
 # VICO_DEMO_DIR: the folder of the toy dataset and the run (default: demo/ in the checkout).
 set -euo pipefail
 source "$(dirname "$(readlink -f "$0")")/common.sh"
+help_if_asked "$@"
+[[ $# == 0 ]] || fail "unknown word $1; usage: bash launch/quickstart.sh"
 
 demo=$(readlink -m "${VICO_DEMO_DIR:-$root/demo}")
 run=$demo/run

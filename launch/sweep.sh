@@ -6,6 +6,7 @@
 # others. The end prints OUTPUT_DIR/results.tsv. The same command goes on after an interruption.
 set -euo pipefail
 source "$(dirname "$(readlink -f "$0")")/common.sh"
+help_if_asked "${1:-}" # behind the table they are flags of the training
 find_python
 export PYTHON=$python # for train.sh
 exec "$python" "$root/launch/slurm/table.py" all "$@"

@@ -26,7 +26,7 @@ row() {
     [[ ! -e $run/cognition.json ]] || return 0
     say "$1: a training and two measurements, 6 to 12 minutes"
     bash "$root/launch/train.sh" "${settings[@]}" "${@:2}" --output_dir "$run" >&2
-    last_line "${vico[@]}" ablate --resume "$run" >"$run/ablate.json" &
+    beside last_line "${vico[@]}" ablate --resume "$run" >"$run/ablate.json"
     local ablation=$!
     last_line "${vico[@]}" cognition --resume "$run" --text "${measured[@]}" >"$run/cognition.tmp"
     wait $ablation

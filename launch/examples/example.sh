@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034
-# Sourced by videos.sh and cognition.sh, after common.sh.
+# Sourced by videos.sh, cognition.sh and keep_demo.sh, after common.sh.
 
 # Reads [--smollm2 FOLDER] [OUTPUT_DIR] and sets smollm2 (or ""), out, python and vico.
 # $1: the default of OUTPUT_DIR, in demo/. $2: modules that must be there, $3: their extras.
@@ -7,6 +7,7 @@ begin_example() {
     local default=$root/demo/$1 modules=$2 extras=$3
     local usage="usage: bash $0 [--smollm2 FOLDER] [OUTPUT_DIR]"
     shift 3
+    help_if_asked "$@"
     smollm2=
     if [[ ${1:-} == --smollm2 ]]; then
         [[ -n ${2:-} ]] || fail "--smollm2 names no folder; $usage"
@@ -28,3 +29,18 @@ begin_example() {
 
 # Shows what a command prints, on stderr; its last line is the result.
 last_line() { "$@" | tee >(cat >&2) | tail -n 1; }
+
+# Starts a command beside the script, in a process group of its own: where the script ends first,
+# because it failed or was interrupted, the command ends too, with all that it started.
+beside() {
+    set -m
+    "$@" </dev/null &
+    set +m
+}
+
+end_jobs() {
+    local job
+    for job in $(jobs -p); do kill -- "-$job" 2>/dev/null || true; done
+    wait
+}
+trap end_jobs EXIT

@@ -12,7 +12,6 @@ source "$here/example.sh"
 begin_example keep_demo "deepspeed, sentencepiece" "" "$@"
 [[ -z $smollm2 ]] || fail "--smollm2: the demo has a LLaMA of its own; leave it out"
 
-trap '[[ -z $(jobs -p) ]] || kill $(jobs -p)' EXIT # where a row fails, the one beside it ends
 read -ra seeds <<<"${VICO_EXAMPLE_SEEDS:-0 1 2 3 4}"
 read -ra weights <<<"${VICO_EXAMPLE_WEIGHTS:-1 2}"
 settings=(--config "$root/launch/recipes/demo.yaml" --data_path "$out/demo/data"
@@ -32,17 +31,17 @@ row() {
 }
 
 # Runs a row beside another one.
-beside() {
+row_beside() {
     [[ $(jobs -rp | wc -l) -lt 2 ]] || wait -n
-    row "$@" &
+    beside row "$@"
 }
 
 say "the demo with 300 videos to ask about, and texts, in $out; a minute"
 "$python" "$here/keep_demo.py" make "$out"
 for seed in "${seeds[@]}"; do
-    beside "$seed" without
+    row_beside "$seed" without
     for weight in "${weights[@]}"; do
-        beside "$seed" "keep-$weight" --text "${texts[0]}" --keep "$weight"
+        row_beside "$seed" "keep-$weight" --text "${texts[0]}" --keep "$weight"
     done
 done
 for job in $(jobs -p); do wait "$job"; done

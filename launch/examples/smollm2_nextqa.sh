@@ -9,6 +9,7 @@
 set -euo pipefail
 here=$(dirname "$(readlink -f "$0")")
 source "$here/../common.sh"
+help_if_asked "$@"
 
 (($# == 2 || $# == 3)) || fail "usage: bash $0 NEXTQA OUTPUT_DIR [FEATURES]"
 source=$(readlink -m "$1") out=$(readlink -m "$2") features=${3:+$(readlink -m "$3")}
