@@ -16,6 +16,9 @@ VOCABULARY = (EMBEDDINGS, "output.weight")  # tensors with a row per token
 LLAMA_VOCAB_SIZE = 32000  # of the tokenizer of LLaMA-1 and 2
 # fp32 logits that the output head holds at a time.
 HEAD_CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
+# The divergence of --keep holds this many tensors of its chunk's size: three of log-probabilities
+# and probabilities, one in half precision; or logits of both models and a part of the weight.
+DIVERGENCE_COPIES = 4
 # Longer micro-batches are not replayed by CUDA graphs: the host launches faster than they compute.
 MAX_GRAPH_ROWS = 4096
 

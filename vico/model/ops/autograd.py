@@ -20,6 +20,7 @@ from vico.model.ops.fp8 import Rows8, Weight8
 
 # In the place of a sum of exponentials that is 0: the smallest normal number of fp32.
 TINY = torch.finfo(torch.float32).tiny
+FP32_BYTES = 4
 
 # oneDNN's fp32 product, which torch.compile uses too: at these shapes 10 % faster than MKL's, the
 # default. It is private, so it may be missing.
@@ -243,10 +244,15 @@ def linear_cross_entropy(h_RD: Tensor, weight_WD: Tensor, rows_N: Tensor, ids_N:
     return losses_N
 
 
-def row_chunks(num_rows: int, weight_WD: Tensor) -> Iterator[slice]:
-    """Rows whose logits are held at a time."""
-    chunk_bytes = HEAD_CHUNK_BYTES["cuda" if weight_WD.is_cuda else "cpu"]
-    chunk = max(1, chunk_bytes // (4 * weight_WD.shape[0]))
+def fp32_rows(width: int, weight: Tensor, share: int = 1) -> int:
+    """How many rows of `width` fp32 numbers a `share`-th of HEAD_CHUNK_BYTES holds; 1 or more."""
+    chunk_bytes = HEAD_CHUNK_BYTES["cuda" if weight.is_cuda else "cpu"]
+    return max(1, chunk_bytes // (FP32_BYTES * share * width))
+
+
+def row_chunks(num_rows: int, weight_WD: Tensor, share: int = 1) -> Iterator[slice]:
+    """Rows whose logits are held at a time: a `share`-th of HEAD_CHUNK_BYTES."""
+    chunk = fp32_rows(weight_WD.shape[0], weight_WD, share)
     for first in range(0, num_rows, chunk):
         yield slice(first, min(first + chunk, num_rows))
 
