@@ -2,8 +2,8 @@
 
 Usage: python cognition.py texts FOLDER      kept.txt, and the texts that are measured
        python cognition.py table RUNS FOLDER
-`table` reads ablate.json, cognition.json and steps.jsonl of each run, prints the table as Markdown,
-and writes the record to a new file in FOLDER.
+`table` reads ablate.json, cognition.json, steps.jsonl and row.json of each run, and prints the
+table as Markdown and the record, which it writes to a new file in FOLDER if a row is new.
 """
 
 import fractions
@@ -16,7 +16,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from benchmarks.report.record import new_record, write_record
+from launch.examples.row_facts import facts_of, write_or_print
 from vico.io.atomic import make_folder, write_text
 from vico.train.run_log import read_records
 
@@ -67,8 +67,7 @@ def read_rows(runs: Path) -> dict[str, dict[str, Any]]:
         steps = read_records(runs / name / "steps.jsonl")
         accuracies = {key: row["acc"] for key, row in asked["conditions"].items()}
         if not rows:
-            rows["frozen"] = {
-                "accuracy": accuracies["without_both"],
+            rows["frozen"] = {  # it knows no video: its accuracy is by text alone
                 "without_video": accuracies["without_both"],
                 "texts": _of_texts(texts, "frozen"),
                 "questions": asked["n"],
@@ -80,6 +79,7 @@ def read_rows(runs: Path) -> dict[str, dict[str, Any]]:
             "texts": _of_texts(texts, "adapted"),
             "steps": len(steps),
             "training_minutes": sum(step["step_seconds"] for step in steps) / 60,
+            **facts_of(runs / name),
         }
     return rows
 
@@ -122,9 +122,9 @@ def main(arguments: list[str]) -> int:
     runs, folder = map(Path, paths)
     rows = read_rows(runs)
     print(markdown(rows), file=sys.stderr)
-    record = new_record("cognition", {"rows": list(rows)})
-    record["command"] = "bash launch/examples/cognition.sh"
-    write_record({**record, "cases": [{"name": name, **row} for name, row in rows.items()]}, folder)
+    cases = [{"name": name, **row} for name, row in rows.items()]
+    config = {"rows": list(rows), "steps": [row["steps"] for row in cases[1:]]}
+    write_or_print("cognition", config, cases, cases[1:], folder)
     return 0
 
 

@@ -22,7 +22,7 @@ measured=("$out"/texts/{manual,code,licence}.txt)
 
 # Trains and measures a row of the table: its name, and the flags that it has of its own.
 row() {
-    local run=$out/runs/$1
+    local run=$out/runs/$1 began=$SECONDS
     [[ ! -e $run/cognition.json ]] || return 0
     say "$1: a training and two measurements, 6 to 12 minutes"
     bash "$root/launch/train.sh" "${settings[@]}" "${@:2}" --output_dir "$run" >&2
@@ -30,6 +30,7 @@ row() {
     local ablation=$!
     last_line "${vico[@]}" cognition --resume "$run" --text "${measured[@]}" >"$run/cognition.tmp"
     wait $ablation
+    "$python" "$here/row_facts.py" "$run" $((SECONDS - began))
     mv "$run/cognition.tmp" "$run/cognition.json" # last: its row is done
 }
 

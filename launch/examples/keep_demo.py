@@ -2,8 +2,8 @@
 
 Usage: python keep_demo.py make FOLDER                      the demo, kept.txt and other.txt
        python keep_demo.py table FOLDER "WEIGHTS" "SEEDS"   a row without, and one per weight
-`table` reads eval.json and cognition.json of each run, prints the table as Markdown, and writes the
-record to a new file in FOLDER.
+`table` reads eval.json, cognition.json and row.json of each run, and prints the table as Markdown
+and the record, which it writes to a new file in FOLDER if a row is new.
 """
 
 import csv
@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.report.record import new_record, write_record
+from launch.examples.row_facts import facts_of, write_or_print
 from vico.cli.demo import make_toy_dataset
 from vico.cli.demo_llama import NUM_STEPS
 from vico.io.atomic import make_folder, write_text
@@ -38,8 +38,8 @@ def make(folder: Path, steps: int = NUM_STEPS) -> None:
 
 
 def read_runs(folder: Path, name: str, seeds: Sequence[str]) -> dict[str, Any]:
-    """{"accuracy": [a number per seed], "kl_kept", "kl_other"}: of the runs of this name."""
-    row: dict[str, Any] = {"name": name, "accuracy": [], "kl_kept": [], "kl_other": []}
+    """{"accuracy": [one per seed], "kl_kept", "kl_other", "runs"}: of the runs of this name."""
+    row: dict[str, Any] = {"name": name, "accuracy": [], "kl_kept": [], "kl_other": [], "runs": []}
     for seed in seeds:
         run = folder / "runs" / f"{name}-{seed}"
         scored, texts = (
@@ -47,6 +47,7 @@ def read_runs(folder: Path, name: str, seeds: Sequence[str]) -> dict[str, Any]:
             for part in ("eval", "cognition")
         )
         row["accuracy"].append(scored["acc"])
+        row["runs"].append({"seed": seed, **facts_of(run)})
         for path, part in texts["files"].items():
             row[f"kl_{Path(path).stem}"].append(part["kl_per_token"])
     return row
@@ -88,9 +89,9 @@ def main(arguments: list[str]) -> int:
     names = ["without", *(f"keep-{weight}" for weight in weights)]
     rows = [read_runs(Path(folder), name, seeds) for name in names]
     print(markdown(rows), file=sys.stderr)
-    record = new_record("keep_demo", {"weights": weights, "seeds": seeds})
-    record["command"] = "bash launch/examples/keep_demo.sh"
-    write_record({**record, "cases": rows}, Path(folder))
+    config = {"weights": weights, "seeds": seeds}
+    facts = [run for row in rows for run in row["runs"]]
+    write_or_print("keep_demo", config, rows, facts, Path(folder))
     return 0
 
 

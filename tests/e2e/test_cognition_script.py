@@ -39,7 +39,11 @@ def test_the_whole_script(tmp_path: Path) -> None:
     record = json.loads(first.stdouts[0].splitlines()[-1])
     assert [case["name"] for case in record["cases"]] == ["frozen", *cognition.ROWS]
     assert {case["steps"] for case in record["cases"][1:]} == {1}
+    assert record["commits"] == [record["git_commit"]]
+    seconds = [case["seconds"] for case in record["cases"][1:]]
+    assert min(seconds) >= 1 and record["seconds"] == sum(seconds)
+    assert {case["settings"]["max_steps"] for case in record["cases"][1:]} == {1}
     second = run_command(command, tmp_path, environment, seconds=60)
     assert second.codes == [0] and "training:" not in second.stderrs[0], second.output
-    assert json.loads(second.stdouts[0].splitlines()[-1])["cases"] == record["cases"]
-    assert len(list((tmp_path / "out").glob("cognition-*.json"))) == 2
+    assert json.loads(second.stdouts[0].splitlines()[-1]) == record
+    assert len(list((tmp_path / "out").glob("cognition-*.json"))) == 1

@@ -25,6 +25,10 @@ def test_the_default_weight(tmp_path: Path) -> None:
     for text in ("kl_kept", "kl_other"):
         assert without[text][0] >= MIN_RATIO * kept[text][0], text
     assert kept["accuracy"][0] >= without["accuracy"][0] - MAX_LOSS
+    for row in (without, kept):
+        (run,) = row["runs"]
+        assert run["seed"] == "0" and run["settings"]["seed"] == 0 and run["seconds"] >= 1
+        assert record["commits"] == [run["commit"]]
     second = run_command(command, tmp_path, environment, seconds=120)
     assert second.codes == [0] and "training:" not in second.stderrs[0], second.output
-    assert json.loads(second.stdouts[0].splitlines()[-1])["cases"] == record["cases"]
+    assert json.loads(second.stdouts[0].splitlines()[-1]) == record

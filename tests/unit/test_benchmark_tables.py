@@ -28,13 +28,13 @@ def recorded() -> tuple[float, ...]:
 
 
 def numbers(value: Any) -> Iterator[float]:
-    """Of medians, peaks and ratios, at any depth; not of lists of single times."""
+    """Of medians, peaks and ratios, at any depth; not of lists of single times, nor of settings."""
     if isinstance(value, dict):
         for key, inner in value.items():
             if key == "cases":
                 for case in inner:
                     yield from numbers(case)
-            elif not isinstance(inner, list):
+            elif not isinstance(inner, list) and key != "settings":
                 yield from numbers(inner)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield float(value)

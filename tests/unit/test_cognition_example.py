@@ -93,10 +93,14 @@ def test_the_table_of_what_the_commands_print(
         ("without_video", "without_video"),
     ):
         assert trained[key] == accuracies[condition]["acc"]
-    assert frozen["accuracy"] == accuracies["without_both"]["acc"]
+    assert "accuracy" not in frozen, "of text alone: not to stand beside those with video"
+    assert frozen["without_video"] == accuracies["without_both"]["acc"]
+    assert [trained[key] for key in ("commit", "seconds", "settings")] == [None] * 3
+    assert record["commits"] == ["unknown"] and record["seconds"] is None
     head = next(i for i, line in enumerate(table) if line.startswith("|  | accuracy"))
     rows = [line.strip("|").split("|") for line in table[head + 2 : head + 9]]
     assert len(rows) == 7 and {len(row) for row in rows} == {len(cognition.COLUMNS)}
-    assert rows[0][0].strip() == "frozen LLaMA" and rows[0][2].strip() == "-"
+    assert rows[0][0].strip() == "frozen LLaMA" and rows[0][1].strip() == rows[0][2].strip() == "-"
+    assert rows[0][3].strip() != "-"
     code = measured["files"][str(texts[1])]
     assert rows[1][5].strip() == f"{code['perplexity_adapted']:.2f} ({code['kl_per_token']:.4f})"
