@@ -11,11 +11,13 @@ from torch.utils._pytree import tree_leaves
 
 from vico.model.attention.backends import KERNELS
 from vico.model.attention.blockwise import attend_blocks
+from vico.model.attention.segment_layout import segment_layout
 from vico.model.attention.varlen import PackedAttention
 from vico.model.batch import PackedBatch
 from vico.model.block_runners import choose_block_runners
 from vico.model.config import LlamaConfig
 from vico.model.vico import ViCo
+from vico.planner.memory import BatchShape
 
 
 def on_meta(batch: PackedBatch) -> PackedBatch:
@@ -24,6 +26,18 @@ def on_meta(batch: PackedBatch) -> PackedBatch:
         name: tensor.to("meta") for name, tensor in tensors if name != "wanted_rows_R"
     }
     return replace(batch, **moved, texts=batch.texts and on_meta(batch.texts))
+
+
+def batch_shape(batch: PackedBatch) -> BatchShape:
+    """As the planner counts it."""
+    return BatchShape(
+        num_rows=batch.num_rows,
+        num_wanted_rows=len(batch.wanted_rows_R),
+        num_targets=len(batch.token_rows_N),
+        num_clips=len(batch.features_VFC),
+        num_keys=segment_layout(batch.segments).sizes.num_keys,
+        num_kept=len(batch.texts.token_rows_N) if batch.texts else 0,
+    )
 
 
 def meta_model(config: LlamaConfig, kernel: str, dtype: torch.dtype) -> ViCo:

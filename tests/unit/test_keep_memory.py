@@ -1,20 +1,32 @@
-"""The memory of --keep and of comparing predictions, on the meta device, at the size of a GPU."""
+"""The memory of --keep and of comparing predictions, on the meta device, at the size of a GPU; and
+what the planner counts of --keep.
+"""
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure.workload import SyntheticWorkload
-from support.live_bytes import LiveBytes, meta_model, peak_bytes
-from support.planning import EVERY_CONFIG
+from support.live_bytes import LiveBytes, batch_shape, meta_model, on_meta, peak_bytes
+from support.planning import EVERY_CONFIG, LENGTHS, VICO_CONFIGS
 from vico.data.packing import Example, pack
 from vico.data.text_windows import text_sequence
 from vico.model.batch import PackedBatch
-from vico.model.config import HEAD_CHUNK_BYTES, KEPT_POSITIONS, LlamaConfig
+from vico.model.config import HEAD_CHUNK_BYTES, KEPT_POSITIONS, LlamaConfig, backbone_shapes
 from vico.model.ops.logits import Divergence, compare_predictions
+from vico.planner import estimate
+from vico.planner.gpu_specs import GPUS, Hardware, gpu_of_size
+from vico.planner.memory import RunShape, activations
+from vico.planner.plan import plan
+from vico.planner.request import PlanRequest
+from vico.planner.speed import estimate_speed
 
+WITH_TEXTS = replace(LENGTHS, text=KEPT_POSITIONS)
+PEAK_RTOL = 0.02  # measured: 0.0007, and 0.014 with recomputed layers
 every_type = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 
 
@@ -79,3 +91,74 @@ def test_logits_take_no_more_than_a_chunk(name: str, num_targets: int, dtype: to
             else:
                 compare_predictions(frozen_ND, adapted_ND, weight_WD, rows_N, ids_N)
         assert live.peak <= HEAD_CHUNK_BYTES["cuda"] + states + numbers, (keep, live.peak / 2**20)
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "dtype", "num_questions", "checkpointed"),
+    [
+        ("7B", "varlen", torch.bfloat16, 8, 0),
+        ("7B", "varlen", torch.bfloat16, 1, 0),
+        ("7B", "varlen", torch.bfloat16, 1, 32),
+        ("8B", "varlen", torch.bfloat16, 8, 0),
+        ("8B", "varlen", torch.bfloat16, 1, 0),
+        ("7B", "blockwise", torch.float32, 2, 0),
+        ("8B", "blockwise", torch.float32, 1, 0),
+    ],
+)
+def test_a_plan_counts_what_a_step_holds(
+    name: str, kernel: Any, dtype: torch.dtype, num_questions: int, checkpointed: int
+) -> None:
+    config, batch = EVERY_CONFIG[name], batch_with_texts(EVERY_CONFIG[name], num_questions)
+    model = meta_model(config, kernel, dtype)
+    model.num_checkpointed = checkpointed
+    run = RunShape(dtype.itemsize, kernel, checkpointed)
+    predicted = activations(config, batch_shape(batch), run).peak
+    assert predicted == pytest.approx(peak_bytes(model, batch), rel=PEAK_RTOL)
+
+
+def test_a_plan_counts_the_targets_of_texts() -> None:
+    """As many as real questions bring. So 7B and seven questions do not leave a GPU of 24 GB."""
+    batch = batch_with_texts(EVERY_CONFIG["7B"], 16)
+    real, planned = batch_shape(batch), estimate.batch_shape(batch.num_real_tokens, WITH_TEXTS)
+    assert real.num_kept == 16 * (KEPT_POSITIONS - 1)
+    assert planned.num_kept == pytest.approx(real.num_kept, rel=0.1)
+    assert planned.num_targets == pytest.approx(real.num_targets, rel=0.1)
+    small = Hardware(gpu_of_size(24))
+    request = PlanRequest(
+        "7B", VICO_CONFIGS["7B"], small, WITH_TEXTS, batch_size=7, num_checkpointed=0
+    )
+    assert plan(request).stage == "zero2"
+
+
+def test_a_plan_counts_the_products_of_the_frozen_pass() -> None:
+    """Counted by torch: of a real step, what it computes with --keep beyond one without."""
+    config, num_texts = VICO_CONFIGS["7B"], 8
+    batch, model = batch_with_texts(config, num_texts), meta_model(config, "varlen", torch.bfloat16)
+    flops = []
+    for texts in (batch.texts, None):
+        with FlopCounterMode(display=False) as counter:
+            model(on_meta(replace(batch, texts=texts))).sum().backward()
+        flops.append(counter.get_total_flops())
+    request = PlanRequest("7B", config, Hardware(GPUS["H100"]), WITH_TEXTS)
+    speed, _ = estimate_speed(request, "zero2", 0, 10**6)
+    rate = GPUS["H100"].peak("bf16")
+    assert speed is not None and rate is not None
+    tokens = request.step_tokens  # of one micro-batch
+    trained = config.n_layers * config.num_block_parameters
+    trained += config.num_embedding_parameters * WITH_TEXTS.target_share
+    counted = speed.compute_seconds * rate * 1e12 * request.efficiency - 4 * trained * tokens
+    of_text = counted / (request.batch_size * request.accum_iter)
+    assert of_text == pytest.approx((flops[0] - flops[1]) / num_texts, rel=0.05)
+
+
+def test_a_plan_counts_the_gathers_of_the_frozen_pass() -> None:
+    """Under ZeRO-3: all weights once more, but those of the output head."""
+    hardware, seconds = Hardware(GPUS["H100"], 8), []
+    for lengths in (LENGTHS, WITH_TEXTS):
+        request = PlanRequest("65B", VICO_CONFIGS["65B"], hardware, lengths)
+        speed, _ = estimate_speed(request, "zero3", 0, 2048)
+        assert speed is not None
+        seconds.append(speed.gather_seconds)
+    sizes = {n: math.prod(shape) for n, shape in backbone_shapes(VICO_CONFIGS["65B"]).items()}
+    whole, head = sum(sizes.values()), sizes["output.weight"]
+    assert seconds[1] / seconds[0] == pytest.approx((3 * whole - head) / (2 * whole))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.measure.workload import SyntheticWorkload
 from benchmarks.suites.step_memory import step_memory
-from support.live_bytes import meta_model, on_meta, peak_bytes, storages_of
+from support.live_bytes import batch_shape, meta_model, on_meta, peak_bytes, storages_of
 from support.planning import EVERY_CONFIG, LENGTHS, VICO_CONFIGS
 from support.processes import ROOT
 from vico.data.packing import Example, pack
@@ -37,7 +37,7 @@ from vico.model.vico import ViCo
 from vico.planner import estimate
 from vico.planner.estimate import estimate_memory
 from vico.planner.gpu_specs import GPUS, Hardware
-from vico.planner.memory import BatchShape, RunShape, activations, layer_activations, padded
+from vico.planner.memory import RunShape, activations, layer_activations, padded
 from vico.planner.request import PlanRequest, TokenLengths
 from vico.planner.zero3_trace import BLOCK, gathered_modules, live_bytes
 from vico.train.ds_config import read_config
@@ -71,16 +71,6 @@ def batch_of(
     for task, sequences in enumerate((work.vqa, work.cap)):
         examples += [Example(tokens, clip, task) for clip, tokens in enumerate(sequences)]
     return pack(examples, work.features_VFC)
-
-
-def batch_shape(batch: PackedBatch) -> BatchShape:
-    return BatchShape(
-        num_rows=batch.num_rows,
-        num_wanted_rows=len(batch.wanted_rows_R),
-        num_targets=len(batch.token_rows_N),
-        num_clips=len(batch.features_VFC),
-        num_keys=segment_layout(batch.segments).sizes.num_keys,
-    )
 
 
 def saved_bytes(run: Callable[[], Any], parameters: Callable[[], set[int]]) -> int:

@@ -91,7 +91,8 @@ def test_products_of_a_token() -> None:
     assert speed._flops_per_token(request, 0) == pytest.approx(plain)
     assert speed._flops_per_token(request, 8) == pytest.approx(plain + 2 * layers / 4)
     kept = replace(request, lengths=TokenLengths(96, 194, 608, 1, text=64))
-    expected = 4 * (layers + head * 230 / 354) + 2 * (layers + head) * 64 / 354
+    frozen = 2 * (layers * 64 + head * 63) / 354  # BOS is no target
+    expected = 4 * (layers + head * 230 / 354) + frozen
     assert speed._flops_per_token(kept, 0) == pytest.approx(expected)
 
 

@@ -57,11 +57,15 @@ def test_a_published_run_asks_for() -> None:
 
 
 def test_what_an_evaluation_asks_for() -> None:
-    """One question at a time and nothing kept, which is as if every layer were recomputed."""
-    asked = request_of(training=False, max_tokens=3000, checkpoint_activations="4")
-    assert asked == replace(
+    """One question at a time and nothing kept, which is as if every layer were recomputed. Texts
+    of --keep are a step's alone.
+    """
+    expected = replace(
         request_of(), batch_size=1, accum_iter=1, num_checkpointed=32, max_tokens=160 + 384
     )
+    for trained in ({}, {"keep": 1.0, "text": (Path("a"),)}):
+        flags = dict(max_tokens=3000, checkpoint_activations="4", **trained)
+        assert request_of(training=False, **flags) == expected
 
 
 @pytest.mark.parametrize(

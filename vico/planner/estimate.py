@@ -10,7 +10,6 @@ from typing import Any
 
 from vico.model.config import (
     FP8,
-    HEAD_CHUNK_BYTES,
     QUANTIZED_BYTES,
     LlamaConfig,
     ViCoConfig,
@@ -37,7 +36,6 @@ FRAGMENTATION = 0.05
 # Of a GPU's memory: it stays free, as an estimate errs and the allocator splits memory.
 LEFT_SHARE = 0.06
 MAX_BUDGET = 2**17  # tokens; no larger budget is searched for
-DIVERGENCE_CHUNKS = 6  # fp32 logits, softmaxes and products of both models, a chunk each
 KEYS_PER_ROW = 1.5  # rows that attention gathers; 1.35 with real lengths
 
 
@@ -74,7 +72,8 @@ def batch_shape(tokens: int, lengths: TokenLengths) -> BatchShape:
     """A micro-batch of `tokens` tokens, none of them shared: an upper bound of its rows."""
     targets = math.ceil(tokens * lengths.target_share)
     clips = math.ceil(tokens / lengths.both)
-    return BatchShape(tokens, targets, targets, clips, math.ceil(tokens * KEYS_PER_ROW))
+    kept = math.ceil(tokens * lengths.kept_share)
+    return BatchShape(tokens, targets, targets, clips, math.ceil(tokens * KEYS_PER_ROW), kept)
 
 
 def sized_ds_config(stage: Stage, config: LlamaConfig) -> dict[str, Any]:
@@ -125,7 +124,7 @@ def estimate_memory(
         weights=_weight_bytes(request, stage),
         gathered=gathered,
         activations=acts.saved,
-        head=acts.head + _divergence_bytes(request, tokens),
+        head=acts.head,
         backward=acts.backward,
         trainables=_trainable_bytes(config, stage, hardware.ranks),
         buckets=_bucket_bytes(stage),
@@ -133,18 +132,6 @@ def estimate_memory(
         available=int(hardware.gpu.memory_gib * GIB),
         host=host,
     )
-
-
-def _divergence_bytes(request: PlanRequest, tokens: int) -> int:
-    """What --keep holds besides: the frozen model's states and their differences for each target
-    of the texts, and logits of both models for some rows at a time.
-    """
-    lengths, config = request.lengths, request.config
-    if not lengths.text:
-        return 0
-    rows = math.ceil(tokens * lengths.text / lengths.both)
-    states = 3 * rows * config.dim * ITEMSIZE[request.precision]
-    return states + DIVERGENCE_CHUNKS * HEAD_CHUNK_BYTES["cuda"]
 
 
 def _weight_bytes(request: PlanRequest, stage: Stage) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from vico.model.config import (
+    DIVERGENCE_COPIES,
     HEAD_CHUNK_BYTES,
     MAX_GRAPH_ROWS,
     LlamaConfig,
@@ -35,6 +36,7 @@ class BatchShape:
     num_targets: int
     num_clips: int
     num_keys: int  # rows that the varlen kernels gather: each segment's ancestors and its own
+    num_kept: int = 0  # of the targets, those of --keep's texts
 
 
 @dataclass(frozen=True)
@@ -148,22 +150,32 @@ def _graph_buffers(config: ViCoConfig, run: RunShape) -> int:
 def _head_peak(config: ViCoConfig, batch: BatchShape, run: RunShape) -> int:
     """Live at the worst moment of the output head's forward, besides what the layers keep."""
     row_bytes = config.dim * run.itemsize
-    wanted, targets = batch.num_wanted_rows, batch.num_targets
+    wanted, targets = batch.num_wanted_rows, batch.num_targets - batch.num_kept
     prompts = config.num_prompt_parameters * run.itemsize
     frames = 2 * batch.num_clips * config.num_slots * config.dim * FP32
+    # The head's input, and of --keep's texts the frozen model's states.
+    held = prompts + frames + (wanted + batch.num_kept) * row_bytes
+    # A gradient for each target; of those of texts, the adapted model's states beside it.
+    divergence = (targets + 2 * batch.num_kept) * row_bytes + _divergence_chunk(config, batch, run)
+    losses = _losses_peak(config, batch, run)
+    return held + (max(losses, divergence) if batch.num_kept else losses)
+
+
+def _losses_peak(config: ViCoConfig, batch: BatchShape, run: RunShape) -> int:
+    """Of the cross-entropies, besides the head's input."""
+    row_bytes = config.dim * run.itemsize
+    wanted, targets = batch.num_wanted_rows, batch.num_targets - batch.num_kept
     logits = config.vocab_size * FP32  # of one row
     max_rows = max(1, run.head_chunk_bytes // logits)
     # Rows of the model's width that are multiplied in fp32, and their product.
     products = 3 * config.dim * FP32
     if run.itemsize < FP32:
-        # The head's input, and a gradient for each target.
-        rows = (wanted + targets) * row_bytes
         # A product in half precision is copied to fp32; so are the softmax's weights copied back.
         half_logits = config.vocab_size * run.itemsize
         of_row = logits + max(half_logits + 3 * row_bytes, 2 * row_bytes + products)
-        return rows + prompts + frames + min(targets, max_rows) * of_row
-    # The head's input, and the weights' expectation under the softmax.
-    rows = 2 * wanted * row_bytes
+        return targets * row_bytes + min(targets, max_rows) * of_row
+    # The weights' expectation under the softmax.
+    rows = wanted * row_bytes
     chunk_rows = min(wanted, max_rows)
     next_chunk_rows = min(chunk_rows, wanted - chunk_rows)
     last_chunk_rows = wanted % chunk_rows or chunk_rows
@@ -171,7 +183,23 @@ def _head_peak(config: ViCoConfig, batch: BatchShape, run: RunShape) -> int:
     # The logits of one chunk are still held while those of the next are computed.
     between_chunks = (chunk_rows + next_chunk_rows) * logits
     after_chunks = last_chunk_rows * logits + targets * (row_bytes + products)
-    return rows + prompts + frames + max(within_chunk, between_chunks, after_chunks)
+    return rows + max(within_chunk, between_chunks, after_chunks)
+
+
+def _divergence_chunk(config: ViCoConfig, batch: BatchShape, run: RunShape) -> int:
+    """Of --keep's divergence: all that is made of the logits of some rows."""
+    share = run.head_chunk_bytes // DIVERGENCE_COPIES
+    logits = config.vocab_size * FP32  # of one row
+    rows = min(batch.num_kept, max(1, share // logits))
+    # Log-probabilities of both models, and probabilities.
+    chunk = 3 * rows * logits
+    if run.itemsize == FP32:
+        return chunk
+    columns = min(config.vocab_size, max(1, share // (config.dim * FP32)))
+    # Or states and logits of both models, a converted part of the weight and its product.
+    converted = 2 * rows * (config.dim * FP32 + logits) + columns * (config.dim + rows) * FP32
+    half = rows * config.vocab_size * run.itemsize
+    return max(chunk + half, converted)
 
 
 def _backward_peak(

@@ -39,7 +39,12 @@ class TokenLengths:
     def target_share(self) -> float:
         """Targets per token: an answer, a caption without its prompt, a text without BOS."""
         of_captions = max(0.0, self.caption - CAPTION_PROMPT_TOKENS)
-        return (ANSWER_TOKENS + of_captions + max(0, self.text - 1)) / self.both
+        return (ANSWER_TOKENS + of_captions) / self.both + self.kept_share
+
+    @property
+    def kept_share(self) -> float:
+        """Of the texts alone."""
+        return max(0, self.text - 1) / self.both
 
 
 @dataclass(frozen=True)

@@ -78,20 +78,25 @@ def _flops_per_token(request: PlanRequest, num_checkpointed: int) -> float:
     layers = config.n_layers * config.num_block_parameters
     head = config.num_embedding_parameters * request.lengths.target_share
     # The frozen model runs forward over the texts of --keep.
-    frozen = 2 * (layers + config.num_embedding_parameters) * request.lengths.text
+    frozen_layers = 2 * layers * request.lengths.text / request.lengths.both
+    frozen_head = 2 * config.num_embedding_parameters * request.lengths.kept_share
     recomputed = 2 * layers * num_checkpointed / config.n_layers
-    return 4 * (layers + head) + recomputed + frozen / request.lengths.both
+    return 4 * (layers + head) + recomputed + frozen_layers + frozen_head
 
 
 def _gather_seconds(request: PlanRequest, stage: Stage) -> float:
-    """ZeRO-3 gathers all weights twice per micro-batch, over the slowest of the links.
+    """ZeRO-3 gathers all weights twice per micro-batch, over the slowest of the links. The frozen
+    pass of --keep gathers them once more, without the output head.
 
     With shards in each node, no gather crosses the network.
     """
     if stage == "zero2":
         return 0.0
-    hardware = request.hardware
-    num_bytes = 2 * request.config.num_parameters * ITEMSIZE[request.precision]
+    hardware, config = request.hardware, request.config
+    numbers = 2 * config.num_parameters
+    if request.lengths.text:
+        numbers += config.num_parameters - config.num_embedding_parameters
+    num_bytes = numbers * ITEMSIZE[request.precision]
     rates = [math.inf]  # GB/s
     if hardware.gpus > 1 and hardware.gpu.link_gb:
         rates.append(hardware.gpu.link_gb)

@@ -153,7 +153,7 @@ def _request(
     config: RunConfig, llama: LlamaConfig, hardware: Hardware, training: bool
 ) -> PlanRequest:
     num_prompts = sum(task not in ("cap", "keep") for task in config.tasks)
-    text = KEPT_POSITIONS if config.keep else 0
+    text = KEPT_POSITIONS if config.keep and training else 0
     num_questions, num_tokens = 0.0, 0.0  # of an epoch, as published
     for choice in config.datasets:
         dataset = find_dataset(choice.name, config.folder_of(choice.name))
