@@ -47,6 +47,10 @@ def test_it_is_measured_and_changes_nothing(
     assert last_line(capfd)["attention"] == expected
     first, logged = (epoch["attention"] for epoch in run.epochs)
     assert {"split": "val", **logged} == expected
+    (run.folder / "log.txt").rename(tmp_path / "log.txt")
+    (layers,) = attention_charts(load_runs([run.folder]))
+    assert "checkpoint-4, step 4:" in layers.caption, "as vico cognition has measured it"
+    (tmp_path / "log.txt").rename(run.folder / "log.txt")
     assert logged["n"] == 5 and 0 < logged["prompt"] != first["prompt"]
 
     board = EventAccumulator(str(run.folder / "runs"))
@@ -68,7 +72,7 @@ def assert_charts(run: Run, first: dict[str, Any], logged: dict[str, Any]) -> No
         (trace,) = chart.data
         percents = [100 * first[part], 100 * logged[part]]
         assert trace["x"] == [2, 4] and trace["y"] == pytest.approx(percents, rel=1e-4)
-    assert "step 4:" in layers.caption
+    assert "training, step 4:" in layers.caption
     for trace, part in zip(layers.data, PARTS, strict=True):
         assert trace["x"] == [0, 1, 2]
         percents = [100 * row[part] for row in logged["layers"]]

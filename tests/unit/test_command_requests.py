@@ -33,7 +33,10 @@ def test_what_is_measured() -> None:
     assert cognition._request({"attention_shares": 7}, {}) == Request(
         (), None, False, attention=True
     )
-    assert cognition._request({}, {"window": 2}).window == 2
+    assert cognition._request({"text": texts}, {"window": 2}).window == 2
+    assert refusal(cognition._request, {}, {"window": 2}) == (
+        "--window 2: needs texts or tasks; name some by --text or --tasks"
+    )
     assert refusal(cognition._request, {}, {"window": 1}) == (
         "--window 1: has no room for a token behind BOS; 2 is the least"
     )

@@ -16,6 +16,7 @@ from vico.report.charts import (
     training_charts,
 )
 from vico.report.gates import gate_charts
+from vico.report.language import text_charts
 from vico.report.load import Gates, Run
 from vico.report.results import Row
 from vico.report.statistics import Share
@@ -98,13 +99,14 @@ def test_measures_after_each_epoch() -> None:
         {"step": None, "val_cider": 0.9},
     ]
     charts = training_charts([run(epochs=epochs)])
+    of_texts = text_charts([run(epochs=epochs)])
     cider = titled(charts, "Captions: CIDEr")
     assert (cider.data[0]["x"], cider.data[0]["y"]) == ([10, 20], [0.5, 0.75])
     assert cider.data[0]["mode"] == "lines+markers"
     assert not cider.layout["showlegend"]
-    kl = titled(charts, "Plain text: KL(frozen || adapted)")
+    kl = titled(of_texts, "Plain text: KL(frozen || adapted)")
     assert (kl.data[0]["x"], kl.data[0]["y"]) == ([10], [0.25])
-    assert len(charts) == 2
+    assert len(charts) == len(of_texts) == 1
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_names_of_predictions(name: str, parts: tuple[str | None, str] | None) -
 
 @pytest.mark.parametrize(
     "name",
-    ["args.json", "log.txt", "steps.jsonl", "predictions_val.jsonl", "captions_my_val.jsonl"],
+    "args.json log.txt steps.jsonl cognition.json predictions_a.jsonl captions_x_a.jsonl".split(),
 )
 def test_any_file_of_a_run_makes_one(name: str, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()

@@ -13,8 +13,8 @@ from support.toy_dataset import ToyData
 from support.training import Run
 from vico.cli.flags import parse
 from vico.cli.main import main
-from vico.report.charts import training_charts
 from vico.report.gates import opening_charts
+from vico.report.language import text_charts
 from vico.report.load import load_runs
 from vico.train.heat_map import gate_values
 
@@ -73,7 +73,7 @@ def test_it_is_measured_and_changes_nothing(
         assert of_all[-1].value == pytest.approx(logged[name])
         of_short = board.Scalars(f"cognition/short.txt/{name}")[-1].value
         assert of_short == pytest.approx(logged["files"][texts[1]][name])
-    charts = {chart.title: chart for chart in training_charts(load_runs([run.folder]))}
+    charts = {chart.title: chart for chart in text_charts(load_runs([run.folder]))}
     points = charts["Plain text: KL(frozen || adapted)"].data[0]
     assert points["x"] == [2, 4] and points["y"][-1] == pytest.approx(logged["kl_per_token"], 1e-4)
 

@@ -121,16 +121,31 @@ def test_the_table_for_people() -> None:
     """A row per text, one of all where there are several, and one per range of positions."""
     long = "a name of more than twenty letters.txt"
     assert measures(2, 2, names=(long, "b.txt")).table().splitlines() == [
-        "perplexity of the frozen and the adapted model, KL per token (nats):",
+        "perplexity of the frozen and the adapted model, KL per token (nats; 0: unchanged), same "
+        "likeliest token:",
         "                             tokens    frozen   adapted        KL  same top",
         "  a name of more than twe         2     2.718     7.389   0.25000    50.00%",
         "  b.txt                           2     7.389    54.598   0.50000    50.00%",
         "  all texts                       4     4.482    20.086   0.37500    50.00%",
+        "the same by position in the window (1: the first token behind BOS):",
         "  positions 1 to 1                1     2.718     7.389   0.25000     0.00%",
         "  positions 2 to 3                2     4.482    20.086   0.37500    50.00%",
         "  positions 4 to 4                1     7.389    54.598   0.50000   100.00%",
     ]
     assert "all texts" not in measures(4).table()
+
+
+def test_a_text_that_the_frozen_model_does_not_know() -> None:
+    """It needs more bits per byte than random bytes do; columns stay apart whatever it needs."""
+    per_token, text = 8 * math.log(2), [Text(Path("a.txt"), [5], 1)]  # its token is a byte
+    for factor, is_known in ((0.99, True), (1.01, False)):
+        part = column(factor * per_token, 1.0, 0, 0, 0, 0)
+        table = TextMeasures(text, part, torch.tensor([1])).table()
+        notes = [line for line in table.splitlines() if line.startswith("note: ")]
+        assert [("does not know such text" in note) for note in notes] == [True] * (not is_known)
+    wide = TextMeasures(text, column(800.0, 700.0, 0, 0, 0, 0), torch.ones(1))
+    (row,) = (line for line in wide.table().splitlines() if line.startswith("  a.txt"))
+    assert row.split() == ["a.txt", "1", "1.8e+308", "1.01e+304", "0.00000", "0.00%"]
 
 
 def test_a_perplexity_above_all_floats() -> None:

@@ -12,7 +12,11 @@ from vico.cli.flags import make_parser, read_flags, require_resume
 from vico.cli.parser import SettingsParser, path_argument, positive_int
 from vico.cli.with_world import with_world
 from vico.errors import UserError
-from vico.io.paths import is_folder
+from vico.io import log
+from vico.io.atomic import make_folder, require_writable, write_json
+from vico.io.output_dir import OutputDir
+from vico.io.paths import exists, is_folder
+from vico.io.text import read_json_object
 from vico.model.config import DEFAULT_WINDOW
 
 if TYPE_CHECKING:  # they import torch, which is slow; a mistyped flag is reported before
@@ -32,8 +36,10 @@ DESCRIPTION = (
     "alone, with and without the adapter. --tasks runs tasks of lm-evaluation-harness on both. "
     "--attention_shares says where the adapted model's attention goes. "
     "Settings come from the checkpoint, as for `vico eval`. "
-    "The last line printed is a JSON object. "
-    "Example: vico cognition --resume runs/a --text book.txt."
+    "The last line printed is a JSON object; cognition.json beside the checkpoint, or in "
+    "--output_dir, keeps it for `vico report`. "
+    "Examples: vico cognition --resume runs/a --text book.txt news.txt; vico cognition --resume "
+    "runs/a --questions --attention_shares; vico cognition --resume runs/a --tasks arc_easy."
 )
 MIN_WINDOW = 2  # BOS and a token
 
@@ -75,9 +81,11 @@ def main(argv: list[str]) -> int:
         from vico.train.attention_shares import measured_attention
 
         model = open_model(line, world)
+        with world.raise_together():
+            saved = _read_saved(OutputDir(model.config.output_dir))
         result: dict[str, Any] = {}
         if request.texts:
-            result |= _measure_texts(request, model, world)
+            result["texts"] = _measure_texts(request, model, world)
         if request.tasks:
             result["tasks"] = _run_tasks(request, model)
         if request.questions or request.attention:
@@ -86,9 +94,30 @@ def main(argv: list[str]) -> int:
             result["without_video"] = _measure_questions(model, inputs, world)
         if request.attention:
             result |= measured_attention(model.engine, inputs, model.config, world)
-        world.print_rank0(json.dumps(result))
+        with world.raise_together():
+            if world.is_main:
+                _save(model, saved, result)
+        world.print_rank0(json.dumps({**result.pop("texts", {}), **result}))
 
     return with_world(line, work)
+
+
+def _read_saved(folder: OutputDir) -> dict[str, Any]:
+    """What earlier calls have measured. Raises UserError, before hours of measuring."""
+    require_writable(folder.path)
+    if not exists(folder.cognition):
+        return {}
+    return read_json_object(folder.cognition, "what `vico cognition` measured before; remove it")
+
+
+def _save(model: "AskedModel", saved: dict[str, Any], result: Mapping[str, Any]) -> None:
+    """Each part replaces what an earlier call has measured of it. Raises DiskError."""
+    of = {"checkpoint": model.checkpoint.path.name, "step": model.checkpoint.state.step}
+    folder = OutputDir(model.config.output_dir)
+    make_folder(folder.path)
+    parts = {part: {**of, "measured": found} for part, found in result.items()}
+    write_json(folder.cognition, saved | parts)
+    log.info(f"{folder.cognition}: holds these numbers, for `vico report`")
 
 
 def _add_own(parser: SettingsParser) -> None:
@@ -127,6 +156,8 @@ def _request(given: Mapping[str, Any], typed: Mapping[str, Any]) -> Request:
         )
     names = tuple(part for word in typed.get("tasks", ()) for part in word.split(",") if part)
     _check_tasks(typed, names)
+    if window is not None and not (texts or names):
+        raise UserError(f"--window {window}: needs texts or tasks; name some by --text or --tasks")
     return Request(
         texts,
         window,

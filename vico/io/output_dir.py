@@ -35,6 +35,7 @@ class OutputDir:
         self.steps = path / "steps.jsonl"
         self.epochs = path / "log.txt"
         self.tensorboard = path / "runs"
+        self.cognition = path / "cognition.json"  # what `vico cognition` has measured last
         self.lost_output = path / "output.txt"  # what stdout and stderr did not take
         self.attempts = path / "attempts.json"  # starts without progress
         self.latest = path / "latest.json"  # the step that was saved last

@@ -1,8 +1,10 @@
 """The charts of --attention_shares: where attention goes by layer, and how that changed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from vico.report.charts import Chart, colour, epoch_chart, layout_of
+from vico.report.language import Measured, saved_measures
 from vico.report.load import Run, number
 from vico.train.run_log import Record
 
@@ -35,12 +37,20 @@ def _percent(shares: object, part: str) -> float | None:
 
 
 def _layer_chart(run: Run) -> list[Chart]:
-    """A bar per layer, of the newest evaluation that has it; no chart where none has."""
-    measured = [record for record in run.epochs if _rows(record)]
+    """A bar per layer, of the newest evaluation that has it, else of what was measured afterwards.
+
+    No chart where neither is.
+    """
+    found = [saved_measures(run, "attention")]
+    for record in run.epochs:
+        shares = record.get("attention")
+        if isinstance(shares, dict):
+            found.append(Measured("training", number(record["step"]), shares))
+    measured = [one for one in found if one is not None and _rows(one.values)]
     if not measured:
         return []
     newest = measured[-1]
-    rows = _rows(newest)
+    rows = _rows(newest.values)
     traces = []
     for i, (part, name) in enumerate(PARTS.items()):
         trace = {
@@ -53,17 +63,16 @@ def _layer_chart(run: Run) -> list[Chart]:
         }
         traces.append(trace)
     caption = (
-        f"{run.name}, step {newest['step']:,}: where the attention of text behind the video goes, "
-        f"by layer, the lowest is 0. The mean over heads. From log.txt (attention)."
+        f"{run.name}, {newest}: where the attention of text behind the video goes, by layer, the "
+        "lowest is 0. The mean over heads. From log.txt, or cognition.json (attention)."
     )
     layout = layout_of("layer", "%", barmode="stack")
     return [Chart(f"Attention by layer: {run.name}", caption, traces, layout)]
 
 
-def _rows(record: Record) -> list[dict[str, float]]:
-    """The percents of each layer in a line of log.txt; empty where it has not all of them."""
-    shares = record.get("attention")
-    layers = shares.get("layers") if isinstance(shares, dict) else None
+def _rows(shares: Mapping[str, Any]) -> list[dict[str, float]]:
+    """The percents of each layer; empty where it has not all of them."""
+    layers = shares.get("layers")
     rows = []
     for layer in layers if isinstance(layers, list) else ():
         row = {part: percent for part in PARTS if (percent := _percent(layer, part)) is not None}

@@ -29,15 +29,6 @@ LOSSES = {
     "keep_loss": "Training loss: KL(frozen || adapted) of plain text (keep)",
 }
 CAPTION_METRICS = {"cider": "CIDEr", "bleu_4": "BLEU-4", "rouge_l": "ROUGE-L", "meteor": "METEOR"}
-TEXT_MEASURES = {
-    "kl_per_token": ("Plain text: KL(frozen || adapted)", "nats per token; 0: nothing has changed"),
-    "perplexity_adapted": ("Plain text: perplexity of the adapted model", "of all files of --text"),
-    "perplexity_frozen": (
-        "Plain text: perplexity of the frozen model",
-        "the same after each epoch",
-    ),
-    "top1_agreement": ("Plain text: same likeliest token", "share of tokens, of both models"),
-}
 Curve = list[tuple[float, float]]
 
 
@@ -72,7 +63,7 @@ def training_charts(runs: Sequence[Run]) -> list[Chart]:
     names = itertools.chain(*(trained_datasets(run.settings) for run in runs))
     for dataset in dict.fromkeys(names):
         charts += _validation_chart(runs, dataset)
-    charts += _caption_charts(runs) + _text_charts(runs)
+    charts += _caption_charts(runs)
     for key, title in LOSSES.items():
         what = "the weighted sum of the tasks' losses" if key == "loss" else "mean over its targets"
         charts += _step_chart(runs, title, f"{what}, per step", _value_of(key))
@@ -185,23 +176,6 @@ def _caption_charts(runs: Sequence[Run]) -> list[Chart]:
         caption = f"{title} of captions after each epoch. From log.txt (val_{key})."
         charts += epoch_chart(runs, f"Captions: {title}", caption, _value_of(f"val_{key}"))
     return charts
-
-
-def _text_charts(runs: Sequence[Run]) -> list[Chart]:
-    """What the adapter does to plain text after each epoch, of runs with --text."""
-    charts = []
-    for key, (title, what) in TEXT_MEASURES.items():
-        caption = f"{title}, after each epoch: {what}. From log.txt (cognition)."
-        charts += epoch_chart(runs, title, caption, _text_measure(key))
-    return charts
-
-
-def _text_measure(key: str) -> Callable[[Record], float | None]:
-    def value(record: Record) -> float | None:
-        measures = record.get("cognition")
-        return number(measures.get(key)) if isinstance(measures, dict) else None
-
-    return value
 
 
 def epoch_chart(

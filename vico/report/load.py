@@ -27,7 +27,7 @@ CAPTIONS = re.compile(r"captions_(?:(?P<datasets>.+)_)?(?P<split>[^_]+)\.jsonl")
 PERFORMANCE = ("memory/", "perf/eval_questions_per_second", "perf/save_seconds")
 MAX_NUMBER = 1e200  # millions of them have a sum
 NO_RUN = (
-    "holds no run (no args.json, log.txt, steps.jsonl, predictions_SPLIT.jsonl or "
+    "holds no run (no args.json, log.txt, steps.jsonl, cognition.json, predictions_SPLIT.jsonl or "
     "captions_SPLIT.jsonl)"
 )
 
@@ -81,6 +81,7 @@ class Run:
     epochs: list[Record] = field(default_factory=list)  # log.txt
     predictions: list[PredictionSet] = field(default_factory=list)
     captions: list[Caption] = field(default_factory=list)
+    cognition: dict[str, Any] = field(default_factory=dict)  # cognition.json
     gates: Gates | None = None
     gates_over_time: GatesOverTime | None = None
     # By name of a curve the values that were logged, in order.
@@ -137,7 +138,7 @@ def _require_run(path: Path) -> None:
     if exists(path / "state.json"):
         fail(f"{path}: is a checkpoint; name the folder of its run, {path.parent}")
     run = OutputDir(path)
-    files = [run.args, run.steps, run.epochs]
+    files = [run.args, run.steps, run.epochs, run.cognition]
     if not any(map(exists, files)) and not _named(path, PREDICTIONS) and not _named(path, CAPTIONS):
         fail(f"{path}: {NO_RUN}; name the --output_dir of a run")
 
@@ -160,6 +161,7 @@ def _load(path: Path, name: str) -> Run:
         epochs,
         _predictions(path, settings, notes),
         _captions(path, notes),
+        _cognition(run, notes),
         _gates(path, notes),
         _gates_over_time(epochs, notes),
         _performance(run.tensorboard, notes),
@@ -175,6 +177,16 @@ def _settings(run: OutputDir, notes: list[str]) -> dict[str, Any]:
         return read_json_object(run.args, "the settings of the run")
     except UserError as error:
         notes.append(f"its settings are not shown: {error}")
+        return {}
+
+
+def _cognition(run: OutputDir, notes: list[str]) -> dict[str, Any]:
+    if not exists(run.cognition):
+        return {}
+    try:
+        return read_json_object(run.cognition, "what `vico cognition` has measured")
+    except UserError as error:
+        notes.append(f"what `vico cognition` has measured is not shown: {error}")
         return {}
 
 

@@ -24,6 +24,7 @@ from vico.report.charts import (
 )
 from vico.report.frames import Frames
 from vico.report.gates import gate_charts, opening_charts
+from vico.report.language import language_tables, text_charts
 from vico.report.load import Caption, Run, all_notes
 from vico.report.markup import element, to_html
 from vico.report.questions import Item, QuestionSet
@@ -126,6 +127,8 @@ class _Builder:
                 self._accuracy(questions),
             )
         self._add("training", "Training", self._grid(training_charts(self.runs)))
+        of_texts = [*self._grid(text_charts(self.runs)), *language_tables(self.runs)]
+        self._add("language", "Language", of_texts)
         gates = []
         for run in self.runs:
             gates += gate_charts(run, run.gates) if run.gates is not None else []

@@ -26,6 +26,7 @@ from vico.train.progress_bar import ProgressBar
 # Where the ranges of positions begin that are reported apart.
 POSITION_RANGES = (1, 2, 4, 16, 64, 256, 1024, 4096)
 LOGGED = ("perplexity_frozen", "perplexity_adapted", "kl_per_token", "top1_agreement")
+BITS_OF_ANY_BYTE = 8  # of a model that knows nothing: a text of random bytes has as many
 NUM_MEASURES = 6  # of a token, by compare_predictions of model/ops/logits.py
 
 
@@ -119,25 +120,43 @@ class TextMeasures:
         return rows
 
     def table(self) -> str:
-        """As text for people."""
+        """As text for people, with a note on each text that the frozen model does not know."""
         head = f"  {'':<24}{'tokens':>9}{'frozen':>10}{'adapted':>10}{'KL':>10}{'same top':>10}"
-        rows = ["perplexity of the frozen and the adapted model, KL per token (nats):", head]
-        for text, part in self._files():
+        rows = [
+            "perplexity of the frozen and the adapted model, KL per token (nats; 0: unchanged), "
+            "same likeliest token:",
+            head,
+        ]
+        files = self._files()
+        for text, part in files:
             rows.append(_row(text.path.name, part))
         if len(self.texts) > 1:
             rows.append(_row("all texts", Measured.of(self.measures_6N).to_json()))
+        rows.append("the same by position in the window (1: the first token behind BOS):")
         for part in self._positions():
             rows.append(_row(f"positions {part['first']} to {part['last']}", part))
+        for text, part in files:
+            if (bits := part["bits_per_byte_frozen"]) > BITS_OF_ANY_BYTE:
+                rows.append(
+                    f"note: {text.path}: the frozen model needs {bits:.1f} bits per byte, where "
+                    f"random bytes need {BITS_OF_ANY_BYTE}: it does not know such text, so these "
+                    "numbers say little; take a text like those that it was trained on"
+                )
         return "\n".join(rows)
 
 
 def _row(name: str, part: dict[str, Any]) -> str:
-    frozen, adapted = part["perplexity_frozen"], part["perplexity_adapted"]
+    frozen, adapted = (_short(part[f"perplexity_{model}"]) for model in ("frozen", "adapted"))
     agreement = part["top1_agreement"]
     return (
-        f"  {name[:23]:<24}{part['tokens']:>9,}{frozen:>10.3f}{adapted:>10.3f}"
+        f"  {name[:23]:<24}{part['tokens']:>9,}{frozen:>10}{adapted:>10}"
         f"{part['kl_per_token']:>10.5f}{agreement:>10.2%}"
     )
+
+
+def _short(perplexity: float) -> str:
+    """At most nine characters, so that columns stay apart."""
+    return f"{perplexity:.3f}" if perplexity < 99_999 else f"{perplexity:.3g}"
 
 
 def measure_texts(engine: Engine, texts: Texts, inputs: Inputs, world: World) -> TextMeasures:

@@ -6,6 +6,7 @@ below get plain values.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -379,13 +380,8 @@ class RunConfig:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Objectives of this run, in the order of all per-task values.
-
-        Each flag of the group OBJECTIVE stands for the task of its name.
-        """
-        fields = dataclasses.fields(self)
-        optional = [f.name for f in fields if f.metadata["group"] == OBJECTIVE]
-        return ("vqa", *(task for task in optional if getattr(self, task)))
+        """Objectives of this run, in the order of all per-task values."""
+        return tasks_of(vars(self))
 
     @property
     def task_weights(self) -> tuple[float, ...]:
@@ -395,3 +391,9 @@ class RunConfig:
     def to_json(self) -> dict[str, Any]:
         """All settings as plain values."""
         return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+
+def tasks_of(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Each flag of the group OBJECTIVE stands for the task of its name."""
+    flags = [f for f in dataclasses.fields(RunConfig) if f.metadata["group"] == OBJECTIVE]
+    return ("vqa", *(f.name for f in flags if settings.get(f.name, f.default)))

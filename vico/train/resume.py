@@ -7,7 +7,7 @@ settings, data or weights, unless the user asks for it.
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from vico.errors import CheckpointError, UserError
 from vico.io.output_dir import OutputDir, step_of
 from vico.io.paths import exists
 from vico.train.bounds import plain
-from vico.train.config import OBJECTIVE, RunConfig
+from vico.train.config import RunConfig, tasks_of
 from vico.train.identity import NOT_IDENTITY
 from vico.train.saved_run import (
     Start,
@@ -183,9 +183,7 @@ def _with_sums_of(config: RunConfig, start: Checkpoint, steps_per_epoch: int) ->
     its steps. Raises UserError there.
     """
     state = start.state
-    flags = [field for field in fields(RunConfig) if field.metadata["group"] == OBJECTIVE]
-    values = {flag.name: start.settings.get(flag.name, flag.default) for flag in flags}
-    before = replace(config, **values).tasks
+    before = tasks_of(start.settings)
     if before == config.tasks:
         return state
     if state.step % steps_per_epoch == 0 and not state.evaluation_due:
