@@ -326,8 +326,6 @@ def test_other_files_of_a_run(tmp_path: Path) -> None:
     ended = dataclasses.replace(STATE, step=6)
     without = config_of(tmp_path, cap=0, allow_change="cap")
     assert state_of(checkpoint_of(tmp_path, state=ended), without, data_captions="x").step == 6
-    kept = config_of(tmp_path, text=(Path("a"),), keep=1.0, no_eval=True, allow_change="keep")
-    assert state_of(checkpoint_of(tmp_path, state=ended), kept).step == 6
     assert "seed" in refusal(state_of, start, config_of(tmp_path, seed=1))
 
 

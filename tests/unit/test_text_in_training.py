@@ -161,6 +161,16 @@ def test_texts_are_remembered_through_a_start_without(
     assert train(toy, out, "--text", texts[0]) == 0
 
 
+def test_keep_is_added_to_a_run_without(toy: ToyData, tmp_path: Path, texts: list[str]) -> None:
+    """At the end of an epoch; the settings of the run do not fit this start's --no_eval."""
+    out = tmp_path / "out"
+    assert train(toy, out, "--no_eval", "--max_steps", "2") == 0
+    words = ["--no_eval", "--allow_change", "keep", "--text", *texts, "--keep"]
+    assert train(toy, out, *words) == 0
+    losses = [step.get("keep_loss") for step in Run(out).steps]
+    assert losses[:2] == [None, None] and all(loss is not None for loss in losses[2:])
+
+
 def test_with_init_eval(
     toy: ToyData, tmp_path: Path, texts: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
