@@ -2,7 +2,7 @@
 
 Usage: python cognition.py texts FOLDER      kept.txt, and the texts that are measured
        python cognition.py table RUNS FOLDER
-`table` reads ablate.json, cognition.json, steps.jsonl and row.json of each run, and prints the
+`table` reads ablate.json, texts.json, steps.jsonl and row.json of each run, and prints the
 table as Markdown and the record, which it writes to a new file in FOLDER if a row is new.
 """
 
@@ -62,7 +62,7 @@ def read_rows(runs: Path) -> dict[str, dict[str, Any]]:
     for name in ROWS:
         asked, texts = (
             json.loads((runs / name / f"{part}.json").read_text(encoding="utf-8"))
-            for part in ("ablate", "cognition")
+            for part in ("ablate", "texts")
         )
         steps = read_records(runs / name / "steps.jsonl")
         accuracies = {key: row["acc"] for key, row in asked["conditions"].items()}

@@ -23,15 +23,15 @@ measured=("$out"/texts/{manual,code,licence}.txt)
 # Trains and measures a row of the table: its name, and the flags that it has of its own.
 row() {
     local run=$out/runs/$1 began=$SECONDS
-    [[ ! -e $run/cognition.json ]] || return 0
+    [[ ! -e $run/texts.json ]] || return 0
     say "$1: a training and two measurements, 6 to 12 minutes"
     bash "$root/launch/train.sh" "${settings[@]}" "${@:2}" --output_dir "$run" >&2
     beside last_line "${vico[@]}" ablate --resume "$run" >"$run/ablate.json"
     local ablation=$!
-    last_line "${vico[@]}" cognition --resume "$run" --text "${measured[@]}" >"$run/cognition.tmp"
+    last_line "${vico[@]}" cognition --resume "$run" --text "${measured[@]}" >"$run/texts.tmp"
     wait $ablation
     "$python" "$here/row_facts.py" "$run" $((SECONDS - began))
-    mv "$run/cognition.tmp" "$run/cognition.json" # last: its row is done
+    mv "$run/texts.tmp" "$run/texts.json" # last: its row is done
 }
 
 say "videos, questions and features of shapes, and texts, in $out; a minute"

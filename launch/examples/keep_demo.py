@@ -2,7 +2,7 @@
 
 Usage: python keep_demo.py make FOLDER                      the demo, kept.txt and other.txt
        python keep_demo.py table FOLDER "WEIGHTS" "SEEDS"   a row without, and one per weight
-`table` reads eval.json, cognition.json and row.json of each run, and prints the table as Markdown
+`table` reads eval.json, texts.json and row.json of each run, and prints the table as Markdown
 and the record, which it writes to a new file in FOLDER if a row is new.
 """
 
@@ -44,7 +44,7 @@ def read_runs(folder: Path, name: str, seeds: Sequence[str]) -> dict[str, Any]:
         run = folder / "runs" / f"{name}-{seed}"
         scored, texts = (
             json.loads((run / f"{part}.json").read_text(encoding="utf-8"))
-            for part in ("eval", "cognition")
+            for part in ("eval", "texts")
         )
         row["accuracy"].append(scored["acc"])
         row["runs"].append({"seed": seed, **facts_of(run)})

@@ -22,13 +22,13 @@ texts=("$out"/texts/{kept,other}.txt)
 # Trains and measures one run: its seed, its name, and the flags that it has of its own.
 row() {
     local run=$out/runs/$2-$1 began=$SECONDS
-    [[ ! -e $run/cognition.json ]] || return 0
+    [[ ! -e $run/texts.json ]] || return 0
     say "$2, seed $1: a training and two measurements, 2 minutes"
     "${vico[@]}" train "${settings[@]}" --seed "$1" "${@:3}" --output_dir "$run" >&2
     last_line "${vico[@]}" eval --resume "$run" --num_workers 0 >"$run/eval.json"
-    last_line "${vico[@]}" cognition --resume "$run" --text "${texts[@]}" >"$run/cognition.tmp"
+    last_line "${vico[@]}" cognition --resume "$run" --text "${texts[@]}" >"$run/texts.tmp"
     "$python" "$here/row_facts.py" "$run" $((SECONDS - began))
-    mv "$run/cognition.tmp" "$run/cognition.json" # last: its row is done
+    mv "$run/texts.tmp" "$run/texts.json" # last: its row is done
 }
 
 # Runs a row beside another one.

@@ -64,8 +64,8 @@ def test_the_table_of_what_the_commands_print(
     for name in cognition.ROWS:
         run = tmp_path / "runs" / name
         run.mkdir(parents=True)
-        for command, line in lines.items():
-            (run / f"{command}.json").write_text(line)
+        (run / "ablate.json").write_text(lines["ablate"])
+        (run / "texts.json").write_text(lines["cognition"])
         steps = [{"step": step, "epoch": 0, "step_seconds": 30.0} for step in (1, 2)]
         (run / "steps.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     (tmp_path / "out").mkdir()

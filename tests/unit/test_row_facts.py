@@ -27,7 +27,7 @@ def measured(folder: Path, name: str, acc: float, made: bool = True) -> None:
     run.mkdir(parents=True)
     texts = {f"/x/{text}.txt": {"kl_per_token": 0.25} for text in keep_demo.TEXTS}
     (run / "eval.json").write_text(json.dumps({"acc": acc}))
-    (run / "cognition.json").write_text(json.dumps({"files": texts}))
+    (run / "texts.json").write_text(json.dumps({"files": texts}))
     if made:
         (run / "args.json").write_text(json.dumps({"seed": 0, "keep": 1.0, "model": "/home/me"}))
         (run / "steps.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
