@@ -181,6 +181,28 @@ def test_a_run_is_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert line in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words", ["--text a.txt", "text=a.txt", "--keep", "--attention_shares", "attention_shares=3"]
+)
+def test_what_it_does_not_measure_is_refused(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ablate", "--resume", "c", *words.split()]) == 2
+    name = words.split()[0].removeprefix("--").partition("=")[0]
+    line = f"--{name}: changes nothing that `vico ablate` measures; leave it out"
+    assert line in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_recipe_of_the_training_is_taken(
+    asked: AskedWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("text: /none.txt\nkeep: 1\nattention_shares: 3\n", encoding="utf-8")
+    result = last_line(capsys, "ablate", "--config", recipe, "--resume", asked.run)
+    assert result["runs"] == {}
+
+
 clips = st.tuples(st.sampled_from("ab"), st.sampled_from("uvw"), st.sampled_from([None, (0, 2)]))
 
 

@@ -9,10 +9,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from support.command_line import error_of, parse_line, recipe
+from support.errors import refusal
 from vico.cli import recipes
 from vico.cli.aliases import ALIASES, SHARED
-from vico.cli.flags import RETIRED, make_parser
+from vico.cli.flags import RETIRED, make_parser, read_flags
 from vico.cli.main import main
+from vico.cli.parser import SettingsParser
 from vico.errors import UserError
 from vico.train.config import RunConfig
 
@@ -191,6 +193,33 @@ def test_overrides_behind_files() -> None:
         "--text a.txt lr=1e-3 b=c ./lr=1 --keep 2",
     ):
         assert parse_line(line).given == args, line
+
+
+def test_files_add_up() -> None:
+    """A flag that takes several loses none of them, however often it is given."""
+    for line in ("--text a.txt b.txt --text c.txt", "text=a.txt text=b.txt text=c.txt"):
+        assert parse_line(line).given["text"] == (Path("a.txt"), Path("b.txt"), Path("c.txt"))
+    message = "--text a.txt and text=b.txt say different things; keep one"
+    assert error_of("--text a.txt text=b.txt") == message
+    assert "there twice" in refusal(parse_line("--text a --text a").resolve)
+    assert parse_line("--seed 1 --seed 2").given == {"seed": 2}
+
+
+def add_own(parser: SettingsParser) -> None:
+    group = parser.add_argument_group("own")
+    group.add_argument("--runs", nargs="+", metavar="RUN")
+    group.add_argument("--options", nargs="+", metavar="TEXT")
+
+
+def test_own_flags_of_a_command_take_no_override() -> None:
+    """Nor do they lose a value; an option of a question may be any text."""
+    parser = make_parser("vico x", "", add_own=add_own)
+    words = "--runs a cap=0 b=1 --vaq --runs ./lr=1 lr=2 --options cap=1 c --options d"
+    line, typed = read_flags(parser, words.split())
+    assert line.given == {"cap": 0.0, "lr": 2.0, "vaq": True}
+    assert typed["runs"] == ["a", "b=1", "./lr=1"]
+    assert typed["options"] == ["cap=1", "c", "d"]
+    assert typed["cap"] == 0.0, "an override is a flag"
 
 
 def printed(line: str, capsys: pytest.CaptureFixture[str]) -> str:

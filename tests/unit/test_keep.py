@@ -201,8 +201,12 @@ def test_without_a_number(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     assert parse(["--keep", "3", *text], "vico train", "").resolve().keep == 3
     assert parse(text, "vico train", "").resolve().keep is None
     assert "keep" not in parse(text, "vico train", "").resolve().tasks
-    own = ["--config", str(recipe), "--keep", "0"]
-    assert parse(own, "vico train", "").resolve().keep == 0
+    own = ["--config", str(recipe)]
+    for off in ("--keep 0", "--keep none", "--keep False", "keep=false", "keep=0"):
+        assert parse([*own, *off.split()], "vico train", "").resolve().keep is None, off
+    assert parse(["--keep", "true", *text], "vico train", "").resolve().keep == KEPT_WEIGHT
+    recipe.write_text("keep: false\nattention_shares: false\n", encoding="utf-8")
+    assert parse(own, "vico train", "").resolve() == parse([], "vico train", "").resolve()
 
     assert as_flag("keep", "true") == "--keep"
     plans = []
@@ -210,6 +214,8 @@ def test_without_a_number(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
         assert main(["plan", "--gpu", "H100", "--json", *words]) == 0
         plans.append(json.loads(capfd.readouterr().out))
     assert plans[0] == plans[1] != plans[2]
+    assert main(["plan", "--gpu", "H100", "--keep", "1e16"]) == 2
+    assert "1e16 must be 0 to 1e+15" in capfd.readouterr().err
 
 
 def test_a_plan_counts_it() -> None:

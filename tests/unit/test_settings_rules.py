@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from support.errors import refusal
 from vico.train.bounds import BARE, BOUNDS, COUNT, is_path, plain, value_type
 from vico.train.config import RunConfig
+from vico.train.resume import differences
 from vico.train.settings import (
     evaluated_split,
     expand_home,
@@ -37,12 +38,13 @@ def test_the_bounds_of_all_numbers() -> None:
     positive = (math.nextafter(0, 1), MAX, "above 0, and finite")
     minutes = (math.nextafter(0, 1), 1e6, "minutes above 0, at most a million")
     from_0 = (0, 10**9, "a whole number of at least 0, and at most a billion")
-    names = "cap blr min_lr weight_decay warmup_epochs keep".split()
+    names = "cap blr min_lr weight_decay warmup_epochs".split()
     assert {
         **dict.fromkeys(names, not_negative),
         **dict.fromkeys(("lr", "tau"), positive),
         **dict.fromkeys(("collective_timeout", "hang_timeout"), minutes),
         **dict.fromkeys(("save_steps", "save_total_limit", "max_tokens"), from_0),
+        "keep": (0, 1e15, "0 or more, and at most 1e+15"),
         "bias": (-MAX, MAX, "finite"),
         "num_workers": (0, 1024, "a whole number from 0 to 1024"),
         "seed": (0, LARGEST_SEED, f"a whole number from 0 to {LARGEST_SEED}"),
@@ -128,6 +130,14 @@ def test_layers_that_cannot_run_again(layers: str) -> None:
     assert RunConfig(checkpoint_activations="1" * 9).num_checkpointed == 111_111_111
 
 
+def test_no_weight_is_no_task() -> None:
+    """A run with --keep 0 is resumed without the flag, and the other way round."""
+    assert RunConfig(keep=0.0) == RunConfig(keep=-0.0) == RunConfig()
+    assert differences(RunConfig(keep=0).to_json(), RunConfig()) == []
+    assert refusal(RunConfig, attention_shares=0).startswith("--attention_shares 0: must be ")
+    assert RunConfig(cap=0.0).cap == 0.0
+
+
 def test_changes_that_are_allowed() -> None:
     """Settings, and what is known of files; blanks and empty names do no harm."""
     config = RunConfig(allow_change=" lr, data ,,backbone,tokenizer")
@@ -191,6 +201,11 @@ def typed(key: str, value: Any) -> Any:
         ("model", "7", "7"),
         ("keep", True, 1.0),
         ("keep", 2, 2.0),
+        ("keep", False, None),
+        ("keep", 0, None),
+        ("attention_shares", True, 64),
+        ("attention_shares", False, None),
+        ("cap", 0, 0.0),
         ("quantize", "nf4", "nf4"),
         ("quantize", None, None),
         ("precision", "fp16", "fp16"),
@@ -215,7 +230,7 @@ def test_values_get_the_type_of_their_setting(key: str, value: Any, expected: An
         ("lr", 10**400, "1000000"),
         ("vaq", 1, "1 is not true or false"),
         ("model", 7, "7 is not a text (quote it)"),
-        ("keep", False, "False is not a number"),
+        ("cap", False, "False is not a number"),
         ("precision", "fp8", "'fp8' is not one of bf16, fp16, fp32"),
         ("precision", None, "None is not one of bf16, fp16, fp32"),
         ("resume", " ", "' ' is not a path in UTF-8"),

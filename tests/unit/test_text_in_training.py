@@ -220,6 +220,39 @@ def test_bad_texts_are_one_line(
         assert expected in refused(capfd)
 
 
+def test_a_file_is_named_once(
+    toy: ToyData, tmp_path: Path, texts: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By whatever path: a link of either kind, and a way around. It would count twice."""
+    (tmp_path / "link.txt").symlink_to(texts[0])
+    (tmp_path / "hard.txt").hardlink_to(texts[0])
+    (tmp_path / "x").mkdir()
+    for name in ("link.txt", "hard.txt", "x/../long.txt"):
+        again = str(tmp_path / name)
+        for command in ("train", "check"):
+            words = ["--output_dir", str(tmp_path / "out"), "--text", *texts, again]
+            assert main([command, *toy.flags, *words]) == 2
+            line = f"--text {again}: is the same file as {texts[0]}; name each file once"
+            assert line in refused(capfd)
+
+
+def test_check_finds_every_bad_text(
+    toy: ToyData, tmp_path: Path, texts: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    bad = {name: tmp_path / f"{name}.txt" for name in ("bad8", "nothere", "empty")}
+    bad["bad8"].write_bytes("é".encode("latin-1"))
+    bad["empty"].write_text("")
+    words = ["--output_dir", str(tmp_path / "out"), "--text", texts[0], *map(str, bad.values())]
+    assert main(["check", *toy.flags, *words, texts[1]]) == 2
+    captured = capfd.readouterr()
+    error = captured.err
+    assert error.count("\n") == 3
+    assert "bad8.txt:1: not UTF-8" in error and f"{bad['empty']}: is empty" in error
+    assert f"{bad['nothere']}: no such file" in error
+    assert all(f"tokens of {path}" in captured.out for path in texts)
+    assert "3 error(s)" in captured.out
+
+
 def test_a_recipe_names_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One, or a list; with variables. The flag wins, and --print_config writes it back."""
     monkeypatch.setenv("BOOKS", "/books")

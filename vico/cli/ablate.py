@@ -27,6 +27,7 @@ DESCRIPTION = (
     "95 % (Wilson), its distance to the checkpoint's, and the p-value of that (McNemar). Settings "
     "come from the checkpoint, as for `vico eval`. The last line printed is a JSON object."
 )
+UNUSED = ("text", "keep", "attention_shares")  # no row of the table depends on them
 Key = tuple[str, int, str, str]  # data set, index, qid, video
 
 
@@ -56,6 +57,7 @@ def main(argv: list[str]) -> int:
     require_resume(line, "to take apart")
     runs: Sequence[Path] = typed.get("runs", ())
     _refuse_repeated(runs)
+    _refuse_unused(typed)
 
     def work(world: "World") -> None:
         from vico.cli.evaluate import settings_of
@@ -70,7 +72,8 @@ def main(argv: list[str]) -> int:
             checkpoint = read_for_evaluation(line.given["resume"])
             config, notes = settings_of(checkpoint, line)
         require_same_files(world, config)
-        inputs, checkpoint = open_evaluation(replace(config, text=()), checkpoint, world)
+        config = replace(config, text=(), keep=None, attention_shares=None)  # of a recipe
+        inputs, checkpoint = open_evaluation(config, checkpoint, world)
         questions = inputs.questions[config.split]
         with world.raise_together():
             require_answers(questions, config.split)
@@ -104,6 +107,16 @@ def _refuse_repeated(runs: Sequence[Path]) -> None:
         other = first.setdefault(os.path.realpath(run), run)
         if other is not run:
             raise UserError(f"--runs {run}: is the same run as {other}; name each run once")
+
+
+def _refuse_unused(typed: Mapping[str, Any]) -> None:
+    """Raises UserError for what is given in vain. A recipe may hold it, for other commands."""
+    for name in UNUSED:
+        if typed.get(name):
+            raise UserError(
+                f"--{name}: changes nothing that `vico ablate` measures; leave it out (`vico "
+                "cognition` measures texts and attention)"
+            )
 
 
 def _of_run(run: Path, split: str, questions: Sequence[Question]) -> Condition:

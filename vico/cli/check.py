@@ -7,6 +7,7 @@ that the run does not use, the whole feature file and the other data sets, and s
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -23,7 +24,7 @@ from vico.data.micro_batches import DatasetInputs
 from vico.data.prompts import Prompts
 from vico.data.readers import captions as caption_files
 from vico.data.readers.captions import Captions
-from vico.data.text_windows import NO_TEXTS
+from vico.data.text_windows import NO_TEXTS, refuse_repeated
 from vico.data.types import Question
 from vico.distributed.world import World
 from vico.errors import UserError, one_line
@@ -142,8 +143,16 @@ class Check:
                 self._prompts[dataset] = self._backbone.prompts(self.config, dataset)
             self._report(check_report.describe_backbone(self._backbone))
             self._report_all(self._backbone.notes)
-            self._texts = self._try(preflight.read_texts, self.config, self._backbone) or NO_TEXTS
-            for text in self._texts.files:
+            self._open_texts(self._backbone)
+
+    def _open_texts(self, backbone: BackboneFiles) -> None:
+        """Each apart, so that all that is wrong is found."""
+        self._try(refuse_repeated, self.config.text)
+        for path in self.config.text:
+            one = replace(self.config, text=(path,))
+            texts = self._try(preflight.read_texts, one, backbone) or NO_TEXTS
+            self._texts = replace(texts, files=(*self._texts.files, *texts.files))
+            for text in texts.files:
                 self._report(f"text: {len(text.token_ids):,} tokens of {text.path}")
 
     def _check_dataset(self, dataset: str) -> None:

@@ -6,16 +6,15 @@ import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
 from vico.cli import aliases, recipes
 from vico.cli.aliases import ALIASES, COMPUTED, RENAMED, Spelled
-from vico.cli.parser import RETIRED_HELP, GroupHelp, SettingsParser, path_argument
+from vico.cli.parser import OVERRIDE, RETIRED_HELP, GroupHelp, SettingsParser, path_argument
 from vico.distributed import launcher_env
 from vico.errors import DONE, UserError, nearest, show
-from vico.train.bounds import BARE, value_type
+from vico.train.bounds import BARE, unless_off, value_type
 from vico.train.config import RunConfig
 from vico.train.settings import (
     TYPE_NAMES,
@@ -38,10 +37,8 @@ RETIRED_SWITCHES = {"pin_mem", "no_pin_mem", "dist_on_itp"}
 OFF_SWITCHES = {"no_shuffle": "--shuffle", "no_eval": "--eval"}  # of the others: --no-NAME
 UNSET = "none"  # a flag's value
 YES, NO = ("true", "yes", "1"), ("false", "no", "0")
-OVERRIDE = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
 TYPES = {field.name: value_type(field.type)[0] for field in dataclasses.fields(RunConfig)}
 SETTINGS = (*TYPES, *ALIASES)  # the names of settings
-FILES_FLAGS = [f"--{name}" for name, kind in TYPES.items() if kind is tuple]
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def parse(
 
 
 def read_flags(parser: SettingsParser, argv: Sequence[str]) -> tuple[CommandLine, dict[str, Any]]:
-    """(the settings, the value of every flag by name). Raises UserError as `parse` does."""
+    """(the settings, the value of every flag and override by name). Raises as `parse` does."""
     line, typed, others = read_words(parser, argv)
     if others:
         parser.refuse_unknown(others)
@@ -87,11 +84,11 @@ def read_flags(parser: SettingsParser, argv: Sequence[str]) -> tuple[CommandLine
 def read_words(
     parser: SettingsParser, argv: Sequence[str]
 ) -> tuple[CommandLine, dict[str, Any], list[str]]:
-    """(the settings, the value of every flag by name, the words that belong to none).
+    """(the settings, the value of every flag and override by name, words that belong to none).
 
     Raises UserError as `parse` does.
     """
-    words, overrides = _without_overrides(_with_values(parser, argv))
+    words, overrides = parser.without_overrides(argv, SETTINGS)
     namespace, unknown = parser.parse_known_args(words)
     typed = vars(namespace)
     overrides += [word for word in unknown if OVERRIDE.fullmatch(word)]
@@ -106,35 +103,7 @@ def read_words(
         # A sweep over --blr on a recipe with lr would repeat the same run.
         by = "" if "lr" in flags else " by the recipe"
         notes.append(f"--blr {given['blr']:g} is not used, since --lr {given['lr']:g} is given{by}")
-    return CommandLine(given, tuple(notes), "debug" in typed), typed, others
-
-
-def _with_values(parser: SettingsParser, argv: Sequence[str]) -> list[str]:
-    """A bare --bf16 or --keep would take the override behind it for its value."""
-    words = list(argv)
-    values = parser.bare_values()
-    for i, (word, following) in enumerate(pairwise(argv)):
-        if word in values and OVERRIDE.fullmatch(following):
-            words[i] = f"{word}={values[word]}"
-    return words
-
-
-def _without_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(the words without the overrides behind --text FILES, these overrides).
-
-    The flag would take them for files. A file that is named like one can be written ./lr=1.
-    """
-    words: list[str] = []
-    overrides: list[str] = []
-    takes_files = False
-    for word in argv:
-        if word.startswith("-"):
-            takes_files = word in FILES_FLAGS
-        is_override = (
-            takes_files and OVERRIDE.fullmatch(word) and word.partition("=")[0] in SETTINGS
-        )
-        (overrides if is_override else words).append(word)
-    return words, overrides
+    return CommandLine(given, tuple(notes), "debug" in typed), {**more, **typed}, others
 
 
 def _split(override: str) -> tuple[str, str]:
@@ -390,11 +359,13 @@ def _converter(field: "dataclasses.Field[Any]") -> Callable[[str], Any]:
     def convert(text: str) -> Any:
         if text == UNSET and _can_be_unset(field):
             return None
+        if field.name in BARE and text.lower() in ("true", "false"):
+            return BARE[field.name] if text.lower() == "true" else None
         if choices and text not in choices:
             allowed = ", ".join(map(repr, choices))
             raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {allowed})")
         if is_path_setting(field.name, text):
             return kind(path_argument(text))
-        return _plain(kind)(text)
+        return unless_off(field.name, _plain(kind)(text))
 
     return convert

@@ -1,8 +1,10 @@
 """The argument parser of every command, and converters of flag values."""
 
 import argparse
-from collections.abc import Sequence
+import re
+from collections.abc import Container, Sequence
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,6 +12,7 @@ from vico.errors import UserError, nearest, show
 from vico.train.settings import TYPE_NAMES, expand_home, parse_path
 
 MIN_FPS, MAX_FPS = Fraction(1, 1000), Fraction(1000)
+OVERRIDE = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)  # KEY=VALUE
 RETIRED_HELP = "does nothing now"  # how the help of a retired flag begins
 
 
@@ -63,8 +66,27 @@ class GroupHelp(argparse.Action):
         parser.exit()
 
 
+class Store(argparse.Action):
+    """The value of a flag; the last one, or all of a flag that takes several, wherever they are."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if self.nargs == "+":
+            values = [*getattr(namespace, self.dest, ()), *values]
+        setattr(namespace, self.dest, values)
+
+
 class SettingsParser(OneLineParser):
     """A parser of run settings: its lines begin with the flag, and name the nearest known one."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register("action", None, Store)  # of each flag that names no action
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Read all of `argv`. Raises UserError for an unknown flag, word or invalid value."""
@@ -80,6 +102,37 @@ class SettingsParser(OneLineParser):
             if action.nargs == "?" and action.const is not None:
                 values |= dict.fromkeys(action.option_strings, action.const)
         return values
+
+    def without_overrides(
+        self, argv: Sequence[str], names: Container[str]
+    ) -> tuple[list[str], list[str]]:
+        """(the words without the overrides that a flag would take for its values, these overrides).
+
+        Such are those behind a flag that takes several files or names; a file that is named like
+        an override of `names` can be written ./lr=1. A bare --bf16 or --keep gets its value.
+        """
+        values, several = self.bare_values(), self._several()
+        words: list[str] = []
+        overrides: list[str] = []
+        takes_more = False
+        for word, following in pairwise([*argv, ""]):
+            if word.startswith("-"):
+                takes_more = word in several
+            if takes_more and OVERRIDE.fullmatch(word) and word.partition("=")[0] in names:
+                overrides.append(word)
+            elif word in values and OVERRIDE.fullmatch(following):
+                words.append(f"{word}={values[word]}")
+            else:
+                words.append(word)
+        return words, overrides
+
+    def _several(self) -> set[str]:
+        """The flags that take several values. A TEXT, as of `vico ask --options`, may be any."""
+        several: set[str] = set()
+        for action in self._actions:
+            if action.nargs == "+" and action.metavar != "TEXT":
+                several.update(action.option_strings)
+        return several
 
     def help_of(self, word: str | None) -> str:
         """The help of the group with `word` in its title. Raises UserError where there is none."""

@@ -44,6 +44,7 @@ from vico.planner.request import (
     PlanRequest,
     TokenLengths,
 )
+from vico.train.bounds import BOUNDS
 
 
 def main(argv: Sequence[str]) -> int:
@@ -157,7 +158,7 @@ def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
         "--keep",
         nargs="?",
         const=KEPT_WEIGHT,
-        type=lambda text: bounded_float(text, 0),
+        type=lambda text: bounded_float(text, *BOUNDS["keep"][:2]),
         metavar="W",
         help=f"as of `vico train`; unless 0, questions bring {KEPT_POSITIONS} tokens of text",
     )

@@ -4,6 +4,8 @@ A text is encoded whole and cut into windows that do not overlap. Each begins wi
 token of the text is predicted exactly once, from those of its window before it.
 """
 
+import contextlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from vico.data.micro_batches import TEXT
 from vico.data.packing import Example, pack
 from vico.data.tokenizer import Tokenizer
 from vico.data.types import TokenSequence
-from vico.errors import UserError
+from vico.errors import UserError, fail
 from vico.io.text import read_text
 from vico.model.batch import PackedBatch
 from vico.model.config import DEFAULT_WINDOW, KEPT_POSITIONS
@@ -59,9 +61,24 @@ NO_TEXTS = Texts((), bos=0, window=DEFAULT_WINDOW)
 
 
 def open_texts(paths: Sequence[Path], tokenizer: Tokenizer, window: int) -> Texts:
-    """Raises UserError as `open_text` does."""
+    """Raises UserError as `open_text` does, and for a file that is named twice."""
+    refuse_repeated(paths)
     files = tuple(open_text(path, tokenizer) for path in paths)
     return Texts(files, tokenizer.bos, window)
+
+
+def refuse_repeated(paths: Sequence[Path]) -> None:
+    """Raises UserError for two paths of one file, also by a link: it would count twice.
+
+    A file that is not there is left to `open_text`.
+    """
+    first: dict[tuple[int, int], Path] = {}
+    for path in paths:
+        with contextlib.suppress(OSError):
+            found = os.stat(path)
+            other = first.setdefault((found.st_dev, found.st_ino), path)
+            if other is not path:
+                fail(f"--text {path}: is the same file as {other}; name each file once")
 
 
 def usual_window(longest: int | None, default: int = DEFAULT_WINDOW) -> int:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from vico.data.mixture import DatasetChoice, dataset_names, parse_datasets, paths_by_dataset
 from vico.errors import UserError, nearest
 from vico.model.weights import folders
-from vico.train.bounds import BOUNDS, COUNT, plain, value_type
+from vico.train.bounds import BOUNDS, COUNT, plain, unless_off, value_type
 from vico.train.identity import FINGERPRINTED
 
 
@@ -290,6 +290,7 @@ class RunConfig:
                 least, most, allowed = BOUNDS.get(item.name, COUNT)
                 value = getattr(self, item.name)
                 self._require(value is None or least <= value <= most, item.name, allowed)
+                object.__setattr__(self, item.name, unless_off(item.name, value))
         reporters = [name.strip() for name in self.report_to.split(",")]
         is_valid = reporters in (["none"], ["all"]) or set(reporters) <= set(REPORTERS)
         self._require(is_valid, "report_to", f"none, all, or some of {', '.join(REPORTERS)}")

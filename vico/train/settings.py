@@ -14,7 +14,7 @@ from vico.data.mixture import join_paths, parse_datasets
 from vico.data.readers import captions
 from vico.errors import UserError, nearest, show
 from vico.io.paths import exists
-from vico.train.bounds import BARE, is_path, value_type
+from vico.train.bounds import BARE, is_path, unless_off, value_type
 from vico.train.config import RunConfig
 
 TYPE_NAMES = {
@@ -69,8 +69,8 @@ def _typed(key: str, value: Any, annotation: Any, source: str) -> Any:
     kind, choices = value_type(annotation)
     if value is None and type(None) in typing.get_args(annotation):
         return None
-    if value is True and key in BARE:
-        return BARE[key]
+    if isinstance(value, bool) and key in BARE:
+        return BARE[key] if value else None
     if choices:
         if value in choices:
             return value
@@ -81,7 +81,7 @@ def _typed(key: str, value: Any, annotation: Any, source: str) -> Any:
         with contextlib.suppress(ValueError, OverflowError):
             if kind is tuple:
                 return _parse_paths(value)
-            return parse_path(value) if kind is Path else kind(value)
+            return parse_path(value) if kind is Path else unless_off(key, kind(value))
     raise UserError(f"{source}: {key}: {show(value)} is not {TYPE_NAMES[kind]}")
 
 

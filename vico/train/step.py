@@ -15,7 +15,8 @@ from vico.model.batch import PackedBatch
 from vico.train.engine import Engine
 
 NOT_FINITE_REMEDY = (
-    "try a lower --blr, or --precision bf16 or fp32; at step 1, look for NaN in the weights"
+    "try a lower --blr or --keep, or --precision bf16 or fp32; at step 1, look for NaN in the "
+    "weights"
 )
 MAX_SHOWN_QUESTIONS = 4
 
