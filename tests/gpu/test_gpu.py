@@ -24,6 +24,7 @@ from vico.model.block_runners import choose_block_runners
 from vico.model.config import LlamaConfig
 from vico.model.cuda_graphs import GraphedBlocks
 from vico.model.interfaces import LowerLayers
+from vico.model.ops.logits import Divergence, compare_predictions
 from vico.model.vico import ViCo
 
 pytestmark = [
@@ -87,6 +88,32 @@ def test_twenty_steps_against_fp32_on_the_cpu() -> None:
 def test_no_farther_from_fp32_than_the_plain_baseline() -> None:
     report = correctness.toy_distances(TOY, CUDA, torch.bfloat16, videos=4)
     assert report["equal"], report["fast_over_plain"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_keep_and_comparisons_are_those_of_the_cpu(dtype: torch.dtype) -> None:
+    """KL, its gradient and what cognition compares, of equal states; several chunks on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    weight_WD = torch.randn(32000, 256, generator=generator).to(dtype) / 8
+    p_ND = torch.randn(600, 256, generator=generator).to(dtype)
+    q_ND = (p_ND.float() + 0.1 * torch.randn(600, 256, generator=generator)).to(dtype)
+    ids_N, rows_N = torch.randint(32000, (600,), generator=generator), torch.arange(600).flip(0)
+    results = []
+    for device in (torch.device("cpu"), CUDA):
+        p, own, weight, rows, ids = (x.to(device) for x in (p_ND, q_ND, weight_WD, rows_N, ids_N))
+        own.requires_grad_()
+        found = Divergence.apply(own, p, weight)
+        (gradient,) = torch.autograd.grad(found.sum(), own)
+        with torch.no_grad():
+            compared = compare_predictions(p, own, weight, rows, ids)
+        results.append([x.detach().cpu() for x in (found, gradient, compared)])
+    (kl, gradient, compared), (gpu_kl, gpu_gradient, gpu_compared) = results
+    assert torch.allclose(gpu_kl, kl, rtol=1e-4, atol=1e-5) and (kl > 1e-3).all()
+    half_bound = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    assert correctness.distance(gpu_gradient.float(), gradient.float()) <= half_bound
+    assert torch.allclose(gpu_compared[:3], compared[:3], rtol=1e-4, atol=1e-5)
+    # A rounding may turn a tie.
+    assert (gpu_compared[3:] != compared[3:]).float().mean() <= 1e-3
 
 
 def losses(folder: Path) -> list[float]:

@@ -12,12 +12,20 @@ from torch import Tensor
 from reference import oracle, oracle_files
 from reference.oracle_sequences import OracleSequence
 from support.asked_world import AskedWorld
-from support.backbones import ATTENTIONS, KINDS, LENGTH, make_hugging_face, make_model
+from support.backbones import (
+    ATTENTIONS,
+    KINDS,
+    LENGTH,
+    Ungrouped,
+    make_hugging_face,
+    make_model,
+)
 from support.toy_dataset import ToyData
 from vico.checkpoint.read import read
 from vico.cli.main import main
 from vico.data.packing import Example, pack
 from vico.data.text_windows import Text, text_sequence, windows
+from vico.model.config import backbone_shapes
 from vico.model.weights.load import open_weights
 
 TEXT = "a man and a dog run. the cat smiles? why does the man hold it.\n" * 12
@@ -46,30 +54,35 @@ def measured(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, An
 
 def oracle_measures(asked: AskedWorld, window: int, texts: list[str]) -> list[Tensor]:
     """Per text [4, N]: by full logits in float64, a window at a time."""
-    params, weights = oracle_files.load_meta(asked.toy.llama / "tiny", torch.float64)
+    model = oracle_files.load_meta(asked.toy.llama / "tiny", torch.float64)
     trained = {k: v.double() for k, v in read(asked.run / "checkpoint_best").weights.items()}
-    trained["temporal_emb.weight"] = trained["temporal_emb.weight"][:0]  # no video slots
-    frozen = {k: v * 0 if k.endswith("gate1") else v for k, v in trained.items()}
     tokenizer, measures = asked.toy.tokenizer, []
-    no_video = torch.zeros(0, 768, dtype=torch.float64)
     for text in texts:
         columns, ids = [], tokenizer.encode(text)
         for first in range(0, len(ids), window - 1):
             tokens = [tokenizer.bos_id(), *ids[first : first + window - 1]]
-            sequence = OracleSequence("caption", tokens, [], len(tokens))
-            p, q = (
-                oracle.trunk((params, weights), trainables, sequence, no_video, oracle.Hyper())
-                @ weights["output.weight"].T
-                for trainables in (frozen, trained)
-            )
-            p, q = p[:-1].log_softmax(-1), q[:-1].log_softmax(-1)
-            targets = torch.tensor(tokens[1:])[:, None]
-            kl = (p.exp() * (p - q)).sum(-1)
-            same = (p.argmax(-1) == q.argmax(-1)).double()
-            losses = [-p.gather(1, targets)[:, 0], -q.gather(1, targets)[:, 0]]
-            columns.append(torch.stack([*losses, kl, same]))
+            columns.append(text_measures(model, trained, tokens))
         measures.append(torch.cat(columns, dim=1))
     return measures
+
+
+def text_measures(model: oracle.Model, trained: oracle.Trainables, tokens: list[int]) -> Tensor:
+    """[4, N] of a window: losses of the frozen and of the adapted model, KL, the same top token."""
+    trained = {**trained, "temporal_emb.weight": trained["temporal_emb.weight"][:0]}  # no slots
+    frozen = {k: v * 0 if k.endswith("gate1") else v for k, v in trained.items()}
+    sequence = OracleSequence("caption", tokens, [], len(tokens))
+    no_video = torch.zeros(0, 768, dtype=torch.float64)
+    p, q = (
+        oracle.trunk(model, trainables, sequence, no_video, oracle.Hyper())
+        @ model[1]["output.weight"].T
+        for trainables in (frozen, trained)
+    )
+    p, q = p[:-1].log_softmax(-1), q[:-1].log_softmax(-1)
+    targets = torch.tensor(tokens[1:])[:, None]
+    kl = (p.exp() * (p - q)).sum(-1)
+    same = (p.argmax(-1) == q.argmax(-1)).double()
+    losses = [-p.gather(1, targets)[:, 0], -q.gather(1, targets)[:, 0]]
+    return torch.stack([*losses, kl, same])
 
 
 def assert_described(result: dict[str, Any], measures: Tensor) -> None:
@@ -116,6 +129,35 @@ def test_a_closed_gate_changes_nothing(
     result = measured(capsys, "--resume", closed.run, "--text", text)
     assert result["kl_per_token"] == 0 and result["top1_agreement"] == 1
     assert result["perplexity_adapted"] == result["perplexity_frozen"]
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("kind", ["LLaMA-1", "LLaMA-2-70B"])
+def test_open_gates_on_grouped_heads(kind: str, attention: str, tmp_path: Path) -> None:
+    """Both perplexities and the divergence, of a model with a key head per query head."""
+    make_hugging_face(tmp_path, KINDS[kind])
+    weights = open_weights(tmp_path, None)
+    model = make_model(weights, ATTENTIONS[attention])
+    generator = torch.Generator().manual_seed(1)
+    for name, value in model.named_parameters():
+        if "gate" in name:
+            value.data = torch.randn(value.shape, generator=generator)
+    ids = torch.randint(3, 300, (2, LENGTH), generator=generator).tolist()
+    sequences = [text_sequence(tuple(tokens)) for tokens in ids]
+    examples = [Example(sequence, 0, 0) for sequence in sequences]
+    with torch.no_grad():
+        found_6N = model(pack(examples, torch.zeros(0, 10, 768)), compare=True)
+
+    whole = Ungrouped(weights)
+    backbone = {name: whole.read(name).double() for name in backbone_shapes(whole.config)}
+    params = {"n_heads": 4, "norm_eps": 1e-5, "n_layers": 2}
+    trained = {n: p.detach().double() for n, p in model.named_parameters() if p.requires_grad}
+    expected_4N = torch.cat([text_measures((params, backbone), trained, t) for t in ids], dim=1)
+    for found, expected in zip(found_6N[:2], expected_4N[:2], strict=True):
+        assert math.exp(found.mean()) == pytest.approx(math.exp(expected.mean()), rel=1e-5)
+    assert float(found_6N[2].mean()) == pytest.approx(float(expected_4N[2].mean()), rel=1e-4)
+    assert torch.equal(found_6N[3], expected_4N[3])
+    assert expected_4N[2].mean() > 1e-2 and 0 < expected_4N[3].mean() < 1
 
 
 @pytest.mark.parametrize("kind", ["LLaMA-1", "LLaMA-2-70B", "LLaMA-3.1", "tied"])

@@ -27,9 +27,12 @@ from vico.model.block_runners import choose_block_runners
 from vico.model.config import LlamaConfig
 from vico.model.ops import autograd
 from vico.model.ops.autograd import linear_cross_entropy
+from vico.model.ops.logits import Divergence, compare_predictions
 from vico.model.vico import ViCo
 
 HALF = (torch.bfloat16, torch.float16)
+# About twice what was measured, in L2: the gradient of a divergence.
+KEPT_GRAD_RTOL = {torch.bfloat16: 6e-3, torch.float16: 8e-4}
 HEAD_GRAD_RTOL = {torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
@@ -154,6 +157,64 @@ def test_chunks_of_logits_are_one_product(
     with torch.no_grad():
         losses_N = linear_cross_entropy(head.h_RD, head.weight_WD, head.rows_N, head.ids_N)
     assert torch.allclose(losses_N, whole[0], rtol=1e-2, atol=1e-5)
+
+
+def two_models(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The (frozen, adapted) states [R, D], which differ as a trained adapter's do, and the head's
+    weight: half of the rows confident.
+    """
+    head = Head.draw(dtype, ONCE)
+    generator = torch.Generator().manual_seed(1)
+    moved_RD = head.h_RD + 0.1 * torch.randn(NUM_ROWS, WIDTH, generator=generator)
+    return head.h_RD, moved_RD.to(dtype), head.weight_WD
+
+
+@pytest.mark.parametrize("num_rows", [7, NUM_ROWS])
+@every_half
+def test_a_divergence_and_its_gradient(
+    dtype: torch.dtype, num_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By full logits and plain autograd in float64; also in chunks of rows."""
+    num_bytes = config.DIVERGENCE_COPIES * num_rows * 4 * VOCABULARY
+    monkeypatch.setitem(config.HEAD_CHUNK_BYTES, "cpu", num_bytes)
+    p_RD, q_RD, weight_WD = two_models(dtype)
+    upstream_N = torch.rand(NUM_ROWS, generator=torch.Generator().manual_seed(2))
+    own_RD, exact_RD = q_RD.clone().requires_grad_(), q_RD.double().requires_grad_()
+    found_N = Divergence.apply(own_RD, p_RD, weight_WD)
+    (gradient_RD,) = torch.autograd.grad(found_N, own_RD, upstream_N)
+    p_NW, q_NW = (
+        (h_RD.double() @ weight_WD.double().t()).log_softmax(-1) for h_RD in (p_RD, exact_RD)
+    )
+    expected_N = (p_NW.exp() * (p_NW - q_NW)).sum(-1)
+    (expected_RD,) = torch.autograd.grad(expected_N, exact_RD, upstream_N.double())
+    assert (found_N.dtype, gradient_RD.dtype) == (torch.float32, dtype)
+    # Products are in fp32, of inputs that are exact.
+    assert torch.allclose(found_N.double(), expected_N.detach(), rtol=1e-4, atol=1e-5)
+    error_R = (gradient_RD - expected_RD).norm(dim=1) / expected_RD.norm(dim=1)
+    is_seen_R = expected_N > 1e-3
+    assert is_seen_R.sum() > 50
+    total = (gradient_RD - expected_RD).norm() / expected_RD.norm()
+    assert total < KEPT_GRAD_RTOL[dtype], total
+    assert error_R[is_seen_R].max() < HEAD_GRAD_RTOL[dtype], error_R[is_seen_R].max()
+
+
+@pytest.mark.parametrize("num_bytes", [7 * 32 * VOCABULARY, 2**25])
+@every_half
+def test_predictions_are_compared_in_fp32(
+    dtype: torch.dtype, num_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses, divergences and hits, against full logits in float64; also in chunks of rows."""
+    monkeypatch.setitem(config.HEAD_CHUNK_BYTES, "cpu", num_bytes)
+    p_RD, q_RD, weight_WD = two_models(dtype)
+    ids_N = Head.draw(dtype, ONCE).ids_N
+    found_6N = compare_predictions(p_RD, q_RD, weight_WD, ONCE, ids_N)
+    p_NW, q_NW = ((h_RD.double() @ weight_WD.double().t()).log_softmax(-1) for h_RD in (p_RD, q_RD))
+    losses = [-log_NW.gather(1, ids_N[:, None])[:, 0] for log_NW in (p_NW, q_NW)]
+    expected_3N = torch.stack([*losses, (p_NW.exp() * (p_NW - q_NW)).sum(-1)])
+    assert torch.allclose(found_6N[:3], expected_3N, rtol=1e-4, atol=1e-5)
+    p_N, q_N = p_NW.argmax(-1), q_NW.argmax(-1)
+    hits_3N = torch.stack([p_N == q_N, p_N == ids_N, q_N == ids_N])
+    assert torch.equal(found_6N[3:], hits_3N.double()) and 0 < hits_3N[0].sum() < NUM_ROWS
 
 
 NUM_TRAINED, NUM_STEPS, LR = 4, 40, 1e-2
