@@ -1,6 +1,7 @@
 """One JSON file per run of a suite: what ran, where, on which code, and every single time."""
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -84,6 +85,10 @@ def write_record(record: dict[str, Any], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     stamp = record["date"].replace(":", "").replace("+0000", "Z")
     path = folder / f"{record['suite']}-{stamp}.json"
+    for number in itertools.count(2):  # of the same second
+        if not path.exists():
+            break
+        path = folder / f"{record['suite']}-{stamp}_{number}.json"  # sorts behind the first
     write_text(path, json.dumps(record, indent=1) + "\n")
     log.info(f"record: {path}")
     print(json.dumps(record), flush=True)
