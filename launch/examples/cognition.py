@@ -23,7 +23,7 @@ from vico.train.run_log import read_records
 # Of the texts of the manual, in characters. Half of its pages are trained on, the others measured.
 KEPT, MANUAL = 100_000, 40_000
 # The texts that are measured -> what the table calls them: one like the text that is kept, two of
-# other kinds, of which the licence is known by heart.
+# other kinds.
 TEXTS = {"manual": "manual", "code": "Python code", "licence": "licence"}
 # A run's name -> what the table calls it.
 ROWS = {

@@ -97,7 +97,10 @@ def test_what_the_command_saves(
     text.write_text("a man and a dog run. why does the man hold it?\n")
     lines = []
     of_text = ["--text", str(text)]
-    for words in (of_text, ["--questions"], [*of_text, "--window", "8"]):
+    recipe = tmp_path / "recipe.yaml"  # of a run with --keep
+    recipe.write_text(f"text: [{text}]\nkeep: true\n")
+    questions = ["--questions", "--config", str(recipe)]
+    for words in (of_text, questions, [*of_text, "--window", "8"]):
         capsys.readouterr()
         assert main(["cognition", "--resume", str(asked.run), *words]) == 0
         lines.append(json.loads(capsys.readouterr().out.splitlines()[-1]))

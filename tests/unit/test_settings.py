@@ -192,6 +192,7 @@ def test_differences_change_the_numbers() -> None:
     )
     assert differences(saved, now) == [("lr", "null", "0.5"), ("seed", "0", "1")]
     assert differences({}, RunConfig()), "missing settings differ"
+    assert differences({**RunConfig().to_json(), "keep": 0.0}, RunConfig()) == [], "0 is off"
 
 
 IDENTITY = [f.name for f in dataclasses.fields(RunConfig) if f.name not in NOT_IDENTITY]

@@ -218,7 +218,7 @@ def _read_split(model: "AskedModel", world: "World") -> "Inputs":
     """The questions of --split, with all that they are asked with. Raises UserError."""
     from vico.train.build import read_inputs
 
-    config = replace(model.config, text=())  # measured already
+    config = replace(model.config, text=(), keep=None)  # texts have been measured
     with world.raise_together():
         inputs = read_inputs(config, (config.split,), world)
     for note in inputs.notes:

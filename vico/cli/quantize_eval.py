@@ -114,7 +114,7 @@ def _evaluate(checkpoint: "Checkpoint", config: RunConfig, world: "World") -> "E
     from vico.train.evaluate import evaluate
     from vico.train.start import open_evaluation
 
-    inputs, checkpoint = open_evaluation(replace(config, text=()), checkpoint, world)
+    inputs, checkpoint = open_evaluation(replace(config, text=(), keep=None), checkpoint, world)
     engine = build_engine(config, inputs, checkpoint.weights, world)
     kind = config.quantize or config.precision
     world.print_rank0(f"linear layers in {kind}, {inputs.stage}")

@@ -17,7 +17,7 @@ from vico.data.mixture import dataset_names
 from vico.errors import CheckpointError, UserError
 from vico.io.output_dir import OutputDir, step_of
 from vico.io.paths import exists
-from vico.train.bounds import plain
+from vico.train.bounds import plain, unless_off
 from vico.train.config import RunConfig, tasks_of
 from vico.train.identity import NOT_IDENTITY
 from vico.train.saved_run import (
@@ -371,10 +371,11 @@ def differences(
     `prolonged`: the run is complete, and is to have more epochs.
     """
     may_differ = {*NOT_IDENTITY, *config.allowed_changes, *(["epochs"] if prolonged else [])}
+    before = {name: unless_off(name, value) for name, value in saved.items()}
     return [
-        (name, json.dumps(saved.get(name)), json.dumps(value))
+        (name, json.dumps(before.get(name)), json.dumps(value))
         for name, value in config.to_json().items()
-        if name not in may_differ and saved.get(name) != value
+        if name not in may_differ and before.get(name) != value
     ]
 
 
