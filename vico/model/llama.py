@@ -82,7 +82,10 @@ class OutputHead(nn.Module):
             return linear_cross_entropy(h_RD, self.weight, rows_N, ids_N)
         rows = rows_N.split([len(rows_N) - len(kept_ND), len(kept_ND)])
         losses = linear_cross_entropy(h_RD, self.weight, rows[0], ids_N[: len(rows[0])])
-        divergences = Divergence.apply(h_RD.index_select(0, rows[1]), kept_ND, self.weight)
+        # embedding, not indexing: windows of short texts share rows, whose gradient is then
+        # deterministic.
+        h_ND = F.embedding(rows[1], h_RD)
+        divergences = Divergence.apply(h_ND, kept_ND, self.weight)
         return torch.cat([losses, divergences])
 
 
