@@ -1,5 +1,6 @@
 """What the scripts of launch/examples share: their help, and the commands beside them."""
 
+import signal
 import subprocess
 from pathlib import Path
 
@@ -44,9 +45,19 @@ def test_help_is_the_comment_at_the_head(script: Path, flag: str, tmp_path: Path
 def test_what_runs_beside_a_script_ends_with_it(end: str) -> None:
     """Were one left, it would hold stdout for a minute."""
     done = subprocess.run(
-        ["bash", "-c", BESIDE + end], capture_output=True, text=True, check=False, timeout=20
+        ["bash", "-c", BESIDE + end],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=20,
+        preexec_fn=_with_sigint,
     )
     assert done.returncode != 0 and done.stdout == "started\n"
+
+
+def _with_sigint() -> None:
+    """Tests that run in the background inherit that it is ignored, which bash cannot undo."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_a_script_waits_for_what_runs_beside_it() -> None:

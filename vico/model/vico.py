@@ -125,7 +125,7 @@ class ViCo(Llama):
         h_MD = h_RD.index_select(0, batch.frame_rows_M).float()
         # As in _embed: all targets of a video have its frames.
         frames_ME = F.embedding(batch.frame_videos_M, projected_VFD.flatten(1))
-        frames_MFD = frames_ME.view(-1, *projected_VFD.shape[1:])
+        frames_MFD = frames_ME.view(len(frames_ME), *projected_VFD.shape[1:])
         logits_MF = torch.einsum("md,mfd->mf", h_MD, frames_MFD) / self.tau
         return F.cross_entropy(logits_MF, batch.frame_target_ids_M, reduction="none")
 
