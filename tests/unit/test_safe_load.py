@@ -3,7 +3,9 @@
 import argparse
 import os
 import pickle
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from support.errors import refusal
 from support.feature_files import numbered, save
 from vico.data.features import Features
 from vico.errors import CheckpointError
+from vico.io import safe_load
 from vico.io.safe_load import StoredChecksums, load_tensors
 from vico.model.config import FEATURE_WIDTH
 
@@ -124,3 +127,23 @@ def test_a_damaged_name_in_a_header(tmp_path: Path) -> None:
     path.write_bytes(data[:place] + b"\xb7" + data[place + 1 :])
     message = refusal(StoredChecksums(path, "the file").verify, "v", torch.ones(2, FEATURE_WIDTH))
     assert message.startswith(f"{path}: the file is cut off or damaged; fetch or copy it again")
+
+
+def test_threads_keep_what_each_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list of allowed classes is the process's: the end of one load may not end another's."""
+    path, allowed = tmp_path / "a.pth", [argparse.Namespace]
+    save(path, {"args": argparse.Namespace(lr=1.0)})
+    before, load = set(torch.serialization.get_safe_globals()), safe_load._load_zip
+
+    def load_slowly(path: Path) -> tuple[Any, str | None]:
+        time.sleep(0.05)
+        return load(path)
+
+    def load_later(delay: float) -> float:
+        time.sleep(delay)
+        return float(load_tensors(path, "the file", allowed)["args"].lr)
+
+    monkeypatch.setattr(safe_load, "_load_zip", load_slowly)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(load_later, (0.0, 0.02))) == [1.0, 1.0]
+    assert set(torch.serialization.get_safe_globals()) == before, "nothing stays allowed"

@@ -69,6 +69,9 @@ def is_float_tensor(value: object) -> bool:
     )
 
 
+_ALLOWING = threading.Lock()
+
+
 def load_tensors(
     path: Path,
     what: str,
@@ -92,7 +95,8 @@ def load_tensors(
     if fault is not None:
         raise error(one_line(fault))
     try:
-        with torch.serialization.safe_globals(list(allowed_classes)):
+        # The list is the process's: of two threads, one would end or widen the other's.
+        with _ALLOWING, torch.serialization.safe_globals(list(allowed_classes)):
             content, fault = _load_zip(path) if is_zip else _load_old_format(path)
         if fault is None:
             return content
