@@ -16,7 +16,7 @@ REPORTS: dict[str, Case] = {
     ),
     "report, a folder without a run": flags(
         f"!report {{fixture}}/toy {PAGE}",
-        "{fixture}/toy: holds no run (no args.json, log.txt, steps.jsonl, predictions_SPLIT.jsonl",
+        "{fixture}/toy: holds no run (no args.json, log.txt, steps.jsonl, cognition.json, ",
     ),
     "report, a file": flags(
         f"!report {{fixture}}/run/log.txt {PAGE}",

@@ -90,7 +90,7 @@ SETTINGS: dict[str, Case] = {
     "nothing to keep": flags("--keep 1", "--keep 1.0: must be given together with --text FILE"),
     "a weight in words": flags("--keep much", "--keep: 'much' is not a number"),
     "two weights": flags("--keep keep=3", "--keep 1.0 and keep=3.0 say different things; keep one"),
-    "a weight below 0": flags("--keep -1", "--keep -1.0: must be 0 or more, and finite"),
+    "a weight below 0": flags("--keep -1", "--keep -1.0: must be 0 or more, and at most 1e+15"),
     "no such text": flags(
         "--text absent.txt", "absent.txt: no such file; plain text should be there"
     ),
