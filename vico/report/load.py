@@ -173,20 +173,22 @@ def _settings(run: OutputDir, notes: list[str]) -> dict[str, Any]:
     if not run.has_run():
         notes.append("no args.json, so its settings are unknown (an evaluation alone writes none)")
         return {}
-    try:
-        return read_json_object(run.args, "the settings of the run")
-    except UserError as error:
-        notes.append(f"its settings are not shown: {error}")
-        return {}
+    return _object(run.args, "the settings of the run", "its settings are", notes)
 
 
 def _cognition(run: OutputDir, notes: list[str]) -> dict[str, Any]:
     if not exists(run.cognition):
         return {}
+    what = "what `vico cognition` has measured"
+    return _object(run.cognition, what, f"{what} is", notes)
+
+
+def _object(path: Path, what: str, they_are: str, notes: list[str]) -> dict[str, Any]:
+    """The file's JSON object; empty, with a note that `they_are` not shown, where it is damaged."""
     try:
-        return read_json_object(run.cognition, "what `vico cognition` has measured")
+        return read_json_object(path, what)
     except UserError as error:
-        notes.append(f"what `vico cognition` has measured is not shown: {error}")
+        notes.append(f"{they_are} not shown: {error}")
         return {}
 
 
